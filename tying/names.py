@@ -1,0 +1,100 @@
+"""The parameters and modules of a model by name, as a pattern finds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from tying.errors import ConfigurationError, nearest
+from tying.patterns import Captures, Pattern
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
+_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original$")
+
+
+def clean_name(name: str) -> str:
+    """Return ``name`` without the parts that wrappers and parametrizations add to it.
+
+    Example:
+        >>> clean_name("encoder._orig_mod.parametrizations.weight.original")
+        'encoder.weight'
+    """
+    return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name)).rstrip(".")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of unique parameter values, and of virtual ones, where each alias counts again.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        >>> model[1].weight = model[0].weight
+        >>> count_parameters(model)
+        (4, 8)
+    """
+    return tuple(  # type: ignore[return-value]  # two items: one per flag
+        sum(p.numel() for _, p in model.named_parameters(remove_duplicate=unique)) for unique in (True, False)
+    )
+
+
+@dataclass(frozen=True)
+class Match:
+    """A parameter found by a pattern, itself or below a module of which it is ``relative``."""
+
+    captures: Captures
+    relative: str
+    name: str
+    parameter: nn.Parameter
+
+
+class Names:
+    """The parameters and modules of a model under their clean names, aliases included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {clean_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+        self._model = model
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Clean names of all modules, parents before children."""
+        return [clean_name(name) for name, _ in self._model.named_modules(remove_duplicate=False) if name]
+
+    def find(self, text: str, exclude: Sequence[str], asker: str) -> list[Match]:
+        """Return what the pattern ``text`` matches, parameters before modules, less what ``exclude`` covers."""
+        pattern = Pattern(text)
+        matches = [
+            Match(captures, "", name, self.parameters[name])
+            for name in ([text] if pattern.literal and text in self.parameters else self.parameters)
+            if (captures := pattern.match(name)) is not None
+        ] or list(self._below_modules(pattern))
+        if not matches:
+            known = nearest(text, dict.fromkeys([*self.parameters, *self.modules]))
+            raise ConfigurationError(f"{asker}: pattern {text!r} matches no parameter or module.{known}")
+        excluded = [Pattern(pattern) for pattern in exclude]
+        kept = [match for match in matches if not any(_covers(pattern, match.name) for pattern in excluded)]
+        if not kept:
+            raise ConfigurationError(f"{asker}: exclude={list(exclude)} leaves nothing of {text!r}")
+        return kept
+
+    def _below_modules(self, pattern: Pattern) -> Iterable[Match]:
+        found: dict[str, Captures] = {}
+        for name in dict.fromkeys(self.modules):
+            captures = pattern.match(name)
+            if captures is not None and not any(parent in found for parent in _parents(name)):
+                found[name] = captures
+        for name, parameter in self.parameters.items():
+            for module in _parents(name):
+                if module in found:
+                    yield Match(found[module], name[len(module) + 1 :], name, parameter)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _covers(pattern: Pattern, name: str) -> bool:
+    return any(pattern.match(part) is not None for part in [name, *_parents(name)])

@@ -1,0 +1,177 @@
+"""How one tensor's layout maps to another's, by einops patterns, and back.
+
+A relation such as ``"o i -> i o"`` reads from the source's layout to the target's. It only ever moves entries
+about, so that it can be inverted, composed and compared exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from einops import EinopsError, rearrange
+from einops.parsing import ParsedExpression
+from torch import Tensor
+
+from tying.errors import ConfigurationError
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One einops rearrangement with the size of each of its axes."""
+
+    pattern: str
+    axes: tuple[tuple[str, int], ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Rearrange ``tensor``."""
+        return rearrange(tensor, self.pattern, **dict(self.axes))
+
+    def inverse(self) -> Step:
+        """Return the step that undoes this one."""
+        left, right = self.pattern.split(" -> ")
+        return Step(f"{right} -> {left}", self.axes)
+
+
+@dataclass(frozen=True)
+class Relation:
+    """An exact, invertible map from the source's layout to the target's; without steps, the identity.
+
+    Example:
+        >>> relation = bind("o i -> i o", (2, 3), (3, 2))
+        >>> relation(torch.zeros(2, 3)).shape
+        torch.Size([3, 2])
+        >>> relation.then(relation.inverse()) == Relation()
+        True
+    """
+
+    steps: tuple[Step, ...] = ()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Lay ``tensor`` out as the target: a view where torch allows one, else a copy."""
+        for step in self.steps:
+            tensor = step(tensor)
+        return tensor
+
+    def inverse(self) -> Relation:
+        """Return the map from the target's layout back to the source's."""
+        return Relation(tuple(step.inverse() for step in reversed(self.steps)))
+
+    def then(self, following: Relation) -> Relation:
+        """Return the composition: this map first, ``following`` after it."""
+        steps = list(self.steps)
+        for step in following.steps:
+            if steps and steps[-1] == step.inverse():
+                steps.pop()
+            else:
+                steps.append(step)
+        return Relation(tuple(steps))
+
+    def agrees_with(self, other: Relation, shape: Shape) -> bool:
+        """Tell whether both maps do the same to every tensor of ``shape``, entry by entry."""
+        if self == other:
+            return True
+        positions = torch.arange(math.prod(shape)).reshape(tuple(shape))
+        return torch.equal(self(positions), other(positions))
+
+    def __str__(self) -> str:
+        return " | ".join(step.pattern for step in self.steps)
+
+
+def check(pattern: str) -> None:
+    """Raise unless ``pattern`` is an einops pattern that can be inverted.
+
+    Raises:
+        ConfigurationError: the pattern does not parse, or drops, repeats or invents an axis.
+
+    Example:
+        >>> check("o i -> o")
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: relation 'o i -> o' cannot be inverted: axes i stand on one side only...
+    """
+    sides = pattern.split("->")
+    if len(sides) != 2:
+        raise ConfigurationError(f"relation {pattern!r} must have the form 'source axes -> target axes'")
+    try:
+        left, right = (ParsedExpression(side) for side in sides)
+    except EinopsError as error:
+        raise ConfigurationError(f"relation {pattern!r} is not an einops pattern: {error}") from None
+    if left.has_non_unitary_anonymous_axes or right.has_non_unitary_anonymous_axes:
+        raise ConfigurationError(
+            f"relation {pattern!r} cannot be inverted: a number other than 1 repeats entries; name the axis"
+        )
+    if one_sided := left.identifiers ^ right.identifiers:
+        axes = ", ".join(sorted(one_sided)).replace("…", "...")
+        raise ConfigurationError(
+            f"relation {pattern!r} cannot be inverted: axes {axes} stand on one side only; "
+            "every axis must stand once on each side"
+        )
+
+
+def bind(pattern: str | None, source: Shape, target: Shape) -> Relation:
+    """Return the relation that ``pattern`` describes between tensors of two given shapes.
+
+    Args:
+        pattern: an einops pattern from the source's layout to the target's; ``None`` for equal layouts.
+        source: shape of the source.
+        target: shape of the target.
+
+    Raises:
+        ConfigurationError: the pattern is not invertible, or does not map one shape to the other.
+
+    Example:
+        >>> str(bind("o (h w) -> (o h) w", (4, 6), (8, 3)))
+        'o (h w) -> (o h) w'
+        >>> bind("o i -> i o", (4, 6), (6, 5))
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: relation 'o i -> i o' does not map shape (4, 6) to shape (6, 5)
+    """
+    source, target = tuple(source), tuple(target)
+    if pattern is None:
+        if source != target:
+            raise ConfigurationError(f"shapes {source} and {target} differ and no relation is given")
+        return Relation()
+    check(pattern)
+    left, right = (" ".join(side.split()) for side in _expand_ellipsis(pattern, len(source)).split("->"))
+    axes = [cast(list[list[str]], ParsedExpression(side).composition) for side in (left, right)]
+    fits = [len(side) for side in axes] == [len(source), len(target)]
+    sizes = _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)]) if fits else None
+    if sizes is None:
+        raise ConfigurationError(f"relation {pattern!r} does not map shape {source} to shape {target}")
+    return Relation() if left == right else Relation((Step(f"{left} -> {right}", tuple(sorted(sizes.items()))),))
+
+
+def _expand_ellipsis(pattern: str, dimensions: int) -> str:
+    """Write ``...`` out as as many named axes as a source of that many dimensions leaves for it."""
+    if "..." not in pattern:
+        return pattern
+    named = ParsedExpression(pattern.split("->")[0])
+    covered = sum(dimension != "…" for dimension in named.composition)
+    axes = " ".join(f"ellipsis{k}" for k in range(dimensions - covered))
+    return pattern.replace("...", f" {axes} ")
+
+
+def _solve_axes(dimensions: list[tuple[list[str], int]]) -> dict[str, int] | None:
+    """Find the size of each axis from products of axes of known size; ``None`` if there is no unique one."""
+    sizes: dict[str, int] = {}
+    pending = dimensions
+    while pending:
+        unsolved = []
+        for axes, size in pending:
+            unknown = [axis for axis in axes if axis not in sizes]
+            known = math.prod(sizes[axis] for axis in axes if axis in sizes)
+            if len(unknown) > 1:
+                unsolved.append((axes, size))
+            elif len(unknown) == 1 and known and size % known == 0:
+                sizes[unknown[0]] = size // known
+            elif unknown or known != size:
+                return None
+        if len(unsolved) == len(pending):
+            return None
+        pending = unsolved
+    return sizes

@@ -1,0 +1,238 @@
+"""From name patterns to groups of named tensors: who belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from tying.errors import ConfigurationError
+from tying.names import Match, Names
+from tying.patterns import Pattern, mirror_ranks
+from tying.relations import Relation, bind, check
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Weights that belong together, by name.
+
+    Args:
+        source: a pattern of parameter or module names. ``*``, ``?`` and ``[...]`` match within one dotted part,
+            ``**`` any number of parts, ``{i}`` captures text. A pattern that matches no parameter may name modules:
+            every parameter below them is then tied by its relative name.
+        target: a pattern of the partners, one group per value of the captures it shares with ``source``. ``{-i}``
+            pairs in mirrored order: the first with the last. ``None``: all that ``source`` matches is one group,
+            or one per value of its captures.
+        relation: an invertible einops pattern from the source's layout to the target's, such as ``"o i -> i o"``.
+        exclude: patterns of parameters or modules to leave out.
+
+    Example:
+        >>> Tie.parse("encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o")
+        Tie(source='encoder.{i}.weight', target='decoder.{-i}.weight', relation='o i -> i o', exclude=())
+    """
+
+    source: str
+    target: str | None = None
+    relation: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Tie:
+        """Read the string form ``"source ~ target | relation"``, whose last two parts are optional.
+
+        Raises:
+            ConfigurationError: a part is missing or stands twice.
+        """
+        names, bar, relation = text.partition("|")
+        source, tilde, target = names.partition("~")
+        parts = [source, *[target] * bool(tilde), *[relation] * bool(bar)]
+        if "|" in relation or "~" in target + relation or not all(part.strip() for part in parts):
+            raise ConfigurationError(f"tie {text!r} must have the form 'source ~ target | relation'")
+        return cls(source.strip(), target.strip() or None, relation.strip() or None)
+
+    def __str__(self) -> str:
+        target = f" ~ {self.target}" if self.target else ""
+        return f"{self.source}{target}" + (f" | {self.relation}" if self.relation else "")
+
+
+@dataclass(frozen=True, eq=False)
+class TiedGroup:
+    """Distinct tensors that belong together; the first is the source, whose layout all others are read in.
+
+    Attributes:
+        names: one name per tensor, relative to the model.
+        parameters: the tensors as the model holds them.
+        relations: the map from the source's layout to each tensor's own.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    relations: tuple[Relation, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def relation(self) -> str | None:
+        """The relation as written, ``None`` where all layouts are equal; several are joined by ``"; "``."""
+        return "; ".join(dict.fromkeys(str(relation) for relation in self.relations if relation.steps)) or None
+
+    @cached_property
+    def to_source(self) -> tuple[Relation, ...]:
+        """The map from each tensor's own layout to the source's."""
+        return tuple(relation.inverse() for relation in self.relations)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the group's tensors, attached to the graph, in the source's layout."""
+        return [read(parameter) for read, parameter in zip(self.to_source, self.parameters, strict=True)]
+
+
+def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
+    """Return the groups of tensors in ``model`` that ``ties`` put together.
+
+    Aliases of one tensor count once. A tie is an equivalence: groups that share a tensor are merged. Names are
+    those seen without the wrappers of compilation, activation checkpointing and parametrization.
+
+    Args:
+        model: the module whose names the patterns match.
+        ties: ties, or their string form ``"source ~ target | relation"``.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, a binding has no partner, shapes do not meet, a weight is
+            tied to itself, or composed relations disagree. The message names the pattern and the tensors.
+
+    Example:
+        >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
+        >>> [group] = resolve(model, ["encoder.weight ~ decoder.weight | o i -> i o"])
+        >>> group.names
+        ('encoder.weight', 'decoder.weight')
+        >>> [tuple(tensor.shape) for tensor in group.tensors()]
+        [(3, 8), (3, 8)]
+    """
+    if isinstance(ties, str | Tie):
+        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
+    names = Names(model)
+    merged: dict[int, _Group] = {}  # by identity of each tensor: the group that holds it
+    for tie in [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]:
+        for group in _groups_of(tie, names):
+            _merge(group, merged, tie)
+    unique = {id(group): group for group in merged.values()}
+    ordered = sorted(unique.values(), key=lambda group: group.created)
+    return [TiedGroup(*(tuple(column) for column in zip(*group.members.values(), strict=True))) for group in ordered]
+
+
+Member = tuple[str, nn.Parameter, Relation]
+
+
+@dataclass
+class _Group:
+    members: dict[int, Member]  # by identity of the parameter, the source first
+    created: int = 0
+
+
+def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
+    """Yield the members of each group that one tie makes, the source first."""
+    source = Pattern(tie.source)
+    if tie.target is None:
+        if tie.relation or source.mirrored:
+            what = f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}"
+            raise ConfigurationError(f"tie '{tie}': {what} needs a target")
+        sources, targets = (
+            _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), source.captures, ()),
+            {},
+        )
+    else:
+        if tie.relation:
+            check(tie.relation)
+        target = Pattern(tie.target)
+        if alone := [capture for capture in target.captures if capture not in source.captures]:
+            raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} stands only in the target {tie.target!r}")
+        if alone := [capture for capture in source.mirrored if capture not in target.captures]:
+            raise ConfigurationError(
+                f"tie '{tie}': mirrored capture {{-{alone[0]}}} needs {{{alone[0]}}} in the target"
+            )
+        shared = tuple(capture for capture in source.captures if capture in target.captures)
+        mirrored = tuple(source.mirrored ^ target.mirrored)
+        sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), shared, mirrored)
+        targets = _by_binding(names.find(tie.target, tie.exclude, f"tie '{tie}'"), shared, mirrored, backwards=True)
+        for found, others, pattern in [(sources, targets, tie.target), (targets, sources, tie.source)]:
+            for binding in found:
+                if binding not in others:
+                    raise ConfigurationError(
+                        f"tie '{tie}': {found[binding][0].name!r} has no partner among what {pattern!r} matches: "
+                        + ", ".join(match.name for matches in others.values() for match in matches[:1])
+                    )
+    for binding, matches in sources.items():
+        yield _members(tie, matches, targets.get(binding, []))
+
+
+def _by_binding(
+    matches: list[Match], shared: Sequence[str], mirrored: Sequence[str], backwards: bool = False
+) -> dict[tuple[object, ...], list[Match]]:
+    """Sort matches by the values of the shared captures; a mirrored one counts by rank, from one end or the other."""
+    distinct = list(dict.fromkeys(match.captures for match in matches))
+    ranks = {capture: mirror_ranks(distinct, capture) for capture in mirrored}
+    found: dict[tuple[object, ...], list[Match]] = {}
+    for match in matches:
+        binding: list[object] = [match.relative]
+        for capture in shared:
+            if capture in ranks:
+                rank, count = ranks[capture][match.captures]
+                binding.append(count - 1 - rank if backwards else rank)
+            else:
+                binding.append(dict(match.captures)[capture])
+        found.setdefault(tuple(binding), []).append(match)
+    return found
+
+
+def _members(tie: Tie, sources: list[Match], targets: list[Match]) -> dict[int, Member]:
+    first = sources[0]
+    members: dict[int, Member] = {}
+    for match, pattern in [*((m, None) for m in sources), *((m, tie.relation) for m in targets)]:
+        try:
+            relation = bind(pattern, first.parameter.shape, match.parameter.shape)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}") from None
+        _, _, known = members.setdefault(id(match.parameter), (match.name, match.parameter, relation))
+        if not known.agrees_with(relation, first.parameter.shape):
+            raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(relation)!r}")
+    if len(members) == 1:
+        same = [match.name for match in [*sources, *targets] if match.name != first.name]
+        what = f"{same[0]!r} is already the same tensor as {first.name!r}" if same else f"only {first.name!r} is in it"
+        raise ConfigurationError(
+            f"tie '{tie}' would tie a weight to itself: {what}. Name two different tensors, exclude this one, or "
+            "write * in place of a capture to put all matches in one group"
+        )
+    return members
+
+
+def _merge(members: dict[int, Member], merged: dict[int, _Group], tie: Tie) -> None:
+    """Join ``members`` with the groups that hold any of them, in the layout of the oldest of these."""
+    held = {id(group): group for key in members if (group := merged.get(key))}
+    if not held:
+        group = _Group(members, created=len(merged))
+        merged.update(dict.fromkeys(members, group))
+        return
+    oldest, *younger = sorted(held.values(), key=lambda group: group.created)
+    _absorb(oldest, members, merged, tie)
+    for group in younger:
+        _absorb(oldest, group.members, merged, tie)
+
+
+def _absorb(group: _Group, members: dict[int, Member], merged: dict[int, _Group], tie: Tie) -> None:
+    """Add ``members`` to ``group``, with which they share at least one tensor."""
+    name, source, _ = next(iter(group.members.values()))
+    shared = next(key for key in members if key in group.members)
+    # from the group's layout to that of `members`
+    between = group.members[shared][2].then(members[shared][2].inverse())
+    for key, (member, parameter, relation) in members.items():
+        composed = between.then(relation)
+        known = group.members.setdefault(key, (member, parameter, composed))[2]
+        if not known.agrees_with(composed, source.shape):
+            raise ConfigurationError(
+                f"tie '{tie}' disagrees with an earlier one: {name!r} would reach {member!r} "
+                f"both by {str(known) or 'equality'!r} and by {str(composed) or 'equality'!r}"
+            )
+        merged[key] = group

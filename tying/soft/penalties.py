@@ -1,0 +1,269 @@
+"""Penalties that pull a group of tensors together: value, gradient and proximal step of each.
+
+For a group of m tensors in one layout the penalty is ``Ω = Σ_{i<j} ρ(w_i − w_j)``, summed over entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from tying.errors import ConfigurationError
+from tying.soft.proximal import isotonic, prox_pair, prox_to_constants
+
+
+def l2(tensors: Sequence[Tensor]) -> Tensor:
+    """Return ``Σ_{i<j} ½‖w_i − w_j‖² = (m/2) Σ_i ‖w_i − w̄‖²``, exactly 0 for equal tensors.
+
+    Args:
+        tensors: m ≥ 2 tensors of one shape.
+
+    Example:
+        >>> l2([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 0.0])])
+        tensor(2.)
+
+    Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, 2016, section 7.9.
+    """
+    mean = _mean(tensors)
+    return 0.5 * len(tensors) * torch.stack([(w - mean).square().sum() for w in tensors]).sum()
+
+
+def l1(tensors: Sequence[Tensor]) -> Tensor:
+    """Return ``Σ_{i<j} |w_i − w_j| = Σ_k (2k − m − 1) w_(k)``, where ``w_(k)`` is the k-th smallest of an entry.
+
+    Args:
+        tensors: m ≥ 2 tensors of one shape.
+
+    Example:
+        >>> l1([torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([6.0])])
+        tensor(10.)
+    """
+    ordered = torch.stack([*tensors], dim=-1).sort(dim=-1).values
+    # differences of neighbours, so that equal tensors give exactly 0: the k-th gap is crossed by k (m − k) pairs
+    k = torch.arange(1, len(tensors), dtype=ordered.dtype, device=ordered.device)
+    return (ordered.diff(dim=-1) * (k * (len(tensors) - k))).sum()
+
+
+def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
+    """Return ``Σ ρ(a − b)`` with ``ρ(d) = d²/2`` up to ``|d| = δ`` and ``δ (|d| − δ/2)`` beyond.
+
+    Args:
+        a: one tensor.
+        b: the other, of the same shape.
+        delta: δ > 0, in the weights' own unit.
+
+    Example:
+        >>> huber(torch.tensor([0.5, 3.0]), torch.zeros(2), delta=1.0)
+        tensor(2.6250)
+
+    Source: P. J. Huber, Robust estimation of a location parameter, 1964.
+    """
+    return torch.nn.functional.huber_loss(a, b, reduction="sum", delta=delta)
+
+
+def gap(tensors: Sequence[Tensor]) -> float:
+    """Return ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``: 0 for equal tensors, 1 for opposite ones.
+
+    Example:
+        >>> gap([torch.tensor([1.0]), torch.tensor([-1.0])])
+        1.0
+    """
+    with torch.no_grad():
+        tensors = [w.detach().double() for w in tensors]
+        mean = _mean(tensors)
+        apart = sum(float((w - mean).square().sum()) for w in tensors)
+        size = sum(float(w.square().sum()) for w in tensors)
+    return math.sqrt(apart / size) if apart else 0.0
+
+
+class Penalty:
+    """A penalty on a group of tensors in one layout. Subclass it and write ``value``; the rest can follow.
+
+    The gradient falls back on autograd. ``prox`` is needed for proximal updates only.
+
+    Attributes:
+        curvature: the largest second derivative of ρ, from which the stability bound of explicit steps follows;
+            0: no bound is known.
+        pairs_only: whether groups of more than two are refused.
+
+    Example:
+        >>> class LogCosh(Penalty):
+        ...     def value(self, tensors):
+        ...         a, b = tensors
+        ...         return (a - b).cosh().log().sum()
+        >>> LogCosh().gradient([torch.tensor([20.0]), torch.tensor([0.0])])
+        [tensor([1.]), tensor([-1.])]
+    """
+
+    curvature: float = 0.0
+    pairs_only: bool = False
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Ω as a scalar, differentiable by autograd."""
+        raise NotImplementedError
+
+    def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return ∂Ω/∂w_i for each tensor."""
+        with torch.enable_grad():
+            leaves = [w.detach().requires_grad_() for w in tensors]
+            return [*torch.autograd.grad(self.value(leaves), leaves)]
+
+    def add_gradient_(
+        self, tensors: Sequence[list[Tensor]], into: Sequence[list[Tensor | None]], scales: Sequence[float]
+    ) -> None:
+        """Add ``scale_i · ∂Ω/∂w_i`` in place, for several groups of m at once.
+
+        Args:
+            tensors: the i-th list holds the i-th tensor of every group.
+            into: where their gradients are added; ``None``, alike for all groups, where the scale is 0.
+            scales: one factor for each of the m positions.
+        """
+        for position in range(len(tensors[0])):
+            gradients = self.gradient([column[position] for column in tensors])
+            for gradient, receivers, scale in zip(gradients, into, scales, strict=True):
+                receiver = receivers[position]
+                if receiver is not None:
+                    receiver.add_(gradient, alpha=scale)
+
+    def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
+        """Return ``argmin_v Σ_i ‖v_i − w_i‖² / (2 r_i) + s Ω(v)``.
+
+        Args:
+            tensors: the w_i.
+            strength: s ≥ 0, possibly infinite.
+            rates: the r_i ≥ 0; tensors of rate 0 are constants.
+        """
+        raise NotImplementedError
+
+
+class L2(Penalty):
+    """The penalty :func:`l2`."""
+
+    curvature = 1.0
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Ω; see :func:`l2`."""
+        return l2(tensors)
+
+    def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``m (w_i − w̄)`` for each tensor."""
+        mean = _mean(tensors)
+        return [len(tensors) * (w - mean) for w in tensors]
+
+    def add_gradient_(
+        self, tensors: Sequence[list[Tensor]], into: Sequence[list[Tensor | None]], scales: Sequence[float]
+    ) -> None:
+        """Add ``scale_i m (w_i − w̄)`` in place with fused operations: each tensor is read and written once."""
+        m, (first, *others) = len(tensors), tensors
+        apart = torch._foreach_sub(others[0], first)
+        if m == 2:  # one difference serves both
+            pulls = zip(into, [apart, apart], [-scales[0], scales[1]], strict=True)
+        else:
+            for other in others[1:]:
+                torch._foreach_add_(apart, torch._foreach_sub(other, first))
+            mean = torch._foreach_add(first, apart, alpha=1 / m)
+            pulls = zip(into, (torch._foreach_sub(w, mean) for w in tensors), [m * s for s in scales], strict=True)
+        for receivers, deviations, scale in pulls:
+            if scale:
+                torch._foreach_add_(cast(list[Tensor], receivers), deviations, alpha=scale)
+
+    def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
+        """Return ``c + b_i (w_i − c)``, where ``b_i = 1/(1 + m s r_i)`` and c is the mean of all w weighted by b."""
+        m = len(tensors)
+        b = [1 / (1 + m * strength * rate) if rate else 1.0 for rate in rates]
+        weights = b if any(b) else [1 / rate for rate in rates]  # the limit of b, up to a factor, as s → ∞
+        share = [weight / sum(weights) for weight in weights]
+        c = tensors[0] + sum(p * (w - tensors[0]) for p, w in zip(share[1:], tensors[1:], strict=True))
+        return [c + b_i * (w - c) if b_i != 1 else w for b_i, w in zip(b, tensors, strict=True)]
+
+
+class L1(Penalty):
+    """The penalty :func:`l1`."""
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Ω; see :func:`l1`."""
+        return l1(tensors)
+
+    def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller partners less that of larger ones."""
+        stacked = torch.stack([*tensors], dim=-1)
+        ordered = stacked.sort(dim=-1).values
+        smaller = torch.searchsorted(ordered, stacked)
+        not_larger = torch.searchsorted(ordered, stacked, right=True)
+        return [*(smaller + not_larger - len(tensors)).to(stacked.dtype).unbind(-1)]
+
+    def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
+        """Return the proximal step; groups of more than two need one rate for all tensors that move.
+
+        The tensors that move keep their order, so their sorted values, shifted by ``s (2k − p − 1)``, are made
+        monotone by isotonic regression; constants f then pull each by the proximal step of ``s Σ |v − f|``.
+        """
+        if len(tensors) == 2:
+            d = tensors[0] - tensors[1]
+            return prox_pair(tensors, d.sign() * (d.abs() - strength * sum(rates)).clamp(min=0), rates)
+        moving = [i for i, rate in enumerate(rates) if rate]
+        if len({rates[i] for i in moving}) > 1:
+            raise ConfigurationError(
+                "the proximal step of 'l1' on a group of more than two needs one learning rate for all of its "
+                f"members, not {sorted(set(rates))}: use update='decoupled', or one parameter group for them"
+            )
+        result = [*tensors]
+        if not moving:
+            return result
+        step = strength * rates[moving[0]]
+        constants = [w for w, rate in zip(tensors, rates, strict=True) if not rate]
+        ordered, order = torch.stack([tensors[i] for i in moving], dim=-1).sort(dim=-1)
+        p = len(moving)
+        if math.isinf(step):
+            pooled = ordered.mean(dim=-1, keepdim=True).expand_as(ordered)
+        else:
+            shifts = torch.arange(1 - p, p, 2, dtype=ordered.dtype, device=ordered.device)
+            pooled = isotonic(ordered - step * shifts)
+        moved = torch.empty_like(ordered).scatter_(-1, order, prox_to_constants(pooled, constants, step))
+        for i, values in zip(moving, moved.unbind(-1), strict=True):
+            result[i] = values
+        return result
+
+
+@dataclass(frozen=True)
+class Huber(Penalty):
+    """The penalty :func:`huber`, for pairs.
+
+    Args:
+        delta: δ > 0, where ρ turns from quadratic to linear, in the weights' own unit.
+    """
+
+    delta: float = 1.0
+    curvature = 1.0
+    pairs_only = True
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Ω; see :func:`huber`."""
+        a, b = tensors
+        return huber(a, b, self.delta)
+
+    def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``±clamp(a − b, −δ, δ)``."""
+        a, b = tensors
+        pull = (a - b).clamp(-self.delta, self.delta)
+        return [pull, -pull]
+
+    def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
+        """Return the proximal step: the difference shrinks by ``1/(1 + t)``, or by tδ where it is large."""
+        d, t = tensors[0] - tensors[1], strength * sum(rates) if any(rates) else 0.0
+        far = d - d.sign() * t * self.delta if math.isfinite(t) else d
+        return prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
+
+
+PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the mean, relative to the first tensor: equal tensors have exactly their own value as mean."""
+    first, *others = tensors
+    return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)

@@ -1,0 +1,185 @@
+"""A penalty applied to the groups of a model: as a value, a gradient, an explicit step or a proximal step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tying.errors import ConfigurationError, nearest
+from tying.relations import Relation
+from tying.selection import TiedGroup
+from tying.soft.penalties import PENALTIES, Penalty
+
+CPU_BATCH = 2**18  # entries: the differences of a batch stay in cache between being made and being used
+DEVICE_BATCH = 2**26  # entries: few kernel launches, a bounded buffer
+
+Rates = Mapping[nn.Parameter, float]
+
+
+class TyingPenalty(nn.Module):
+    """The penalty Ω of all groups of a model, without its strength, and the ways to lower it.
+
+    The three in-place methods move members that require a gradient; ``rates`` narrows that to the parameters it
+    holds, each moving at its own rate (a learning rate, say). All other members stay, as constants.
+
+    Args:
+        groups: tied groups, from :func:`tying.resolve`.
+        penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` or a :class:`Penalty` of your own.
+
+    Raises:
+        ConfigurationError: the penalty is unknown, or takes only pairs and a group is larger.
+
+    Example:
+        >>> from tying import resolve
+        >>> model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+        >>> _ = nn.init.constant_(model["a"].weight, 1.0), nn.init.constant_(model["b"].weight, 3.0)
+        >>> penalty = TyingPenalty(resolve(model, ["a.weight ~ b.weight"]))
+        >>> penalty().item()
+        2.0
+        >>> penalty.pull_(0.25)
+        >>> model["a"].weight.item(), model["b"].weight.item()
+        (1.5, 2.5)
+        >>> penalty.prox_(float("inf"))
+        >>> model["a"].weight.item(), model["b"].weight.item()
+        (2.0, 2.0)
+    """
+
+    def __init__(self, groups: Sequence[TiedGroup], penalty: str | Penalty = "l2") -> None:
+        super().__init__()
+        self.groups = list(groups)  # not registered: the parameters belong to their model
+        self.penalty = penalty_of(penalty)
+        for group in self.groups:
+            if self.penalty.pairs_only and len(group) > 2:
+                raise ConfigurationError(
+                    f"{self.penalty} takes pairs, but {', '.join(group.names)} are one group of {len(group)}: "
+                    "use 'l2' or 'l1', or ties that share no weight"
+                )
+
+    def forward(self) -> Tensor:
+        """Return Ω summed over all groups: a scalar, differentiable."""
+        return torch.stack([self.penalty.value(group.tensors()) for group in self.groups]).sum()
+
+    @torch.no_grad()
+    def add_gradients_(self, strength: float, rates: Rates | None = None) -> None:
+        """Add ``strength · ∂Ω`` (times the rate) to the gradients, which are created where there are none."""
+        self._add_(strength, rates, _gradient_of)
+
+    @torch.no_grad()
+    def pull_(self, s: float, rates: Rates | None = None) -> None:
+        """Take the explicit step ``w ← w − s ∂Ω`` (times the rate)."""
+        self._add_(-s, rates, lambda parameter: parameter)
+
+    @torch.no_grad()
+    def prox_(self, s: float, rates: Rates | None = None) -> None:
+        """Take the proximal step ``w ← argmin_v Σ_i ‖v_i − w_i‖² / (2 rate_i) + s Ω(v)``; s may be infinite."""
+        if s == 0:
+            return
+        for group in self.groups:
+            speeds = [_rate(parameter, rates) for parameter in group.parameters]
+            if any(speeds):
+                values = self.penalty.prox(group.tensors(), s, speeds)
+                for parameter, relation, value, speed in zip(
+                    group.parameters, group.relations, values, speeds, strict=True
+                ):
+                    if speed:
+                        parameter.copy_(relation(value))
+
+    def _add_(self, scale: float, rates: Rates | None, receiver: Callable[[nn.Parameter], Tensor]) -> None:
+        if scale == 0:
+            return
+        lanes: dict[tuple[float, ...], list[Lane]] = {}
+        collected: list[tuple[Tensor, Relation, Tensor]] = []
+        for group in self.groups:
+            speeds = tuple(_rate(parameter, rates) for parameter in group.parameters)
+            if not any(speeds):
+                continue
+            receivers: list[Tensor | None] = []
+            for parameter, to_source, relation, speed in zip(
+                group.parameters, group.to_source, group.relations, speeds, strict=True
+            ):
+                if not speed:
+                    receivers.append(None)
+                    continue
+                received = receiver(parameter)
+                into = to_source(received)
+                if not _shares_storage(into, received):  # this relation copies: collect now, lay out afterwards
+                    into = torch.zeros_like(into)
+                    collected.append((received, relation, into))
+                receivers.append(into)
+            lanes.setdefault(speeds, []).append((group.tensors(), receivers))
+        for speeds, alike in lanes.items():
+            for batch in _batches(alike):
+                weights = [[*column] for column in zip(*(weights for weights, _ in batch), strict=True)]
+                into_of = [[*column] for column in zip(*(receivers for _, receivers in batch), strict=True)]
+                self.penalty.add_gradient_(weights, into_of, [scale * speed for speed in speeds])
+        for received, relation, into in collected:
+            received.add_(relation(into))
+
+
+Lane = tuple[Sequence[Tensor], Sequence[Tensor | None]]  # one group: its tensors, and where their gradients go
+
+
+def penalty_of(penalty: str | Penalty) -> Penalty:
+    """Return the penalty that a name stands for, or the penalty itself.
+
+    Raises:
+        ConfigurationError: the name is unknown.
+    """
+    if isinstance(penalty, Penalty):
+        return penalty
+    if penalty not in PENALTIES:
+        known = ", ".join(map(repr, PENALTIES))
+        raise ConfigurationError(
+            f"unknown penalty {penalty!r}: use {known}, Huber(delta) or a subclass of tying.soft.Penalty."
+            + nearest(str(penalty), PENALTIES)
+        )
+    return PENALTIES[penalty]
+
+
+def _rate(parameter: nn.Parameter, rates: Rates | None) -> float:
+    if not parameter.requires_grad:
+        return 0.0
+    return 1.0 if rates is None else rates.get(parameter, 0.0)
+
+
+def _gradient_of(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _shares_storage(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
+    """Cut and collect groups of equal size into batches whose differences stay in a processor's cache."""
+    batch: list[Lane] = []
+    filled, limit = 0, 0
+    for weights, receivers in lanes:
+        limit = CPU_BATCH if weights[0].device.type == "cpu" else DEVICE_BATCH
+        for piece in _pieces(weights, receivers, limit):
+            batch.append(piece)
+            filled += piece[0][0].numel()
+            if filled >= limit:
+                yield batch
+                batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(weights: Sequence[Tensor], receivers: Sequence[Tensor | None], limit: int) -> Iterable[Lane]:
+    """Cut one group along its first dimension, or flat where memory allows, into pieces of about ``limit`` entries."""
+    size = weights[0].numel()
+    if size <= limit or not weights[0].dim():
+        yield weights, receivers
+        return
+    if all(tensor.is_contiguous() for tensor in [*weights, *receivers] if tensor is not None):
+        weights = [weight.view(-1) for weight in weights]
+        receivers = [None if into is None else into.view(-1) for into in receivers]
+    rows = max(1, limit * weights[0].shape[0] // size)
+    cut_receivers = [torch.split(into, rows) if into is not None else None for into in receivers]
+    for index, pieces in enumerate(zip(*(torch.split(weight, rows) for weight in weights), strict=True)):
+        yield pieces, [cut[index] if cut is not None else None for cut in cut_receivers]

@@ -1,0 +1,54 @@
+"""How a strength changes over training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from tying.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor on a strength that goes from ``start`` to ``end`` over ``length`` steps or epochs, and stays there.
+
+    ``Schedule(0.0, 1.0, 500)`` warms up over 500 steps; ``Schedule(1.0, 0.0, 20, "cosine", "epoch")`` fades out.
+
+    Args:
+        start: factor at the first step, ≥ 0.
+        end: factor after ``length`` units, ≥ 0.
+        length: how many units the change takes; 0 for a constant ``end``.
+        shape: straight, or half a period of a cosine.
+        unit: ``"step"`` counts the steps of each optimizer, ``"epoch"`` whole epochs.
+
+    Example:
+        >>> [Schedule(0.0, 1.0, 4)(count) for count in (0, 1, 4, 9)]
+        [0.0, 0.25, 1.0, 1.0]
+    """
+
+    start: float = 1.0
+    end: float = 1.0
+    length: int = 0
+    shape: Literal["linear", "cosine"] = "linear"
+    unit: Literal["step", "epoch"] = "step"
+
+    def __call__(self, count: int) -> float:
+        """Return the factor after ``count`` units."""
+        progress = min(count / self.length, 1.0) if self.length else 1.0
+        if self.shape == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.end - self.start) * progress
+
+    def check(self) -> None:
+        """Raise unless the schedule makes sense.
+
+        Raises:
+            ConfigurationError: a factor is negative or not finite, the length is negative, or 0 where it is needed.
+        """
+        if not all(math.isfinite(factor) and factor >= 0 for factor in (self.start, self.end)):
+            raise ConfigurationError(f"a schedule's start and end must be finite and not negative: {self}")
+        if self.length < 0 or (self.length == 0 and self.start != self.end):
+            raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
+        if self.shape not in ("linear", "cosine") or self.unit not in ("step", "epoch"):
+            raise ConfigurationError(f"a schedule has shape 'linear' or 'cosine' and unit 'step' or 'epoch': {self}")
