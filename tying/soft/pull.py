@@ -12,7 +12,7 @@ from tying.relations import Relation
 from tying.selection import TiedGroup
 from tying.soft.penalties import PENALTIES, Penalty
 
-CPU_BATCH = 2**18  # entries: the differences of a batch stay in cache between being made and being used
+CPU_BATCH = 2**19  # entries: the differences of a batch stay in cache between being made and being used
 DEVICE_BATCH = 2**26  # entries: few kernel launches, a bounded buffer
 
 Rates = Mapping[nn.Parameter, float]

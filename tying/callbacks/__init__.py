@@ -1,0 +1,7 @@
+"""Lightning callbacks: the families, attached to a training run."""
+
+from tying.callbacks.monitor import TyingMonitor
+from tying.callbacks.soft import SoftTying
+from tying.callbacks.summary import TyingSummary
+
+__all__ = ["SoftTying", "TyingMonitor", "TyingSummary"]

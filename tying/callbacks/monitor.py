@@ -1,0 +1,82 @@
+"""How far tied weights are apart, over time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from tying.callbacks.summary import callbacks_of, tied_groups
+from tying.soft import gap
+
+
+class TyingMonitor(pl.Callback):
+    """Log ``tying/gap``, the largest gap of all tied groups, and plot the gaps when training ends.
+
+    The gap of a group is ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``; see :func:`tying.soft.gap`. It is logged at the trainer's
+    ``log_every_n_steps``, to whatever logger is attached. The plot is ``tying_gap.png`` in the logger's directory.
+
+    Args:
+        max_lines: how many groups the plot shows.
+
+    Example:
+        >>> TyingMonitor(max_lines=4).history
+        {}
+    """
+
+    def __init__(self, max_lines: int = 12) -> None:
+        super().__init__()
+        self.max_lines = max_lines
+        self.steps: list[int] = []
+        self.history: dict[str, list[float]] = {}  # by the name of a group's first weight
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": list(self.steps), "history": {name: list(gaps) for name, gaps in self.history.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.history = state_dict["steps"], state_dict["history"]
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's history is restored after this
+            self.steps, self.history = [], {}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        new_step = not self.steps or trainer.global_step > self.steps[-1]
+        groups = tied_groups(callbacks_of(trainer))
+        if not (groups and new_step and trainer._logger_connector.should_update_logs):
+            return
+        gaps = {group.names[0]: gap(group.tensors()) for _, group in groups}
+        pl_module.log("tying/gap", max(gaps.values()))
+        self.steps.append(trainer.global_step)
+        for name in [*gaps][: self.max_lines]:
+            self.history.setdefault(name, []).append(gaps[name])
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and self.steps:
+            plot_gaps(self.steps, self.history, Path(trainer.log_dir or trainer.default_root_dir) / "tying_gap.png")
+
+
+def plot_gaps(steps: list[int], history: dict[str, list[float]], path: Path) -> None:
+    """Write a PNG with one line per group to ``path``, whole or not at all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean")
+    for name, gaps in history.items():
+        axes.plot(steps[-len(gaps) :], gaps, label=name, marker="." if len(gaps) < 20 else None)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.png")
+    figure.savefig(aside, dpi=120)
+    aside.replace(path)

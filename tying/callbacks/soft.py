@@ -1,0 +1,234 @@
+"""Soft tying of weights during training."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import LBFGS, SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from tying.errors import ConfigurationError, nearest
+from tying.selection import Tie, TiedGroup, resolve
+from tying.soft import Penalty, Schedule, TyingPenalty
+from tying.soft.pull import penalty_of
+
+UPDATES = ("gradient", "decoupled", "proximal")
+
+
+class SoftTying(pl.Callback):
+    """Pull tied weights together while they train.
+
+    With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
+    if the penalty stood in the loss. ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``,
+    outside momentum and adaptive scaling. ``"proximal"`` takes the proximal step instead, stable at any strength.
+    Each member moves with its own parameter group's learning rate; members that no optimizer trains stay.
+
+    Logs ``tying/penalty`` (strength · Ω, where strength is finite) and ``tying/strength``. In a shortened last
+    accumulation window the pull shrinks like the loss, which Lightning divides by the full window.
+
+    Args:
+        ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
+        strength: factor on Ω, ≥ 0; ``inf`` with ``update="proximal"`` makes the members equal at every step.
+        penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a :class:`tying.soft.Penalty` of your own.
+        update: how the pull acts; see above.
+        schedule: a factor on ``strength`` over steps or epochs.
+        name: tells several of these callbacks apart, in checkpoints and in the log (``tying/<name>/penalty``).
+
+    Raises:
+        ConfigurationError: at construction, for arguments out of range; when training starts, for ties that do not
+            fit the model, and for optimizers and strategies with which the update would be wrong.
+
+    Example:
+        >>> SoftTying(["encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"], strength=1e-2).ties
+        [Tie(source='encoder.{i}.weight', target='decoder.{-i}.weight', relation='o i -> i o', exclude=())]
+
+    Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, 2016, section 7.9; for decoupled updates
+    I. Loshchilov and F. Hutter, Decoupled weight decay regularization, 2019.
+    """
+
+    def __init__(
+        self,
+        ties: Sequence[Tie | str],
+        strength: float = 1e-3,
+        penalty: Literal["l2", "l1"] | Penalty = "l2",
+        update: Literal["gradient", "decoupled", "proximal"] = "gradient",
+        schedule: Schedule | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not ties or isinstance(ties, str):
+            raise ConfigurationError(f"ties must be a list of at least one tie, not {ties!r}")
+        self.ties = [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]
+        self.strength = float(strength)
+        self.penalty = penalty_of(penalty)
+        self.update = update
+        self.schedule = schedule or Schedule()
+        self.name = name
+        self._check()
+        self._pull: TyingPenalty | None = None
+        self._steps: Counter[int] = Counter()  # by index of the optimizer
+        self._micro_batches = 0  # since the last step
+        self._window = 1.0  # share of a full accumulation window that the current step holds
+        self._hooks: list[RemovableHandle] = []
+        self._warned = False
+
+    def _check(self) -> None:
+        if self.update not in UPDATES:
+            close = nearest(self.update, UPDATES)
+            raise ConfigurationError(f"unknown update {self.update!r}: use {', '.join(map(repr, UPDATES))}.{close}")
+        if math.isnan(self.strength) or self.strength < 0:
+            raise ConfigurationError(f"strength must be 0 or more, not {self.strength}")
+        if math.isinf(self.strength) and self.update != "proximal":
+            raise ConfigurationError(f"strength=inf needs update='proximal'; update={self.update!r} would diverge")
+        if self.update == "proximal" and type(self.penalty).prox is Penalty.prox:
+            raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
+        self.schedule.check()
+
+    @property
+    def groups(self) -> list[TiedGroup]:
+        """The tied groups of the model in training; empty before training starts."""
+        return self._pull.groups if self._pull else []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": dict(self._steps)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps = Counter({int(index): int(count) for index, count in state_dict["steps"].items()})
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigurationError(
+                f"SoftTying does not support {type(trainer.strategy).__name__}, which splits the weights it "
+                "compares over processes: use one device or strategy 'ddp'"
+            )
+        if trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
+            self._steps.clear()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pull = TyingPenalty(resolve(pl_module, self.ties), self.penalty)
+        self._micro_batches, self._warned = 0, False
+        self._remove_hooks()
+        for index, optimizer in enumerate(trainer.optimizers):
+            searches = isinstance(optimizer, LBFGS) and optimizer.param_groups[0]["line_search_fn"]
+            if searches and self.update == "gradient":
+                raise ConfigurationError(
+                    "update='gradient' is wrong with the line search of LBFGS, whose loss would lack the penalty: use "
+                    "update='proximal', line_search_fn=None, or add tying.soft.TyingPenalty to your training_step"
+                )
+            hook = partial(self._after_step, trainer, pl_module, index)
+            self._hooks.append(optimizer.register_step_post_hook(hook))
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._micro_batches += 1
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._window = 1.0
+        if pl_module.automatic_optimization:
+            self._window = self._micro_batches / trainer.accumulate_grad_batches
+        self._micro_batches = 0
+        if self.update == "gradient" and self._window:
+            assert self._pull is not None
+            index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+            strength = self._strength_now(trainer, index)
+            plain_sgd = isinstance(optimizer, SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+            if plain_sgd:
+                self._warn_if_unstable(strength, _learning_rates(optimizer))
+            scale = strength * self._window * _loss_scale(trainer, optimizer)
+            self._pull.add_gradients_(scale, dict.fromkeys(_learning_rates(optimizer), 1.0))
+
+    def _after_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        index: int,
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
+        if not self._window or (found_inf is not None and float(found_inf) > 0):
+            return
+        assert self._pull is not None
+        strength, rates = self._strength_now(trainer, index), _learning_rates(optimizer)
+        if self.update == "decoupled":
+            self._warn_if_unstable(strength, rates)
+            self._pull.pull_(strength, rates)
+        elif self.update == "proximal":
+            self._pull.prox_(strength, rates)
+        self._steps[index] += 1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._micro_batches or not trainer._logger_connector.should_update_logs:
+            return
+        assert self._pull is not None
+        strength = self._strength_now(trainer, 0)
+        prefix = f"tying/{self.name}" if self.name else "tying"
+        pl_module.log(f"{prefix}/strength", strength)
+        if math.isfinite(strength):
+            with torch.no_grad():
+                pl_module.log(f"{prefix}/penalty", strength * self._pull())
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _strength_now(self, trainer: pl.Trainer, index: int) -> float:
+        count = self._steps[index] if self.schedule.unit == "step" else trainer.current_epoch
+        factor = self.schedule(count)
+        return self.strength * factor if factor else 0.0
+
+    def _warn_if_unstable(self, strength: float, rates: dict[torch.nn.Parameter, float]) -> None:
+        """Warn, once, where an explicit step would overshoot ever further: lr · strength · curvature > 2 / m."""
+        if self._warned:
+            return
+        for group in self.groups:
+            rate = max(rates.get(parameter, 0.0) for parameter in group.parameters)
+            if rate * strength * self.penalty.curvature > 2 / len(group):
+                self._warned = True
+                warnings.warn(
+                    f"lr · strength = {rate * strength:.3g} is past the stability bound 2/m = {2 / len(group):.3g} of "
+                    f"the group of {group.names[0]!r}: its weights will oscillate apart. Lower the strength, or use "
+                    "update='proximal', which is stable at any strength",
+                    stacklevel=2,
+                )
+                return
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[torch.nn.Parameter, float]:
+    return {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Return the factor that gradients still carry when a scaler leaves unscaling to a fused optimizer."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0

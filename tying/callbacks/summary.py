@@ -1,0 +1,104 @@
+"""What is tied, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from typing_extensions import override
+
+from tying.names import count_parameters
+from tying.selection import TiedGroup
+from tying.soft import gap
+
+
+@runtime_checkable
+class HoldsGroups(Protocol):
+    """A callback that ties weights."""
+
+    @property
+    def groups(self) -> list[TiedGroup]:
+        """The tied groups of the model in training."""
+
+
+class TyingSummary(pl.Callback):
+    """Print, when training starts, which weights are tied, and what that saves.
+
+    Args:
+        max_rows: how many groups to list.
+
+    Example:
+        >>> TyingSummary().max_rows
+        40
+    """
+
+    def __init__(self, max_rows: int = 40) -> None:
+        super().__init__()
+        self.max_rows = max_rows
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not in on_fit_start: by now every callback has found its groups, and a checkpoint's weights are in place
+        if trainer.is_global_zero:
+            print_summary(pl_module, tied_groups(callbacks_of(trainer)), self.max_rows)
+
+
+def tied_groups(callbacks: Iterable[pl.Callback]) -> list[tuple[str, TiedGroup]]:
+    """Return every group held by one of ``callbacks``, with the name of that callback's class."""
+    return [
+        (type(callback).__name__, group)
+        for callback in callbacks
+        if isinstance(callback, HoldsGroups)
+        for group in callback.groups
+    ]
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's callbacks."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by the trainer's connector, untyped
+
+
+def summary_table(groups: Sequence[tuple[str, TiedGroup]], max_rows: int = 40) -> Table:
+    """Return a table with a row per group: who, how many, shape, relation and gap."""
+    table = Table(title="Tied weights", title_justify="left")
+    for column, justify in [("by", "left"), ("weights", "left"), ("m", "right"), ("shape", "left")]:
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal, to mypy
+    table.add_column("relation")
+    table.add_column("gap", justify="right")
+    for kind, group in groups[:max_rows]:
+        names = f"{group.names[0]} ~ {group.names[1]}" + (" ~ …" if len(group) > 2 else "")
+        shape = "×".join(map(str, group.parameters[0].shape)) or "scalar"
+        table.add_row(kind, names, str(len(group)), shape, group.relation or "", f"{gap(group.tensors()):.4f}")
+    if len(groups) > max_rows:
+        table.add_row("", f"… and {len(groups) - max_rows} more groups", "", "", "", "")
+    return table
+
+
+def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> list[str]:
+    """Return the counts that go with the table: unique and virtual parameters, and bytes saved."""
+    unique, virtual = count_parameters(model)
+    aliased = sum(p.numel() * p.element_size() for _, p in model.named_parameters(remove_duplicate=False))
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    spare = [parameter for _, group in groups for parameter in group.parameters[1:]]
+    spare_bytes = sum(p.numel() * p.element_size() for p in spare)
+    lines = [f"{unique:,} unique parameters, {virtual:,} virtual; {aliased - held:,} bytes saved by sharing"]
+    if spare:
+        lines.append(
+            f"softly tied: {sum(p.numel() for p in spare):,} parameters; made equal: {spare_bytes:,} bytes less"
+        )
+    return lines
+
+
+def print_summary(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]], max_rows: int = 40) -> None:
+    """Print the table and the counts of :func:`summary_table` and :func:`summary_lines`."""
+    console = Console()
+    if groups:
+        console.print(summary_table(groups, max_rows))
+    else:
+        console.print("No tied weights.")
+    for line in summary_lines(model, groups):
+        console.print(line, highlight=False)

@@ -1,0 +1,153 @@
+"""Batches of images held in memory, cut and flipped as whole tensors.
+
+Order and augmentation are functions of (seed, epoch, batch index) alone, whatever the device or number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class RawBatch(NamedTuple):
+    """A batch before augmentation, small to move to a device.
+
+    Attributes:
+        images: uint8 (batch, height, width, channels).
+        labels: int64 (batch,).
+        offsets: int64 (batch, 2): top and left of each crop in the padded image.
+        flips: bool (batch,): which images to mirror.
+    """
+
+    images: Tensor
+    labels: Tensor
+    offsets: Tensor
+    flips: Tensor
+
+
+def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
+    """Return each image shifted and perhaps mirrored: a crop of the image padded with ``pad`` black pixels.
+
+    Args:
+        images: (batch, height, width, channels), any dtype.
+        offsets: (batch, 2) integers from 0 to 2·pad: top and left of the crop; ``pad`` leaves the image in place.
+        flips: (batch,) bool: mirror left to right.
+        pad: pixels added on every side.
+
+    Example:
+        >>> image = torch.tensor([1, 2, 3, 4]).view(1, 2, 2, 1)
+        >>> augment(image, torch.tensor([[1, 0]]), torch.tensor([True]), pad=1).flatten()
+        tensor([1, 0, 3, 0])
+    """
+    count, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    across = torch.arange(width, device=images.device)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = offsets[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
+    samples = torch.arange(count, device=images.device)
+    return padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return float images, zero mean and unit deviation by channel.
+
+    Args:
+        images: uint8 (batch, height, width, channels).
+        mean: (channels,), of pixels scaled to [0, 1].
+        std: (channels,), likewise.
+
+    Returns:
+        float32 (batch, channels, height, width), contiguous.
+    """
+    pixels = images.permute(0, 3, 1, 2).float().contiguous()
+    shape = (1, -1, 1, 1)
+    return pixels.sub_(255 * mean.to(pixels).view(shape)).div_(255 * std.to(pixels).view(shape))
+
+
+class BatchLoader:
+    """Iterate over images in memory, a raw batch at a time.
+
+    Several processes share each batch of ``world × batch_size`` samples, so that they see jointly what one process
+    sees with the larger batch. Lightning sets the epoch through ``sampler``.
+
+    Args:
+        images: uint8 (count, height, width, channels).
+        labels: int64 (count,).
+        batch_size: samples of a batch, per process.
+        train: shuffle, augment and drop an incomplete last batch; or yield everything in order, as it is.
+        augment: crop and flip when training.
+        pad: the largest shift of a crop, in pixels.
+        seed: of order and augmentation.
+        rank: this process, of ``world``.
+        world: number of processes.
+
+    Example:
+        >>> loader = BatchLoader(torch.zeros(10, 2, 2, 1, dtype=torch.uint8), torch.arange(10), 4, train=False)
+        >>> [batch.labels.tolist() for batch in loader]
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        train: bool,
+        augment: bool = True,
+        pad: int = 4,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.batch_size = batch_size
+        self.train = train
+        self.augment = augment and train
+        self.pad = pad
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> BatchLoader:
+        """Where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order and augmentation the next iteration takes."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        joint = self.world * self.batch_size
+        return len(self.labels) // joint if self.train else math.ceil(len(self.labels) / joint)
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        joint = self.world * self.batch_size
+        order = torch.arange(len(self.labels))
+        if self.train:
+            order = torch.randperm(len(self.labels), generator=_generator(self.seed, self.epoch))
+        for index in range(len(self)):
+            chosen = order[index * joint : (index + 1) * joint]
+            offsets = torch.full((len(chosen), 2), self.pad)
+            flips = torch.zeros(len(chosen), dtype=torch.bool)
+            if self.augment:
+                generator = _generator(self.seed, self.epoch, index)
+                offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
+                flips = torch.rand(len(chosen), generator=generator) < 0.5
+            own = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
+            yield RawBatch(self.images[chosen[own]], self.labels[chosen[own]], offsets[own], flips[own])
+
+
+def _generator(*key: int) -> torch.Generator:
+    """Return a generator that depends on all numbers of ``key``, and shares no stream with another key."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(seed >> 1)

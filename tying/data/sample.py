@@ -1,0 +1,82 @@
+"""The embedded sample: a class-balanced part of a JPEG copy of CIFAR-10.
+
+``python -m tying.data.sample ARCHIVE OUT`` cuts it from a tar file that holds
+``cifar10/{train,test}/<class>/NNNN.jpg``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import tarfile
+from collections import defaultdict
+from importlib import resources
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PER_CLASS = {"train": 500, "test": 100}
+FILE = "cifar10_sample.tar.xz"
+
+
+def load_sample() -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the embedded images and labels of the splits ``train`` (5,000) and ``test`` (1,000).
+
+    Returns:
+        For each split, uint8 images of shape (count, 32, 32, 3) and int64 labels, sorted by class and name.
+
+    Example:
+        >>> images, labels = load_sample()["test"]
+        >>> images.shape, images.dtype, labels.bincount().unique()
+        (torch.Size([1000, 32, 32, 3]), torch.uint8, tensor([100]))
+    """
+    images: dict[str, list[np.ndarray]] = defaultdict(list)
+    labels: dict[str, list[int]] = defaultdict(list)
+    archive = resources.files("tying.data").joinpath(FILE).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            split, kind, _ = PurePosixPath(member.name).parts[-3:]
+            file = tar.extractfile(member)
+            assert file is not None
+            images[split].append(np.asarray(Image.open(file)))
+            labels[split].append(CLASSES.index(kind))
+    return {split: (torch.from_numpy(np.stack(images[split])), torch.tensor(labels[split])) for split in PER_CLASS}
+
+
+def cut_sample(archive: Path, out: Path) -> int:
+    """Write evenly spaced images of each class and split of ``archive`` to ``out``; return the number of bytes.
+
+    The result depends on the images alone: times and owners are fixed, and ``out`` appears whole or not at all.
+    """
+    found: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".jpg"):
+                split, kind, name = PurePosixPath(member.name).parts[-3:]
+                file = tar.extractfile(member)
+                assert file is not None
+                found[split, kind].append((name, file.read()))
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    with tarfile.open(aside, "w:xz", preset=9) as tar:
+        for split, count in PER_CLASS.items():
+            for kind in CLASSES:
+                files = sorted(found[split, kind])
+                for name, content in files[:: max(1, len(files) // count)][:count]:
+                    info = tarfile.TarInfo(f"cifar10/{split}/{kind}/{name}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    aside.replace(out)
+    return out.stat().st_size
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    print(f"{arguments.out}: {cut_sample(arguments.archive, arguments.out):,} bytes")

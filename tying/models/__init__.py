@@ -1,0 +1,7 @@
+"""Reference networks and the LightningModules that train them."""
+
+from tying.models.autoencoder import Autoencoder
+from tying.models.classifier import Classifier
+from tying.models.networks import MLP, ResNet
+
+__all__ = ["MLP", "Autoencoder", "Classifier", "ResNet"]

@@ -1,0 +1,65 @@
+"""An autoencoder of two mirrored stacks, so that ties have something to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from tying.models.networks import stack
+
+
+class Autoencoder(pl.LightningModule):
+    """Linear layers with ReLUs down to a code and, mirrored, back up; trained on the mean squared error.
+
+    The layers are ``encoder.0``, ``encoder.2``, ... and ``decoder.0``, ``decoder.2``, ..., so that
+    ``"encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"`` ties each layer to its mirror image.
+
+    Args:
+        sizes: units of each layer, from input to code.
+        lr: learning rate of Adam.
+
+    Shape: (batch, ...) with ``sizes[0]`` entries a sample; the reconstruction has the input's shape.
+
+    Example:
+        >>> [tuple(p.shape) for name, p in Autoencoder([8, 4, 2]).named_parameters() if name.endswith("weight")]
+        [(4, 8), (2, 4), (4, 2), (8, 4)]
+    """
+
+    def __init__(self, sizes: Sequence[int] = (3072, 512, 128), lr: float = 1e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters({"sizes": list(sizes), "lr": lr})
+        self.encoder = nn.Sequential(*stack(sizes))
+        self.decoder = nn.Sequential(*stack([*sizes][::-1]))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        reconstruction: Tensor = self.decoder(self.encoder(x.flatten(1)))
+        return reconstruction.view(x.shape)
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._loss(batch, "train")
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._loss(batch, "val")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._loss(batch, "test")
+
+    def _loss(self, batch: Any, stage: str) -> Tensor:
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        loss = F.mse_loss(self(x), x)
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])

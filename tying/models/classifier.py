@@ -1,0 +1,152 @@
+"""A LightningModule that trains any network to classify."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from tying.errors import ConfigurationError
+
+
+class Classifier(pl.LightningModule):
+    """Train ``network`` on the cross entropy, and log loss and accuracy.
+
+    Args:
+        network: maps a batch of inputs to logits.
+        num_classes: number of classes.
+        optimizer: SGD with Nesterov momentum, or AdamW.
+        lr: peak learning rate.
+        momentum: of SGD.
+        weight_decay: of either optimizer, on all parameters.
+        schedule: what follows the warm-up: half a cosine down to 0, a tenth at each of ``drops``, or neither.
+        warmup: share of all steps over which the learning rate rises linearly from 0.
+        drops: shares of all steps, for ``schedule="step"``.
+        label_smoothing: of the cross entropy, in training.
+        channels_last: keep images and convolutions in the channels-last memory format.
+
+    Shape: batches of (inputs, labels); labels are integers of shape (batch,).
+
+    Raises:
+        ConfigurationError: an unknown optimizer or schedule.
+
+    Example:
+        >>> from tying.models import MLP
+        >>> Classifier(MLP([4, 3]), num_classes=3)(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_classes: int = 10,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        schedule: Literal["cosine", "step", "constant"] = "cosine",
+        warmup: float = 0.05,
+        drops: Sequence[float] = (0.5, 0.75),
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if optimizer not in ("sgd", "adamw") or schedule not in ("cosine", "step", "constant"):
+            raise ConfigurationError(
+                "optimizer is 'sgd' or 'adamw' and schedule 'cosine', 'step' or 'constant', "
+                f"not {optimizer!r} and {schedule!r}"
+            )
+        drops = list(drops)
+        self.save_hyperparameters(ignore=["network"])
+        self.network = network.to(memory_format=torch.channels_last) if channels_last else network
+        self.accuracy = nn.ModuleDict(
+            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("fit", "val", "test")}
+        )
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hparams["channels_last"]:
+            x = x.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(x)
+        return logits
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
+        self.log("train/loss", loss)
+        self._log_accuracy("train", "fit", logits, y)
+        return loss
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        probabilities: Tensor = self(batch[0] if isinstance(batch, list | tuple) else batch).softmax(dim=-1)
+        return probabilities
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        x, y = batch
+        logits = self(x)
+        self.log(f"{stage}/loss", F.cross_entropy(logits, y), sync_dist=True)
+        self._log_accuracy(stage, stage, logits, y)
+
+    def _log_accuracy(self, stage: str, metric: str, logits: Tensor, y: Tensor) -> None:
+        accuracy = cast(MulticlassAccuracy, self.accuracy[metric])
+        accuracy(logits, y)
+        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        hparams = self.hparams
+        optimizer: torch.optim.Optimizer
+        if hparams["optimizer"] == "sgd":
+            momentum, decay = hparams["momentum"], hparams["weight_decay"]
+            optimizer = torch.optim.SGD(
+                self.parameters(), lr=hparams["lr"], momentum=momentum, weight_decay=decay, nesterov=momentum > 0
+            )
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"])
+        factor = partial(
+            learning_rate_factor,
+            total=int(self.trainer.estimated_stepping_batches),
+            warmup=hparams["warmup"],
+            schedule=hparams["schedule"],
+            drops=hparams["drops"],
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_factor(step: int, total: int, warmup: float, schedule: str, drops: Sequence[float] = ()) -> float:
+    """Return the factor on the peak learning rate at ``step`` of ``total``.
+
+    Example:
+        >>> [round(learning_rate_factor(step, 10, 0.2, "cosine"), 3) for step in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    rising = round(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    if schedule == "cosine":
+        progress = (step - rising) / max(1, total - rising)
+        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    if schedule == "step":
+        return 0.1 ** sum(step >= drop * total for drop in drops)
+    return 1.0
