@@ -62,19 +62,20 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by the trainer's connector, untyped
 
 
-def summary_table(groups: Sequence[tuple[str, TiedGroup]], max_rows: int = 40) -> Table:
-    """Return a table with a row per group: who, how many, shape, relation and gap."""
+def summary_table(groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None = 40) -> Table:
+    """Return a table with a row per group: who, how many, shape, relation and gap; ``None``: all, with all names."""
     table = Table(title="Tied weights", title_justify="left")
     for column, justify in [("by", "left"), ("weights", "left"), ("m", "right"), ("shape", "left")]:
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a literal, to mypy
     table.add_column("relation")
     table.add_column("gap", justify="right")
     for kind, group in groups[:max_rows]:
-        names = f"{group.names[0]} ~ {group.names[1]}" + (" ~ …" if len(group) > 2 else "")
+        names = [*group.names] if max_rows is None else [*group.names[:2], *["…"] * (len(group) > 2)]
         shape = "×".join(map(str, group.parameters[0].shape)) or "scalar"
-        table.add_row(kind, names, str(len(group)), shape, group.relation or "", f"{gap(group.tensors()):.4f}")
-    if len(groups) > max_rows:
-        table.add_row("", f"… and {len(groups) - max_rows} more groups", "", "", "", "")
+        relation = group.relation or ""
+        table.add_row(kind, "\n".join(names), str(len(group)), shape, relation, f"{gap(group.tensors()):.4f}")
+    if max_rows is not None and len(groups) > max_rows:
+        table.add_row("", f"… and {len(groups) - max_rows} more groups")
     return table
 
 
@@ -93,7 +94,7 @@ def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> 
     return lines
 
 
-def print_summary(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]], max_rows: int = 40) -> None:
+def print_summary(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None = 40) -> None:
     """Print the table and the counts of :func:`summary_table` and :func:`summary_lines`."""
     console = Console()
     if groups:

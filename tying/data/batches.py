@@ -93,6 +93,8 @@ class BatchLoader:
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     """
 
+    batch_sampler = None  # Lightning looks here before it looks at `sampler`
+
     def __init__(
         self,
         images: Tensor,

@@ -1,0 +1,5 @@
+"""``python -m tying``."""
+
+from tying.cli import main
+
+main()
