@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 import tying.callbacks
@@ -115,10 +115,13 @@ def _told_briefly(chain: Sequence[BaseException]) -> str:
         >>> _told_briefly([outer, inner])
         'data: batch_size must be 1 or more, not 0'
     """
-    first = next((error for error in chain if isinstance(error, ConfigurationError)), chain[-1])
+    cause = next((error for error in chain if isinstance(error, ConfigurationError)), chain[-1])
     heads = [re.match(r"""(?:Parser key|Problem with given class_path) ["']([^"']+)["']""", str(e)) for e in chain]
-    places = dict.fromkeys(head[1] for head in heads if head)
-    return ": ".join([*places, re.sub(r"^Parser key \S+:\s*", "", str(first).strip())])
+    told = [*dict.fromkeys(head[1] for head in heads if head), re.sub(r"^Parser key \S+:\s*", "", str(cause).strip())]
+    before = str(chain[chain.index(cause) - 1])
+    union = re.match(r"Does not validate against any of the Union subtypes\nSubtypes: \[(.*)\]\n", before)
+    accepted = f" (accepted: {union[1]})" if union and not isinstance(cause, ConfigurationError) else ""
+    return ": ".join(told) + accepted
 
 
 if __name__ == "__main__":
