@@ -28,8 +28,9 @@ class SoftTying(pl.Callback):
     """Pull tied weights together while they train.
 
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
-    if the penalty stood in the loss. ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``,
-    outside momentum and adaptive scaling. ``"proximal"`` takes the proximal step instead, stable at any strength.
+    if the penalty stood in the loss; with several optimizers, at the weights as each finds them when it steps.
+    ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``, outside momentum and adaptive scaling.
+    ``"proximal"`` takes the proximal step instead, stable at any strength.
     Each member moves with its own parameter group's learning rate; members that no optimizer trains stay.
 
     Logs ``tying/penalty`` (strength · Ω, where strength is finite) and ``tying/strength``. In a shortened last
@@ -37,7 +38,7 @@ class SoftTying(pl.Callback):
 
     Args:
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
-        strength: factor on Ω, ≥ 0; ``inf`` with ``update="proximal"`` makes the members equal at every step.
+        strength: factor on Ω, ≥ 0; ``inf`` (in YAML ``.inf``) with ``update="proximal"`` makes the members equal at every step.
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a :class:`tying.soft.Penalty` of your own.
         update: how the pull acts; see above.
         schedule: a factor on ``strength`` over steps or epochs.

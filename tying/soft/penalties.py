@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tying.errors import ConfigurationError
-from tying.soft.proximal import isotonic, prox_pair, prox_to_constants
+from tying.soft.proximal import prox_pair, prox_sorted, prox_to_constants
 
 
 def l2(tensors: Sequence[Tensor]) -> Tensor:
@@ -200,8 +200,7 @@ class L1(Penalty):
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
         """Return the proximal step; groups of more than two need one rate for all tensors that move.
 
-        The tensors that move keep their order, so their sorted values, shifted by ``s (2k − p − 1)``, are made
-        monotone by isotonic regression; constants f then pull each by the proximal step of ``s Σ |v − f|``.
+        The tensors that move are pulled to each other first, entry by entry, and then each to the constants.
         """
         if len(tensors) == 2:
             d = tensors[0] - tensors[1]
@@ -218,13 +217,8 @@ class L1(Penalty):
         step = strength * rates[moving[0]]
         constants = [w for w, rate in zip(tensors, rates, strict=True) if not rate]
         ordered, order = torch.stack([tensors[i] for i in moving], dim=-1).sort(dim=-1)
-        p = len(moving)
-        if math.isinf(step):
-            pooled = ordered.mean(dim=-1, keepdim=True).expand_as(ordered)
-        else:
-            shifts = torch.arange(1 - p, p, 2, dtype=ordered.dtype, device=ordered.device)
-            pooled = isotonic(ordered - step * shifts)
-        moved = torch.empty_like(ordered).scatter_(-1, order, prox_to_constants(pooled, constants, step))
+        pulled = prox_to_constants(prox_sorted(ordered, step), constants, step)
+        moved = torch.empty_like(ordered).scatter_(-1, order, pulled)
         for i, values in zip(moving, moved.unbind(-1), strict=True):
             result[i] = values
         return result

@@ -18,20 +18,26 @@ def prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[flo
     return [a - rate_a * excess if rate_a else a, b + rate_b * excess if rate_b else b]
 
 
-def isotonic(z: Tensor) -> Tensor:
-    """Return the nearest non-decreasing values along the last dimension: ``v_k = max_{a≤k} min_{b≥k} mean(z_a..z_b)``.
+def prox_sorted(w: Tensor, step: float) -> Tensor:
+    """Return ``argmin_v ½‖v − w‖² + t Σ_{i<j} |v_i − v_j|`` along the last dimension, where w is sorted.
+
+    Sorted values keep their order, so the penalty is linear in them: its step shifts w_k by ``−t (2k − p − 1)``, and
+    isotonic regression makes the result monotone again: ``v_k = max_{a≤k} min_{b≥k} mean(shifted w_a..w_b)``.
 
     Source: R. E. Barlow, D. J. Bartholomew, J. M. Bremner and H. D. Brunk, Statistical inference under order
     restrictions, 1972.
     """
-    p = z.shape[-1]
-    v = torch.full_like(z, -math.inf)
-    for a in range(p):
-        count = torch.arange(1, p - a + 1, dtype=z.dtype, device=z.device)
-        means = z[..., a:].cumsum(dim=-1) / count
+    p = w.shape[-1]
+    base = w[..., :1]  # means are taken relative to the smallest, so that equal values stay exactly as they are
+    if math.isinf(step):
+        return base + (w - base).mean(dim=-1, keepdim=True).expand_as(w)
+    v = torch.full_like(w, -math.inf)
+    for a in range(1, p + 1):
+        b = torch.arange(a, p + 1, dtype=w.dtype, device=w.device)
+        means = (w[..., a - 1 :] - base).cumsum(dim=-1) / (b - a + 1) - step * (a + b - p - 1)
         smallest_beyond = means.flip(-1).cummin(dim=-1).values.flip(-1)
-        v[..., a:] = torch.maximum(v[..., a:], smallest_beyond)
-    return v
+        v[..., a - 1 :] = torch.maximum(v[..., a - 1 :], smallest_beyond)
+    return base + v
 
 
 def prox_to_constants(z: Tensor, constants: list[Tensor], step: float) -> Tensor:
