@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 TIES = ["encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o", "encoder.0.bias ~ decoder.0.bias"]
 STRENGTH = 0.05
@@ -47,9 +49,12 @@ def by_hand(model, strength=STRENGTH):
     return strength * sum((a - b).square().sum() / 2 for a, b in pairs)
 
 
-def batches(count=10, size=4):
+def batches(count=10, size=4, world=1):
     generator = torch.Generator().manual_seed(1)
-    return DataLoader(TensorDataset(torch.randn(count * size, 6, generator=generator)), batch_size=size)
+    dataset = TensorDataset(torch.randn(count * size, 6, generator=generator))
+    rank = int(os.environ.get("RANK", 0))
+    sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False) if world > 1 else None
+    return DataLoader(dataset, batch_size=size, sampler=sampler)
 
 
 def train(model, callbacks=(), *, data=None, ckpt_path=None, **arguments: Any) -> pl.Trainer:

@@ -38,7 +38,7 @@ class SoftTying(pl.Callback):
 
     Args:
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
-        strength: factor on Ω, ≥ 0; ``inf`` (in YAML ``.inf``) with ``update="proximal"`` makes the members equal at every step.
+        strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``: equal after every step.
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a :class:`tying.soft.Penalty` of your own.
         update: how the pull acts; see above.
         schedule: a factor on ``strength`` over steps or epochs.

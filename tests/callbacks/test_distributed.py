@@ -1,0 +1,44 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_run
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The weights that one process and two processes end with, for every case."""
+    out = tmp_path_factory.mktemp("weights")
+    script = Path(distributed_run.__file__)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        str(out),
+        "2",
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    distributed_run.main(out, 1)
+    assert len(list(out.glob("2-*.pt"))) == 2 * len(distributed_run.CASES), done.stderr[-3000:]
+    return {path.stem: torch.load(path, weights_only=True) for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("case", range(len(distributed_run.CASES)), ids=map(str, distributed_run.CASES))
+def test_two_processes_equal_one_on_the_joint_batch(weights, case):
+    one, first, second = (weights[f"{world}-{rank}-{case}"] for world, rank in [(1, 0), (2, 0), (2, 1)])
+    for name in one:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], one[name], rtol=0, atol=1e-10)
+
+
+def test_the_cases_differ(weights):
+    ends = [weights[f"1-0-{case}"]["encoder.0.weight"] for case in range(len(distributed_run.CASES))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
