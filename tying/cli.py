@@ -70,25 +70,37 @@ class TyingCLI(LightningCLI):
         return super().init_parser(**{"exit_on_error": False, **kwargs})  # main tells the error, in fewer words
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # without Lightning's warning where a program passes its own arguments
+
+    @override
     def before_instantiate_classes(self) -> None:
         path = self._get(self.config, "ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and ":" not in path and not Path(path).exists():
             raise ConfigurationError(f"ckpt_path: there is no checkpoint {path}; give a path, 'last' or 'best'")
 
 
+def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
+    """Return trainer, model and data as the arguments say; with ``run``, the first of these is a subcommand to run.
+
+    Example:
+        >>> cli = parse(["--seed_everything=0", "--model=Autoencoder", "--model.sizes=[8, 4]"])
+        >>> cli.model.hparams["sizes"]
+        [8, 4]
+    """
+    return TyingCLI(
+        trainer_class=Trainer,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        args=None if args is None else [*args],
+        run=run,
+    )
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake in what was asked for is told in a paragraph, with exit status 2."""
     try:
-        TyingCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            trainer_class=Trainer,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            args=None if args is None else [*args],
-        )
+        parse(args, run=True)
     except (ArgumentError, ValueError, MisconfigurationException) as error:
         chain = _causes(error)
         mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)

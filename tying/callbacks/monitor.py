@@ -50,7 +50,7 @@ class TyingMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        new_step = not self.steps or trainer.global_step > self.steps[-1]
+        new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
         groups = tied_groups(callbacks_of(trainer))
         if not (groups and new_step and trainer._logger_connector.should_update_logs):
             return

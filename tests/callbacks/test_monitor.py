@@ -1,0 +1,57 @@
+import csv
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from toys import TIES, Toy, train
+
+from tying import resolve
+from tying.callbacks import SoftTying, TyingMonitor
+from tying.soft import gap
+
+
+def test_logs_the_largest_gap_and_plots(tmp_path):
+    model, monitor = Toy(), TyingMonitor()
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    train(model, [SoftTying(TIES), monitor], logger=logger, max_epochs=2, log_every_n_steps=5)
+    gaps = {group.names[0]: gap(group.tensors()) for group in resolve(model, TIES)}
+    with open(tmp_path / "run" / "version_0" / "metrics.csv") as file:
+        logged = [float(row["tying/gap"]) for row in csv.DictReader(file) if row["tying/gap"]]
+    assert len(logged) == 4
+    assert logged[-1] == pytest.approx(max(gaps.values()), rel=1e-6)
+    assert monitor.steps == [5, 10, 15, 20]
+    assert {name: history[-1] for name, history in monitor.history.items()} == pytest.approx(gaps)
+    with Image.open(tmp_path / "run" / "version_0" / "tying_gap.png") as image:
+        assert image.size[0] > 100
+    assert [path.name for path in (tmp_path / "run" / "version_0").glob("*.png")] == ["tying_gap.png"]
+
+
+def test_accumulation_logs_once_a_step(tmp_path):
+    monitor = TyingMonitor()
+    train(Toy(), [SoftTying(TIES), monitor], accumulate_grad_batches=4, max_epochs=1, default_root_dir=tmp_path)
+    assert monitor.steps == [1, 2, 3]
+
+
+def test_history_is_resumed(tmp_path):
+    monitor = TyingMonitor()
+    trainer = train(Toy(), [SoftTying(TIES), monitor], max_epochs=1, default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = TyingMonitor()
+    train(Toy(), [SoftTying(TIES), resumed], max_epochs=2, ckpt_path=tmp_path / "a.ckpt", default_root_dir=tmp_path)
+    assert resumed.steps == list(range(1, 21))
+    assert all(len(history) == 20 for history in resumed.history.values())
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["TyingMonitor"]["steps"] == monitor.steps
+
+
+def test_plots_a_limited_number_of_groups(tmp_path):
+    monitor = TyingMonitor(max_lines=2)
+    train(Toy(), [SoftTying(TIES), monitor], max_epochs=1, default_root_dir=tmp_path)
+    assert len(monitor.history) == 2
+
+
+def test_without_ties_nothing_happens(tmp_path):
+    monitor = TyingMonitor()
+    trainer = train(Toy(), [monitor], max_epochs=1, default_root_dir=tmp_path)
+    assert "tying/gap" not in trainer.callback_metrics
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,52 @@
+import re
+
+import torch
+from rich.console import Console
+from toys import TIES, Toy, train
+
+from tying import resolve
+from tying.callbacks import SoftTying, TyingSummary
+from tying.callbacks.summary import summary_lines, summary_table
+from tying.soft import gap
+
+
+def shown(table):
+    console = Console(width=200, file=None, record=True, quiet=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def test_table_by_hand():
+    model = Toy()
+    groups = [("SoftTying", group) for group in resolve(model, TIES)]
+    text = shown(summary_table(groups))
+    first = gap([model.encoder[0].weight, model.decoder[2].weight.T])
+    assert re.search(rf"SoftTying .*encoder\.0\.weight.* 2 .*5×6 .*o i -> i o .*{first:.4f}", text)
+    assert "decoder.2.weight" in text
+    assert "… and 2 more groups" in shown(summary_table(groups, max_rows=1))
+
+
+def test_full_table_names_all():
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(4)])
+    groups = [("SoftTying", group) for group in resolve(model, ["*.weight"])]
+    assert "3.weight" not in shown(summary_table(groups))
+    assert "3.weight" in shown(summary_table(groups, max_rows=None))
+
+
+def test_counts_by_hand():
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False) for _ in range(4)])
+    model[1].weight = model[0].weight
+    groups = [("SoftTying", group) for group in resolve(model, ["0.weight ~ 2.weight"])]
+    assert summary_lines(model, groups) == [
+        "12 unique parameters, 16 virtual; 16 bytes saved by sharing",
+        "softly tied: 4 parameters; made equal: 16 bytes less",
+    ]
+    assert summary_lines(model, []) == ["12 unique parameters, 16 virtual; 16 bytes saved by sharing"]
+
+
+def test_printed_once_when_training_starts_whatever_the_order(capsys):
+    train(Toy(), [TyingSummary(), SoftTying(TIES)], max_epochs=1)
+    assert capsys.readouterr().out.count("Tied weights") == 1
+    train(Toy(), [TyingSummary()], max_epochs=1)
+    assert "No tied weights." in capsys.readouterr().out

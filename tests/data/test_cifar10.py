@@ -1,0 +1,174 @@
+import hashlib
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10 as Official
+
+from tying import ConfigurationError
+from tying.data import CIFAR10
+from tying.data.sample import CLASSES, PER_CLASS, cut_sample, load_sample
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A tiny archive in the official layout, and torchvision's checksums to go with it."""
+    root, rng = tmp_path / "root", np.random.default_rng(0)
+    root.mkdir()
+    packed = io.BytesIO()
+    md5s = {}
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+
+        def add(name, content):
+            info = tarfile.TarInfo(f"{Official.base_folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            md5s[name] = hashlib.md5(content).hexdigest()
+
+        for name, _ in Official.train_list + Official.test_list:
+            data = rng.integers(256, size=(20, 3072), dtype=np.uint8)
+            add(name, pickle.dumps({"data": data, "labels": [i % 10 for i in range(20)]}))
+        add("batches.meta", pickle.dumps({"label_names": list(CLASSES)}))
+    (root / Official.filename).write_bytes(packed.getvalue())
+    monkeypatch.setattr(Official, "train_list", [[name, md5s[name]] for name, _ in Official.train_list])
+    monkeypatch.setattr(Official, "test_list", [[name, md5s[name]] for name, _ in Official.test_list])
+    monkeypatch.setattr(Official, "meta", {**Official.meta, "md5": md5s["batches.meta"]})
+    monkeypatch.setattr(Official, "tgz_md5", hashlib.md5(packed.getvalue()).hexdigest())
+    return root
+
+
+def ready(**arguments):
+    data = CIFAR10(**arguments)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_archive(archive):
+    data = ready(root=archive, batch_size=10)
+    assert data.source == "archive"
+    assert str(archive) in data.description
+    images, labels = data._splits["fit"]
+    assert images.shape == (90, 32, 32, 3)
+    assert len(data._splits["val"][1]) == 10
+    assert data._splits["val"][1].bincount().tolist() == [1] * 10
+    assert labels.bincount().tolist() == [9] * 10
+    assert sorted(path.name for path in archive.iterdir()) == [Official.base_folder, Official.filename]
+    official = Official(str(archive), train=False)
+    assert torch.equal(data._splits["test"][0], torch.from_numpy(official.data))
+
+
+def test_extracted_folder_alone(archive):
+    ready(root=archive)
+    (archive / Official.filename).unlink()
+    assert len(ready(root=archive)._splits["test"][1]) == 20
+
+
+def test_truncated_archive(archive):
+    packed = archive / Official.filename
+    packed.write_bytes(packed.read_bytes()[:-100])
+    with pytest.raises(ConfigurationError, match=r"truncated or corrupted.*download: true"):
+        ready(root=archive)
+    assert [path.name for path in archive.iterdir()] == [Official.filename]
+
+
+def test_broken_folder(archive):
+    ready(root=archive)
+    (archive / Official.base_folder / "data_batch_3").write_bytes(b"broken")
+    ready(root=archive)  # the archive is still there: extracted again
+    (archive / Official.filename).unlink()
+    (archive / Official.base_folder / "data_batch_3").unlink()
+    with pytest.raises(ConfigurationError, match=r"incomplete or corrupted \(data_batch_3\)"):
+        ready(root=archive)
+
+
+def test_missing_archive(tmp_path):
+    with pytest.raises(
+        ConfigurationError, match=r"no CIFAR-10 under .*nowhere: expected cifar-10-python\.tar\.gz.*download: true"
+    ):
+        ready(root=tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_download_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(Official, "url", "http://localhost:9/none.tar.gz")
+    with pytest.raises(ConfigurationError, match=r"could not be downloaded from http://localhost:9.*by hand"):
+        ready(root=tmp_path / "new", download=True)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_sample():
+    data = ready()
+    assert data.source == "sample"
+    assert "sample" in data.description
+    assert {split: len(labels) for split, (_, labels) in data._splits.items()} == {
+        "fit": 4500,
+        "val": 500,
+        "test": 1000,
+    }
+    assert data._splits["val"][1].bincount().tolist() == [50] * 10
+    batch = next(iter(data.train_dataloader()))
+    x, y = data.on_after_batch_transfer(batch, 0)
+    assert (x.shape, x.dtype, y.shape) == ((128, 3, 32, 32), torch.float32, (128,))
+    assert abs(float(x.mean())) < 0.3
+    assert data.on_after_batch_transfer((x, y), 0) == (x, y)
+
+
+def test_held_out_samples_are_the_same_for_every_seed_and_batch_size():
+    first, second = ready(), ready(seed=5, batch_size=3)
+    assert torch.equal(first._splits["val"][0], second._splits["val"][0])
+    assert ready(validation=0.0).val_dataloader() == []
+
+
+def test_evaluation_images_are_left_as_they_are():
+    data = ready()
+    batch = next(iter(data.test_dataloader()))
+    x, _ = data.on_after_batch_transfer(batch, 0)
+    assert torch.equal(batch.images, load_sample()["test"][0][:128])
+    expected = (batch.images[0, 0, 0].float() / 255 - torch.tensor([0.4914, 0.4822, 0.4465])) / torch.tensor(
+        [0.2470, 0.2435, 0.2616]
+    )
+    torch.testing.assert_close(x[0, :, 0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "achive"}, "unknown source 'achive'.*archive"),
+        ({"source": "archive"}, "needs root"),
+        ({"validation": 1.0}, "validation is a share"),
+        ({"validation": -0.1}, "validation is a share"),
+        ({"batch_size": 0}, "batch_size must be 1 or more"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CIFAR10(**arguments)
+
+
+def test_cutting_the_sample(tmp_path):
+    source, out = tmp_path / "all.tar", tmp_path / "out.tar.xz"
+    with tarfile.open(source, "w") as tar:
+        for split, count in PER_CLASS.items():
+            for shade, kind in enumerate(CLASSES):
+                for number in reversed(range(2 * count)):
+                    jpeg = io.BytesIO()
+                    Image.new("RGB", (4, 4), (shade, number % 256, 0)).save(jpeg, "JPEG")
+                    info = tarfile.TarInfo(f"anything/{split}/{kind}/{number:04}.jpg")
+                    info.size = len(jpeg.getvalue())
+                    info.mtime = number
+                    tar.addfile(info, io.BytesIO(jpeg.getvalue()))
+    size = cut_sample(source, out)
+    content = out.read_bytes()
+    assert size == len(content)
+    with tarfile.open(out) as tar:
+        names = tar.getnames()
+    assert len(names) == 6000
+    assert names[:2] == ["cifar10/train/airplane/0000.jpg", "cifar10/train/airplane/0002.jpg"]
+    cut_sample(source, out)
+    assert out.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.tar", "out.tar.xz"]

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from toys import train
+
+from tying import ConfigurationError
+from tying.models import MLP, Autoencoder, Classifier
+from tying.models.classifier import learning_rate_factor
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+
+
+def data(count=64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 3, 4, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.mean(dim=(1, 2, 3)) > 0).long()), batch_size=16)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_classifier_learns_and_logs(optimizer, schedule):
+    model = Classifier(
+        MLP([48, 16, 2]), num_classes=2, optimizer=optimizer, lr=0.05 if optimizer == "sgd" else 0.01, schedule=schedule
+    )
+    trainer = train(model, data=data(), max_epochs=10)
+    assert trainer.callback_metrics["train/accuracy"] > 0.9
+    [tested] = trainer.test(model, data(), verbose=False)
+    assert tested["test/accuracy"] > 0.9
+    probabilities = torch.cat(trainer.predict(model, data()))
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(64))
+
+
+def test_classifier_channels_last_gives_the_same_numbers():
+    class Network(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+
+    plain, last = Classifier(Network()), Classifier(Network(), channels_last=True)
+    last.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(last(x), plain(x))
+    assert last.network[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_unknown_choices():
+    with pytest.raises(ConfigurationError, match="'sgd' or 'adamw'"):
+        Classifier(MLP([2, 2]), optimizer="adam")
+
+
+def test_learning_rate_by_hand():
+    assert [learning_rate_factor(step, 100, 0.1, "constant") for step in (0, 9, 10, 99)] == [0.1, 1.0, 1.0, 1.0]
+    steps = [learning_rate_factor(step, 100, 0.0, "step", (0.5, 0.75)) for step in (0, 49, 50, 75)]
+    assert steps == pytest.approx([1.0, 1.0, 0.1, 0.01])
+    assert learning_rate_factor(55, 100, 0.1, "cosine") == pytest.approx(0.5)
+
+
+def test_autoencoder_learns_and_loads(tmp_path):
+    model = Autoencoder([48, 32, 16], lr=1e-2)
+    trainer = train(model, data=data(), max_epochs=20)
+    assert trainer.callback_metrics["train/loss"] < 0.8  # the data has variance 1
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Autoencoder.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    x = torch.randn(2, 3, 4, 4)
+    assert loaded(x).shape == x.shape
+    assert torch.equal(loaded(x), model(x))

@@ -1,0 +1,199 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from toys import TIES, Toy, batches, same
+
+from tying.callbacks import SoftTying
+from tying.cli import main, parse
+
+ROOT = Path(__file__).parents[1]
+BASE, SOFT, BF16 = (f"--config={ROOT / 'configs' / name}.yaml" for name in ("base", "soft", "bf16"))
+SMALL = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--model.network.depth=8",
+]
+SMALL += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+TIES8 = "--trainer.callbacks.ties=[network.layer1.*.branch.conv*.weight]"
+
+
+def errors(capsys, *args):
+    with pytest.raises(SystemExit) as exited:
+        main(args)
+    assert exited.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_fit_test_and_resume(tmp_path, capsys):
+    main(["fit", BASE, SOFT, *SMALL, TIES8])
+    run = tmp_path / "runs" / "soft" / "version_0"
+    [checkpoint] = (run / "checkpoints").iterdir()
+    assert {"config.yaml", "metrics.csv", "tying_gap.png"} <= {path.name for path in run.iterdir()}
+    assert "tying/gap" in (run / "metrics.csv").read_text()
+    assert "Tied weights" in capsys.readouterr().out
+    torch.load(checkpoint, weights_only=True)
+    main(["test", BASE, SOFT, "--model.network.depth=8", "--trainer.limit_test_batches=1", f"--ckpt_path={checkpoint}"])
+    assert "test/accuracy" in capsys.readouterr().out
+    main(["fit", BASE, SOFT, *SMALL, TIES8, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
+    assert (tmp_path / "runs" / "soft" / "version_1").exists()
+
+
+def test_printed_config_runs_again_unchanged(tmp_path, capsys):
+    def printed(*args):
+        with pytest.raises(SystemExit) as exited:
+            main(["fit", *args, "--print_config"])
+        assert exited.value.code in (0, None)
+        return capsys.readouterr().out
+
+    extra = [
+        "--trainer.callbacks.schedule.end=0.5",
+        "--trainer.callbacks.schedule.length=7",
+        "--trainer.callbacks.penalty=Huber",
+    ]
+    text = printed(BASE, SOFT, BF16, *SMALL, *extra)
+    (tmp_path / "printed.yaml").write_text(text)
+    assert printed("--config=printed.yaml") == text
+    soft = yaml.safe_load(text)["trainer"]["callbacks"][-1]["init_args"]
+    assert soft["schedule"]["end"] == 0.5
+    assert soft["penalty"] == {"class_path": "tying.soft.Huber", "init_args": {"delta": 1.0}}
+    text = printed(BASE, SOFT, *SMALL, TIES8)
+    (tmp_path / "printed.yaml").write_text(text)
+    main(["fit", "--config=printed.yaml"])
+
+
+def test_structured_ties_from_yaml(tmp_path):
+    (tmp_path / "ties.yaml").write_text(
+        """
+trainer:
+  callbacks+:
+    - class_path: SoftTying
+      init_args:
+        ties:
+          - "encoder.0.bias ~ decoder.0.bias"
+          - {source: "encoder.{i}.weight", target: "decoder.{-i}.weight", relation: "o i -> i o", exclude: ["**.4"]}
+        strength: .inf
+        update: proximal
+"""
+    )
+    cli = parse([BASE, "--config=ties.yaml", "--model=Autoencoder"])
+    assert cli.trainer.callbacks[2].strength == float("inf")
+    assert str(cli.trainer.callbacks[2].ties[1]) == TIES[0]
+    assert cli.trainer.callbacks[2].ties[1].exclude == ("**.4",)
+
+
+def test_the_three_ways_give_bitwise_the_same_run(tmp_path):
+    """The callback in Python, the mixin and the YAML line; SMALL data, real CLI."""
+    from toys import train
+
+    from tying.mixins import SoftTyingMixin
+
+    class Inherits(SoftTyingMixin, Toy):
+        soft_tying = {"ties": TIES, "strength": 0.05}  # noqa: RUF012  # the documented form
+
+    (tmp_path / "soft.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": "toys.Toy",
+                "trainer": {
+                    "max_epochs": 5,
+                    "accelerator": "cpu",
+                    "logger": False,
+                    "enable_checkpointing": False,
+                    "enable_progress_bar": False,
+                    "callbacks": [
+                        {"class_path": "tying.callbacks.SoftTying", "init_args": {"ties": TIES, "strength": 0.05}}
+                    ],
+                },
+            }
+        )
+    )
+    python, inherited = Toy(), Inherits()
+    train(python, [SoftTying(TIES, strength=0.05)])
+    train(inherited)
+    cli = parse(["--config=soft.yaml"])
+    cli.trainer.fit(cli.model, batches())
+    assert same(python, inherited)
+    assert same(python, cli.model)
+    assert not same(python, Toy())
+
+
+def test_inspect(capsys):
+    main(["inspect", BASE, SOFT])
+    out = capsys.readouterr().out
+    assert "'network.layer1.*.branch.conv*.weight' matches 6 weights in 1 groups" in out
+    assert re.search(r"16×16×3×3 .* 0\.9", out)
+    assert "269,722 unique parameters" in out
+    assert "Not matched by any tie: 43\nnetwork.stem.conv.weight\n" in out
+    assert not Path("runs").exists()
+
+
+def test_inspect_tells_every_tie_that_does_not_fit(capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "inspect",
+                BASE,
+                SOFT,
+                "--trainer.callbacks.ties=[network.stm.*, network.layer1.*.branch.conv1.weight, a.b]",
+            ]
+        )
+    told = capsys.readouterr()
+    assert "matches 3 weights in 1 groups" in told.out
+    assert "pattern 'network.stm.*' matches no parameter" in told.err
+    assert "pattern 'a.b' matches no parameter" in told.err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--trainer.callbacks.strength=-1"], "strength must be 0 or more, not -1.0"),
+        (["--trainer.callbacks.strength=.nan"], "strength must be 0 or more, not nan"),
+        (["--trainer.callbacks.strength=.inf"], "strength=inf needs update='proximal'"),
+        (["--trainer.callbacks.strength=abc"], "strength: Expected a <class 'float'>. Got value: abc"),
+        (["--trainer.callbacks.penalty=l3"], "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
+        (["--trainer.callbacks.update=up"], "update: Expected a typing.Literal['gradient', 'decoupled', 'proximal']"),
+        (["--trainer.callbacks.ties=[a ~]"], "tie 'a ~' must have the form"),
+        (["--trainer.callbacks.schedule.length=-3"], "needs a length"),
+        (["--trainer.callbacks.ties=[network.steem.conv.weight]"], "Nearest existing names: network.stem.conv.weight"),
+        (["--model.network.depth=21"], "a ResNet's depth is 6n + 2"),
+        (["--data.source=foo"], "source: Expected a typing.Literal['auto', 'archive', 'sample']. Got value: foo"),
+        (["--data.source=archive"], "source='archive' needs root"),
+        (["--data.root=nowhere"], "no CIFAR-10 under nowhere"),
+        (["--data.validation=2"], "validation is a share"),
+        (["--modell=3"], "unrecognized arguments: --modell=3"),
+        (["--config=none.yaml"], "File does not exist"),
+        (["--ckpt_path=none.ckpt"], "ckpt_path: there is no checkpoint none.ckpt"),
+        (["--trainer.devices=0"], "is not a valid input"),
+    ],
+)
+def test_mistakes_are_told_in_a_paragraph(args, message, capsys):
+    told = errors(capsys, "fit", BASE, SOFT, *SMALL, *args)
+    assert told.startswith("tying: error: ")
+    assert message in told
+
+
+def test_mistakes_elsewhere_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("tying.models.Classifier.training_step", lambda *_: (_ for _ in ()).throw(ValueError("user")))
+    with pytest.raises(ValueError, match="user"):
+        main(["fit", BASE, *SMALL])
+
+
+def test_console_script_and_module():
+    script = Path(sys.executable).with_name("tying")
+    for command in ([script], [sys.executable, "-m", "tying"]):
+        done = subprocess.run([*command, "fit", BASE, "--data.source=foo"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("tying: error: data: tying.data.CIFAR10: source")
