@@ -19,3 +19,15 @@ def nearest(name: str, existing: Iterable[str]) -> str:
     """
     close = get_close_matches(name, list(existing), n=3, cutoff=0.5)
     return f" Nearest existing names: {', '.join(close)}." if close else ""
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """Return names with commas between them, the first ``limit`` of them and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed, nearest
 from tying.names import Match, Names
 from tying.patterns import Pattern, mirror_ranks
 from tying.relations import Relation, bind, check
@@ -160,9 +160,13 @@ def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
         for found, others, pattern in [(sources, targets, tie.target), (targets, sources, tie.source)]:
             for binding in found:
                 if binding not in others:
+                    name, partners = (
+                        found[binding][0].name,
+                        [match.name for found_there in others.values() for match in found_there],
+                    )
                     raise ConfigurationError(
-                        f"tie '{tie}': {found[binding][0].name!r} has no partner among what {pattern!r} matches: "
-                        + ", ".join(match.name for matches in others.values() for match in matches[:1])
+                        f"tie '{tie}': {name!r} has no partner among what {pattern!r} matches: {listed(partners)}."
+                        + nearest(name, partners)
                     )
     for binding, matches in sources.items():
         yield _members(tie, matches, targets.get(binding, []))

@@ -62,7 +62,7 @@ class TyingMonitor(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero and self.steps:
+        if trainer.is_global_zero and self.steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
             plot_gaps(self.steps, self.history, Path(trainer.log_dir or trainer.default_root_dir) / "tying_gap.png")
 
 

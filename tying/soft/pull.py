@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, listed, nearest
 from tying.relations import Relation
 from tying.selection import TiedGroup
 from tying.soft.penalties import PENALTIES, Penalty
@@ -53,7 +53,7 @@ class TyingPenalty(nn.Module):
         for group in self.groups:
             if self.penalty.pairs_only and len(group) > 2:
                 raise ConfigurationError(
-                    f"{self.penalty} takes pairs, but {', '.join(group.names)} are one group of {len(group)}: "
+                    f"{self.penalty} takes pairs, but {listed(group.names)} are one group of {len(group)}: "
                     "use 'l2' or 'l1', or ties that share no weight"
                 )
 

@@ -1,0 +1,74 @@
+import csv
+
+import pytest
+from PIL import Image
+
+from benchmarks import __main__ as benchmarks
+from benchmarks import machine, report, speed_soft
+from benchmarks.timing import Race
+
+SMALL = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--model.network.depth=20",
+]
+SMALL += ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path / "results")
+
+
+def test_demo(tmp_path, capsys):
+    assert benchmarks.main(["demo", "--save", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "| untied | " in out
+    assert "| soft   | " in out
+    assert (tmp_path / "results" / "demo.md").read_text().strip() in out
+    with Image.open("runs/demo/demo.png") as image:
+        assert image.size[0] > 100
+    with open("runs/demo/demo.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["epoch"]) for row in rows] == [
+        (run, epoch) for run in ("untied", "soft") for epoch in "12"
+    ]
+    assert all(0 <= float(row["val/accuracy"]) <= 1 and 0 < float(row["tying/gap"]) < 1 for row in rows)
+
+
+def test_speed(monkeypatch, capsys):
+    monkeypatch.setattr(speed_soft, "PAIRS", 2)
+    monkeypatch.setattr(speed_soft, "SIDE", 16)
+    quick = speed_soft.race
+    monkeypatch.setattr(speed_soft, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
+    assert benchmarks.main(["speed", "soft"]) == 0
+    out = capsys.readouterr().out
+    assert "| gradient " in out
+    assert "of a training step" in out
+    assert "Command: `python -m benchmarks speed soft`" in out
+
+
+def test_unknown_family(capsys):
+    assert benchmarks.main(["speed", "sofd"]) == 2
+    assert "unknown family 'sofd': there is soft" in capsys.readouterr().err
+
+
+def test_race_statistics_by_hand():
+    result = Race({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
+    assert result.median("a") == 3.0
+    assert result.told("a", "b") == "2.00 (1.50–4.00)"
+
+
+def test_paste(tmp_path):
+    report.write(tmp_path / "results" / "x.md", "new\n")
+    assert report.paste("a\n<!-- results x -->\nold\n<!-- end -->\nb") == "a\n<!-- results x -->\nnew\n<!-- end -->\nb"
+    with pytest.raises(ValueError, match=r"there is no y\.md"):
+        report.paste("<!-- results y -->\n<!-- end -->")
+
+
+def test_machine():
+    assert "cores of" in machine.describe()
+    assert machine.supports_bf16() in (True, False)

@@ -1,0 +1,87 @@
+"""What the README shows and says is run here."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import yaml
+
+from benchmarks.report import paste
+from tying.cli import main, parse
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SMALL = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+]
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml", "console")}
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+
+def test_python_runs(monkeypatch):
+    [code] = BLOCKS["python"]
+    trainer = pl.Trainer
+    quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
+    quick |= {"logger": False, "enable_checkpointing": False}
+    monkeypatch.setattr(pl, "Trainer", lambda **arguments: trainer(**arguments, **quick))
+    scope = {}
+    exec(code, scope)
+    assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
+    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+
+
+def test_yaml_runs(tmp_path):
+    [text] = BLOCKS["yaml"]
+    (tmp_path / "readme.yaml").write_text(text)
+    main(["fit", "--config=configs/base.yaml", "--config=readme.yaml", "--model=Autoencoder", *SMALL])
+    assert len(text.splitlines()) <= 6
+
+
+@pytest.mark.parametrize("command", "".join(BLOCKS["console"]).strip().splitlines())
+def test_console_commands_run(command, capsys):
+    program, *args = shlex.split(command)
+    if program == "tying":
+        extra = [*SMALL, "--model.network.depth=20"] if args[0] == "fit" and "--print_config" not in args else []
+        if "--print_config" in args:
+            with pytest.raises(SystemExit):
+                main(args)
+        else:
+            main([*args, *extra])
+        assert capsys.readouterr().out
+    else:
+        assert command == "python -m benchmarks speed soft"  # run by tests/test_benchmarks.py
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([a-z-]+)`", README)) <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    dry = subprocess.run(["make", "--dry-run", "test", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "pytest" in dry.stdout
+    assert "benchmarks demo" in dry.stdout
+
+
+def test_results_are_up_to_date():
+    assert paste(README) == README
+
+
+def test_configs_compose():
+    files = sorted(path.name for path in (ROOT / "configs").iterdir())
+    assert files[0] == "base.yaml"
+    for name in files[1:]:
+        assert yaml.safe_load((ROOT / "configs" / name).read_text()).keys() <= {"trainer", "model", "data"}
+    cli = parse([f"--config=configs/{name}" for name in files])
+    assert cli.trainer.precision == "bf16-mixed"
+    assert "tying.callbacks.SoftTying" in {f"tying.callbacks.{type(c).__name__}" for c in cli.trainer.callbacks}
