@@ -84,8 +84,8 @@ def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
     """Return trainer, model and data as the arguments say; with ``run``, the first of these is a subcommand to run.
 
     Example:
-        >>> cli = parse(["--seed_everything=0", "--trainer.logger=false", "--model=Autoencoder", "--model.sizes=[8, 4]"])
-        >>> cli.model.hparams["sizes"]
+        >>> model = ["--model=Autoencoder", "--model.sizes=[8, 4]"]
+        >>> parse(["--seed_everything=0", "--trainer.logger=false", *model]).model.hparams["sizes"]
         [8, 4]
     """
     return TyingCLI(
