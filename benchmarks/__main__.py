@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if known.command == "demo":
             text = demo.run(known.out, overrides)
-            _keep("demo", text + "\n\nCommand: `make demo`.", known.save)
+            command = " ".join(["python -m benchmarks demo", *overrides]) if overrides else "make demo"
+            _keep("demo", f"{text}\n\nCommand: `{command}`.", known.save)
             print(f"Curves: {known.out}/demo.png, {known.out}/demo.csv")
         elif known.command == "speed":
             for family in known.family or SPEED:

@@ -15,8 +15,9 @@ from typing_extensions import override
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import ROOT, table, write
 from tying import TiedGroup, resolve
+from tying.atomic import atomically
 from tying.callbacks import SoftTying
-from tying.callbacks.summary import callbacks_of
+from tying.callbacks.base import callbacks_of
 from tying.cli import parse
 from tying.names import count_parameters
 from tying.soft import gap
@@ -69,9 +70,12 @@ def run(out: Path, overrides: list[str]) -> str:
         figures = [f"{tested['test/accuracy']:.4f}", f"{record.gaps[-1]:.4f}", f"{unique:,}", f"{virtual:,}"]
         rows.append([name, *figures, f"{sorted(record.seconds)[len(record.seconds) // 2]:.1f}"])
     _write_curves(records, out)
-    settings = f"ResNet-20, {cli.datamodule.description}, {cli.trainer.max_epochs} epochs, {cli.trainer.precision}"
+    network, depth = type(cli.model.network).__name__, cli.config.model.init_args.network.init_args.depth
+    trained = f"{cli.trainer.max_epochs} epochs, {cli.trainer.precision}"
+    once = f"one run each, seed {cli.config.seed_everything}"
+    settings = f"{network}-{depth}, {cli.datamodule.description}, {trained}; {once}. {describe()}."
     header = ["run", "test accuracy", "tie gap", "unique parameters", "virtual parameters", "s / epoch"]
-    return "\n".join([table(header, rows), "", f"{settings}; one run each, seed 0. {describe()}."])
+    return "\n".join([table(header, rows), "", settings])
 
 
 def _write_curves(records: dict[str, Record], out: Path) -> None:
@@ -89,5 +93,5 @@ def _write_curves(records: dict[str, Record], out: Path) -> None:
     gaps.set(xlabel="epoch", ylabel="largest gap of a group", ylim=(0, None))
     accuracy.legend()
     write(out / "demo.csv", text.getvalue())
-    figure.savefig(out / ".demo.png", dpi=120)
-    (out / ".demo.png").replace(out / "demo.png")
+    with atomically(out / "demo.png") as aside:
+        figure.savefig(aside, format="png", dpi=120)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from tying.atomic import atomically
 from tying.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +37,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+    with atomically(path) as aside:
+        aside.write_text(text)
 
 
 def paste(readme: str) -> str:

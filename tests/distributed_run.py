@@ -11,7 +11,7 @@ import torch.distributed
 from torch.optim import SGD
 from toys import TIES, Toy, batches, train
 
-from tying.callbacks import SoftTying
+from tying.callbacks import SoftTying, TyingMonitor, TyingSummary
 from tying.soft import Schedule
 
 CASES = list(itertools.product(["gradient", "decoupled", "proximal"], [1, 4], [None, 0.02]))
@@ -29,7 +29,8 @@ def main(out: Path, world: int) -> None:
         # rank r takes every second sample, so that jointly the processes see the batches of one
         trainer = train(
             model,
-            [tying],
+            [tying, TyingMonitor(), TyingSummary()],
+            default_root_dir=out / "logs",
             data=batches(count=10 * world, size=8 // world, world=world),
             use_distributed_sampler=False,
             strategy="ddp" if world > 1 else "auto",

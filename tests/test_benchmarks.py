@@ -47,7 +47,7 @@ def test_speed(monkeypatch, capsys):
     assert benchmarks.main(["speed", "soft"]) == 0
     out = capsys.readouterr().out
     assert "| gradient " in out
-    assert "of a training step" in out
+    assert "of a training" in out
     assert "Command: `python -m benchmarks speed soft`" in out
 
 

@@ -168,20 +168,50 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--trainer.callbacks.schedule.length=-3"], "needs a length"),
         (["--trainer.callbacks.ties=[network.steem.conv.weight]"], "Nearest existing names: network.stem.conv.weight"),
         (["--model.network.depth=21"], "a ResNet's depth is 6n + 2"),
-        (["--data.source=foo"], "source: Expected a typing.Literal['auto', 'archive', 'sample']. Got value: foo"),
+        (
+            ["--data.source=foo"],
+            "source: Expected a typing.Literal['auto', 'archive', 'folder', 'sample']. Got value: foo",
+        ),
         (["--data.source=archive"], "source='archive' needs root"),
         (["--data.root=nowhere"], "no CIFAR-10 under nowhere"),
         (["--data.validation=2"], "validation is a share"),
+        (["--data.batch_size=5000"], "batch_size=5000 is more than the 4500 training images"),
+        (["--data.download=true"], "download needs root"),
+        (["--data.root=afile", "--data.download=true"], "CIFAR-10 could not be"),
+        (["--model.lr=-1"], "lr and weight_decay must be 0 or more"),
+        (["--model.warmup=-1"], "warmup from 0 to 1"),
+        (["--model.network.width=0"], "width is a factor of 1 or more"),
+        (["--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"], "a learning rate's schedule needs an end"),
+        (["--trainer.callbacks.penalty=Huber", "--trainer.callbacks.penalty.delta=-1"], "Huber's delta must be"),
+        (["--trainer.callbacks.ties=['network.layer[z-a].**']"], "matches no parameter"),
+        (
+            ["--trainer.callbacks.ties=[network.stem.conv.weight ~ network.head.weight | tensor i -> i tensor]"],
+            "something else",
+        ),
         (["--modell=3"], "unrecognized arguments: --modell=3"),
         (["--config=none.yaml"], "File does not exist"),
         (["--ckpt_path=none.ckpt"], "ckpt_path: there is no checkpoint none.ckpt"),
+        (["--ckpt_path=afile"], "afile is not a checkpoint, or is truncated"),
         (["--trainer.devices=0"], "is not a valid input"),
     ],
 )
 def test_mistakes_are_told_in_a_paragraph(args, message, capsys):
+    Path("afile").write_text("not a folder, nor a checkpoint")
     told = errors(capsys, "fit", BASE, SOFT, *SMALL, *args)
     assert told.startswith("tying: error: ")
     assert message in told
+
+
+def test_a_config_of_ones_own_is_never_overwritten(tmp_path):
+    own = "# mine\ntrainer: {logger: false, enable_checkpointing: false}\n"
+    (tmp_path / "config.yaml").write_text(own)
+    main(["fit", BASE, "--config=config.yaml", *SMALL])
+    assert (tmp_path / "config.yaml").read_text() == own
+
+
+def test_inspect_refuses_what_fit_refuses(capsys):
+    told = errors(capsys, "inspect", BASE, SOFT, "--trainer.callbacks.penalty=Huber")
+    assert "takes pairs" in told
 
 
 def test_mistakes_elsewhere_keep_their_traceback(monkeypatch):

@@ -17,11 +17,12 @@ ALLOWED = {
     "patterns": {"errors"},
     "names": {"errors", "patterns"},
     "selection": {"errors", "patterns", "names", "relations"},
+    "atomic": set(),
     "soft": {"errors", "names", "relations", "selection"},
     "depth": {"errors", "names", "relations", "selection"},
     "models": {"errors", "depth"},
-    "data": {"errors"},
-    "callbacks": {"errors", "names", "selection", "soft", "depth"},
+    "data": {"errors", "atomic"},
+    "callbacks": {"errors", "atomic", "names", "selection", "soft", "depth"},
     "mixins": {"errors", "callbacks"},
 }
 FREE = {"__init__", "__main__", "cli"}

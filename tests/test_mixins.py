@@ -2,7 +2,7 @@ from typing import ClassVar
 
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping
-from toys import STRENGTH, TIES, Toy, same, train
+from toys import STRENGTH, TIES, Toy, batches, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import SoftTying
@@ -19,6 +19,16 @@ def test_the_mixin_equals_the_callback_bitwise():
     train(configured, [SoftTying(TIES, strength=STRENGTH)])
     assert same(inherited, configured)
     assert not same(configured, Toy())
+
+
+def test_the_mixin_keeps_counting_over_several_fits():
+    model = Inherits()
+    [callback] = model.configure_callbacks()
+    trainer = train(model, max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, batches())
+    assert model.configure_callbacks() == [callback]
+    assert callback.state_dict() == {"steps": {0: 20}}
 
 
 def test_callbacks_of_other_bases_are_kept():

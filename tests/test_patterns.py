@@ -20,6 +20,12 @@ from tying.patterns import Pattern, mirror_ranks
         ("a.[!12].c", "a.3.c", True),
         ("a.[0-9].c", "a.3.c", True),
         ("a.[^3].c", "a.^.c", True),
+        ("a.[]x].c", "a.].c", True),
+        ("a.[!]x].c", "a.b.c", True),
+        ("a[+-9]b", "a.b", False),
+        ("a[+-9]b", "a5b", True),
+        ("a.[z-a]", "a.b", False),
+        ("a.[a||b]", "a.|", True),
         ("**", "a.b.c", True),
         ("**", "a", True),
         ("**.c", "c", True),
@@ -51,7 +57,7 @@ def test_captures_in_order():
     assert pattern.mirrored == {"block"}
 
 
-@pytest.mark.parametrize("text", ["a..*", "a.b**", "a.{", "a.{1}", "a.}b", "a.[b", ".{i}", "{-}"])
+@pytest.mark.parametrize("text", ["a..*", "a.b**", "a.{", "a.{1}", "a.}b", "a.[b", ".{i}", "{-}", "{i}.{-i}"])
 def test_malformed(text):
     with pytest.raises(ConfigurationError, match="pattern"):
         Pattern(text).match("a.b")
@@ -67,6 +73,7 @@ def test_ranks_follow_the_model_otherwise():
     assert [ranks[(("i", value),)] for value in ("b", "a", "2")] == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_ranks_within_the_captures_before():
+def test_ranks_within_other_captures():
     matches = [(("s", s), ("i", i)) for s, i in [("0", "0"), ("0", "1"), ("1", "1"), ("1", "2"), ("1", "3")]]
-    assert mirror_ranks(matches, "i")[(("s", "1"), ("i", "1"))] == (0, 3)
+    assert mirror_ranks(matches, "i", within=["s"])[("s", "1"), ("i", "1")] == (0, 3)
+    assert mirror_ranks(matches, "i")[("s", "1"), ("i", "1")] == (1, 4)

@@ -44,7 +44,18 @@ def test_same_order_is_identity():
 
 
 @pytest.mark.parametrize(
-    "pattern", ["o i -> o", "o -> o i", "o i", "o i -> i o -> o i", "o o -> o", "o 2 -> 2 o", "o ? -> ? o"]
+    "pattern",
+    [
+        "o i -> o",
+        "o -> o i",
+        "o i",
+        "o i -> i o -> o i",
+        "o o -> o",
+        "o 2 -> 2 o",
+        "o ? -> ? o",
+        "tensor i -> i tensor",
+        "... ellipsis0 -> ellipsis0 ...",
+    ],
 )
 def test_not_invertible(pattern):
     with pytest.raises(ConfigurationError, match="relation"):

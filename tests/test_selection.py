@@ -8,6 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from tying import ConfigurationError, Tie, resolve
 from tying.models import Autoencoder, ResNet
+from tying.selection import resolve_each
 
 
 def names(model, *ties):
@@ -60,6 +61,23 @@ def test_mirroring_ranks_each_side_by_itself():
     expected = [("a.0.weight", "b.3.weight"), ("a.2.weight", "b.1.weight")]
     assert names(model, "a.{i}.weight ~ b.{-i}.weight") == expected
     assert names(model, "a.{-i}.weight ~ b.{i}.weight") == expected
+
+
+def test_mirroring_ranks_within_the_shared_captures():
+    model = nn.ModuleDict({f"s{s}": stack(e=n, d=n) for s, n in [(0, 2), (1, 3)]})
+    expected = [(f"s{s}.e.{i}.weight", f"s{s}.d.{n - 1 - i}.weight") for s, n in [(0, 2), (1, 3)] for i in range(n)]
+    assert names(model, "s{s}.e.{i}.weight ~ s{s}.d.{-i}.weight") == expected
+
+
+def test_captures_of_the_source_alone_do_not_divide_ranks():
+    one = {f"x{k}": nn.ModuleDict({f"e{k}": nn.Linear(3, 3)}) for k in range(3)}
+    model = nn.ModuleDict({**one, **{f"d{i}": nn.Linear(3, 3) for i in range(3)}})
+    assert names(model, "x{k}.e{i}.weight ~ d{-i}.weight") == [
+        (f"x{i}.e{i}.weight", f"d{2 - i}.weight") for i in range(3)
+    ]
+    model["x0"]["e1"] = nn.Linear(3, 3)
+    del model["d2"], model["x2"]
+    assert names(model, "x{k}.e{i}.weight ~ d{-i}.weight")[1][:2] == ("x0.e1.weight", "x1.e1.weight")
 
 
 def test_mirroring_modules_counts_only_those_with_parameters():
@@ -216,6 +234,17 @@ def test_shapes_that_do_not_meet_are_named():
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
     with pytest.raises(ConfigurationError, match="no relation is given"):
         resolve(ResNet(14), ["layer2.*.branch.conv1.weight"])
+
+
+def test_a_string_for_exclude():
+    with pytest.raises(ConfigurationError, match=r"exclude must be a list of patterns; write \['\*\*\.bias'\]"):
+        Tie("a", exclude="**.bias")
+
+
+def test_each_tie_by_itself():
+    good, bad = resolve_each(stack(a=2), ["a.*.weight", "b"])
+    assert [group.names for group in good] == [("a.0.weight", "a.1.weight")]
+    assert isinstance(bad, ConfigurationError)
 
 
 def test_relation_needs_a_target():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import zipfile
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +13,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
 import tying.callbacks
 import tying.data
 import tying.models  # noqa: F401  # with the two above: their classes can be named without a path
-from tying.callbacks.summary import callbacks_of, print_summary
+from tying.callbacks.base import TyingCallback, callbacks_of
+from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
 from tying.names import clean_name
-from tying.selection import TiedGroup, resolve
+from tying.selection import TiedGroup, resolve, resolve_each
+
+UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
+VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
 
 
 class Trainer(pl.Trainer):
@@ -40,21 +46,36 @@ class Trainer(pl.Trainer):
         groups: list[tuple[str, TiedGroup]] = []
         errors: list[str] = []
         for callback in callbacks:
-            kind, ties = type(callback).__name__, getattr(callback, "ties", [])
-            for tie in ties:
-                try:
-                    found = resolve(model, [tie])
-                    print(f"{kind}: '{tie}' matches {sum(map(len, found))} weights in {len(found)} groups")
-                except ConfigurationError as error:
-                    errors.append(str(error))
-            if ties and not errors:
-                groups += [(kind, group) for group in resolve(model, ties)]
+            if not isinstance(callback, TyingCallback):
+                continue
+            kind = type(callback).__name__
+            found = resolve_each(model, callback.ties)
+            for tie, result in zip(callback.ties, found, strict=True):
+                if not isinstance(result, ConfigurationError):
+                    print(f"{kind}: '{tie}' matches {sum(map(len, result))} weights in {len(result)} groups")
+            wrong = [str(result) for result in found if isinstance(result, ConfigurationError)]
+            try:
+                tied = [] if wrong else resolve(model, callback.ties)
+                callback.check(tied)
+                groups += [(kind, group) for group in tied]
+            except ConfigurationError as error:
+                wrong.append(str(error))
+            errors += wrong
         print_summary(model, groups, max_rows=None)
-        tied = {id(parameter) for _, group in groups for parameter in group.parameters}
-        free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in tied]
+        held = {id(parameter) for _, group in groups for parameter in group.parameters}
+        free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in held]
         print("\n".join([f"Not matched by any tie: {len(free)}", *free]))
         if errors:
-            raise ConfigurationError("\n\n".join(errors))
+            raise ConfigurationError("; ".join(errors))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the configuration beside what a logger writes; without a logger, nowhere."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
 
 
 class TyingCLI(LightningCLI):
@@ -72,12 +93,12 @@ class TyingCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning where a program passes its own arguments
-
-    @override
-    def before_instantiate_classes(self) -> None:
-        path = self._get(self.config, "ckpt_path")
-        if path and path not in ("last", "best", "hpc", "registry") and ":" not in path and not Path(path).exists():
-            raise ConfigurationError(f"ckpt_path: there is no checkpoint {path}; give a path, 'last' or 'best'")
+        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry") and ":" not in path:
+            if not Path(path).exists():
+                raise ConfigurationError(f"ckpt_path: there is no checkpoint {path}; give a path, 'last' or 'best'")
+            if Path(path).is_file() and not zipfile.is_zipfile(path):
+                raise ConfigurationError(f"ckpt_path: {path} is not a checkpoint, or is truncated")
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
@@ -91,7 +112,8 @@ def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
     return TyingCLI(
         trainer_class=Trainer,
         auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"overwrite": True},  # in the logger's own directory
         args=None if args is None else [*args],
         run=run,
     )
@@ -99,12 +121,14 @@ def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake in what was asked for is told in a paragraph, with exit status 2."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a module of one's own can be named
     try:
         parse(args, run=True)
     except (ArgumentError, ValueError, MisconfigurationException) as error:
         chain = _causes(error)
         mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
-        if not any(isinstance(cause, mistakes) for cause in chain):
+        if not any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
             raise
         print(f"tying: error: {_told_briefly(chain)}", file=sys.stderr)
         sys.exit(2)
@@ -129,11 +153,14 @@ def _told_briefly(chain: Sequence[BaseException]) -> str:
     """
     cause = next((error for error in chain if isinstance(error, ConfigurationError)), chain[-1])
     heads = [re.match(r"""(?:Parser key|Problem with given class_path) ["']([^"']+)["']""", str(e)) for e in chain]
-    told = [*dict.fromkeys(head[1] for head in heads if head), re.sub(r"^Parser key \S+:\s*", "", str(cause).strip())]
-    before = str(chain[chain.index(cause) - 1])
-    union = re.match(r"Does not validate against any of the Union subtypes\nSubtypes: \[(.*)\]\n", before)
-    accepted = f" (accepted: {union[1]})" if union and not isinstance(cause, ConfigurationError) else ""
-    return ": ".join(told) + accepted
+    places = [*dict.fromkeys(head[1] for head in heads if head)]
+    alternatives = [re.sub(r"^Parser key \S+:\s*", "", str(cause).strip())]
+    union = str(chain[chain.index(cause) - 1])
+    if union.startswith(UNION) and not isinstance(cause, ConfigurationError):
+        tried = re.split(r"\n  - ", union.split("\nGiven value")[0])[1:]
+        alternatives += [re.sub(r"\s+", " ", attempt) for attempt in tried if not attempt.startswith(VAIN)][1:]
+    told = ": ".join([*places, "; or: ".join(alternatives)])
+    return told + (" (infinity is written .inf)" if told.endswith("Got value: inf") else "")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ class SoftTyingMixin(pl.LightningModule):
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
+        if "_soft_tying" not in self.__dict__:  # one callback for all calls: it counts steps
+            self.__dict__["_soft_tying"] = self._make_soft_tying()
+        inherited = super().configure_callbacks()
+        return [*(inherited if isinstance(inherited, list | tuple) else [inherited]), self.__dict__["_soft_tying"]]
+
+    def _make_soft_tying(self) -> SoftTying:
         arguments = getattr(self, "soft_tying", None)
         if not isinstance(arguments, Mapping):
             raise ConfigurationError(
@@ -38,8 +44,6 @@ class SoftTyingMixin(pl.LightningModule):
                 f"arguments, such as {{'ties': [...], 'strength': 1e-3}}, not {arguments!r}"
             )
         try:
-            callback = SoftTying(**arguments)
+            return SoftTying(**arguments)
         except TypeError as error:
             raise ConfigurationError(f"{type(self).__name__}.soft_tying: {error}") from None
-        inherited = super().configure_callbacks()
-        return [*(inherited if isinstance(inherited, list | tuple) else [inherited]), callback]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import translate
 from functools import cached_property
 
 from tying.errors import ConfigurationError
@@ -76,11 +78,13 @@ class Pattern:
         regex = ""
         for token in _TOKEN.finditer(part):
             if name := token["name"]:
+                if bool(token["mirror"]) != (name in self.mirrored):
+                    raise ConfigurationError(f"pattern {self.text!r} has both {{{name}}} and {{-{name}}}")
                 regex += f"(?P={name})" if name in seen else f"(?P<{name}>[^.]+)"
                 seen.add(name)
             elif token["set"]:
-                inner = token["set"][1:-1].replace("\\", "\\\\")
-                regex += f"[^.{inner[1:]}]" if inner.startswith("!") else f"[{inner.replace('^', chr(92) + '^')}]"
+                # the standard library knows the rules of a shell's sets; none of them may match a dot
+                regex += r"(?!\.)" + translate(token["set"]).removeprefix("(?s:")[:-3]
             elif token["char"] in "{}[]":
                 raise ConfigurationError(
                     f"pattern {self.text!r}: a lone {token['char']!r}; captures are written {{i}} or {{-i}}, sets [abc]"
@@ -90,23 +94,22 @@ class Pattern:
         return regex
 
 
-def mirror_ranks(matches: list[Captures], capture: str) -> dict[Captures, tuple[int, int]]:
+def mirror_ranks(matches: list[Captures], capture: str, within: Sequence[str] = ()) -> dict[Captures, tuple[int, int]]:
     """Return, for each match, the rank of its value of ``capture`` and the number of distinct values.
 
-    Values are ranked in numeric order if all are integers, else in the order given, among the matches that agree
-    on every capture standing before this one.
+    Values are ranked in numeric order if all are integers, else in the order given; among all matches, or among
+    those that agree on the captures ``within``.
     """
-    siblings: dict[Captures, dict[str, None]] = {}
-    prefix_and_value: dict[Captures, tuple[Captures, str]] = {}
+    siblings: dict[tuple[str, ...], dict[str, None]] = {}
+    place: dict[Captures, tuple[tuple[str, ...], str]] = {}
     for captures in matches:
-        position = [name for name, _ in captures].index(capture)
-        prefix_and_value[captures] = captures[:position], captures[position][1]
-        siblings.setdefault(captures[:position], {})[captures[position][1]] = None
-    order: dict[Captures, dict[str, int]] = {}
-    for prefix, values in siblings.items():
-        integers = all(re.fullmatch(r"\d+", value) for value in values)
-        ranked = sorted(values, key=int) if integers else list(values)
-        order[prefix] = {value: rank for rank, value in enumerate(ranked)}
-    return {
-        captures: (order[prefix][value], len(order[prefix])) for captures, (prefix, value) in prefix_and_value.items()
-    }
+        values = dict(captures)
+        key = tuple(values[other] for other in within)
+        place[captures] = key, values[capture]
+        siblings.setdefault(key, {})[values[capture]] = None
+    ranks: dict[tuple[str, ...], dict[str, int]] = {}
+    for key, found in siblings.items():
+        integers = all(re.fullmatch(r"\d+", value) for value in found)
+        ranked = sorted(found, key=int) if integers else list(found)
+        ranks[key] = {value: rank for rank, value in enumerate(ranked)}
+    return {captures: (ranks[key][value], len(ranks[key])) for captures, (key, value) in place.items()}

@@ -7,6 +7,7 @@ about, so that it can be inverted, composed and compared exactly.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -105,6 +106,8 @@ def check(pattern: str) -> None:
         raise ConfigurationError(
             f"relation {pattern!r} cannot be inverted: a number other than 1 repeats entries; name the axis"
         )
+    if reserved := {str(axis) for axis in left.identifiers if re.fullmatch(r"tensor|pattern|ellipsis\d+", str(axis))}:
+        raise ConfigurationError(f"relation {pattern!r}: call axis {reserved.pop()!r} something else")
     if one_sided := left.identifiers ^ right.identifiers:
         axes = ", ".join(sorted(one_sided)).replace("…", "...")
         raise ConfigurationError(

@@ -52,6 +52,10 @@ class Tie:
             raise ConfigurationError(f"tie {text!r} must have the form 'source ~ target | relation'")
         return cls(source.strip(), target.strip() or None, relation.strip() or None)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):  # type: ignore[unreachable]  # not for those who check types
+            raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
+
     def __str__(self) -> str:
         target = f" ~ {self.target}" if self.target else ""
         return f"{self.source}{target}" + (f" | {self.relation}" if self.relation else "")
@@ -115,12 +119,28 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
         raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
     names = Names(model)
     merged: dict[int, _Group] = {}  # by identity of each tensor: the group that holds it
-    for tie in [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]:
-        for group in _groups_of(tie, names):
-            _merge(group, merged, tie)
-    unique = {id(group): group for group in merged.values()}
-    ordered = sorted(unique.values(), key=lambda group: group.created)
-    return [TiedGroup(*(tuple(column) for column in zip(*group.members.values(), strict=True))) for group in ordered]
+    for tie in ties:
+        _add(tie, names, merged)
+    return _ordered(merged)
+
+
+def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedGroup] | ConfigurationError]:
+    """Return what each tie would put together alone: its groups, or what is wrong with it.
+
+    Example:
+        >>> resolve_each(nn.Linear(2, 2), ["weigth"])
+        [ConfigurationError("tie 'weigth': pattern 'weigth' matches no parameter or module. Nearest ...")]
+    """
+    names = Names(model)
+    found: list[list[TiedGroup] | ConfigurationError] = []
+    for tie in ties:
+        merged: dict[int, _Group] = {}
+        try:
+            _add(tie, names, merged)
+            found.append(_ordered(merged))
+        except ConfigurationError as error:
+            found.append(error)
+    return found
 
 
 Member = tuple[str, nn.Parameter, Relation]
@@ -130,6 +150,18 @@ Member = tuple[str, nn.Parameter, Relation]
 class _Group:
     members: dict[int, Member]  # by identity of the parameter, the source first
     created: int = 0
+
+
+def _add(tie: Tie | str, names: Names, merged: dict[int, _Group]) -> None:
+    tie = Tie.parse(tie) if isinstance(tie, str) else tie
+    for members in _groups_of(tie, names):
+        _merge(members, merged, tie)
+
+
+def _ordered(merged: dict[int, _Group]) -> list[TiedGroup]:
+    unique = {id(group): group for group in merged.values()}
+    ordered = sorted(unique.values(), key=lambda group: group.created)
+    return [TiedGroup(*(tuple(column) for column in zip(*group.members.values(), strict=True))) for group in ordered]
 
 
 def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
@@ -177,7 +209,8 @@ def _by_binding(
 ) -> dict[tuple[object, ...], list[Match]]:
     """Sort matches by the values of the shared captures; a mirrored one counts by rank, from one end or the other."""
     distinct = list(dict.fromkeys(match.captures for match in matches))
-    ranks = {capture: mirror_ranks(distinct, capture) for capture in mirrored}
+    plain = [capture for capture in shared if capture not in mirrored]
+    ranks = {capture: mirror_ranks(distinct, capture, within=plain) for capture in mirrored}
     found: dict[tuple[object, ...], list[Match]] = {}
     for match in matches:
         binding: list[object] = [match.relative]

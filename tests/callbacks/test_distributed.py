@@ -28,7 +28,7 @@ def weights(tmp_path_factory):
     )
     distributed_run.main(out, 1)
     assert len(list(out.glob("2-*.pt"))) == 2 * len(distributed_run.CASES), done.stderr[-3000:]
-    return {path.stem: torch.load(path, weights_only=True) for path in out.iterdir()}
+    return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
 
 @pytest.mark.parametrize("case", range(len(distributed_run.CASES)), ids=map(str, distributed_run.CASES))

@@ -1,5 +1,6 @@
 import csv
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -15,7 +16,7 @@ def test_logs_the_largest_gap_and_plots(tmp_path):
     model, monitor = Toy(), TyingMonitor()
     logger = CSVLogger(tmp_path, name="run", version=0)
     train(model, [SoftTying(TIES), monitor], logger=logger, max_epochs=2, log_every_n_steps=5)
-    gaps = {group.names[0]: gap(group.tensors()) for group in resolve(model, TIES)}
+    gaps = {" ~ ".join(group.names): gap(group.tensors()) for group in resolve(model, TIES)}
     with open(tmp_path / "run" / "version_0" / "metrics.csv") as file:
         logged = [float(row["tying/gap"]) for row in csv.DictReader(file) if row["tying/gap"]]
     assert len(logged) == 4
@@ -48,6 +49,24 @@ def test_plots_a_limited_number_of_groups(tmp_path):
     monitor = TyingMonitor(max_lines=2)
     train(Toy(), [SoftTying(TIES), monitor], max_epochs=1, default_root_dir=tmp_path)
     assert len(monitor.history) == 2
+
+
+def test_groups_that_start_with_the_same_weight(tmp_path):
+    callbacks = [
+        SoftTying([f"encoder.0.bias ~ {other}"], name=other) for other in ("decoder.0.bias", "encoder.0.bias2")
+    ]
+    model = Toy()
+    model.encoder[0].bias2 = torch.nn.Parameter(-5 * torch.ones(5))
+    trainer = train(model, [*callbacks, TyingMonitor()], max_epochs=1, default_root_dir=tmp_path)
+    gaps = [gap(group.tensors()) for callback in callbacks for group in callback.groups]
+    assert float(trainer.callback_metrics["tying/gap"]) == pytest.approx(max(gaps), rel=1e-6)
+
+
+def test_other_callbacks_may_have_groups_too(tmp_path):
+    class Other(pl.Callback):
+        groups = ("lr", "wd")
+
+    train(Toy(), [Other(), TyingMonitor()], max_epochs=1, default_root_dir=tmp_path)
 
 
 def test_without_ties_nothing_happens(tmp_path):

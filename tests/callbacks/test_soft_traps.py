@@ -1,11 +1,12 @@
 """Every way in which a training loop can make an injected gradient wrong."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import LBFGS, SGD, Adam, AdamW
-from toys import STRENGTH, TIES, Toy, by_hand, largest_difference, same, train
+from toys import STRENGTH, TIES, Toy, batches, by_hand, largest_difference, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import SoftTying
@@ -201,6 +202,31 @@ def test_parameter_groups_of_different_learning_rates():
     a, b = start.encoder[0].weight, start.decoder[2].weight.T
     torch.testing.assert_close(model.encoder[0].weight, a - 0.2 * 0.5 * (a - b))
     torch.testing.assert_close(model.decoder[2].weight.T, b - 0.05 * 0.5 * (b - a))
+
+
+def test_l1_proximal_with_unequal_rates_is_refused_before_any_step():
+    class Rates(Toy):
+        def configure_optimizers(self):
+            first, *others = self.lone
+            return SGD(
+                [{"params": [first], "lr": 0.2}, {"params": others}, {"params": self.encoder.parameters()}], lr=0.1
+            )
+
+    model = Rates()
+    model.lone = torch.nn.ParameterList([torch.ones(2) * i for i in range(3)])
+    with pytest.raises(ConfigurationError, match="needs one learning rate"):
+        train(model, [SoftTying(["lone.*"], penalty="l1", update="proximal")])
+    assert same(model.encoder, Toy().encoder)
+
+
+def test_testing_with_another_trainer_keeps_the_count():
+    model, callback = Toy(), SoftTying(TIES)
+    model.test_step = model.training_step
+    train(model, [callback], max_epochs=1)
+    pl.Trainer(accelerator="cpu", callbacks=[callback], logger=False, enable_progress_bar=False).test(
+        model, batches(), verbose=False
+    )
+    assert callback.state_dict() == {"steps": {0: 10}}
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -42,6 +42,7 @@ def test_counts_by_hand():
         "12 unique parameters, 16 virtual; 16 bytes saved by sharing",
         "softly tied: 4 parameters; made equal: 16 bytes less",
     ]
+    assert summary_lines(model, groups * 2) == summary_lines(model, groups)
     assert summary_lines(model, []) == ["12 unique parameters, 16 virtual; 16 bytes saved by sharing"]
 
 

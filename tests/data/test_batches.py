@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 import torch
 
@@ -81,6 +83,40 @@ def test_drops_the_last_batch_only_in_training():
     assert len(short) == len(list(short)) == 2
     whole = BatchLoader(images(), torch.arange(40), 16, train=False)
     assert [len(batch.labels) for batch in whole] == [16, 16, 8]
+
+
+def test_a_rank_without_samples_gets_no_batch():
+    x = images(9)
+    ranks = [BatchLoader(x, torch.arange(9), 4, train=False, rank=rank, world=2) for rank in (0, 1)]
+    assert [[len(batch.labels) for batch in rank] for rank in ranks] == [[4], [4, 1]]
+
+
+def test_goes_on_where_it_was(tmp_path):
+    whole = list(_epoch(3))
+    first = _epoch(3)
+    iterator = iter(first)
+    taken = [next(iterator) for _ in range(2)]
+    state = first.state_dict()
+    resumed = loader()
+    resumed.load_state_dict(state)
+    resumed.set_epoch(3)
+    rest = list(resumed)
+    for a, b in zip(whole, taken + rest, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert len(list(resumed)) == len(whole)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(4)
+    assert torch.equal(next(iter(resumed)).labels, next(iter(_epoch(4))).labels)
+
+
+def test_starting_over_within_an_epoch_takes_another_order():
+    one = _epoch(0)
+    first, second = ([batch.labels.tolist() for batch in one] for _ in range(2))
+    assert first != second
+    assert sorted(chain(*first)) == sorted(chain(*second))
+    one.set_epoch(1)
+    one.set_epoch(0)
+    assert [batch.labels.tolist() for batch in one] == first
 
 
 def test_offsets_and_flips_cover_their_range():

@@ -2,7 +2,9 @@ import hashlib
 import io
 import pickle
 import tarfile
+from importlib import resources
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchvision.datasets import CIFAR10 as Official
 
 from tying import ConfigurationError
 from tying.data import CIFAR10
-from tying.data.sample import CLASSES, PER_CLASS, cut_sample, load_sample
+from tying.data.sample import CLASSES, FILE, PER_CLASS, cut_sample, load_sample
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def ready(**arguments):
 
 def test_archive(archive):
     data = ready(root=archive, batch_size=10)
-    assert data.source == "archive"
+    assert data.description.startswith("official archive")
     assert str(archive) in data.description
     images, labels = data._splits["fit"]
     assert images.shape == (90, 32, 32, 3)
@@ -101,10 +103,60 @@ def test_download_that_fails(tmp_path, monkeypatch):
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_sample_is_small():
+    assert resources.files("tying.data").joinpath(FILE).stat().st_size <= 2.5e6
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("stop", [7, 11, 13])
+def test_lightning_sets_epochs_and_goes_on_mid_epoch(stop, tmp_path):
+    """The batches of two epochs, and those of a run that is interrupted and resumed."""
+
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen.append((self.current_epoch, batch_idx, float(batch[0].sum()), batch[1].tolist()))
+            return self.weight * 0.0
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Interrupted(Exception):
+        pass
+
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == stop:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+                raise Interrupted
+
+    def run(model, ckpt_path=None, **arguments):
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+        }
+        trainer = pl.Trainer(accelerator="cpu", **quiet, **arguments)
+        trainer.fit(model, CIFAR10(batch_size=450, validation=0.0), ckpt_path=ckpt_path)
+
+    whole, first, second = Model(), Model(), Model()
+    run(whole, max_epochs=2)
+    assert len(whole.seen) == 22
+    assert whole.seen[0][3] != whole.seen[11][3]
+    with pytest.raises(Interrupted):
+        run(first, max_epochs=2, callbacks=[Interrupt()])
+    run(second, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert first.seen + second.seen == whole.seen
+
+
 def test_sample():
     data = ready()
-    assert data.source == "sample"
-    assert "sample" in data.description
+    assert data.description == "embedded sample of a JPEG copy"
     assert {split: len(labels) for split, (_, labels) in data._splits.items()} == {
         "fit": 4500,
         "val": 500,

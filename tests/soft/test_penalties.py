@@ -122,6 +122,12 @@ def test_l1_prox_of_groups_needs_one_rate():
         L1().prox(draw(3), 0.1, [0.1, 0.2, 0.1])
 
 
+@pytest.mark.parametrize("delta", [0.0, -1.0, math.inf, math.nan])
+def test_huber_delta_out_of_range(delta):
+    with pytest.raises(ValueError, match="delta must be finite and above 0"):
+        Huber(delta)
+
+
 def test_gradcheck():
     tensors = [w.requires_grad_() for w in draw(3)]
     assert gradcheck(lambda *w: l2(w), tensors)

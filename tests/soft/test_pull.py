@@ -142,6 +142,17 @@ def test_the_penalty_holds_no_parameters():
     assert list(TyingPenalty(groups).parameters()) == []
 
 
+def test_no_groups_no_penalty():
+    assert TyingPenalty([])() == 0
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.ModuleDict({"a": nn.Embedding(3, 2, sparse=True), "b": nn.Embedding(3, 2)})
+    model["a"](torch.tensor([1])).sum().backward()
+    with pytest.raises(ConfigurationError, match=r"sparse gradients.*decoupled"):
+        TyingPenalty(resolve(model, ["a.weight ~ b.weight"])).add_gradients_(1.0)
+
+
 def test_unknown_penalty():
     with pytest.raises(ConfigurationError, match=r"unknown penalty 'l3': use 'l2', 'l1', Huber\(delta\)"):
         TyingPenalty([], "l3")

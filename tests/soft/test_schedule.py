@@ -15,16 +15,9 @@ def test_linear_and_cosine_by_hand():
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [
-        Schedule(-1.0),
-        Schedule(end=float("inf")),
-        Schedule(0.0, 1.0),
-        Schedule(length=-1),
-        Schedule(shape="sine"),
-        Schedule(unit="day"),
-    ],
+    "arguments",
+    [{"start": -1.0}, {"end": float("inf")}, {"start": 0.0}, {"length": -1}, {"shape": "sine"}, {"unit": "day"}],
 )
-def test_out_of_range(schedule):
+def test_out_of_range(arguments):
     with pytest.raises(ConfigurationError, match="schedule"):
-        schedule.check()
+        Schedule(**arguments)

@@ -1,7 +1,8 @@
 """Lightning callbacks: the families, attached to a training run."""
 
+from tying.callbacks.base import TyingCallback
 from tying.callbacks.monitor import TyingMonitor
 from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
 
-__all__ = ["SoftTying", "TyingMonitor", "TyingSummary"]
+__all__ = ["SoftTying", "TyingCallback", "TyingMonitor", "TyingSummary"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks.summary import callbacks_of, tied_groups
+from tying.atomic import atomically
+from tying.callbacks.base import tied_groups
 from tying.soft import gap
 
 
@@ -31,7 +31,7 @@ class TyingMonitor(pl.Callback):
         super().__init__()
         self.max_lines = max_lines
         self.steps: list[int] = []
-        self.history: dict[str, list[float]] = {}  # by the name of a group's first weight
+        self.history: dict[str, list[float]] = {}  # by the names of a group's first two weights
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -51,19 +51,20 @@ class TyingMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
-        groups = tied_groups(callbacks_of(trainer))
+        groups = tied_groups(trainer)
         if not (groups and new_step and trainer._logger_connector.should_update_logs):
             return
-        gaps = {group.names[0]: gap(group.tensors()) for _, group in groups}
-        pl_module.log("tying/gap", max(gaps.values()))
+        gaps = [gap(group.tensors()) for _, group in groups]
+        pl_module.log("tying/gap", max(gaps))
         self.steps.append(trainer.global_step)
-        for name in [*gaps][: self.max_lines]:
-            self.history.setdefault(name, []).append(gaps[name])
+        for (_, group), apart in [*zip(groups, gaps, strict=True)][: self.max_lines]:
+            self.history.setdefault(" ~ ".join(group.names[:2]), []).append(apart)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
         if trainer.is_global_zero and self.steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
-            plot_gaps(self.steps, self.history, Path(trainer.log_dir or trainer.default_root_dir) / "tying_gap.png")
+            plot_gaps(self.steps, self.history, folder / "tying_gap.png")
 
 
 def plot_gaps(steps: list[int], history: dict[str, list[float]], path: Path) -> None:
@@ -76,7 +77,5 @@ def plot_gaps(steps: list[int], history: dict[str, list[float]], path: Path) -> 
         axes.plot(steps[-len(gaps) :], gaps, label=name, marker="." if len(gaps) < 20 else None)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="x-small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    figure.savefig(aside, dpi=120)
-    aside.replace(path)
+    with atomically(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)

@@ -16,6 +16,7 @@ from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from tying.callbacks.base import TyingCallback
 from tying.errors import ConfigurationError, nearest
 from tying.selection import Tie, TiedGroup, resolve
 from tying.soft import Penalty, Schedule, TyingPenalty
@@ -24,7 +25,7 @@ from tying.soft.pull import penalty_of
 UPDATES = ("gradient", "decoupled", "proximal")
 
 
-class SoftTying(pl.Callback):
+class SoftTying(TyingCallback):
     """Pull tied weights together while they train.
 
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
@@ -33,8 +34,9 @@ class SoftTying(pl.Callback):
     ``"proximal"`` takes the proximal step instead, stable at any strength.
     Each member moves with its own parameter group's learning rate; members that no optimizer trains stay.
 
-    Logs ``tying/penalty`` (strength · Ω, where strength is finite) and ``tying/strength``. In a shortened last
-    accumulation window the pull shrinks like the loss, which Lightning divides by the full window.
+    Logs ``tying/strength``, as the last step used it, and ``tying/penalty`` (that strength · Ω, where it is finite).
+    In a shortened last accumulation window the added gradient shrinks like the loss, which Lightning divides by the
+    full window; the other two updates follow the learning rate alone.
 
     Args:
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
@@ -65,24 +67,21 @@ class SoftTying(pl.Callback):
         schedule: Schedule | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__()
-        if not ties or isinstance(ties, str):
-            raise ConfigurationError(f"ties must be a list of at least one tie, not {ties!r}")
-        self.ties = [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]
+        super().__init__(ties, name)
         self.strength = float(strength)
         self.penalty = penalty_of(penalty)
         self.update = update
         self.schedule = schedule or Schedule()
-        self.name = name
-        self._check()
+        self._check_arguments()
         self._pull: TyingPenalty | None = None
         self._steps: Counter[int] = Counter()  # by index of the optimizer
         self._micro_batches = 0  # since the last step
         self._window = 1.0  # share of a full accumulation window that the current step holds
+        self._used = 0.0  # strength of the last step
         self._hooks: list[RemovableHandle] = []
         self._warned = False
 
-    def _check(self) -> None:
+    def _check_arguments(self) -> None:
         if self.update not in UPDATES:
             close = nearest(self.update, UPDATES)
             raise ConfigurationError(f"unknown update {self.update!r}: use {', '.join(map(repr, UPDATES))}.{close}")
@@ -92,12 +91,15 @@ class SoftTying(pl.Callback):
             raise ConfigurationError(f"strength=inf needs update='proximal'; update={self.update!r} would diverge")
         if self.update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
-        self.schedule.check()
 
     @property
+    @override
     def groups(self) -> list[TiedGroup]:
-        """The tied groups of the model in training; empty before training starts."""
         return self._pull.groups if self._pull else []
+
+    @override
+    def check(self, groups: Sequence[TiedGroup]) -> None:
+        TyingPenalty(groups, self.penalty)
 
     @property
     @override
@@ -119,7 +121,7 @@ class SoftTying(pl.Callback):
                 f"SoftTying does not support {type(trainer.strategy).__name__}, which splits the weights it "
                 "compares over processes: use one device or strategy 'ddp'"
             )
-        if trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
+        if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
             self._steps.clear()
 
     @override
@@ -134,6 +136,8 @@ class SoftTying(pl.Callback):
                     "update='gradient' is wrong with the line search of LBFGS, whose loss would lack the penalty: use "
                     "update='proximal', line_search_fn=None, or add tying.soft.TyingPenalty to your training_step"
                 )
+            if self.update == "proximal":
+                self._pull.check_rates(_learning_rates(optimizer))
             hook = partial(self._after_step, trainer, pl_module, index)
             self._hooks.append(optimizer.register_step_post_hook(hook))
 
@@ -173,6 +177,7 @@ class SoftTying(pl.Callback):
             return
         assert self._pull is not None
         strength, rates = self._strength_now(trainer, index), _learning_rates(optimizer)
+        self._used = strength
         if self.update == "decoupled":
             self._warn_if_unstable(strength, rates)
             self._pull.pull_(strength, rates)
@@ -187,12 +192,11 @@ class SoftTying(pl.Callback):
         if self._micro_batches or not trainer._logger_connector.should_update_logs:
             return
         assert self._pull is not None
-        strength = self._strength_now(trainer, 0)
         prefix = f"tying/{self.name}" if self.name else "tying"
-        pl_module.log(f"{prefix}/strength", strength)
-        if math.isfinite(strength):
+        pl_module.log(f"{prefix}/strength", self._used)
+        if math.isfinite(self._used):
             with torch.no_grad():
-                pl_module.log(f"{prefix}/penalty", strength * self._pull())
+                pl_module.log(f"{prefix}/penalty", self._used * self._pull())
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -210,7 +214,8 @@ class SoftTying(pl.Callback):
 
     def _warn_if_unstable(self, strength: float, rates: dict[torch.nn.Parameter, float]) -> None:
         """Warn, once, where an explicit step would overshoot ever further: lr · strength · curvature > 2 / m."""
-        if self._warned:
+        largest = max(map(len, self.groups))
+        if self._warned or max(rates.values()) * strength * self.penalty.curvature <= 2 / largest:
             return
         for group in self.groups:
             rate = max(rates.get(parameter, 0.0) for parameter in group.parameters)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from rich.console import Console
@@ -11,18 +10,10 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
+from tying.callbacks.base import tied_groups
 from tying.names import count_parameters
 from tying.selection import TiedGroup
 from tying.soft import gap
-
-
-@runtime_checkable
-class HoldsGroups(Protocol):
-    """A callback that ties weights."""
-
-    @property
-    def groups(self) -> list[TiedGroup]:
-        """The tied groups of the model in training."""
 
 
 class TyingSummary(pl.Callback):
@@ -44,22 +35,7 @@ class TyingSummary(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not in on_fit_start: by now every callback has found its groups, and a checkpoint's weights are in place
         if trainer.is_global_zero:
-            print_summary(pl_module, tied_groups(callbacks_of(trainer)), self.max_rows)
-
-
-def tied_groups(callbacks: Iterable[pl.Callback]) -> list[tuple[str, TiedGroup]]:
-    """Return every group held by one of ``callbacks``, with the name of that callback's class."""
-    return [
-        (type(callback).__name__, group)
-        for callback in callbacks
-        if isinstance(callback, HoldsGroups)
-        for group in callback.groups
-    ]
-
-
-def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return the trainer's callbacks."""
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by the trainer's connector, untyped
+            print_summary(pl_module, tied_groups(trainer), self.max_rows)
 
 
 def summary_table(groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None = 40) -> Table:
@@ -84,7 +60,7 @@ def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> 
     unique, virtual = count_parameters(model)
     aliased = sum(p.numel() * p.element_size() for _, p in model.named_parameters(remove_duplicate=False))
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    spare = [parameter for _, group in groups for parameter in group.parameters[1:]]
+    spare = {id(parameter): parameter for _, group in groups for parameter in group.parameters[1:]}.values()
     spare_bytes = sum(p.numel() * p.element_size() for p in spare)
     lines = [f"{unique:,} unique parameters, {virtual:,} virtual; {aliased - held:,} bytes saved by sharing"]
     if spare:

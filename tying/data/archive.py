@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -26,6 +25,13 @@ def prepare_archive(root: Path, download: bool = False) -> None:
     Raises:
         ConfigurationError: nothing is there and ``download`` is false, or what is there is broken.
     """
+    try:
+        _prepare(root, download)
+    except OSError as error:
+        raise ConfigurationError(f"CIFAR-10 could not be put under {root}: {error}") from None
+
+
+def _prepare(root: Path, download: bool) -> None:
     folder, packed = root / Official.base_folder, root / Official.filename
     if all(check_integrity(str(folder / name), md5) for name, md5 in _checksums()):
         return
@@ -50,9 +56,9 @@ def prepare_archive(root: Path, download: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=root) as aside:
         with tarfile.open(packed) as tar:
             tar.extractall(aside, filter="data")
-        if folder.exists():
-            shutil.rmtree(folder)
-        (Path(aside) / Official.base_folder).rename(folder)
+        folder.mkdir(exist_ok=True)
+        for name, _ in _checksums():
+            (Path(aside) / Official.base_folder / name).replace(folder / name)
 
 
 def load_archive(root: Path) -> dict[str, tuple[Tensor, Tensor]]:

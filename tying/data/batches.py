@@ -74,7 +74,9 @@ class BatchLoader:
     """Iterate over images in memory, a raw batch at a time.
 
     Several processes share each batch of ``world × batch_size`` samples, so that they see jointly what one process
-    sees with the larger batch. Lightning sets the epoch through ``sampler``.
+    sees with the larger batch. Lightning sets the epoch through ``sampler``; a loader that is exhausted and started
+    over within an epoch takes another order. ``state_dict`` holds the position, so that a training run goes on with
+    the very batch at which it was interrupted.
 
     Args:
         images: uint8 (count, height, width, channels).
@@ -83,6 +85,7 @@ class BatchLoader:
         train: shuffle, augment and drop an incomplete last batch; or yield everything in order, as it is.
         augment: crop and flip when training.
         pad: the largest shift of a crop, in pixels.
+        flip: mirror every second image, on average, when augmenting.
         seed: of order and augmentation.
         rank: this process, of ``world``.
         world: number of processes.
@@ -104,6 +107,7 @@ class BatchLoader:
         train: bool,
         augment: bool = True,
         pad: int = 4,
+        flip: bool = True,
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -114,10 +118,12 @@ class BatchLoader:
         self.train = train
         self.augment = augment and train
         self.pad = pad
+        self.flip = flip
         self.seed = seed
         self.rank = rank
         self.world = world
-        self.epoch = 0
+        self._place = {"epoch": 0, "cycle": 0, "batch": 0}  # the next batch; cycle: times exhausted in this epoch
+        self._resumed = False
 
     @property
     def sampler(self) -> BatchLoader:
@@ -126,27 +132,47 @@ class BatchLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order and augmentation the next iteration takes."""
-        self.epoch = epoch
+        if epoch != self._place["epoch"]:
+            self._place = {"epoch": epoch, "cycle": 0, "batch": 0}
+            self._resumed = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the loader is: the epoch, how often it was started over, and the next batch."""
+        return dict(self._place)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next iteration begin where ``state`` was taken."""
+        self._place = {key: int(state[key]) for key in self._place}
+        self._resumed = True
 
     def __len__(self) -> int:
         joint = self.world * self.batch_size
         return len(self.labels) // joint if self.train else math.ceil(len(self.labels) / joint)
 
     def __iter__(self) -> Iterator[RawBatch]:
+        if not self._resumed:
+            self._place["batch"] = 0
+        self._resumed = False
         joint = self.world * self.batch_size
+        key = (self.seed, self._place["epoch"], self._place["cycle"])
         order = torch.arange(len(self.labels))
         if self.train:
-            order = torch.randperm(len(self.labels), generator=_generator(self.seed, self.epoch))
-        for index in range(len(self)):
+            order = torch.randperm(len(self.labels), generator=_generator(*key))
+        for index in range(self._place["batch"], len(self)):
             chosen = order[index * joint : (index + 1) * joint]
             offsets = torch.full((len(chosen), 2), self.pad)
             flips = torch.zeros(len(chosen), dtype=torch.bool)
             if self.augment:
-                generator = _generator(self.seed, self.epoch, index)
+                generator = _generator(*key, index)
                 offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
-                flips = torch.rand(len(chosen), generator=generator) < 0.5
+                if self.flip:
+                    flips = torch.rand(len(chosen), generator=generator) < 0.5
             own = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
+            self._place["batch"] = index + 1
+            if own.start == own.stop:  # fewer samples are left than there are processes
+                continue
             yield RawBatch(self.images[chosen[own]], self.labels[chosen[own]], offsets[own], flips[own])
+        self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import tarfile
 from collections import defaultdict
 from importlib import resources
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from tying.atomic import atomically
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PER_CLASS = {"train": 500, "test": 100}
@@ -61,8 +62,7 @@ def cut_sample(archive: Path, out: Path) -> int:
                 file = tar.extractfile(member)
                 assert file is not None
                 found[split, kind].append((name, file.read()))
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
-    with tarfile.open(aside, "w:xz", preset=9) as tar:
+    with atomically(out) as aside, tarfile.open(aside, "w:xz", preset=9) as tar:
         for split, count in PER_CLASS.items():
             for kind in CLASSES:
                 files = sorted(found[split, kind])
@@ -70,7 +70,6 @@ def cut_sample(archive: Path, out: Path) -> int:
                     info = tarfile.TarInfo(f"cifar10/{split}/{kind}/{name}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    aside.replace(out)
     return out.stat().st_size
 
 

@@ -57,7 +57,7 @@ class Autoencoder(pl.LightningModule):
     def _loss(self, batch: Any, stage: str) -> Tensor:
         x = batch[0] if isinstance(batch, list | tuple) else batch
         loss = F.mse_loss(self(x), x)
-        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=stage != "train")
         return loss
 
     @override

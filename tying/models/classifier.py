@@ -34,10 +34,11 @@ class Classifier(pl.LightningModule):
         label_smoothing: of the cross entropy, in training.
         channels_last: keep images and convolutions in the channels-last memory format.
 
-    Shape: batches of (inputs, labels); labels are integers of shape (batch,).
+    Shape: batches of (inputs, labels), labels being integers of shape (batch,), or in training a dictionary that holds
+    such a batch as ``labelled``.
 
     Raises:
-        ConfigurationError: an unknown optimizer or schedule.
+        ConfigurationError: an unknown optimizer or schedule, or a number out of range.
 
     Example:
         >>> from tying.models import MLP
@@ -65,6 +66,11 @@ class Classifier(pl.LightningModule):
                 "optimizer is 'sgd' or 'adamw' and schedule 'cosine', 'step' or 'constant', "
                 f"not {optimizer!r} and {schedule!r}"
             )
+        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1 or not 0 <= warmup <= 1:
+            raise ConfigurationError(
+                "lr and weight_decay must be 0 or more, momentum from 0 to below 1 and warmup from 0 to 1, "
+                f"not {lr}, {weight_decay}, {momentum} and {warmup}"
+            )
         drops = list(drops)
         self.save_hyperparameters(ignore=["network"])
         self.network = network.to(memory_format=torch.channels_last) if channels_last else network
@@ -81,7 +87,7 @@ class Classifier(pl.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
+        x, y = batch["labelled"] if isinstance(batch, dict) else batch
         logits = self(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
         self.log("train/loss", loss)
@@ -123,9 +129,14 @@ class Classifier(pl.LightningModule):
             )
         else:
             optimizer = torch.optim.AdamW(self.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"])
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigurationError(
+                "a learning rate's schedule needs an end: set the trainer's max_epochs or max_steps"
+            )
         factor = partial(
             learning_rate_factor,
-            total=int(self.trainer.estimated_stepping_batches),
+            total=int(steps),
             warmup=hparams["warmup"],
             schedule=hparams["schedule"],
             drops=hparams["drops"],

@@ -47,7 +47,7 @@ class ResNet(nn.Module):
     Shape: (batch, in_channels, height, width) to (batch, num_classes).
 
     Raises:
-        ConfigurationError: depth is not 6n + 2.
+        ConfigurationError: depth is not 6n + 2, or width below 1.
 
     Example:
         >>> sum(p.numel() for p in ResNet(depth=20).parameters())
@@ -61,6 +61,8 @@ class ResNet(nn.Module):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ConfigurationError(f"a ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), not {depth}")
+        if width < 1:
+            raise ConfigurationError(f"a ResNet's width is a factor of 1 or more, not {width}")
         channels = [16 * width, 32 * width, 64 * width]
         self.stem = nn.Sequential(
             OrderedDict(

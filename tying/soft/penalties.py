@@ -230,11 +230,18 @@ class Huber(Penalty):
 
     Args:
         delta: δ > 0, where ρ turns from quadratic to linear, in the weights' own unit.
+
+    Raises:
+        ConfigurationError: δ is not finite or not positive.
     """
 
     delta: float = 1.0
     curvature = 1.0
     pairs_only = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.delta) and self.delta > 0):
+            raise ConfigurationError(f"Huber's delta must be finite and above 0, not {self.delta}")
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; see :func:`huber`."""

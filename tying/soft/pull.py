@@ -59,7 +59,8 @@ class TyingPenalty(nn.Module):
 
     def forward(self) -> Tensor:
         """Return Ω summed over all groups: a scalar, differentiable."""
-        return torch.stack([self.penalty.value(group.tensors()) for group in self.groups]).sum()
+        values = [self.penalty.value(group.tensors()) for group in self.groups]
+        return torch.stack(values).sum() if values else torch.zeros(())
 
     @torch.no_grad()
     def add_gradients_(self, strength: float, rates: Rates | None = None) -> None:
@@ -85,6 +86,15 @@ class TyingPenalty(nn.Module):
                 ):
                     if speed:
                         parameter.copy_(relation(value))
+
+    def check_rates(self, rates: Rates) -> None:
+        """Raise, before any weight moves, if the penalty has no proximal step for these rates.
+
+        Raises:
+            ConfigurationError: the rates within a group differ where the penalty needs one rate.
+        """
+        for speeds in {tuple(_rate(parameter, rates) for parameter in group.parameters) for group in self.groups}:
+            self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
 
     def _add_(self, scale: float, rates: Rates | None, receiver: Callable[[nn.Parameter], Tensor]) -> None:
         if scale == 0:
@@ -147,6 +157,11 @@ def _rate(parameter: nn.Parameter, rates: Rates | None) -> float:
 def _gradient_of(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
+    if parameter.grad.is_sparse:
+        raise ConfigurationError(
+            f"a tied weight of shape {tuple(parameter.shape)} has sparse gradients, to which no dense pull can be "
+            "added: use sparse=False, or update='decoupled' or 'proximal'"
+        )
     return parameter.grad
 
 

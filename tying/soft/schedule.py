@@ -22,6 +22,9 @@ class Schedule:
         shape: straight, or half a period of a cosine.
         unit: ``"step"`` counts the steps of each optimizer, ``"epoch"`` whole epochs.
 
+    Raises:
+        ConfigurationError: a factor is negative or not finite, the length is negative, or 0 where it is needed.
+
     Example:
         >>> [Schedule(0.0, 1.0, 4)(count) for count in (0, 1, 4, 9)]
         [0.0, 0.25, 1.0, 1.0]
@@ -40,12 +43,7 @@ class Schedule:
             progress = (1 - math.cos(math.pi * progress)) / 2
         return self.start + (self.end - self.start) * progress
 
-    def check(self) -> None:
-        """Raise unless the schedule makes sense.
-
-        Raises:
-            ConfigurationError: a factor is negative or not finite, the length is negative, or 0 where it is needed.
-        """
+    def __post_init__(self) -> None:
         if not all(math.isfinite(factor) and factor >= 0 for factor in (self.start, self.end)):
             raise ConfigurationError(f"a schedule's start and end must be finite and not negative: {self}")
         if self.length < 0 or (self.length == 0 and self.start != self.end):

@@ -1,0 +1,52 @@
+"""What callbacks that tie weights have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+
+from tying.errors import ConfigurationError
+from tying.selection import Tie, TiedGroup
+
+
+class TyingCallback(pl.Callback):
+    """A callback that holds ties, and their groups once it has met the model.
+
+    Args:
+        ties: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
+        name: tells several of a class apart.
+
+    Raises:
+        ConfigurationError: there are no ties, or a string is malformed.
+    """
+
+    def __init__(self, ties: Sequence[Tie | str], name: str | None = None) -> None:
+        super().__init__()
+        if not ties or isinstance(ties, str):
+            raise ConfigurationError(f"ties must be a list of at least one tie, not {ties!r}")
+        self.ties = [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]
+        self.name = name
+
+    @property
+    def groups(self) -> list[TiedGroup]:
+        """The tied groups of the model in training; empty before training starts."""
+        raise NotImplementedError
+
+    def check(self, groups: Sequence[TiedGroup]) -> None:
+        """Raise a ConfigurationError if the callback could not tie these groups."""
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's callbacks."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by the trainer's connector, untyped
+
+
+def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
+    """Return every group that a callback of the trainer holds, with the name of the callback's class."""
+    return [
+        (type(callback).__name__, group)
+        for callback in callbacks_of(trainer)
+        if isinstance(callback, TyingCallback)
+        for group in callback.groups
+    ]

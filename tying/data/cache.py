@@ -1,0 +1,105 @@
+"""Decoded images, kept in files that are mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tying.errors import ConfigurationError
+
+VERSION = 1
+Split = tuple[Tensor, Tensor]
+
+
+def cache_root() -> Path:
+    """Return where caches are kept: ``$TYING_CACHE``, or ``tying`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tying"
+    return Path(os.environ.get("TYING_CACHE", default))
+
+
+def cached(key: str, decode: Callable[[], dict[str, Split]]) -> dict[str, Split]:
+    """Return what ``decode`` returns, from the cache of that key if there is one.
+
+    A cache is written aside and renamed, so that it is there whole or not at all; of several processes that start
+    at once, one wins and the others take its files.
+
+    Args:
+        key: stands for the content that is decoded.
+        decode: returns uint8 images (count, height, width, channels) and int64 labels of each split.
+
+    Raises:
+        ConfigurationError: the cache is of another version, truncated or corrupted; it is named, and left alone.
+    """
+    folder = cache_root() / key
+    if not folder.exists():
+        try:
+            _write(folder, decode())
+        except OSError as error:
+            raise ConfigurationError(
+                f"decoded images could not be kept under {folder.parent}: {error}. Set the environment variable "
+                "TYING_CACHE to a folder with room"
+            ) from None
+    return _read(folder)
+
+
+def _write(folder: Path, splits: dict[str, Split]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        meta: dict[str, object] = {"version": VERSION, "splits": {}, "checksums": {}}
+        for split, parts in splits.items():
+            meta["splits"][split] = [*parts[0].shape]  # type: ignore[index]  # a dictionary, just made
+            for part, tensor in zip(("images", "labels"), parts, strict=True):
+                content = _bytes(tensor)
+                (aside / f"{split}.{part}").write_bytes(content)
+                meta["checksums"][f"{split}.{part}"] = zlib.crc32(content)  # type: ignore[index]  # likewise
+        (aside / "meta.json").write_text(json.dumps(meta))
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read(folder: Path) -> dict[str, Split]:
+    remedy = f"Remove {folder}, and it will be made again"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        raise ConfigurationError(f"the cache {folder} is incomplete: it has no readable meta.json. {remedy}") from None
+    if meta.get("version") != VERSION:
+        raise ConfigurationError(f"the cache {folder} is of version {meta.get('version')}, not {VERSION}. {remedy}")
+    splits: dict[str, Split] = {}
+    for split, shape in meta["splits"].items():
+        images = _map(folder / f"{split}.images", torch.uint8, shape)
+        labels = _map(folder / f"{split}.labels", torch.int64, shape[:1])
+        for part, tensor in (("images", images), ("labels", labels)):
+            name = f"{split}.{part}"
+            if tensor is None or zlib.crc32(_bytes(tensor)) != meta["checksums"][name]:
+                raise ConfigurationError(f"the cache {folder} is truncated or corrupted in {name}. {remedy}")
+        assert images is not None
+        assert labels is not None
+        splits[split] = images, labels
+    return splits
+
+
+def _map(path: Path, dtype: torch.dtype, shape: list[int]) -> Tensor | None:
+    count = torch.Size(shape).numel()
+    if not path.exists() or path.stat().st_size != count * dtype.itemsize:
+        return None
+    # a private mapping: pages are read when touched, and writing to the tensor leaves the file alone
+    return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().numpy().data.cast("B")

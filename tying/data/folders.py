@@ -1,0 +1,153 @@
+"""Images in class folders, as they lie or packed into one file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from tying.data.cache import cached
+from tying.errors import ConfigurationError, listed
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+PACKED = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".zip")
+SPLITS = ("train", "test")
+LARGEST_IMAGE = 2**20  # bytes, packed: no image of 32 × 32 pixels comes near it
+LARGEST_TOTAL = 2**32  # bytes, unpacked: nothing of an archive is ever written to disk
+
+Split = tuple[Tensor, Tensor]
+Named = tuple[str, str, str, bytes]  # split, class, file, content
+Packed = tuple[str, int, Callable[[], bytes]]  # name, size unpacked, how to read it
+
+
+def is_packed(path: Path) -> bool:
+    """Tell whether the name is that of an archive that can be read."""
+    return path.name.lower().endswith(PACKED)
+
+
+def holds_classes(path: Path) -> bool:
+    """Tell whether a folder holds ``train`` and ``test``, itself or one level below."""
+    return _top(path) is not None
+
+
+def load_folder(path: Path, classes: Sequence[str], size: tuple[int, int]) -> dict[str, Split]:
+    """Return the images of ``.../{train,test}/<class>/<file>`` below a folder, or in a tar or zip file.
+
+    They are decoded once, with a progress bar, and then mapped from a cache that is keyed by their content.
+
+    Args:
+        path: a folder, or a ``.tar``, ``.tar.xz``, ``.tar.gz`` or ``.zip`` of one.
+        classes: the class folders that must be there, in the order of their labels.
+        size: width and height that each image must have, in pixels.
+
+    Raises:
+        ConfigurationError: nothing is there, the file is truncated or corrupted, a class is missing or empty, or an
+            image is broken or of another size.
+    """
+    if not path.exists():
+        raise ConfigurationError(
+            f"there is nothing at {path}: expected a folder of class folders, or a tar or zip file"
+        )
+    try:
+        return cached(_key(path), lambda: _decode(path, classes, size))
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise ConfigurationError(f"{path} is truncated or corrupted: {error}. Copy it again") from None
+
+
+def _key(path: Path) -> str:
+    digest = hashlib.sha256()
+    if path.is_dir():
+        top = _top(path)
+        for file in sorted(top.rglob("*")) if top else ():
+            if file.suffix.lower() in SUFFIXES:
+                content = file.read_bytes()
+                digest.update(f"{file.relative_to(top)}:{len(content)}:".encode())  # type: ignore[arg-type]  # has files
+                digest.update(content)
+    else:
+        with path.open("rb") as opened:
+            while block := opened.read(2**20):
+                digest.update(block)
+    return f"images-{digest.hexdigest()[:32]}"
+
+
+def _decode(path: Path, classes: Sequence[str], size: tuple[int, int]) -> dict[str, Split]:
+    found: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
+    for split, kind, name, content in tqdm(_files(path), desc=f"decoding {path.name}", unit="image", leave=False):
+        where = f"{split}/{kind}/{name} in {path}"
+        try:
+            image = Image.open(io.BytesIO(content))
+            if image.size != size:  # read from the header: nothing is unpacked yet
+                raise ConfigurationError(f"{where} has {image.size[0]}×{image.size[1]} pixels, not {size[0]}×{size[1]}")
+            pixels = np.asarray(image.convert("RGB"))
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ConfigurationError(f"{where} is not a readable image: {error}") from None
+        found.setdefault((split, kind), []).append((name, pixels))
+    there = {split: sorted(kind for part, kind in found if part == split) for split in SPLITS}
+    for split in SPLITS:
+        missing, more = set(classes) - set(there[split]), set(there[split]) - set(classes)
+        if missing or more:
+            raise ConfigurationError(
+                f"{path} must hold {split}/<class>/ with images for each of {', '.join(classes)}; missing or empty: "
+                f"{listed(sorted(missing)) or 'none'}; not expected: {listed(sorted(more)) or 'none'}"
+            )
+    splits: dict[str, Split] = {}
+    for split in SPLITS:
+        ordered = [sorted(found[split, kind], key=lambda named: named[0]) for kind in classes]
+        images = np.stack([pixels for files in ordered for _, pixels in files])
+        labels = torch.tensor([label for label, files in enumerate(ordered) for _ in files])
+        splits[split] = torch.from_numpy(images), labels
+    return splits
+
+
+def _files(path: Path) -> Iterator[Named]:
+    if path.is_dir():
+        top = _top(path)
+        for split in SPLITS if top else ():
+            for file in sorted((top / split).glob("*/*")):  # type: ignore[operator]  # a path: the loop runs
+                if file.suffix.lower() in SUFFIXES:
+                    yield split, file.parent.name, file.name, file.read_bytes()
+        return
+    total = 0
+    for name, size, read in _zipped(path) if path.name.lower().endswith(".zip") else _tarred(path):
+        total += size
+        parts = PurePosixPath(name).parts
+        wanted = len(parts) >= 3 and parts[-3] in SPLITS and parts[-1].lower().endswith(SUFFIXES)
+        if total > LARGEST_TOTAL or (wanted and size > LARGEST_IMAGE):
+            what = f"{name} unpacks to {size:,} bytes" if wanted else f"it unpacks to more than {LARGEST_TOTAL:,} bytes"
+            raise ConfigurationError(f"{path} is not an archive of small images: {what}")
+        if wanted:
+            yield parts[-3], parts[-2], parts[-1], read()
+
+
+def _tarred(path: Path) -> Iterator[Packed]:
+    with tarfile.open(path) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None  # links and devices are passed over
+            if content is not None:
+                yield member.name, member.size, content.read
+
+
+def _zipped(path: Path) -> Iterator[Packed]:
+    with zipfile.ZipFile(path) as packed:
+        for member in packed.infolist():
+            if not member.is_dir():
+                yield member.filename, member.file_size, partial(packed.read, member)
+
+
+def _top(path: Path) -> Path | None:
+    for top in [path, *sorted(child for child in path.iterdir() if child.is_dir())] if path.is_dir() else []:
+        if all((top / split).is_dir() for split in SPLITS):
+            return top
+    return None

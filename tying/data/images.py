@@ -1,0 +1,165 @@
+"""What the data modules of small images have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from tying.data.batches import BatchLoader, RawBatch, augment, normalize
+from tying.errors import ConfigurationError
+
+UNLABELLED = -1
+Split = tuple[Tensor, Tensor]  # uint8 images (count, height, width, channels), int64 labels (count,)
+
+
+class Images(pl.LightningDataModule):
+    """Images held in memory as uint8; augmented and normalised as whole tensors, on the training device.
+
+    Subclasses say where images come from: ``load`` returns the splits ``train`` and ``test``.
+
+    Args:
+        batch_size: samples of a batch, per process.
+        validation: share of the training images held out, class-balanced and always the same ones; 0 for none.
+        labelled: keep this many labels, class-balanced and the same whatever else is set. Training batches are then
+            dictionaries: ``labelled``, and ``unlabelled`` with −1 for every label, one as often started over as the
+            other needs.
+        augment: random crops, and flips where a mirrored image is as good, in training.
+        seed: of order and augmentation.
+
+    Raises:
+        ConfigurationError: an argument out of range.
+    """
+
+    mean: Tensor
+    std: Tensor
+    pad: int
+    flip: bool
+
+    def __init__(self, batch_size: int, validation: float, labelled: int | None, augment: bool, seed: int) -> None:
+        super().__init__()
+        if not 0 <= validation < 1:
+            raise ConfigurationError(
+                f"validation is a share of all training images, at least 0 and below 1, not {validation}"
+            )
+        if batch_size < 1:
+            raise ConfigurationError(f"batch_size must be 1 or more, not {batch_size}")
+        self.batch_size = batch_size
+        self.validation = validation
+        self.labelled = labelled
+        self.augment = augment
+        self.seed = seed
+        self._splits: dict[str, Split] = {}
+
+    def load(self) -> dict[str, Split]:
+        """Return the splits ``train`` and ``test``."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> str:
+        """Which data this is, in words."""
+        raise NotImplementedError
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self._splits:
+            return
+        loaded = self.load()
+        images, labels = loaded["train"]
+        held_out = draw_balanced(labels, _per_class(labels, self.validation))
+        images, labels = images[~held_out], labels[~held_out]
+        self._splits = {
+            "fit": (images, labels),
+            "val": (loaded["train"][0][held_out], loaded["train"][1][held_out]),
+            "test": loaded["test"],
+        }
+        if self.labelled is not None:
+            kept = draw_balanced(labels, _spread(self.labelled, labels))
+            self._splits["labelled"] = images[kept], labels[kept]
+            self._splits["unlabelled"] = images[~kept], torch.full_like(labels[~kept], UNLABELLED)
+        counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
+        rank_zero_info(f"{type(self).__name__}: {self.description} ({counts})")
+
+    @override
+    def train_dataloader(self) -> BatchLoader | CombinedLoader:
+        if self.labelled is None:
+            return self._loader("fit", train=True)
+        parts = {split: self._loader(split, train=True) for split in ("labelled", "unlabelled")}
+        return CombinedLoader({split: loader for split, loader in parts.items() if len(loader)}, "max_size_cycle")
+
+    @override
+    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+        return self._loader("val") if self.validation else []
+
+    @override
+    def test_dataloader(self) -> BatchLoader:
+        return self._loader("test")
+
+    @override
+    def predict_dataloader(self) -> BatchLoader:
+        return self._loader("test")
+
+    def _loader(self, split: str, train: bool = False) -> BatchLoader:
+        images, labels = self._splits[split]
+        if split == "fit" and len(labels) < self.batch_size * (self.trainer.world_size if self.trainer else 1):
+            raise ConfigurationError(f"batch_size={self.batch_size} is more than the {len(labels)} training images")
+        world = self.trainer.world_size if self.trainer else 1
+        return BatchLoader(
+            images,
+            labels,
+            min(self.batch_size, max(1, len(labels) // world)) if train else self.batch_size,
+            train=train,
+            augment=self.augment,
+            pad=self.pad,
+            flip=self.flip,
+            seed=self.seed,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=world,
+        )
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, dict):
+            return {part: self.on_after_batch_transfer(content, dataloader_idx) for part, content in batch.items()}
+        if not isinstance(batch, RawBatch):
+            return batch
+        images = augment(batch.images, batch.offsets, batch.flips, self.pad)
+        return normalize(images, self.mean, self.std), batch.labels
+
+
+def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:
+    """Return a mask of ``per_class[k]`` samples of each class k, drawn once and for all.
+
+    Example:
+        >>> draw_balanced(torch.tensor([0, 0, 1, 1]), [1, 2]).sum().item()
+        3
+    """
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for kind, count in enumerate(per_class):
+        members = (labels == kind).nonzero().flatten()
+        drawn[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return drawn
+
+
+def _per_class(labels: Tensor, share: float) -> list[int]:
+    return [round(share * count) for count in labels.bincount().tolist()]
+
+
+def _spread(total: int, labels: Tensor) -> list[int]:
+    """Return how many labels of each class to keep, as equal as can be."""
+    counts = labels.bincount().tolist()
+    if not len(counts) <= total <= len(labels):
+        raise ConfigurationError(
+            f"labelled must be from {len(counts)} (one a class) to {len(labels)} (all training labels), not {total}"
+        )
+    per_class = [total // len(counts) + (kind < total % len(counts)) for kind in range(len(counts))]
+    if short := [kind for kind, count in enumerate(counts) if per_class[kind] > count]:
+        raise ConfigurationError(
+            f"labelled={total} takes {per_class[short[0]]} of class {short[0]}, which has {counts[short[0]]}"
+        )
+    return per_class

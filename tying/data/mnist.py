@@ -1,0 +1,115 @@
+"""MNIST as a LightningDataModule."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import MNIST as Official
+from typing_extensions import override
+
+from tying.data.images import Images, Split
+from tying.errors import ConfigurationError
+
+FILES = {"train": "train", "test": "t10k"}
+
+
+class MNIST(Images):
+    """MNIST in memory, from its idx files in torchvision's layout, compressed or not.
+
+    Args:
+        root: the folder that holds ``MNIST/raw/``.
+        batch_size: samples of a batch, per process.
+        validation: share of the training images held out; see :class:`tying.data.images.Images`, also for the rest.
+        labelled: keep this many labels.
+        augment: random crops (2 pixels) in training; never flips.
+        seed: of order and augmentation.
+        download: fetch the files if they are missing.
+
+    Raises:
+        ConfigurationError: an argument out of range; when data is prepared, missing or broken files.
+
+    Source: Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-based learning applied to document recognition,
+    1998.
+    """
+
+    mean = torch.tensor([0.1307])
+    std = torch.tensor([0.3081])
+    pad = 2
+    flip = False
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        batch_size: int = 128,
+        validation: float = 0.1,
+        labelled: int | None = None,
+        augment: bool = False,
+        seed: int = 0,
+        download: bool = False,
+    ) -> None:
+        super().__init__(batch_size, validation, labelled, augment, seed)
+        self.root = Path(root)
+        self.download = download
+
+    @override
+    def prepare_data(self) -> None:
+        if self.download and not (self.root / "MNIST" / "raw").exists():
+            try:
+                Official(str(self.root), download=True)
+            except (OSError, RuntimeError) as error:
+                raise ConfigurationError(f"MNIST could not be downloaded to {self.root}: {error}") from None
+
+    @override
+    def load(self) -> dict[str, Split]:
+        raw = self.root / "MNIST" / "raw"
+        splits: dict[str, Split] = {}
+        for split, prefix in FILES.items():
+            images = read_idx(raw / f"{prefix}-images-idx3-ubyte")
+            labels = read_idx(raw / f"{prefix}-labels-idx1-ubyte")
+            if len(images) != len(labels):
+                raise ConfigurationError(f"MNIST in {raw}: {split} has {len(images)} images but {len(labels)} labels")
+            if images.shape[1:] != (28, 28):
+                raise ConfigurationError(f"MNIST in {raw}: {split} has images of {tuple(images.shape[1:])}")
+            splits[split] = images.unsqueeze(-1), labels.long()
+        return splits
+
+    @property
+    @override
+    def description(self) -> str:
+        return f"idx files under {self.root}"
+
+
+def read_idx(path: Path) -> Tensor:
+    """Return the uint8 tensor of an idx file, ``path`` itself or ``path`` + ``.gz``.
+
+    The format is two zero bytes, 8 for unsigned bytes, the number of dimensions, each dimension as four bytes, the
+    largest first, and then the entries.
+
+    Raises:
+        ConfigurationError: the file is missing, truncated, corrupted or of another kind.
+    """
+    packed = path.with_name(path.name + ".gz")
+    found = next((file for file in (path, packed) if file.exists()), None)
+    if found is None:
+        raise ConfigurationError(
+            f"no {path.name} or {packed.name} in {path.parent}. Set root to the folder that holds MNIST/raw, or "
+            "download: true to fetch it"
+        )
+    try:
+        content = gzip.decompress(found.read_bytes()) if found == packed else found.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigurationError(f"{found} is truncated or corrupted: {error}") from None
+    if content[:3] != b"\0\0\x08" or len(content) < 4:
+        raise ConfigurationError(f"{found} is not an idx file of unsigned bytes")
+    start = 4 + 4 * content[3]
+    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
+    if len(content) - start != int(np.prod(shape)):
+        expected = f"{int(np.prod(shape)):,} entries for {'×'.join(map(str, shape))}"
+        raise ConfigurationError(f"{found} is truncated or corrupted: {len(content) - start:,} bytes, not {expected}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
