@@ -44,6 +44,8 @@ def test_fit_test_and_resume(tmp_path, capsys):
     assert "tying/gap" in (run / "metrics.csv").read_text()
     assert "Tied weights" in capsys.readouterr().out
     torch.load(checkpoint, weights_only=True)
+    main(["inspect", f"--config={run}/config.yaml", f"--ckpt_path={checkpoint}"])
+    assert re.search(r"16×16×3×3 .* 0\.[0-8]", capsys.readouterr().out)
     main(["test", BASE, SOFT, "--model.network.depth=8", "--trainer.limit_test_batches=1", f"--ckpt_path={checkpoint}"])
     assert "test/accuracy" in capsys.readouterr().out
     main(["fit", BASE, SOFT, *SMALL, TIES8, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
@@ -132,10 +134,10 @@ def test_the_three_ways_give_bitwise_the_same_run(tmp_path):
 def test_inspect(capsys):
     main(["inspect", BASE, SOFT])
     out = capsys.readouterr().out
-    assert "'network.layer1.*.branch.conv*.weight' matches 6 weights in 1 groups" in out
+    assert "'network.layer1.*.branch.conv*.weight' matches 6 weights in 1 group" in out
     assert re.search(r"16×16×3×3 .* 0\.9", out)
     assert "269,722 unique parameters" in out
-    assert "Not matched by any tie: 43\nnetwork.stem.conv.weight\n" in out
+    assert "Not matched by any tie: 43: network.stem.conv.weight, " in out
     assert not Path("runs").exists()
 
 
@@ -150,7 +152,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
             ]
         )
     told = capsys.readouterr()
-    assert "matches 3 weights in 1 groups" in told.out
+    assert "matches 3 weights in 1 group" in told.out
     assert "pattern 'network.stm.*' matches no parameter" in told.err
     assert "pattern 'a.b' matches no parameter" in told.err
 
@@ -161,6 +163,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--trainer.callbacks.strength=-1"], "strength must be 0 or more, not -1.0"),
         (["--trainer.callbacks.strength=.nan"], "strength must be 0 or more, not nan"),
         (["--trainer.callbacks.strength=.inf"], "strength=inf needs update='proximal'"),
+        (["--trainer.callbacks.strength=inf"], "infinity is written .inf"),
         (["--trainer.callbacks.strength=abc"], "strength: Expected a <class 'float'>. Got value: abc"),
         (["--trainer.callbacks.penalty=l3"], "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
         (["--trainer.callbacks.update=up"], "update: Expected a typing.Literal['gradient', 'decoupled', 'proximal']"),
@@ -207,6 +210,29 @@ def test_a_config_of_ones_own_is_never_overwritten(tmp_path):
     (tmp_path / "config.yaml").write_text(own)
     main(["fit", BASE, "--config=config.yaml", *SMALL])
     assert (tmp_path / "config.yaml").read_text() == own
+
+
+def test_a_module_in_the_current_folder_can_be_named(tmp_path):
+    (tmp_path / "mine_here.py").write_text(
+        "from tying.models import Autoencoder\n\n\nclass AE(Autoencoder):\n    pass\n"
+    )
+    script = Path(sys.executable).with_name("tying")
+    args = ["--model=mine_here.AE", "--model.sizes=[8, 4]", "--trainer.logger=false"]
+    done = subprocess.run([script, "inspect", *args], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "No tied weights." in done.stdout
+
+
+def test_what_is_wrong_with_a_penalty_of_ones_own_is_told(tmp_path, capsys):
+    (tmp_path / "penalties_here.py").write_text("import nothing_of_this_name\n")
+    told = errors(capsys, "inspect", BASE, SOFT, "--trainer.callbacks.penalty=penalties_here.Mine")
+    assert "nothing_of_this_name" in told
+
+
+def test_a_model_of_ones_own_keeps_its_defaults_on_top_of_base(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", BASE, "--model=Autoencoder", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["lr"] == 1e-3
 
 
 def test_inspect_refuses_what_fit_refuses(capsys):

@@ -35,7 +35,7 @@ def test_python_runs(monkeypatch):
     trainer = pl.Trainer
     quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     quick |= {"logger": False, "enable_checkpointing": False}
-    monkeypatch.setattr(pl, "Trainer", lambda **arguments: trainer(**arguments, **quick))
+    monkeypatch.setattr(pl, "Trainer", lambda **arguments: trainer(**arguments | quick))
     scope = {}
     exec(code, scope)
     assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
@@ -43,10 +43,12 @@ def test_python_runs(monkeypatch):
 
 
 def test_yaml_runs(tmp_path):
-    [text] = BLOCKS["yaml"]
+    text, more = BLOCKS["yaml"]
     (tmp_path / "readme.yaml").write_text(text)
     main(["fit", "--config=configs/base.yaml", "--config=readme.yaml", "--model=Autoencoder", *SMALL])
     assert len(text.splitlines()) <= 6
+    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n" + more)
+    main(["fit", "--config=configs/base.yaml", "--config=more.yaml", "--model=Autoencoder", *SMALL])
 
 
 @pytest.mark.parametrize("command", "".join(BLOCKS["console"]).strip().splitlines())

@@ -165,6 +165,19 @@ def test_exclude_covers_what_is_below_a_module():
         resolve(stack(a=3), [Tie("**.weight", exclude=("a",))])
 
 
+def test_exclude_that_covers_nothing():
+    with pytest.raises(ConfigurationError, match=r"exclude pattern 'b\*' covers no parameter"):
+        resolve(stack(a=3), [Tie("a.*", exclude=("b*",))])
+
+
+@pytest.mark.parametrize("text", ["a.weight = b.weight", "a.weight, b.weight", "a ~ b : o i -> i o"])
+def test_not_a_pattern(text):
+    with pytest.raises(ConfigurationError, match="is not a pattern of names"):
+        Tie.parse(text)
+    with pytest.raises(ConfigurationError, match="is not a pattern of names"):
+        Tie(text)
+
+
 def test_ties_that_share_a_weight_merge():
     model = stack(a=4)
     assert names(model, "a.0.weight ~ a.1.weight", "a.2.weight ~ a.3.weight") == [
@@ -232,7 +245,9 @@ def test_shapes_that_do_not_meet_are_named():
         ConfigurationError, match=r"'encoder\.0\.weight' and 'decoder\.2\.weight' do not meet.*\(6, 8\).*\(8, 6\)"
     ):
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
-    with pytest.raises(ConfigurationError, match="no relation is given"):
+    with pytest.raises(ConfigurationError, match="'o i -> i o' would fit"):
+        resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
+    with pytest.raises(ConfigurationError, match="exclude one of them"):
         resolve(ResNet(14), ["layer2.*.branch.conv1.weight"])
 
 

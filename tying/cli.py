@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -32,16 +33,32 @@ VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a pat
 class Trainer(pl.Trainer):
     """Lightning's Trainer, which can also say what a configuration ties."""
 
-    def inspect(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
+    def inspect(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+    ) -> None:
         """Print, without training, which weights each tie matches, and which weights no tie matches.
 
+        Args:
+            model: what to inspect.
+            datamodule: not used; what the configuration of a training run holds.
+            ckpt_path: take the weights of this checkpoint.
+            weights_only: unpickle nothing but tensors and plain types from it.
+
         Raises:
-            ConfigurationError: a tie does not fit the model; raised after the others have been printed.
+            ConfigurationError: ties do not fit the model; those that do are printed first.
         """
         model.configure_model()
+        if ckpt_path is not None:
+            model.load_state_dict(torch.load(ckpt_path, weights_only=weights_only)["state_dict"])
         own = model.configure_callbacks()
         own = [*own] if isinstance(own, Sequence) else [own]
         replaced = {type(callback) for callback in own}
+        for hidden in replaced & {type(callback) for callback in callbacks_of(self)}:
+            print(f"{hidden.__name__} of the configuration is replaced by that of {type(model).__name__} itself")
         callbacks = [*(c for c in callbacks_of(self) if type(c) not in replaced), *own]
         groups: list[tuple[str, TiedGroup]] = []
         errors: list[str] = []
@@ -52,7 +69,8 @@ class Trainer(pl.Trainer):
             found = resolve_each(model, callback.ties)
             for tie, result in zip(callback.ties, found, strict=True):
                 if not isinstance(result, ConfigurationError):
-                    print(f"{kind}: '{tie}' matches {sum(map(len, result))} weights in {len(result)} groups")
+                    weights, count = sum(map(len, result)), len(result)
+                    print(f"{kind}: '{tie}' matches {weights} weights in {count} group{'s' * (count > 1)}")
             wrong = [str(result) for result in found if isinstance(result, ConfigurationError)]
             try:
                 tied = [] if wrong else resolve(model, callback.ties)
@@ -61,12 +79,12 @@ class Trainer(pl.Trainer):
             except ConfigurationError as error:
                 wrong.append(str(error))
             errors += wrong
+        if errors:
+            raise ConfigurationError("; ".join(errors))
         print_summary(model, groups, max_rows=None)
         held = {id(parameter) for _, group in groups for parameter in group.parameters}
         free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in held]
-        print("\n".join([f"Not matched by any tie: {len(free)}", *free]))
-        if errors:
-            raise ConfigurationError("; ".join(errors))
+        print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
 
 
 class SaveConfig(SaveConfigCallback):

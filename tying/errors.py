@@ -17,7 +17,8 @@ def nearest(name: str, existing: Iterable[str]) -> str:
         >>> nearest("encoder.0.weigth", ["encoder.0.weight", "head.bias"])
         ' Nearest existing names: encoder.0.weight.'
     """
-    close = get_close_matches(name, list(existing), n=3, cutoff=0.5)
+    spelled = {known.lower(): known for known in existing}
+    close = [spelled[match] for match in get_close_matches(name.lower(), list(spelled), n=3, cutoff=0.5)]
     return f" Nearest existing names: {', '.join(close)}." if close else ""
 
 

@@ -74,6 +74,12 @@ class Names:
             known = nearest(text, dict.fromkeys([*self.parameters, *self.modules]))
             raise ConfigurationError(f"{asker}: pattern {text!r} matches no parameter or module.{known}")
         excluded = [Pattern(pattern) for pattern in exclude]
+        for pattern in excluded:
+            if not any(_covers(pattern, name) for name in self.parameters):
+                raise ConfigurationError(
+                    f"{asker}: exclude pattern {pattern.text!r} covers no parameter."
+                    + nearest(pattern.text, dict.fromkeys([*self.parameters, *self.modules]))
+                )
         kept = [match for match in matches if not any(_covers(pattern, match.name) for pattern in excluded)]
         if not kept:
             raise ConfigurationError(f"{asker}: exclude={list(exclude)} leaves nothing of {text!r}")

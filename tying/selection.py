@@ -55,6 +55,12 @@ class Tie:
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):  # type: ignore[unreachable]  # not for those who check types
             raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
+        for pattern in (self.source, *([] if self.target is None else [self.target]), *self.exclude):
+            if not pattern or set(pattern) & set("~|=,: \t\n"):
+                raise ConfigurationError(
+                    f"{pattern!r} is not a pattern of names. A tie is Tie(source, target, relation), or the "
+                    "string 'source ~ target | relation'"
+                )
 
     def __str__(self) -> str:
         target = f" ~ {self.target}" if self.target else ""
@@ -231,7 +237,15 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match]) -> dict[int, 
         try:
             relation = bind(pattern, first.parameter.shape, match.parameter.shape)
         except ConfigurationError as error:
-            raise ConfigurationError(f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}") from None
+            shapes = tuple(first.parameter.shape), tuple(match.parameter.shape)
+            hint = (
+                "the relation 'o i -> i o' would fit"
+                if shapes[0] == shapes[1][::-1] != shapes[1]
+                else ("name a relation, or exclude one of them")
+            )
+            raise ConfigurationError(
+                f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
+            ) from None
         _, _, known = members.setdefault(id(match.parameter), (match.name, match.parameter, relation))
         if not known.agrees_with(relation, first.parameter.shape):
             raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(relation)!r}")

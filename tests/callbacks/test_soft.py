@@ -263,8 +263,11 @@ def test_a_second_fit_goes_on_and_a_new_trainer_starts_anew():
         ({"penalty": "l3"}, "unknown penalty 'l3'"),
         ({"update": "proximl"}, "unknown update 'proximl'.*Nearest existing names: proximal"),
         ({"update": "proximal", "penalty": type("Mine", (Penalty,), {})()}, "Mine has no prox method"),
-        ({"ties": []}, "at least one tie"),
+        ({"ties": []}, "at least one Tie"),
         ({"ties": "a ~ b"}, "ties must be a list"),
+        ({"ties": Tie("a")}, "ties must be a list"),
+        ({"ties": [("a", "b")]}, "ties must be a list"),
+        ({"schedule": lambda count: 1.0}, "schedule must be a tying.soft.Schedule"),
         ({"ties": ["a ~"]}, "must have the form"),
     ],
 )
@@ -280,6 +283,17 @@ def test_ties_that_do_not_fit_stop_the_fit():
     with pytest.raises(ConfigurationError, match="takes pairs"):
         train(Shared(3, False, 0.1, 0.0), [SoftTying(["layers.*"], penalty=Huber())])
     assert same(model, Toy())
+
+
+def test_ties_that_no_optimizer_trains_warn():
+    class Half(Toy):
+        def configure_optimizers(self):
+            return SGD(self.encoder.parameters(), lr=0.1)
+
+    model = Half()
+    model.decoder.lone = torch.nn.Parameter(torch.zeros(5))
+    with pytest.warns(UserWarning, match=r"no optimizer trains any weight tied to decoder\.0\.bias"):
+        train(model, [SoftTying(["decoder.0.bias ~ decoder.lone"])], max_epochs=1)
 
 
 @pytest.mark.parametrize("update", ["decoupled", "gradient"])

@@ -39,11 +39,11 @@ def test_counts_by_hand():
     model[1].weight = model[0].weight
     groups = [("SoftTying", group) for group in resolve(model, ["0.weight ~ 2.weight"])]
     assert summary_lines(model, groups) == [
-        "12 unique parameters, 16 virtual; 16 bytes saved by sharing",
-        "softly tied: 4 parameters; made equal: 16 bytes less",
+        "12 unique parameters, 16 counting each use; 16 bytes saved by sharing.",
+        "Were every group one weight, 4 parameters and 16 bytes less.",
     ]
     assert summary_lines(model, groups * 2) == summary_lines(model, groups)
-    assert summary_lines(model, []) == ["12 unique parameters, 16 virtual; 16 bytes saved by sharing"]
+    assert summary_lines(model, []) == ["12 unique parameters, 16 counting each use; 16 bytes saved by sharing."]
 
 
 def test_printed_once_when_training_starts_whatever_the_order(capsys):

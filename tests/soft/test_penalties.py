@@ -107,6 +107,8 @@ def test_infinite_strength_gives_the_mean(penalty, m):
 
 @pytest.mark.parametrize("penalty", [L2(), L1(), Huber(0.5)], ids=IDS)
 def test_infinite_strength_is_the_limit_for_unequal_rates(penalty):
+    equal = penalty.prox([torch.randn(1000), torch.randn(1000)], math.inf, [0.1, 0.1])
+    assert torch.equal(*equal)
     tensors, rates = draw(2), [0.1, 0.3]
     limit = penalty.prox(tensors, 1e12, rates)
     for v, expected in zip(penalty.prox(tensors, math.inf, rates), limit, strict=True):

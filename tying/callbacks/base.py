@@ -23,8 +23,8 @@ class TyingCallback(pl.Callback):
 
     def __init__(self, ties: Sequence[Tie | str], name: str | None = None) -> None:
         super().__init__()
-        if not ties or isinstance(ties, str):
-            raise ConfigurationError(f"ties must be a list of at least one tie, not {ties!r}")
+        if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
+            raise ConfigurationError(f"ties must be a list of at least one Tie or string, not {ties!r}")
         self.ties = [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]
         self.name = name
 
@@ -45,7 +45,7 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
     """Return every group that a callback of the trainer holds, with the name of the callback's class."""
     return [
-        (type(callback).__name__, group)
+        (" ".join([type(callback).__name__, *([callback.name] if callback.name else [])]), group)
         for callback in callbacks_of(trainer)
         if isinstance(callback, TyingCallback)
         for group in callback.groups

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, listed, nearest
 from tying.selection import Tie, TiedGroup, resolve
 from tying.soft import Penalty, Schedule, TyingPenalty
 from tying.soft.pull import penalty_of
@@ -42,7 +42,7 @@ class SoftTying(TyingCallback):
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
         strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``: equal after every step.
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a :class:`tying.soft.Penalty` of your own.
-        update: how the pull acts; see above.
+        update: add the pull to the gradients, or move the weights after the step, explicitly or by a proximal step.
         schedule: a factor on ``strength`` over steps or epochs.
         name: tells several of these callbacks apart, in checkpoints and in the log (``tying/<name>/penalty``).
 
@@ -69,6 +69,8 @@ class SoftTying(TyingCallback):
     ) -> None:
         super().__init__(ties, name)
         self.strength = float(strength)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ConfigurationError(f"schedule must be a tying.soft.Schedule, not {schedule!r}")
         self.penalty = penalty_of(penalty)
         self.update = update
         self.schedule = schedule or Schedule()
@@ -128,6 +130,10 @@ class SoftTying(TyingCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pull = TyingPenalty(resolve(pl_module, self.ties), self.penalty)
         self._micro_batches, self._warned = 0, False
+        trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
+        idle = [group.names[0] for group in self.groups if trained.isdisjoint(group.parameters)]
+        if idle:
+            warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
         self._remove_hooks()
         for index, optimizer in enumerate(trainer.optimizers):
             searches = isinstance(optimizer, LBFGS) and optimizer.param_groups[0]["line_search_fn"]

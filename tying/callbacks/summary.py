@@ -62,10 +62,10 @@ def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> 
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     spare = {id(parameter): parameter for _, group in groups for parameter in group.parameters[1:]}.values()
     spare_bytes = sum(p.numel() * p.element_size() for p in spare)
-    lines = [f"{unique:,} unique parameters, {virtual:,} virtual; {aliased - held:,} bytes saved by sharing"]
+    lines = [f"{unique:,} unique parameters, {virtual:,} counting each use; {aliased - held:,} bytes saved by sharing."]
     if spare:
         lines.append(
-            f"softly tied: {sum(p.numel() for p in spare):,} parameters; made equal: {spare_bytes:,} bytes less"
+            f"Were every group one weight, {sum(p.numel() for p in spare):,} parameters and {spare_bytes:,} bytes less."
         )
     return lines
 

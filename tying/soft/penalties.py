@@ -93,6 +93,7 @@ class Penalty:
 
     Example:
         >>> class LogCosh(Penalty):
+        ...     pairs_only = True
         ...     def value(self, tensors):
         ...         a, b = tensors
         ...         return (a - b).cosh().log().sum()
@@ -105,7 +106,7 @@ class Penalty:
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω as a scalar, differentiable by autograd."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define value(tensors), which returns a scalar tensor")
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return ∂Ω/∂w_i for each tensor."""
@@ -138,7 +139,7 @@ class Penalty:
             strength: s ≥ 0, possibly infinite.
             rates: the r_i ≥ 0; tensors of rate 0 are constants.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no proximal step: define prox, or use another update")
 
 
 class L2(Penalty):

@@ -14,8 +14,10 @@ def prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[flo
     (a, b), (rate_a, rate_b) = tensors, rates
     if not rate_a + rate_b:
         return [a, b]
-    excess = (a - b - difference) / (rate_a + rate_b)
-    return [a - rate_a * excess if rate_a else a, b + rate_b * excess if rate_b else b]
+    if not rate_a:
+        return [a, a - difference]
+    moved = a - rate_a / (rate_a + rate_b) * (a - b - difference) if rate_b else b + difference
+    return [moved, moved - difference if rate_b else b]
 
 
 def prox_sorted(w: Tensor, step: float) -> Tensor:
