@@ -133,7 +133,7 @@ def measure() -> str:
     faster_transposed = result.told("autograd, transposed pairs", "gradient, transposed pairs")
     step, pull = resnet_step()
     step()
-    shares = race({"step": step, "pull": pull}, races=5, rounds=5)
+    shares = race({"step": step, "pull": pull}, races=7, rounds=10)
     percent = sorted(100 * ratio for ratio in shares.ratios("pull", "step"))
     share = f"{percent[len(percent) // 2]:.2f} % ({percent[0]:.2f}–{percent[-1]:.2f})"
     lines = [
