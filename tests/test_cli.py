@@ -39,7 +39,7 @@ def _elsewhere(tmp_path, monkeypatch):
 def test_fit_test_and_resume(tmp_path, capsys):
     main(["fit", BASE, SOFT, *SMALL, TIES8])
     run = tmp_path / "runs" / "soft" / "version_0"
-    [checkpoint] = (run / "checkpoints").iterdir()
+    [checkpoint] = (run / "checkpoints").iterdir()  # after two steps: only that of the epoch's end
     assert {"config.yaml", "metrics.csv", "tying_gap.png"} <= {path.name for path in run.iterdir()}
     assert "tying/gap" in (run / "metrics.csv").read_text()
     assert "Tied weights" in capsys.readouterr().out
@@ -50,6 +50,60 @@ def test_fit_test_and_resume(tmp_path, capsys):
     assert "test/accuracy" in capsys.readouterr().out
     main(["fit", BASE, SOFT, *SMALL, TIES8, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"])
     assert (tmp_path / "runs" / "soft" / "version_1").exists()
+
+
+KILLED = """
+import os, signal, sys
+import lightning.pytorch as pl
+from tying.cli import main
+
+class Kill(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+main([*sys.argv[1:], "--trainer.callbacks+=__main__.Kill"])
+"""
+
+
+@pytest.mark.parametrize(("deltas", "steps"), [([], [5, 9]), ([SOFT], [14])], ids=["untied", "soft"])
+@pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:Checkpoint directory", "ignore:Be aware that when"
+)
+def test_killed_runs_go_on_from_last_bitwise(deltas, steps, tmp_path):
+    """SIGKILL within an epoch, and continue with --ckpt_path last: the weights of the uninterrupted run."""
+    args = ["fit", BASE, *deltas, *SMALL, "--trainer.max_epochs=2", "--trainer.limit_train_batches=8"]
+    args += ["--model.network.depth=8", "--trainer.callbacks+=SoftTying", TIES8, "--trainer.callbacks.name=more"]
+    args += ["--trainer.callbacks.schedule.start=0", "--trainer.callbacks.schedule.length=12"] if deltas else []
+    (tmp_path / "every.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: ModelCheckpoint, init_args: {filename: often, every_n_train_steps: 3}}]}"
+    )
+    args.insert(2, "--config=every.yaml")
+    if deltas:
+        args[args.index(SOFT)] = "--trainer.logger.name=untied"
+
+    def weights(folder):
+        newest = max(
+            (tmp_path / folder).glob("untied/*/checkpoints/epoch=1*.ckpt"), key=lambda path: path.stat().st_mtime_ns
+        )
+        return torch.load(newest, weights_only=True)["state_dict"]
+
+    main([*args, "--trainer.logger.save_dir=whole"])
+    for step in steps:
+        (tmp_path / "killed.py").write_text(KILLED.format(step=step))
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "killed.py",
+            *args,
+            "--trainer.logger.save_dir=parts",
+            "--ckpt_path=last",
+        ]
+        assert subprocess.run(command, capture_output=True).returncode == -9
+    main([*args, "--trainer.logger.save_dir=parts", "--ckpt_path=last"])
+    whole, parts = weights("whole"), weights("parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_printed_config_runs_again_unchanged(tmp_path, capsys):
@@ -90,9 +144,10 @@ trainer:
 """
     )
     cli = parse([BASE, "--config=ties.yaml", "--model=Autoencoder"])
-    assert cli.trainer.callbacks[2].strength == float("inf")
-    assert str(cli.trainer.callbacks[2].ties[1]) == TIES[0]
-    assert cli.trainer.callbacks[2].ties[1].exclude == ("**.4",)
+    [tying] = [callback for callback in cli.trainer.callbacks if isinstance(callback, SoftTying)]
+    assert tying.strength == float("inf")
+    assert str(tying.ties[1]) == TIES[0]
+    assert tying.ties[1].exclude == ("**.4",)
 
 
 def test_the_three_ways_give_bitwise_the_same_run(tmp_path):
@@ -206,7 +261,7 @@ def test_mistakes_are_told_in_a_paragraph(args, message, capsys):
 
 
 def test_a_config_of_ones_own_is_never_overwritten(tmp_path):
-    own = "# mine\ntrainer: {logger: false, enable_checkpointing: false}\n"
+    own = "# mine\ntrainer: {logger: false}\n"
     (tmp_path / "config.yaml").write_text(own)
     main(["fit", BASE, "--config=config.yaml", *SMALL])
     assert (tmp_path / "config.yaml").read_text() == own

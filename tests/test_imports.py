@@ -16,13 +16,14 @@ ALLOWED = {
     "relations": {"errors"},
     "patterns": {"errors"},
     "names": {"errors", "patterns"},
-    "selection": {"errors", "patterns", "names", "relations"},
+    "ties": {"errors", "relations"},
+    "selection": {"errors", "patterns", "names", "relations", "ties"},
     "atomic": set(),
-    "soft": {"errors", "names", "relations", "selection"},
-    "depth": {"errors", "names", "relations", "selection"},
+    "soft": {"errors", "names", "relations", "ties"},
+    "depth": {"errors", "names", "relations", "ties"},
     "models": {"errors", "depth"},
     "data": {"errors", "atomic"},
-    "callbacks": {"errors", "atomic", "names", "selection", "soft", "depth"},
+    "callbacks": {"errors", "atomic", "names", "selection", "ties", "soft", "depth"},
     "mixins": {"errors", "callbacks"},
 }
 FREE = {"__init__", "__main__", "cli"}

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 import tying.callbacks
@@ -24,7 +25,8 @@ from tying.callbacks.base import TyingCallback, callbacks_of
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
 from tying.names import clean_name
-from tying.selection import TiedGroup, resolve, resolve_each
+from tying.selection import resolve, resolve_each
+from tying.ties import TiedGroup
 
 UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
 VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
@@ -117,6 +119,22 @@ class TyingCLI(LightningCLI):
                 raise ConfigurationError(f"ckpt_path: there is no checkpoint {path}; give a path, 'last' or 'best'")
             if Path(path).is_file() and not zipfile.is_zipfile(path):
                 raise ConfigurationError(f"ckpt_path: {path} is not a checkpoint, or is truncated")
+
+    def before_fit(self) -> None:
+        """Let ``--ckpt_path last`` mean the newest checkpoint of any earlier run of this name.
+
+        Lightning itself looks only where this run will write, which is a new directory for each run.
+        """
+        if self.config_init.fit.ckpt_path == "last" and (found := newest_checkpoint(self.trainer)):
+            self.config_init.fit.ckpt_path = str(found)
+            rank_zero_info(f"going on from {found}")
+
+
+def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
+    """Return the newest checkpoint beside the trainer's log directory, in any version of it."""
+    root = getattr(trainer.logger, "root_dir", None)
+    found = Path(root).glob("*/checkpoints/*.ckpt") if root else ()
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:

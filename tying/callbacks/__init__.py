@@ -2,7 +2,8 @@
 
 from tying.callbacks.base import TyingCallback
 from tying.callbacks.monitor import TyingMonitor
+from tying.callbacks.random_state import RandomState
 from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
 
-__all__ = ["SoftTying", "TyingCallback", "TyingMonitor", "TyingSummary"]
+__all__ = ["RandomState", "SoftTying", "TyingCallback", "TyingMonitor", "TyingSummary"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 
 from tying.errors import ConfigurationError
-from tying.selection import Tie, TiedGroup
+from tying.ties import Tie, TiedGroup
 
 
 class TyingCallback(pl.Callback):

@@ -18,9 +18,10 @@ from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback
 from tying.errors import ConfigurationError, listed, nearest
-from tying.selection import Tie, TiedGroup, resolve
+from tying.selection import resolve
 from tying.soft import Penalty, Schedule, TyingPenalty
 from tying.soft.pull import penalty_of
+from tying.ties import Tie, TiedGroup
 
 UPDATES = ("gradient", "decoupled", "proximal")
 

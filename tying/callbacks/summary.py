@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from tying.callbacks.base import tied_groups
 from tying.names import count_parameters
-from tying.selection import TiedGroup
 from tying.soft import gap
+from tying.ties import TiedGroup
 
 
 class TyingSummary(pl.Callback):

@@ -54,6 +54,8 @@ class Images(pl.LightningDataModule):
         self.augment = augment
         self.seed = seed
         self._splits: dict[str, Split] = {}
+        self._training: dict[str, BatchLoader] = {}  # by split
+        self._places: dict[str, dict[str, int]] = {}  # where they shall go on
 
     def load(self) -> dict[str, Split]:
         """Return the splits ``train`` and ``test``."""
@@ -85,6 +87,16 @@ class Images(pl.LightningDataModule):
         rank_zero_info(f"{type(self).__name__}: {self.description} ({counts})")
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        # Lightning keeps the state of stateful loaders too, but forgets to restore it where the number of steps was
+        # asked for (`estimated_stepping_batches`) before training started
+        return {split: loader.state_dict() for split, loader in self._training.items()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._places = dict(state_dict)
+
+    @override
     def train_dataloader(self) -> BatchLoader | CombinedLoader:
         if self.labelled is None:
             return self._loader("fit", train=True)
@@ -108,7 +120,7 @@ class Images(pl.LightningDataModule):
         if split == "fit" and len(labels) < self.batch_size * (self.trainer.world_size if self.trainer else 1):
             raise ConfigurationError(f"batch_size={self.batch_size} is more than the {len(labels)} training images")
         world = self.trainer.world_size if self.trainer else 1
-        return BatchLoader(
+        loader = BatchLoader(
             images,
             labels,
             min(self.batch_size, max(1, len(labels) // world)) if train else self.batch_size,
@@ -120,6 +132,11 @@ class Images(pl.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world=world,
         )
+        if train:
+            self._training[split] = loader
+            if split in self._places:
+                loader.load_state_dict(self._places.pop(split))
+        return loader
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -1,0 +1,74 @@
+import random
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from toys import Toy, same, train
+
+from tying.callbacks import RandomState
+from tying.callbacks.random_state import generator_states, restore_generators
+from tying.data import CIFAR10
+
+
+def draws():
+    return [random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]
+
+
+def test_states_are_restored_exactly():
+    draws()
+    states = generator_states()
+    first = draws()
+    restore_generators(states)
+    assert draws() == first
+
+
+class Noisy(Toy):
+    """Draws from every generator in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3072, 10)
+        torch.nn.init.zeros_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.layer(torch.dropout(x.flatten(1), 0.5, True)) * sum(draws()), y)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("stop", [3, 10, 14])
+def test_a_run_goes_on_as_if_it_had_never_stopped(stop, tmp_path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == stop:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+                raise Interrupted
+
+    def run(model, *callbacks, ckpt_path=None):
+        pl.seed_everything(3, verbose=False)
+        data = CIFAR10(batch_size=450)
+        train(model, [RandomState(), *callbacks], data=data, ckpt_path=ckpt_path, max_epochs=2)
+
+    whole, first, second = Noisy(), Noisy(), Noisy()
+    run(whole)
+    with pytest.raises(Interrupted):
+        run(first, Interrupt())
+    draws()
+    run(second, ckpt_path=tmp_path / "a.ckpt")
+    assert same(whole, second)
+    assert not same(whole, first)
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_another_number_of_processes_warns(tmp_path):
+    callback = RandomState()
+    trainer = train(Toy(), [callback], max_epochs=1)
+    callback.load_state_dict({"processes": [generator_states(), generator_states()]})
+    with pytest.warns(UserWarning, match="random states of 2 processes, not of 1"):
+        callback.on_train_start(trainer, Toy())

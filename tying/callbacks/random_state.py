@@ -1,0 +1,91 @@
+"""Random generators in checkpoints."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+
+class RandomState(pl.Callback):
+    """Save the state of each process's random generators in checkpoints, and go on from it when resuming.
+
+    It covers Python's, NumPy's and torch's global generators, on the CPU and on the process's own GPUs. A checkpoint
+    of another number of processes is resumed without it, with a warning: its states belong to other processes.
+
+    Example:
+        >>> sorted(RandomState().state_dict()["processes"][0])
+        ['cuda', 'numpy', 'python', 'torch']
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._restored: dict[str, Any] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        own = generator_states()
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {"processes": [own]}
+        processes: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(processes, own)  # all processes take part in making a checkpoint
+        return {"processes": processes}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # a run that goes on within an epoch has just started a data loader, which may have drawn numbers; one that
+        # goes on at an epoch's start would have drawn them in the uninterrupted run, too
+        if batch_idx > 0:
+            self._restore(trainer)
+        self._restored = None
+
+    def _restore(self, trainer: pl.Trainer) -> None:
+        if self._restored is None:
+            return
+        processes = self._restored["processes"]
+        if len(processes) == trainer.world_size:
+            restore_generators(processes[trainer.global_rank])
+        else:
+            rank_zero_warn(
+                f"the checkpoint holds random states of {len(processes)} processes, not of {trainer.world_size}: "
+                "random numbers will differ from those of the uninterrupted run"
+            )
+            self._restored = None
+
+
+def generator_states() -> dict[str, Any]:
+    """Return the states of all global random generators, as plain types and tensors."""
+    version, numbers, following = random.getstate()
+    name, key, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": [version, list(numbers), following],
+        "numpy": [str(name), [int(number) for number in key], int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    """Set all global random generators to states from :func:`generator_states`."""
+    version, numbers, following = states["python"]
+    random.setstate((version, tuple(numbers), following))
+    name, key, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, np.array(key, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
