@@ -6,12 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import demo, speed_soft
+from benchmarks import demo, speed_data, speed_soft
 from benchmarks.machine import describe
 from benchmarks.report import RESULTS, ROOT, paste, write
 from tying.errors import ConfigurationError
 
-SPEED = {"soft": speed_soft.measure}
+SPEED = {"data": speed_data.measure, "soft": speed_soft.measure}
 
 
 def main(arguments: list[str] | None = None) -> int:

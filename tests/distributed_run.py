@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed
 from torch.optim import SGD
 from toys import TIES, Toy, batches, train
 
-from tying.callbacks import SoftTying, TyingMonitor, TyingSummary
+from tying.callbacks import RandomState, SoftTying, TyingMonitor, TyingSummary
+from tying.data import CIFAR10
 from tying.soft import Schedule
 
 CASES = list(itertools.product(["gradient", "decoupled", "proximal"], [1, 4], [None, 0.02]))
@@ -22,7 +25,6 @@ def optimizer(parameters):
 
 
 def main(out: Path, world: int) -> None:
-    rank = 0
     for number, (update, accumulate, clip) in enumerate(CASES):
         model = Toy(optimizer).double()
         tying = SoftTying(TIES, strength=0.3, update=update, schedule=Schedule(0.0, 1.0, 5))
@@ -41,9 +43,56 @@ def main(out: Path, world: int) -> None:
         )
         rank = trainer.global_rank
         torch.save(model.state_dict(), out / f"{world}-{rank}-{number}.pt")
-    if world > 1:
-        torch.distributed.barrier()
+
+
+class Noisy(Toy):
+    """Classifies CIFAR-10 through dropout, so that every step draws from the process's own generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3072, 10)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        unused = sum(p.sum() for p in [*self.encoder.parameters(), *self.decoder.parameters()])
+        logits = self.head(torch.dropout(x.flatten(1), 0.5, True))
+        return torch.nn.functional.cross_entropy(logits, y) + 0.0 * unused
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint in the middle of an epoch, and goes on."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def resume(out: Path, world: int) -> None:
+    """Train once from beginning to end, and once from a checkpoint of that run; save the weights of each rank."""
+    for name, step in [("boundary", 10), ("middle", 13)]:
+        for part, ckpt_path in [("whole", None), ("resumed", out / f"{name}.ckpt")]:
+            model = Noisy()
+            torch.manual_seed(17 * int(os.environ.get("RANK", 0)))
+            trainer = train(
+                model,
+                [RandomState(), *([SaveAt(step, out / f"{name}.ckpt")] if part == "whole" else [])],
+                data=CIFAR10(batch_size=225, validation=0.1),
+                ckpt_path=ckpt_path,
+                strategy="ddp" if world > 1 else "auto",
+                devices=world,
+                max_epochs=2,
+                limit_val_batches=0,
+                default_root_dir=out / "logs",
+            )
+            torch.save(model.head.state_dict(), out / f"{name}-{part}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    resume(Path(sys.argv[1]), int(sys.argv[2]))
+    torch.distributed.barrier()

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import machine, report, speed_soft
+from benchmarks import machine, report, speed_data, speed_soft
 from benchmarks.timing import Race
 
 SMALL = [
@@ -51,9 +51,16 @@ def test_speed(monkeypatch, capsys):
     assert "Command: `python -m benchmarks speed soft`" in out
 
 
+def test_speed_of_data(monkeypatch, capsys):
+    quick = speed_data.race
+    monkeypatch.setattr(speed_data, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
+    assert benchmarks.main(["speed", "data"]) == 0
+    assert "| tying.data.CIFAR10, in memory " in capsys.readouterr().out
+
+
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
-    assert "unknown family 'sofd': there is soft" in capsys.readouterr().err
+    assert "unknown family 'sofd': there is data, soft" in capsys.readouterr().err
 
 
 def test_race_statistics_by_hand():

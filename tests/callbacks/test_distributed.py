@@ -42,3 +42,11 @@ def test_two_processes_equal_one_on_the_joint_batch(weights, case):
 def test_the_cases_differ(weights):
     ends = [weights[f"1-0-{case}"]["encoder.0.weight"] for case in range(len(distributed_run.CASES))]
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
+
+
+@pytest.mark.parametrize("name", ["boundary", "middle"])
+def test_two_processes_go_on_as_if_never_stopped(weights, name):
+    """Each process draws other numbers; the checkpoint holds the generators of both."""
+    whole, resumed = (weights[f"{name}-{part}-0"] for part in ("whole", "resumed"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert whole["weight"].any()

@@ -45,13 +45,15 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
         >>> augment(image, torch.tensor([[1, 0]]), torch.tensor([True]), pad=1).flatten()
         tensor([1, 0, 3, 0])
     """
-    count, height, width, _ = images.shape
+    count, height, width, channels = images.shape
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    tall, wide = height + 2 * pad, width + 2 * pad
     across = torch.arange(width, device=images.device)
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
     columns = offsets[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
-    samples = torch.arange(count, device=images.device)
-    return padded[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+    samples = torch.arange(count, device=images.device)[:, None, None] * tall
+    pixels = (samples + rows[:, :, None]) * wide + columns[:, None, :]  # numbered through the whole padded batch
+    return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -65,9 +67,9 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     Returns:
         float32 (batch, channels, height, width), contiguous.
     """
-    pixels = images.permute(0, 3, 1, 2).float().contiguous()
-    shape = (1, -1, 1, 1)
-    return pixels.sub_(255 * mean.to(pixels).view(shape)).div_(255 * std.to(pixels).view(shape))
+    pixels = images.permute(0, 3, 1, 2).contiguous().float()
+    mean, std = (values.to(pixels).view(1, -1, 1, 1) for values in (mean, std))
+    return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
 
 class BatchLoader:
@@ -171,7 +173,8 @@ class BatchLoader:
             self._place["batch"] = index + 1
             if own.start == own.stop:  # fewer samples are left than there are processes
                 continue
-            yield RawBatch(self.images[chosen[own]], self.labels[chosen[own]], offsets[own], flips[own])
+            picked = chosen[own]
+            yield RawBatch(self.images.index_select(0, picked), self.labels[picked], offsets[own], flips[own])
         self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}
 
 

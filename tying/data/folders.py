@@ -124,9 +124,12 @@ def _files(path: Path) -> Iterator[Named]:
         total += size
         parts = PurePosixPath(name).parts
         wanted = len(parts) >= 3 and parts[-3] in SPLITS and parts[-1].lower().endswith(SUFFIXES)
-        if total > LARGEST_TOTAL or (wanted and size > LARGEST_IMAGE):
-            what = f"{name} unpacks to {size:,} bytes" if wanted else f"it unpacks to more than {LARGEST_TOTAL:,} bytes"
-            raise ConfigurationError(f"{path} is not an archive of small images: {what}")
+        if total > LARGEST_TOTAL:
+            raise ConfigurationError(
+                f"{path} unpacks to more than {LARGEST_TOTAL:,} bytes: not an archive of small images"
+            )
+        if wanted and size > LARGEST_IMAGE:
+            raise ConfigurationError(f"{name} in {path} unpacks to {size:,} bytes: not a small image")
         if wanted:
             yield parts[-3], parts[-2], parts[-1], read()
 

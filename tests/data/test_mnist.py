@@ -1,0 +1,86 @@
+import gzip
+
+import pytest
+import torch
+
+from tying import ConfigurationError
+from tying.data import MNIST
+from tying.data.mnist import read_idx
+
+
+def idx(tensor):
+    header = b"\0\0\x08" + bytes([tensor.dim()]) + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+    return header + tensor.numpy().tobytes()
+
+
+@pytest.fixture(params=["plain", "packed"])
+def root(request, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for prefix, count in (("train", 60), ("t10k", 20)):
+        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8, generator=generator)
+        for name, tensor in (
+            (f"{prefix}-images-idx3-ubyte", images),
+            (f"{prefix}-labels-idx1-ubyte", torch.arange(count, dtype=torch.uint8) % 10),
+        ):
+            content = idx(tensor)
+            if request.param == "packed":
+                (raw / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (raw / name).write_bytes(content)
+    return tmp_path
+
+
+def ready(root, **arguments):
+    data = MNIST(root, **{"batch_size": 10, **arguments})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_reads_both_forms(root):
+    data = ready(root, validation=0.5)
+    assert {split: len(labels) for split, (_, labels) in data._splits.items()} == {"fit": 30, "val": 30, "test": 20}
+    x, y = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert (x.shape, y.dtype) == ((10, 1, 28, 28), torch.int64)
+    raw = read_idx(root / "MNIST" / "raw" / "t10k-images-idx3-ubyte")
+    x, _ = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+    torch.testing.assert_close(x[0, 0], (raw[0] / 255 - 0.1307) / 0.3081)
+
+
+def test_augmentation_shifts_but_never_mirrors(root):
+    loader = ready(root, augment=True).train_dataloader()
+    batches = list(loader)
+    assert not any(batch.flips.any() for batch in batches)
+    assert torch.cat([batch.offsets for batch in batches]).unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def replace(root, name, change):
+    raw = root / "MNIST" / "raw"
+    path = next(file for file in (raw / name, raw / f"{name}.gz") if file.exists())
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+def test_broken_files_are_named(root):
+    labels = "train-labels-idx1-ubyte"
+    replace(root, labels, lambda content: content[:4] + (59).to_bytes(4, "big") + content[8:-1])
+    with pytest.raises(ConfigurationError, match="train has 60 images but 59 labels"):
+        ready(root)
+    replace(root, labels, lambda content: content[:-3])
+    with pytest.raises(ConfigurationError, match=rf"{labels}.* truncated or corrupted: 56 bytes, not 59"):
+        ready(root)
+    path = replace(root, labels, lambda content: b"\1" + content)
+    with pytest.raises(ConfigurationError, match="not an idx file"):
+        ready(root)
+    if path.suffix == ".gz":
+        path.write_bytes(path.read_bytes()[:20])
+        with pytest.raises(ConfigurationError, match="truncated or corrupted"):
+            ready(root)
+    path.unlink()
+    with pytest.raises(ConfigurationError, match=rf"no {labels} or {labels}\.gz in .*download: true"):
+        ready(root)
