@@ -1,3 +1,4 @@
+import random
 import re
 import subprocess
 import sys
@@ -66,21 +67,30 @@ main([*sys.argv[1:], "--trainer.callbacks+=__main__.Kill"])
 """
 
 
-@pytest.mark.parametrize(("deltas", "steps"), [([], [5, 9]), ([SOFT], [14])], ids=["untied", "soft"])
+TWENTY = sorted(random.Random(0).choices(range(1, 16), k=20))
+SCHEDULED = ["schedule.start=0", "schedule.length=12"]
+
+
+@pytest.mark.parametrize(
+    ("soft", "steps"),
+    [
+        pytest.param([], [5, 9], id="soft"),
+        pytest.param(SCHEDULED, [14], id="scheduled"),
+        pytest.param(None, TWENTY, id="plain, twenty times", marks=pytest.mark.slow),
+        pytest.param([], TWENTY, id="soft, twenty times", marks=pytest.mark.slow),
+        pytest.param(SCHEDULED, TWENTY, id="scheduled, twenty times", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:Checkpoint directory", "ignore:Be aware that when"
 )
-def test_killed_runs_go_on_from_last_bitwise(deltas, steps, tmp_path):
+def test_killed_runs_go_on_from_last_bitwise(soft, steps, tmp_path):
     """SIGKILL within an epoch, and continue with --ckpt_path last: the weights of the uninterrupted run."""
-    args = ["fit", BASE, *deltas, *SMALL, "--trainer.max_epochs=2", "--trainer.limit_train_batches=8"]
-    args += ["--model.network.depth=8", "--trainer.callbacks+=SoftTying", TIES8, "--trainer.callbacks.name=more"]
-    args += ["--trainer.callbacks.schedule.start=0", "--trainer.callbacks.schedule.length=12"] if deltas else []
-    (tmp_path / "every.yaml").write_text(
-        "trainer: {callbacks+: [{class_path: ModelCheckpoint, init_args: {filename: often, every_n_train_steps: 3}}]}"
-    )
-    args.insert(2, "--config=every.yaml")
-    if deltas:
-        args[args.index(SOFT)] = "--trainer.logger.name=untied"
+    often = "{class_path: ModelCheckpoint, init_args: {filename: often, every_n_train_steps: 3}}"
+    (tmp_path / "often.yaml").write_text(f"trainer: {{callbacks+: [{often}]}}")
+    args = ["fit", BASE, "--config=often.yaml", *SMALL, "--trainer.max_epochs=2", "--trainer.limit_train_batches=8"]
+    if soft is not None:
+        args += ["--trainer.callbacks+=SoftTying", TIES8, *(f"--trainer.callbacks.{value}" for value in soft)]
 
     def weights(folder):
         newest = max(
