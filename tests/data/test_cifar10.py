@@ -97,7 +97,7 @@ def test_missing_archive(tmp_path):
 
 
 def test_download_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(Official, "url", "http://localhost:9/none.tar.gz")
+    monkeypatch.setattr(Official, "url", "http://localhost:9/none")
     with pytest.raises(ConfigurationError, match=r"could not be downloaded from http://localhost:9.*by hand"):
         ready(root=tmp_path / "new", download=True)
     assert list((tmp_path / "new").iterdir()) == []
