@@ -55,7 +55,7 @@ class Trainer(pl.Trainer):
         """
         model.configure_model()
         if ckpt_path is not None:
-            model.load_state_dict(torch.load(ckpt_path, weights_only=weights_only)["state_dict"])
+            model.load_state_dict(torch.load(ckpt_path, "cpu", weights_only=weights_only)["state_dict"])
         own = model.configure_callbacks()
         own = [*own] if isinstance(own, Sequence) else [own]
         replaced = {type(callback) for callback in own}

@@ -92,10 +92,8 @@ def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
         if tie.relation or source.mirrored:
             what = f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}"
             raise ConfigurationError(f"tie '{tie}': {what} needs a target")
-        sources, targets = (
-            _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), source.captures, ()),
-            {},
-        )
+        sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), source.captures, ())
+        targets: dict[tuple[object, ...], list[Match]] = {}
     else:
         if tie.relation:
             check(tie.relation)
@@ -113,10 +111,8 @@ def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
         for found, others, pattern in [(sources, targets, tie.target), (targets, sources, tie.source)]:
             for binding in found:
                 if binding not in others:
-                    name, partners = (
-                        found[binding][0].name,
-                        [match.name for found_there in others.values() for match in found_there],
-                    )
+                    name = found[binding][0].name
+                    partners = [match.name for matches in others.values() for match in matches]
                     raise ConfigurationError(
                         f"tie '{tie}': {name!r} has no partner among what {pattern!r} matches: {listed(partners)}."
                         + nearest(name, partners)
@@ -153,11 +149,9 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match]) -> dict[int, 
             relation = bind(pattern, first.parameter.shape, match.parameter.shape)
         except ConfigurationError as error:
             shapes = tuple(first.parameter.shape), tuple(match.parameter.shape)
-            hint = (
-                "the relation 'o i -> i o' would fit"
-                if shapes[0] == shapes[1][::-1] != shapes[1]
-                else ("name a relation, or exclude one of them")
-            )
+            hint = "name a relation, or exclude one of them"
+            if shapes[0] == shapes[1][::-1] != shapes[1]:
+                hint = "the relation 'o i -> i o' would fit"
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None

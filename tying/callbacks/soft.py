@@ -163,12 +163,11 @@ class SoftTying(TyingCallback):
         if self.update == "gradient" and self._window:
             assert self._pull is not None
             index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
-            strength = self._strength_now(trainer, index)
-            plain_sgd = isinstance(optimizer, SGD) and not any(g["momentum"] for g in optimizer.param_groups)
-            if plain_sgd:
-                self._warn_if_unstable(strength, _learning_rates(optimizer))
+            strength, rates = self._strength_now(trainer, index), _learning_rates(optimizer)
+            if isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups):
+                self._warn_if_unstable(strength, rates)
             scale = strength * self._window * _loss_scale(trainer, optimizer)
-            self._pull.add_gradients_(scale, dict.fromkeys(_learning_rates(optimizer), 1.0))
+            self._pull.add_gradients_(scale, dict.fromkeys(rates, 1.0))
 
     def _after_step(
         self,

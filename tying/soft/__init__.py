@@ -1,6 +1,7 @@
 """Weights that are pulled together."""
 
-from tying.soft.penalties import L1, L2, Huber, Penalty, gap, huber, l1, l2
+from tying.soft.distance import gap
+from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
 from tying.soft.pull import TyingPenalty
 from tying.soft.schedule import Schedule
 

@@ -29,7 +29,7 @@ def l2(tensors: Sequence[Tensor]) -> Tensor:
 
     Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, 2016, section 7.9.
     """
-    mean = _mean(tensors)
+    mean = mean_of(tensors)
     return 0.5 * len(tensors) * torch.stack([(w - mean).square().sum() for w in tensors]).sum()
 
 
@@ -64,21 +64,6 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
     Source: P. J. Huber, Robust estimation of a location parameter, 1964.
     """
     return torch.nn.functional.huber_loss(a, b, reduction="sum", delta=delta)
-
-
-def gap(tensors: Sequence[Tensor]) -> float:
-    """Return ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``: 0 for equal tensors, 1 for opposite ones.
-
-    Example:
-        >>> gap([torch.tensor([1.0]), torch.tensor([-1.0])])
-        1.0
-    """
-    with torch.no_grad():
-        tensors = [w.detach().double() for w in tensors]
-        mean = _mean(tensors)
-        apart = sum(float((w - mean).square().sum()) for w in tensors)
-        size = sum(float(w.square().sum()) for w in tensors)
-    return math.sqrt(apart / size) if apart else 0.0
 
 
 class Penalty:
@@ -153,7 +138,7 @@ class L2(Penalty):
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return ``m (w_i − w̄)`` for each tensor."""
-        mean = _mean(tensors)
+        mean = mean_of(tensors)
         return [len(tensors) * (w - mean) for w in tensors]
 
     def add_gradient_(
@@ -262,10 +247,7 @@ class Huber(Penalty):
         return prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
 
 
-PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
     """Return the mean, relative to the first tensor: equal tensors have exactly their own value as mean."""
     first, *others = tensors
     return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from tying.errors import ConfigurationError, listed, nearest
 from tying.relations import Relation
-from tying.soft.penalties import PENALTIES, Penalty
+from tying.soft.penalties import L1, L2, Penalty
 from tying.ties import TiedGroup
 
 CPU_BATCH = 2**19  # entries: the differences of a batch stay in cache between being made and being used
 DEVICE_BATCH = 2**26  # entries: few kernel launches, a bounded buffer
+
+PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 
 Rates = Mapping[nn.Parameter, float]
 
