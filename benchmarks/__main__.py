@@ -1,51 +1,90 @@
-"""``python -m benchmarks``: the demo, the speed tables, and their place in the README."""
+"""``python -m benchmarks``: experiments, the demo among them, speed tables, and their place in the README."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import demo, speed_data, speed_soft
-from benchmarks.machine import describe
+from benchmarks import experiment, speed_data, speed_soft
+from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import RESULTS, ROOT, paste, write
-from tying.errors import ConfigurationError
+from benchmarks.suite import suites
+from tying.errors import ConfigurationError, nearest
 
 SPEED = {"data": speed_data.measure, "soft": speed_soft.measure}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    shown = commands.add_parser("demo", help="train untied and softly tied, side by side: a table, a PNG and a CSV")
-    shown.add_argument("--out", type=Path, default=Path("runs/demo"), help="where to write")
-    shown.add_argument("--save", action="store_true", help="keep the table under benchmarks/results")
-    speed = commands.add_parser("speed", help="times against named peers, as ratios")
-    speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
-    speed.add_argument("--save", action="store_true", help="keep the table under benchmarks/results")
-    commands.add_parser("readme", help="paste the kept results into the README")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 1 where runs failed, 2 for a mistake in what was asked for."""
+    parser = _parser()
     known, overrides = parser.parse_known_args(arguments)
-    if overrides and known.command != "demo":
+    if overrides and known.command not in ("run", "report", "demo"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        if known.command == "demo":
-            text = demo.run(known.out, overrides)
-            command = " ".join(["python -m benchmarks demo", *overrides]) if overrides else "make demo"
-            _keep("demo", f"{text}\n\nCommand: `{command}`.", known.save)
-            print(f"Curves: {known.out}/demo.png, {known.out}/demo.csv")
-        elif known.command == "speed":
-            for family in known.family or SPEED:
-                if family not in SPEED:
-                    raise ConfigurationError(f"unknown family {family!r}: there is {', '.join(SPEED)}")
-                text = f"{SPEED[family]()}\n\n{describe()}. Command: `python -m benchmarks speed {family}`."
-                _keep(f"speed_{family}", text, known.save)
-        else:
-            write(ROOT / "README.md", paste((ROOT / "README.md").read_text()))
-    except ConfigurationError as error:
+        return _obey(known, overrides, sys.argv[1:] if arguments is None else arguments)
+    except (ConfigurationError, OSError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the suites, and how far they are")
+    run = commands.add_parser("run", help="do those of a suite's runs that are not done, and report")
+    report = commands.add_parser("report", help="table, plot and CSV of the runs that are done")
+    demo = commands.add_parser("demo", help="the suite demo under runs/demo, in bfloat16 where that is fast")
+    speed = commands.add_parser("speed", help="times against named peers, as ratios")
+    speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
+    commands.add_parser("readme", help="paste the kept results into the README")
+    for command in (run, report):
+        command.add_argument("suite", metavar="SUITE", help=f"of {', '.join(suites())}; or a YAML file")
+        command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
+        command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
+        command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
+        command.add_argument("--seeds", type=int, help="replicas of each setting; by default, those begun, or one")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs are")
+    for command in (run, demo):
+        command.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+    for command in (run, report, demo, speed):
+        command.add_argument("--save", action="store_true", help="keep the table under benchmarks/results")
+    return parser
+
+
+def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
+    if known.command == "list":
+        print(experiment.overview())
+    elif known.command == "readme":
+        write(ROOT / "README.md", paste((ROOT / "README.md").read_text()))
+    elif known.command == "speed":
+        for family in known.family or SPEED:
+            if family not in SPEED:
+                raise ConfigurationError(
+                    f"unknown family {family!r}: there is {', '.join(SPEED)}.{nearest(family, SPEED)}"
+                )
+            text = f"{SPEED[family]()}\n\n{describe()}. Command: `python -m benchmarks speed {family}`."
+            _keep(f"speed_{family}", text, known.save)
+    else:
+        return _experiment(known, overrides, given)
     return 0
+
+
+def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
+    command = shlex.join(["python", "-m", "benchmarks", *given])
+    if known.command == "demo":
+        known.suite, known.data, known.only, known.seeds = "demo", None, None, 1
+        command = "make demo" if not overrides else command
+        overrides = [*(["--trainer.precision=bf16-mixed"] if supports_bf16() else []), *overrides]
+    reporting = known.command == "report"
+    asked = (known.suite, known.out, known.data, known.seeds, known.only)
+    sweep = experiment.prepare(*asked, overrides, as_begun=reporting)
+    failed = {} if reporting else experiment.perform(sweep, known.jobs)
+    _keep(sweep.suite.name, experiment.report(sweep, command), known.save)
+    print(f"Plot and CSV: {sweep.out}/{sweep.suite.name}.png, {sweep.out}/{sweep.suite.name}.csv")
+    return 1 if failed else 0
 
 
 def _keep(name: str, text: str, save: bool) -> None:

@@ -4,26 +4,57 @@ from __future__ import annotations
 
 import platform
 import re
+import resource
+import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "einops", "jsonargparse", "numpy", "tying")
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor or GPU, memory, threads of computation, and versions."""
+    return {
+        "hardware": f"{psutil.cpu_count()} cores of {_processor()}{_gpu()}, {_memory():.0f} GiB",
+        "threads": torch.get_num_threads(),
+        "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
 
 def describe() -> str:
-    """Return the processor or GPU, memory and versions, in one line."""
-    cores = psutil.cpu_count()
-    processor = _processor()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    memory = psutil.virtual_memory().total / 2**30
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "tying"))
-    return f"{cores} cores of {processor}{gpu}, {memory:.0f} GiB; Python {platform.python_version()}, {packages}"
+    """Return the machine in one line."""
+    return in_words(machine())
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    """Return what :func:`machine` returned, in one line."""
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("Python", "torch", "lightning", "tying"))
+    return f"{machine['hardware']}; {versions}"
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory this process has held at a time: on the GPU, where it uses one."""
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+        return held
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def supports_bf16() -> bool:
     """Tell whether this processor computes in bfloat16 rather than emulating it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _gpu() -> str:
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+
+
+def _memory() -> float:
+    return float(psutil.virtual_memory().total / 2**30)
 
 
 def _processor() -> str:

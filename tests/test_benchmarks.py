@@ -13,7 +13,7 @@ SMALL = [
     "--trainer.limit_val_batches=1",
     "--model.network.depth=20",
 ]
-SMALL += ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
+SMALL += ["--trainer.limit_test_batches=1", "--trainer.log_every_n_steps=1"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +24,12 @@ def _elsewhere(tmp_path, monkeypatch):
 
 
 def test_demo(tmp_path, capsys):
-    assert benchmarks.main(["demo", "--save", *SMALL]) == 0
-    out = capsys.readouterr().out
-    assert "| untied | " in out
-    assert "| soft   | " in out
-    assert (tmp_path / "results" / "demo.md").read_text().strip() in out
+    for _ in range(2):  # the second time, everything is there
+        assert benchmarks.main(["demo", "--save", *SMALL]) == 0
+        out = capsys.readouterr().out
+        assert "| untied | 1 |" in out
+        assert "| soft   | 1 |" in out
+        assert (tmp_path / "results" / "demo.md").read_text().strip() in out
     with Image.open("runs/demo/demo.png") as image:
         assert image.size[0] > 100
     with open("runs/demo/demo.csv") as file:

@@ -7,7 +7,7 @@ import re
 import sys
 import zipfile
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,13 @@ class TyingCLI(LightningCLI):
 def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
     """Return the newest checkpoint beside the trainer's log directory, in any version of it."""
     root = getattr(trainer.logger, "root_dir", None)
-    found = Path(root).glob("*/checkpoints/*.ckpt") if root else ()
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest_intact(Path(root).glob("*/checkpoints/*.ckpt")) if root else None
+
+
+def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
+    """Return the newest checkpoint that is whole: a kill truncates one where temporary files lie on another disk."""
+    newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next(filter(zipfile.is_zipfile, newest_first), None)
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
@@ -162,12 +167,20 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         parse(args, run=True)
     except (ArgumentError, ValueError, MisconfigurationException) as error:
-        chain = _causes(error)
-        mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
-        if not any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
+        told = explain(error)
+        if told is None:
             raise
-        print(f"tying: error: {_told_briefly(chain)}", file=sys.stderr)
+        print(f"tying: error: {told}", file=sys.stderr)
         sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return what is wrong with what was asked for, in a paragraph; ``None`` for an error of another kind."""
+    chain = _causes(error)
+    mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
+    if not any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
+        return None
+    return _told_briefly(chain)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

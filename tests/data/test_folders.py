@@ -65,7 +65,7 @@ def ready(root, **arguments):
 def test_every_form_gives_the_same_images(folder, name):
     root = packed(folder, name) if name else folder
     data = ready(root)
-    assert data.description == f"class folders in {root}"
+    assert data.description == f"class folders in {root.name}"
     images, labels = data._splits["fit"]
     assert labels.tolist() == [label for label in range(10) for _ in range(3)]
     assert images[:, 0, 0].tolist() == [

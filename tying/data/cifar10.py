@@ -96,7 +96,7 @@ class CIFAR10(Images):
         source = self._found()
         if source == "sample":
             return "embedded sample of a JPEG copy"
-        return f"official archive under {self.root}" if source == "archive" else f"class folders in {self.root}"
+        return "official archive" if source == "archive" else f"class folders in {Path(self.root or '').name}"
 
     def _found(self) -> str:
         """Return the source, where ``auto`` is what ``root`` holds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,6 +32,9 @@ class Images(pl.LightningDataModule):
         augment: random crops, and flips where a mirrored image is as good, in training.
         seed: of order and augmentation.
 
+    Attributes:
+        key: stands for the content, once it is set up: the same wherever it lies, and in whatever form.
+
     Raises:
         ConfigurationError: an argument out of range.
     """
@@ -53,6 +57,7 @@ class Images(pl.LightningDataModule):
         self.labelled = labelled
         self.augment = augment
         self.seed = seed
+        self.key = ""
         self._splits: dict[str, Split] = {}
         self._training: dict[str, BatchLoader] = {}  # by split
         self._places: dict[str, dict[str, int]] = {}  # where they shall go on
@@ -71,6 +76,7 @@ class Images(pl.LightningDataModule):
         if self._splits:
             return
         loaded = self.load()
+        self.key = _key(loaded)
         images, labels = loaded["train"]
         held_out = draw_balanced(labels, _per_class(labels, self.validation))
         images, labels = images[~held_out], labels[~held_out]
@@ -84,7 +90,9 @@ class Images(pl.LightningDataModule):
             self._splits["labelled"] = images[kept], labels[kept]
             self._splits["unlabelled"] = images[~kept], torch.full_like(labels[~kept], UNLABELLED)
         counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
-        rank_zero_info(f"{type(self).__name__}: {self.description} ({counts})")
+        root = getattr(self, "root", None)
+        place = "" if root is None else f" at {root}"
+        rank_zero_info(f"{type(self).__name__}: {self.description}{place} ({counts})")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +154,13 @@ class Images(pl.LightningDataModule):
             return batch
         images = augment(batch.images, batch.offsets, batch.flips, self.pad)
         return normalize(images, self.mean, self.std), batch.labels
+
+
+def _key(splits: dict[str, Split]) -> str:
+    checksum = 0
+    for images, labels in splits.values():
+        checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images[::10].contiguous().numpy().data, checksum))
+    return f"{checksum:08x}"
 
 
 def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:

@@ -82,7 +82,7 @@ class MNIST(Images):
     @property
     @override
     def description(self) -> str:
-        return f"idx files under {self.root}"
+        return "idx files"
 
 
 def read_idx(path: Path) -> Tensor:

@@ -1,0 +1,128 @@
+"""Prepare, perform and report the runs of a suite."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.folder import Folder, read_json, write_json
+from benchmarks.report import table
+from benchmarks.suite import load, suites
+from benchmarks.summary import curves, plot, summarize, write_csv
+from benchmarks.sweep import Sweep
+from tying.errors import ConfigurationError
+
+RUNS = Path("runs/suites")
+BEGUN = "begun.json"  # which seeds and overrides the runs of a folder have
+
+
+def prepare(
+    name: str,
+    out: Path | None = None,
+    data: str | None = None,
+    seeds: int | None = None,
+    only: str | None = None,
+    overrides: Sequence[str] = (),
+    as_begun: bool = False,
+) -> Sweep:
+    """Return a suite's runs and where they are.
+
+    Args:
+        name: of the suite, or its file.
+        out: the folder of all runs; by default, by the names of suite and data.
+        data: the data module's root, or ``"sample"``; by default, what the suite says.
+        seeds: number of replicas of each setting; 1 by default.
+        only: a shell pattern for the names of runs.
+        overrides: ``--key=value`` for all runs.
+        as_begun: take seeds and overrides that are not given from what the folder was begun with.
+
+    Raises:
+        ConfigurationError: there is no such suite, data or run, or the folder holds another definition's results.
+    """
+    suite = load(name)
+    arguments, label = _data(data)
+    out = out or RUNS / (f"{suite.name}@{label}" if data else suite.name)
+    if as_begun and (out / BEGUN).exists():
+        kept = read_json(out / BEGUN, "seeds", "overrides")
+        seeds, overrides = seeds or kept["seeds"], [*overrides] or kept["overrides"]
+    runs = suite.runs(1 if seeds is None else seeds, only, overrides)
+    sweep = Sweep(suite, runs, out, list(overrides), arguments, label)
+    sweep.check()
+    return sweep
+
+
+def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
+    """Do the runs that are not done; return why those failed that failed, by name.
+
+    Raises:
+        ConfigurationError: a configuration is wrong; nothing was started.
+    """
+    if jobs < 1:
+        raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
+    with _silence():
+        sweep.check_configurations()
+    seeds = max(run.seed for run in sweep.runs) + 1
+    if (sweep.out / BEGUN).exists():
+        seeds = max(seeds, read_json(sweep.out / BEGUN, "seeds")["seeds"])
+    write_json(sweep.out / BEGUN, {"seeds": seeds, "overrides": sweep.overrides})
+    return sweep.perform(jobs)
+
+
+def report(sweep: Sweep, command: str) -> str:
+    """Return the table of what is done, as Markdown; write the plot and the CSV beside the runs.
+
+    Raises:
+        ConfigurationError: nothing is done.
+    """
+    text = summarize(sweep.suite, sweep.runs, sweep.out)
+    rows = curves(sweep.runs, sweep.out)
+    write_csv(rows, sweep.out / f"{sweep.suite.name}.csv")
+    plot(rows, sweep.suite.curves, sweep.out / f"{sweep.suite.name}.png")
+    return f"{text} Command: `{command}`."
+
+
+def overview() -> str:
+    """Return all suites as a table: what each compares, and how many of its runs are done where they are by default."""
+    rows = []
+    for name in suites():
+        suite = load(name)
+        folders = [out for out in sorted(RUNS.glob(f"{name}*")) if out.name.partition("@")[0] == name]
+        done = [f"{_count_complete(out)} in {out}" for out in folders]
+        rows.append([name, suite.description, f"{len(suite.runs())}", "; ".join(done) or "none"])
+    return table(["suite", "what it compares", "runs a seed", "done"], rows)
+
+
+def _count_complete(out: Path) -> int:
+    return sum(Folder(path.parent).state() == "complete" for path in out.glob("*/result.json"))
+
+
+def _data(given: str | None) -> tuple[list[str], str]:
+    """Return the arguments that say where the data is, and a name for it that is the same on every machine."""
+    if given is None:
+        return [], "configured"
+    if given == "sample":
+        return ["--data.root=null", "--data.source=sample"], given
+    root = Path(given).resolve()
+    if not root.exists():
+        raise ConfigurationError(f"--data: there is no {given}; give the data module's root, or 'sample'")
+    return [f"--data.root={root}"], root.name.partition(".")[0]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep Lightning's remarks on a trainer that is only tried out to itself."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

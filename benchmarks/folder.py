@@ -1,0 +1,203 @@
+"""A run's folder: who works on it, what came out, and what was left by attempts that ended early.
+
+::
+
+    soft,seed=0/
+      attempts/000/          made by renaming, hence by one process alone: this is its claim
+        claim.json           which process, and which run
+        log.txt  progress.json  logs/  checkpoints/
+        failure.json         where the attempt failed
+      config.yaml  metrics.csv
+      result.json            written last: the run is complete
+
+An attempt's claim lasts as long as the process that made it lives. Processes of other machines cannot be seen; they
+touch their claims instead (:data:`HEARTBEAT`), and count as dead when they have not done so for :data:`SILENCE`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from tying.atomic import atomically
+from tying.errors import ConfigurationError
+
+HEARTBEAT = 15.0  # seconds
+SILENCE = 120.0
+FILES = ("config.yaml", "metrics.csv")
+RESULT = ("name", "definition", "metrics", "data", "machine", "seconds", "peak_memory", "parameters", "attempts")
+State = Literal["pending", "running", "interrupted", "failed", "damaged", "complete"]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of one run, which need not exist."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    def state(self) -> State:
+        """Return how far the run is."""
+        if self.damage():
+            return "damaged"
+        if (self.path / "result.json").exists():
+            return "complete"
+        last = self.last_attempt()
+        if last is None:
+            return "pending"
+        if (last / "failure.json").exists():
+            return "failed"
+        return "running" if is_alive(last) else "interrupted"
+
+    def attempts(self) -> list[Path]:
+        """Return the folders of all attempts, first to last."""
+        return sorted((self.path / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
+
+    def last_attempt(self) -> Path | None:
+        """Return the folder of the attempt that counts."""
+        return next((path for path in reversed(self.attempts()) if (path / "claim.json").exists()), None)
+
+    def claim(self, content: dict[str, Any]) -> Path | None:
+        """Begin the next attempt, unless another process works on the run or has completed it; return its folder.
+
+        Args:
+            content: what the claim says in addition to who made it.
+        """
+        number = max((int(attempt.name) for attempt in self.attempts()), default=-1) + 1
+        if self.state() not in ("pending", "interrupted", "failed"):  # looked at after the number was taken
+            return None
+        attempt = self.path / "attempts" / f"{number:03}"
+        attempt.parent.mkdir(parents=True, exist_ok=True)
+        aside = attempt.with_name(f".{uuid.uuid4().hex}")
+        try:
+            aside.mkdir()
+            write_json(aside / "claim.json", {"process": this_process(), "begun": time.time(), **content})
+            aside.rename(attempt)  # fails where another process has made it: its folder is not empty
+        except OSError:
+            if (attempt / "claim.json").exists():
+                return None
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return attempt
+
+    def definition(self) -> dict[str, Any] | None:
+        """Return the definition this folder was made for, or ``None`` where it holds none."""
+        last = self.last_attempt()
+        holder = self.path / "result.json" if last is None else last / "claim.json"
+        return read_json(holder)["definition"] if holder.exists() else None
+
+    def damage(self) -> str:
+        """Return which of its files are lost or corrupted, in words; nothing, mostly."""
+        try:
+            last = self.last_attempt()
+            if last is not None:
+                read_json(last / "claim.json", "definition", "process")
+            if (self.path / "result.json").exists():
+                self.result()
+                if missing := [name for name in FILES if not (self.path / name).exists()]:
+                    return f"{self.path} is complete, but lacks {' and '.join(missing)}"
+        except ConfigurationError as error:
+            return str(error)
+        return ""
+
+    def result(self) -> dict[str, Any]:
+        """Return what came out of the run.
+
+        Raises:
+            ConfigurationError: the file is corrupted, or of another run.
+        """
+        result = read_json(self.path / "result.json", *RESULT)
+        if result["name"] != self.name:
+            raise ConfigurationError(f"{self.path / 'result.json'} is the result of {result['name']!r}")
+        return result
+
+    def failure(self) -> str:
+        """Return why the last attempt failed, in a line."""
+        last = self.last_attempt()
+        path = None if last is None else last / "failure.json"
+        return str(read_json(path)["error"]) if path and path.exists() else ""
+
+    def checkpoints(self) -> Iterator[Path]:
+        """Yield the checkpoints of all attempts."""
+        return (self.path / "attempts").glob("[0-9]*/checkpoints/*.ckpt")
+
+
+def this_process() -> dict[str, Any]:
+    """Return what identifies this process among those of all machines."""
+    process = psutil.Process()
+    return {"machine": _machine(), "host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+
+
+def is_alive(attempt: Path) -> bool:
+    """Tell whether the process that made an attempt still works on it."""
+    try:
+        process = read_json(attempt / "claim.json")["process"]
+        if process["machine"] != _machine():
+            return _age(attempt) < SILENCE
+        return bool(psutil.Process(process["pid"]).create_time() == process["started"])
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+
+
+def touch(attempt: Path) -> None:
+    """Tell other machines that this process is still alive."""
+    os.utime(attempt / "claim.json")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a file's content.
+
+    Raises:
+        ConfigurationError: it is truncated or corrupted, or lacks one of ``keys``.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {*keys}:
+        raise ConfigurationError(f"{path} is truncated or corrupted")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file, whole or not at all."""
+    with atomically(path) as aside:
+        aside.write_text(json.dumps(content, indent=1))
+
+
+def _machine() -> str:
+    """Return what processes have in common that can see each other's numbers."""
+    parts = [socket.gethostname()]
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.exists():
+        parts.append(boot.read_text().strip())
+    if namespace.exists():
+        parts.append(os.readlink(namespace))
+    return " ".join(parts)
+
+
+def _age(attempt: Path) -> float:
+    """Return the seconds since a claim was touched, by the clock of the file system that holds it."""
+    clock = attempt.parent / f".clock-{uuid.uuid4().hex}"
+    try:
+        clock.touch()
+        now = clock.stat().st_mtime
+        clock.unlink()
+    except OSError:  # nothing can be written there: this machine's clock must do
+        now = time.time()
+    return now - (attempt / "claim.json").stat().st_mtime

@@ -1,0 +1,202 @@
+"""One run of a suite: train, test, and leave what came out in its folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from typing_extensions import override
+
+from benchmarks.folder import HEARTBEAT, Folder, read_json, touch, write_json
+from benchmarks.machine import machine, peak_memory
+from benchmarks.report import write
+from tying.callbacks.base import callbacks_of
+from tying.cli import explain, newest_intact, parse
+from tying.errors import ConfigurationError
+from tying.names import count_parameters
+
+
+@dataclass
+class Record(pl.Callback):
+    """All metrics at the end of each epoch, and what the epoch took; kept in checkpoints.
+
+    Args:
+        progress: a file that says, at each epoch's end, which share of the training is done.
+    """
+
+    progress: Path
+    rows: list[dict[str, float]] = field(default_factory=list)
+    peak: int = 0
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": [dict(row) for row in self.rows], "peak": self.peak}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows, self.peak = list(state_dict["rows"]), state_dict["peak"]
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        passed = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
+        self.rows.append({**passed, "seconds": time.perf_counter() - self._start, **metrics})
+        self.peak = max(self.peak, peak_memory())
+        write_json(self.progress, {"share": min(1.0, trainer.global_step / trainer.estimated_stepping_batches)})
+
+
+def begin(folder: Folder, definition: dict[str, Any], threads: int) -> Path | None:
+    """Claim the run of a folder; return the attempt's own folder, or ``None`` if another process was faster.
+
+    Args:
+        folder: of the run.
+        definition: what makes the run the run it is.
+        threads: of computation; a run that goes on keeps the number it began with, since sums depend on it.
+    """
+    if attempts := folder.attempts():
+        threads = read_json(attempts[0] / "claim.json").get("threads", threads)
+    return folder.claim({"definition": definition, "threads": threads})
+
+
+def finish(folder: Folder, attempt: Path, arguments: Sequence[str]) -> None:
+    """Do the run of a folder, from its newest checkpoint if it has one.
+
+    The configuration's own checkpoints and logger are left out: a run keeps one checkpoint, of the last epoch's end,
+    so that also the metrics averaged over an epoch come out the same after an interruption.
+
+    Args:
+        folder: of the run.
+        attempt: what :func:`begin` returned.
+        arguments: the run on the command line.
+
+    Raises:
+        Exception: whatever goes wrong; the attempt is then marked as failed.
+    """
+    stopped = threading.Event()
+    threading.Thread(target=_beat, args=(attempt, stopped), daemon=True).start()
+    try:
+        _train_and_test(folder, attempt, arguments)
+    except Exception as error:
+        with suppress(OSError):  # the disk may be what is wrong
+            write_json(attempt / "failure.json", {"error": in_a_line(error)})
+        raise
+    finally:
+        stopped.set()
+
+
+def work(
+    connection: Connection, folder: Folder, definition: dict[str, Any], arguments: list[str], threads: int
+) -> None:
+    """Begin and finish a run in a process of its own; send what came of it: ``"taken"``, ``""`` or an error."""
+    signal(SIGINT, SIG_IGN)  # the parent ends its children
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        attempt = begin(folder, definition, threads)
+        if attempt is not None:
+            log = os.open(attempt / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, sys.stdout.fileno())
+            os.dup2(log, sys.stderr.fileno())
+            finish(folder, attempt, arguments)
+        connection.send("taken" if attempt is None else "")
+    except Exception as error:
+        connection.send(in_a_line(error))
+        with suppress(OSError):
+            traceback.print_exc()
+
+
+def in_a_line(error: Exception) -> str:
+    """Return what went wrong, without line breaks."""
+    told = explain(error) or f"{type(error).__name__}: {error}"
+    return " ".join(told.split())
+
+
+def _train_and_test(folder: Folder, attempt: Path, arguments: Sequence[str]) -> None:
+    begun = time.perf_counter()
+    claim = read_json(attempt / "claim.json")
+    torch.set_num_threads(claim["threads"])
+    cli = parse(arguments)
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    record = Record(attempt / "progress.json")
+    epochs = ModelCheckpoint(attempt / "checkpoints", "{epoch}", save_top_k=1, save_on_train_epoch_end=True)
+    kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Checkpoint)]
+    callbacks_of(trainer)[:] = [*kept, record, epochs]
+    trainer.logger = CSVLogger(attempt, name="logs", version="")
+    trainer.fit(model, data, ckpt_path=newest_intact(folder.checkpoints()))
+    fitted = time.perf_counter()
+    if not record.rows:
+        raise ConfigurationError("the configuration trains for no epoch")
+    metrics = dict(record.rows[-1])
+    if is_overridden("test_step", model):
+        [tested] = trainer.test(model, data, verbose=False)
+        metrics |= tested
+    unique, virtual = count_parameters(model)
+    done = time.perf_counter()
+    result = {
+        "name": folder.name,
+        "definition": claim["definition"],
+        "exit": "complete",
+        "metrics": metrics,
+        "data": {"description": getattr(data, "description", type(data).__name__), "key": getattr(data, "key", None)},
+        "machine": machine(),
+        "parameters": {"unique": unique, "virtual": virtual},
+        "seconds": {
+            "training": sum(row["seconds"] for row in record.rows),
+            "epoch": sorted(row["seconds"] for row in record.rows)[len(record.rows) // 2],
+            "last attempt": done - begun,
+            "testing": done - fitted,
+        },
+        "peak_memory": max(record.peak, peak_memory()),
+        "attempts": len(folder.attempts()),
+        "finished": time.time(),
+    }
+    write(folder.path / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
+    write(folder.path / "metrics.csv", _table(record.rows))
+    write_json(folder.path / "result.json", result)
+    for earlier in folder.attempts():
+        if earlier != attempt:
+            shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
+
+
+def _table(rows: list[dict[str, float]]) -> str:
+    """Return rows as CSV, with a column for every key."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, [*dict.fromkeys(key for row in rows for key in row)], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()
+
+
+def _beat(attempt: Path, stopped: threading.Event) -> None:
+    while not stopped.wait(HEARTBEAT):
+        with suppress(OSError):
+            touch(attempt)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,256 @@
+"""Suites: which runs to compare, as YAML says.
+
+A suite is a base configuration, deltas to compare, and axes to sweep::
+
+    description: Untied against softly tied.
+    base: [base.yaml]                # configuration files, beside a suite of one's own or in configs/
+    deltas:                          # by name: files and overrides on top of the base; the first is the baseline
+      untied: []
+      soft: [soft.yaml, {trainer.callbacks.update: proximal}]
+    axes:                            # every combination of values, for all deltas or for those listed
+      strength: {key: trainer.callbacks.strength, values: [1.0e-3, 1.0e-2], deltas: [soft]}
+    seed_keys: [seed_everything]     # where the seed goes
+    figures: {accuracy: test/accuracy}  # columns of the report: metrics by heading
+    curves: [val/accuracy]           # panels of its plot: metrics over epochs
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.report import ROOT
+from tying.errors import ConfigurationError, listed, nearest
+
+SUITES = ROOT / "benchmarks" / "suites"
+KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves")
+AXIS_KEYS = ("key", "values", "deltas")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One step of a configuration: a file, or overrides by dotted key."""
+
+    content: dict[str, Any]
+    path: Path | None = None
+
+    @property
+    def arguments(self) -> list[str]:
+        """The layer on the command line."""
+        if self.path is not None:
+            return [f"--config={self.path}"]
+        return [f"--{key}={_written(value)}" for key, value in self.content.items()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a suite.
+
+    Attributes:
+        delta: what it compares.
+        values: its value on each axis.
+        seed: of everything random.
+        layers: its configuration, each layer on top of those before.
+    """
+
+    delta: str
+    values: dict[str, Any]
+    seed: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def setting(self) -> str:
+        """What the run's replicas have in common, as words."""
+        return ",".join([self.delta, *(f"{axis}={_written(value)}" for axis, value in self.values.items())])
+
+    @property
+    def name(self) -> str:
+        """The run's name, fit for a folder.
+
+        Example:
+            >>> Run("soft", {"strength": 0.001}, seed=2, layers=()).name
+            'soft,strength=0.001,seed=2'
+        """
+        return re.sub(r"[^\w.,=+-]", "_", f"{self.setting},seed={self.seed}")
+
+    @property
+    def arguments(self) -> list[str]:
+        """The run on the command line."""
+        return [argument for layer in self.layers for argument in layer.arguments]
+
+    @property
+    def definition(self) -> list[dict[str, Any]]:
+        """What makes the run the run it is: the content of its layers."""
+        return [layer.content for layer in self.layers]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values that a key takes, in some deltas."""
+
+    key: str
+    values: tuple[Any, ...]
+    deltas: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite's file says."""
+
+    name: str
+    description: str
+    base: tuple[Layer, ...]
+    deltas: dict[str, tuple[Layer, ...]]
+    axes: dict[str, Axis] = field(default_factory=dict)
+    seed_keys: tuple[str, ...] = ("seed_everything",)
+    figures: dict[str, str] = field(default_factory=dict)
+    curves: tuple[str, ...] = ("val/accuracy",)
+
+    def runs(self, seeds: int = 1, only: str | None = None, overrides: Iterable[str] = ()) -> list[Run]:
+        """Return all runs, seed by seed.
+
+        Args:
+            seeds: how many replicas: with seeds 0, 1, ….
+            only: a shell pattern; of runs whose name or setting it fits.
+            overrides: arguments ``--key=value`` of all runs, on top of everything.
+
+        Raises:
+            ConfigurationError: no seed; the pattern fits no run; two runs have one name.
+        """
+        if seeds < 1:
+            raise ConfigurationError(f"seeds must be 1 or more, not {seeds}")
+        above = [Layer(dict([_parsed(argument)])) for argument in overrides]
+        every: dict[str, Run] = {}
+        for seed, (delta, layers) in itertools.product(range(seeds), self.deltas.items()):
+            axes = {name: axis for name, axis in self.axes.items() if delta in axis.deltas}
+            for combination in itertools.product(*(axis.values for axis in axes.values())):
+                values = dict(zip(axes, combination, strict=True))
+                swept = Layer({axes[name].key: value for name, value in values.items()})
+                seeded = Layer(dict.fromkeys(self.seed_keys, seed))
+                run = Run(delta, values, seed, (*self.base, *layers, swept, *above, seeded))
+                if run.name in every:
+                    raise ConfigurationError(f"suite {self.name}: two runs are named {run.name}")
+                every[run.name] = run
+        if only is None:
+            return [*every.values()]
+        chosen = [run for run in every.values() if fnmatchcase(run.name, only) or fnmatchcase(run.setting, only)]
+        if not chosen:
+            close = nearest(only.replace("*", ""), [*every, *self.deltas, *(run.setting for run in every.values())])
+            axes_told = f", axes {listed(self.axes)}" if self.axes else ""
+            raise ConfigurationError(
+                f"no run of suite {self.name} fits {only!r}: it has deltas {listed(self.deltas)}{axes_told} and seeds "
+                f"0 to {seeds - 1}, in names such as {next(iter(every))}.{close}"
+            )
+        return chosen
+
+
+def suites() -> list[str]:
+    """Return the names of the suites that come along."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load(name: str) -> Suite:
+    """Return the suite of that name, or the one in that file.
+
+    Raises:
+        ConfigurationError: there is no such suite, or its file is wrong.
+
+    Example:
+        >>> [run.name for run in load("soft").runs()][:2]
+        ['untied,seed=0', 'gradient,strength=0.001,seed=0']
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    if not path.exists():
+        raise ConfigurationError(
+            f"unknown suite {name!r}: there is {listed(suites())}, or give the path of a YAML file."
+            f"{nearest(name, suites())}"
+        )
+    content = _mapping(path)
+    _refuse_unknown(content, KEYS, f"suite {path.name}: unknown key")
+    deltas = content.get("deltas")
+    if not isinstance(deltas, dict) or not deltas:
+        raise ConfigurationError(f"suite {path.name}: deltas must map names to lists of files and overrides")
+    figures = content.get("figures", {})
+    if not isinstance(figures, dict):
+        raise ConfigurationError(f"suite {path.name}: figures must map headings to metrics, not {figures!r}")
+    return Suite(
+        path.stem,
+        str(content.get("description", "")),
+        _layers(path, content.get("base", []), "base"),
+        {str(delta): _layers(path, layers, f"delta {delta}") for delta, layers in deltas.items()},
+        {str(axis): _axis(path, axis, given, deltas) for axis, given in (content.get("axes") or {}).items()},
+        tuple(content.get("seed_keys", ["seed_everything"])),
+        figures,
+        tuple(content.get("curves", ["val/accuracy"])),
+    )
+
+
+def _axis(path: Path, name: str, given: Any, deltas: Iterable[str]) -> Axis:
+    place = f"suite {path.name}: axis {name}"
+    if not isinstance(given, dict) or "key" not in given or not given.get("values"):
+        raise ConfigurationError(f"{place} needs a key and a list of values, not {given!r}")
+    _refuse_unknown(given, AXIS_KEYS, f"{place}: unknown key")
+    within = given.get("deltas", [*deltas])
+    _refuse_unknown(within, deltas, f"{place}: unknown delta")
+    return Axis(given["key"], tuple(given["values"]), tuple(within))
+
+
+def _layers(suite: Path, given: Any, place: str) -> tuple[Layer, ...]:
+    layers = []
+    for layer in given if isinstance(given, list) else [given]:
+        if isinstance(layer, dict):
+            layers.append(Layer(layer))
+            continue
+        folders = [ROOT / "configs"] if suite.parent == SUITES else [suite.parent, ROOT / "configs"]
+        found = next((path.resolve() for folder in folders if (path := folder / str(layer)).is_file()), None)
+        if found is None:
+            files = sorted(path.name for folder in folders for path in folder.glob("*.yaml"))
+            raise ConfigurationError(
+                f"suite {suite.name}: {place}: there is no {layer!r} in {listed(map(str, folders))}; a layer is such a "
+                f"file, or overrides by dotted key.{nearest(str(layer), files)}"
+            )
+        layers.append(Layer(_mapping(found), found))
+    return tuple(layers)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must hold keys and values")
+    return content
+
+
+def _refuse_unknown(names: Iterable[str] | Mapping[str, Any], known: Iterable[str], told: str) -> None:
+    known = [*known]
+    if unknown := [name for name in names if name not in known]:
+        close = nearest(str(unknown[0]), known)
+        raise ConfigurationError(f"{told} {unknown[0]!r}: there is {listed(known)}.{close}")
+
+
+def _parsed(argument: str) -> tuple[str, Any]:
+    key, assigned, value = argument.removeprefix("--").partition("=")
+    if not (argument.startswith("--") and assigned and key):
+        raise ConfigurationError(f"unknown argument {argument!r}: overrides are written --key=value")
+    return key, yaml.safe_load(value)
+
+
+def _written(value: Any) -> str:
+    """Return a value as the command line takes it.
+
+    Example:
+        >>> _written(0.001), _written("proximal"), _written([1, 2]), _written(None)
+        ('0.001', 'proximal', '[1, 2]', 'null')
+    """
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")

@@ -1,0 +1,154 @@
+"""What a suite's runs came to: a table, a plot and a CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.folder import Folder
+from benchmarks.machine import in_words
+from benchmarks.report import table, write
+from benchmarks.suite import Run, Suite
+from tying.atomic import atomically
+from tying.errors import ConfigurationError, listed
+
+
+def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
+    """Return a suite's table as Markdown, with what it was made of and what is missing.
+
+    Figures are mean ± standard deviation over seeds. The difference is that of the first figure to the first delta,
+    taken seed by seed, and where both have an axis, at the same value.
+
+    Raises:
+        ConfigurationError: no run is complete.
+    """
+    states = {run.name: Folder(out / run.name).state() for run in runs}
+    results = {run.name: Folder(out / run.name).result() for run in runs if states[run.name] == "complete"}
+    if not results:
+        raise ConfigurationError(f"no run of suite {suite.name} is complete in {out}")
+    figures = suite.figures or {
+        name: name for name in next(iter(results.values()))["metrics"] if name.startswith("test/")
+    }
+    baseline, [first, *_] = next(iter(suite.deltas)), [*figures.values()]
+    header = ["run", "n", *figures, f"− {baseline}", "parameters", "virtual", "s / epoch", "peak MiB"]
+    rows = []
+    for setting, replicas in _settings(runs, results).items():
+        found = [results[run.name] for run in replicas]
+        differences = [
+            results[run.name]["metrics"][first] - results[peer.name]["metrics"][first]
+            for run in replicas
+            if (peer := _peer(run, baseline, runs, results)) and first in results[run.name]["metrics"]
+        ]
+        rows.append(
+            [
+                setting.replace(",", ", "),
+                str(len(found)),
+                *(spread([r["metrics"][key] for r in found if key in r["metrics"]]) for key in figures.values()),
+                spread(differences, "+") if replicas[0].delta != baseline else "–",
+                f"{found[0]['parameters']['unique']:,}",
+                f"{found[0]['parameters']['virtual']:,}",
+                f"{median(r['seconds']['epoch'] for r in found):.1f}",
+                f"{max(r['peak_memory'] for r in found) / 2**20:.0f}",
+            ]
+        )
+    failures = {run.name: Folder(out / run.name).failure() for run in runs if states[run.name] == "failed"}
+    return "\n".join([table(header, rows), "", _told(results, states, failures)])
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Return mean ± standard deviation.
+
+    Example:
+        >>> spread([0.5, 0.7]), spread([0.25], "+"), spread([])
+        ('0.6000 ± 0.1414', '+0.2500', '–')
+    """
+    if not values:
+        return "–"
+    mean = format(fmean(values), f"{sign}.4f")
+    return f"{mean} ± {stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
+    """Return a row for each epoch of each complete run; that of the last epoch also holds the metrics of the test."""
+    rows = []
+    for run in runs:
+        folder = Folder(out / run.name)
+        if folder.state() != "complete":
+            continue
+        with (folder.path / "metrics.csv").open() as file:
+            own = [*csv.DictReader(file)]
+        own[-1] |= {name: repr(value) for name, value in folder.result()["metrics"].items() if name not in own[-1]}
+        described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}
+        rows += [{**described, "seed": str(run.seed), **row} for row in own]
+    return rows
+
+
+def write_csv(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Write rows with a column for every key, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*dict.fromkeys(key for row in rows for key in row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) -> None:
+    """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
+    figure = Figure(figsize=(4.5 * len(metrics), 3.6), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        points: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            if row.get(metric):
+                epochs = points.setdefault(row["run"], {})
+                epochs.setdefault(int(row["epoch"]), []).append(float(row[metric]))
+        for setting, epochs in points.items():
+            axes.plot([*epochs], [fmean(values) for values in epochs.values()], label=setting, marker=".")
+        axes.set(xlabel="epoch", ylabel=metric)
+        if 0 < len(points) <= 12:
+            axes.legend(fontsize="x-small")
+    with atomically(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def _settings(runs: Sequence[Run], results: dict[str, Any]) -> dict[str, list[Run]]:
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.name in results:
+            settings.setdefault(run.setting, []).append(run)
+    return settings
+
+
+def _peer(run: Run, baseline: str, runs: Sequence[Run], results: dict[str, Any]) -> Run | None:
+    """Return the baseline's run of the same seed, and of the same values on the axes that both have."""
+    for peer in runs:
+        shared = run.values.keys() & peer.values.keys()
+        same = peer.seed == run.seed and all(peer.values[axis] == run.values[axis] for axis in shared)
+        if peer.delta == baseline and same and peer.name in results:
+            return peer
+    return None
+
+
+def _told(results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:
+    """Return what the table is made of, and what it lacks, in sentences."""
+    data = {f"{result['data']['description']} (key {result['data']['key']})" for result in results.values()}
+    machines = sorted({in_words(result["machine"]) for result in results.values()})
+    threads = sorted({result["machine"]["threads"] for result in results.values()})
+    told = [f"Data: {' and '.join(sorted(data))}."]
+    if len(data) > 1:
+        told.append("The runs used different data: their figures cannot be compared.")
+    told.append("Mean ± standard deviation over n seeds; differences are taken seed by seed.")
+    told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
+    missing = [
+        f"{name} {state}" + (f": {failures[name]}" if name in failures else "")
+        for name, state in states.items()
+        if state != "complete"
+    ]
+    if missing:
+        told.append(f"Missing are {len(missing)} of {len(states)} runs: {listed(missing, limit=12)}.")
+    return " ".join(told)

@@ -1,0 +1,109 @@
+import pytest
+import yaml
+
+from benchmarks import suite as module
+from benchmarks.suite import load, suites
+from tying.cli import parse
+
+WRITTEN = {
+    "base": ["base.yaml", "own.yaml"],
+    "deltas": {"untied": [], "soft": ["soft.yaml", {"trainer.callbacks.update": "proximal"}]},
+    "axes": {
+        "strength": {"key": "trainer.callbacks.strength", "values": [0.001, 0.01], "deltas": ["soft"]},
+        "lr": {"key": "model.lr", "values": [0.1, 0.2]},
+    },
+    "seed_keys": ["seed_everything", "data.seed"],
+}
+
+
+def written(tmp_path, **changes):
+    (tmp_path / "own.yaml").write_text("{trainer: {max_epochs: 2}}")
+    content = {**WRITTEN, **changes}
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    )
+    return str(path)
+
+
+def test_runs_are_all_combinations_seed_by_seed(tmp_path):
+    runs = load(written(tmp_path)).runs(seeds=2)
+    first = [
+        "untied,lr=0.1",
+        "untied,lr=0.2",
+        *(f"soft,strength={s},lr={lr}" for s in (0.001, 0.01) for lr in (0.1, 0.2)),
+    ]
+    assert [run.name for run in runs] == [f"{setting},seed={seed}" for seed in (0, 1) for setting in first]
+    assert [run.setting for run in runs] == first * 2
+
+
+def test_layers_lie_on_top_of_each_other(tmp_path):
+    run = load(written(tmp_path)).runs(only="soft*0.01,lr=0.2,seed=0", overrides=["--trainer.max_epochs=7"])[0]
+    cli = parse([*run.arguments, "--trainer.logger=false"])
+    soft = cli.trainer.callbacks[[type(c).__name__ for c in cli.trainer.callbacks].index("SoftTying")]
+    assert (soft.update, soft.strength, cli.model.hparams["lr"], cli.trainer.max_epochs) == ("proximal", 0.01, 0.2, 7)
+    other = load(written(tmp_path)).runs(seeds=4, only="untied,lr=0.1,seed=3")[0]
+    cli = parse([*other.arguments, "--trainer.logger=false"])
+    assert (cli.config.seed_everything, cli.datamodule.seed, cli.trainer.max_epochs) == (3, 3, 2)
+
+
+def test_definition_is_the_content_of_files(tmp_path):
+    path = written(tmp_path)
+    before = load(path).runs()[0].definition
+    (tmp_path / "own.yaml").write_text("# said otherwise\ntrainer:\n  max_epochs: 2\n")
+    assert load(path).runs()[0].definition == before
+    (tmp_path / "own.yaml").write_text("{trainer: {max_epochs: 3}}")
+    assert load(path).runs()[0].definition != before
+
+
+def test_names_are_fit_for_folders(tmp_path):
+    axes = {"root": {"key": "data.root", "values": ["../a b/c", "../a b/d"]}}
+    names = [run.name for run in load(written(tmp_path, axes=axes)).runs()]
+    assert names[0] == "untied,root=.._a_b_c,seed=0"
+    with pytest.raises(ValueError, match=r"two runs are named untied,root=a_b,seed=0"):
+        load(written(tmp_path, axes={"root": {"key": "data.root", "values": ["a b", "a/b"]}})).runs()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"delta": {}}, r"unknown key 'delta': there is .*Nearest existing names: deltas"),
+        ({"deltas": None}, "deltas must map names to lists"),
+        ({"deltas": {"soft": ["sofd.yaml"]}, "axes": {}}, r"delta soft: there is no 'sofd.yaml' in .*Nearest existing names: soft.yaml"),
+        ({"axes": {"s": {"key": "model.lr", "values": [1], "deltas": ["sofd"]}}}, r"axis s: unknown delta 'sofd': there is untied, soft\. Nearest existing names: soft"),
+        ({"axes": {"s": {"key": "model.lr", "valuse": [1], "values": [1]}}}, r"axis s: unknown key 'valuse'.*Nearest existing names: values"),
+        ({"axes": {"s": {"key": "model.lr"}}}, "axis s needs a key and a list of values"),
+        ({"figures": ["test/accuracy"]}, "figures must map headings to metrics"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_suite(changes, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        load(written(tmp_path, **changes))
+
+
+def test_mistakes_in_what_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown suite 'sofd': there is .*Nearest existing names: soft"):
+        load("sofd")
+    with pytest.raises(ValueError, match=r"unknown suite '.*none.yaml'"):
+        load(str(tmp_path / "none.yaml"))
+    (tmp_path / "broken.yaml").write_text("deltas: [")
+    with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
+        load(str(tmp_path / "broken.yaml"))
+    mine = load(written(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"no run of suite mine fits 'sofd\*': it has deltas untied, soft, axes strength"
+    ):
+        mine.runs(only="sofd*")
+    with pytest.raises(ValueError, match="seeds must be 1 or more, not 0"):
+        mine.runs(seeds=0)
+    with pytest.raises(ValueError, match=r"unknown argument '--fast': overrides are written --key=value"):
+        mine.runs(overrides=["--fast"])
+
+
+def test_suites_that_come_along_are_valid():
+    assert {"demo", "soft"} <= set(suites())
+    for name in suites():
+        one = load(name)
+        assert one.description
+        assert one.runs()
+    assert module.SUITES.is_dir()

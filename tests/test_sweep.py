@@ -1,0 +1,275 @@
+import csv
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from benchmarks import __main__ as benchmarks
+from benchmarks.folder import Folder
+from benchmarks.sweep import difference
+
+PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+TINY = """
+deltas:
+  untied: [tiny.yaml, {trainer.callbacks.strength: 0.0}]
+  soft: [tiny.yaml]
+axes:
+  strength: {key: trainer.callbacks.strength, values: [1.0e-3, 1.0e-1], deltas: [soft]}
+seed_keys: [seed_everything, data.seed]
+figures: {accuracy: test/accuracy, gap: tying/gap}
+curves: [val/accuracy, tying/gap]
+"""
+CONFIG = """
+trainer:
+  max_epochs: 3
+  limit_train_batches: 4
+  limit_test_batches: 1
+  limit_val_batches: 1
+  log_every_n_steps: 1
+  enable_model_summary: false
+  callbacks:
+    - class_path: tying.callbacks.RandomState
+    - class_path: tying.callbacks.TyingMonitor
+    - class_path: faults.Fault
+      init_args: {armed: armed, kind: raise}
+    - class_path: tying.callbacks.SoftTying
+      init_args: {ties: ["network.3.weight ~ network.5.weight"]}
+model:
+  class_path: tying.models.Classifier
+  init_args: {network: {class_path: tying.models.MLP, init_args: {sizes: [64, 8, 8, 8, 10]}}}
+data: {class_path: faults.Few}
+"""
+NAMES = [f"{setting},seed=0" for setting in ("untied", "soft,strength=0.001", "soft,strength=0.1")]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", PATHS)
+    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path / "results")
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    (tmp_path / "mine.yaml").write_text(TINY)
+
+
+def run(*arguments, jobs=2):
+    return benchmarks.main(["run", "mine.yaml", f"--jobs={jobs}", *arguments])
+
+
+def figures(folder):
+    """Return what is the same however often a run was interrupted."""
+    result = Folder(folder).result()
+    with (folder / "metrics.csv").open() as file:
+        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+    metrics = {key: value for key, value in result["metrics"].items() if key != "seconds"}
+    return metrics, result["data"], result["parameters"], rows
+
+
+def compare(out, other):
+    names = sorted(path.name for path in Path(other).iterdir() if path.is_dir())
+    assert sorted(path.name for path in Path(out).iterdir() if path.is_dir()) == names
+    for name in names:
+        assert figures(Path(out, name)) == figures(Path(other, name))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The runs, done once without any trouble."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        patch.setenv("PYTHONPATH", PATHS)  # for the process that the runs are forked from
+        Path("tiny.yaml").write_text(CONFIG)
+        Path("mine.yaml").write_text(TINY)
+        assert run("--out=out") == 0
+    return out / "out"
+
+
+def test_run_and_report(undisturbed, capsys):
+    out = undisturbed
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(NAMES)
+    for name in NAMES:
+        assert {path.name for path in (out / name).iterdir()} == {
+            "attempts",
+            "config.yaml",
+            "metrics.csv",
+            "result.json",
+        }
+        assert not list((out / name).glob(".*"))
+        result = Folder(out / name).result()
+        assert result["exit"] == "complete"
+        assert result["attempts"] == 1
+        assert result["data"]["description"] == "a hundred random images"
+        assert result["machine"]["versions"]["torch"] in result["machine"]["versions"].values()
+        assert result["parameters"]["unique"] == 64 * 8 + 8 + 2 * (8 * 8 + 8) + 8 * 10 + 10
+        assert 0 < result["seconds"]["training"] < result["seconds"]["last attempt"]
+        assert result["peak_memory"] > 2**26
+        _, _, _, rows = figures(out / name)
+        assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12")]
+        assert float(rows[-1]["val/accuracy"]) == result["metrics"]["val/accuracy"]
+        config = yaml.safe_load((out / name / "config.yaml").read_text())
+        assert config["trainer"]["max_epochs"] == 3
+    gaps = [Folder(out / name).result()["metrics"]["tying/gap"] for name in NAMES]
+    assert gaps == sorted(gaps, reverse=True)  # untied, weakly, strongly
+    assert benchmarks.main(["report", "mine.yaml", f"--out={out}", "--save"]) == 0
+    told = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("| ")] == [
+        "run",
+        "untied",
+        "soft, strength=0.001",
+        "soft, strength=0.1",
+    ]
+    assert f"Command: `python -m benchmarks report mine.yaml --out={out} --save`" in told
+    assert Path("results/mine.md").read_text().strip() in told
+    with Image.open(out / "mine.png") as image:
+        assert image.size[0] > 100
+    with (out / "mine.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["strength"], row["epoch"]) for row in rows[3:5]] == [
+        ("soft,strength=0.001", "0.001", "1"),
+        ("soft,strength=0.001", "0.001", "2"),
+    ]
+    assert [bool(row["test/accuracy"]) for row in rows] == [False, False, True] * 3
+
+
+def test_what_is_complete_is_left_alone(undisturbed, capsys):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("*/**/*")}
+    assert run(f"--out={undisturbed}") == 0
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.glob("*/**/*")} == before
+
+
+@pytest.mark.parametrize("kind", ["raise", "kill", "disk"])
+def test_failures_stay_alone_and_are_retried(kind, undisturbed, tmp_path, capfd):
+    config = CONFIG.replace("kind: raise", f"kind: {kind}")
+    (tmp_path / "tiny.yaml").write_text(config.replace("armed: armed", "armed: never"))
+    (tmp_path / "faulty.yaml").write_text(config)
+    suite = TINY.replace("soft: [tiny.yaml]", "soft: [faulty.yaml]").replace("1.0e-3, ", "")
+    (tmp_path / "mine.yaml").write_text(suite)
+    (tmp_path / "armed").touch()
+    assert run("--out=out", jobs=1) == 1
+    said = {
+        "raise": "RuntimeError: it went wrong; see out/soft",
+        "kill": "exit code -9, killed by a signal",
+        "disk": "File too large",
+    }
+    told = capfd.readouterr().out
+    assert re.search(rf"failed: soft,strength=0.1,seed=0: .*{said[kind]}", told)
+    assert re.search(r"Missing are 1 of 2 runs: soft,strength=0.1,seed=0 (failed: |interrupted)", told)
+    assert "| untied | 1 |" in told
+    (tmp_path / "armed").unlink()
+    assert run("--out=out", jobs=1) == 0
+    compare_one = Path("out", "soft,strength=0.1,seed=0")
+    assert Folder(compare_one).result()["attempts"] == 2
+    assert "Restored all states from the checkpoint" in (compare_one / "attempts/001/log.txt").read_text()
+    assert figures(compare_one) == figures(undisturbed / compare_one.name)
+    assert not (compare_one / "attempts/000/checkpoints").exists()
+
+
+def test_an_unusable_folder_stays_alone(tmp_path, capfd):
+    Path("out").mkdir()
+    Path("out", NAMES[1]).write_text("in the way")
+    assert run("--out=out") == 1
+    told = capfd.readouterr().out
+    assert f"failed: {NAMES[1]}: NotADirectoryError" in told
+    assert "Missing are 1 of 3 runs" in told
+    Path("out", NAMES[1]).unlink()
+    Path("out", NAMES[0], "metrics.csv").unlink()
+    assert run("--out=out") == 1
+    told = capfd.readouterr().out
+    assert f"damaged: {NAMES[0]}: out/{NAMES[0]} is complete, but lacks metrics.csv. Remove the run's folder" in told
+    assert Path("out", NAMES[0], "result.json").exists()
+
+
+def test_conflicting_definitions(undisturbed, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("max_epochs: 3", "max_epochs: 4"))
+    for command in (["run"], ["report"]):
+        assert benchmarks.main([*command, "mine.yaml", f"--out={undisturbed}"]) == 2
+        told = capsys.readouterr().err
+        assert (
+            f"there are results of another definition in {undisturbed}/untied,seed=0: layers[0].trainer.max_epochs is 3 there and 4 here (and 2 more). Give another --out, or remove them"
+            in told
+        )
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    assert run(f"--out={undisturbed}", f"--data={tmp_path}") == 2
+    assert f"data is 'configured' there and '{tmp_path.name}' here" in capsys.readouterr().err
+
+
+def test_difference_by_hand():
+    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b is 2 there and 3 here"
+    assert difference({"a": 1}, {"a": 1, "b": None}) == "b is None there and None here"
+    assert difference([1], [1, 2]) == "[1] is None there and 2 here"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model.lrr=1"], r"untied: .*lrr"),
+        (["--jobs=0"], "jobs must be 1 or more, not 0"),
+        (["--data=nowhere"], "--data: there is no nowhere; give the data module's root, or 'sample'"),
+        (["--only=sotf*"], r"no run of suite mine fits 'sotf\*'"),
+        (["--trainer.max_epochs=none"], "untied: .*max_epochs"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_started(arguments, told, capsys):
+    assert run("--out=out", *arguments) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not Path("out").exists()
+
+
+def test_nothing_to_report(capsys):
+    assert benchmarks.main(["report", "mine.yaml", "--out=out"]) == 2
+    assert "no run of suite mine is complete in out" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert benchmarks.main(["list"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"\| soft +\| +Untied against .* \| +10 \| +none \|", told)
+
+
+def start(out, **kwargs):
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "run", "mine.yaml", f"--out={out}", "--jobs=2"]
+    return subprocess.Popen(command, start_new_session=True, **kwargs)
+
+
+def test_two_runners_share_the_work(undisturbed):
+    runners = [start("out", stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [runner.communicate()[0] for runner in runners]
+    assert [runner.returncode for runner in runners] == [0, 0]
+    assert all("Missing" not in text for text in told)
+    compare("out", undisturbed)
+    assert [Folder(path).result()["attempts"] for path in Path("out").glob("*,seed=0")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runners_lose_nothing(kills, undisturbed):
+    """SIGKILL of the runner at random moments: its children end too, and the next one goes on."""
+    moments = random.Random(0)
+    finished = {}
+    for _ in range(kills):
+        runner = start("out", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = time.monotonic()
+        before = attempts()
+        while attempts() == before and runner.poll() is None:  # until its first run has begun
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 2))
+        runner.kill()
+        runner.wait()
+        finished |= {
+            path: path.stat().st_mtime_ns for path in Path("out").glob("*/result.json") if path not in finished
+        }
+        assert time.monotonic() - begun < 120
+    last = start("out")
+    assert last.wait() == 0
+    compare("out", undisturbed)
+    assert all(path.stat().st_mtime_ns == written for path, written in finished.items())
+
+
+def attempts():
+    return len(list(Path("out").glob("*/attempts/*/claim.json")))
