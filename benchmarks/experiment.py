@@ -63,7 +63,7 @@ def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
     """
     if jobs < 1:
         raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
-    with _silence():
+    with quietly():
         sweep.check_configurations()
     seeds = max(run.seed for run in sweep.runs) + 1
     if (sweep.out / BEGUN).exists():
@@ -113,14 +113,15 @@ def _data(given: str | None) -> tuple[list[str], str]:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep Lightning's remarks on a trainer that is only tried out to itself."""
+def quietly() -> Iterator[None]:
+    """Keep what Lightning has to say to itself."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,9 +1,14 @@
+import multiprocessing
+import os
 import random
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -53,18 +58,41 @@ def test_fit_test_and_resume(tmp_path, capsys):
     assert (tmp_path / "runs" / "soft" / "version_1").exists()
 
 
-KILLED = """
-import os, signal, sys
-import lightning.pytorch as pl
-from tying.cli import main
+def work(rank, world, port, step, args):
+    """Be one of the processes of a run, which are killed in the given step."""
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    main([*args, f"--trainer.callbacks+={__name__}.Kill", f"--trainer.callbacks.step={step}"])
+    if world > 1:
+        torch.distributed.barrier()
+
 
 class Kill(pl.Callback):
+    def __init__(self, step: int):
+        self.step = step
+
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == {step}:
+        if trainer.global_step == self.step and trainer.global_rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-main([*sys.argv[1:], "--trainer.callbacks+=__main__.Kill"])
-"""
+
+def launch(args, world=1, step=-1):
+    """Do a run with several processes; return the exit code of the first."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tying.cli"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    given = [*args, f"--trainer.devices={world}", f"--trainer.strategy={'ddp' if world > 1 else 'auto'}"]
+    processes = [context.Process(target=work, args=(rank, world, port, step, given)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    processes[0].join(120)
+    for process in processes[1:]:
+        process.join(0 if processes[0].exitcode else 120)
+        process.kill()
+        process.join()
+    return processes[0].exitcode
 
 
 TWENTY = sorted(random.Random(0).choices(range(1, 16), k=20))
@@ -72,20 +100,20 @@ SCHEDULED = ["schedule.start=0", "schedule.length=12"]
 
 
 @pytest.mark.parametrize(
-    ("soft", "steps"),
+    ("soft", "world", "steps"),
     [
-        pytest.param([], [5, 9], id="soft"),
-        pytest.param(SCHEDULED, [14], id="scheduled"),
-        pytest.param(None, TWENTY, id="plain, twenty times", marks=pytest.mark.slow),
-        pytest.param([], TWENTY, id="soft, twenty times", marks=pytest.mark.slow),
-        pytest.param(SCHEDULED, TWENTY, id="scheduled, twenty times", marks=pytest.mark.slow),
+        pytest.param([], 1, [5, 9], id="soft"),
+        pytest.param(SCHEDULED, 2, [14], id="scheduled, two processes"),
+        *(
+            pytest.param(soft, world, TWENTY, id=f"{name}, {world}, twenty times", marks=pytest.mark.slow)
+            for world in (1, 2)
+            for name, soft in {"plain": None, "soft": [], "scheduled": SCHEDULED}.items()
+        ),
     ],
 )
-@pytest.mark.filterwarnings(
-    "ignore:The dirpath has changed", "ignore:Checkpoint directory", "ignore:Be aware that when"
-)
-def test_killed_runs_go_on_from_last_bitwise(soft, steps, tmp_path):
+def test_killed_runs_go_on_from_last_bitwise(soft, world, steps, tmp_path, monkeypatch):
     """SIGKILL within an epoch, and continue with --ckpt_path last: the weights of the uninterrupted run."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     often = "{class_path: ModelCheckpoint, init_args: {filename: often, every_n_train_steps: 3}}"
     (tmp_path / "often.yaml").write_text(f"trainer: {{callbacks+: [{often}]}}")
     args = ["fit", BASE, "--config=often.yaml", *SMALL, "--trainer.max_epochs=2", "--trainer.limit_train_batches=8"]
@@ -98,20 +126,11 @@ def test_killed_runs_go_on_from_last_bitwise(soft, steps, tmp_path):
         )
         return torch.load(newest, weights_only=True)["state_dict"]
 
-    main([*args, "--trainer.logger.save_dir=whole"])
+    assert launch([*args, "--trainer.logger.save_dir=whole"], world) == 0
     for step in steps:
-        (tmp_path / "killed.py").write_text(KILLED.format(step=step))
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "killed.py",
-            *args,
-            "--trainer.logger.save_dir=parts",
-            "--ckpt_path=last",
-        ]
-        assert subprocess.run(command, capture_output=True).returncode == -9
-    main([*args, "--trainer.logger.save_dir=parts", "--ckpt_path=last"])
+        resumed = [*args, "--trainer.logger.save_dir=parts", "--ckpt_path=last"]
+        assert launch(resumed, world, step) == -signal.SIGKILL
+    assert launch([*args, "--trainer.logger.save_dir=parts", "--ckpt_path=last"], world) == 0
     whole, parts = weights("whole"), weights("parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 

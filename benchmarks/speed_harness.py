@@ -1,0 +1,75 @@
+"""What a run costs beyond its training, and how long a report takes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.experiment import prepare, quietly, report
+from benchmarks.folder import Folder, write_json
+from benchmarks.machine import supports_bf16
+from benchmarks.perform import begin, finish
+from benchmarks.report import table
+from benchmarks.timing import race
+from tying.cli import parse
+
+EPOCHS = 2
+RUNS = 1000
+THREADS = 2
+
+
+def bare(arguments: Sequence[str]) -> None:
+    """Train and test as ``tying fit`` and ``tying test`` would."""
+    cli = parse(arguments)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+
+
+def measure() -> str:
+    """Run the measurements, and return their results as Markdown."""
+    with tempfile.TemporaryDirectory() as temporary, quietly():
+        root = Path(temporary)
+        precision = ["--trainer.precision=bf16-mixed"] if supports_bf16() else []
+        sweep = prepare("demo", root / "runs", only="soft", overrides=[f"--trainer.max_epochs={EPOCHS}", *precision])
+        [run] = sweep.runs
+        arguments = [*run.arguments, "--trainer.enable_progress_bar=false", f"--trainer.logger.save_dir={root}"]
+        folder = sweep.folder(run)
+
+        def harness() -> None:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            attempt = begin(folder, sweep.definition(run), THREADS)
+            assert attempt is not None
+            finish(folder, attempt, arguments)
+
+        sides = {"parse, fit and test": lambda: bare(arguments), "the same by the harness": harness}
+        result = race(sides, races=7, rounds=1)
+        seconds = _report_many(root, folder)
+    [peer, ours] = sides
+    rows = [[side, f"{result.median(side):.2f}", result.told(side, peer)] for side in (peer, ours)]
+    return "\n".join(
+        [
+            f"{EPOCHS} epochs of ResNet-20 on the embedded sample, softly tied, in one process:",
+            "",
+            table(["side", "s", "ratio"], rows),
+            "",
+            f"A report over {RUNS:,} runs, with plot and CSV, takes {seconds:.1f} s.",
+        ]
+    )
+
+
+def _report_many(root: Path, folder: Folder) -> float:
+    """Return the seconds that a report over many copies of a run takes."""
+    sweep = prepare("soft", root / "many", seeds=RUNS // 10)
+    result = folder.result()
+    for run in sweep.runs:
+        copy = sweep.folder(run)
+        copy.path.mkdir(parents=True)
+        for name in ("config.yaml", "metrics.csv"):
+            shutil.copy(folder.path / name, copy.path / name)
+        write_json(copy.path / "result.json", {**result, "name": run.name, "definition": sweep.definition(run)})
+    start = time.perf_counter()
+    report(prepare("soft", root / "many", seeds=RUNS // 10), "report")
+    return time.perf_counter() - start
