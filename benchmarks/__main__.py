@@ -82,8 +82,8 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
     asked = (known.suite, known.out, known.data, known.seeds, known.only)
     sweep = experiment.prepare(*asked, overrides, as_begun=reporting)
     failed = {} if reporting else experiment.perform(sweep, known.jobs)
-    _keep(sweep.suite.name, experiment.report(sweep, command), known.save)
-    print(f"Plot and CSV: {sweep.out}/{sweep.suite.name}.png, {sweep.out}/{sweep.suite.name}.csv")
+    _keep(sweep.name, experiment.report(sweep, command), known.save)
+    print(f"Plot and CSV: {sweep.out}/{sweep.name}.png, {sweep.out}/{sweep.name}.csv")
     return 1 if failed else 0
 
 

@@ -80,8 +80,8 @@ def report(sweep: Sweep, command: str) -> str:
     """
     text = summarize(sweep.suite, sweep.runs, sweep.out)
     rows = curves(sweep.runs, sweep.out)
-    write_csv(rows, sweep.out / f"{sweep.suite.name}.csv")
-    plot(rows, sweep.suite.curves, sweep.out / f"{sweep.suite.name}.png")
+    write_csv(rows, sweep.out / f"{sweep.name}.csv")
+    plot(rows, sweep.suite.curves, sweep.out / f"{sweep.name}.png")
     return f"{text} Command: `{command}`."
 
 

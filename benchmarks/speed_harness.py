@@ -19,6 +19,7 @@ from tying.cli import parse
 EPOCHS = 2
 RUNS = 1000
 THREADS = 2
+MORE: list[str] = []  # arguments of the run
 
 
 def bare(arguments: Sequence[str]) -> None:
@@ -35,7 +36,8 @@ def measure() -> str:
         precision = ["--trainer.precision=bf16-mixed"] if supports_bf16() else []
         sweep = prepare("demo", root / "runs", only="soft", overrides=[f"--trainer.max_epochs={EPOCHS}", *precision])
         [run] = sweep.runs
-        arguments = [*run.arguments, "--trainer.enable_progress_bar=false", f"--trainer.logger.save_dir={root}"]
+        own = ["--trainer.enable_progress_bar=false", f"--trainer.logger.save_dir={root}"]
+        arguments = [*run.arguments, *own, *MORE]
         folder = sweep.folder(run)
 
         def harness() -> None:

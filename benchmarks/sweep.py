@@ -58,6 +58,11 @@ class Sweep:
     tell: Callable[[str], object] = print
     seconds: list[float] = field(default_factory=list)  # of the runs done here
 
+    @property
+    def name(self) -> str:
+        """The suite's name, and the data's where it is not what the suite says."""
+        return self.suite.name + (f"@{self.label}" if self.data else "")
+
     def folder(self, run: Run) -> Folder:
         """Return the folder of a run."""
         return Folder(self.out / run.name)

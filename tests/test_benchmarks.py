@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import machine, report, speed_data, speed_soft
+from benchmarks import machine, report, speed_data, speed_harness, speed_soft
 from benchmarks.timing import Race
 
 SMALL = [
@@ -59,9 +59,21 @@ def test_speed_of_data(monkeypatch, capsys):
     assert "| tying.data.CIFAR10, in memory " in capsys.readouterr().out
 
 
+def test_speed_of_the_harness(monkeypatch, capsys):
+    monkeypatch.setattr(speed_harness, "EPOCHS", 1)
+    monkeypatch.setattr(speed_harness, "RUNS", 20)
+    monkeypatch.setattr(speed_harness, "MORE", SMALL[1:3] + SMALL[4:5])
+    quick = speed_harness.race
+    monkeypatch.setattr(speed_harness, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
+    assert benchmarks.main(["speed", "harness"]) == 0
+    out = capsys.readouterr().out
+    assert "| the same by the harness " in out
+    assert "A report over 20 runs, with plot and CSV, takes " in out
+
+
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
-    assert "unknown family 'sofd': there is data, soft" in capsys.readouterr().err
+    assert "unknown family 'sofd': there is data, harness, soft. Nearest" in capsys.readouterr().err
 
 
 def test_race_statistics_by_hand():

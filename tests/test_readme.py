@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
+from benchmarks import __main__ as benchmarks
 from benchmarks.report import paste
 from tying.cli import main, parse
 
@@ -22,6 +23,8 @@ SMALL = [
     "--trainer.log_every_n_steps=1",
 ]
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml", "console")}
+
+COMMANDS = "".join(BLOCKS["console"]).strip().splitlines()
 
 
 @pytest.fixture(autouse=True)
@@ -52,19 +55,31 @@ def test_yaml_runs(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
-@pytest.mark.parametrize("command", "".join(BLOCKS["console"]).strip().splitlines())
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
 def test_console_commands_run(command, capsys):
-    program, *args = shlex.split(command)
-    if program == "tying":
-        extra = [*SMALL, "--model.network.depth=20"] if args[0] == "fit" and "--print_config" not in args else []
-        if "--print_config" in args:
-            with pytest.raises(SystemExit):
-                main(args)
-        else:
-            main([*args, *extra])
-        assert capsys.readouterr().out
+    _, *args = shlex.split(command)
+    extra = [*SMALL, "--model.network.depth=20"] if args[0] == "fit" and "--print_config" not in args else []
+    if "--print_config" in args:
+        with pytest.raises(SystemExit):
+            main(args)
     else:
-        assert command == "python -m benchmarks speed"  # run by tests/test_benchmarks.py
+        main([*args, *extra])
+    assert capsys.readouterr().out
+
+
+def test_experiments_run(capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    commands = [line for line in COMMANDS if not line.startswith("tying")]
+    assert commands.pop() == "python -m benchmarks speed"  # run by tests/test_benchmarks.py
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "benchmarks"]
+        small = [*SMALL, "--trainer.limit_test_batches=1", "--trainer.precision=32-true"]
+        few = [] if "--only" in words else ["--only=*ed,*"]  # untied: one setting of ten
+        few += ["--only=gradient,strength=0.01,*"] if "--only" in words else []
+        extra = {"list": [], "run": [*small, *few], "report": []}
+        assert benchmarks.main([*words[3:], *extra[words[3]]]) == 0
+        assert "soft" in capsys.readouterr().out
 
 
 def test_make_targets_exist():

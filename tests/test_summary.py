@@ -1,0 +1,89 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks.folder import Folder, write_json
+from benchmarks.suite import Axis, Suite
+from benchmarks.summary import spread, summarize
+
+MACHINE = {
+    "hardware": "a machine",
+    "threads": 1,
+    "versions": dict.fromkeys(("Python", "torch", "lightning", "tying"), "1"),
+}
+SUITE = Suite("s", "", (), {"untied": (), "soft": ()}, {"lr": Axis("lr", (1, 2), ("untied", "soft"))}, figures={"accuracy": "test/accuracy", "gap": "tying/gap"})  # fmt: skip
+
+
+def write(out, run, accuracy, key="1", epoch=2.0, **metrics):
+    folder = Folder(out / run.name)
+    folder.path.mkdir()
+    (folder.path / "config.yaml").touch()
+    (folder.path / "metrics.csv").touch()
+    result = {
+        "name": run.name,
+        "definition": {},
+        "metrics": {"test/accuracy": accuracy, **metrics},
+        "data": {"description": "images", "key": key},
+        "machine": MACHINE,
+        "parameters": {"unique": 1000, "virtual": 2000},
+        "seconds": {"epoch": epoch},
+        "peak_memory": 3 * 2**20,
+        "attempts": 1,
+    }
+    write_json(folder.path / "result.json", result)
+
+
+def test_table_by_hand(tmp_path):
+    runs = SUITE.runs(seeds=2)
+    accuracies = {"untied": {1: (0.5, 0.6), 2: (0.2, 0.4)}, "soft": {1: (0.6, 0.9), 2: (0.1, None)}}
+    for run in runs:
+        accuracy = accuracies[run.delta][run.values["lr"]][run.seed]
+        if accuracy is not None:
+            write(tmp_path, run, accuracy, **({"tying/gap": 0.25} if run.delta == "soft" else {}))
+    told = summarize(SUITE, runs, tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line.startswith("|")]
+    assert rows[0] == ["run", "n", "accuracy", "gap", "− untied", "parameters", "virtual", "s / epoch", "peak MiB"]
+    rest = ["1,000", "2,000", "2.0", "3"]
+    assert rows[2:] == [
+        ["untied, lr=1", "2", "0.5500 ± 0.0707", "–", "–", *rest],
+        ["untied, lr=2", "2", "0.3000 ± 0.1414", "–", "–", *rest],
+        ["soft, lr=1", "2", "0.7500 ± 0.2121", "0.2500 ± 0.0000", "+0.2000 ± 0.1414", *rest],
+        ["soft, lr=2", "1", "0.1000", "0.2500", "-0.1000", *rest],
+    ]
+    assert "Data: images (key 1)." in told
+    assert "Missing are 1 of 8 runs: soft,lr=2,seed=1 pending." in told
+    assert "different data" not in told
+
+
+def test_different_data_is_told(tmp_path):
+    first, second, *_ = SUITE.runs()
+    write(tmp_path, first, 0.5)
+    write(tmp_path, second, 0.5, key="2")
+    told = summarize(SUITE, [first, second], tmp_path)
+    assert "The runs used different data: their figures cannot be compared." in told
+
+
+def test_failures_are_told(tmp_path):
+    first, second, *_ = SUITE.runs()
+    write(tmp_path, first, 0.5)
+    attempt = Folder(tmp_path / second.name).claim({"definition": {}})
+    write_json(attempt / "failure.json", {"error": "no room"})
+    assert f"Missing are 1 of 2 runs: {second.name} failed: no room." in summarize(SUITE, [first, second], tmp_path)
+
+
+def test_figures_default_to_those_of_the_test(tmp_path):
+    suite = Suite("s", "", (), {"one": ()})
+    [run] = suite.runs()
+    write(tmp_path, run, 0.5, **{"val/loss": 1.0, "test/loss": 2.0})
+    assert summarize(suite, [run], tmp_path).startswith("| run | n | test/accuracy | test/loss | − one |")
+
+
+def test_spread_by_hand():
+    assert spread([1.0, 2.0, 3.0]) == "2.0000 ± 1.0000"
+    assert spread([-0.5], "+") == "-0.5000"
+    assert spread([]) == "–"
+
+
+def test_nothing_is_complete():
+    with pytest.raises(ValueError, match="no run of suite s is complete in nowhere"):
+        summarize(SUITE, SUITE.runs(), Path("nowhere"))
