@@ -20,10 +20,11 @@ ALLOWED = {
     "selection": {"errors", "patterns", "names", "relations", "ties"},
     "atomic": set(),
     "soft": {"errors", "names", "relations", "ties"},
+    "hard": {"errors", "names", "relations", "selection", "ties"},
     "depth": {"errors", "names", "relations", "ties"},
     "models": {"errors", "depth"},
     "data": {"errors", "atomic"},
-    "callbacks": {"errors", "atomic", "names", "selection", "ties", "soft", "depth"},
+    "callbacks": {"errors", "atomic", "names", "selection", "ties", "soft", "hard", "depth"},
     "mixins": {"errors", "callbacks"},
 }
 FREE = {"__init__", "__main__", "cli"}
@@ -56,5 +57,5 @@ def test_only_callbacks_import_lightning_callbacks(path):
 
 
 def test_import_tying_does_not_import_lightning():
-    code = "import sys, tying, tying.soft, tying.depth; sys.exit('lightning' in sys.modules or 'torchvision' in sys.modules)"
+    code = "import sys, tying, tying.soft, tying.hard, tying.depth; sys.exit('lightning' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

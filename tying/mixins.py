@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks import SoftTying
+from tying.callbacks import HardTying, SoftTying, TyingCallback
 from tying.errors import ConfigurationError
+
+Brought = TypeVar("Brought", bound=TyingCallback)
 
 
 class SoftTyingMixin(pl.LightningModule):
@@ -31,19 +33,59 @@ class SoftTyingMixin(pl.LightningModule):
 
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        if "_soft_tying" not in self.__dict__:  # one callback for all calls: it counts steps
-            self.__dict__["_soft_tying"] = self._make_soft_tying()
-        inherited = super().configure_callbacks()
-        return [*(inherited if isinstance(inherited, list | tuple) else [inherited]), self.__dict__["_soft_tying"]]
+        return [*_inherited(super().configure_callbacks()), _brought(self, SoftTying, "soft_tying")]
 
-    def _make_soft_tying(self) -> SoftTying:
-        arguments = getattr(self, "soft_tying", None)
+
+class HardTyingMixin(pl.LightningModule):
+    """Brings :class:`tying.callbacks.HardTying` along; ``hard_tying`` holds its keyword arguments.
+
+    The weights are tied in ``configure_model``, hence also by ``load_from_checkpoint``, without a Trainer's callback.
+
+    Raises:
+        ConfigurationError: ``hard_tying`` is not set, or is not a dictionary of HardTying's arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(HardTyingMixin):
+        ...     hard_tying = {"ties": ["encoder.weight ~ decoder.weight"]}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder, self.decoder = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.encoder.weight is model.decoder.weight
+        True
+    """
+
+    hard_tying: ClassVar[Mapping[str, Any]]
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        _brought(self, HardTying, "hard_tying").apply(self)
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [*_inherited(super().configure_callbacks()), _brought(self, HardTying, "hard_tying")]
+
+
+def _inherited(callbacks: Sequence[pl.Callback] | pl.Callback) -> Sequence[pl.Callback]:
+    return [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
+
+
+def _brought(module: pl.LightningModule, kind: Callable[..., Brought], attribute: str) -> Brought:
+    """Return the callback that a module brings along: one for all calls, since it may count steps."""
+    if f"_{attribute}" not in module.__dict__:
+        arguments, inheritor = getattr(module, attribute, None), type(module).__name__
+        name = kind.__name__
         if not isinstance(arguments, Mapping):
             raise ConfigurationError(
-                f"{type(self).__name__} inherits SoftTyingMixin and must set soft_tying to a dictionary of SoftTying's "
-                f"arguments, such as {{'ties': [...], 'strength': 1e-3}}, not {arguments!r}"
+                f"{inheritor} inherits {name}Mixin and must set {attribute} to a dictionary of {name}'s arguments, "
+                f"such as {{'ties': [...]}}, not {arguments!r}"
             )
         try:
-            return SoftTying(**arguments)
+            module.__dict__[f"_{attribute}"] = kind(**arguments)
         except TypeError as error:
-            raise ConfigurationError(f"{type(self).__name__}.soft_tying: {error}") from None
+            raise ConfigurationError(f"{inheritor}.{attribute}: {error}") from None
+    brought: Brought = module.__dict__[f"_{attribute}"]
+    return brought

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError, listed, nearest
 from tying.names import Match, Names
@@ -82,7 +83,8 @@ def _add(tie: Tie | str, names: Names, merged: dict[int, _Group]) -> None:
 def _ordered(merged: dict[int, _Group]) -> list[TiedGroup]:
     unique = {id(group): group for group in merged.values()}
     ordered = sorted(unique.values(), key=lambda group: group.created)
-    return [TiedGroup(*(tuple(column) for column in zip(*group.members.values(), strict=True))) for group in ordered]
+    columns = (zip(*group.members.values(), strict=True) for group in ordered)
+    return [TiedGroup(names, parameters, relations) for names, parameters, relations in columns]
 
 
 def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
@@ -144,6 +146,8 @@ def _by_binding(
 def _members(tie: Tie, sources: list[Match], targets: list[Match]) -> dict[int, Member]:
     first = sources[0]
     members: dict[int, Member] = {}
+    if lazy := next((match.name for match in [*sources, *targets] if is_lazy(match.parameter)), None):
+        raise ConfigurationError(f"tie '{tie}': {lazy!r} has no shape yet. Let the model see a batch first")
     for match, pattern in [*((m, None) for m in sources), *((m, tie.relation) for m in targets)]:
         try:
             relation = bind(pattern, first.parameter.shape, match.parameter.shape)

@@ -72,11 +72,13 @@ class TiedGroup:
         names: one name per tensor, relative to the model.
         parameters: the tensors as the model holds them.
         relations: the map from the source's layout to each tensor's own.
+        shared: the tensors are one parameter, which ``parameters`` holds for each name.
     """
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     relations: tuple[Relation, ...]
+    shared: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
@@ -93,4 +95,6 @@ class TiedGroup:
 
     def tensors(self) -> list[Tensor]:
         """Return the group's tensors, attached to the graph, in the source's layout."""
+        if self.shared:
+            return [*self.parameters]
         return [read(parameter) for read, parameter in zip(self.to_source, self.parameters, strict=True)]

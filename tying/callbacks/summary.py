@@ -60,7 +60,8 @@ def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> 
     unique, virtual = count_parameters(model)
     aliased = sum(p.numel() * p.element_size() for _, p in model.named_parameters(remove_duplicate=False))
     held = sum(p.numel() * p.element_size() for p in model.parameters())
-    spare = {id(parameter): parameter for _, group in groups for parameter in group.parameters[1:]}.values()
+    apart = [group for _, group in groups if not group.shared]
+    spare = {id(parameter): parameter for group in apart for parameter in group.parameters[1:]}.values()
     spare_bytes = sum(p.numel() * p.element_size() for p in spare)
     lines = [f"{unique:,} unique parameters, {virtual:,} counting each use; {aliased - held:,} bytes saved by sharing."]
     if spare:

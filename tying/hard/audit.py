@@ -1,0 +1,152 @@
+"""Who is tied to whom, what it saves, and what would break it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from tying.errors import ConfigurationError, listed
+from tying.hard.sharing import Record, Shared, tied
+from tying.names import clean_name, count_parameters
+
+
+@dataclass(frozen=True)
+class TieReport:
+    """What :func:`audit` found.
+
+    Attributes:
+        groups: all names of each weight that has several, the source first.
+        relations: how each group is tied: ``"shared"``, or the relations that stand in it.
+        unique: number of parameter values that are stored.
+        virtual: number of values the model computes with: each use counts.
+        saved_bytes: what sharing saves of parameters; gradients and optimizer states come on top.
+        problems: what is wrong now, each with its remedy.
+        limits: what would take the ties apart, or store copies, each with its remedy.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    relations: tuple[str, ...]
+    unique: int
+    virtual: int
+    saved_bytes: int
+    problems: tuple[str, ...]
+    limits: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{' = '.join(names)} ({how})" for names, how in zip(self.groups, self.relations, strict=True)]
+        lines.append(
+            f"{self.unique:,} unique parameters, {self.virtual:,} counting each use; "
+            f"{self.saved_bytes:,} bytes saved by sharing."
+        )
+        lines += [f"Problem: {problem}." for problem in self.problems]
+        lines += [f"Limit: {limit}." for limit in self.limits]
+        return "\n".join(lines)
+
+
+def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
+    """Report which weights of a model are one, what that saves, what is wrong and what would break.
+
+    Args:
+        model: any module; also finds sharing that :func:`tying.hard.tie` has not made.
+        optimizers: what trains it, to find parameters that are missing, listed twice or no longer the model's.
+
+    Example:
+        >>> from tying.hard import tie
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> _ = tie(model, ["0.weight ~ 1.weight"])
+        >>> report = audit(model)
+        >>> report.groups, report.unique, report.virtual, report.saved_bytes
+        ((('0.weight', '1.weight'),), 8, 12, 16)
+        >>> report.problems
+        ()
+    """
+    record: Record = model.__dict__.get("_hard_ties") or Record()
+    aliases: dict[int, list[str]] = {}
+    parameters = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(clean_name(name))
+        parameters[id(parameter)] = parameter
+    groups = [shared.names for shared in record.groups]
+    relations = [_how(shared) for shared in record.groups]
+    known = {name for shared in record.groups for name in shared.names}
+    for names in aliases.values():
+        if len(names) > 1 and not known.issuperset(names):
+            groups.append(tuple(names))
+            relations.append("shared, by others")
+    unique, virtual = count_parameters(model)
+    saved = sum(
+        (len(names) - 1) * parameters[identity].numel() * parameters[identity].element_size()
+        for identity, names in aliases.items()
+    )
+    problems = [*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)]
+    return TieReport(
+        tuple(groups), tuple(relations), unique, virtual, saved, tuple(problems), tuple(_limits(groups, relations))
+    )
+
+
+def _how(shared: Shared) -> str:
+    return "; ".join(dict.fromkeys(str(relation) for relation in shared.relations if relation.steps)) or "shared"
+
+
+def _broken(model: nn.Module) -> Iterable[str]:
+    try:
+        tied(model)
+    except ConfigurationError as error:
+        yield str(error)
+
+
+def _on_one_storage(model: nn.Module) -> Iterable[str]:
+    holders: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
+        other = holders.setdefault(parameter.untyped_storage().data_ptr(), clean_name(name))
+        if other != clean_name(name):
+            yield (
+                f"{other!r} and {clean_name(name)!r} are two parameters on one storage: they look tied, but an "
+                "optimizer steps both, and moving parts them. Tie them by tying.hard.tie"
+            )
+
+
+def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterable[str]:
+    optimizers = list(optimizers)
+    names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    if twice := [names[key] for key in dict.fromkeys(trained) if trained.count(key) > 1 and key in names]:
+        yield (
+            f"{listed(twice)} stands twice in the optimizers, and would be stepped and decayed twice. Build them from "
+            "model.parameters(), which yields each weight once"
+        )
+    if orphans := sum(key not in names for key in set(trained)):
+        yield (
+            f"{orphans} tensors in the optimizers are not the model's: the ties were made, or undone, after the "
+            "optimizers. Tie first"
+        )
+    missing = [name for key, name in names.items() if key in trainable and key not in trained]
+    if optimizers and missing:
+        yield f"{listed(missing)} is in no optimizer, and is not trained. Build the optimizers after tying"
+
+
+def _limits(groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
+    for names, how in zip(groups, relations, strict=True):
+        owners = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names))
+        if len(owners) > 1:
+            yield (
+                f"FSDP must shard the modules of {names[0]} together: fully_shard([{', '.join(owners)}]), or a module "
+                "that holds them all"
+            )
+        if "->" in how:
+            yield (
+                f"pickling the model refuses, and ONNX stores copies of {names[0]}: keep its state_dict, or "
+                "tying.hard.bake(model)"
+            )
+    if groups:
+        yield (
+            "formats without sharing, such as safetensors, refuse or store copies: save tying.hard.bake(model), and "
+            "load it by load_state_dict"
+        )
+        yield "after to_empty the weights are apart until a state dict is loaded into the whole model"
