@@ -20,7 +20,7 @@ ALLOWED = {
     "selection": {"errors", "patterns", "names", "relations", "ties"},
     "atomic": set(),
     "soft": {"errors", "names", "relations", "ties"},
-    "hard": {"errors", "names", "relations", "selection", "ties"},
+    "hard": {"errors", "atomic", "names", "relations", "selection", "ties"},
     "depth": {"errors", "names", "relations", "ties"},
     "models": {"errors", "depth"},
     "data": {"errors", "atomic"},

@@ -1,7 +1,27 @@
-"""Weights that are equal: one parameter under several names, also through a relation."""
+"""Weights that are equal, of low rank, mixed from templates, or generated: fewer parameters than entries."""
 
 from tying.hard.audit import TieReport, audit
+from tying.hard.generated import HyperWeight, LocationBias
+from tying.hard.low_rank import LowRank, LowRankPlusDiagonal
 from tying.hard.plain import bake, load_plain
 from tying.hard.sharing import tie, tied, untie
+from tying.hard.templates import TemplateBank, TemplateMixture, fold, layer_similarity, plot_similarity
 
-__all__ = ["TieReport", "audit", "bake", "load_plain", "tie", "tied", "untie"]
+__all__ = [
+    "HyperWeight",
+    "LocationBias",
+    "LowRank",
+    "LowRankPlusDiagonal",
+    "TemplateBank",
+    "TemplateMixture",
+    "TieReport",
+    "audit",
+    "bake",
+    "fold",
+    "layer_similarity",
+    "load_plain",
+    "plot_similarity",
+    "tie",
+    "tied",
+    "untie",
+]

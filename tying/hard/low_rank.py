@@ -1,0 +1,147 @@
+"""Weights of low rank, perhaps plus a diagonal."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tying.errors import ConfigurationError
+
+SWEEPS = 50  # between factors and diagonal, to find both for a given weight
+
+
+def low_rank(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left @ right``.
+
+    Args:
+        left: (n, d).
+        right: (d, m).
+    """
+    return left @ right
+
+
+def low_rank_plus_diagonal(left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
+    """Return ``left @ right + diag(diagonal)``.
+
+    Args:
+        left: (n, d).
+        right: (d, n).
+        diagonal: (n,).
+    """
+    return left @ right + torch.diag(diagonal)
+
+
+def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors (n, d) and (d, m) of the nearest matrix of a rank, by singular values, equally scaled.
+
+    Example:
+        >>> left, right = factorize(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), rank=1)
+        >>> (left @ right).abs()
+        tensor([[4., 0.],
+                [0., 0.]])
+    """
+    u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).to(weight.dtype), (root[:, None] * v[:rank]).to(weight.dtype)
+
+
+class LowRank(nn.Module):
+    """The parametrization ``W = P Q`` with P (n, d) and Q (d, m); see :func:`low_rank`.
+
+    A weight of more than two dimensions is a matrix of its first dimension by all others. Assigning a weight takes the
+    nearest one of that rank.
+
+    Args:
+        rank: d.
+
+    Raises:
+        ConfigurationError: the rank is more than the weight's smaller side.
+
+    Example:
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> layer = register_parametrization(nn.Linear(6, 4), "weight", LowRank(2))
+        >>> sum(p.numel() for p in layer.parameters()), int(torch.linalg.matrix_rank(layer.weight))
+        (24, 2)
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ConfigurationError(f"rank must be 1 or more, not {rank}")
+        self.rank = rank
+        self.shape: tuple[int, ...] | None = None  # of the weight, once there is one
+
+    @override
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        weight = low_rank(left, right)
+        return weight if self.shape is None else weight.view(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return factors of the nearest weight of this rank."""
+        matrix = _as_matrix(weight, self.rank)
+        self.shape = tuple(weight.shape)
+        return factorize(matrix, self.rank)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}"
+
+
+class LowRankPlusDiagonal(nn.Module):
+    """The parametrization ``W = P Q + diag(s)`` of a square weight; see :func:`low_rank_plus_diagonal`.
+
+    Assigning a weight alternates between the best factors and the best diagonal.
+
+    Args:
+        rank: d; 0 for the diagonal alone.
+
+    Raises:
+        ConfigurationError: the weight is not square, or the rank is more than its side.
+
+    Example:
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> layer = register_parametrization(nn.Linear(5, 5, bias=False), "weight", LowRankPlusDiagonal(1))
+        >>> sum(p.numel() for p in layer.parameters())
+        15
+
+    Source: A. V. Miceli Barone, Low-rank passthrough neural networks, 2016.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        if rank < 0:
+            raise ConfigurationError(f"rank must be 0 or more, not {rank}")
+        self.rank = rank
+
+    @override
+    def forward(self, left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
+        return low_rank_plus_diagonal(left, right, diagonal)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors and diagonal of a near weight of this form."""
+        if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
+            raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
+        left, right = factorize(_as_matrix(weight, self.rank), self.rank)
+        diagonal = torch.diag(weight - left @ right)
+        for _ in range(SWEEPS if self.rank else 0):
+            left, right = factorize(weight - torch.diag(diagonal), self.rank)
+            diagonal = torch.diag(weight - left @ right)
+        return left, right, diagonal.clone()
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}"
+
+
+def _as_matrix(weight: Tensor, rank: int) -> Tensor:
+    if weight.ndim < 2:
+        raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} has no rank to lower")
+    matrix = weight.reshape(weight.shape[0], math.prod(weight.shape[1:]))
+    if rank > min(matrix.shape):
+        raise ConfigurationError(
+            f"rank={rank} is more than {min(matrix.shape)}, the smaller side of a weight of shape {tuple(weight.shape)}"
+        )
+    return matrix

@@ -1,0 +1,198 @@
+"""Layers as mixtures of a few templates, which they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from typing_extensions import override
+
+from tying.atomic import atomically
+from tying.errors import ConfigurationError
+from tying.names import clean_name
+
+
+def mix(templates: Tensor, coefficients: Tensor) -> Tensor:
+    """Return ``W = Σ_j α_j T_j``.
+
+    Args:
+        templates: (k, ...), T.
+        coefficients: (k,), α.
+
+    Returns:
+        a weight of the templates' shape.
+    """
+    mixture: Tensor = torch.tensordot(coefficients, templates, dims=1)
+    return mixture
+
+
+def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return ``|⟨α_i, α_l⟩| / (‖α_i‖ ‖α_l‖)``: 1 where two layers are one up to scale.
+
+    Args:
+        coefficients: (layers, k), or a list of as many vectors (k,).
+
+    Returns:
+        (layers, layers), symmetric.
+
+    Example:
+        >>> layer_similarity(torch.tensor([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0]]))
+        tensor([[1., 1., 0.],
+                [1., 1., 0.],
+                [0., 0., 1.]])
+    """
+    rows = coefficients if isinstance(coefficients, Tensor) else torch.stack([*coefficients])
+    unit = rows.detach() / rows.detach().norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    similarity: Tensor = (unit @ unit.T).abs()
+    return similarity
+
+
+class TemplateBank(nn.Module):
+    """Templates that layers mix their weights from.
+
+    Args:
+        templates: how many, k.
+        shape: of each, and of the weights.
+
+    Example:
+        >>> tuple(TemplateBank(2, (8, 4, 3, 3)).templates.shape)
+        (2, 8, 4, 3, 3)
+
+    Source: P. Savarese and M. Maire, Learning implicitly recurrent CNNs through parameter sharing, 2019.
+    """
+
+    def __init__(self, templates: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        if templates < 1 or len(shape) < 2:
+            raise ConfigurationError(
+                f"a bank needs 1 template or more of 2 dimensions or more, not {templates} of {tuple(shape)}"
+            )
+        self.templates = nn.Parameter(torch.empty(templates, *shape))
+        for template in self.templates:
+            nn.init.kaiming_normal_(template)
+
+    @override
+    def forward(self, coefficients: Tensor) -> Tensor:
+        return mix(self.templates, coefficients)
+
+    @override
+    def extra_repr(self) -> str:
+        count, *shape = self.templates.shape
+        return f"templates={count}, shape={tuple(shape)}"
+
+
+class TemplateMixture(nn.Module):
+    """The parametrization ``W = Σ_j α_j T_j`` by a bank that several weights share; see :func:`mix`.
+
+    Assigning a weight takes the nearest mixture. The coefficients should have no weight decay.
+
+    Args:
+        bank: the templates.
+
+    Raises:
+        ConfigurationError: the weight has not the templates' shape.
+
+    Example:
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> bank = TemplateBank(2, (3, 3))
+        >>> model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+        >>> for layer in model:
+        ...     _ = register_parametrization(layer, "weight", TemplateMixture(bank))
+        >>> sum(p.numel() for p in model.parameters())
+        26
+    """
+
+    def __init__(self, bank: TemplateBank) -> None:
+        super().__init__()
+        self.bank = bank
+
+    @override
+    def forward(self, coefficients: Tensor) -> Tensor:
+        mixture: Tensor = self.bank(coefficients)
+        return mixture
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the coefficients of the nearest mixture."""
+        templates = self.bank.templates.detach()
+        if weight.shape != templates.shape[1:]:
+            raise ConfigurationError(
+                f"templates of shape {tuple(templates.shape[1:])} do not fit a weight of shape {tuple(weight.shape)}"
+            )
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        columns = templates.flatten(1).T.to(precise)
+        solution: Tensor = torch.linalg.lstsq(columns, weight.detach().flatten().to(precise)[:, None]).solution
+        return solution.flatten().to(weight.dtype)
+
+
+def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateBank]]:
+    """Return the weights of a model that are mixtures, by name, with what holds their coefficients, and their bank."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, ParametrizationList) and len(module) == 1 and isinstance(module[0], TemplateMixture):
+            found[clean_name(f"{path}.original")] = (module, module[0].bank)
+    return found
+
+
+def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
+    """Let layers of one bank whose similarity is at least ``threshold`` use one weight, as steps of a loop do.
+
+    Their coefficients become those of the first of them, as one parameter; a layer that is a multiple of the first
+    loses its scale, which a following normalisation absorbs.
+
+    Returns:
+        The names of the weights of each loop.
+
+    Example:
+        >>> from torch.nn.utils.parametrize import register_parametrization
+        >>> bank, model = TemplateBank(2, (3, 3)), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        >>> for layer in model:
+        ...     _ = register_parametrization(layer, "weight", TemplateMixture(bank))
+        ...     layer.parametrizations.weight.original.data = torch.tensor([1.0, 2.0])
+        >>> fold(model)
+        [('0.weight', '1.weight')]
+    """
+    loops: list[list[str]] = []
+    found = mixtures(model)
+    for name, (held, bank) in found.items():
+        for loop in loops:
+            first, other = found[loop[0]]
+            alike = other is bank and layer_similarity([_alpha(first), _alpha(held)])[0, 1] >= threshold
+            if alike:
+                held.original = first.original
+                loop.append(name)
+                break
+        else:
+            loops.append([name])
+    return [tuple(loop) for loop in loops if len(loop) > 1]
+
+
+def plot_similarity(model: nn.Module, path: Path) -> None:
+    """Write a PNG with the similarity matrix of the layers of each bank of a model.
+
+    Raises:
+        ConfigurationError: no weight is a mixture.
+    """
+    from matplotlib.figure import Figure
+
+    banks: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, (held, bank) in mixtures(model).items():
+        banks.setdefault(id(bank), []).append((name, _alpha(held)))
+    if not banks:
+        raise ConfigurationError("no weight of the model is a mixture of templates")
+    figure = Figure(figsize=(4 * len(banks), 4), layout="constrained")
+    for axes, layers in zip(figure.subplots(1, len(banks), squeeze=False)[0], banks.values(), strict=True):
+        names, coefficients = zip(*layers, strict=True)
+        image = axes.imshow(layer_similarity(coefficients).cpu().float().numpy(), vmin=0, vmax=1)
+        axes.set(title=f"{names[0]} … {names[-1]}", xlabel="layer", ylabel="layer")
+    figure.colorbar(image, ax=figure.axes, label="similarity")
+    with atomically(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def _alpha(held: ParametrizationList) -> Tensor:
+    coefficients = held.original
+    assert isinstance(coefficients, Tensor)
+    return coefficients
