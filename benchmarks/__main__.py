@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigurationError, OSError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
         command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
-        command.add_argument("--seeds", type=int, help="replicas of each setting; by default, those begun, or one")
+        command.add_argument(
+            "--seeds", type=int, help="replicas of each setting; by default, one, and in a report those that were begun"
+        )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs are")
     for command in (run, demo):
         command.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
@@ -73,17 +78,30 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
 
 
 def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
+    demo, reporting = known.command == "demo", known.command == "report"
     command = shlex.join(["python", "-m", "benchmarks", *given])
-    if known.command == "demo":
+    if demo:
         known.suite, known.data, known.only, known.seeds = "demo", None, None, 1
-        command = "make demo" if not overrides else command
+        command = "make demo" if set(given) <= {"demo", "--save"} else command
         overrides = [*(["--trainer.precision=bf16-mixed"] if supports_bf16() else []), *overrides]
-    reporting = known.command == "report"
-    asked = (known.suite, known.out, known.data, known.seeds, known.only)
-    sweep = experiment.prepare(*asked, overrides, as_begun=reporting)
-    failed = {} if reporting else experiment.perform(sweep, known.jobs)
-    _keep(sweep.name, experiment.report(sweep, command), known.save)
-    print(f"Plot and CSV: {sweep.out}/{sweep.name}.png, {sweep.out}/{sweep.name}.csv")
+    where = {"out": known.out, "data": known.data}
+    failed = {}
+    if not reporting:
+        sweep = experiment.prepare(known.suite, **where, seeds=known.seeds, only=known.only, overrides=overrides)
+        failed = experiment.perform(sweep, known.jobs)
+    chosen = {"seeds": known.seeds, "only": known.only} if reporting else {}  # after a run: all there is
+    sweep = experiment.prepare(known.suite, **where, **chosen, overrides=overrides, as_begun=True)
+    try:
+        _keep(sweep.name, experiment.report(sweep, command), known.save)
+    except ConfigurationError:
+        if failed:  # and told already
+            return 1
+        raise
+    if chosen.get("only") is None:
+        try:
+            print("Written:", *experiment.draw(sweep))
+        except OSError as error:
+            print(f"CSV and plot could not be written: {error}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.folder import Folder, read_json, write_json
-from benchmarks.report import table
 from benchmarks.suite import load, suites
 from benchmarks.summary import curves, plot, summarize, write_csv
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
-RUNS = Path("runs/suites")
+RUNS, DEMO = Path("runs/suites"), Path("runs/demo")
 BEGUN = "begun.json"  # which seeds and overrides the runs of a folder have
 
 
@@ -48,7 +48,7 @@ def prepare(
     out = out or RUNS / (f"{suite.name}@{label}" if data else suite.name)
     if as_begun and (out / BEGUN).exists():
         kept = read_json(out / BEGUN, "seeds", "overrides")
-        seeds, overrides = seeds or kept["seeds"], [*overrides] or kept["overrides"]
+        seeds, overrides = kept["seeds"] if seeds is None else seeds, [*overrides] or kept["overrides"]
     runs = suite.runs(1 if seeds is None else seeds, only, overrides)
     sweep = Sweep(suite, runs, out, list(overrides), arguments, label)
     sweep.check()
@@ -65,35 +65,42 @@ def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
         raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
     with quietly():
         sweep.check_configurations()
-    seeds = max(run.seed for run in sweep.runs) + 1
-    if (sweep.out / BEGUN).exists():
-        seeds = max(seeds, read_json(sweep.out / BEGUN, "seeds")["seeds"])
-    write_json(sweep.out / BEGUN, {"seeds": seeds, "overrides": sweep.overrides})
+    path = sweep.out / BEGUN
+    kept = read_json(path, "seeds") if path.exists() else {"seeds": 0}
+    begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
+    if begun != kept:
+        write_json(path, begun)
     return sweep.perform(jobs)
 
 
 def report(sweep: Sweep, command: str) -> str:
-    """Return the table of what is done, as Markdown; write the plot and the CSV beside the runs.
+    """Return the table of what is done, as Markdown.
 
     Raises:
         ConfigurationError: nothing is done.
     """
-    text = summarize(sweep.suite, sweep.runs, sweep.out)
+    return f"{summarize(sweep.suite, sweep.runs, sweep.out)} Command: `{command}`."
+
+
+def draw(sweep: Sweep) -> list[Path]:
+    """Write the epochs of all complete runs as CSV, and as a plot; return the files."""
     rows = curves(sweep.runs, sweep.out)
-    write_csv(rows, sweep.out / f"{sweep.name}.csv")
-    plot(rows, sweep.suite.curves, sweep.out / f"{sweep.name}.png")
-    return f"{text} Command: `{command}`."
+    table, picture = (sweep.out / f"{sweep.name}.{kind}" for kind in ("csv", "png"))
+    write_csv(rows, table)
+    plot(rows, sweep.suite.curves, picture)
+    return [table, picture]
 
 
 def overview() -> str:
-    """Return all suites as a table: what each compares, and how many of its runs are done where they are by default."""
-    rows = []
+    """Return what each suite compares, and how many of its runs are done where they are by default."""
+    lines = []
     for name in suites():
         suite = load(name)
         folders = [out for out in sorted(RUNS.glob(f"{name}*")) if out.name.partition("@")[0] == name]
-        done = [f"{_count_complete(out)} in {out}" for out in folders]
-        rows.append([name, suite.description, f"{len(suite.runs())}", "; ".join(done) or "none"])
-    return table(["suite", "what it compares", "runs a seed", "done"], rows)
+        folders += [DEMO] if name == "demo" and DEMO.exists() else []
+        done = "; ".join(f"{_count_complete(out)} done in {out}" for out in folders) or "none done"
+        lines.append(f"{name}: {suite.description} {len(suite.runs())} runs a seed; {done}.")
+    return "\n".join(lines)
 
 
 def _count_complete(out: Path) -> int:
@@ -104,12 +111,13 @@ def _data(given: str | None) -> tuple[list[str], str]:
     """Return the arguments that say where the data is, and a name for it that is the same on every machine."""
     if given is None:
         return [], "configured"
-    if given == "sample":
+    if given == "sample":  # a folder of that name is ./sample
         return ["--data.root=null", "--data.source=sample"], given
     root = Path(given).resolve()
     if not root.exists():
         raise ConfigurationError(f"--data: there is no {given}; give the data module's root, or 'sample'")
-    return [f"--data.root={root}"], root.name.partition(".")[0]
+    label = re.sub(r"[^\w.=+-]", "_", root.name.removesuffix(".zip").partition(".tar")[0])
+    return [f"--data.root={root}"], "folder" if label in ("", "sample") else label
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,21 +66,31 @@ class Folder:
 
     def attempts(self) -> list[Path]:
         """Return the folders of all attempts, first to last."""
-        return sorted((self.path / "attempts").glob("[0-9]*"), key=lambda path: int(path.name))
+        paths = (self.path / "attempts").glob("*")
+        return sorted((path for path in paths if path.name.isdecimal()), key=lambda path: int(path.name))
+
+    def claimed_attempts(self) -> list[Path]:
+        """Return the folders of those attempts whose claim is not lost."""
+        return [path for path in self.attempts() if (path / "claim.json").exists()]
 
     def last_attempt(self) -> Path | None:
         """Return the folder of the attempt that counts."""
-        return next((path for path in reversed(self.attempts()) if (path / "claim.json").exists()), None)
+        return next(reversed(self.claimed_attempts()), None)
 
     def claim(self, content: dict[str, Any]) -> Path | None:
         """Begin the next attempt, unless another process works on the run or has completed it; return its folder.
 
         Args:
-            content: what the claim says in addition to who made it.
+            content: what the claim says in addition to who made it: the ``definition``, above all.
+
+        Raises:
+            ConfigurationError: the folder holds a run of another definition.
         """
         number = max((int(attempt.name) for attempt in self.attempts()), default=-1) + 1
         if self.state() not in ("pending", "interrupted", "failed"):  # looked at after the number was taken
             return None
+        if other := self.conflict(content["definition"]):
+            raise ConfigurationError(other)
         attempt = self.path / "attempts" / f"{number:03}"
         attempt.parent.mkdir(parents=True, exist_ok=True)
         aside = attempt.with_name(f".{uuid.uuid4().hex}")
@@ -101,6 +112,15 @@ class Folder:
         holder = self.path / "result.json" if last is None else last / "claim.json"
         return read_json(holder)["definition"] if holder.exists() else None
 
+    def conflict(self, definition: dict[str, Any]) -> str:
+        """Return how the folder's definition differs from what this one says, in words; nothing, mostly."""
+        found = self.definition()
+        if found is not None:
+            found = {key: found.get(key) for key in definition}
+        if found is None or same(found, definition):
+            return ""
+        return f"{self.path} holds a run of another definition: {difference(found, definition)}"
+
     def damage(self) -> str:
         """Return which of its files are lost or corrupted, in words; nothing, mostly."""
         try:
@@ -109,7 +129,8 @@ class Folder:
                 read_json(last / "claim.json", "definition", "process")
             if (self.path / "result.json").exists():
                 self.result()
-                if missing := [name for name in FILES if not (self.path / name).exists()]:
+                paths = {name: self.path / name for name in FILES}
+                if missing := [name for name, path in paths.items() if not path.exists() or not path.stat().st_size]:
                     return f"{self.path} is complete, but lacks {' and '.join(missing)}"
         except ConfigurationError as error:
             return str(error)
@@ -122,6 +143,8 @@ class Folder:
             ConfigurationError: the file is corrupted, or of another run.
         """
         result = read_json(self.path / "result.json", *RESULT)
+        if not all(isinstance(value, int | float) for value in result["metrics"].values()):
+            raise ConfigurationError(f"{self.path / 'result.json'} is truncated or corrupted")
         if result["name"] != self.name:
             raise ConfigurationError(f"{self.path / 'result.json'} is the result of {result['name']!r}")
         return result
@@ -139,8 +162,7 @@ class Folder:
 
 def this_process() -> dict[str, Any]:
     """Return what identifies this process among those of all machines."""
-    process = psutil.Process()
-    return {"machine": _machine(), "host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+    return {"machine": _machine(), "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def is_alive(attempt: Path) -> bool:
@@ -149,8 +171,8 @@ def is_alive(attempt: Path) -> bool:
         process = read_json(attempt / "claim.json")["process"]
         if process["machine"] != _machine():
             return _age(attempt) < SILENCE
-        return bool(psutil.Process(process["pid"]).create_time() == process["started"])
-    except (psutil.NoSuchProcess, FileNotFoundError):
+        return bool(_started(process["pid"]) == process["started"])
+    except FileNotFoundError:
         return False
 
 
@@ -178,6 +200,47 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a file, whole or not at all."""
     with atomically(path) as aside:
         aside.write_text(json.dumps(content, indent=1))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two nested structures are written alike: NaN is NaN.
+
+    Example:
+        >>> same({"lr": float("nan")}, {"lr": float("nan")}), same([1], [1.5])
+        (True, False)
+    """
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def difference(there: Any, here: Any, place: str = "") -> str:
+    """Return the first difference of two nested structures, in words.
+
+    Example:
+        >>> difference({"data": {"seed": 0}}, {"data": {"seed": 1}})
+        'data.seed is 0 there and 1 here'
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*there, *(key for key in here if key not in there)]:
+            if (key in there) != (key in here) or not same(there[key], here[key]):
+                return difference(there.get(key), here.get(key), f"{place}.{key}".removeprefix("."))
+    if isinstance(there, list) and isinstance(here, list):
+        for number, (one, other) in enumerate(zip_longest(there, here)):
+            if not same(one, other):
+                return difference(one, other, f"{place}[{number}]")
+    return f"{place or 'it'} is {there!r} there and {here!r} here"
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process started, as text that no change of the clock changes; ``None`` if it lives no more."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        if Path("/proc/self/stat").exists():
+            state, *fields = stat.read_text().rpartition(")")[2].split()
+            return None if state in "ZX" else fields[18]
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.0f}"
+    except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
+        return None
 
 
 def _machine() -> str:

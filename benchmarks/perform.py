@@ -17,10 +17,12 @@ from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
+from textwrap import shorten
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -29,21 +31,27 @@ from typing_extensions import override
 from benchmarks.folder import HEARTBEAT, Folder, read_json, touch, write_json
 from benchmarks.machine import machine, peak_memory
 from benchmarks.report import write
+from benchmarks.suite import Run
+from tying.callbacks import RandomState
 from tying.callbacks.base import callbacks_of
 from tying.cli import explain, newest_intact, parse
 from tying.errors import ConfigurationError
 from tying.names import count_parameters
 
+LONGEST = 2000  # characters of an error: a pipe holds it
+
 
 @dataclass
-class Record(pl.Callback):
-    """All metrics at the end of each epoch, and what the epoch took; kept in checkpoints.
+class Record(Checkpoint):  # Lightning calls checkpoints last, after the module's own hooks have logged
+    """What was logged in each epoch, and what the epoch took; kept in checkpoints.
 
     Args:
-        progress: a file that says, at each epoch's end, which share of the training is done.
+        folder: of the run.
+        attempt: the attempt's own folder, where a file says which share of the training is done.
     """
 
-    progress: Path
+    folder: Folder
+    attempt: Path
     rows: list[dict[str, float]] = field(default_factory=list)
     peak: int = 0
 
@@ -56,16 +64,23 @@ class Record(pl.Callback):
         self.rows, self.peak = list(state_dict["rows"]), state_dict["peak"]
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begun_at = _share(trainer)
+
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.perf_counter()
+        self._stale = dict(trainer.callback_metrics)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        keep_claim(self.folder, self.attempt)
+        logged = trainer.callback_metrics.items()  # also those of earlier epochs: the very same tensors
+        metrics = {name: float(value) for name, value in logged if value is not self._stale.get(name)}
         passed = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
         self.rows.append({**passed, "seconds": time.perf_counter() - self._start, **metrics})
         self.peak = max(self.peak, peak_memory())
-        write_json(self.progress, {"share": min(1.0, trainer.global_step / trainer.estimated_stepping_batches)})
+        write_json(self.attempt / "progress.json", {"share": _share(trainer), "begun at": self._begun_at})
 
 
 def begin(folder: Folder, definition: dict[str, Any], threads: int) -> Path | None:
@@ -76,21 +91,23 @@ def begin(folder: Folder, definition: dict[str, Any], threads: int) -> Path | No
         definition: what makes the run the run it is.
         threads: of computation; a run that goes on keeps the number it began with, since sums depend on it.
     """
-    if attempts := folder.attempts():
+    if attempts := folder.claimed_attempts():
         threads = read_json(attempts[0] / "claim.json").get("threads", threads)
     return folder.claim({"definition": definition, "threads": threads})
 
 
-def finish(folder: Folder, attempt: Path, arguments: Sequence[str]) -> None:
+def finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str] = ()) -> None:
     """Do the run of a folder, from its newest checkpoint if it has one.
 
     The configuration's own checkpoints and logger are left out: a run keeps one checkpoint, of the last epoch's end,
-    so that also the metrics averaged over an epoch come out the same after an interruption.
+    so that also the metrics averaged over an epoch come out the same after an interruption. The state of random
+    generators is kept in it, whether the configuration says so or not.
 
     Args:
         folder: of the run.
         attempt: what :func:`begin` returned.
-        arguments: the run on the command line.
+        run: what to do.
+        data: arguments that say where the data is.
 
     Raises:
         Exception: whatever goes wrong; the attempt is then marked as failed.
@@ -98,7 +115,7 @@ def finish(folder: Folder, attempt: Path, arguments: Sequence[str]) -> None:
     stopped = threading.Event()
     threading.Thread(target=_beat, args=(attempt, stopped), daemon=True).start()
     try:
-        _train_and_test(folder, attempt, arguments)
+        _train_and_test(folder, attempt, arguments(run, attempt / "configs", data))
     except Exception as error:
         with suppress(OSError):  # the disk may be what is wrong
             write_json(attempt / "failure.json", {"error": in_a_line(error)})
@@ -108,7 +125,7 @@ def finish(folder: Folder, attempt: Path, arguments: Sequence[str]) -> None:
 
 
 def work(
-    connection: Connection, folder: Folder, definition: dict[str, Any], arguments: list[str], threads: int
+    connection: Connection, folder: Folder, definition: dict[str, Any], run: Run, data: Sequence[str], threads: int
 ) -> None:
     """Begin and finish a run in a process of its own; send what came of it: ``"taken"``, ``""`` or an error."""
     signal(SIGINT, SIG_IGN)  # the parent ends its children
@@ -119,7 +136,7 @@ def work(
             log = os.open(attempt / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, sys.stdout.fileno())
             os.dup2(log, sys.stderr.fileno())
-            finish(folder, attempt, arguments)
+            finish(folder, attempt, run, data)
         connection.send("taken" if attempt is None else "")
     except Exception as error:
         connection.send(in_a_line(error))
@@ -130,28 +147,42 @@ def work(
 def in_a_line(error: Exception) -> str:
     """Return what went wrong, without line breaks."""
     told = explain(error) or f"{type(error).__name__}: {error}"
-    return " ".join(told.split())
+    return shorten(told, LONGEST)
 
 
-def _train_and_test(folder: Folder, attempt: Path, arguments: Sequence[str]) -> None:
+def arguments(run: Run, folder: Path, data: Sequence[str] = ()) -> list[str]:
+    """Return a run on the command line, in one process and without a progress bar; its files go to ``folder``."""
+    alone = ["--trainer.devices=1", "--trainer.num_nodes=1"]  # where the configuration does not say
+    return [*alone, *run.arguments(folder), *data, "--trainer.enable_progress_bar=false"]
+
+
+def keep_claim(folder: Folder, attempt: Path) -> None:
+    """Raise if another process has taken the run over, as it does where this one was long silent."""
+    if folder.last_attempt() != attempt:
+        raise ConfigurationError(f"the run was taken over by another process, as {folder.last_attempt()}")
+
+
+def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> None:
     begun = time.perf_counter()
     claim = read_json(attempt / "claim.json")
     torch.set_num_threads(claim["threads"])
-    cli = parse(arguments)
+    cli = parse(given)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    record = Record(attempt / "progress.json")
+    record = Record(folder, attempt)
     epochs = ModelCheckpoint(attempt / "checkpoints", "{epoch}", save_top_k=1, save_on_train_epoch_end=True)
     kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Checkpoint)]
+    kept += [] if any(isinstance(callback, RandomState) for callback in kept) else [RandomState()]
     callbacks_of(trainer)[:] = [*kept, record, epochs]
     trainer.logger = CSVLogger(attempt, name="logs", version="")
     trainer.fit(model, data, ckpt_path=newest_intact(folder.checkpoints()))
     fitted = time.perf_counter()
     if not record.rows:
         raise ConfigurationError("the configuration trains for no epoch")
-    metrics = dict(record.rows[-1])
+    metrics = {name: value for row in record.rows for name, value in row.items()}  # of each, the last
     if is_overridden("test_step", model):
-        [tested] = trainer.test(model, data, verbose=False)
-        metrics |= tested
+        seed_everything(int(cli.config.get("seed_everything") or 0), verbose=False)  # whatever was drawn before
+        for tested in trainer.test(model, data, verbose=False):
+            metrics |= tested
     unique, virtual = count_parameters(model)
     done = time.perf_counter()
     result = {
@@ -172,12 +203,17 @@ def _train_and_test(folder: Folder, attempt: Path, arguments: Sequence[str]) -> 
         "attempts": len(folder.attempts()),
         "finished": time.time(),
     }
+    keep_claim(folder, attempt)
     write(folder.path / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
     write(folder.path / "metrics.csv", _table(record.rows))
     write_json(folder.path / "result.json", result)
     for earlier in folder.attempts():
-        if earlier != attempt:
+        if int(earlier.name) < int(attempt.name):
             shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
+
+
+def _share(trainer: pl.Trainer) -> float:
+    return float(min(1.0, trainer.global_step / trainer.estimated_stepping_batches))
 
 
 def _table(rows: list[dict[str, float]]) -> str:

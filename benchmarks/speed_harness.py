@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiment import prepare, quietly, report
+from benchmarks.experiment import draw, prepare, quietly, report
 from benchmarks.folder import Folder, write_json
 from benchmarks.machine import supports_bf16
-from benchmarks.perform import begin, finish
+from benchmarks.perform import arguments, begin, finish
 from benchmarks.report import table
 from benchmarks.timing import race
 from tying.cli import parse
@@ -19,7 +19,6 @@ from tying.cli import parse
 EPOCHS = 2
 RUNS = 1000
 THREADS = 2
-MORE: list[str] = []  # arguments of the run
 
 
 def bare(arguments: Sequence[str]) -> None:
@@ -29,24 +28,25 @@ def bare(arguments: Sequence[str]) -> None:
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
 
 
-def measure() -> str:
-    """Run the measurements, and return their results as Markdown."""
+def measure(overrides: Sequence[str] = ()) -> str:
+    """Run the measurements, and return their results as Markdown; ``overrides`` are those of the run."""
     with tempfile.TemporaryDirectory() as temporary, quietly():
         root = Path(temporary)
         precision = ["--trainer.precision=bf16-mixed"] if supports_bf16() else []
-        sweep = prepare("demo", root / "runs", only="soft", overrides=[f"--trainer.max_epochs={EPOCHS}", *precision])
+        sweep = prepare(
+            "demo", root / "runs", only="soft", overrides=[f"--trainer.max_epochs={EPOCHS}", *precision, *overrides]
+        )
         [run] = sweep.runs
-        own = ["--trainer.enable_progress_bar=false", f"--trainer.logger.save_dir={root}"]
-        arguments = [*run.arguments, *own, *MORE]
+        plain = [*arguments(run, root), f"--trainer.logger.save_dir={root}"]
         folder = sweep.folder(run)
 
         def harness() -> None:
             shutil.rmtree(folder.path, ignore_errors=True)
             attempt = begin(folder, sweep.definition(run), THREADS)
             assert attempt is not None
-            finish(folder, attempt, arguments)
+            finish(folder, attempt, run)
 
-        sides = {"parse, fit and test": lambda: bare(arguments), "the same by the harness": harness}
+        sides = {"parse, fit and test": lambda: bare(plain), "the same by the harness": harness}
         result = race(sides, races=7, rounds=1)
         seconds = _report_many(root, folder)
     [peer, ours] = sides
@@ -64,7 +64,8 @@ def measure() -> str:
 
 def _report_many(root: Path, folder: Folder) -> float:
     """Return the seconds that a report over many copies of a run takes."""
-    sweep = prepare("soft", root / "many", seeds=RUNS // 10)
+    seeds = RUNS // len(prepare("soft", root / "many").runs)
+    sweep = prepare("soft", root / "many", seeds=seeds)
     result = folder.result()
     for run in sweep.runs:
         copy = sweep.folder(run)
@@ -73,5 +74,7 @@ def _report_many(root: Path, folder: Folder) -> float:
             shutil.copy(folder.path / name, copy.path / name)
         write_json(copy.path / "result.json", {**result, "name": run.name, "definition": sweep.definition(run)})
     start = time.perf_counter()
-    report(prepare("soft", root / "many", seeds=RUNS // 10), "report")
+    sweep = prepare("soft", root / "many", seeds=seeds)
+    report(sweep, "report")
+    draw(sweep)
     return time.perf_counter() - start

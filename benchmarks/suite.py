@@ -17,6 +17,7 @@ A suite is a base configuration, deltas to compare, and axes to sweep::
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.report import ROOT
+from benchmarks.report import ROOT, write
 from tying.errors import ConfigurationError, listed, nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
@@ -39,14 +40,17 @@ class Layer:
     """One step of a configuration: a file, or overrides by dotted key."""
 
     content: dict[str, Any]
-    path: Path | None = None
+    is_file: bool = False
 
-    @property
-    def arguments(self) -> list[str]:
-        """The layer on the command line."""
-        if self.path is not None:
-            return [f"--config={self.path}"]
-        return [f"--{key}={_written(value)}" for key, value in self.content.items()]
+    def arguments(self, path: Path) -> list[str]:
+        """Return the layer on the command line; a file's content is written to ``path``.
+
+        The file itself may have changed since the run was defined by its content.
+        """
+        if not self.is_file:
+            return [f"--{key}={_written(value)}" for key, value in self.content.items()]
+        write(path, yaml.safe_dump(self.content, sort_keys=False))
+        return [f"--config={path}"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,16 @@ class Run:
         """
         return re.sub(r"[^\w.,=+-]", "_", f"{self.setting},seed={self.seed}")
 
-    @property
-    def arguments(self) -> list[str]:
-        """The run on the command line."""
-        return [argument for layer in self.layers for argument in layer.arguments]
+    def arguments(self, folder: Path) -> list[str]:
+        """Return the run on the command line; its files are written to ``folder``."""
+        layers = enumerate(self.layers)
+        return [argument for number, layer in layers for argument in layer.arguments(folder / f"{number}.yaml")]
 
     @property
     def definition(self) -> list[dict[str, Any]]:
-        """What makes the run the run it is: the content of its layers."""
-        return [layer.content for layer in self.layers]
+        """What makes the run the run it is: the content of its layers, as JSON holds it."""
+        content: list[dict[str, Any]] = json.loads(json.dumps([layer.content for layer in self.layers], default=str))
+        return content
 
 
 @dataclass(frozen=True)
@@ -119,14 +124,14 @@ class Suite:
         Args:
             seeds: how many replicas: with seeds 0, 1, ….
             only: a shell pattern; of runs whose name or setting it fits.
-            overrides: arguments ``--key=value`` of all runs, on top of everything.
+            overrides: arguments ``--key=value`` or ``--config=file`` of all runs, on top of everything.
 
         Raises:
-            ConfigurationError: no seed; the pattern fits no run; two runs have one name.
+            ConfigurationError: no seed, or an override of it; the pattern fits no run; two runs have one name.
         """
         if seeds < 1:
             raise ConfigurationError(f"seeds must be 1 or more, not {seeds}")
-        above = [Layer(dict([_parsed(argument)])) for argument in overrides]
+        above = [self._override(argument) for argument in overrides]
         every: dict[str, Run] = {}
         for seed, (delta, layers) in itertools.product(range(seeds), self.deltas.items()):
             axes = {name: axis for name, axis in self.axes.items() if delta in axis.deltas}
@@ -149,6 +154,21 @@ class Suite:
                 f"0 to {seeds - 1}, in names such as {next(iter(every))}.{close}"
             )
         return chosen
+
+    def _override(self, argument: str) -> Layer:
+        key, assigned, value = argument.removeprefix("--").partition("=")
+        if not (argument.startswith("--") and assigned and key):
+            raise ConfigurationError(f"unknown argument {argument!r}: overrides are written --key=value")
+        if key in self.seed_keys:
+            raise ConfigurationError(f"{argument!r}: the seeds of a suite's runs are 0, 1, …; say how many by --seeds")
+        if key == "config":
+            if not Path(value).is_file():
+                raise ConfigurationError(f"{argument!r}: there is no such file")
+            return Layer(_mapping(Path(value)), is_file=True)
+        try:
+            return Layer({key: yaml.safe_load(value)})
+        except yaml.YAMLError:
+            raise ConfigurationError(f"{argument!r}: the value is not YAML") from None
 
 
 def suites() -> list[str]:
@@ -177,34 +197,44 @@ def load(name: str) -> Suite:
     deltas = content.get("deltas")
     if not isinstance(deltas, dict) or not deltas:
         raise ConfigurationError(f"suite {path.name}: deltas must map names to lists of files and overrides")
-    figures = content.get("figures", {})
+    figures, axes = content.get("figures", {}), content.get("axes", {})
     if not isinstance(figures, dict):
         raise ConfigurationError(f"suite {path.name}: figures must map headings to metrics, not {figures!r}")
+    if not isinstance(axes, dict):
+        raise ConfigurationError(f"suite {path.name}: axes must map names to keys and values, not {axes!r}")
     return Suite(
         path.stem,
         str(content.get("description", "")),
         _layers(path, content.get("base", []), "base"),
         {str(delta): _layers(path, layers, f"delta {delta}") for delta, layers in deltas.items()},
-        {str(axis): _axis(path, axis, given, deltas) for axis, given in (content.get("axes") or {}).items()},
-        tuple(content.get("seed_keys", ["seed_everything"])),
+        {str(axis): _axis(path, axis, given, deltas) for axis, given in axes.items()},
+        _strings(path, content.get("seed_keys", ["seed_everything"]), "seed_keys"),
         figures,
-        tuple(content.get("curves", ["val/accuracy"])),
+        _strings(path, content.get("curves", ["val/accuracy"]), "curves"),
     )
 
 
 def _axis(path: Path, name: str, given: Any, deltas: Iterable[str]) -> Axis:
     place = f"suite {path.name}: axis {name}"
-    if not isinstance(given, dict) or "key" not in given or not given.get("values"):
+    if not isinstance(given, dict) or "key" not in given or not isinstance(given.get("values"), list):
         raise ConfigurationError(f"{place} needs a key and a list of values, not {given!r}")
     _refuse_unknown(given, AXIS_KEYS, f"{place}: unknown key")
-    within = given.get("deltas", [*deltas])
+    within = _strings(path, given.get("deltas", [*deltas]), f"axis {name}: deltas")
     _refuse_unknown(within, deltas, f"{place}: unknown delta")
-    return Axis(given["key"], tuple(given["values"]), tuple(within))
+    return Axis(given["key"], tuple(given["values"]), within)
+
+
+def _strings(path: Path, given: Any, place: str) -> tuple[str, ...]:
+    if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
+        raise ConfigurationError(f"suite {path.name}: {place} must be a list of names, not {given!r}")
+    return tuple(given)
 
 
 def _layers(suite: Path, given: Any, place: str) -> tuple[Layer, ...]:
     layers = []
-    for layer in given if isinstance(given, list) else [given]:
+    if not isinstance(given, list):
+        raise ConfigurationError(f"suite {suite.name}: {place} must be a list of files and overrides, not {given!r}")
+    for layer in given:
         if isinstance(layer, dict):
             layers.append(Layer(layer))
             continue
@@ -216,7 +246,7 @@ def _layers(suite: Path, given: Any, place: str) -> tuple[Layer, ...]:
                 f"suite {suite.name}: {place}: there is no {layer!r} in {listed(map(str, folders))}; a layer is such a "
                 f"file, or overrides by dotted key.{nearest(str(layer), files)}"
             )
-        layers.append(Layer(_mapping(found), found))
+        layers.append(Layer(_mapping(found), is_file=True))
     return tuple(layers)
 
 
@@ -235,13 +265,6 @@ def _refuse_unknown(names: Iterable[str] | Mapping[str, Any], known: Iterable[st
     if unknown := [name for name in names if name not in known]:
         close = nearest(str(unknown[0]), known)
         raise ConfigurationError(f"{told} {unknown[0]!r}: there is {listed(known)}.{close}")
-
-
-def _parsed(argument: str) -> tuple[str, Any]:
-    key, assigned, value = argument.removeprefix("--").partition("=")
-    if not (argument.startswith("--") and assigned and key):
-        raise ConfigurationError(f"unknown argument {argument!r}: overrides are written --key=value")
-    return key, yaml.safe_load(value)
 
 
 def _written(value: Any) -> str:

@@ -16,7 +16,7 @@ from benchmarks.machine import in_words
 from benchmarks.report import table, write
 from benchmarks.suite import Run, Suite
 from tying.atomic import atomically
-from tying.errors import ConfigurationError, listed
+from tying.errors import ConfigurationError, listed, nearest
 
 
 def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
@@ -32,10 +32,11 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     results = {run.name: Folder(out / run.name).result() for run in runs if states[run.name] == "complete"}
     if not results:
         raise ConfigurationError(f"no run of suite {suite.name} is complete in {out}")
-    figures = suite.figures or {
-        name: name for name in next(iter(results.values()))["metrics"] if name.startswith("test/")
-    }
-    baseline, [first, *_] = next(iter(suite.deltas)), [*figures.values()]
+    logged = {name for result in results.values() for name in result["metrics"]}
+    tested = sorted(name for name in logged if name.startswith("test/"))
+    figures = suite.figures or {name: name for name in tested or sorted(logged - {"epoch", "step", "seconds"})}
+    unknown = [f"no run has logged {key!r}.{nearest(key, logged)}" for key in figures.values() if key not in logged]
+    baseline, first = next(iter(suite.deltas)), next(iter(figures.values()), "")
     header = ["run", "n", *figures, f"− {baseline}", "parameters", "virtual", "s / epoch", "peak MiB"]
     rows = []
     for setting, replicas in _settings(runs, results).items():
@@ -43,14 +44,16 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
         differences = [
             results[run.name]["metrics"][first] - results[peer.name]["metrics"][first]
             for run in replicas
-            if (peer := _peer(run, baseline, runs, results)) and first in results[run.name]["metrics"]
+            if (peer := _peer(run, baseline, runs, results))
+            and all(first in results[one.name]["metrics"] for one in (run, peer))
         ]
+        pairs = f" (n = {len(differences)})" if 0 < len(differences) < len(found) else ""
         rows.append(
             [
                 setting.replace(",", ", "),
                 str(len(found)),
                 *(spread([r["metrics"][key] for r in found if key in r["metrics"]]) for key in figures.values()),
-                spread(differences, "+") if replicas[0].delta != baseline else "–",
+                spread(differences, "+") + pairs if replicas[0].delta != baseline else "–",
                 f"{found[0]['parameters']['unique']:,}",
                 f"{found[0]['parameters']['virtual']:,}",
                 f"{median(r['seconds']['epoch'] for r in found):.1f}",
@@ -58,7 +61,7 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
             ]
         )
     failures = {run.name: Folder(out / run.name).failure() for run in runs if states[run.name] == "failed"}
-    return "\n".join([table(header, rows), "", _told(results, states, failures)])
+    return "\n".join([table(header, rows), "", _told(results, states, failures), *unknown])
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -125,13 +128,15 @@ def _settings(runs: Sequence[Run], results: dict[str, Any]) -> dict[str, list[Ru
 
 
 def _peer(run: Run, baseline: str, runs: Sequence[Run], results: dict[str, Any]) -> Run | None:
-    """Return the baseline's run of the same seed, and of the same values on the axes that both have."""
-    for peer in runs:
-        shared = run.values.keys() & peer.values.keys()
-        same = peer.seed == run.seed and all(peer.values[axis] == run.values[axis] for axis in shared)
-        if peer.delta == baseline and same and peer.name in results:
-            return peer
-    return None
+    """Return the baseline's run of the same seed, and of the same values on the axes that both have, if it is one."""
+    peers = [
+        peer
+        for peer in runs
+        if peer.delta == baseline
+        and peer.seed == run.seed
+        and all(peer.values[axis] == run.values[axis] for axis in run.values.keys() & peer.values.keys())
+    ]
+    return peers[0] if len(peers) == 1 and peers[0].name in results else None
 
 
 def _told(results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:

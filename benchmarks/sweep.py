@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.folder import Folder, read_json, write_json
-from benchmarks.perform import in_a_line, work
+from benchmarks.perform import arguments, in_a_line, work
 from benchmarks.suite import Run, Suite
 from tying.cli import parse
 from tying.errors import ConfigurationError
@@ -55,8 +56,11 @@ class Sweep:
     overrides: Sequence[str] = ()
     data: Sequence[str] = ()
     label: str = "configured"
-    tell: Callable[[str], object] = print
-    seconds: list[float] = field(default_factory=list)  # of the runs done here
+    tell: Callable[[str], object] = field(default_factory=lambda: partial(print, flush=True))
+
+    def __post_init__(self) -> None:
+        self._data_keys: dict[str, str] = {}  # what stands for the data's content, by setting
+        self._seconds: list[float] = []  # of the runs done here
 
     @property
     def name(self) -> str:
@@ -69,7 +73,8 @@ class Sweep:
 
     def definition(self, run: Run) -> dict[str, Any]:
         """Return what makes a run the run it is: a folder that holds another one's results is left alone."""
-        return {"layers": run.definition, "data": self.label}
+        key = self._data_keys.get(run.setting)
+        return {"layers": run.definition, "data": self.label, **({"data key": key} if key else {})}
 
     def check(self) -> None:
         """Refuse folders that hold results of another definition.
@@ -80,30 +85,36 @@ class Sweep:
         conflicts = []
         for run in self.runs:
             folder = self.folder(run)
-            found = None if folder.damage() else folder.definition()
-            if found is not None and found != self.definition(run):
-                conflicts.append(f"{folder.path}: {difference(found, self.definition(run))}")
+            if not folder.damage() and (conflict := folder.conflict(self.definition(run))):
+                conflicts.append(conflict)
         if conflicts:
             more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
-            raise ConfigurationError(
-                f"there are results of another definition in {conflicts[0]}{more}. Give another --out, or remove them"
-            )
+            raise ConfigurationError(f"{conflicts[0]}{more}. Give another --out, or remove what is there")
 
     def check_configurations(self) -> None:
-        """Refuse configurations that the command line would refuse, before anything is started.
+        """Refuse configurations that could not be run, and data that are not those of earlier results.
 
         Raises:
-            ConfigurationError: one of them is wrong; it is named.
+            ConfigurationError: one of them is wrong; it is named. Nothing has been started.
         """
-        seen: set[str] = set()
+        keys: dict[str, str] = {}
         for run in self.runs:
-            if run.setting in seen:
+            if run.setting in self._data_keys:
                 continue
-            seen.add(run.setting)
             try:
-                parse([*run.arguments, *self.data])
+                with tempfile.TemporaryDirectory() as folder:
+                    cli = parse(arguments(run, Path(folder), self.data))
+                if cli.trainer.world_size > 1:
+                    raise ConfigurationError("a run trains in one process: set devices and num_nodes to 1")
+                described = str(cli.config.get("data"))
+                if cli.datamodule is not None and described not in keys:
+                    cli.datamodule.prepare_data()
+                    cli.datamodule.setup("fit")
+                    keys[described] = str(getattr(cli.datamodule, "key", ""))
+                self._data_keys[run.setting] = keys.get(described, "")
             except Exception as error:
                 raise ConfigurationError(f"{run.setting}: {in_a_line(error)}") from error
+        self.check()
 
     def perform(self, jobs: int = 1) -> dict[str, str]:
         """Do all runs that nobody has done, several at a time; return why those failed that failed, by name.
@@ -124,8 +135,11 @@ class Sweep:
                     if len(working) >= jobs:
                         break
                     state = self.folder(run).state()
-                    if state == "complete":
+                    if state == "complete" and not self.folder(run).conflict(self.definition(run)):
                         complete += 1
+                    elif state == "complete":
+                        failed[run.name] = self.folder(run).conflict(self.definition(run))
+                        self.tell(f"conflict: {failed[run.name]}")
                     elif state == "damaged":
                         failed[run.name] = f"{self.folder(run).damage()}. Remove the run's folder to do it again"
                         self.tell(f"damaged: {run.name}: {failed[run.name]}")
@@ -162,8 +176,7 @@ class Sweep:
     def _start(self, run: Run, context: Any, jobs: int) -> Working:
         receiver, sender = context.Pipe(duplex=False)
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        arguments = [*run.arguments, *self.data, "--trainer.enable_progress_bar=false"]
-        given = (sender, self.folder(run), self.definition(run), arguments, threads)
+        given = (sender, self.folder(run), self.definition(run), run, self.data, threads)
         process = context.Process(target=work, args=given, name=run.name)
         process.start()
         sender.close()
@@ -184,10 +197,10 @@ class Sweep:
         if told == "taken":
             return "taken"
         if folder.state() == "complete":
-            self.seconds.append(time.time() - job.begun)
+            self._seconds.append(time.time() - job.begun)
             return ""
         if told is None:
-            told = f"the process ended with exit code {job.process.exitcode}" + (
+            told = f"the process ended early, with exit code {job.process.exitcode}" + (
                 ", killed by a signal (of a lack of memory?)" if (job.process.exitcode or 0) < 0 else ""
             )
             self._mark(folder, job.process.pid, told)
@@ -212,37 +225,23 @@ class Sweep:
 
     def _left(self, waiting: Sequence[Run], working: Sequence[Working], jobs: int) -> str:
         """Return an estimate of the time left, as words."""
-        shares = [self._share(job) for job in working]
-        guesses = [(time.time() - job.begun) / share for job, share in zip(working, shares, strict=True) if share]
-        if not (self.seconds or guesses) or not (waiting or working):
+        progress = [self._progress(job) for job in working]
+        now = time.time()
+        guesses = [(now - job.begun) / here for job, (_, here) in zip(working, progress, strict=True) if here]
+        if not (self._seconds or guesses) or not (waiting or working):
             return ""
-        each = fmean(self.seconds or guesses)
-        runs = len(waiting) + sum(1 - share for share in shares)
+        each = fmean(self._seconds or guesses)
+        runs = len(waiting) + sum(1 - share for share, _ in progress)
         return f"; about {duration(each * runs / min(jobs, len(waiting) + len(working)))} left"
 
-    def _share(self, job: Working) -> float:
-        """Return how much of its training a run has done."""
+    def _progress(self, job: Working) -> tuple[float, float]:
+        """Return how much of its training a run has done, and how much of it in this attempt."""
         last = self.folder(job.run).last_attempt()
         path = None if last is None else last / "progress.json"
-        return float(read_json(path)["share"]) if path and path.exists() else 0.0
-
-
-def difference(there: Any, here: Any, place: str = "") -> str:
-    """Return the first difference of two nested structures, in words.
-
-    Example:
-        >>> difference({"data": {"seed": 0}}, {"data": {"seed": 1}})
-        'data.seed is 0 there and 1 here'
-    """
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(key for key in here if key not in there)]:
-            if there.get(key) != here.get(key) or (key in there) != (key in here):
-                return difference(there.get(key), here.get(key), f"{place}.{key}".removeprefix("."))
-    if isinstance(there, list) and isinstance(here, list):
-        for number, (one, other) in enumerate(zip_longest(there, here)):
-            if one != other:
-                return difference(one, other, f"{place}[{number}]")
-    return f"{place or 'it'} is {there!r} there and {here!r} here"
+        if not (path and path.exists()):
+            return 0.0, 0.0
+        progress = read_json(path, "share", "begun at")
+        return progress["share"], progress["share"] - progress["begun at"]
 
 
 def duration(seconds: float) -> str:

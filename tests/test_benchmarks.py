@@ -62,7 +62,7 @@ def test_speed_of_data(monkeypatch, capsys):
 def test_speed_of_the_harness(monkeypatch, capsys):
     monkeypatch.setattr(speed_harness, "EPOCHS", 1)
     monkeypatch.setattr(speed_harness, "RUNS", 20)
-    monkeypatch.setattr(speed_harness, "MORE", SMALL[1:3] + SMALL[4:5])
+    monkeypatch.setitem(benchmarks.SPEED, "harness", lambda: speed_harness.measure(SMALL[1:3] + SMALL[4:5]))
     quick = speed_harness.race
     monkeypatch.setattr(speed_harness, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
     assert benchmarks.main(["speed", "harness"]) == 0

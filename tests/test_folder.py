@@ -2,13 +2,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from benchmarks import folder as module
 from benchmarks.folder import Folder, is_alive, this_process, write_json
 
-RESULT = dict.fromkeys(module.RESULT, 0)
+RESULT = {**dict.fromkeys(module.RESULT, 0), "metrics": {"accuracy": 0.5}}
 
 
 @pytest.fixture
@@ -21,15 +22,15 @@ def begun(run, **claim):
 
 
 def complete(run):
-    (run.path / "config.yaml").write_text("")
-    (run.path / "metrics.csv").write_text("")
+    (run.path / "config.yaml").write_text("a: 1")
+    (run.path / "metrics.csv").write_text("epoch")
     write_json(run.path / "result.json", {**RESULT, "name": run.name, "definition": {"layers": [1]}})
 
 
 def of_the_dead(attempt, **changes):
     """Let a claim be that of a process that is no more."""
     claim = json.loads((attempt / "claim.json").read_text())
-    claim["process"] = {**claim["process"], "started": 1.0, **changes}
+    claim["process"] = {**claim["process"], "started": "1", **changes}
     (attempt / "claim.json").write_text(json.dumps(claim))
 
 
@@ -107,13 +108,51 @@ def test_half_deleted(run, lost, state):
         assert run.damage() == f"{run.path} is complete, but lacks {lost}"
 
 
+def test_other_definitions_are_refused(run):
+    of_the_dead(begun(run))
+    with pytest.raises(ValueError, match=r"holds a run of another definition: layers\[0\] is 1 there and 2 here"):
+        run.claim({"definition": {"layers": [2]}})
+    assert [path.name for path in run.attempts()] == ["000"]
+    assert (
+        run.conflict({"layers": [1], "data key": "a"})
+        == f"{run.path} holds a run of another definition: data key is None there and 'a' here"
+    )
+
+
+def test_a_dead_process_nobody_has_buried_is_dead(run):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    attempt = begun(run)
+    of_the_dead(attempt, pid=child.pid, started=module._started(child.pid))
+    assert is_alive(attempt)
+    while is_alive(attempt):
+        time.sleep(0.01)
+    assert child.returncode is None  # still a zombie
+    child.wait()
+    assert not is_alive(attempt)
+
+
+def test_other_files_among_attempts(run):
+    attempt = begun(run)
+    (attempt.parent / "000 (conflicted copy)").mkdir()
+    assert run.attempts() == [attempt]
+
+
 def test_attempts_without_claims_are_passed_over(run):
     (begun(run) / "claim.json").unlink()
     assert run.state() == "pending"
     assert begun(run).name == "001"
 
 
-@pytest.mark.parametrize("content", ["", '{"name": "soft', "[]", '{"name": "soft,seed=0"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        json.dumps({**RESULT, "name": "soft,seed=0", "metrics": {"a": None}}),
+        '{"name": "soft',
+        "[]",
+        '{"name": "soft,seed=0"}',
+    ],
+)
 def test_corrupted_results(run, content):
     begun(run)
     complete(run)

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import yaml
 
 from benchmarks import suite as module
+from benchmarks.folder import same
 from benchmarks.suite import load, suites
 from tying.cli import parse
 
@@ -39,11 +42,11 @@ def test_runs_are_all_combinations_seed_by_seed(tmp_path):
 
 def test_layers_lie_on_top_of_each_other(tmp_path):
     run = load(written(tmp_path)).runs(only="soft*0.01,lr=0.2,seed=0", overrides=["--trainer.max_epochs=7"])[0]
-    cli = parse([*run.arguments, "--trainer.logger=false"])
+    cli = parse([*run.arguments(tmp_path / "layers"), "--trainer.logger=false"])
     soft = cli.trainer.callbacks[[type(c).__name__ for c in cli.trainer.callbacks].index("SoftTying")]
     assert (soft.update, soft.strength, cli.model.hparams["lr"], cli.trainer.max_epochs) == ("proximal", 0.01, 0.2, 7)
     other = load(written(tmp_path)).runs(seeds=4, only="untied,lr=0.1,seed=3")[0]
-    cli = parse([*other.arguments, "--trainer.logger=false"])
+    cli = parse([*other.arguments(tmp_path / "layers"), "--trainer.logger=false"])
     assert (cli.config.seed_everything, cli.datamodule.seed, cli.trainer.max_epochs) == (3, 3, 2)
 
 
@@ -54,6 +57,24 @@ def test_definition_is_the_content_of_files(tmp_path):
     assert load(path).runs()[0].definition == before
     (tmp_path / "own.yaml").write_text("{trainer: {max_epochs: 3}}")
     assert load(path).runs()[0].definition != before
+
+
+def test_arguments_are_those_of_the_definition(tmp_path):
+    """Whatever happens to the files in the meantime."""
+    (tmp_path / "more.yaml").write_text("{trainer: {min_epochs: 1}}")
+    [run] = load(written(tmp_path)).runs(only="untied,lr=0.1,seed=0", overrides=[f"--config={tmp_path / 'more.yaml'}"])
+    for name in ("own.yaml", "more.yaml"):
+        (tmp_path / name).write_text("{trainer: {max_epochs: 9}}")
+    assert {"trainer": {"min_epochs": 1}} in run.definition
+    cli = parse([*run.arguments(tmp_path / "layers"), "--trainer.logger=false"])
+    assert cli.trainer.max_epochs == 2
+
+
+def test_definitions_are_as_json_holds_them(tmp_path):
+    (tmp_path / "odd.yaml").write_text("{trainer: {a: {0: 1}, b: 2024-01-01, c: .nan}}")
+    odd = load(written(tmp_path, base=["odd.yaml"])).runs()[0].definition
+    assert json.dumps(odd[0]) == '{"trainer": {"a": {"0": 1}, "b": "2024-01-01", "c": NaN}}'
+    assert same(odd, json.loads(json.dumps(odd)))
 
 
 def test_names_are_fit_for_folders(tmp_path):
@@ -73,6 +94,12 @@ def test_names_are_fit_for_folders(tmp_path):
         ({"axes": {"s": {"key": "model.lr", "values": [1], "deltas": ["sofd"]}}}, r"axis s: unknown delta 'sofd': there is untied, soft\. Nearest existing names: soft"),
         ({"axes": {"s": {"key": "model.lr", "valuse": [1], "values": [1]}}}, r"axis s: unknown key 'valuse'.*Nearest existing names: values"),
         ({"axes": {"s": {"key": "model.lr"}}}, "axis s needs a key and a list of values"),
+        ({"axes": {"s": {"key": "model.lr", "values": 0.1}}}, "axis s needs a key and a list of values"),
+        ({"axes": [1]}, "axes must map names to keys and values"),
+        ({"axes": {"s": {"key": "model.lr", "values": [1], "deltas": "soft"}}}, "axis s: deltas must be a list of names, not 'soft'"),
+        ({"seed_keys": "seed_everything"}, "seed_keys must be a list of names, not 'seed_everything'"),
+        ({"curves": []}, "curves must be a list of names"),
+        ({"deltas": {"untied": None}, "axes": {}}, "delta untied must be a list of files and overrides, not None"),
         ({"figures": ["test/accuracy"]}, "figures must map headings to metrics"),
     ],
 )  # fmt: skip
@@ -98,6 +125,12 @@ def test_mistakes_in_what_is_asked_for(tmp_path):
         mine.runs(seeds=0)
     with pytest.raises(ValueError, match=r"unknown argument '--fast': overrides are written --key=value"):
         mine.runs(overrides=["--fast"])
+    with pytest.raises(ValueError, match=r"'--data.seed=7': the seeds of a suite's runs are 0, 1, …; say how many"):
+        mine.runs(overrides=["--data.seed=7"])
+    with pytest.raises(ValueError, match=r"'--config=none.yaml': there is no such file"):
+        mine.runs(overrides=["--config=none.yaml"])
+    with pytest.raises(ValueError, match=r"'--model.lr=\[': the value is not YAML"):
+        mine.runs(overrides=["--model.lr=["])
 
 
 def test_suites_that_come_along_are_valid():

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.folder import Folder, write_json
+from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
 from benchmarks.summary import spread, summarize
 
@@ -17,8 +17,8 @@ SUITE = Suite("s", "", (), {"untied": (), "soft": ()}, {"lr": Axis("lr", (1, 2),
 def write(out, run, accuracy, key="1", epoch=2.0, **metrics):
     folder = Folder(out / run.name)
     folder.path.mkdir()
-    (folder.path / "config.yaml").touch()
-    (folder.path / "metrics.csv").touch()
+    for name in FILES:
+        (folder.path / name).write_text("something")
     result = {
         "name": run.name,
         "definition": {},

@@ -12,8 +12,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.folder import Folder
-from benchmarks.sweep import difference
+from benchmarks.folder import Folder, difference
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
 TINY = """
@@ -192,12 +191,84 @@ def test_conflicting_definitions(undisturbed, tmp_path, capsys):
         assert benchmarks.main([*command, "mine.yaml", f"--out={undisturbed}"]) == 2
         told = capsys.readouterr().err
         assert (
-            f"there are results of another definition in {undisturbed}/untied,seed=0: layers[0].trainer.max_epochs is 3 there and 4 here (and 2 more). Give another --out, or remove them"
+            f"{undisturbed}/untied,seed=0 holds a run of another definition: layers[0].trainer.max_epochs is 3 there and 4 here (and 2 more). Give another --out, or remove what is there"
             in told
         )
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     assert run(f"--out={undisturbed}", f"--data={tmp_path}") == 2
     assert f"data is 'configured' there and '{tmp_path.name}' here" in capsys.readouterr().err
+
+
+def test_other_data_of_the_same_name_is_refused(undisturbed, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("faults.Few", "faults.Other"))
+    one = tmp_path / "one" / "images"
+    other = tmp_path / "other" / "images"
+    for root in (one, other):
+        root.mkdir(parents=True)
+    (other / "other").touch()
+    assert run("--out=out", "--only=untied,*", f"--data={one}") == 0
+    assert "| untied | 1 |" in capsys.readouterr().out
+    assert run("--out=out", "--only=untied,*", f"--data={other}") == 2
+    assert re.search("data key is '[0-9a-f]{8}' there and '[0-9a-f]{8}' here", capsys.readouterr().err)
+
+
+def test_rows_hold_what_was_logged_in_their_epoch(tmp_path, capsys):
+    """Also by the module's own hook, and not what an earlier epoch left behind; the same after an interruption."""
+    config = CONFIG.replace("max_epochs: 3", "max_epochs: 3\n  check_val_every_n_epoch: 2")
+    config = config.replace("tying.models.Classifier", "faults.Logs").replace("kind: raise", "kind: kill")
+    for out in ("whole", "parts"):
+        (tmp_path / "tiny.yaml").write_text(config)
+        assert run(f"--out={out}", "--only=untied,*") == 0
+    (tmp_path / "armed").touch()
+    assert run("--out=killed", "--only=untied,*") == 1
+    (tmp_path / "armed").unlink()
+    assert run("--out=killed", "--only=untied,*") == 0
+    _, _, _, rows = figures(Path("whole", NAMES[0]))
+    assert [row["own/epoch"] for row in rows] == ["1.0", "2.0", "3.0"]
+    assert [bool(row["val/accuracy"]) for row in rows] == [False, True, False]
+    assert figures(Path("killed", NAMES[0])) == figures(Path("whole", NAMES[0]))
+    assert "val/accuracy" in Folder(Path("whole", NAMES[0])).result()["metrics"]
+
+
+def test_random_state_is_kept_whatever_the_configuration_says(tmp_path):
+    config = CONFIG.replace("    - class_path: tying.callbacks.RandomState\n", "").replace("kind: raise", "kind: kill")
+    (tmp_path / "tiny.yaml").write_text(config.replace("tying.models.Classifier", "faults.Noisy"))
+    assert run("--out=whole", "--only=untied,*") == 0
+    (tmp_path / "armed").touch()
+    assert run("--out=parts", "--only=untied,*") == 1
+    (tmp_path / "armed").unlink()
+    assert run("--out=parts", "--only=untied,*") == 0
+    assert Folder(Path("parts", NAMES[0])).result()["attempts"] == 2
+    compare("parts", "whole")
+
+
+def test_files_may_change_while_a_sweep_runs(tmp_path):
+    """The first run edits the file; those after it go by what was read at first."""
+    config = CONFIG.replace("kind: raise", f"kind: edit, path: {tmp_path / 'tiny.yaml'}")
+    (tmp_path / "tiny.yaml").write_text(config)
+    (tmp_path / "armed").touch()
+    assert run("--out=out", jobs=1) == 2  # only the report sees another definition
+    assert "max_epochs: 1" in (tmp_path / "tiny.yaml").read_text()
+    assert [len(figures(Path("out", name))[3]) for name in NAMES] == [3, 3, 3]
+
+
+def test_two_definitions_started_together_are_not_mixed(tmp_path):
+    runners = [
+        start("out", f"--trainer.max_epochs={epochs}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for epochs in (2, 3)
+    ]
+    told = [runner.communicate()[0] for runner in runners]
+    assert any("holds a run of another definition" in text for text in told)
+    assert sorted(runner.returncode for runner in runners)[1] in (1, 2)
+
+
+def test_errors_of_any_length_are_told(tmp_path, capfd):
+    (tmp_path / "tiny.yaml").write_text(CONFIG.replace("kind: raise", "kind: long"))
+    (tmp_path / "armed").touch()
+    assert run("--out=out", "--only=untied,*") == 1
+    told = capfd.readouterr().out
+    assert "RuntimeError: long long long" in told
+    assert len(told) < 5000
 
 
 def test_difference_by_hand():
@@ -214,6 +285,8 @@ def test_difference_by_hand():
         (["--data=nowhere"], "--data: there is no nowhere; give the data module's root, or 'sample'"),
         (["--only=sotf*"], r"no run of suite mine fits 'sotf\*'"),
         (["--trainer.max_epochs=none"], "untied: .*max_epochs"),
+        (["--trainer.devices=2", "--trainer.accelerator=cpu"], "untied: a run trains in one process: set devices"),
+        (["--trainer.callbacks+=TQDMProgressBar"], "untied: .*enable_progress_bar"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_started(arguments, told, capsys):
@@ -230,11 +303,33 @@ def test_nothing_to_report(capsys):
 def test_list(capsys):
     assert benchmarks.main(["list"]) == 0
     told = capsys.readouterr().out
-    assert re.search(r"\| soft +\| +Untied against .* \| +10 \| +none \|", told)
+    assert "soft: Untied against soft tying by each of its updates. 10 runs a seed; none done." in told
 
 
-def start(out, **kwargs):
+def test_the_report_of_a_run_covers_all_there_is(capsys):
+    assert run("--out=out", "--only=untied,*", "--trainer.max_epochs=1", "--seeds=2") == 0
+    assert run("--out=out", "--only=soft*0.1,*", "--trainer.max_epochs=1") == 0
+    told = capsys.readouterr().out.rpartition("| run")[2]
+    assert "| untied             | 2 |" in told
+    assert re.search(r"soft, strength=0.1 \| 1 \|.*[+-]\d\.\d{4} \|", told)
+    with Path("out", "mine.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+
+
+def test_files_that_cannot_be_written(tmp_path, undisturbed, capsys):
+    for kind in ("csv", "png"):
+        (undisturbed / f"mine.{kind}").unlink(missing_ok=True)
+    (undisturbed / "mine.csv").mkdir()
+    assert benchmarks.main(["report", "mine.yaml", f"--out={undisturbed}"]) == 0
+    told = capsys.readouterr()
+    assert "| untied" in told.out
+    assert "CSV and plot could not be written" in told.err
+    (undisturbed / "mine.csv").rmdir()
+
+
+def start(out, *arguments, **kwargs):
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "run", "mine.yaml", f"--out={out}", "--jobs=2"]
+    command += arguments
     return subprocess.Popen(command, start_new_session=True, **kwargs)
 
 

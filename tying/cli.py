@@ -139,7 +139,15 @@ def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
     """Return the newest checkpoint that is whole: a kill truncates one where temporary files lie on another disk."""
     newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next(filter(zipfile.is_zipfile, newest_first), None)
+    return next(filter(_is_whole, newest_first), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
