@@ -61,7 +61,7 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
             ]
         )
     failures = {run.name: Folder(out / run.name).failure() for run in runs if states[run.name] == "failed"}
-    return "\n".join([table(header, rows), "", _told(results, states, failures), *unknown])
+    return "\n".join([table(header, rows), "", _told(suite, results, states, failures), *unknown])
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -139,12 +139,12 @@ def _peer(run: Run, baseline: str, runs: Sequence[Run], results: dict[str, Any])
     return peers[0] if len(peers) == 1 and peers[0].name in results else None
 
 
-def _told(results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:
+def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:
     """Return what the table is made of, and what it lacks, in sentences."""
     data = {f"{result['data']['description']} (key {result['data']['key']})" for result in results.values()}
     machines = sorted({in_words(result["machine"]) for result in results.values()})
     threads = sorted({result["machine"]["threads"] for result in results.values()})
-    told = [f"Data: {' and '.join(sorted(data))}."]
+    told = [*([suite.description] if suite.description else []), f"Data: {' and '.join(sorted(data))}."]
     if len(data) > 1:
         told.append("The runs used different data: their figures cannot be compared.")
     told.append("Mean ± standard deviation over n seeds; differences are taken seed by seed.")

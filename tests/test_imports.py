@@ -27,7 +27,7 @@ ALLOWED = {
     "callbacks": {"errors", "atomic", "names", "selection", "ties", "soft", "hard", "depth"},
     "mixins": {"errors", "callbacks"},
 }
-FREE = {"__init__", "__main__", "cli"}
+FREE = {"__init__", "__main__", "bake", "cli"}
 
 
 def room(path):

@@ -18,9 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+import tying.bake
 import tying.callbacks
 import tying.data
-import tying.models  # noqa: F401  # with the two above: their classes can be named without a path
+import tying.models  # with the two above: their classes can be named without a path
 from tying.callbacks.base import TyingCallback, callbacks_of
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
@@ -172,8 +173,12 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake in what was asked for is told in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: a module of one's own can be named
+    given = sys.argv[1:] if args is None else [*args]
     try:
-        parse(args, run=True)
+        if given[:1] == ["bake"]:
+            tying.bake.main(given[1:])
+        else:
+            parse(given, run=True)
     except (ArgumentError, ValueError, MisconfigurationException) as error:
         told = explain(error)
         if told is None:

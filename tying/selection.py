@@ -46,6 +46,31 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
     return _ordered(merged)
 
 
+def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a list of patterns names; a leading ``!`` leaves out. Aliases count once.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or nothing is left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> list(select(model, ["*.weight", "!0"]))
+        ['1.weight']
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise ConfigurationError(f"parameters must be a list of patterns, not {patterns!r}")
+    names = Names(model)
+    exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for pattern in patterns:
+        if not pattern.startswith("!"):
+            for match in names.find(pattern, exclude, f"parameters {list(patterns)}"):
+                found.setdefault(id(match.parameter), (match.name, match.parameter))
+    if not found:
+        raise ConfigurationError(f"parameters {list(patterns)} name only what to leave out")
+    return dict(found.values())
+
+
 def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedGroup] | ConfigurationError]:
     """Return what each tie would put together alone: its groups, or what is wrong with it.
 

@@ -1,10 +1,20 @@
 """Lightning callbacks: the families, attached to a training run."""
 
 from tying.callbacks.base import TyingCallback
-from tying.callbacks.hard import HardTying
+from tying.callbacks.hard import GeneratedWeights, HardTying, LowRankWeights, TemplateWeights
 from tying.callbacks.monitor import TyingMonitor
 from tying.callbacks.random_state import RandomState
 from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
 
-__all__ = ["HardTying", "RandomState", "SoftTying", "TyingCallback", "TyingMonitor", "TyingSummary"]
+__all__ = [
+    "GeneratedWeights",
+    "HardTying",
+    "LowRankWeights",
+    "RandomState",
+    "SoftTying",
+    "TemplateWeights",
+    "TyingCallback",
+    "TyingMonitor",
+    "TyingSummary",
+]

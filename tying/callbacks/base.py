@@ -5,9 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.call import _call_configure_model
+from torch import nn
+from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.ties import Tie, TiedGroup
+
+
+class ChangesModel(pl.Callback):
+    """A callback that changes the model before the optimizers are made.
+
+    Raises:
+        ConfigurationError: a callback that averages weights stands before it, or the strategy splits weights.
+    """
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        kind = type(self).__name__
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigurationError(
+                f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, before "
+                "it is sharded, and shard tied modules together, as tying.hard.audit says"
+            )
+        for callback in callbacks_of(trainer)[: callbacks_of(trainer).index(self)]:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ConfigurationError(
+                    f"{type(callback).__name__} stands before {kind} and would average the weights of a copy that it "
+                    f"has not changed: list {kind} first"
+                )
+        # layers that configure_model makes must be there; Lightning calls it again, which it must stand
+        _call_configure_model(trainer)
+        self.apply(pl_module)
+
+    def apply(self, model: nn.Module) -> object:
+        """Change the model, unless it is changed already."""
+        raise NotImplementedError
 
 
 class TyingCallback(pl.Callback):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
+from tying.hard.applying import parametrize_all
+from tying.hard.sharing import places_of
 
 
 def generate(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
@@ -94,6 +96,42 @@ class HyperWeight(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"{self.inner.shape[0]}, {self.outer.shape[0]}, {self.outer.shape[1]}, embedding={self.inner.shape[2]}"
+
+
+def generate_weights(
+    model: nn.Module, parameters: Sequence[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
+) -> list[str]:
+    """Let one hypernetwork generate convolution kernels of a model, of equal size; return their names.
+
+    Args:
+        model: changed in place.
+        parameters: patterns of names; a leading ``!`` leaves out.
+        embedding: size of the embedding of a basic kernel.
+        in_channels: of a basic kernel.
+        out_channels: of a basic kernel.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a kernel cannot be tiled from basic kernels; nothing is
+            changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 32, 3))
+        >>> generate_weights(model, ["*.weight"], embedding=4)
+        ['0.weight', '1.weight']
+    """
+    made: list[HyperWeight] = []
+
+    def make(name: str, weight: nn.Parameter) -> HyperWeight:
+        if not made:
+            made.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
+        return made[0]
+
+    names = parametrize_all(model, parameters, make)
+    places = places_of(model)
+    with torch.no_grad():
+        for name in names:
+            places[name].parameter.normal_()
+    return names
 
 
 class LocationBias(nn.Module):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
+from tying.hard.applying import parametrize_all
 
 SWEEPS = 50  # between factors and diagonal, to find both for a given weight
 
@@ -134,6 +136,26 @@ class LowRankPlusDiagonal(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
+
+
+def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:
+    """Give weights of a model a lower rank, each the nearest one; return their names.
+
+    Args:
+        model: changed in place.
+        parameters: patterns of names; a leading ``!`` leaves out.
+        rank: of each.
+        diagonal: add a diagonal; for square weights.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a weight cannot have that rank; nothing is changed.
+
+    Example:
+        >>> lower_rank(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["1.weight"], rank=2)
+        ['1.weight']
+    """
+    kind = LowRankPlusDiagonal if diagonal else LowRank
+    return parametrize_all(model, parameters, lambda name, weight: kind(rank))
 
 
 def _as_matrix(weight: Tensor, rank: int) -> Tensor:

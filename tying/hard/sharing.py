@@ -104,7 +104,7 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     new = [each for each in parsed if each not in record.ties]
     if new:
         found = resolve(model, new)
-        places = _places(model)
+        places = places_of(model)
         planned = [_plan(group, places) for group in found]
         touched = {name for shared in planned for name in shared.names}
         for group, shared in zip(found, planned, strict=True):
@@ -137,7 +137,7 @@ def untie(model: nn.Module) -> int:
         (1, False)
     """
     record: Record = model.__dict__.get("_hard_ties") or Record()
-    places = _places(model)
+    places = places_of(model)
     count = 0
     for shared in record.groups:
         for name in shared.names[1:]:
@@ -154,7 +154,7 @@ def tied(model: nn.Module) -> list[TiedGroup]:
         ConfigurationError: some are one no longer; loading a state dict into the model ties them again.
     """
     record: Record = model.__dict__.get("_hard_ties") or Record()
-    places = _places(model) if record.groups else {}
+    places = places_of(model) if record.groups else {}
     groups = []
     for shared in record.groups:
         source = places[shared.names[0]].parameter
@@ -168,7 +168,7 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     return groups
 
 
-def _places(model: nn.Module) -> dict[str, Place]:
+def places_of(model: nn.Module) -> dict[str, Place]:
     """Return where a model holds its parameters, by clean names, aliases included."""
     places = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -266,7 +266,7 @@ def _refuse_unequal(module: nn.Module, state_dict: dict[str, Tensor], prefix: st
 def _tie_again(module: nn.Module, *_: Any) -> None:
     """Mend what ``load_state_dict(assign=True)`` or moving to the meta device has taken apart."""
     record: Record = module.__dict__["_hard_ties"]
-    places = _places(module) if record.groups else {}
+    places = places_of(module) if record.groups else {}
     for shared in record.groups:
         _join(shared, places[shared.names[0]].parameter, places)
 

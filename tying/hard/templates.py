@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from tying.atomic import atomically
 from tying.errors import ConfigurationError
+from tying.hard.applying import parametrize_all
 from tying.names import clean_name
 
 
@@ -125,6 +126,46 @@ class TemplateMixture(nn.Module):
         columns = templates.flatten(1).T.to(precise)
         solution: Tensor = torch.linalg.lstsq(columns, weight.detach().flatten().to(precise)[:, None]).solution
         return solution.flatten().to(weight.dtype)
+
+
+def share_templates(model: nn.Module, parameters: Sequence[str], templates: int) -> dict[str, TemplateBank]:
+    """Let weights of a model be mixtures of a few templates; weights of equal shape share a bank.
+
+    Coefficients begin as rows of a semi-orthogonal matrix, of length 1, so that weights have their usual variance.
+
+    Args:
+        model: changed in place.
+        parameters: patterns of names; a leading ``!`` leaves out.
+        templates: of each bank.
+
+    Returns:
+        The bank of each weight, by name.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a weight cannot be a mixture; nothing is changed.
+
+    Example:
+        >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        >>> len(share_templates(model, ["*.weight"], templates=2)), sum(p.numel() for p in model.parameters())
+        (4, 168)
+    """
+    banks: dict[tuple[int, ...], TemplateBank] = {}
+
+    def make(name: str, weight: nn.Parameter) -> TemplateMixture:
+        shape = tuple(weight.shape)
+        if shape not in banks:
+            banks[shape] = TemplateBank(templates, shape).to(weight)
+        return TemplateMixture(banks[shape])
+
+    parametrize_all(model, parameters, make)
+    found = mixtures(model)
+    for bank in banks.values():
+        own = [held for held, other in found.values() if other is bank]
+        rows = nn.init.orthogonal_(torch.empty(len(own), templates))
+        with torch.no_grad():
+            for held, row in zip(own, rows, strict=True):
+                _alpha(held).copy_(row / row.norm())
+    return {name: bank for name, (_, bank) in found.items() if any(bank is other for other in banks.values())}
 
 
 def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateBank]]:

@@ -1,0 +1,77 @@
+"""``tying bake``: the weights of a checkpoint for those who do not have this package."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tying.atomic import atomically
+from tying.errors import ConfigurationError
+from tying.hard import bake
+
+
+def main(args: Sequence[str]) -> None:
+    """Write the plain weights of a checkpoint.
+
+    Raises:
+        ConfigurationError: the checkpoint is missing or holds no weights, or they cannot be had without the model.
+    """
+    parser = argparse.ArgumentParser(prog="tying bake", description=__doc__)
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint of Lightning, or a state dict")
+    parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its ending")
+    parser.add_argument("--config", action="append", default=[], help="of the run; where weights are computed")
+    known = parser.parse_args(args)
+    weights = _weights(known.ckpt)
+    if any("parametrizations." in key for key in weights):
+        weights = _computed(weights, known.config, known.ckpt)
+    plain = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    _save(plain, known.out)
+    size = sum(value.numel() * value.element_size() for value in plain.values())
+    print(f"{len(plain)} tensors, {size:,} bytes: {known.out}")
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ConfigurationError(f"--ckpt: there is no checkpoint {path}")
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigurationError(f"--ckpt: {path} is not a checkpoint, or is truncated: {error}") from None
+    held = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise ConfigurationError(f"--ckpt: {path} holds no state dict")
+    return held
+
+
+def _computed(weights: dict[str, Tensor], configs: Sequence[str], path: Path) -> dict[str, Tensor]:
+    if not configs:
+        raise ConfigurationError(f"{path} holds weights that the model computes: give the --config of its run")
+    from tying.cli import parse  # here, because it imports all there is
+
+    cli = parse([f"--config={config}" for config in configs])
+    cli.model.configure_model()
+    for callback in cli.trainer.callbacks:
+        if hasattr(callback, "apply"):
+            callback.apply(cli.model)
+    try:
+        cli.model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigurationError(f"{path} does not fit the model of {', '.join(configs)}: {error}") from None
+    return bake(cli.model)
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    with atomically(path) as aside:
+        if path.suffix != ".safetensors":
+            torch.save(weights, aside)
+            return
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise ConfigurationError("a .safetensors file needs the package: pip install safetensors") from None
+        save_file(weights, aside)
