@@ -8,13 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import experiment, speed_data, speed_harness, speed_soft
+from benchmarks import experiment, speed_data, speed_hard, speed_harness, speed_soft
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import RESULTS, ROOT, paste, write
 from benchmarks.suite import suites
 from tying.errors import ConfigurationError, nearest
 
-SPEED = {"data": speed_data.measure, "harness": speed_harness.measure, "soft": speed_soft.measure}
+SPEED = {
+    "data": speed_data.measure,
+    "hard": speed_hard.measure,
+    "harness": speed_harness.measure,
+    "soft": speed_soft.measure,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,9 +6,10 @@ time of the race; ratios are taken within races, and their median over races is 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +50,14 @@ def race(sides: Mapping[str, Callable[[], object]], races: int = 7, rounds: int 
         best = dict.fromkeys(sides, float("inf"))
         for _ in range(rounds):
             for side, run in sides.items():
-                best[side] = min(best[side], _time(run))
+                best[side] = min(best[side], time_of(run))
         for side in sides:
             seconds[side].append(best[side])
     return Race(seconds)
 
 
-def _time(run: Callable[[], object]) -> float:
+def time_of(run: Callable[[], object]) -> float:
+    """Return the seconds that one run takes."""
     _synchronize()
     start = time.perf_counter()
     run()
@@ -66,3 +68,30 @@ def _time(run: Callable[[], object]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def pairs(one: Callable[[], object], other: Callable[[], object], count: int = 200) -> list[float]:
+    """Return time of ``one`` over time of ``other``, measured side by side, in alternating order, ``count`` times."""
+    one(), other()
+    ratios = []
+    for number in range(count):
+        if number % 2:
+            first = time_of(one)
+            ratios.append(first / time_of(other))
+        else:
+            second = time_of(other)
+            ratios.append(time_of(one) / second)
+    return ratios
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the median and the ends of its 95 % interval, by order statistics.
+
+    Example:
+        >>> median_interval([float(number) for number in range(1, 101)])
+        (50.5, 40.0, 61.0)
+    """
+    ordered, count = sorted(values), len(values)
+    reach = 1.96 * math.sqrt(count) / 2
+    low, high = math.floor(count / 2 - reach), math.ceil(1 + count / 2 + reach)  # ranks, from 1
+    return statistics.median(ordered), ordered[max(low, 1) - 1], ordered[min(high, count) - 1]

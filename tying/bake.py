@@ -51,12 +51,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
 def _computed(weights: dict[str, Tensor], configs: Sequence[str], path: Path) -> dict[str, Tensor]:
     if not configs:
         raise ConfigurationError(f"{path} holds weights that the model computes: give the --config of its run")
-    from tying.cli import parse  # here, because it imports all there is
+    from tying.callbacks.base import ChangesModel, callbacks_of  # here, because they import all there is
+    from tying.cli import parse
 
     cli = parse([f"--config={config}" for config in configs])
     cli.model.configure_model()
-    for callback in cli.trainer.callbacks:
-        if hasattr(callback, "apply"):
+    for callback in callbacks_of(cli.trainer):
+        if isinstance(callback, ChangesModel):
             callback.apply(cli.model)
     try:
         cli.model.load_state_dict(weights)

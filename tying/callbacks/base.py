@@ -27,8 +27,8 @@ class ChangesModel(pl.Callback):
         kind = type(self).__name__
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ConfigurationError(
-                f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, before "
-                "it is sharded, and shard tied modules together, as tying.hard.audit says"
+                f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, "
+                "before it is sharded, and shard tied modules together, as tying.hard.audit says"
             )
         for callback in callbacks_of(trainer)[: callbacks_of(trainer).index(self)]:
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):

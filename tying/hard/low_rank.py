@@ -47,7 +47,8 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     root = s[:rank].sqrt()
-    return (u[:, :rank] * root).to(weight.dtype), (root[:, None] * v[:rank]).to(weight.dtype)
+    factors = u[:, :rank] * root, root[:, None] * v[:rank]
+    return factors[0].to(weight.dtype).contiguous(), factors[1].to(weight.dtype).contiguous()
 
 
 class LowRank(nn.Module):

@@ -1,0 +1,121 @@
+"""What a hard tie costs, against one written by hand, and what it saves."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from benchmarks.report import table
+from benchmarks.timing import median_interval, pairs, time_of
+from tying.hard import tie
+from tying.models import Autoencoder
+
+SIZES = (3072, 1024, 256)
+BATCH = 128
+PAIRS = 300
+
+
+class ByHand(nn.Module):
+    """The autoencoder, with the transposes written into its forward pass."""
+
+    def __init__(self, other: Autoencoder) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(other.encoder[i].weight for i in (0, 2))
+        self.biases = nn.ParameterList(layer.bias for part in (other.encoder, other.decoder) for layer in part[::2])
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(F.linear(x, self.weights[0], self.biases[0]))
+        code = F.linear(hidden, self.weights[1], self.biases[1])
+        hidden = F.relu(F.linear(code, self.weights[1].T, self.biases[2]))
+        return F.linear(hidden, self.weights[0].T, self.biases[3])
+
+
+def transposed() -> tuple[nn.Module, nn.Module]:
+    """Return the autoencoder tied through transposes, by us and by hand."""
+    ours = Autoencoder(SIZES)
+    tie(ours, ["encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"])
+    return ours, ByHand(copy.deepcopy(ours))
+
+
+def plain() -> tuple[nn.Module, nn.Module]:
+    """Return a stack of layers with one weight, by us and by hand."""
+    ours, by_hand = (nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))) for _ in range(2))
+    tie(ours, ["*.weight"])
+    for layer in by_hand:
+        assert isinstance(layer, nn.Linear)
+        layer.weight = by_hand[0].weight  # type: ignore[assignment]  # a parameter of the first layer
+    return ours, by_hand
+
+
+def step(model: nn.Module, width: int) -> Callable[[], None]:
+    """Return a training step of a model on random input."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    x = torch.randn(BATCH, width)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        F.mse_loss(model(x), x).backward()  # type: ignore[no-untyped-call]  # torch's
+        optimizer.step()
+
+    return run
+
+
+def memory(model: nn.Module, width: int) -> int:
+    """Return the bytes of gradients and of AdamW's state after a step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    x = torch.randn(BATCH, width)
+    F.mse_loss(model(x), x).backward()  # type: ignore[no-untyped-call]  # torch's
+    optimizer.step()
+    held = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def measure() -> str:
+    """Run the measurements, and return their results as Markdown."""
+    rows, saved = [], []
+    networks: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], int, Callable[[], nn.Module]]] = {
+        f"autoencoder {'–'.join(map(str, SIZES))}, transposed": (transposed, SIZES[0], lambda: Autoencoder(SIZES)),
+        "8 linear layers of 1024, plain": (
+            plain,
+            1024,
+            lambda: nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))),
+        ),
+    }
+    for name, (make, width, untied) in networks.items():
+        ours, by_hand = make()
+        steps = step(ours, width), step(by_hand, width)
+        ratios = pairs(*steps, count=PAIRS)
+        median, low, high = median_interval(ratios)
+        seconds = statistics.median(time_of(steps[1]) for _ in range(20))
+        rows.append([name, f"{1e3 * seconds:.0f}", f"{median:.4f}", f"{low:.4f}–{high:.4f}"])
+        whole, own = memory(untied(), width), memory(ours, width)
+        parameters = [sum(p.numel() for p in model.parameters()) for model in (untied(), ours)]
+        saved.append(
+            [
+                name,
+                f"{whole / 2**20:.1f}",
+                f"{own / 2**20:.1f}",
+                f"{1 - own / whole:.4f}",
+                f"{1 - parameters[1] / parameters[0]:.4f}",
+            ]
+        )
+    return "\n".join(
+        [
+            f"A training step (AdamW, batch {BATCH}) with our tie over one with a tie written by hand; {PAIRS} pairs "
+            "of steps, side by side:",
+            "",
+            table(["network", "ms by hand", "median ratio", "95 % interval"], rows),
+            "",
+            "Memory of gradients and optimizer, MiB:",
+            "",
+            table(["network", "untied", "tied", "saved", "share of parameters tied"], saved),
+        ]
+    )
