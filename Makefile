@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-slow lint demo speed clean
+.PHONY: install test test-slow survival lint demo speed clean
 
 install: .venv/installed
 
@@ -15,6 +15,9 @@ test: install lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+survival: install
+	$(BIN)/python -m pytest tests/hard/test_survival.py --survival benchmarks/results/survival.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -12,10 +12,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from toys import TIES, Toy, batches, same
 
 from tying.callbacks import SoftTying
 from tying.cli import main, parse
+from tying.models import Autoencoder
 
 ROOT = Path(__file__).parents[1]
 BASE, SOFT, BF16 = (f"--config={ROOT / 'configs' / name}.yaml" for name in ("base", "soft", "bf16"))
@@ -337,3 +339,45 @@ def test_console_script_and_module():
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("tying: error: data: tying.data.CIFAR10: source")
+
+
+def test_bake(tmp_path, capsys):
+    tie = "--trainer.callbacks.ties=['encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o']"
+    model = ["--model=Autoencoder", "--model.sizes=[3072, 4, 2]"]
+    small = [argument for argument in SMALL if "depth" not in argument]
+    main(["fit", BASE, *small, *model, "--trainer.callbacks+=HardTying", tie])
+    [checkpoint] = Path("runs").glob("untied/*/checkpoints/*.ckpt")
+    for out in ("plain.pt", "plain.safetensors"):
+        capsys.readouterr()
+        main(["bake", f"--ckpt={checkpoint}", f"--out={out}"])
+        assert capsys.readouterr().out == f"8 tensors, 110,696 bytes: {out}\n"
+    loaded = torch.load("plain.pt", weights_only=True)
+    untied = Autoencoder([3072, 4, 2])
+    untied.load_state_dict(loaded)
+    assert torch.equal(untied.decoder[2].weight, untied.encoder[0].weight.T)
+    assert all(torch.equal(value, loaded[name]) for name, value in load_file("plain.safetensors").items())
+    main(["bake", "--ckpt=plain.pt", "--out=again.pt"])
+
+
+def test_bake_what_the_model_computes(tmp_path, capsys):
+    low = [
+        "--trainer.callbacks+=LowRankWeights",
+        "--trainer.callbacks.parameters=[network.layer3.0.branch.conv2.weight]",
+    ]
+    main(["fit", BASE, *SMALL, *low, "--trainer.callbacks.rank=2"])
+    [checkpoint] = Path("runs").glob("untied/*/checkpoints/*.ckpt")
+    assert "holds weights that the model computes: give the --config" in errors(
+        capsys, "bake", f"--ckpt={checkpoint}", "--out=a.pt"
+    )
+    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", f"--config={checkpoint.parents[1] / 'config.yaml'}"])
+    kernel = torch.load("a.pt", weights_only=True)["network.layer3.0.branch.conv2.weight"]
+    assert torch.linalg.matrix_rank(kernel.flatten(1), rtol=1e-4) == 2
+    parse([BASE, "--model.network.depth=8"]).model.load_state_dict(torch.load("a.pt", weights_only=True))
+
+
+def test_bake_mistakes(tmp_path, capsys):
+    assert "there is no checkpoint none.ckpt" in errors(capsys, "bake", "--ckpt=none.ckpt", "--out=a.pt")
+    (tmp_path / "text.ckpt").write_text("text")
+    assert "text.ckpt is not a checkpoint, or is truncated" in errors(capsys, "bake", "--ckpt=text.ckpt", "--out=a.pt")
+    torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
+    assert "empty.ckpt holds no state dict" in errors(capsys, "bake", "--ckpt=empty.ckpt", "--out=a.pt")

@@ -1,12 +1,14 @@
 from typing import ClassVar
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from toys import STRENGTH, TIES, Toy, batches, same, train
 
 from tying import ConfigurationError
-from tying.callbacks import SoftTying
-from tying.mixins import SoftTyingMixin
+from tying.callbacks import HardTying, SoftTying
+from tying.hard import tied
+from tying.mixins import HardTyingMixin, SoftTyingMixin
 
 
 class Inherits(SoftTyingMixin, Toy):
@@ -56,3 +58,36 @@ def test_with_wrong_arguments():
 
     with pytest.raises(ConfigurationError, match=r"Errs\.soft_tying: .*strengh"):
         Errs().configure_callbacks()
+
+
+def test_the_hard_mixin_ties_also_without_a_trainer(tmp_path):
+    class Hard(HardTyingMixin, Toy):
+        hard_tying: ClassVar = {"ties": TIES}
+
+    model = Hard()
+    train(model).save_checkpoint(tmp_path / "a.ckpt")
+    again = Hard.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert same(again, model)
+    assert len(tied(again)) == 3
+    plain, held = Toy.load_from_checkpoint(tmp_path / "a.ckpt").state_dict(), model.state_dict()
+    assert all(torch.equal(plain[name], held[name]) for name in held)
+    assert [type(callback) for callback in model.configure_callbacks()] == [HardTying]
+
+
+def test_both_mixins():
+    class Both(SoftTyingMixin, HardTyingMixin, Toy):
+        hard_tying: ClassVar = {"ties": TIES[1:]}
+        soft_tying: ClassVar = {"ties": TIES[:1]}
+
+    model = Both()
+    train(model, max_epochs=1)
+    assert [type(callback) for callback in model.configure_callbacks()] == [HardTying, SoftTying]
+    assert len(tied(model)) == 1
+
+
+def test_hard_mixin_without_arguments():
+    class Forgets(HardTyingMixin, Toy):
+        pass
+
+    with pytest.raises(ConfigurationError, match="Forgets inherits HardTyingMixin and must set hard_tying"):
+        Forgets().configure_model()

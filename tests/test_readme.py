@@ -34,7 +34,7 @@ def _beside_the_configs(tmp_path, monkeypatch):
 
 
 def test_python_runs(monkeypatch):
-    [code] = BLOCKS["python"]
+    code, hard = BLOCKS["python"]
     trainer = pl.Trainer
     quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     quick |= {"logger": False, "enable_checkpointing": False}
@@ -42,11 +42,15 @@ def test_python_runs(monkeypatch):
     scope = {}
     exec(code, scope)
     assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
+    exec(hard, scope := {})
+    assert scope["encoder"].layers[5].linear1.weight is scope["encoder"].layers[0].linear1.weight
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
 
 
 def test_yaml_runs(tmp_path):
-    text, more = BLOCKS["yaml"]
+    text, more, hard = BLOCKS["yaml"]
+    (tmp_path / "hard.yaml").write_text(hard)
+    main(["fit", "--config=configs/base.yaml", "--config=hard.yaml", "--model=Autoencoder", *SMALL])
     (tmp_path / "readme.yaml").write_text(text)
     main(["fit", "--config=configs/base.yaml", "--config=readme.yaml", "--model=Autoencoder", *SMALL])
     assert len(text.splitlines()) <= 6
@@ -58,7 +62,8 @@ def test_yaml_runs(tmp_path):
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
 def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
-    extra = [*SMALL, "--model.network.depth=20"] if args[0] == "fit" and "--print_config" not in args else []
+    deep = [] if "autoencoder" in command else ["--model.network.depth=20"]
+    extra = [*SMALL, *deep] if args[0] == "fit" and "--print_config" not in args else []
     if "--print_config" in args:
         with pytest.raises(SystemExit):
             main(args)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from tying.atomic import atomically
 from tying.errors import ConfigurationError
 from tying.hard import bake
+
+SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's config.yaml; the rest are arguments of `fit`
 
 
 def main(args: Sequence[str]) -> None:
@@ -54,7 +58,14 @@ def _computed(weights: dict[str, Tensor], configs: Sequence[str], path: Path) ->
     from tying.callbacks.base import ChangesModel, callbacks_of  # here, because they import all there is
     from tying.cli import parse
 
-    cli = parse([f"--config={config}" for config in configs])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = []
+        for number, config in enumerate(configs):
+            kept = Path(folder) / f"{number}.yaml"
+            content = yaml.safe_load(Path(config).read_text())
+            kept.write_text(yaml.safe_dump({key: content[key] for key in SECTIONS if key in content}))
+            arguments.append(f"--config={kept}")
+        cli = parse(arguments)
     cli.model.configure_model()
     for callback in callbacks_of(cli.trainer):
         if isinstance(callback, ChangesModel):

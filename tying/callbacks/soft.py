@@ -11,15 +11,19 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback
+from tying.callbacks.base import TyingCallback, callbacks_of
 from tying.errors import ConfigurationError, listed, nearest
+from tying.hard.sharing import merge
+from tying.hard.states import are_alike, merge_states
 from tying.selection import resolve
-from tying.soft import Penalty, Schedule, TyingPenalty
+from tying.soft import Penalty, Schedule, TyingPenalty, gap
 from tying.soft.pull import penalty_of
 from tying.ties import Tie, TiedGroup
 
@@ -45,6 +49,8 @@ class SoftTying(TyingCallback):
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a :class:`tying.soft.Penalty` of your own.
         update: add the pull to the gradients, or move the weights after the step, explicitly or by a proximal step.
         schedule: a factor on ``strength`` over steps or epochs.
+        harden_below: a gap; at the end of each epoch, groups whose gap is below it become one weight, their mean, as by
+            :class:`HardTying`; so do their optimizer's states.
         name: tells several of these callbacks apart, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Raises:
@@ -66,6 +72,7 @@ class SoftTying(TyingCallback):
         penalty: Literal["l2", "l1"] | Penalty = "l2",
         update: Literal["gradient", "decoupled", "proximal"] = "gradient",
         schedule: Schedule | None = None,
+        harden_below: float | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(ties, name)
@@ -75,7 +82,10 @@ class SoftTying(TyingCallback):
         self.penalty = penalty_of(penalty)
         self.update = update
         self.schedule = schedule or Schedule()
+        self.harden_below = harden_below
         self._check_arguments()
+        self._hardened: list[TiedGroup] = []
+        self._module: pl.LightningModule | None = None  # while its checkpoint is restored
         self._pull: TyingPenalty | None = None
         self._steps: Counter[int] = Counter()  # by index of the optimizer
         self._micro_batches = 0  # since the last step
@@ -92,13 +102,15 @@ class SoftTying(TyingCallback):
             raise ConfigurationError(f"strength must be 0 or more, not {self.strength}")
         if math.isinf(self.strength) and self.update != "proximal":
             raise ConfigurationError(f"strength=inf needs update='proximal'; update={self.update!r} would diverge")
+        if self.harden_below is not None and not 0 < self.harden_below <= 1:
+            raise ConfigurationError(f"harden_below is a gap, above 0 and at most 1, not {self.harden_below}")
         if self.update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
 
     @property
     @override
     def groups(self) -> list[TiedGroup]:
-        return self._pull.groups if self._pull else []
+        return [*(self._pull.groups if self._pull else []), *self._hardened]
 
     @override
     def check(self, groups: Sequence[TiedGroup]) -> None:
@@ -111,11 +123,17 @@ class SoftTying(TyingCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": dict(self._steps)}
+        hardened = {"hardened": [list(group.names) for group in self._hardened]} if self._hardened else {}
+        return {"steps": dict(self._steps), **hardened}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = Counter({int(index): int(count) for index, count in state_dict["steps"].items()})
+        if names := {tuple(names) for names in state_dict.get("hardened", ())}:
+            assert self._module is not None  # by now the model has its weights, and no optimizer has been made
+            groups = resolve(self._module, self.ties)
+            self._pull = TyingPenalty([group for group in groups if group.names not in names], self.penalty)
+            self._hardened = merge(self._module, [group for group in groups if group.names in names])
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -124,15 +142,37 @@ class SoftTying(TyingCallback):
                 f"SoftTying does not support {type(trainer.strategy).__name__}, which splits the weights it "
                 "compares over processes: use one device or strategy 'ddp'"
             )
+        if self.harden_below is not None:
+            self._check_hardening(trainer)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
             self._steps.clear()
+            self._hardened, self._pull = [], None
+        self._module = pl_module
+
+    def _check_hardening(self, trainer: pl.Trainer) -> None:
+        averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        if averaging or trainer.world_size > 1:
+            what = type(averaging[0]).__name__ if averaging else "several processes"
+            raise ConfigurationError(
+                f"harden_below does not go with {what}, which would keep the weights apart: train on with HardTying "
+                "from a checkpoint instead"
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pull = TyingPenalty(resolve(pl_module, self.ties), self.penalty)
+        self._module = None
+        if not self._hardened or self._pull is None:
+            self._pull = TyingPenalty(resolve(pl_module, self.ties), self.penalty)
+        if self.harden_below is not None:
+            for group in self._pull.groups:
+                if not are_alike(group.parameters):
+                    raise ConfigurationError(
+                        f"{listed(group.names)} cannot harden into one weight: they differ in requires_grad, dtype or "
+                        "device"
+                    )
         self._micro_batches, self._warned = 0, False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
-        idle = [group.names[0] for group in self.groups if trained.isdisjoint(group.parameters)]
+        idle = [group.names[0] for group in self._pull.groups if trained.isdisjoint(group.parameters)]
         if idle:
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
         self._remove_hooks()
@@ -205,6 +245,22 @@ class SoftTying(TyingCallback):
                 pl_module.log(f"{prefix}/penalty", self._used * self._pull())
 
     @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.harden_below is None:
+            return
+        assert self._pull is not None
+        near = [group for group in self._pull.groups if gap(group.tensors()) < self.harden_below]
+        if near:
+            for group in near:
+                merge_states(trainer.optimizers, group)
+            self._hardened += merge(pl_module, near, init="mean")
+            self._pull = TyingPenalty([group for group in self._pull.groups if group not in near], self.penalty)
+            rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
+        pl_module.log(
+            "tying/hardened" if self.name is None else f"tying/{self.name}/hardened", float(len(self._hardened))
+        )
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove_hooks()
 
@@ -220,10 +276,11 @@ class SoftTying(TyingCallback):
 
     def _warn_if_unstable(self, strength: float, rates: dict[torch.nn.Parameter, float]) -> None:
         """Warn, once, where an explicit step would overshoot ever further: lr · strength · curvature > 2 / m."""
-        largest = max(map(len, self.groups))
+        assert self._pull is not None
+        largest = max(map(len, self._pull.groups), default=1)
         if self._warned or max(rates.values()) * strength * self.penalty.curvature <= 2 / largest:
             return
-        for group in self.groups:
+        for group in self._pull.groups:
             rate = max(rates.get(parameter, 0.0) for parameter in group.parameters)
             if rate * strength * self.penalty.curvature > 2 / len(group):
                 self._warned = True

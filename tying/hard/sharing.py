@@ -103,25 +103,33 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     parsed = [Tie.parse(each) if isinstance(each, str) else each for each in ties]
     new = [each for each in parsed if each not in record.ties]
     if new:
-        found = resolve(model, new)
-        places = places_of(model)
-        planned = [_plan(group, places) for group in found]
-        touched = {name for shared in planned for name in shared.names}
-        for group, shared in zip(found, planned, strict=True):
-            if init == "mean":
-                with torch.no_grad():
-                    group.parameters[0].copy_(torch.stack(group.tensors()).mean(dim=0))
-            _join(shared, group.parameters[0], places)
-        record.ties |= dict.fromkeys(new, frozenset(touched))
-        record.groups = [s for s in record.groups if touched.isdisjoint(s.names)] + planned
-        if "_hard_ties" not in model.__dict__:
-            model.register_load_state_dict_pre_hook(_refuse_unequal)  # type: ignore[no-untyped-call]  # torch's
-            model.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]  # torch's
-        model.__dict__["_hard_ties"] = record
+        made = merge(model, resolve(model, new), init)
+        names = frozenset(name for group in made for name in group.names)
+        record = model.__dict__["_hard_ties"]
+        record.ties |= dict.fromkeys(new, names)
     else:
         _tie_again(model)
     own = {name for each in parsed for name in record.ties[each]}
     return [group for group in tied(model) if not own.isdisjoint(group.names)]
+
+
+@torch.no_grad()
+def merge(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
+    """Make the weights of each group one, as :func:`tie` does; return the groups."""
+    places = places_of(model)
+    planned = [_plan(group, places) for group in groups]
+    for group, shared in zip(groups, planned, strict=True):
+        if init == "mean":
+            group.parameters[0].copy_(torch.stack(group.tensors()).mean(dim=0))
+        _join(shared, group.parameters[0], places)
+    record: Record = model.__dict__.get("_hard_ties") or Record()
+    touched = {name for shared in planned for name in shared.names}
+    record.groups = [shared for shared in record.groups if touched.isdisjoint(shared.names)] + planned
+    if "_hard_ties" not in model.__dict__:
+        model.register_load_state_dict_pre_hook(_refuse_unequal)  # type: ignore[no-untyped-call]  # torch's
+        model.register_load_state_dict_post_hook(_tie_again)  # type: ignore[no-untyped-call]  # torch's
+    model.__dict__["_hard_ties"] = record
+    return [group for group in tied(model) if not touched.isdisjoint(group.names)]
 
 
 def untie(model: nn.Module) -> int:

@@ -1,0 +1,218 @@
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from toys import TIES, Toy, batches, same, train
+
+from tying.callbacks import (
+    GeneratedWeights,
+    HardTying,
+    LowRankWeights,
+    SoftTying,
+    TemplateWeights,
+    TyingMonitor,
+    TyingSummary,
+)
+from tying.hard import audit, tied
+from tying.mixins import HardTyingMixin
+
+
+class Inherits(HardTyingMixin, Toy):
+    hard_tying = {"ties": TIES}  # noqa: RUF012
+
+
+class Late(Toy):
+    """Makes its layers in configure_model."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kept = self.encoder, self.decoder
+        del self.encoder, self.decoder
+
+    def configure_model(self):
+        if not hasattr(self, "encoder"):
+            self.encoder, self.decoder = self.kept
+
+
+def test_weights_are_one_through_training():
+    model = Toy()
+    [callback] = [HardTying(TIES)]
+    trainer = train(model, [callback])
+    assert len(tied(model)) == 3
+    assert torch.equal(model.decoder[2].weight, model.encoder[0].weight.T)
+    assert [len(group) for group in callback.groups] == [2, 2, 2]
+    held = sum(p.numel() for group in trainer.optimizers[0].param_groups for p in group["params"])
+    assert held == sum(p.numel() for p in Toy().parameters()) - 5 * 6 - 4 * 5 - 5
+
+
+def test_training_is_that_of_ties_written_by_hand():
+    class ByHand(Toy):
+        def loss(self, batch):
+            first, second = self.encoder[0], self.encoder[2]
+            x = batch[0]
+            code = second(first(x).tanh())
+            hidden = torch.nn.functional.linear(code, second.weight.T, first.bias).tanh()
+            return (torch.nn.functional.linear(hidden, first.weight.T, self.decoder[2].bias) - x).square().mean()
+
+        def configure_optimizers(self):
+            return self.make_optimizer([*self.encoder.parameters(), self.decoder[2].bias])
+
+    ours, by_hand = Toy(), ByHand()
+    train(ours, [HardTying(TIES)])
+    train(by_hand)
+    for name in ("encoder.0.weight", "encoder.2.weight", "encoder.0.bias", "decoder.2.bias"):
+        torch.testing.assert_close(ours.get_parameter(name), by_hand.get_parameter(name), rtol=0, atol=1e-6)
+
+
+def test_mixin_callback_and_late_layers_are_the_same_run():
+    models = [Toy(), Inherits(), Late()]
+    for model in models:
+        train(model, [] if isinstance(model, Inherits) else [HardTying(TIES)])
+    assert same(models[0], models[1])
+    assert same(models[0], models[2])
+
+
+def test_soft_tying_with_infinite_strength_is_hard_tying():
+    """Equal weights stay equal; the mean of plain SGD's steps is half the step of the shared weight."""
+    hard, soft = Toy(), Toy()
+    sgd = lambda rate: lambda parameters: torch.optim.SGD(parameters, lr=rate)  # noqa: E731
+    ties = ["encoder.0.weight ~ decoder.2.weight | o i -> i o"]
+    hard.make_optimizer = sgd(0.1)
+    rates = {"encoder.0.weight": 0.2, "decoder.2.weight": 0.2}
+    soft.make_optimizer = lambda _: torch.optim.SGD(
+        [{"params": [p], "lr": rates.get(name, 0.1)} for name, p in soft.named_parameters()]
+    )
+    with torch.no_grad():
+        soft.decoder[2].weight.copy_(soft.encoder[0].weight.T)
+    train(hard, [HardTying(ties)])
+    train(soft, [SoftTying(ties, strength=float("inf"), update="proximal")])
+    torch.testing.assert_close(soft.encoder[0].weight, hard.encoder[0].weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(soft.decoder[2].weight, soft.encoder[0].weight.T, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"accumulate_grad_batches": 4}, {"gradient_clip_val": 0.01}, {"precision": "bf16-mixed"}], ids=str
+)
+def test_in_mixed_company(arguments):
+    model = Toy()
+    train(model, [HardTying(TIES), TyingMonitor(), TyingSummary()], **arguments)
+    assert len(tied(model)) == 3
+    assert not torch.equal(model.encoder[0].weight, Toy().encoder[0].weight)
+
+
+def test_monitor_and_summary(capsys):
+    trainer = train(Toy(), [HardTying(TIES), TyingMonitor(), TyingSummary()], log_every_n_steps=1)
+    assert float(trainer.callback_metrics["tying/gap"]) == 0.0
+    told = capsys.readouterr().out
+    assert "HardTying" in told
+    assert "65 unique parameters, 120 counting each use; 220 bytes saved by sharing." in told
+    assert "Were every group one weight" not in told
+
+
+def test_it_says_that_weights_differed(caplog):
+    with caplog.at_level("INFO"):
+        HardTying(TIES, init="mean").apply(Toy())
+    assert "HardTying: the weights of 3 of 3 groups differed before they became one (largest gap 0." in caplog.text
+    assert "their mean is kept" in caplog.text
+
+
+def test_several_fits_and_stages():
+    model, callback = Toy(), HardTying(TIES)
+    trainer = train(model, [callback], max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, batches())
+    assert len(tied(model)) == 3
+    copied = copy.deepcopy(model)
+    train(copied, [HardTying(TIES)], max_epochs=1)
+    assert len(tied(copied)) == 3
+
+
+def test_two_callbacks():
+    model = Toy()
+    first, second = HardTying(TIES[:1]), HardTying(TIES[1:], name="biases")
+    train(model, [first, second], max_epochs=1)
+    assert [group.names for group in second.groups] == [("encoder.0.bias", "decoder.0.bias")]
+    assert len(first.groups) == 2
+    assert audit(model).problems == ()
+
+
+class EarlyOptimizer(Toy):
+    """Holds an optimizer made before the ties."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_optimizers(self):
+        return self.early
+
+
+def test_ties_after_the_optimizer_are_refused():
+    with pytest.raises(
+        ValueError, match=r"tensors in the optimizers are not the model's: the ties were made, or undone, after"
+    ):
+        train(EarlyOptimizer(), [HardTying(TIES)])
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match="init is 'source' or 'mean', not 'first'"):
+        HardTying(TIES, init="first")
+    with pytest.raises(ValueError, match="ties must be a list of at least one Tie"):
+        HardTying([])
+    model = Toy()
+    with pytest.raises(ValueError, match=r"Nearest existing names: encoder\.0\.weight"):
+        train(model, [HardTying(["encoder.0.wieght ~ decoder.2.weight | o i -> i o"])])
+    assert same(model, Toy())
+
+
+class Convolutions(Toy):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+
+    def loss(self, batch):
+        code = self.extra(self.encoder(batch[0])[:, :, None, None]).flatten(1)
+        return (self.decoder(code) - batch[0]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: LowRankWeights(["encoder.0.weight"], rank=2), {"encoder.0.weight"}),
+        (lambda: LowRankWeights(["extra.0.weight"], rank=1), {"extra.0.weight"}),
+        (lambda: TemplateWeights(["extra.*.weight"], templates=1), {"extra.0.weight", "extra.1.weight"}),
+        (lambda: GeneratedWeights(["extra.*.weight"], 1, 2, 2), {"extra.0.weight", "extra.1.weight"}),
+    ],
+)
+def test_other_parametrizations(make, names, tmp_path):
+    model, callback = Convolutions(), make()
+    before = sum(p.numel() for p in model.parameters())
+    train(model, [callback], max_epochs=1, default_root_dir=tmp_path)
+    assert set(callback.apply(model)) == names
+    computed = {f"{path}.{name}" for path, m in model.named_modules() for name in getattr(m, "parametrizations", {})}
+    assert computed == names
+    assert sum(p.numel() for p in model.parameters()) < before
+    assert (tmp_path / "layer_similarity.png").exists() == isinstance(callback, TemplateWeights)
+
+
+def test_parametrizations_are_all_or_none():
+    model = Convolutions()
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"'decoder.0.bias': a weight of shape \(5,\) has no rank"):
+        LowRankWeights(["encoder.0.weight", "decoder.0.bias"], rank=1).apply(model)
+    assert same(model, before)
+    HardTying(["extra.0.weight ~ extra.1.weight"]).apply(model)
+    with pytest.raises(ValueError, match=r"'extra.0.weight' is tied to 'extra.1.weight', which would not follow"):
+        LowRankWeights(["extra.0.weight"], rank=1).apply(model)
+    LowRankWeights(["encoder.0.weight"], rank=1).apply(model)
+    with pytest.raises(ValueError, match="matches no parameter or module"):
+        LowRankWeights(["encoder.0.weight"], rank=1).apply(model)
+
+
+def test_sharding_strategies_are_refused():
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.__class__ = type("Sharded", (pl.strategies.FSDPStrategy,), {})
+    with pytest.raises(ValueError, match="HardTying does not support Sharded: change the model in configure_model"):
+        HardTying(TIES).setup(trainer, Toy(), "fit")

@@ -1,0 +1,110 @@
+"""Soft ties that become hard."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from toys import TIES, Toy, same, train
+
+from tying import resolve
+from tying.callbacks import SoftTying, TyingMonitor, TyingSummary
+from tying.hard import audit, tied
+from tying.hard.states import merge_states
+from tying.soft import gap
+
+NEAR = 0.3
+
+
+def strongly(**arguments):
+    return SoftTying(TIES, strength=1.0, update="proximal", harden_below=NEAR, **arguments)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_groups_become_one_where_their_gap_is_below(kind, caplog):
+    model = Toy(lambda parameters: kind(parameters, lr=0.05))
+    callback = strongly()
+    with caplog.at_level("INFO"):
+        trainer = train(model, [callback, TyingMonitor(), TyingSummary()], max_epochs=6)
+    assert tied(model)
+    assert "hard tied from now on" in caplog.text
+    assert (
+        float(trainer.callback_metrics["tying/hardened"]) == len(tied(model)) == sum(g.shared for g in callback.groups)
+    )
+    assert len(callback.groups) == 3
+    for group in callback.groups:
+        assert group.shared or gap(group.tensors()) >= NEAR
+    assert audit(model, trainer.optimizers).problems == ()
+
+
+def test_nothing_hardens_above():
+    model, free = Toy(), Toy()
+    train(model, [SoftTying(TIES, strength=0.01, harden_below=1e-6)])
+    train(free, [SoftTying(TIES, strength=0.01)])
+    assert tied(model) == []
+    assert same(model, free)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resume_is_bitwise(kind, stop, tmp_path):
+    def made():
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return Toy(lambda parameters: kind(parameters, lr=0.05, **options))
+
+    whole = made()
+    train(whole, [strongly()], max_epochs=6)
+    assert tied(whole)
+    half = made()
+    train(half, [strongly()], max_epochs=stop).save_checkpoint(tmp_path / "half.ckpt")
+    resumed, callback = made(), strongly()
+    train(resumed, [callback], max_epochs=6, ckpt_path=tmp_path / "half.ckpt")
+    assert [group.names for group in tied(resumed)] == [group.names for group in tied(whole)]
+    assert same(resumed, whole)
+    assert len(callback.groups) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_states_are_the_mean_in_the_sources_layout(kind):
+    model = Toy()
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    optimizer = kind(model.parameters(), lr=0.1, **options)
+    model.loss([torch.randn(4, 6)]).backward()
+    optimizer.step()
+    source, target = model.encoder[0].weight, model.decoder[2].weight
+    key = "momentum_buffer" if kind is torch.optim.SGD else "exp_avg_sq"
+    expected = (optimizer.state[source][key] + optimizer.state[target][key].T) / 2
+    count = len(optimizer.param_groups[0]["params"])
+    merge_states([optimizer], resolve(model, TIES[:1])[0])
+    assert torch.equal(optimizer.state[source][key], expected)
+    assert target not in optimizer.state
+    assert len(optimizer.param_groups[0]["params"]) == count - 1
+    if kind is torch.optim.AdamW:
+        assert float(optimizer.state[source]["step"]) == 1
+
+
+def test_states_over_several_optimizers():
+    model = Toy()
+    first = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
+    second = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
+    for group in resolve(model, TIES):
+        merge_states([first, second], group)
+    assert len(second.param_groups[0]["params"]) == 1
+    assert len(first.param_groups[0]["params"]) == 4
+
+
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])
+def test_averaging_is_refused(averaging):
+    with pytest.raises(ValueError, match=f"harden_below does not go with {type(averaging).__name__}"):
+        train(Toy(), [strongly(), averaging])
+
+
+def test_frozen_members_are_refused():
+    model = Toy()
+    model.decoder[2].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"encoder\.0\.weight, decoder\.2\.weight cannot harden into one weight"):
+        train(model, [strongly()])
+
+
+@pytest.mark.parametrize("tolerance", [0, -1, 1.5])
+def test_range(tolerance):
+    with pytest.raises(ValueError, match="harden_below is a gap, above 0 and at most 1"):
+        SoftTying(TIES, harden_below=tolerance)
