@@ -22,9 +22,10 @@ import tying.bake
 import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
-from tying.callbacks.base import TyingCallback, callbacks_of
+from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before, callbacks_of
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
+from tying.hard import audit
 from tying.names import clean_name
 from tying.selection import resolve, resolve_each
 from tying.ties import TiedGroup
@@ -88,6 +89,15 @@ class Trainer(pl.Trainer):
         held = {id(parameter) for _, group in groups for parameter in group.parameters}
         free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in held]
         print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
+        changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
+        wrong = [averaging_before(callback, callbacks) for callback in changing]
+        for callback in changing:
+            callback.apply(model)
+        report = audit(model)
+        if changing:
+            print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {report.counts()}")
+        for line in [*(f"Problem: {problem}." for problem in wrong if problem), *report.remarks()]:
+            print(line)
 
 
 class SaveConfig(SaveConfigCallback):

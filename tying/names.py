@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import nn
 
 from tying.errors import ConfigurationError, nearest
@@ -27,7 +28,9 @@ def clean_name(name: str) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of unique parameter values, and of virtual ones, where each alias counts again.
+    """Return the number of parameter values that are stored, and of those that the model computes with.
+
+    The latter counts each alias again, and for a parametrized weight the entries of the weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -35,9 +38,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         >>> count_parameters(model)
         (4, 8)
     """
-    return tuple(  # type: ignore[return-value]  # two items: one per flag
-        sum(p.numel() for _, p in model.named_parameters(remove_duplicate=unique)) for unique in (True, False)
-    )
+    virtual = 0
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" not in path.split("."):
+            held = [parameter for parameter in module._parameters.values() if parameter is not None]
+            with torch.no_grad():
+                held += [getattr(module, name) for name in getattr(module, "parametrizations", {})]
+            virtual += sum(weight.numel() for weight in held)
+    return sum(parameter.numel() for parameter in model.parameters()), virtual
 
 
 @dataclass(frozen=True)

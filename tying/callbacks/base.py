@@ -30,12 +30,8 @@ class ChangesModel(pl.Callback):
                 f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, "
                 "before it is sharded, and shard tied modules together, as tying.hard.audit says"
             )
-        for callback in callbacks_of(trainer)[: callbacks_of(trainer).index(self)]:
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
-                raise ConfigurationError(
-                    f"{type(callback).__name__} stands before {kind} and would average the weights of a copy that it "
-                    f"has not changed: list {kind} first"
-                )
+        if problem := averaging_before(self, callbacks_of(trainer)):
+            raise ConfigurationError(problem)
         # layers that configure_model makes must be there; Lightning calls it again, which it must stand
         _call_configure_model(trainer)
         self.apply(pl_module)
@@ -70,6 +66,18 @@ class TyingCallback(pl.Callback):
 
     def check(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback could not tie these groups."""
+
+
+def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> str:
+    """Return what is wrong where a callback that averages weights stands before one that changes the model."""
+    for other in callbacks[: [*callbacks].index(callback)]:
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            kind = type(callback).__name__
+            return (
+                f"{type(other).__name__} stands before {kind} and would average the weights of a copy that it has not "
+                f"changed: list {kind} first"
+            )
+    return ""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -37,13 +37,16 @@ class TieReport:
 
     def __str__(self) -> str:
         lines = [f"{' = '.join(names)} ({how})" for names, how in zip(self.groups, self.relations, strict=True)]
-        lines.append(
-            f"{self.unique:,} unique parameters, {self.virtual:,} counting each use; "
-            f"{self.saved_bytes:,} bytes saved by sharing."
-        )
-        lines += [f"Problem: {problem}." for problem in self.problems]
-        lines += [f"Limit: {limit}." for limit in self.limits]
-        return "\n".join(lines)
+        return "\n".join([*lines, self.counts(), *self.remarks()])
+
+    def counts(self) -> str:
+        """Return the numbers, in a sentence."""
+        numbers = f"{self.unique:,} unique parameters, {self.virtual:,} counting each use"
+        return f"{numbers}; {self.saved_bytes:,} bytes saved by sharing."
+
+    def remarks(self) -> list[str]:
+        """Return problems and limits, a line each."""
+        return [f"Problem: {problem}." for problem in self.problems] + [f"Limit: {limit}." for limit in self.limits]
 
 
 def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
