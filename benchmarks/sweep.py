@@ -104,6 +104,7 @@ class Sweep:
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     cli = parse(arguments(run, Path(folder), self.data))
+                cli.trainer.inspect(cli.model)  # do the ties fit?
                 if cli.trainer.world_size > 1:
                     raise ConfigurationError("a run trains in one process: set devices and num_nodes to 1")
                 described = str(cli.config.get("data"))

@@ -381,3 +381,9 @@ def test_bake_mistakes(tmp_path, capsys):
     assert "text.ckpt is not a checkpoint, or is truncated" in errors(capsys, "bake", "--ckpt=text.ckpt", "--out=a.pt")
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
     assert "empty.ckpt holds no state dict" in errors(capsys, "bake", "--ckpt=empty.ckpt", "--out=a.pt")
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_config_fits_its_model(config, capsys):
+    main(["inspect", BASE, f"--config={ROOT / 'configs' / config}"])
+    assert "unique parameters" in capsys.readouterr().out

@@ -281,6 +281,7 @@ def test_difference_by_hand():
     ("arguments", "told"),
     [
         (["--model.lrr=1"], r"untied: .*lrr"),
+        (["--trainer.callbacks.ties=[network.9.weight ~ network.5.weight]"], "untied: .*network.9.weight.*matches no"),
         (["--jobs=0"], "jobs must be 1 or more, not 0"),
         (["--data=nowhere"], "--data: there is no nowhere; give the data module's root, or 'sample'"),
         (["--only=sotf*"], r"no run of suite mine fits 'sotf\*'"),
