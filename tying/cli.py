@@ -112,6 +112,8 @@ class SaveConfig(SaveConfigCallback):
 class TyingCLI(LightningCLI):
     """LightningCLI for any LightningModule and any LightningDataModule, with the subcommand ``inspect``."""
 
+    trainer: Trainer
+
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
