@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import yaml
 from torch import Tensor
 
 from tying.atomic import atomically
+from tying.callbacks.base import ChangesModel, callbacks_of
 from tying.errors import ConfigurationError
 from tying.hard import bake
 
 SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's config.yaml; the rest are arguments of `fit`
 
 
-def main(args: Sequence[str]) -> None:
+def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, pl.LightningModule]]) -> None:
     """Write the plain weights of a checkpoint.
+
+    Args:
+        args: of the command.
+        load: returns the trainer and the model that arguments describe.
 
     Raises:
         ConfigurationError: the checkpoint is missing or holds no weights, or they cannot be had without the model.
@@ -32,7 +38,7 @@ def main(args: Sequence[str]) -> None:
     known = parser.parse_args(args)
     weights = _weights(known.ckpt)
     if any("parametrizations." in key for key in weights):
-        weights = _computed(weights, known.config, known.ckpt)
+        weights = _computed(weights, known.config, known.ckpt, load)
     plain = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     _save(plain, known.out)
     size = sum(value.numel() * value.element_size() for value in plain.values())
@@ -52,12 +58,14 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return held
 
 
-def _computed(weights: dict[str, Tensor], configs: Sequence[str], path: Path) -> dict[str, Tensor]:
+def _computed(
+    weights: dict[str, Tensor],
+    configs: Sequence[str],
+    path: Path,
+    load: Callable[[Sequence[str]], tuple[pl.Trainer, pl.LightningModule]],
+) -> dict[str, Tensor]:
     if not configs:
         raise ConfigurationError(f"{path} holds weights that the model computes: give the --config of its run")
-    from tying.callbacks.base import ChangesModel, callbacks_of  # here, because they import all there is
-    from tying.cli import parse
-
     with tempfile.TemporaryDirectory() as folder:
         arguments = []
         for number, config in enumerate(configs):
@@ -65,16 +73,16 @@ def _computed(weights: dict[str, Tensor], configs: Sequence[str], path: Path) ->
             content = yaml.safe_load(Path(config).read_text())
             kept.write_text(yaml.safe_dump({key: content[key] for key in SECTIONS if key in content}))
             arguments.append(f"--config={kept}")
-        cli = parse(arguments)
-    cli.model.configure_model()
-    for callback in callbacks_of(cli.trainer):
+        trainer, model = load(arguments)
+    model.configure_model()
+    for callback in callbacks_of(trainer):
         if isinstance(callback, ChangesModel):
-            callback.apply(cli.model)
+            callback.apply(model)
     try:
-        cli.model.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigurationError(f"{path} does not fit the model of {', '.join(configs)}: {error}") from None
-    return bake(cli.model)
+    return bake(model)
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:

@@ -181,6 +181,11 @@ def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
     )
 
 
+def _load(args: Sequence[str]) -> tuple[pl.Trainer, pl.LightningModule]:
+    cli = parse(args)
+    return cli.trainer, cli.model
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake in what was asked for is told in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
@@ -188,7 +193,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else [*args]
     try:
         if given[:1] == ["bake"]:
-            tying.bake.main(given[1:])
+            tying.bake.main(given[1:], _load)
         else:
             parse(given, run=True)
     except (ArgumentError, ValueError, MisconfigurationException) as error:
