@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from toys import TIES, Toy, batches, same
 
 from tying.callbacks import SoftTying
-from tying.cli import main, parse
+from tying.cli import main, newest_intact, parse
 from tying.models import Autoencoder
 
 ROOT = Path(__file__).parents[1]
@@ -387,3 +387,19 @@ def test_bake_mistakes(tmp_path, capsys):
 def test_every_config_fits_its_model(config, capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / config}"])
     assert "unique parameters" in capsys.readouterr().out
+
+
+def test_the_newest_checkpoint_that_is_whole(tmp_path):
+    """A kill may truncate one, where temporary files lie on another disk."""
+    paths = [tmp_path / name for name in ("old.ckpt", "corrupted.ckpt", "truncated.ckpt", "empty.ckpt")]
+    for age, path in enumerate(paths):
+        torch.save({"a": torch.arange(1000.0)}, path)
+        os.utime(path, (age, age))
+    content = bytearray(paths[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    for path, broken in zip(paths[1:], (content, paths[2].read_bytes()[:2000], b""), strict=True):
+        path.write_bytes(broken)
+    os.utime(paths[0], (0, 0))
+    assert newest_intact(paths) == paths[0]
+    assert newest_intact(paths[1:]) is None
+    assert newest_intact([]) is None

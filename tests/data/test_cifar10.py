@@ -223,3 +223,19 @@ def test_cutting_the_sample(tmp_path):
     cut_sample(source, out)
     assert out.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.tar", "out.tar.xz"]
+
+
+def test_key_stands_for_the_content():
+    """Whatever is held out or kept; another image changes it."""
+    keys = []
+    for arguments in ({}, {"validation": 0.5}, {"labelled": 50}):
+        data = CIFAR10(**arguments)
+        data.setup("fit")
+        keys.append(data.key)
+    assert len(set(keys)) == 1
+    loaded = {split: (images.clone(), labels) for split, (images, labels) in CIFAR10().load().items()}
+    loaded["train"][0][1, 0, 0, 0] ^= 1
+    changed = CIFAR10()
+    changed.load = lambda: loaded
+    changed.setup("fit")
+    assert changed.key != keys[0]
