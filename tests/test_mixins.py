@@ -2,11 +2,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from toys import STRENGTH, TIES, Toy, batches, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import HardTying, SoftTying
+from tying.cli import main
 from tying.hard import tied
 from tying.mixins import HardTyingMixin, SoftTyingMixin
 
@@ -91,3 +92,28 @@ def test_hard_mixin_without_arguments():
 
     with pytest.raises(ConfigurationError, match="Forgets inherits HardTyingMixin and must set hard_tying"):
         Forgets().configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_the_hard_mixin_goes_with_weight_averaging():
+    """Lightning appends a module's callbacks; the model is tied by then."""
+
+    class Hard(HardTyingMixin, Toy):
+        hard_tying: ClassVar = {"ties": TIES}
+
+    model = Hard()
+    train(model, [EMAWeightAveraging(decay=0.5)])
+    assert len(tied(model)) == 3
+
+
+def test_inspecting_a_model_that_ties_itself(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine_tied.py").write_text(
+        "from tying.mixins import HardTyingMixin\nfrom tying.models import Autoencoder\n"
+        "class Mine(HardTyingMixin, Autoencoder):\n"
+        "    hard_tying = {'ties': ['encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o']}\n"
+    )
+    main(["inspect", "--model=mine_tied.Mine", "--model.sizes=[8, 4, 2]", "--trainer.logger=false"])
+    told = capsys.readouterr().out
+    assert "With HardTying: 58 unique parameters, 98 counting each use; 160 bytes saved by sharing." in told
+    assert "pickling the model refuses" in told

@@ -17,6 +17,7 @@ from tying.atomic import atomically
 from tying.callbacks.base import ChangesModel, callbacks_of
 from tying.errors import ConfigurationError
 from tying.hard import bake
+from tying.names import unwrapped
 
 SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's config.yaml; the rest are arguments of `fit`
 
@@ -39,7 +40,8 @@ def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, 
     weights = _weights(known.ckpt)
     if any("parametrizations." in key for key in weights):
         weights = _computed(weights, known.config, known.ckpt, load)
-    plain = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    own = {unwrapped(key): value.detach() for key, value in weights.items()}
+    plain = {key: value.clone(memory_format=torch.contiguous_format) for key, value in own.items()}
     _save(plain, known.out)
     size = sum(value.numel() * value.element_size() for value in plain.values())
     print(f"{len(plain)} tensors, {size:,} bytes: {known.out}")
@@ -70,7 +72,10 @@ def _computed(
         arguments = []
         for number, config in enumerate(configs):
             kept = Path(folder) / f"{number}.yaml"
-            content = yaml.safe_load(Path(config).read_text())
+            try:
+                content = yaml.safe_load(Path(config).read_text())
+            except (OSError, yaml.YAMLError) as error:
+                raise ConfigurationError(f"--config: {config} cannot be read: {error}") from None
             kept.write_text(yaml.safe_dump({key: content[key] for key in SECTIONS if key in content}))
             arguments.append(f"--config={kept}")
         trainer, model = load(arguments)

@@ -22,6 +22,7 @@ import tying.bake
 import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
+from tying.callbacks import HardTying
 from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before, callbacks_of
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
@@ -70,6 +71,9 @@ class Trainer(pl.Trainer):
             if not isinstance(callback, TyingCallback):
                 continue
             kind = type(callback).__name__
+            if isinstance(callback, HardTying) and callback.is_applied(model):  # by the model itself
+                groups += [(kind, group) for group in callback.apply(model)]
+                continue
             found = resolve_each(model, callback.ties)
             for tie, result in zip(callback.ties, found, strict=True):
                 if not isinstance(result, ConfigurationError):

@@ -17,6 +17,16 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)(?
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original$")
 
 
+def unwrapped(name: str) -> str:
+    """Return ``name`` without the parts that wrappers add to it.
+
+    Example:
+        >>> unwrapped("encoder._orig_mod.weight")
+        'encoder.weight'
+    """
+    return _WRAPPERS.sub("", name).rstrip(".")
+
+
 def clean_name(name: str) -> str:
     """Return ``name`` without the parts that wrappers and parametrizations add to it.
 

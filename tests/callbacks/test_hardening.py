@@ -91,6 +91,73 @@ def test_states_over_several_optimizers():
     assert len(first.param_groups[0]["params"]) == 4
 
 
+class Late(Toy):
+    """Lists the source of its tie last, in a group of its own, and has an alias."""
+
+    def __init__(self):
+        super().__init__()
+        self.alias = self.decoder[0]
+
+    def configure_optimizers(self):
+        own = list(self.encoder.parameters())
+        groups = [{"params": own}, {"params": list(self.decoder.parameters()), "lr": 0.03}]
+        return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+
+
+def late_ties():
+    return SoftTying(
+        ["decoder.{i}.weight ~ encoder.{-i}.weight | o i -> i o"],
+        strength=1.0,
+        update="proximal",
+        harden_below=0.4,
+        schedule=None,
+    )
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_resume_is_bitwise_whatever_the_optimizers_order(stop, tmp_path):
+    whole = Late()
+    train(whole, [late_ties()], max_epochs=6)
+    assert tied(whole)
+    train(Late(), [late_ties()], max_epochs=stop).save_checkpoint(tmp_path / "a.ckpt")
+    resumed = Late()
+    train(resumed, [late_ties()], max_epochs=6, ckpt_path=tmp_path / "a.ckpt")
+    assert len(tied(resumed)) == len(tied(whole))
+    one, other = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_hardened_model_goes_on_from_any_checkpoint(tmp_path):
+    """In the same process: a later fit, an earlier checkpoint, and a test of it."""
+    model, callback = Toy(), strongly()
+    early = train(model, [callback], max_epochs=1)
+    early.save_checkpoint(tmp_path / "early.ckpt")
+    apart = not tied(model)
+    train(model, [callback], max_epochs=6)
+    assert tied(model)
+    train(model, [callback], max_epochs=2)
+    assert len(callback.groups) == 3
+    again = Toy()
+    train(again, [strongly()], max_epochs=3, ckpt_path=tmp_path / "early.ckpt")
+    train(model, [callback], max_epochs=3, ckpt_path=tmp_path / "early.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert apart or tied(again)
+
+
+def test_a_source_that_nobody_trained_takes_a_members_place():
+    model = Toy()
+    optimizer = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
+    merge_states([optimizer], resolve(model, TIES[:1])[0])
+    held = optimizer.param_groups[0]["params"]
+    assert any(parameter is model.encoder[0].weight for parameter in held)
+    assert len(held) == 4
+
+
+def test_callbacks_that_share_weights_are_refused():
+    with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying ties too"):
+        train(Toy(), [strongly(), SoftTying(TIES[:1], name="other")])
+
+
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])
 def test_averaging_is_refused(averaging):
     with pytest.raises(ValueError, match=f"harden_below does not go with {type(averaging).__name__}"):
@@ -100,7 +167,9 @@ def test_averaging_is_refused(averaging):
 def test_frozen_members_are_refused():
     model = Toy()
     model.decoder[2].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"encoder\.0\.weight, decoder\.2\.weight cannot harden into one weight"):
+    with pytest.raises(
+        ValueError, match=r"'decoder\.2\.weight' cannot be tied to 'encoder\.0\.weight': requires_grad is False"
+    ):
         train(model, [strongly()])
 
 

@@ -17,7 +17,9 @@ from tying.hard import (
     TemplateBank,
     TemplateMixture,
     fold,
+    generate_weights,
     layer_similarity,
+    load_plain,
     plot_similarity,
 )
 from tying.hard.generated import generate
@@ -263,3 +265,37 @@ def test_mistakes(layer, make, told):
     with pytest.raises(ValueError, match=told):
         parametrize.register_parametrization(layer, "weight", make())
     assert not parametrize.is_parametrized(layer)
+
+
+def test_opposite_layers_are_not_folded():
+    _, model = mixed(2, 2)
+    with torch.no_grad():
+        alphas(model)[1].copy_(-alphas(model)[0])
+        alphas(model)[2].copy_(alphas(model)[0].flip(0) * torch.tensor([1.0, -1.0]))
+    assert fold(model) == []
+    with torch.no_grad():
+        alphas(model)[1].copy_(3 * alphas(model)[0])
+    assert fold(model) == [("0.weight", "1.weight")]
+
+
+def test_a_low_rank_weight_keeps_its_shape():
+    layer = parametrize.register_parametrization(nn.Linear(6, 4), "weight", LowRank(2))
+    with pytest.raises(ValueError, match=r"a weight of shape \(4, 6\) cannot become one of \(3, 5\)"):
+        layer.weight = torch.randn(3, 5)
+    assert layer.weight.shape == (4, 6)
+
+
+def test_plain_weights_of_wrong_shape_change_nothing():
+    _, model = mixed(2, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))).state_dict()
+    with pytest.raises(ValueError, match=r"templates of shape \(4, 4\) do not fit a weight of shape \(5, 4\)"):
+        load_plain(model, {**plain, "2.weight": torch.zeros(5, 4)})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_generated_kernels_have_kaimings_variance():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(64, 64, 3))
+    generate_weights(model, ["*.weight"], embedding=64)
+    for layer, inputs in zip(model, (16, 64), strict=True):
+        assert float(layer.weight.detach().std()) == pytest.approx((2 / (9 * inputs)) ** 0.5, rel=0.25)

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from torch import nn
 from toys import TIES, Toy
 
 from tying import Tie, resolve
-from tying.hard import tie, tied, untie
-from tying.hard.sharing import are_equal
+from tying.hard import audit, bake, load_plain, tie, tied, untie
+from tying.hard.guard import are_equal
 
 TRANSPOSED = "encoder.weight ~ decoder.weight | o i -> i o"
 
@@ -235,7 +236,7 @@ def test_what_is_taken_apart_is_found_and_mended():
         (lambda m: m["decoder"].weight.requires_grad_(False), [TRANSPOSED], r"'decoder.weight' cannot be tied to 'encoder.weight': requires_grad is False for one and True"),
         (lambda m: m["decoder"].double(), [TRANSPOSED], r"dtype is torch.float64 for one and torch.float32"),
         (lambda m: m["decoder"].to("meta"), [TRANSPOSED], r"device is meta for one and cpu"),
-        (lambda m: nn.utils.parametrizations.weight_norm(m["decoder"]), ["encoder.weight ~ decoder.parametrizations.weight.original1 | o i -> i o"], "is parametrized already. Tie first"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m["decoder"]), ["encoder.weight ~ decoder.parametrizations.weight.original1 | o i -> i o"], "it is parametrized: it is computed from other weights"),
         (lambda m: tie(m, [TRANSPOSED]), ["other.weight ~ decoder.weight | o i -> i o"], r"'decoder.weight' cannot be tied to 'other.weight': it is tied already, through the relation 'o i -> i o'"),
         (lambda m: m.update({"lazy": nn.LazyLinear(3)}), ["encoder.bias ~ lazy.bias"], "has no shape yet. Let the model see a batch"),
         (lambda m: m.update({"lstm": nn.LSTM(2, 3)}), ["lstm.weight_ih_l0 ~ lstm.weight_hh_l0 | (a o) i -> (a o) i"], "do not map|does not map"),
@@ -278,3 +279,106 @@ def test_equality_is_that_of_bits():
     assert not are_equal(torch.zeros(2), -torch.zeros(2))
     assert not are_equal(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
     assert not are_equal(torch.zeros(2), torch.zeros(2, 1))
+
+
+def test_what_others_parametrize_is_no_longer_equal():
+    model = linears(a=(3, 3), b=(3, 3))
+    tie(model, ["a.weight ~ b.weight"])
+    nn.utils.parametrizations.spectral_norm(model["a"])
+    with pytest.raises(ValueError, match=r"'a.weight' was tied to 'a.weight', and something has parametrized it since"):
+        tied(model)
+    assert "something has parametrized it since" in audit(model).problems[0]
+    model.load_state_dict(model.state_dict())
+    other = linears(a=(3, 3), b=(3, 3))
+    tie(other, ["a.weight ~ b.weight"])
+    nn.utils.parametrizations.weight_norm(other["b"])
+    assert "something has parametrized it since" in audit(other).problems[0]
+    other.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_part_is_guarded_too(assign):
+    """As `model.network.load_state_dict(pretrained)` does."""
+    model = nn.ModuleDict({"net": autoencoder(), "head": nn.Linear(2, 2)})
+    tie(model, ["net.encoder.weight ~ net.decoder.weight | o i -> i o"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'encoder\.weight' and 'decoder\.weight' are tied, but differ"):
+        model["net"].load_state_dict(autoencoder().state_dict(), assign=assign)
+    assert unchanged(model, before)
+    plain = autoencoder()
+    with torch.no_grad():
+        plain["decoder"].weight.copy_(plain["encoder"].weight.T)
+    model["net"].load_state_dict(plain.state_dict(), assign=assign)
+    assert len(tied(model)) == 1
+    assert torch.equal(model["net"]["decoder"].weight, plain["decoder"].weight)
+    untie(model)
+    model["net"].load_state_dict(autoencoder().state_dict(), assign=assign)
+
+
+def test_functions_see_the_ties_of_parts_and_behind_wrappers():
+    inner = autoencoder()
+    tie(inner, [TRANSPOSED])
+    for model in (nn.ModuleDict({"net": inner}), torch.compile(inner)):
+        prefix = "net." if isinstance(model, nn.ModuleDict) else ""
+        assert [group.names for group in tied(model)] == [(f"{prefix}encoder.weight", f"{prefix}decoder.weight")]
+        assert audit(model).relations == ("o i -> i o",)
+        assert sorted(bake(model)) == sorted(prefix + name for name in autoencoder().state_dict())
+        unequal = {prefix + name: torch.randn_like(value) for name, value in inner.state_dict().items()}
+        assert len(load_plain(model, unequal, "source")) == 2
+        assert torch.equal(inner["encoder"].weight, unequal[f"{prefix}encoder.weight"])
+    assert untie(nn.ModuleDict({"net": inner})) == 1
+    assert tied(inner) == []
+
+
+def test_missing_copies_below_wrappers_are_filled_in():
+    model = linears(a=(3, 3), b=(3, 3))
+    tie(model, ["a.weight ~ b.weight"])
+    model["b"] = torch.compile(model["b"])
+    state = {name: value for name, value in model.state_dict().items() if name != "b._orig_mod.weight"}
+    assert len(state) == 3
+    model.load_state_dict(state)
+
+
+def test_a_module_of_two_names_is_tied_once():
+    model = autoencoder()
+    model["again"] = model["decoder"]
+    [group] = tie(model, [TRANSPOSED])
+    assert set(group.names) == {"encoder.weight", "decoder.weight", "again.weight"}
+    assert torch.equal(model["again"].weight, model["encoder"].weight.T)
+    assert untie(model) == 2
+    assert not hasattr(model["decoder"], "parametrizations")
+
+
+def test_broken_ties_are_mended_before_new_ones():
+    model = linears(a=(3, 3), b=(3, 3), c=(3, 3))
+    tie(model, ["a.weight ~ b.weight"])
+    model["b"].weight = nn.Parameter(torch.zeros(3, 3))
+    tie(model, ["a.weight ~ b.weight", "a.bias ~ c.bias"])
+    assert model["b"].weight is model["a"].weight
+    assert len(tied(model)) == 2
+
+
+def test_untie_some():
+    model = Toy()
+    tie(model, TIES)
+    assert untie(model, ["encoder.0.weight"]) == 1
+    assert [group.names[0] for group in tied(model)] == ["encoder.2.weight", "encoder.0.bias"]
+    with pytest.raises(ValueError, match="are tied, but differ"):
+        model.load_state_dict(Toy(seed=4).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (torch.zeros(2, 2), "has shape (2, 2) in this state dict"),
+        (torch.zeros(2), "has shape (2,)"),
+        ("text", "is no tensor in this state dict, but str"),
+    ],
+)
+def test_odd_entries_of_a_state_dict(wrong, told):
+    model = autoencoder()
+    tie(model, [TRANSPOSED])
+    state = {**model.state_dict(), "decoder.weight": wrong}
+    for load in (model.load_state_dict, lambda state: load_plain(model, state)):
+        with pytest.raises(ValueError, match=re.escape(f"'decoder.weight' {told}")):
+            load(state)

@@ -30,11 +30,16 @@ class ChangesModel(pl.Callback):
                 f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, "
                 "before it is sharded, and shard tied modules together, as tying.hard.audit says"
             )
-        if problem := averaging_before(self, callbacks_of(trainer)):
+        problem = averaging_before(self, callbacks_of(trainer))
+        if problem and not self.is_applied(pl_module):  # a copy of what is changed already is right
             raise ConfigurationError(problem)
         # layers that configure_model makes must be there; Lightning calls it again, which it must stand
         _call_configure_model(trainer)
         self.apply(pl_module)
+
+    def is_applied(self, model: nn.Module) -> bool:
+        """Tell whether the model is changed already, by this callback or one that does the same."""
+        raise NotImplementedError
 
     def apply(self, model: nn.Module) -> object:
         """Change the model, unless it is changed already."""

@@ -12,9 +12,11 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import ChangesModel, TyingCallback
-from tying.errors import ConfigurationError
-from tying.hard import audit, generate_weights, lower_rank, plot_similarity, share_templates, tie, tied
+from tying.errors import ConfigurationError, listed
+from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied
 from tying.hard.applying import are_parametrized
+from tying.hard.guard import record_of, shared_in
+from tying.hard.states import are_alike
 from tying.selection import resolve
 from tying.soft import gap
 from tying.ties import Tie, TiedGroup
@@ -52,13 +54,43 @@ class HardTying(TyingCallback, ChangesModel):
         return self._groups
 
     @override
+    def check(self, groups: Sequence[TiedGroup]) -> None:
+        for group in groups:
+            if not are_alike(group.parameters):
+                raise ConfigurationError(
+                    f"{listed(group.names)} cannot be one weight: they differ in requires_grad, dtype or device"
+                )
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if problems := audit(pl_module, trainer.optimizers).problems:
-            raise ConfigurationError("; ".join(problems))
+        tied(pl_module)
+        trained = [id(p) for optimizer in trainer.optimizers for held in optimizer.param_groups for p in held["params"]]
+        for group in self._groups:
+            weight = group.parameters[0]
+            if trained.count(id(weight)) > 1:
+                raise ConfigurationError(
+                    f"{group.names[0]!r} stands {trained.count(id(weight))} times in the optimizers, and would be "
+                    "stepped and decayed as often: build them from self.parameters(), which yields each weight once"
+                )
+            if weight.requires_grad and trained and self._are_older(trainer, pl_module, group):
+                raise ConfigurationError(
+                    f"an optimizer holds tensors of the shape of {group.names[0]!r} that are not the model's: it was "
+                    "made before the weights became one. Make it in configure_optimizers"
+                )
+
+    def _are_older(self, trainer: pl.Trainer, model: nn.Module, group: TiedGroup) -> bool:
+        own = {id(parameter) for parameter in model.parameters()}
+        shapes = {relation(group.parameters[0]).shape for relation in group.relations}
+        held = [p for optimizer in trainer.optimizers for one in optimizer.param_groups for p in one["params"]]
+        return any(id(parameter) not in own and parameter.shape in shapes for parameter in held)
+
+    @override
+    def is_applied(self, model: nn.Module) -> bool:
+        return record_of(model).ties.keys() >= {*self.ties}
 
     @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:
-        gaps = [gap(group.tensors()) for group in resolve(model, self.ties)] if not tied(model) else []
+        gaps = [] if shared_in(model) else [gap(group.tensors()) for group in resolve(model, self.ties)]
         if differing := sum(apart > 0 for apart in gaps):
             kept = "those of the source are" if self.init == "source" else "their mean is"
             rank_zero_info(
@@ -69,7 +101,39 @@ class HardTying(TyingCallback, ChangesModel):
         return self._groups
 
 
-class LowRankWeights(ChangesModel):
+class Parametrizing(ChangesModel):
+    """A callback that lets weights of a model be computed; which, and how, its subclasses say.
+
+    Args:
+        parameters: patterns of names; a leading ``!`` leaves out.
+    """
+
+    def __init__(self, parameters: list[str]) -> None:
+        super().__init__()
+        self.parameters = parameters
+
+    def change(self, model: nn.Module) -> list[str]:
+        """Parametrize the weights; return their names."""
+        raise NotImplementedError
+
+    @property
+    def _asked(self) -> str:
+        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return f"{type(self).__name__}({public})"
+
+    @override
+    def is_applied(self, model: nn.Module) -> bool:
+        return are_parametrized(model, model.__dict__.get("_computed_by", {}).get(self._asked, []))
+
+    @override
+    def apply(self, model: nn.Module) -> list[str]:
+        record: dict[str, list[str]] = model.__dict__.setdefault("_computed_by", {})
+        if not self.is_applied(model):
+            record[self._asked] = self.change(model)
+        return record[self._asked]
+
+
+class LowRankWeights(Parametrizing):
     """Train weights of lower rank; see :func:`tying.hard.lower_rank`.
 
     Args:
@@ -83,18 +147,15 @@ class LowRankWeights(ChangesModel):
     """
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        super().__init__()
-        self.parameters, self.rank, self.diagonal = parameters, rank, diagonal
-        self._names: list[str] = []
+        super().__init__(parameters)
+        self.rank, self.diagonal = rank, diagonal
 
     @override
-    def apply(self, model: nn.Module) -> list[str]:
-        if not are_parametrized(model, self._names):
-            self._names = lower_rank(model, self.parameters, self.rank, self.diagonal)
-        return self._names
+    def change(self, model: nn.Module) -> list[str]:
+        return lower_rank(model, self.parameters, self.rank, self.diagonal)
 
 
-class TemplateWeights(ChangesModel):
+class TemplateWeights(Parametrizing):
     """Train weights that are mixtures of shared templates; see :func:`tying.hard.share_templates`.
 
     When training ends, the similarity of the layers is plotted as ``layer_similarity.png`` in the logger's directory.
@@ -109,15 +170,12 @@ class TemplateWeights(ChangesModel):
     """
 
     def __init__(self, parameters: list[str], templates: int) -> None:
-        super().__init__()
-        self.parameters, self.templates = parameters, templates
-        self._names: list[str] = []
+        super().__init__(parameters)
+        self.templates = templates
 
     @override
-    def apply(self, model: nn.Module) -> list[str]:
-        if not are_parametrized(model, self._names):
-            self._names = [*share_templates(model, self.parameters, self.templates)]
-        return self._names
+    def change(self, model: nn.Module) -> list[str]:
+        return [*share_templates(model, self.parameters, self.templates)]
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,7 +184,7 @@ class TemplateWeights(ChangesModel):
             plot_similarity(pl_module, folder / "layer_similarity.png")
 
 
-class GeneratedWeights(ChangesModel):
+class GeneratedWeights(Parametrizing):
     """Train convolution kernels that a small network generates; see :func:`tying.hard.generate_weights`.
 
     Args:
@@ -143,14 +201,10 @@ class GeneratedWeights(ChangesModel):
     def __init__(
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
-        super().__init__()
-        self.parameters, self.embedding = parameters, embedding
+        super().__init__(parameters)
+        self.embedding = embedding
         self.in_channels, self.out_channels = in_channels, out_channels
-        self._names: list[str] = []
 
     @override
-    def apply(self, model: nn.Module) -> list[str]:
-        if not are_parametrized(model, self._names):
-            arguments = self.embedding, self.in_channels, self.out_channels
-            self._names = generate_weights(model, self.parameters, *arguments)
-        return self._names
+    def change(self, model: nn.Module) -> list[str]:
+        return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)

@@ -20,8 +20,9 @@ from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback, callbacks_of
 from tying.errors import ConfigurationError, listed, nearest
-from tying.hard.sharing import merge
-from tying.hard.states import are_alike, merge_states
+from tying.hard import untie
+from tying.hard.sharing import merge, plan
+from tying.hard.states import merge_states
 from tying.selection import resolve
 from tying.soft import Penalty, Schedule, TyingPenalty, gap
 from tying.soft.pull import penalty_of
@@ -85,7 +86,7 @@ class SoftTying(TyingCallback):
         self.harden_below = harden_below
         self._check_arguments()
         self._hardened: list[TiedGroup] = []
-        self._module: pl.LightningModule | None = None  # while its checkpoint is restored
+        self._to_harden: list[set[str]] = []  # names of groups that are one weight in a checkpoint
         self._pull: TyingPenalty | None = None
         self._steps: Counter[int] = Counter()  # by index of the optimizer
         self._micro_batches = 0  # since the last step
@@ -129,11 +130,7 @@ class SoftTying(TyingCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = Counter({int(index): int(count) for index, count in state_dict["steps"].items()})
-        if names := {tuple(names) for names in state_dict.get("hardened", ())}:
-            assert self._module is not None  # by now the model has its weights, and no optimizer has been made
-            groups = resolve(self._module, self.ties)
-            self._pull = TyingPenalty([group for group in groups if group.names not in names], self.penalty)
-            self._hardened = merge(self._module, [group for group in groups if group.names in names])
+        self._to_harden = [{*names} for names in state_dict.get("hardened", ())]
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -146,8 +143,12 @@ class SoftTying(TyingCallback):
             self._check_hardening(trainer)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
             self._steps.clear()
-            self._hardened, self._pull = [], None
-        self._module = pl_module
+        own = {id(parameter) for parameter in pl_module.parameters()}
+        if self._hardened and trainer.ckpt_path is not None:  # it may be of a time when they were apart
+            untie(pl_module, {name for group in self._hardened for name in group.names})
+            self._hardened = []
+        elif any(id(group.parameters[0]) not in own for group in self._hardened):  # of another model
+            self._hardened = []
 
     def _check_hardening(self, trainer: pl.Trainer) -> None:
         averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
@@ -160,16 +161,15 @@ class SoftTying(TyingCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._module = None
         if not self._hardened or self._pull is None:
             self._pull = TyingPenalty(resolve(pl_module, self.ties), self.penalty)
         if self.harden_below is not None:
-            for group in self._pull.groups:
-                if not are_alike(group.parameters):
-                    raise ConfigurationError(
-                        f"{listed(group.names)} cannot harden into one weight: they differ in requires_grad, dtype or "
-                        "device"
-                    )
+            plan(pl_module, self._pull.groups)  # raises where they could not be one
+        # in the order in which they hardened, and with the optimizers as they were made: their states, which are
+        # restored next, go by position
+        for names in self._to_harden:
+            self._harden(trainer, pl_module, [g for g in self._pull.groups if not names.isdisjoint(g.names)], "source")
+        self._to_harden = []
         self._micro_batches, self._warned = 0, False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         idle = [group.names[0] for group in self._pull.groups if trained.isdisjoint(group.parameters)]
@@ -251,14 +251,34 @@ class SoftTying(TyingCallback):
         assert self._pull is not None
         near = [group for group in self._pull.groups if gap(group.tensors()) < self.harden_below]
         if near:
-            for group in near:
-                merge_states(trainer.optimizers, group)
-            self._hardened += merge(pl_module, near, init="mean")
-            self._pull = TyingPenalty([group for group in self._pull.groups if group not in near], self.penalty)
+            self._harden(trainer, pl_module, near, "mean")
             rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         pl_module.log(
             "tying/hardened" if self.name is None else f"tying/{self.name}/hardened", float(len(self._hardened))
         )
+
+    def _harden(
+        self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[TiedGroup], init: Literal["source", "mean"]
+    ) -> None:
+        assert self._pull is not None
+        for group in groups:
+            self._hardened += merge(module, [group], init)
+            merge_states(trainer.optimizers, group)
+        self._pull = TyingPenalty([group for group in self._pull.groups if group not in groups], self.penalty)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.harden_below is None:
+            return
+        own = {id(parameter) for group in self.groups for parameter in group.parameters}
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, TyingCallback) and callback is not self:
+                for group in callback.groups:
+                    if any(id(parameter) in own for parameter in group.parameters):
+                        raise ConfigurationError(
+                            f"harden_below would replace {group.names[0]!r}, which another {type(callback).__name__} "
+                            "ties too: put all their ties into one callback"
+                        )
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
 
 from tying.errors import ConfigurationError
-from tying.hard.sharing import places_of
+from tying.hard.places import places_of
 from tying.names import clean_name
 from tying.selection import select
 

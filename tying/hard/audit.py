@@ -9,8 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
-from tying.hard.sharing import Record, Shared, tied
+from tying.hard.guard import Shared, shared_in
+from tying.hard.sharing import tied
 from tying.names import clean_name, count_parameters
+
+OTHERS = "shared, by others"
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,19 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         >>> report.problems
         ()
     """
-    record: Record = model.__dict__.get("_hard_ties") or Record()
+    declared = shared_in(model)
     aliases: dict[int, list[str]] = {}
     parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(clean_name(name))
         parameters[id(parameter)] = parameter
-    groups = [shared.names for shared in record.groups]
-    relations = [_how(shared) for shared in record.groups]
-    known = {name for shared in record.groups for name in shared.names}
+    groups = [shared.names for shared in declared]
+    relations = [_how(shared) for shared in declared]
+    known = {name for shared in declared for name in shared.names}
     for names in aliases.values():
         if len(names) > 1 and not known.issuperset(names):
             groups.append(tuple(names))
-            relations.append("shared, by others")
+            relations.append(OTHERS)
     unique, virtual = count_parameters(model)
     saved = sum(
         (len(names) - 1) * parameters[identity].numel() * parameters[identity].element_size()
@@ -102,14 +105,20 @@ def _broken(model: nn.Module) -> Iterable[str]:
 
 
 def _on_one_storage(model: nn.Module) -> Iterable[str]:
-    holders: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.numel():
+    holders: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, the byte behind the last, name
+    for raw, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel() or hasattr(parameter, "full_tensor"):
             continue
-        other = holders.setdefault(parameter.untyped_storage().data_ptr(), clean_name(name))
-        if other != clean_name(name):
+        name = clean_name(raw)
+        begin = parameter.data_ptr()
+        reach = sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        end = begin + (reach + 1) * parameter.element_size()
+        known = holders.setdefault(parameter.untyped_storage().data_ptr(), [])
+        other = next((holder for low, high, holder in known if begin < high and low < end), None)
+        known.append((begin, end, name))
+        if other is not None:
             yield (
-                f"{other!r} and {clean_name(name)!r} are two parameters on one storage: they look tied, but an "
+                f"{other!r} and {name!r} are two parameters on one storage: they look tied, but an "
                 "optimizer steps both, and moving parts them. Tie them by tying.hard.tie"
             )
 
@@ -137,7 +146,7 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
 def _limits(groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
     for names, how in zip(groups, relations, strict=True):
         owners = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names))
-        if len(owners) > 1:
+        if len(owners) > 1 and how != OTHERS:
             yield (
                 f"FSDP must shard the modules of {names[0]} together: fully_shard([{', '.join(owners)}]), or a module "
                 "that holds them all"

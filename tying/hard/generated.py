@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.hard.applying import parametrize_all
-from tying.hard.sharing import places_of
+from tying.hard.places import places_of
 
 
 def generate(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def generate_weights(
     places = places_of(model)
     with torch.no_grad():
         for name in names:
-            places[name].parameter.normal_()
+            embeddings = places[name].parameter
+            embeddings.normal_(std=embeddings.shape[1] ** -0.5)  # a kernel of several tiles has more inputs
     return names
 
 

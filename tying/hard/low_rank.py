@@ -85,6 +85,8 @@ class LowRank(nn.Module):
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors of the nearest weight of this rank."""
         matrix = _as_matrix(weight, self.rank)
+        if self.shape not in (None, tuple(weight.shape)):
+            raise ConfigurationError(f"a weight of shape {self.shape} cannot become one of {tuple(weight.shape)}")
         self.shape = tuple(weight.shape)
         return factorize(matrix, self.rank)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tying.errors import ConfigurationError
+from tying.hard.guard import are_equal, in_source, shared_in
 from tying.hard.related import related
-from tying.hard.sharing import Record, are_equal
-from tying.names import clean_name
+from tying.names import clean_name, unwrapped
 
 Unequal = Literal["error", "source", "mean"]
 
@@ -31,10 +31,11 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         <All keys matched successfully>
     """
     plain = {clean_name(key): value for key, value in model.state_dict().items() if "parametrizations." not in key}
-    plain |= {clean_name(key): getattr(owner, name) for key, owner, name, _ in _computed(model)}
+    plain |= {key: getattr(owner, name) for key, owner, name, _ in _computed(model)}
+    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for key, value in plain.items()
+        for key, value in whole.items()
         if isinstance(value, Tensor)
     }
 
@@ -57,16 +58,11 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     """
     if unequal not in ("error", "source", "mean"):
         raise ConfigurationError(f"unequal is 'error', 'source' or 'mean', not {unequal!r}")
-    reconciled = dict(state_dict)
+    reconciled = {unwrapped(key): value for key, value in state_dict.items()}
     differing = []
-    record: Record = model.__dict__.get("_hard_ties") or Record()
-    for shared in record.groups:
-        known = [
-            (name, relation)
-            for name, relation in zip(shared.names, shared.relations, strict=True)
-            if name in state_dict
-        ]
-        copies = [relation.inverse()(state_dict[name]) for name, relation in known]
+    for shared in shared_in(model):
+        known = [pair for pair in zip(shared.names, shared.relations, strict=True) if pair[0] in reconciled]
+        copies = [in_source(name, reconciled[name], relation) for name, relation in known]
         if all(are_equal(copies[0], copy) for copy in copies):
             continue
         if unequal == "error":
@@ -77,17 +73,25 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
         weight = copies[0] if unequal == "source" else torch.stack(copies).mean(dim=0)
         reconciled |= {name: relation(weight) for name, relation in known}
         differing += [name for name, _ in known]
+    own = model.state_dict()
+    clean = {unwrapped(real): value for real, value in own.items()}
     assigned = []
-    for key, owner, name, held in _computed(model):
+    for key, owner, attribute, held in _computed(model):
         if key not in reconciled:
             continue
-        if not all(hasattr(one, "right_inverse") for one in held):
-            raise ConfigurationError(f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight")
-        assigned.append((owner, name, reconciled.pop(key)))
-        reconciled |= {own: value for own, value in model.state_dict().items() if own.startswith(_prefix(key))}
-    model.load_state_dict(reconciled)
-    for owner, name, weight in assigned:
-        setattr(owner, name, weight)
+        inverse = weight = reconciled.pop(key)
+        for parametrization in reversed([*held]):  # before anything is loaded: does it fit?
+            if not hasattr(parametrization, "right_inverse"):
+                raise ConfigurationError(
+                    f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
+                )
+            inverse = parametrization.right_inverse(inverse)
+        assigned.append((owner, attribute, weight))
+        reconciled |= {name: value for name, value in clean.items() if name.startswith(_prefix(key))}
+    keys = {unwrapped(real): real for real in own}
+    model.load_state_dict({keys.get(key, key): value for key, value in reconciled.items()})
+    for owner, attribute, weight in assigned:
+        setattr(owner, attribute, weight)
     return differing
 
 
@@ -97,7 +101,7 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Parametri
         tied = {name for name, _, _ in related(owner)}
         for name, held in getattr(owner, "parametrizations", {}).items():
             if name not in tied:
-                yield f"{path}.{name}".lstrip("."), owner, name, held
+                yield clean_name(f"{path}.{name}".lstrip(".")), owner, name, held
 
 
 def _prefix(key: str) -> str:

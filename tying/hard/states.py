@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from tying.ties import TiedGroup
 
 
 @torch.no_grad()
-def merge_states(optimizers: Iterable[Optimizer], group: TiedGroup) -> None:
+def merge_states(optimizers: Sequence[Optimizer], group: TiedGroup) -> None:
     """Let optimizers hold one weight for a group: the source, in its own parameter group.
 
     What they keep of the source, entry by entry, becomes the mean over the members, in the source's layout; numbers,
@@ -43,9 +43,15 @@ def merge_states(optimizers: Iterable[Optimizer], group: TiedGroup) -> None:
             copies = [read(state[key]) for state, read in known if isinstance(state.get(key), Tensor)]
             merged[key] = torch.stack(copies).mean(dim=0)
     gone = {id(parameter) for parameter in others}
+    groups = [held for optimizer in optimizers for held in optimizer.param_groups]
+    if not any(parameter is source for held in groups for parameter in held["params"]):
+        held = next((held for held in groups for parameter in held["params"] if id(parameter) in gone), None)
+        if held is not None:  # the source was trained by nobody: it takes a member's place
+            at = next(at for at, parameter in enumerate(held["params"]) if id(parameter) in gone)
+            held["params"][at] = source
+    for held in groups:
+        held["params"] = [parameter for parameter in held["params"] if id(parameter) not in gone]
     for optimizer in optimizers:
-        for held in optimizer.param_groups:
-            held["params"] = [parameter for parameter in held["params"] if id(parameter) not in gone]
         for parameter in others:
             optimizer.state.pop(parameter, None)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
@@ -178,10 +179,11 @@ def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateB
 
 
 def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
-    """Let layers of one bank whose similarity is at least ``threshold`` use one weight, as steps of a loop do.
+    """Let layers of one bank use one weight, as steps of a loop do, where their coefficients point the same way.
 
-    Their coefficients become those of the first of them, as one parameter; a layer that is a multiple of the first
-    loses its scale, which a following normalisation absorbs.
+    That is, where the cosine between them is at least ``threshold``. Their coefficients become those of the first of
+    them, as one parameter; a layer that is a positive multiple of the first loses its scale, which a following
+    normalisation absorbs.
 
     Returns:
         The names of the weights of each loop.
@@ -200,8 +202,10 @@ def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
     for name, (held, bank) in found.items():
         for loop in loops:
             first, other = found[loop[0]]
-            alike = other is bank and layer_similarity([_alpha(first), _alpha(held)])[0, 1] >= threshold
-            if alike:
+            if (
+                other is bank
+                and float(F.cosine_similarity(_alpha(first).detach(), _alpha(held).detach(), dim=0)) >= threshold
+            ):
                 held.original = first.original
                 loop.append(name)
                 break

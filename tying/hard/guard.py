@@ -1,0 +1,173 @@
+"""What keeps shared weights shared: a record in the model, and hooks on loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from einops import EinopsError
+from torch import Tensor, nn
+
+from tying.errors import ConfigurationError
+from tying.hard.places import Place, places_of
+from tying.hard.related import relate, unrelate
+from tying.names import clean_name, unwrapped
+from tying.relations import Relation
+from tying.ties import Tie
+
+RECORD, GUARD = "_hard_ties", "_hard_guard"  # attributes of modules
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The names of one weight, the source first, and the map from the source's layout to that of each."""
+
+    names: tuple[str, ...]
+    relations: tuple[Relation, ...]
+
+    @property
+    def module(self) -> str:
+        """The innermost module that holds all of them."""
+        parts = [name.split(".")[:-1] for name in self.names]
+        common = 0
+        while all(len(part) > common for part in parts) and len({part[common] for part in parts}) == 1:
+            common += 1
+        return ".".join(parts[0][:common])
+
+    def below(self, prefix: str) -> Shared:
+        """Return the same with names relative to a module."""
+        return Shared(tuple(name.removeprefix(prefix + ".") for name in self.names), self.relations)
+
+    def within(self, prefix: str) -> Shared:
+        """Return the same with names as a module's parent sees them."""
+        return Shared(tuple(f"{prefix}.{name}".lstrip(".") for name in self.names), self.relations)
+
+
+@dataclass
+class Record:
+    """What is tied in a model; kept in it, to tie again what loading or moving takes apart."""
+
+    ties: dict[Tie, frozenset[str]] = field(default_factory=dict)  # with the names that were tied in the same call
+    groups: list[Shared] = field(default_factory=list)
+
+
+def record_of(model: nn.Module) -> Record:
+    """Return what has been tied in this model, as the root of names."""
+    record: Record = model.__dict__.get(RECORD) or Record()
+    return record
+
+
+def shared_in(model: nn.Module) -> list[Shared]:
+    """Return what has been tied in a model, or in a part of it."""
+    return [
+        shared.within(clean_name(path)) for path, module in model.named_modules() for shared in record_of(module).groups
+    ]
+
+
+def keep(model: nn.Module, record: Record) -> None:
+    """Keep a record in a model, and guard what it holds: also where only a part of the model is loaded."""
+    model.__dict__[RECORD] = record
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    for module in modules.values():
+        module.__dict__.pop(GUARD, None)
+    _hook(model)
+    for shared in record.groups:
+        if (path := shared.module) and path in modules:
+            modules[path].__dict__.setdefault(GUARD, []).append(shared.below(path))
+            _hook(modules[path])
+
+
+def join(shared: Shared, source: nn.Parameter, places: dict[str, Place]) -> None:
+    """Let all names hold ``source``, each in its own layout."""
+    done: set[tuple[int, str]] = set()  # a module may have several names
+    for name, relation in zip(shared.names, shared.relations, strict=True):
+        place = places[name]
+        if (id(place.owner), place.attribute) in done:
+            continue
+        done.add((id(place.owner), place.attribute))
+        if place.relation == relation:
+            setattr(place.holder, place.original, source)
+            continue
+        if place.relation and place.relation.steps:
+            unrelate(place.owner, place.attribute)
+        if relation.steps:
+            relate(place.owner, place.attribute, source, relation)
+        else:
+            setattr(place.owner, place.attribute, source)
+
+
+def tie_again(module: nn.Module, *_: Any) -> None:
+    """Mend what ``load_state_dict(assign=True)`` or moving to the meta device has taken apart.
+
+    Weights that somebody has parametrized since are left as they are: :func:`tying.hard.tied` tells of them.
+    """
+    guarded = _guarded(module)
+    places = places_of(module) if guarded else {}
+    for shared in guarded:
+        if all(name in places and places[name].relation is not None for name in shared.names):
+            join(shared, places[shared.names[0]].parameter, places)
+
+
+def refuse_unequal(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise unless the copies of each tied weight are equal; add those that are missing."""
+    guarded = _guarded(module)
+    if not guarded:
+        return
+    keys = {unwrapped(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)}
+    raw = {clean_name(name): name for name, _ in module.named_parameters(remove_duplicate=False)}
+    places = places_of(module)
+    for shared in guarded:
+        known = [pair for pair in zip(shared.names, shared.relations, strict=True) if pair[0] in keys]
+        copies = [in_source(keys[name], state_dict[keys[name]], relation) for name, relation in known]
+        for (name, _relation), copy in zip(known[1:], copies[1:], strict=True):
+            if not are_equal(copies[0], copy):
+                raise ConfigurationError(
+                    f"{keys[known[0][0]]!r} and {keys[name]!r} are tied, but differ in this state dict. To load it all "
+                    "the same, use tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load it as "
+                    "it is, tying.hard.untie(model) first"
+                )
+        for name, relation in zip(shared.names, shared.relations, strict=True):
+            if known and name not in keys and name in places and places[name].relation is not None:
+                written = raw.get(name, name).replace("_checkpoint_wrapped_module.", "")
+                key = name if "parametrizations." in written else written
+                state_dict[prefix + key] = relation(copies[0])
+
+
+def in_source(key: str, value: Any, relation: Relation) -> Tensor:
+    """Return an entry of a state dict in the layout of the source of its tie."""
+    if not isinstance(value, Tensor):
+        raise ConfigurationError(f"{key!r} is no tensor in this state dict, but {type(value).__name__}")
+    try:
+        return relation.inverse()(value)
+    except EinopsError:
+        raise ConfigurationError(
+            f"{key!r} has shape {tuple(value.shape)} in this state dict, which is not that of the model"
+        ) from None
+
+
+def are_equal(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal bit by bit.
+
+    Example:
+        >>> are_equal(torch.tensor([0.0, float("nan")]), torch.tensor([0.0, float("nan")]))
+        True
+        >>> are_equal(torch.tensor(0.0), torch.tensor(-0.0))
+        False
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.is_meta or other.is_meta:
+        return True
+    bits = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other.to(one.device))]
+    return torch.equal(*bits)
+
+
+def _guarded(module: nn.Module) -> list[Shared]:
+    return [*record_of(module).groups, *module.__dict__.get(GUARD, [])]
+
+
+def _hook(module: nn.Module) -> None:
+    if not any(getattr(hook, "hook", None) is refuse_unequal for hook in module._load_state_dict_pre_hooks.values()):
+        module.register_load_state_dict_pre_hook(refuse_unequal)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_post_hook(tie_again)  # type: ignore[no-untyped-call]  # torch's
