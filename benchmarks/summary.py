@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -149,11 +150,10 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
         told.append("The runs used different data: their figures cannot be compared.")
     told.append("Mean ± standard deviation over n seeds; differences are taken seed by seed.")
     told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
-    missing = [
-        f"{name} {state}" + (f": {failures[name]}" if name in failures else "")
-        for name, state in states.items()
-        if state != "complete"
-    ]
+    missing = Counter(state for state in states.values() if state != "complete")
     if missing:
-        told.append(f"Missing are {len(missing)} of {len(states)} runs: {listed(missing, limit=12)}.")
+        counts = ", ".join(f"{count} {state}" for state, count in missing.items())
+        told.append(f"Missing are {missing.total()} of {len(states)} runs: {counts}.")
+    if failures:
+        told.append(f"Failed: {listed((f'{name}: {error}' for name, error in failures.items()), limit=12)}.")
     return " ".join(told)

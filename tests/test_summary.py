@@ -51,7 +51,7 @@ def test_table_by_hand(tmp_path):
         ["soft, lr=2", "1", "0.1000", "0.2500", "-0.1000", *rest],
     ]
     assert "Data: images (key 1)." in told
-    assert "Missing are 1 of 8 runs: soft,lr=2,seed=1 pending." in told
+    assert "Missing are 1 of 8 runs: 1 pending." in told
     assert "different data" not in told
 
 
@@ -68,7 +68,9 @@ def test_failures_are_told(tmp_path):
     write(tmp_path, first, 0.5)
     attempt = Folder(tmp_path / second.name).claim({"definition": {}})
     write_json(attempt / "failure.json", {"error": "no room"})
-    assert f"Missing are 1 of 2 runs: {second.name} failed: no room." in summarize(SUITE, [first, second], tmp_path)
+    assert f"Missing are 1 of 2 runs: 1 failed. Failed: {second.name}: no room." in summarize(
+        SUITE, [first, second], tmp_path
+    )
 
 
 def test_figures_default_to_those_of_the_test(tmp_path):
