@@ -79,7 +79,8 @@ def report(sweep: Sweep, command: str) -> str:
     Raises:
         ConfigurationError: nothing is done.
     """
-    return f"{summarize(sweep.suite, sweep.runs, sweep.out)} Command: `{command}`."
+    common = f" All runs with {' '.join(sweep.overrides)}." if sweep.overrides else ""
+    return f"{summarize(sweep.suite, sweep.runs, sweep.out)}{common} Command: `{command}`."
 
 
 def draw(sweep: Sweep) -> list[Path]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -119,7 +120,8 @@ class Folder:
             found = {key: found.get(key) for key in definition}
         if found is None or same(found, definition):
             return ""
-        return f"{self.path} holds a run of another definition: {difference(found, definition)}"
+        told = re.sub(r"^layers\[\d+\]\.?", "", difference(found, definition))
+        return f"{self.path} holds a run of another definition: {told}"
 
     def damage(self) -> str:
         """Return which of its files are lost or corrupted, in words; nothing, mostly."""
@@ -222,7 +224,12 @@ def difference(there: Any, here: Any, place: str = "") -> str:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *(key for key in here if key not in there)]:
             if (key in there) != (key in here) or not same(there[key], here[key]):
-                return difference(there.get(key), here.get(key), f"{place}.{key}".removeprefix("."))
+                told = f"{place}.{key}".removeprefix(".")
+                if key not in here:
+                    return f"{told} is {there[key]!r} there and not set here"
+                if key not in there:
+                    return f"{told} is not set there and {here[key]!r} here"
+                return difference(there[key], here[key], told)
     if isinstance(there, list) and isinstance(here, list):
         for number, (one, other) in enumerate(zip_longest(there, here)):
             if not same(one, other):

@@ -131,7 +131,12 @@ class Suite:
         """
         if seeds < 1:
             raise ConfigurationError(f"seeds must be 1 or more, not {seeds}")
-        above = [self._override(argument) for argument in overrides]
+        above: list[Layer] = []
+        for argument in overrides:
+            layer = self._override(argument)
+            if above and not (layer.is_file or above[-1].is_file or layer.content.keys() & above[-1].content.keys()):
+                layer = Layer({**above.pop().content, **layer.content})  # their order makes no other definition
+            above.append(layer)
         every: dict[str, Run] = {}
         for seed, (delta, layers) in itertools.product(range(seeds), self.deltas.items()):
             axes = {name: axis for name, axis in self.axes.items() if delta in axis.deltas}

@@ -140,3 +140,11 @@ def test_suites_that_come_along_are_valid():
         assert one.description
         assert one.runs()
     assert module.SUITES.is_dir()
+
+
+def test_the_order_of_overrides_makes_no_other_definition(tmp_path):
+    one, other = ["--trainer.max_epochs=7", "--model.lr=0.3"], ["--trainer.callbacks+=A", "--trainer.callbacks+=B"]
+    mine = load(written(tmp_path))
+    [first, second] = [mine.runs(overrides=given)[0].definition for given in (one, one[::-1])]
+    assert same(first, second)
+    assert not same(mine.runs(overrides=other)[0].definition, mine.runs(overrides=other[::-1])[0].definition)

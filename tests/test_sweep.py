@@ -191,7 +191,7 @@ def test_conflicting_definitions(undisturbed, tmp_path, capsys):
         assert benchmarks.main([*command, "mine.yaml", f"--out={undisturbed}"]) == 2
         told = capsys.readouterr().err
         assert (
-            f"{undisturbed}/untied,seed=0 holds a run of another definition: layers[0].trainer.max_epochs is 3 there and 4 here (and 2 more). Give another --out, or remove what is there"
+            f"{undisturbed}/untied,seed=0 holds a run of another definition: trainer.max_epochs is 3 there and 4 here (and 2 more). Give another --out, or remove what is there"
             in told
         )
     (tmp_path / "tiny.yaml").write_text(CONFIG)
@@ -273,7 +273,7 @@ def test_errors_of_any_length_are_told(tmp_path, capfd):
 
 def test_difference_by_hand():
     assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b is 2 there and 3 here"
-    assert difference({"a": 1}, {"a": 1, "b": None}) == "b is None there and None here"
+    assert difference({"a": 1}, {"a": 1, "b": None}) == "b is not set there and None here"
     assert difference([1], [1, 2]) == "[1] is None there and 2 here"
 
 
@@ -313,6 +313,7 @@ def test_the_report_of_a_run_covers_all_there_is(capsys):
     told = capsys.readouterr().out.rpartition("| run")[2]
     assert "| untied             | 2 |" in told
     assert re.search(r"soft, strength=0.1 \| 1 \|.*[+-]\d\.\d{4} \|", told)
+    assert "All runs with --trainer.max_epochs=1." in told
     with Path("out", "mine.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3
 

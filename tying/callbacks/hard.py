@@ -92,10 +92,10 @@ class HardTying(TyingCallback, ChangesModel):
     def apply(self, model: nn.Module) -> list[TiedGroup]:
         gaps = [] if shared_in(model) else [gap(group.tensors()) for group in resolve(model, self.ties)]
         if differing := sum(apart > 0 for apart in gaps):
-            kept = "those of the source are" if self.init == "source" else "their mean is"
+            kept = "that of its source" if self.init == "source" else "their mean"
             rank_zero_info(
-                f"HardTying: the weights of {differing} of {len(gaps)} groups differed before they became one "
-                f"(largest gap {max(gaps):.4f}); {kept} kept"
+                f"HardTying: {len(gaps)} groups are one weight each, {kept}; as initialised, the members of "
+                f"{differing} differed (largest gap {max(gaps):.4f})"
             )
         self._groups = tie(model, self.ties, self.init)
         return self._groups

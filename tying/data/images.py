@@ -159,7 +159,7 @@ class Images(pl.LightningDataModule):
 def _key(splits: dict[str, Split]) -> str:
     checksum = 0
     for images, labels in splits.values():
-        checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.numpy().data, checksum))
+        checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data, checksum))
     return f"{checksum:08x}"
 
 

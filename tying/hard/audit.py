@@ -144,18 +144,19 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
 
 
 def _limits(groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
+    apart = []
     for names, how in zip(groups, relations, strict=True):
         owners = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names))
         if len(owners) > 1 and how != OTHERS:
-            yield (
-                f"FSDP must shard the modules of {names[0]} together: fully_shard([{', '.join(owners)}]), or a module "
-                "that holds them all"
-            )
+            apart.append(f"fully_shard([{', '.join(owners)}])")
         if "->" in how:
             yield (
                 f"pickling the model refuses, and ONNX stores copies of {names[0]}: keep its state_dict, or "
                 "tying.hard.bake(model)"
             )
+    if apart:
+        more = f" and so for {len(apart) - 1} more groups," if len(apart) > 1 else ""
+        yield f"FSDP must shard the modules of a group together: {apart[0]},{more} or a module that holds them all"
     if groups:
         yield (
             "formats without sharing, such as safetensors, refuse or store copies: save tying.hard.bake(model), and "
