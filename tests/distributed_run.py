@@ -13,11 +13,11 @@ import torch.distributed
 from torch.optim import SGD
 from toys import TIES, Toy, batches, train
 
-from tying.callbacks import RandomState, SoftTying, TyingMonitor, TyingSummary
+from tying.callbacks import HardTying, RandomState, SoftTying, TyingMonitor, TyingSummary
 from tying.data import CIFAR10
 from tying.soft import Schedule
 
-CASES = list(itertools.product(["gradient", "decoupled", "proximal"], [1, 4], [None, 0.02]))
+CASES = list(itertools.product(["gradient", "decoupled", "proximal", "hard"], [1, 4], [None, 0.02]))
 
 
 def optimizer(parameters):
@@ -27,7 +27,9 @@ def optimizer(parameters):
 def main(out: Path, world: int) -> None:
     for number, (update, accumulate, clip) in enumerate(CASES):
         model = Toy(optimizer).double()
-        tying = SoftTying(TIES, strength=0.3, update=update, schedule=Schedule(0.0, 1.0, 5))
+        tying = HardTying(TIES)
+        if update != "hard":
+            tying = SoftTying(TIES, strength=0.3, update=update, schedule=Schedule(0.0, 1.0, 5))
         # rank r takes every second sample, so that jointly the processes see the batches of one
         trainer = train(
             model,
