@@ -406,9 +406,9 @@ def test_the_newest_checkpoint_that_is_whole(tmp_path):
 
 
 def test_inspect_says_that_averaging_comes_too_early(capsys):
-    averaging = "--trainer.callbacks+=StochasticWeightAveraging"
+    averaging = "--trainer.callbacks+=EMAWeightAveraging"
     hard = "--trainer.callbacks+=HardTying"
-    main(["inspect", BASE, "--model.network.depth=8", averaging, "--trainer.callbacks.swa_lrs=0.1", hard, TIES8])
+    main(["inspect", BASE, "--model.network.depth=8", averaging, hard, TIES8])
     told = capsys.readouterr().out
-    assert "Problem: StochasticWeightAveraging stands before HardTying and would average the weights of a copy" in told
+    assert "Problem: EMAWeightAveraging stands before HardTying and would average the weights of a copy" in told
     assert "With HardTying: " in told
