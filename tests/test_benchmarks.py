@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import machine, report, speed_data, speed_harness, speed_soft
+from benchmarks import machine, report, speed_data, speed_hard, speed_harness, speed_soft
 from benchmarks.timing import Race
 
 SMALL = [
@@ -35,9 +35,9 @@ def test_demo(tmp_path, capsys):
     with open("runs/demo/demo.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["epoch"]) for row in rows] == [
-        (run, epoch) for run in ("untied", "soft") for epoch in "12"
+        (run, epoch) for run in ("untied", "soft", "hard") for epoch in "12"
     ]
-    assert all(0 <= float(row["val/accuracy"]) <= 1 and 0 < float(row["tying/gap"]) < 1 for row in rows)
+    assert all(0 <= float(row["val/accuracy"]) <= 1 and 0 <= float(row["tying/gap"]) < 1 for row in rows)
 
 
 def test_speed(monkeypatch, capsys):
@@ -71,9 +71,19 @@ def test_speed_of_the_harness(monkeypatch, capsys):
     assert "A report over 20 runs, with plot and CSV, takes " in out
 
 
+def test_speed_of_hard_ties(monkeypatch, capsys):
+    monkeypatch.setattr(speed_hard, "PAIRS", 4)
+    monkeypatch.setattr(speed_hard, "ROUNDS", 2)
+    monkeypatch.setattr(speed_hard, "SIZES", (32, 16, 8))
+    assert benchmarks.main(["speed", "hard"]) == 0
+    out = capsys.readouterr().out
+    assert "| autoencoder 32–16–8, transposed | " in out
+    assert "| 8 linear layers of 1024, plain  |   96.1 | 12.1 | 0.8741 | " in out
+
+
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
-    assert "unknown family 'sofd': there is data, harness, soft. Nearest" in capsys.readouterr().err
+    assert "unknown family 'sofd': there is data, hard, harness, soft. Nearest" in capsys.readouterr().err
 
 
 def test_race_statistics_by_hand():
