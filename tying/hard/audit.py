@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -127,13 +128,13 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
     optimizers = list(optimizers)
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    trained = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    if twice := [names[key] for key in dict.fromkeys(trained) if trained.count(key) > 1 and key in names]:
+    trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:
         yield (
             f"{listed(twice)} stands twice in the optimizers, and would be stepped and decayed twice. Build them from "
             "model.parameters(), which yields each weight once"
         )
-    if orphans := sum(key not in names for key in set(trained)):
+    if orphans := sum(key not in names for key in trained):
         yield (
             f"{orphans} tensors in the optimizers are not the model's: the ties were made, or undone, after the "
             "optimizers. Tie first"
