@@ -6,12 +6,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from tying.hard import (
     HyperWeight,
-    LocationBias,
     LowRank,
     LowRankPlusDiagonal,
     TemplateBank,
@@ -233,18 +231,6 @@ def test_tiles_stand_where_they_belong():
     kernel = hyper(embeddings)
     assert kernel.shape == (6, 6, 3, 3)
     torch.testing.assert_close(kernel[3:, 4:], hyper(embeddings[1:, 2:]))
-
-
-def test_untied_biases():
-    conv, x = nn.Conv2d(2, 3, 3), torch.randn(4, 2, 6, 6)
-    free = LocationBias.of(conv.bias, (4, 4))
-    plain = F.conv2d(x, conv.weight)
-    torch.testing.assert_close(free(plain), conv(x))
-    conv(x).square().sum().backward()
-    free(plain).square().sum().backward()
-    torch.testing.assert_close(free.bias.grad.sum((1, 2)), conv.bias.grad)
-    with pytest.raises(ValueError, match=r"biases for \(3, 4, 4\) do not fit an output of \(3, 5, 5\)"):
-        free(torch.zeros(1, 3, 5, 5))
 
 
 @pytest.mark.parametrize(

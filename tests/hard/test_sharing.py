@@ -382,3 +382,15 @@ def test_odd_entries_of_a_state_dict(wrong, told):
     for load in (model.load_state_dict, lambda state: load_plain(model, state)):
         with pytest.raises(ValueError, match=re.escape(f"'decoder.weight' {told}")):
             load(state)
+
+
+def test_one_layer_at_all_depths_leaves_the_base_size_of_albert():
+    words, size, inner = 30_000, 128, 768
+    with torch.device("meta"):
+        layer = nn.TransformerEncoderLayer(inner, nhead=12, dim_feedforward=3072)
+        encoder = nn.TransformerEncoder(layer, num_layers=12, enable_nested_tensor=False)
+        embeddings = [nn.Embedding(count, size) for count in (words, 512, 2)]
+        ends = [nn.LayerNorm(size), nn.Linear(size, inner), nn.Linear(inner, inner)]
+        model = nn.ModuleDict({"front": nn.ModuleList([*embeddings, *ends]), "encoder": encoder})
+    tie(model, ["encoder.layers.*"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_683_584

@@ -1,8 +1,9 @@
 """Lightning callbacks: the families, attached to a training run."""
 
 from tying.callbacks.base import TyingCallback
-from tying.callbacks.hard import GeneratedWeights, HardTying, LowRankWeights, TemplateWeights
+from tying.callbacks.hard import HardTying
 from tying.callbacks.monitor import TyingMonitor
+from tying.callbacks.parametrizing import GeneratedWeights, LowRankWeights, TemplateWeights, UntiedBiases
 from tying.callbacks.random_state import RandomState
 from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
@@ -17,4 +18,5 @@ __all__ = [
     "TyingCallback",
     "TyingMonitor",
     "TyingSummary",
+    "UntiedBiases",
 ]

@@ -1,9 +1,8 @@
-"""Weights that are one, of low rank, mixed or generated, in training."""
+"""Weights that are one, in training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -13,8 +12,7 @@ from typing_extensions import override
 
 from tying.callbacks.base import ChangesModel, TyingCallback
 from tying.errors import ConfigurationError, listed
-from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied
-from tying.hard.applying import are_parametrized
+from tying.hard import tie, tied
 from tying.hard.guard import record_of, shared_in
 from tying.hard.states import are_alike
 from tying.selection import resolve
@@ -99,112 +97,3 @@ class HardTying(TyingCallback, ChangesModel):
             )
         self._groups = tie(model, self.ties, self.init)
         return self._groups
-
-
-class Parametrizing(ChangesModel):
-    """A callback that lets weights of a model be computed; which, and how, its subclasses say.
-
-    Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
-    """
-
-    def __init__(self, parameters: list[str]) -> None:
-        super().__init__()
-        self.parameters = parameters
-
-    def change(self, model: nn.Module) -> list[str]:
-        """Parametrize the weights; return their names."""
-        raise NotImplementedError
-
-    @property
-    def _asked(self) -> str:
-        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return f"{type(self).__name__}({public})"
-
-    @override
-    def is_applied(self, model: nn.Module) -> bool:
-        return are_parametrized(model, model.__dict__.get("_computed_by", {}).get(self._asked, []))
-
-    @override
-    def apply(self, model: nn.Module) -> list[str]:
-        record: dict[str, list[str]] = model.__dict__.setdefault("_computed_by", {})
-        if not self.is_applied(model):
-            record[self._asked] = self.change(model)
-        return record[self._asked]
-
-
-class LowRankWeights(Parametrizing):
-    """Train weights of lower rank; see :func:`tying.hard.lower_rank`.
-
-    Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
-        rank: of each weight.
-        diagonal: add a diagonal; for square weights.
-
-    Example:
-        >>> LowRankWeights(["network.layer3.*.branch.conv2.weight"], rank=8).rank
-        8
-    """
-
-    def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        super().__init__(parameters)
-        self.rank, self.diagonal = rank, diagonal
-
-    @override
-    def change(self, model: nn.Module) -> list[str]:
-        return lower_rank(model, self.parameters, self.rank, self.diagonal)
-
-
-class TemplateWeights(Parametrizing):
-    """Train weights that are mixtures of shared templates; see :func:`tying.hard.share_templates`.
-
-    When training ends, the similarity of the layers is plotted as ``layer_similarity.png`` in the logger's directory.
-
-    Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
-        templates: how many; for each shape of weights.
-
-    Example:
-        >>> TemplateWeights(["network.layer3.*.branch.conv2.weight"], templates=2).templates
-        2
-    """
-
-    def __init__(self, parameters: list[str], templates: int) -> None:
-        super().__init__(parameters)
-        self.templates = templates
-
-    @override
-    def change(self, model: nn.Module) -> list[str]:
-        return [*share_templates(model, self.parameters, self.templates)]
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
-            plot_similarity(pl_module, folder / "layer_similarity.png")
-
-
-class GeneratedWeights(Parametrizing):
-    """Train convolution kernels that a small network generates; see :func:`tying.hard.generate_weights`.
-
-    Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
-        embedding: size of the embedding of a basic kernel.
-        in_channels: of a basic kernel.
-        out_channels: of a basic kernel.
-
-    Example:
-        >>> GeneratedWeights(["network.layer*.conv*.weight"]).embedding
-        64
-    """
-
-    def __init__(
-        self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
-    ) -> None:
-        super().__init__(parameters)
-        self.embedding = embedding
-        self.in_channels, self.out_channels = in_channels, out_channels
-
-    @override
-    def change(self, model: nn.Module) -> list[str]:
-        return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)

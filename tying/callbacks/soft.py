@@ -11,20 +11,16 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, callbacks_of
+from tying.callbacks.base import TyingCallback
+from tying.callbacks.hardening import Hardening
 from tying.errors import ConfigurationError, listed, nearest
-from tying.hard import untie
-from tying.hard.sharing import merge, plan
-from tying.hard.states import merge_states
 from tying.selection import resolve
-from tying.soft import Penalty, Schedule, TyingPenalty, gap
+from tying.soft import Penalty, Schedule, TyingPenalty
 from tying.soft.pull import penalty_of
 from tying.ties import Tie, TiedGroup
 
@@ -85,8 +81,7 @@ class SoftTying(TyingCallback):
         self.schedule = schedule or Schedule()
         self.harden_below = harden_below
         self._check_arguments()
-        self._hardened: list[TiedGroup] = []
-        self._to_harden: list[set[str]] = []  # names of groups that are one weight in a checkpoint
+        self._hardening = Hardening(harden_below)
         self._pull: TyingPenalty | None = None
         self._steps: Counter[int] = Counter()  # by index of the optimizer
         self._micro_batches = 0  # since the last step
@@ -103,19 +98,21 @@ class SoftTying(TyingCallback):
             raise ConfigurationError(f"strength must be 0 or more, not {self.strength}")
         if math.isinf(self.strength) and self.update != "proximal":
             raise ConfigurationError(f"strength=inf needs update='proximal'; update={self.update!r} would diverge")
-        if self.harden_below is not None and not 0 < self.harden_below <= 1:
-            raise ConfigurationError(f"harden_below is a gap, above 0 and at most 1, not {self.harden_below}")
         if self.update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
 
     @property
     @override
     def groups(self) -> list[TiedGroup]:
-        return [*(self._pull.groups if self._pull else []), *self._hardened]
+        return [*(self._pull.groups if self._pull else []), *self._hardening.groups]
 
     @override
     def check(self, groups: Sequence[TiedGroup]) -> None:
         TyingPenalty(groups, self.penalty)
+
+    @property
+    def _prefix(self) -> str:
+        return f"tying/{self.name}" if self.name else "tying"
 
     @property
     @override
@@ -124,13 +121,12 @@ class SoftTying(TyingCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        hardened = {"hardened": [list(group.names) for group in self._hardened]} if self._hardened else {}
-        return {"steps": dict(self._steps), **hardened}
+        return {"steps": dict(self._steps), **self._hardening.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = Counter({int(index): int(count) for index, count in state_dict["steps"].items()})
-        self._to_harden = [{*names} for names in state_dict.get("hardened", ())]
+        self._hardening.load_state_dict(state_dict)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -139,37 +135,15 @@ class SoftTying(TyingCallback):
                 f"SoftTying does not support {type(trainer.strategy).__name__}, which splits the weights it "
                 "compares over processes: use one device or strategy 'ddp'"
             )
-        if self.harden_below is not None:
-            self._check_hardening(trainer)
+        self._hardening.check(trainer)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
             self._steps.clear()
-        own = {id(parameter) for parameter in pl_module.parameters()}
-        if self._hardened and trainer.ckpt_path is not None:  # it may be of a time when they were apart
-            untie(pl_module, {name for group in self._hardened for name in group.names})
-            self._hardened = []
-        elif any(id(group.parameters[0]) not in own for group in self._hardened):  # of another model
-            self._hardened = []
-
-    def _check_hardening(self, trainer: pl.Trainer) -> None:
-        averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if averaging or trainer.world_size > 1:
-            what = type(averaging[0]).__name__ if averaging else "several processes"
-            raise ConfigurationError(
-                f"harden_below does not go with {what}, which would keep the weights apart: train on with HardTying "
-                "from a checkpoint instead"
-            )
+        self._hardening.prepare(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._hardened or self._pull is None:
-            self._pull = TyingPenalty(resolve(pl_module, self.ties), self.penalty)
-        if self.harden_below is not None:
-            plan(pl_module, self._pull.groups)  # raises where they could not be one
-        # in the order in which they hardened, and with the optimizers as they were made: their states, which are
-        # restored next, go by position
-        for names in self._to_harden:
-            self._harden(trainer, pl_module, [g for g in self._pull.groups if not names.isdisjoint(g.names)], "source")
-        self._to_harden = []
+        soft = self._pull.groups if self._pull and self._hardening.groups else resolve(pl_module, self.ties)
+        self._pull = TyingPenalty(self._hardening.repeat(trainer, pl_module, soft), self.penalty)
         self._micro_batches, self._warned = 0, False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         idle = [group.names[0] for group in self._pull.groups if trained.isdisjoint(group.parameters)]
@@ -238,47 +212,23 @@ class SoftTying(TyingCallback):
         if self._micro_batches or not trainer._logger_connector.should_update_logs:
             return
         assert self._pull is not None
-        prefix = f"tying/{self.name}" if self.name else "tying"
-        pl_module.log(f"{prefix}/strength", self._used)
+        pl_module.log(f"{self._prefix}/strength", self._used)
         if math.isfinite(self._used):
             with torch.no_grad():
-                pl_module.log(f"{prefix}/penalty", self._used * self._pull())
+                pl_module.log(f"{self._prefix}/penalty", self._used * self._pull())
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.harden_below is None:
             return
         assert self._pull is not None
-        near = [group for group in self._pull.groups if gap(group.tensors()) < self.harden_below]
-        if near:
-            self._harden(trainer, pl_module, near, "mean")
-            rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
-        pl_module.log(
-            "tying/hardened" if self.name is None else f"tying/{self.name}/hardened", float(len(self._hardened))
-        )
-
-    def _harden(
-        self, trainer: pl.Trainer, module: pl.LightningModule, groups: list[TiedGroup], init: Literal["source", "mean"]
-    ) -> None:
-        assert self._pull is not None
-        for group in groups:
-            self._hardened += merge(module, [group], init)
-            merge_states(trainer.optimizers, group)
-        self._pull = TyingPenalty([group for group in self._pull.groups if group not in groups], self.penalty)
+        soft = self._hardening.harden_near(trainer, pl_module, self._pull.groups)
+        self._pull = TyingPenalty(soft, self.penalty)
+        pl_module.log(f"{self._prefix}/hardened", float(len(self._hardening.groups)))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.harden_below is None:
-            return
-        own = {id(parameter) for group in self.groups for parameter in group.parameters}
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, TyingCallback) and callback is not self:
-                for group in callback.groups:
-                    if any(id(parameter) in own for parameter in group.parameters):
-                        raise ConfigurationError(
-                            f"harden_below would replace {group.names[0]!r}, which another {type(callback).__name__} "
-                            "ties too: put all their ties into one callback"
-                        )
+        self._hardening.check_others(trainer, self)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

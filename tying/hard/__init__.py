@@ -1,7 +1,8 @@
 """Weights that are equal, of low rank, mixed from templates, or generated: fewer parameters than entries."""
 
 from tying.hard.audit import TieReport, audit
-from tying.hard.generated import HyperWeight, LocationBias, generate_weights
+from tying.hard.biases import untie_biases
+from tying.hard.generated import HyperWeight, generate_weights
 from tying.hard.low_rank import LowRank, LowRankPlusDiagonal, lower_rank
 from tying.hard.plain import bake, load_plain
 from tying.hard.sharing import tie, tied, untie
@@ -9,7 +10,6 @@ from tying.hard.templates import TemplateBank, TemplateMixture, fold, layer_simi
 
 __all__ = [
     "HyperWeight",
-    "LocationBias",
     "LowRank",
     "LowRankPlusDiagonal",
     "TemplateBank",
@@ -27,4 +27,5 @@ __all__ = [
     "tie",
     "tied",
     "untie",
+    "untie_biases",
 ]

@@ -133,35 +133,3 @@ def generate_weights(
             embeddings = places[name].parameter
             embeddings.normal_(std=embeddings.shape[1] ** -0.5)  # a kernel of several tiles has more inputs
     return names
-
-
-class LocationBias(nn.Module):
-    """A bias for each channel and place, where a convolution's own is one for all places: untied biases.
-
-    Args:
-        channels: of the convolution's output.
-        size: height and width of the convolution's output.
-
-    Shape: (batch, channels, height, width), in and out.
-
-    Example:
-        >>> LocationBias(3, (4, 5))(torch.zeros(2, 3, 4, 5)).shape
-        torch.Size([2, 3, 4, 5])
-    """
-
-    def __init__(self, channels: int, size: Sequence[int]) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(channels, *size))
-
-    @classmethod
-    def of(cls, bias: Tensor, size: Sequence[int]) -> LocationBias:
-        """Return the untied form of a convolution's bias: the same at every place."""
-        untied = cls(len(bias), size)
-        untied.bias = nn.Parameter(bias.detach()[:, None, None].expand(-1, *size).clone())
-        return untied
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != self.bias.shape:
-            raise ValueError(f"biases for {tuple(self.bias.shape)} do not fit an output of {tuple(x.shape[1:])}")
-        return x + self.bias
