@@ -369,7 +369,13 @@ def test_bake_what_the_model_computes(tmp_path, capsys):
     assert "holds weights that the model computes: give the --config" in errors(
         capsys, "bake", f"--ckpt={checkpoint}", "--out=a.pt"
     )
-    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", f"--config={checkpoint.parents[1] / 'config.yaml'}"])
+    config = f"--config={checkpoint.parents[1] / 'config.yaml'}"
+    capsys.readouterr()
+    main(["inspect", config, f"--ckpt_path={checkpoint}"])
+    assert "network.layer3.0.branch.conv2.weight is computed from other parameters" in capsys.readouterr().out
+    told = errors(capsys, "inspect", BASE, "--model.network.depth=8", f"--ckpt_path={checkpoint}")
+    assert "Unexpected key(s) in state_dict" in told
+    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", config])
     kernel = torch.load("a.pt", weights_only=True)["network.layer3.0.branch.conv2.weight"]
     assert torch.linalg.matrix_rank(kernel.flatten(1), rtol=1e-4) == 2
     parse([BASE, "--model.network.depth=8"]).model.load_state_dict(torch.load("a.pt", weights_only=True))

@@ -2,7 +2,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from toys import STRENGTH, TIES, Toy, batches, same, train
 
 from tying import ConfigurationError
@@ -106,6 +106,27 @@ def test_the_hard_mixin_goes_with_weight_averaging():
     assert len(tied(model)) == 3
 
 
+def test_the_hard_mixin_and_stochastic_weight_averaging():
+    """It copies the model before Lightning calls configure_model; hence what the error advises."""
+
+    class Late(HardTyingMixin, Toy):
+        hard_tying: ClassVar = {"ties": TIES}
+
+    class Early(Late):
+        def __init__(self):
+            super().__init__()
+            self.configure_model()
+
+    def averaging():
+        return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+
+    with pytest.raises(ConfigurationError, match=r"call self\.configure_model\(\) at the end of the module's __init__"):
+        train(Late(), [averaging()], max_epochs=2)
+    model = Early()
+    train(model, [averaging()], max_epochs=3)
+    assert len(tied(model)) == 3
+
+
 def test_inspecting_a_model_that_ties_itself(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_tied.py").write_text(
@@ -113,7 +134,15 @@ def test_inspecting_a_model_that_ties_itself(capsys, tmp_path, monkeypatch):
         "class Mine(HardTyingMixin, Autoencoder):\n"
         "    hard_tying = {'ties': ['encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o']}\n"
     )
-    main(["inspect", "--model=mine_tied.Mine", "--model.sizes=[8, 4, 2]", "--trainer.logger=false"])
+    main(
+        [
+            "inspect",
+            "--seed_everything=0",
+            "--model=mine_tied.Mine",
+            "--model.sizes=[8, 4, 2]",
+            "--trainer.logger=false",
+        ]
+    )
     told = capsys.readouterr().out
     assert "With HardTying: 58 unique parameters, 98 counting each use; 160 bytes saved by sharing." in told
     assert "pickling the model refuses" in told

@@ -57,14 +57,17 @@ class Trainer(pl.Trainer):
             ConfigurationError: ties do not fit the model; those that do are printed first.
         """
         model.configure_model()
-        if ckpt_path is not None:
-            model.load_state_dict(torch.load(ckpt_path, "cpu", weights_only=weights_only)["state_dict"])
         own = model.configure_callbacks()
         own = [*own] if isinstance(own, Sequence) else [own]
         replaced = {type(callback) for callback in own}
         for hidden in replaced & {type(callback) for callback in callbacks_of(self)}:
             print(f"{hidden.__name__} of the configuration is replaced by that of {type(model).__name__} itself")
         callbacks = [*(c for c in callbacks_of(self) if type(c) not in replaced), *own]
+        changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
+        if ckpt_path is not None:
+            for change in changing:
+                change.apply(model)
+            _load_weights(model, ckpt_path, weights_only)
         groups: list[tuple[str, TiedGroup]] = []
         errors: list[str] = []
         for callback in callbacks:
@@ -93,15 +96,21 @@ class Trainer(pl.Trainer):
         held = {id(parameter) for _, group in groups for parameter in group.parameters}
         free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in held]
         print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
-        changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
         wrong = [averaging_before(callback, callbacks) for callback in changing]
-        for callback in changing:
-            callback.apply(model)
+        for change in changing:
+            change.apply(model)
         report = audit(model)
         if changing:
             print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {report.counts()}")
         for line in [*(f"Problem: {problem}." for problem in wrong if problem), *report.remarks()]:
             print(line)
+
+
+def _load_weights(model: pl.LightningModule, path: str | Path, weights_only: bool | None) -> None:
+    try:
+        model.load_state_dict(torch.load(path, "cpu", weights_only=weights_only)["state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise ConfigurationError(f"ckpt_path: {path} does not fit the model: {error}") from None
 
 
 class SaveConfig(SaveConfigCallback):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tying.errors import ConfigurationError, nearest
 from tying.patterns import Captures, Pattern
+from tying.relations import Relation
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original$")
@@ -34,7 +37,34 @@ def clean_name(name: str) -> str:
         >>> clean_name("encoder._orig_mod.parametrizations.weight.original")
         'encoder.weight'
     """
-    return _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name)).rstrip(".")
+    return plain_name(_WRAPPERS.sub("", name)).rstrip(".")
+
+
+def plain_name(name: str) -> str:
+    """Return ``name`` without the parts that parametrizations add to it; wrappers stay."""
+    return _PARAMETRIZED.sub(r"\1", name)
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Look at a model, evaluated and without gradients, and leave it as it was: some parametrizations learn by use."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def uses(model: nn.Module) -> Iterator[Tensor]:
+    """Yield each weight that a model computes with, aliases again; of a parametrized one, what it is computed to."""
+    with at_rest(model):
+        for path, module in model.named_modules(remove_duplicate=False):
+            if "parametrizations" not in path.split("."):
+                yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+                yield from (getattr(module, name) for name in getattr(module, "parametrizations", {}))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -48,24 +78,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         >>> count_parameters(model)
         (4, 8)
     """
-    virtual = 0
-    for path, module in model.named_modules(remove_duplicate=False):
-        if "parametrizations" not in path.split("."):
-            held = [parameter for parameter in module._parameters.values() if parameter is not None]
-            with torch.no_grad():
-                held += [getattr(module, name) for name in getattr(module, "parametrizations", {})]
-            virtual += sum(weight.numel() for weight in held)
-    return sum(parameter.numel() for parameter in model.parameters()), virtual
+    return sum(parameter.numel() for parameter in model.parameters()), sum(weight.numel() for weight in uses(model))
 
 
 @dataclass(frozen=True)
 class Match:
-    """A parameter found by a pattern, itself or below a module of which it is ``relative``."""
+    """A weight found by a pattern, itself or below a module of which it is ``relative``; and its parameter's layout."""
 
     captures: Captures
     relative: str
     name: str
     parameter: nn.Parameter
+    layout: Relation
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return tuple(self.layout(self.parameter.detach()).shape) if self.layout.steps else tuple(self.parameter.shape)
 
 
 class Names:
@@ -76,6 +105,26 @@ class Names:
         self._model = model
 
     @cached_property
+    def layouts(self) -> dict[str, Relation]:
+        """The map from a parameter to the weight of this name, where that is another layout of it."""
+        found = {}
+        for path, module in self._model.named_modules(remove_duplicate=False):
+            if isinstance(module, ParametrizationList) and len(module) == 1:
+                relation = getattr(module[0], "relation", None)
+                if isinstance(relation, Relation):
+                    found[clean_name(f"{path}.original")] = relation
+        return found
+
+    @cached_property
+    def plain(self) -> dict[int, str]:
+        """The first name under which each parameter has its own layout, by identity."""
+        found: dict[int, str] = {}
+        for name, parameter in self.parameters.items():
+            if name not in self.layouts:
+                found.setdefault(id(parameter), name)
+        return found
+
+    @cached_property
     def modules(self) -> list[str]:
         """Clean names of all modules, parents before children."""
         return [clean_name(name) for name, _ in self._model.named_modules(remove_duplicate=False) if name]
@@ -84,7 +133,7 @@ class Names:
         """Return what the pattern ``text`` matches, parameters before modules, less what ``exclude`` covers."""
         pattern = Pattern(text)
         matches = [
-            Match(captures, "", name, self.parameters[name])
+            Match(captures, "", name, self.parameters[name], self.layouts.get(name, Relation()))
             for name in ([text] if pattern.literal and text in self.parameters else self.parameters)
             if (captures := pattern.match(name)) is not None
         ] or list(self._below_modules(pattern))
@@ -112,7 +161,8 @@ class Names:
         for name, parameter in self.parameters.items():
             for module in _parents(name):
                 if module in found:
-                    yield Match(found[module], name[len(module) + 1 :], name, parameter)
+                    relative, layout = name[len(module) + 1 :], self.layouts.get(name, Relation())
+                    yield Match(found[module], relative, name, parameter, layout)
 
 
 def _parents(name: str) -> list[str]:

@@ -145,7 +145,7 @@ def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
                         + nearest(name, partners)
                     )
     for binding, matches in sources.items():
-        yield _members(tie, matches, targets.get(binding, []))
+        yield _members(tie, matches, targets.get(binding, []), names.plain)
 
 
 def _by_binding(
@@ -168,25 +168,28 @@ def _by_binding(
     return found
 
 
-def _members(tie: Tie, sources: list[Match], targets: list[Match]) -> dict[int, Member]:
+def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[int, str]) -> dict[int, Member]:
     first = sources[0]
     members: dict[int, Member] = {}
     if lazy := next((match.name for match in [*sources, *targets] if is_lazy(match.parameter)), None):
         raise ConfigurationError(f"tie '{tie}': {lazy!r} has no shape yet. Let the model see a batch first")
     for match, pattern in [*((m, None) for m in sources), *((m, tie.relation) for m in targets)]:
         try:
-            relation = bind(pattern, first.parameter.shape, match.parameter.shape)
+            relation = bind(pattern, first.shape, match.shape)
         except ConfigurationError as error:
-            shapes = tuple(first.parameter.shape), tuple(match.parameter.shape)
+            shapes = first.shape, match.shape
             hint = "name a relation, or exclude one of them"
             if shapes[0] == shapes[1][::-1] != shapes[1]:
                 hint = "the relation 'o i -> i o' would fit"
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None
-        _, _, known = members.setdefault(id(match.parameter), (match.name, match.parameter, relation))
-        if not known.agrees_with(relation, first.parameter.shape):
-            raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(relation)!r}")
+        # between the parameters themselves: a weight may be another layout of its own already
+        between = first.layout.then(relation).then(match.layout.inverse())
+        name = names.get(id(match.parameter), match.name) if match.layout.steps else match.name
+        _, _, known = members.setdefault(id(match.parameter), (name, match.parameter, between))
+        if not known.agrees_with(between, first.parameter.shape):
+            raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(between)!r}")
     if len(members) == 1:
         same = [match.name for match in [*sources, *targets] if match.name != first.name]
         what = f"{same[0]!r} is already the same tensor as {first.name!r}" if same else f"only {first.name!r} is in it"

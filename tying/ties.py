@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,3 +99,16 @@ class TiedGroup:
         if self.shared:
             return [*self.parameters]
         return [read(parameter) for read, parameter in zip(self.to_source, self.parameters, strict=True)]
+
+
+def parse_ties(ties: Sequence[Tie | str]) -> list[Tie]:
+    """Return ties, with those in string form read.
+
+    Raises:
+        ConfigurationError: there are none, or a string is malformed.
+    """
+    if isinstance(ties, str | Tie):
+        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
+    if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
+        raise ConfigurationError(f"ties must be a list of at least one Tie or string, not {ties!r}")
+    return [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]

@@ -158,9 +158,11 @@ class EarlyOptimizer(Toy):
 
 def test_ties_after_the_optimizer_are_refused():
     with pytest.raises(
-        ValueError, match=r"an optimizer holds tensors of the shape of 'encoder\.0\.weight' that are not the model's"
+        ValueError, match=r"an optimizer holds tensors of the shape of 'decoder\.2\.weight' that are not the model's"
     ):
         train(EarlyOptimizer(), [HardTying(TIES)])
+    with pytest.raises(ValueError, match=r"of the shape of 'decoder\.2\.weight' that are not the model's"):
+        train(EarlyOptimizer(), [LowRankWeights(["decoder.2.weight"], rank=1)])
 
 
 def test_mistakes():
@@ -224,3 +226,17 @@ def test_sharding_strategies_are_refused():
     trainer.strategy.__class__ = type("Sharded", (pl.strategies.FSDPStrategy,), {})
     with pytest.raises(ValueError, match="HardTying does not support Sharded: change the model in configure_model"):
         HardTying(TIES).setup(trainer, Toy(), "fit")
+
+
+def test_soft_ties_read_hard_ones_as_they_lie():
+    model = Toy()
+    model.extra = nn.Linear(5, 6)
+    soft = SoftTying(["decoder.2.weight ~ extra.weight"], strength=float("inf"), update="proximal")
+    train(model, [HardTying(TIES[:1]), soft], max_epochs=1)
+    assert torch.equal(model.extra.weight, model.decoder[2].weight)
+    assert torch.equal(model.extra.weight, model.encoder[0].weight.T)
+
+
+def test_ties_on_the_meta_device():
+    model = Toy().to("meta")
+    assert [group.shared for group in HardTying(TIES).apply(model)] == [True] * 3

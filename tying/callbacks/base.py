@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
@@ -12,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.ties import Tie, TiedGroup
+from tying.ties import Tie, TiedGroup, parse_ties
 
 
 class ChangesModel(pl.Callback):
@@ -59,9 +60,7 @@ class TyingCallback(pl.Callback):
 
     def __init__(self, ties: Sequence[Tie | str], name: str | None = None) -> None:
         super().__init__()
-        if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
-            raise ConfigurationError(f"ties must be a list of at least one Tie or string, not {ties!r}")
-        self.ties = [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]
+        self.ties = parse_ties(ties)
         self.name = name
 
     @property
@@ -80,7 +79,8 @@ def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) ->
             kind = type(callback).__name__
             return (
                 f"{type(other).__name__} stands before {kind} and would average the weights of a copy that it has not "
-                f"changed: list {kind} first"
+                f"changed: list {kind} first. Where a mixin brings it, it stands last: call self.configure_model() at "
+                "the end of the module's __init__ instead"
             )
     return ""
 
@@ -98,3 +98,15 @@ def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
         if isinstance(callback, TyingCallback)
         for group in callback.groups
     ]
+
+
+def refuse_older(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise where an optimizer holds what weights of these names and shapes were before the model was changed."""
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [p for optimizer in trainer.optimizers for one in optimizer.param_groups for p in one["params"]]
+    others = {parameter.shape for parameter in held if id(parameter) not in own}
+    if found := [name for name, shape in shapes.items() if shape in others]:
+        raise ConfigurationError(
+            f"an optimizer holds tensors of the shape of {found[0]!r} that are not the model's: it was made before the "
+            "model was changed. Make it in configure_optimizers"
+        )

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel, TyingCallback
+from tying.callbacks.base import ChangesModel, TyingCallback, refuse_older
 from tying.errors import ConfigurationError, listed
 from tying.hard import tie, tied
 from tying.hard.guard import record_of, shared_in
@@ -61,7 +61,8 @@ class HardTying(TyingCallback, ChangesModel):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        tied(pl_module)
+        names = {name for group in self._groups for name in group.names}
+        self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
         trained = [id(p) for optimizer in trainer.optimizers for held in optimizer.param_groups for p in held["params"]]
         for group in self._groups:
             weight = group.parameters[0]
@@ -70,17 +71,9 @@ class HardTying(TyingCallback, ChangesModel):
                     f"{group.names[0]!r} stands {trained.count(id(weight))} times in the optimizers, and would be "
                     "stepped and decayed as often: build them from self.parameters(), which yields each weight once"
                 )
-            if weight.requires_grad and trained and self._are_older(trainer, pl_module, group):
-                raise ConfigurationError(
-                    f"an optimizer holds tensors of the shape of {group.names[0]!r} that are not the model's: it was "
-                    "made before the weights became one. Make it in configure_optimizers"
-                )
-
-    def _are_older(self, trainer: pl.Trainer, model: nn.Module, group: TiedGroup) -> bool:
-        own = {id(parameter) for parameter in model.parameters()}
-        shapes = {relation(group.parameters[0]).shape for relation in group.relations}
-        held = [p for optimizer in trainer.optimizers for one in optimizer.param_groups for p in one["params"]]
-        return any(id(parameter) not in own and parameter.shape in shapes for parameter in held)
+            if weight.requires_grad:
+                members = zip(group.names, group.relations, strict=True)
+                refuse_older(trainer, pl_module, {name: relation(weight).shape for name, relation in members})
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -88,7 +81,8 @@ class HardTying(TyingCallback, ChangesModel):
 
     @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:
-        gaps = [] if shared_in(model) else [gap(group.tensors()) for group in resolve(model, self.ties)]
+        whole = not any(parameter.is_meta for parameter in model.parameters())
+        gaps = [] if shared_in(model) or not whole else [gap(group.tensors()) for group in resolve(model, self.ties)]
         if differing := sum(apart > 0 for apart in gaps):
             kept = "that of its source" if self.init == "source" else "their mean"
             rank_zero_info(

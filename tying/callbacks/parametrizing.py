@@ -6,14 +6,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel
+from tying.callbacks.base import ChangesModel, refuse_older
 from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.applying import are_parametrized
 from tying.hard.biases import has_untied_bias
+from tying.names import at_rest
 
 
 class Parametrizing(ChangesModel):
@@ -45,11 +46,23 @@ class Parametrizing(ChangesModel):
         return self.is_in_place(model, model.__dict__.get("_computed_by", {}).get(self._asked, []))
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with at_rest(pl_module):
+            shapes = {name: _weight(pl_module, name).shape for name in self.apply(pl_module)}
+        refuse_older(trainer, pl_module, shapes)
+
+    @override
     def apply(self, model: nn.Module) -> list[str]:
         record: dict[str, list[str]] = model.__dict__.setdefault("_computed_by", {})
         if not self.is_applied(model):
             record[self._asked] = self.change(model)
         return record[self._asked]
+
+
+def _weight(model: nn.Module, name: str) -> Tensor:
+    module, _, attribute = name.rpartition(".")
+    weight: Tensor = getattr(model.get_submodule(module), attribute)
+    return weight
 
 
 class LowRankWeights(Parametrizing):

@@ -9,6 +9,7 @@ from torch.nn.utils.parametrize import ParametrizationList, register_parametriza
 
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
+from tying.hard.related import own_class
 from tying.names import clean_name
 from tying.selection import select
 
@@ -37,13 +38,14 @@ def parametrize_all(
             raise ConfigurationError(
                 f"{name!r} is tied to {aliases[0]!r}, which would not follow it: untie them, or choose others"
             )
-        made[name] = make(name, weight)
         try:
+            made[name] = make(name, weight)
             inverse: Callable[[Tensor], object] = made[name].right_inverse  # type: ignore[assignment]  # a method
             inverse(weight.detach())
         except ConfigurationError as error:
             raise ConfigurationError(f"{name!r}: {error}") from None
     for name, parametrization in made.items():
+        own_class(places[name].owner)
         register_parametrization(places[name].owner, places[name].attribute, parametrization)
     return list(made)
 

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
 from tying.hard.guard import Shared, shared_in
+from tying.hard.plain import computed_by_others
 from tying.hard.sharing import tied
-from tying.names import clean_name, count_parameters
+from tying.names import clean_name, count_parameters, uses
 
 OTHERS = "shared, by others"
 
@@ -26,7 +27,8 @@ class TieReport:
         relations: how each group is tied: ``"shared"``, or the relations that stand in it.
         unique: number of parameter values that are stored.
         virtual: number of values the model computes with: each use counts.
-        saved_bytes: what sharing saves of parameters; gradients and optimizer states come on top.
+        saved_bytes: by how much the weights that the model computes with exceed what is stored; gradients and optimizer
+            states come on top.
         problems: what is wrong now, each with its remedy.
         limits: what would take the ties apart, or store copies, each with its remedy.
     """
@@ -46,7 +48,8 @@ class TieReport:
     def counts(self) -> str:
         """Return the numbers, in a sentence."""
         numbers = f"{self.unique:,} unique parameters, {self.virtual:,} counting each use"
-        return f"{numbers}; {self.saved_bytes:,} bytes saved by sharing."
+        saved = f"{self.saved_bytes:,} bytes saved" if self.saved_bytes >= 0 else f"{-self.saved_bytes:,} bytes more"
+        return f"{numbers}; {saved} by sharing."
 
     def remarks(self) -> list[str]:
         """Return problems and limits, a line each."""
@@ -72,10 +75,8 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
     """
     declared = shared_in(model)
     aliases: dict[int, list[str]] = {}
-    parameters = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(clean_name(name))
-        parameters[id(parameter)] = parameter
     groups = [shared.names for shared in declared]
     relations = [_how(shared) for shared in declared]
     known = {name for shared in declared for name in shared.names}
@@ -84,14 +85,14 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
             groups.append(tuple(names))
             relations.append(OTHERS)
     unique, virtual = count_parameters(model)
-    saved = sum(
-        (len(names) - 1) * parameters[identity].numel() * parameters[identity].element_size()
-        for identity, names in aliases.items()
-    )
+    saved = sum(map(_bytes, uses(model))) - sum(map(_bytes, model.parameters()))
     problems = [*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)]
-    return TieReport(
-        tuple(groups), tuple(relations), unique, virtual, saved, tuple(problems), tuple(_limits(groups, relations))
-    )
+    limits = _limits(model, groups, relations)
+    return TieReport(tuple(groups), tuple(relations), unique, virtual, saved, tuple(problems), tuple(limits))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _how(shared: Shared) -> str:
@@ -144,7 +145,12 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
         yield f"{listed(missing)} is in no optimizer, and is not trained. Build the optimizers after tying"
 
 
-def _limits(groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
+def _limits(model: nn.Module, groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
+    if computed := [key for key, _, _, _ in computed_by_others(model)]:
+        yield (
+            f"{listed(computed)} is computed from other parameters: pickling the model refuses, and a model that does "
+            "not compute it loads tying.hard.bake(model) only"
+        )
     apart = []
     for names, how in zip(groups, relations, strict=True):
         owners = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names))
@@ -163,4 +169,7 @@ def _limits(groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iter
             "formats without sharing, such as safetensors, refuse or store copies: save tying.hard.bake(model), and "
             "load it by load_state_dict"
         )
-        yield "after to_empty the weights are apart until a state dict is loaded into the whole model"
+        yield (
+            "after to_empty, or load_state_dict(assign=True) of a part, the weights are apart until a state dict is "
+            "loaded into the whole model"
+        )

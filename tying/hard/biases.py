@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
 from tying.hard.places import places_of
+from tying.names import at_rest
 from tying.selection import select
 
 
@@ -61,7 +61,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
             passes, with outputs of one size; or a bias is tied. Nothing is changed.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.LazyLinear(2))
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten())
         >>> untie_biases(model, ["0.bias"], torch.zeros(1, 1, 6, 7)), model[0].bias.shape
         (['0.bias'], torch.Size([3, 4, 5]))
 
@@ -105,13 +106,10 @@ def _output_sizes(model: nn.Module, layers: set[nn.Module], example: Tensor) -> 
         sizes.setdefault(layer, set()).add(tuple(output.shape[-dimensions:]))
 
     hooks = [layer.register_forward_hook(look) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with at_rest(model):
+            model(example)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return sizes

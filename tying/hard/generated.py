@@ -122,6 +122,8 @@ def generate_weights(
     made: list[HyperWeight] = []
 
     def make(name: str, weight: nn.Parameter) -> HyperWeight:
+        if weight.ndim != 4:
+            raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution")
         if not made:
             made.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
         return made[0]

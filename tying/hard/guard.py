@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import uuid
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from einops import EinopsError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError
 from tying.hard.places import Place, places_of
 from tying.hard.related import relate, unrelate
-from tying.names import clean_name, unwrapped
+from tying.names import clean_name, plain_name, unwrapped
 from tying.relations import Relation
 from tying.ties import Tie
 
@@ -21,10 +23,17 @@ RECORD, GUARD = "_hard_ties", "_hard_guard"  # attributes of modules
 
 @dataclass(frozen=True)
 class Shared:
-    """The names of one weight, the source first, and the map from the source's layout to that of each."""
+    """The names of one weight, the source first, and the map from the source's layout to that of each.
+
+    Attributes:
+        names: all names that hold it.
+        relations: from the source's layout to each name's.
+        members: which parameter each name held before; names that held one already share a number.
+    """
 
     names: tuple[str, ...]
     relations: tuple[Relation, ...]
+    members: tuple[int, ...]
 
     @property
     def module(self) -> str:
@@ -37,19 +46,20 @@ class Shared:
 
     def below(self, prefix: str) -> Shared:
         """Return the same with names relative to a module."""
-        return Shared(tuple(name.removeprefix(prefix + ".") for name in self.names), self.relations)
+        return replace(self, names=tuple(name.removeprefix(prefix + ".") for name in self.names))
 
     def within(self, prefix: str) -> Shared:
         """Return the same with names as a module's parent sees them."""
-        return Shared(tuple(f"{prefix}.{name}".lstrip(".") for name in self.names), self.relations)
+        return replace(self, names=tuple(f"{prefix}.{name}".lstrip(".") for name in self.names))
 
 
 @dataclass
 class Record:
     """What is tied in a model; kept in it, to tie again what loading or moving takes apart."""
 
-    ties: dict[Tie, frozenset[str]] = field(default_factory=dict)  # with the names that were tied in the same call
+    ties: dict[Tie, frozenset[str]] = field(default_factory=dict)  # with the names that each has tied
     groups: list[Shared] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)  # under which parts of the model are guarded
 
 
 def record_of(model: nn.Module) -> Record:
@@ -59,10 +69,17 @@ def record_of(model: nn.Module) -> Record:
 
 
 def shared_in(model: nn.Module) -> list[Shared]:
-    """Return what has been tied in a model, or in a part of it."""
-    return [
-        shared.within(clean_name(path)) for path, module in model.named_modules() for shared in record_of(module).groups
-    ]
+    """Return what has been tied in a model, or in a part of it; also from a module that holds it."""
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    own = [shared.within(path) for path, module in modules.items() for shared in record_of(module).groups]
+    return own + [shared.within(path) for path, module in modules.items() for shared in tied_above(model, module)]
+
+
+def tied_above(model: nn.Module, module: nn.Module) -> list[Shared]:
+    """Return what is guarded in a part of a model by a record that is not in the model."""
+    within = {record_of(part).token for part in model.modules() if RECORD in part.__dict__}
+    guards: dict[str, list[Shared]] = module.__dict__.get(GUARD, {})
+    return [shared for token, held in guards.items() if token not in within for shared in held]
 
 
 def keep(model: nn.Module, record: Record) -> None:
@@ -70,11 +87,12 @@ def keep(model: nn.Module, record: Record) -> None:
     model.__dict__[RECORD] = record
     modules = {clean_name(path): module for path, module in model.named_modules()}
     for module in modules.values():
-        module.__dict__.pop(GUARD, None)
+        module.__dict__.get(GUARD, {}).pop(record.token, None)
     _hook(model)
     for shared in record.groups:
         if (path := shared.module) and path in modules:
-            modules[path].__dict__.setdefault(GUARD, []).append(shared.below(path))
+            guards = modules[path].__dict__.setdefault(GUARD, {})
+            guards.setdefault(record.token, []).append(shared.below(path))
             _hook(modules[path])
 
 
@@ -100,12 +118,13 @@ def join(shared: Shared, source: nn.Parameter, places: dict[str, Place]) -> None
 def tie_again(module: nn.Module, *_: Any) -> None:
     """Mend what ``load_state_dict(assign=True)`` or moving to the meta device has taken apart.
 
-    Weights that somebody has parametrized since are left as they are: :func:`tying.hard.tied` tells of them.
+    Weights that somebody has parametrized since, or replaced by others of another shape, are left as they are:
+    :func:`tying.hard.tied` tells of them.
     """
     guarded = _guarded(module)
     places = places_of(module) if guarded else {}
     for shared in guarded:
-        if all(name in places and places[name].relation is not None for name in shared.names):
+        if all(name in places and places[name].relation is not None for name in shared.names) and _fit(shared, places):
             join(shared, places[shared.names[0]].parameter, places)
 
 
@@ -129,9 +148,8 @@ def refuse_unequal(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
                 )
         for name, relation in zip(shared.names, shared.relations, strict=True):
             if known and name not in keys and name in places and places[name].relation is not None:
-                written = raw.get(name, name).replace("_checkpoint_wrapped_module.", "")
-                key = name if "parametrizations." in written else written
-                state_dict[prefix + key] = relation(copies[0])
+                written = plain_name(raw.get(name, name)).replace("_checkpoint_wrapped_module.", "")
+                state_dict[prefix + written] = relation(copies[0])
 
 
 def in_source(key: str, value: Any, relation: Relation) -> Tensor:
@@ -164,7 +182,18 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _guarded(module: nn.Module) -> list[Shared]:
-    return [*record_of(module).groups, *module.__dict__.get(GUARD, [])]
+    return [*record_of(module).groups, *(shared for held in module.__dict__.get(GUARD, {}).values() for shared in held)]
+
+
+def _fit(shared: Shared, places: dict[str, Place]) -> bool:
+    """Tell whether what each name holds still has the shape that its tie needs."""
+    source = places[shared.names[0]].parameter
+    for name, relation in zip(shared.names, shared.relations, strict=True):
+        place = places[name]
+        held = Relation() if place.relation == relation else relation  # what is replaced has its own layout
+        if is_lazy(source) or is_lazy(place.parameter) or held(source).shape != place.parameter.shape:
+            return False
+    return True
 
 
 def _hook(module: nn.Module) -> None:

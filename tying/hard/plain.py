@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tying.errors import ConfigurationError
 from tying.hard.guard import are_equal, in_source, shared_in
 from tying.hard.related import related
-from tying.names import clean_name, unwrapped
+from tying.names import at_rest, clean_name, unwrapped
 
 Unequal = Literal["error", "source", "mean"]
 
@@ -31,7 +31,8 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         <All keys matched successfully>
     """
     plain = {clean_name(key): value for key, value in model.state_dict().items() if "parametrizations." not in key}
-    plain |= {key: getattr(owner, name) for key, owner, name, _ in _computed(model)}
+    with at_rest(model):
+        plain |= {key: getattr(owner, name) for key, owner, name, _ in computed_by_others(model)}
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -63,6 +64,9 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     for shared in shared_in(model):
         known = [pair for pair in zip(shared.names, shared.relations, strict=True) if pair[0] in reconciled]
         copies = [in_source(name, reconciled[name], relation) for name, relation in known]
+        for (name, _), copy in zip(known, copies, strict=True):
+            if copy.shape != copies[0].shape:
+                raise ConfigurationError(f"{known[0][0]!r} and {name!r} are tied, and differ in shape here")
         if all(are_equal(copies[0], copy) for copy in copies):
             continue
         if unequal == "error":
@@ -76,10 +80,11 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     own = model.state_dict()
     clean = {unwrapped(real): value for real, value in own.items()}
     assigned = []
-    for key, owner, attribute, held in _computed(model):
+    for key, owner, attribute, held in computed_by_others(model):
         if key not in reconciled:
             continue
-        inverse = weight = reconciled.pop(key)
+        like = next(held.parameters(recurse=False))
+        inverse = weight = reconciled.pop(key).to(like.device, like.dtype)
         for parametrization in reversed([*held]):  # before anything is loaded: does it fit?
             if not hasattr(parametrization, "right_inverse"):
                 raise ConfigurationError(
@@ -95,7 +100,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     return differing
 
 
-def _computed(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, ParametrizationList]]:
+def computed_by_others(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, ParametrizationList]]:
     """Yield key, owner, name and parametrization of all weights that are parametrized by others than ties."""
     for path, owner in model.named_modules():
         tied = {name for name, _, _ in related(owner)}

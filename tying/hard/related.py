@@ -40,11 +40,23 @@ class Related(nn.Module):
         return str(self.relation)
 
 
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own, which a deepcopy would share.
+
+    Parametrizations are properties of that class: to add or remove one would change, or break, the other copy.
+    """
+    if parametrize.is_parametrized(module):
+        kind = type(module)
+        kept = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(kind.__name__, kind.__bases__, kept)
+
+
 def relate(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
     """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
     own = module._parameters[name]
     assert own is not None
     names = [*module._parameters]
+    own_class(module)
     setattr(module, name, nn.Parameter(own.detach().clone(), own.requires_grad))  # registering writes into it
     parametrization = Related(relation, names[names.index(name) + 1 :])
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
@@ -65,6 +77,7 @@ def unrelate(module: nn.Module, name: str) -> None:
     assert isinstance(source, nn.Parameter)
     [following] = [one.following for own, _, one in related(module) if own == name]
     held[name].original = nn.Parameter(source.detach().clone(), source.requires_grad)  # removing writes into it
+    own_class(module)
     parametrize.remove_parametrizations(module, name)
     for behind in following:
         if behind in module._parameters:

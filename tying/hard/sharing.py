@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tying.errors import ConfigurationError
-from tying.hard.guard import RECORD, Record, Shared, join, keep, record_of, shared_in, tie_again
+from tying.errors import ConfigurationError, listed
+from tying.hard.guard import RECORD, Shared, join, keep, record_of, shared_in, tie_again, tied_above
 from tying.hard.places import Place, places_of
 from tying.hard.related import unrelate
+from tying.names import clean_name
 from tying.relations import Relation
-from tying.selection import resolve
-from tying.ties import Tie, TiedGroup
+from tying.selection import resolve, resolve_each
+from tying.ties import Tie, TiedGroup, parse_ties
 
 Init = Literal["source", "mean"]
 
@@ -49,18 +51,25 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     """
     if init not in ("source", "mean"):
         raise ConfigurationError(f"init is 'source' or 'mean', not {init!r}")
-    if isinstance(ties, str | Tie):
-        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
+    parsed = parse_ties(ties)
     record = record_of(model)
-    parsed = [Tie.parse(each) if isinstance(each, str) else each for each in ties]
     new = [each for each in parsed if each not in record.ties]
+    if new:
+        resolve(model, new)  # raises before anything is changed
     tie_again(model)
     if new:
-        made = merge(model, resolve(model, new), init)
+        names = [_names_of(found) for found in resolve_each(model, new)]
+        merge(model, resolve(model, new), init)
         record = record_of(model)
-        record.ties |= dict.fromkeys(new, frozenset(name for group in made for name in group.names))
+        record.ties |= dict(zip(new, names, strict=True))
     own = {name for each in parsed for name in record.ties[each]}
     return [group for group in tied(model) if not own.isdisjoint(group.names)]
+
+
+def _names_of(groups: list[TiedGroup] | ConfigurationError) -> frozenset[str]:
+    if isinstance(groups, ConfigurationError):
+        raise groups
+    return frozenset(name for group in groups for name in group.names)
 
 
 @torch.no_grad()
@@ -68,19 +77,26 @@ def merge(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") 
     """Make the weights of each group one, as :func:`tie` does; return the groups."""
     planned = plan(model, groups)
     places = places_of(model)
+    means = [_mean(group) for group in groups] if init == "mean" else []
+    for group, mean in zip(groups, means, strict=False):
+        group.parameters[0].copy_(mean)
     for group, shared in zip(groups, planned, strict=True):
-        if init == "mean":
-            group.parameters[0].copy_(torch.stack(group.tensors()).mean(dim=0))
         join(shared, group.parameters[0], places)
-    record = record_of(model)
     touched = {name for shared in planned for name in shared.names}
-    record.groups = [shared for shared in record.groups if touched.isdisjoint(shared.names)] + planned
-    keep(model, record)
+    for path, module in [*model.named_modules()]:  # what a part has tied is the whole's, once that adds to it
+        if record := module.__dict__.get(RECORD):
+            kept = [shared for shared in record.groups if touched.isdisjoint(shared.within(clean_name(path)).names)]
+            keep(module, replace(record, groups=kept))
+    record = record_of(model)
+    keep(model, replace(record, groups=record.groups + planned))
     return [group for group in tied(model) if not touched.isdisjoint(group.names)]
 
 
 def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
     """Give each weight that :func:`tie` has made one with another a parameter of its own, of equal value.
+
+    Names that held one parameter before they were tied hold one again. What something else has taken apart, or
+    replaced, is left as it is.
 
     Args:
         model: the tied model, or one that has it as a part.
@@ -89,26 +105,30 @@ def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
     Returns:
         How many weights have got one.
 
+    Raises:
+        ConfigurationError: the ties were made in a model of which this is a part.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> _ = tie(model, ["0.weight ~ 1.weight"])
         >>> untie(model), model[0].weight is model[1].weight
         (1, False)
     """
+    if above := [name for part in model.modules() for shared in tied_above(model, part) for name in shared.names]:
+        raise ConfigurationError(f"{listed(above)}: tied in a model of which this is a part; untie that one")
     count = 0
     for path, module in [*model.named_modules()]:
         if RECORD not in module.__dict__:
             continue
-        record, places, kept = record_of(module), places_of(module), []
+        record, kept = record_of(module), []
         for shared in record.groups:
-            if names is not None and {*names}.isdisjoint(shared.within(path).names):
+            if names is not None and {*names}.isdisjoint(shared.within(clean_name(path)).names):
                 kept.append(shared)
-                continue
-            for name in shared.names[1:]:
-                _release(places[name])
-                count += 1
+            else:
+                count += _release(shared, places_of(module))
         left = {name for shared in kept for name in shared.names}
-        keep(module, Record({tie: own for tie, own in record.ties.items() if own <= left}, kept))
+        ties = {tie: own for tie, own in record.ties.items() if own <= left}
+        keep(module, replace(record, ties=ties, groups=kept))
     return count
 
 
@@ -125,16 +145,22 @@ def tied(model: nn.Module) -> list[TiedGroup]:
         source = places.get(shared.names[0])
         for name, relation in zip(shared.names, shared.relations, strict=True):
             place = places.get(name)
-            if place is None or source is None or place.relation != relation:
+            was = f"{name!r} was tied to {shared.names[0]!r}, and"
+            if place is None or source is None:
                 raise ConfigurationError(
-                    f"{name!r} was tied to {shared.names[0]!r}, and something has parametrized it since: it is a "
-                    "weight of its own now. Untie them first, or parametrize neither"
+                    f"{was} one of them is no parameter of the model any more: something has removed or parametrized "
+                    "it. Untie them first"
+                )
+            if place.relation != relation:
+                raise ConfigurationError(
+                    f"{was} something has parametrized it since. Untie them first, or parametrize neither"
                 )
             if place.parameter is not source.parameter:
-                raise ConfigurationError(
-                    f"{name!r} was tied to {shared.names[0]!r}, and is another tensor now: something has replaced it. "
-                    "Tie again, or load a state dict into the whole model"
-                )
+                found, needed = tuple(place.parameter.shape), tuple(source.parameter.shape)
+                remedy = "Tie again, or load a state dict into the whole model"
+                if found != needed:
+                    remedy = f"Its shape is {found}, where {needed} belongs: untie them"
+                raise ConfigurationError(f"{was} is another tensor now: something has replaced it. {remedy}")
         assert source is not None
         groups.append(TiedGroup(shared.names, (source.parameter,) * len(shared.names), shared.relations, shared=True))
     return groups
@@ -147,13 +173,26 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[Shared]:
         ConfigurationError: the members of a group cannot be one.
     """
     places = places_of(model)
-    return [_plan(group, places) for group in groups]
+    before = {
+        name: (shared.names, member)
+        for shared in shared_in(model)
+        for name, member in zip(shared.names, shared.members, strict=True)
+    }
+    return [_plan(group, places, before) for group in groups]
 
 
-def _plan(group: TiedGroup, places: dict[str, Place]) -> Shared:
-    """Return all names that hold the parameters of a group, or raise where they cannot be one."""
+def _plan(group: TiedGroup, places: dict[str, Place], before: Mapping[str, object]) -> Shared:
+    """Return all names that hold the parameters of a group, or raise where they cannot be one.
+
+    Args:
+        group: what is to be one.
+        places: of the model.
+        before: what names of one parameter have in common that another tie has made one.
+    """
     first, named = group.parameters[0], group.names[0]
     names: dict[str, Relation] = {}
+    members: dict[object, int] = {}
+    numbers = []
     for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
         told = f"{name!r} cannot be tied to {named!r}" if name != named else f"{name!r} cannot be tied"
         for what in ("requires_grad", "dtype", "device"):
@@ -164,26 +203,41 @@ def _plan(group: TiedGroup, places: dict[str, Place]) -> Shared:
         own = places[name].relation
         if own is None:
             raise ConfigurationError(f"{told}: it is parametrized: it is computed from other weights")
-        if own.steps:
-            raise ConfigurationError(
-                f"{told}: it is tied already, through the relation {str(own)!r}. Name the weight that it is tied to"
-            )
         for alias, place in places.items():
             if place.parameter is parameter:
                 whole = relation.then(place.relation or Relation())
                 names[alias] = Relation() if whole.agrees_with(Relation(), first.shape) else whole
+                numbers.append(members.setdefault(before.get(alias, name), len(members)))
                 if names[alias].steps and isinstance(place.owner, nn.RNNBase):
                     raise ConfigurationError(
                         f"{alias!r} cannot be tied through a relation: {type(place.owner).__name__} keeps its weights "
                         "where they cannot be computed. Make it the source of the tie"
                     )
-    return Shared(tuple(names), tuple(names.values()))
+    return Shared(tuple(names), tuple(names.values()), tuple(numbers))
 
 
-def _release(place: Place) -> None:
-    """Let a weight be a parameter of its own, of equal value."""
-    if place.relation and place.relation.steps:
-        unrelate(place.owner, place.attribute)
-    else:
-        source = place.parameter
-        setattr(place.owner, place.attribute, nn.Parameter(source.detach().clone(), source.requires_grad))
+def _mean(group: TiedGroup) -> Tensor:
+    if not group.parameters[0].is_floating_point() and not group.parameters[0].is_complex():
+        raise ConfigurationError(f"{group.names[0]!r} holds integers, which have no mean: use init='source'")
+    return torch.stack(group.tensors()).mean(dim=0)
+
+
+def _release(shared: Shared, places: dict[str, Place]) -> int:
+    """Let all but the source's parameter be parameters of their own, of equal value; return how many these are."""
+    source = places[shared.names[0]].parameter if shared.names[0] in places else None
+    made: dict[int, nn.Parameter] = {}
+    done: set[tuple[int, str]] = set()  # a module may have several names
+    for name, member in zip(shared.names, shared.members, strict=True):
+        place = places.get(name)
+        if place is None or place.parameter is not source or member == shared.members[0]:
+            continue
+        if (id(place.owner), place.attribute) not in done:
+            done.add((id(place.owner), place.attribute))
+            if place.relation and place.relation.steps:
+                unrelate(place.owner, place.attribute)
+                place = Place(place.owner, place.attribute, place.owner, place.attribute)
+                made.setdefault(member, place.parameter)
+            elif member not in made:
+                made[member] = nn.Parameter(source.detach().clone(), source.requires_grad)
+            setattr(place.holder, place.original, made[member])
+    return len(made)
