@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +64,34 @@ def prox_by_search(w: list[float], rates: list[float], strength: float, rho, swe
                 v = moved(shift)
     assert all(math.isfinite(value) for value in v)
     return v
+
+
+def toeplitz_by_loops(hash: Any) -> Tensor:
+    """The kernel entry of every pair of an output and an input of a convolution, −1 where there is none."""
+    (p, q), (stride_j, stride_k), (pad_r, pad_c), (d_r, d_c), (height, width) = (
+        (value, value) if isinstance(value, int) else value
+        for value in (hash.kernel_size, hash.stride, hash.padding, hash.dilation, hash.input_size)
+    )
+    out_height, out_width = hash.output_size
+    index = torch.full(hash.features, -1)
+    for out, into in itertools.product(range(hash.out_channels), range(hash.in_channels)):
+        for j, k, a, b in itertools.product(range(out_height), range(out_width), range(p), range(q)):
+            r, c = stride_j * j + d_r * a - pad_r, stride_k * k + d_c * b - pad_c
+            if 0 <= r < height and 0 <= c < width:
+                row, column = (out * out_height + j) * out_width + k, (into * height + r) * width + c
+                index[row, column] = ((out * hash.in_channels + into) * p + a) * q + b
+    return index
+
+
+def hashed_by_loops(layer: Any) -> tuple[Tensor, list[int], list[int]]:
+    """A hashed layer's weight, and the table entry and the sign of each of its weights, one identifier at a time."""
+    virtual = layer.virtual
+    slots, signs, values = [], [], []
+    kept = virtual.entries().flatten().tolist() if virtual.density < 1 else None
+    for i in range(virtual.shape.numel()):
+        identifier = torch.tensor([virtual.first + i])
+        slot = int(virtual.hash.slot(identifier, virtual.table_size, virtual.drawn))
+        slots.append(slot if kept is None or kept[i] >= 0 else -1)
+        signs.append(int(virtual.hash.sign(identifier)) if virtual.sign else 1)
+        values.append(signs[i] * layer.table[slots[i]] if slots[i] >= 0 else layer.table.new_zeros(()))
+    return torch.stack(values).view(virtual.shape).detach(), slots, signs

@@ -38,7 +38,7 @@ def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, 
     parser.add_argument("--config", action="append", default=[], help="of the run; where weights are computed")
     known = parser.parse_args(args)
     weights = _weights(known.ckpt)
-    if any("parametrizations." in key for key in weights):
+    if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
         weights = _computed(weights, known.config, known.ckpt, load)
     own = {unwrapped(key): value.detach() for key, value in weights.items()}
     plain = {key: value.clone(memory_format=torch.contiguous_format) for key, value in own.items()}

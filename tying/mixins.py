@@ -8,10 +8,10 @@ from typing import Any, ClassVar, TypeVar
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks import HardTying, SoftTying, TyingCallback
+from tying.callbacks import HardTying, SoftTying, WeightHashing
 from tying.errors import ConfigurationError
 
-Brought = TypeVar("Brought", bound=TyingCallback)
+Brought = TypeVar("Brought", bound=pl.Callback)
 
 
 class SoftTyingMixin(pl.LightningModule):
@@ -69,6 +69,39 @@ class HardTyingMixin(pl.LightningModule):
         return [*_inherited(super().configure_callbacks()), _brought(self, HardTying, "hard_tying")]
 
 
+class WeightHashingMixin(pl.LightningModule):
+    """Brings :class:`tying.callbacks.WeightHashing` along; ``weight_hashing`` holds its keyword arguments.
+
+    The weights are hashed in ``configure_model``, hence also by ``load_from_checkpoint``.
+
+    Raises:
+        ConfigurationError: ``weight_hashing`` is not set, or is not a dictionary of WeightHashing's arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(WeightHashingMixin):
+        ...     weight_hashing = {"parameters": ["network.weight"], "table_ratio": 0.25}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Linear(8, 8)
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network.table.shape
+        torch.Size([16])
+    """
+
+    weight_hashing: ClassVar[Mapping[str, Any]]
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        _brought(self, WeightHashing, "weight_hashing").apply(self)
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [*_inherited(super().configure_callbacks()), _brought(self, WeightHashing, "weight_hashing")]
+
+
 def _inherited(callbacks: Sequence[pl.Callback] | pl.Callback) -> Sequence[pl.Callback]:
     return [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
 
@@ -81,7 +114,7 @@ def _brought(module: pl.LightningModule, kind: Callable[..., Brought], attribute
         if not isinstance(arguments, Mapping):
             raise ConfigurationError(
                 f"{inheritor} inherits {name}Mixin and must set {attribute} to a dictionary of {name}'s arguments, "
-                f"such as {{'ties': [...]}}, not {arguments!r}"
+                f"not {arguments!r}"
             )
         try:
             module.__dict__[f"_{attribute}"] = kind(**arguments)

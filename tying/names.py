@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,13 +58,47 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@dataclass(frozen=True)
+class Computed:
+    """A weight that a module computes from parameters.
+
+    Attributes:
+        owner: the module.
+        name: of the weight, an attribute of the owner.
+        steps: modules that compute it, one after another; each may have a ``right_inverse``.
+        prefixes: with which the keys begin, in the owner's state dict, that stand for the weight.
+    """
+
+    owner: nn.Module
+    name: str
+    steps: tuple[nn.Module, ...]
+    prefixes: tuple[str, ...]
+
+
+def computed_in(module: nn.Module) -> list[Computed]:
+    """Return the weights that a module computes: by parametrizations, or as its class says by ``computes``.
+
+    ``computes`` maps the name of a weight to those of the parameter, and of the module that maps one to the other.
+    """
+    held: Mapping[str, ParametrizationList] = getattr(module, "parametrizations", {})
+    found = [Computed(module, name, (*steps,), (f"parametrizations.{name}.",)) for name, steps in held.items()]
+    computes: Mapping[str, tuple[str, str]] = getattr(type(module), "computes", {})
+    for name, (parameter, step) in computes.items():
+        found.append(Computed(module, name, (getattr(module, step),), (parameter, f"{step}.")))
+    return found
+
+
 def uses(model: nn.Module) -> Iterator[Tensor]:
-    """Yield each weight that a model computes with, aliases again; of a parametrized one, what it is computed to."""
+    """Yield each weight that a model computes with, aliases again; of a computed one, what it is computed to."""
     with at_rest(model):
         for path, module in model.named_modules(remove_duplicate=False):
-            if "parametrizations" not in path.split("."):
-                yield from (parameter for parameter in module._parameters.values() if parameter is not None)
-                yield from (getattr(module, name) for name in getattr(module, "parametrizations", {}))
+            if "parametrizations" in path.split("."):
+                continue
+            computed = computed_in(module)
+            yield from (getattr(module, one.name) for one in computed)
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not any(name in one.prefixes for one in computed):
+                    yield parameter
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from tying.callbacks.base import TyingCallback
 from tying.callbacks.hard import HardTying
+from tying.callbacks.hashing import WeightHashing
 from tying.callbacks.monitor import TyingMonitor
 from tying.callbacks.parametrizing import GeneratedWeights, LowRankWeights, TemplateWeights, UntiedBiases
 from tying.callbacks.random_state import RandomState
@@ -19,4 +20,5 @@ __all__ = [
     "TyingMonitor",
     "TyingSummary",
     "UntiedBiases",
+    "WeightHashing",
 ]

@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.callbacks.base import ChangesModel, refuse_older
 from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
-from tying.hard.applying import are_parametrized
+from tying.hard.applying import are_computed
 from tying.hard.biases import has_untied_bias
 from tying.names import at_rest
 
@@ -34,7 +34,7 @@ class Parametrizing(ChangesModel):
 
     def is_in_place(self, model: nn.Module, names: list[str]) -> bool:
         """Tell whether these weights, at least one, are changed already."""
-        return are_parametrized(model, names)
+        return are_computed(model, names)
 
     @property
     def _asked(self) -> str:

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList, register_parametriza
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
 from tying.hard.related import own_class
-from tying.names import clean_name
+from tying.names import clean_name, computed_in
 from tying.selection import select
 
 
@@ -50,8 +50,11 @@ def parametrize_all(
     return list(made)
 
 
-def are_parametrized(model: nn.Module, names: Sequence[str]) -> bool:
-    """Tell whether these weights of a model, at least one, are parametrized."""
-    modules = model.named_modules()
-    computed = {f"{path}.{name}".lstrip(".") for path, one in modules for name in getattr(one, "parametrizations", {})}
-    return bool(names) and {clean_name(name) for name in computed}.issuperset(names)
+def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
+    """Tell whether these weights of a model, at least one, are computed."""
+    computed = {
+        clean_name(f"{path}.{one.name}".lstrip("."))
+        for path, part in model.named_modules()
+        for one in computed_in(part)
+    }
+    return bool(names) and computed.issuperset(names)

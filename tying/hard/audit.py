@@ -146,10 +146,10 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
 
 
 def _limits(model: nn.Module, groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
-    if computed := [key for key, _, _, _ in computed_by_others(model)]:
+    if computed := [*computed_by_others(model)]:
         yield (
-            f"{listed(computed)} is computed from other parameters: pickling the model refuses, and a model that does "
-            "not compute it loads tying.hard.bake(model) only"
+            f"{listed(computed)} is computed from other parameters: a model that does not compute it loads "
+            "tying.hard.bake(model) only; if by a parametrization, pickling the model refuses"
         )
     apart = []
     for names, how in zip(groups, relations, strict=True):

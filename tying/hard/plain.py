@@ -7,12 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 
 from tying.errors import ConfigurationError
 from tying.hard.guard import are_equal, in_source, shared_in
 from tying.hard.related import related
-from tying.names import at_rest, clean_name, unwrapped
+from tying.names import Computed, at_rest, clean_name, computed_in, unwrapped
 
 Unequal = Literal["error", "source", "mean"]
 
@@ -30,9 +29,11 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         >>> nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).load_state_dict(bake(model))
         <All keys matched successfully>
     """
-    plain = {clean_name(key): value for key, value in model.state_dict().items() if "parametrizations." not in key}
+    computed = computed_by_others(model)
+    state = {unwrapped(key): value for key, value in model.state_dict().items()}
+    plain = {clean_name(key): state[key] for key in state if not any(key.startswith(one) for one in _hidden(computed))}
     with at_rest(model):
-        plain |= {key: getattr(owner, name) for key, owner, name, _ in computed_by_others(model)}
+        plain |= {key: getattr(one.owner, one.name) for key, one in computed.items()}
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -80,19 +81,20 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     own = model.state_dict()
     clean = {unwrapped(real): value for real, value in own.items()}
     assigned = []
-    for key, owner, attribute, held in computed_by_others(model):
+    for key, one in computed_by_others(model).items():
         if key not in reconciled:
             continue
-        like = next(held.parameters(recurse=False))
+        like = next(parameter for parameter in _originals(one))
         inverse = weight = reconciled.pop(key).to(like.device, like.dtype)
-        for parametrization in reversed([*held]):  # before anything is loaded: does it fit?
-            if not hasattr(parametrization, "right_inverse"):
+        for step in reversed(one.steps):  # before anything is loaded: does it fit?
+            if not hasattr(step, "right_inverse"):
                 raise ConfigurationError(
                     f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
                 )
-            inverse = parametrization.right_inverse(inverse)
-        assigned.append((owner, attribute, weight))
-        reconciled |= {name: value for name, value in clean.items() if name.startswith(_prefix(key))}
+            inverse = step.right_inverse(inverse)  # type: ignore[operator]  # a method
+        assigned.append((one.owner, one.name, weight))
+        hidden = tuple(_hidden({key: one}))
+        reconciled |= {name: value for name, value in clean.items() if name.startswith(hidden)}
     keys = {unwrapped(real): real for real in own}
     model.load_state_dict({keys.get(key, key): value for key, value in reconciled.items()})
     for owner, attribute, weight in assigned:
@@ -100,15 +102,23 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     return differing
 
 
-def computed_by_others(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, ParametrizationList]]:
-    """Yield key, owner, name and parametrization of all weights that are parametrized by others than ties."""
+def computed_by_others(model: nn.Module) -> dict[str, Computed]:
+    """Return, by key, all weights that something else than a tie computes."""
+    found: dict[str, Computed] = {}
     for path, owner in model.named_modules():
         tied = {name for name, _, _ in related(owner)}
-        for name, held in getattr(owner, "parametrizations", {}).items():
-            if name not in tied:
-                yield clean_name(f"{path}.{name}".lstrip(".")), owner, name, held
+        for one in computed_in(owner):
+            if one.name not in tied:
+                found[clean_name(f"{path}.{one.name}".lstrip("."))] = one
+    return found
 
 
-def _prefix(key: str) -> str:
-    module, _, name = key.rpartition(".")
-    return f"{module}.parametrizations.{name}.".lstrip(".")
+def _hidden(computed: Mapping[str, Computed]) -> list[str]:
+    """Return how the keys begin that stand for computed weights."""
+    return [key.removesuffix(one.name) + prefix for key, one in computed.items() for prefix in one.prefixes]
+
+
+def _originals(one: Computed) -> Iterator[nn.Parameter]:
+    for name, parameter in one.owner.named_parameters():
+        if name.startswith(one.prefixes):
+            yield parameter

@@ -1,0 +1,373 @@
+"""Hashed layers: every path gives the numbers of a slow loop."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from reference import hashed_by_loops
+from torch import nn
+from torch.nn import functional as F
+
+from tying.hashing import (
+    BlockHash,
+    CodebookHash,
+    DirichletHash,
+    HashedConv2d,
+    HashedEmbedding,
+    HashedLinear,
+    IdentityHash,
+    ModulusHash,
+    NeighborhoodHash,
+    ToeplitzHash,
+    UniformHash,
+    VirtualWeight,
+    XXHash,
+)
+from tying.hashing.structure import RepeatedRows
+
+HASHES = [
+    IdentityHash(),
+    ModulusHash(),
+    UniformHash(1),
+    DirichletHash(1, 0.3),
+    NeighborhoodHash(1, 2),
+    XXHash(1),
+    BlockHash(1, 3),
+]
+TOEPLITZ = ToeplitzHash(2, 3, input_size=(4, 3), kernel_size=2, padding=(1, 0), stride=(1, 2))
+
+
+def ratio(hash):
+    return None if isinstance(hash, IdentityHash) else 0.3
+
+
+def indexes(hash):
+    return (
+        ["stored", "computed", "structured"] if isinstance(hash, ModulusHash | IdentityHash) else ["stored", "computed"]
+    )
+
+
+@pytest.mark.parametrize("hash", HASHES, ids=lambda hash: type(hash).__name__)
+@pytest.mark.parametrize(("sign", "density"), [(False, 1.0), (True, 1.0), (False, 0.4), (True, 0.4)])
+def test_every_path_is_the_loop(hash, sign, density):
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    for index in indexes(hash):
+        if index == "structured" and (sign or density < 1):
+            continue
+        layer = HashedLinear(7, 9, True, ratio(hash), hash, sign, density, index, dtype=torch.float64)
+        weight, slots, signs = hashed_by_loops(layer)
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-12)
+        output = layer(x)
+        torch.testing.assert_close(output, x @ weight.T + layer.bias, rtol=0, atol=1e-12)
+        upstream = torch.randn_like(output)
+        given, entries = torch.autograd.grad((output * upstream).sum(), [x, layer.table])
+        dense = upstream.T @ x.detach()
+        expected = torch.zeros_like(layer.table)
+        for i, (slot, xi) in enumerate(zip(slots, signs, strict=True)):
+            if slot >= 0:
+                expected[slot] += xi * dense.flatten()[i]
+        torch.testing.assert_close(entries, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(given, upstream @ weight.detach(), rtol=0, atol=1e-12)
+
+
+def test_reconstruction_is_feature_hashing():
+    """``z_i = Σ_k t_k Σ_{j: h(i,j)=k} ξ(i,j) a_j``."""
+    layer = HashedLinear(8, 5, False, 0.2, XXHash(3), sign=True, dtype=torch.float64)
+    _, slots, signs = hashed_by_loops(layer)
+    a = torch.randn(8, dtype=torch.float64)
+    slots, signs = torch.tensor(slots).view(5, 8), torch.tensor(signs).view(5, 8)
+    features = torch.zeros(5, len(layer.table), dtype=torch.float64).scatter_add_(1, slots, signs * a)
+    torch.testing.assert_close(layer(a), features @ layer.table, rtol=0, atol=1e-12)
+
+
+def test_one_entry_is_a_constant_matrix():
+    layer = HashedLinear(6, 4, False, 1e-9)
+    assert layer.table.shape == (1,)
+    assert torch.equal(layer.weight, layer.table.expand(4, 6))
+
+
+def test_identity_is_a_dense_layer_bitwise():
+    torch.manual_seed(0)
+    hashed = nn.Sequential(HashedLinear(6, 5, hash=IdentityHash()), nn.ReLU(), HashedLinear(5, 3, hash=IdentityHash()))
+    dense = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        for ours, theirs in zip(hashed[::2], dense[::2], strict=True):
+            theirs.weight.copy_(ours.weight)
+            theirs.bias.copy_(ours.bias)
+    x = torch.randn(4, 6)
+    for model in (hashed, dense):
+        model(x).square().sum().backward()
+    assert torch.equal(hashed(x), dense(x))
+    for ours, theirs in zip(hashed[::2], dense[::2], strict=True):
+        assert torch.equal(ours.table.grad, theirs.weight.grad.flatten())
+        assert torch.equal(ours.bias.grad, theirs.bias.grad)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (5, 7), (20, 4), (3, 50), (4, 48)])
+@pytest.mark.parametrize("size", [1, 4, 6, 7, 24, 36])
+@pytest.mark.parametrize("first", [0, 5, 100])
+def test_repeated_rows(shape, size, first):
+    count = shape[0] * shape[1]
+    size = min(size, count)
+    table = torch.randn(size, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
+    weight = table[((first + torch.arange(count)) % size).view(shape)]
+    rows = RepeatedRows(shape, size, first % size)
+    torch.testing.assert_close(rows.weight(table), weight, rtol=0, atol=0)
+    torch.testing.assert_close(rows.linear(x, table), x @ weight.T, rtol=0, atol=1e-12)
+    upstream = torch.randn(2, 3, shape[0], dtype=torch.float64)
+    ours = torch.autograd.grad((rows.linear(x, table) * upstream).sum(), [x, table])
+    theirs = torch.autograd.grad(((x @ weight.T) * upstream).sum(), [x, table])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    assert rows.distinct == len(weight.detach().unique(dim=0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding": 1, "stride": 2}, {"groups": 2}, {"padding": 1, "padding_mode": "circular"}]
+)
+@pytest.mark.parametrize("hash", [ModulusHash(), UniformHash(2)], ids=str)
+def test_convolution(options, hash):
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    layers = [
+        HashedConv2d(4, 6, 3, **options, table_ratio=0.2, hash=hash, index=index, dtype=torch.float64)
+        for index in indexes(hash)
+    ]
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    dense = nn.Conv2d(4, 6, 3, **options, dtype=torch.float64)
+    dense.load_state_dict({"weight": layers[0].weight.detach(), "bias": layers[0].bias.detach()})
+    for layer in layers:
+        torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(layer.table.grad, layers[0].table.grad, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("index", ["auto", "stored", "computed"])
+@pytest.mark.parametrize("hash", [UniformHash(2), BlockHash(2, 4), ModulusHash()], ids=str)
+def test_embedding(index, hash):
+    layer = HashedEmbedding(
+        30, 6, padding_idx=3, table_ratio=0.1, hash=hash, sign=True, index=index, dtype=torch.float64
+    )
+    ids = torch.tensor([[0, 3, 29], [7, 7, 3]])
+    weight = layer.weight.detach().clone()
+    weight[3] = 0
+    torch.testing.assert_close(layer(ids), F.embedding(ids, weight), rtol=0, atol=0)
+    upstream = torch.randn(2, 3, 6, dtype=torch.float64)
+    (layer(ids) * upstream).sum().backward()
+    grad, layer.table.grad = layer.table.grad, None
+    ((layer.weight[ids] * (ids != 3)[..., None]) * upstream).sum().backward()
+    torch.testing.assert_close(grad, layer.table.grad, rtol=0, atol=1e-12)
+
+
+def test_the_structure_of_toeplitz_is_its_matrix():
+    outputs, inputs = TOEPLITZ.features
+    layers = [
+        HashedLinear(inputs, outputs, hash=TOEPLITZ, index=index, dtype=torch.float64)
+        for index in ("structured", "stored")
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(3, inputs, dtype=torch.float64)
+    torch.testing.assert_close(layers[0](x), layers[1](x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=0, atol=1e-12)
+
+
+def test_density_leaves_the_table_its_size():
+    layer = HashedLinear(100, 200, table_ratio=0.05, density=0.3)
+    assert layer.table.shape == (1000,)
+    kept = float((layer.virtual.entries() >= 0).double().mean())
+    assert abs(kept - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 20_000)
+    assert torch.equal(layer.weight == 0, layer.virtual.entries() < 0)
+
+
+@pytest.mark.parametrize("index", ["stored", "computed"])
+def test_second_derivatives(index):
+    layer = HashedLinear(4, 3, False, 0.4, UniformHash(1), sign=True, index=index, dtype=torch.float64)
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def compute(table, x):
+        return F.linear(x, layer.virtual(table)).tanh()
+
+    table = layer.table.detach().requires_grad_()
+    assert torch.autograd.gradcheck(compute, (table, x))
+    assert torch.autograd.gradgradcheck(compute, (table, x))
+
+
+@pytest.mark.parametrize("index", ["stored", "computed"])
+def test_long_tables_add_up_in_chunks(index, monkeypatch):
+    monkeypatch.setattr("tying.hashing.lookup.CHUNK", 7)
+    monkeypatch.setattr("tying.hashing.virtual.CHUNK", 7)
+    layer = HashedLinear(11, 9, False, 0.2, UniformHash(1), index=index, dtype=torch.float64)
+    weight, slots, _ = hashed_by_loops(layer)
+    assert torch.equal(layer.weight, weight)
+    upstream = torch.randn(9, 11, dtype=torch.float64)
+    [grad] = torch.autograd.grad((layer.weight * upstream).sum(), layer.table)
+    expected = torch.zeros_like(layer.table).index_add_(0, torch.tensor(slots), upstream.flatten())
+    torch.testing.assert_close(grad, expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_gradients_add_up_in_float32():
+    """1,000 · 100 ones in bfloat16 would stop growing at 256."""
+    layer = HashedLinear(1000, 100, False, 1e-9, dtype=torch.bfloat16)
+    layer.weight.sum().backward()
+    assert layer.table.grad.dtype == torch.bfloat16
+    assert float(layer.table.grad) == float(torch.tensor(100_000.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("index", ["stored", "computed", "structured"])
+def test_autocast(index):
+    layer = HashedLinear(16, 8, table_ratio=0.25, hash=ModulusHash(), index=index)
+    x = torch.randn(4, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), layer(x), rtol=0.05, atol=0.05)
+    output.float().sum().backward()
+    assert layer.table.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "hash", [UniformHash(1), DirichletHash(1, 0.5), ModulusHash(), TOEPLITZ], ids=lambda h: type(h).__name__
+)
+@pytest.mark.parametrize("index", ["stored", "computed", "structured"])
+def test_compile_in_one_graph(hash, index):
+    if index == "structured" and not isinstance(hash, ModulusHash | ToeplitzHash):
+        pytest.skip("it has no structure")
+    torch.compiler.reset()
+    outputs, inputs = TOEPLITZ.features
+    layer = HashedLinear(inputs, outputs, hash=hash, index=index)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, inputs)
+    torch.testing.assert_close(compiled(x), layer(x))
+    expected = torch.autograd.grad(layer(x).square().sum(), layer.table)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), layer.table), expected)
+
+
+@pytest.mark.parametrize("index", ["stored", "computed", "structured"])
+def test_export(index):
+    layer = HashedLinear(6, 4, table_ratio=0.5, hash=ModulusHash(), index=index).eval()
+    x = torch.randn(2, 6)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(layer, (x,)), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), layer(x))
+
+
+@pytest.mark.parametrize("hash", [UniformHash(1), DirichletHash(1, 0.5)], ids=str)
+def test_copies(hash):
+    layer = HashedLinear(6, 4, hash=hash)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied.weight, layer.weight)
+    with torch.no_grad():
+        copied.table.zero_()
+    assert layer.weight.any()
+    pickled = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(pickled.weight, layer.weight)
+    moved = copy.deepcopy(layer).to("meta").to_empty(device="cpu")
+    moved.load_state_dict(layer.state_dict())
+    assert torch.equal(moved.weight, layer.weight)
+    assert torch.equal(layer.double().weight, moved.weight.double())
+
+
+@pytest.mark.parametrize("hash", [*HASHES, CodebookHash(torch.arange(24) % 5)], ids=lambda hash: type(hash).__name__)
+def test_a_checkpoint_holds_table_and_description(hash):
+    layer = HashedLinear(
+        6, 4, table_ratio=5 / 24 if isinstance(hash, CodebookHash) else ratio(hash), hash=hash, sign=True
+    )
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert set(state) == {"table", "bias", "virtual._extra_state"}
+    other = HashedLinear(6, 4, table_ratio=len(layer.table) / 24, hash=hash, sign=True)
+    other.load_state_dict(state)
+    assert torch.equal(other.weight, layer.weight)
+
+
+def test_what_was_drawn_in_floating_point_is_the_checkpoints():
+    layer, other = (HashedLinear(30, 20, table_ratio=0.1, hash=DirichletHash(1, 0.5)) for _ in range(2))
+    layer.virtual.drawn = DirichletHash(2, 0.5).draw(60)  # as another machine might have rounded it, and much more
+    layer.virtual._kept = None
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.virtual.entries(), layer.virtual.entries())
+    assert torch.equal(other.weight, layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"hash": UniformHash(2)}, r"by UniformHash\(seed=1\); in the checkpoint it is .* by UniformHash\(seed=2\)"),
+        ({"sign": True}, r"in the checkpoint it is .*, signed"),
+        ({"density": 0.5}, r"in the checkpoint it is .*, density 0.5"),
+    ],
+)
+def test_another_hash_is_refused(change, told):
+    layer = HashedLinear(6, 4, hash=UniformHash(1))
+    other = HashedLinear(6, 4, **{"hash": UniformHash(1), **change})
+    with pytest.raises(ValueError, match=told):
+        layer.load_state_dict(other.state_dict())
+
+
+def test_the_modes_load_each_others_checkpoints():
+    layers = [
+        HashedLinear(6, 4, table_ratio=0.5, hash=ModulusHash(), index=index) for index in ("stored", "structured")
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+def test_assigning_a_weight_takes_the_nearest_table():
+    layer = HashedLinear(6, 4, table_ratio=0.3, hash=UniformHash(1), sign=True, dtype=torch.float64)
+    weight = torch.randn(4, 6, dtype=torch.float64)
+    layer.weight = weight
+    with torch.no_grad():
+        design = torch.stack(
+            [layer.virtual(row).flatten() for row in torch.eye(len(layer.table), dtype=torch.float64)], 1
+        )
+        used = design.abs().sum(0) > 0
+        best = torch.linalg.lstsq(design[:, used], weight.flatten()).solution
+    torch.testing.assert_close(layer.table[used].detach(), best)
+    assert not layer.table[~used].any()
+    before = layer.weight.detach().clone()
+    layer.weight = before
+    torch.testing.assert_close(layer.weight.detach(), before)
+    with pytest.raises(ValueError, match=r"a weight of shape \(2, 6\) is not one of \(4, 6\)"):
+        layer.weight = weight[:2]
+
+
+def test_memory_is_the_tables():
+    """What is held between steps: table, gradient, momentum and checkpoint are the ratio of the dense layer's."""
+    layer = HashedLinear(500, 400, False, 0.05, index="computed")
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(3, 500)).sum().backward()
+    optimizer.step()
+    held = [layer.table, layer.table.grad, optimizer.state[layer.table]["momentum_buffer"]]
+    assert [tensor.numel() for tensor in held] == [10_000] * 3
+    assert layer.virtual._kept is None
+    assert not [*layer.buffers()]
+    sizes = []
+    for module in (layer, nn.Linear(500, 400, bias=False)):
+        file = io.BytesIO()
+        torch.save(module.state_dict(), file)
+        sizes.append(file.tell())
+    assert sizes[0] / sizes[1] == pytest.approx(0.05, abs=0.02 * 0.05 + 3000 / sizes[1])
+
+
+def test_deterministic_algorithms():
+    layer = HashedLinear(20, 30, table_ratio=0.1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = [torch.autograd.grad(layer(torch.ones(2, 20)).sum(), layer.table)[0] for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*grads)
+
+
+def test_repr_tells_the_choice():
+    assert "index='structured'" in repr(HashedLinear(6, 4, hash=ModulusHash()))
+    assert "index='stored'" in repr(HashedLinear(6, 4))
+    assert "a table of 3 by UniformHash(seed=0)" in repr(HashedLinear(6, 4))
+    assert VirtualWeight((1 << 13, 1 << 12), 10, UniformHash(), index="computed").index == "computed"

@@ -1,0 +1,303 @@
+"""Hashing the weights of anybody's model."""
+
+import copy
+import io
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.nn import functional as F
+from toys import Toy, batches, same, train
+
+from tying.callbacks import HardTying, WeightHashing
+from tying.hard import audit, bake, load_plain, tie, tied
+from tying.hashing import (
+    DirichletHash,
+    HashedLinear,
+    ModulusHash,
+    RecurrentHash,
+    UniformHash,
+    XXHash,
+    entropy,
+    hash_weights,
+    loads,
+)
+from tying.mixins import WeightHashingMixin
+from tying.names import count_parameters
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def network(**options):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 10), nn.BatchNorm1d(10), nn.Linear(10, 30), nn.Linear(30, 5), **options)
+
+
+def test_a_table_for_each_layer():
+    model = network()
+    before = copy.deepcopy(model)
+    report = hash_weights(model, ["**.weight"], 0.1)
+    assert [(one.name, one.table_size) for one in report.weights] == [
+        ("0.weight", 20),
+        ("2.weight", 30),
+        ("3.weight", 15),
+    ]
+    assert (report.stored, report.virtual, report.skipped) == (65, 650, ("1.weight",))
+    assert type(model[0]) is HashedLinear
+    assert [name for name, _ in model.named_parameters()][:2] == ["0.table", "0.bias"]
+    entries = [model[i].virtual.entries() % 15 for i in (0, 2)]
+    assert not torch.equal(entries[0].flatten(), entries[1].flatten()[:200])  # draws of its own
+    for i in (0, 2, 3):
+        assert torch.equal(model[i].bias, before[i].bias)
+        values = before[i].weight.flatten().tolist()
+        assert all(entry in values for entry in model[i].table.tolist())  # drawn from the weights as they were
+
+
+def test_one_table_for_the_network():
+    model = network()
+    scales = [float(model[i].weight.detach().double().std()) for i in (0, 2, 3)]
+    report = hash_weights(model, ["**.weight"], 0.1, UniformHash(3), scope="network")
+    assert report.stored == 65
+    assert model[0].table is model[2].table is model[3].table
+    assert [group.names for group in tied(model)] == [("0.table", "2.table", "3.table")]
+    index = UniformHash(3).index(650, 65)
+    begin = 0
+    for i, scale in zip((0, 2, 3), scales, strict=True):
+        count = model[i].virtual.shape.numel()
+        own = index[begin : begin + count].view(model[i].virtual.shape)
+        assert torch.equal(model[i].virtual.entries(), own)
+        torch.testing.assert_close(model[i].weight, model[0].table[own] * scale)
+        begin += count
+    assert abs(float(model[0].table.detach().std()) - 1) < 0.3
+    assert report.weights[0].realised == entropy(loads(index, 65))
+    assert report.weights[0].generating == pytest.approx(math.log(65))
+
+
+def test_the_gradient_of_a_network_table_is_the_sum_over_its_uses():
+    model = network().double()
+    hash_weights(model, ["**.weight"], 0.1, scope="network", sign=True)
+    x = torch.randn(4, 20, dtype=torch.float64)
+    dense = network().double()
+    dense.load_state_dict(bake(model))
+    for one in (model, dense):
+        one(x).square().sum().backward()
+    expected = torch.zeros(65, dtype=torch.float64)
+    for i in (0, 2, 3):
+        virtual = model[i].virtual
+        signs = virtual.hash.sign(torch.arange(virtual.first, virtual.first + virtual.shape.numel()))
+        uses = signs * dense[i].weight.grad.flatten() * virtual.scale
+        expected.index_add_(0, virtual.entries().flatten(), uses)
+    torch.testing.assert_close(model[0].table.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_recurrence_is_one_layer_used_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))).double()
+    report = hash_weights(model, ["**"], None, RecurrentHash(layers=3), scope="network")
+    assert (report.stored, report.virtual) == (42, 126)
+    cell = nn.RNN(6, 6, batch_first=True).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    hidden, layer = x, (model[0].weight, model[0].bias)
+    for _ in range(3):
+        hidden = F.linear(hidden, *layer)
+    torch.testing.assert_close(model(x), hidden, rtol=0, atol=0)
+    with torch.no_grad():
+        cell.weight_ih_l0.zero_()
+        cell.bias_ih_l0.zero_()
+        cell.weight_hh_l0.copy_(model[0].weight)
+        cell.bias_hh_l0.copy_(model[0].bias)
+    steps = x
+    for i in range(3):
+        steps = torch.tanh(F.linear(steps, model[i].weight, model[i].bias))
+    _, last = cell(torch.zeros(4, 3, 6, dtype=torch.float64), x[None])
+    torch.testing.assert_close(steps, last[0], rtol=0, atol=1e-12)
+    steps.sum().backward()
+    last.sum().backward()
+    ours = next(iter({id(p): p for p in model.parameters()}.values())).grad
+    theirs = torch.cat([cell.weight_hh_l0.grad.flatten(), cell.bias_hh_l0.grad])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_means_keep_what_is_shared_already():
+    model = network()
+    hash_weights(model, ["**.weight"], 0.2, scope="network")
+    values = bake(model)
+    again = network()
+    again.load_state_dict(values)
+    scales = [model[i].virtual.scale for i in (0, 2, 3)]
+    hash_weights(again, ["0.weight"], 0.2, UniformHash(3), init="mean")
+    sums = torch.zeros(40).index_add_(0, again[0].virtual.entries().flatten(), values["0.weight"].flatten())
+    torch.testing.assert_close(again[0].table, sums / loads(again[0].virtual.entries(), 40).clamp(min=1))
+    assert len(scales) == 3
+
+
+def test_other_modules_are_parametrized():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2)
+    report = hash_weights(model, ["*_weight", "**.weight"], 0.25, XXHash(2), sign=True, scope="network")
+    assert {one.name for one in report.weights} == {"in_proj_weight", "out_proj.weight"}
+    assert report.stored == 64
+    x = torch.randn(3, 1, 8)
+    model(x, x, x)[0].sum().backward()
+    assert sum(p.numel() for p in model.parameters() if p.ndim == 1 and p.grad is not None) == 64 + 24 + 8
+    plain = nn.MultiheadAttention(8, 2)
+    plain.load_state_dict(bake(model))
+    torch.testing.assert_close(plain(x, x, x)[0], model(x, x, x)[0])
+
+
+@pytest.mark.parametrize("scope", ["layer", "network"])
+def test_state_round_trips(scope):
+    model, other = network(), network()
+    hash_weights(model, ["**.weight"], 0.1, DirichletHash(1, 0.5), scope=scope)
+    torch.manual_seed(5)
+    other[0].weight.data.normal_(std=3)  # another initialisation has other scales
+    hash_weights(other, ["**.weight"], 0.1, DirichletHash(1, 0.5), scope=scope)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(3, 20)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), model(x))
+    assert (copied[0].table is copied[2].table) == (scope == "network")
+
+
+def test_counts_bake_and_audit():
+    model = network()
+    hash_weights(model, ["**.weight"], 0.1, scope="network")
+    assert count_parameters(model) == (65 + 45 + 20, 650 + 45 + 20)
+    assert audit(model).saved_bytes == 4 * (650 - 65)
+    plain = bake(model)
+    dense = network()
+    dense.load_state_dict(plain)
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(dense.eval()(x), model.eval()(x))
+    single = network()
+    hash_weights(single, ["0.weight"], 1.0)
+    load_plain(single, dense.state_dict())
+    torch.testing.assert_close(single[2].weight, dense[2].weight)
+
+
+def test_units_that_repeat_are_told():
+    model = nn.Sequential(nn.Linear(784, 200), nn.Linear(200, 200), nn.Linear(200, 10))
+    report = hash_weights(model, ["*.weight"], 1000 / 198_800, ModulusHash(), scope="network")
+    assert [one.units for one in report.weights] == [125, 5, 5]
+    assert "only 125 of 200 units are distinct" in str(report)
+    wide = hash_weights(nn.Linear(2000, 2000), ["weight"], 0.1, ModulusHash())
+    assert wide.weights[0].units == 200
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "told"),
+    [
+        (lambda m: None, {"parameters": ["nothing"]}, "matches no parameter"),
+        (lambda m: None, {"parameters": ["**.bias"]}, "match nothing of two dimensions or more"),
+        (lambda m: None, {"table_ratio": 0.0}, r"table_ratio is in \(0, 1\], not 0.0"),
+        (lambda m: None, {"table_ratio": 1.5}, r"table_ratio is in \(0, 1\], not 1.5"),
+        (lambda m: None, {"scope": "model"}, "scope is 'layer' or 'network', not 'model'"),
+        (lambda m: None, {"init": "zero"}, "init is 'fresh' or 'mean', not 'zero'"),
+        (lambda m: None, {"index": "structured"}, "has no structure here"),
+        (lambda m: None, {"hash": RecurrentHash(layers=7), "table_ratio": None, "scope": "network"}, "are not those of 7 equal layers"),
+        (lambda m: tie(m, ["0.weight ~ 4.weight"]), {}, "'0.weight' is tied to '4.weight': untie them, or hash others"),
+        (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {}, "'4.weight' is parametrized already"),
+        (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.table", "2.weight"]}, "'0.table' is the table of a hashed layer already"),
+        (lambda m: m[2].double(), {"scope": "network"}, "'0.weight' and '2.weight' cannot share a table: dtype is torch.float32 for one and torch.float64"),
+        (lambda m: m[2].requires_grad_(False), {"scope": "network"}, "cannot share a table: requires_grad"),
+        (lambda m: m.append(nn.Embedding(4, 3, max_norm=1.0)), {}, "'5.weight' belongs to an embedding with max_norm"),
+    ],
+)  # fmt: skip
+def test_mistakes_change_nothing(prepare, arguments, told):
+    model = network()
+    model.append(nn.Linear(20, 10))
+    prepare(model)
+    before = [(type(module), [id(p) for p in module._parameters.values()]) for module in model.modules()]
+    with pytest.raises(ValueError, match=told):
+        hash_weights(model, **{"parameters": ["**.weight"], "table_ratio": 0.1, **arguments})
+    assert [(type(module), [id(p) for p in module._parameters.values()]) for module in model.modules()] == before
+
+
+HASHED = ["encoder.*.weight", "decoder.*.weight"]
+
+
+@pytest.mark.parametrize("scope", ["layer", "network"])
+def test_training_resumes_bitwise(scope, tmp_path):
+    def made():
+        torch.manual_seed(0)  # the tables begin with entries drawn from the weights
+        return WeightHashing(HASHED, 0.3, DirichletHash(1), scope=scope)
+
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, lr=0.05)
+
+    whole = Toy(adam)
+    train(whole, [made()], max_epochs=4, gradient_clip_val=0.1, accumulate_grad_batches=2)
+    half = Toy(adam)
+    trainer = train(half, [made()], max_epochs=2, gradient_clip_val=0.1, accumulate_grad_batches=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Toy(adam, seed=3)
+    train(
+        resumed,
+        [made()],
+        max_epochs=4,
+        gradient_clip_val=0.1,
+        accumulate_grad_batches=2,
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    assert same(resumed, whole)
+    assert torch.equal(resumed.encoder[0].weight, whole.encoder[0].weight)
+    assert not same(whole, half)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_weight_averaging_leaves_hashes_alone():
+    model = Toy()
+    train(model, [WeightHashing(HASHED, 0.3, DirichletHash(1)), EMAWeightAveraging(decay=0.5)])
+    fresh = Toy()
+    WeightHashing(HASHED, 0.3, DirichletHash(1)).apply(fresh)
+    assert torch.equal(model.encoder[0].virtual.entries(), fresh.encoder[0].virtual.entries())
+    assert torch.equal(model.encoder[0].virtual.drawn, fresh.encoder[0].virtual.drawn)
+
+
+def test_applying_twice_changes_nothing():
+    model = Toy()
+    callback = WeightHashing(HASHED, 0.3)
+    names = callback.apply(model)
+    table = model.encoder[0].table
+    assert (
+        WeightHashing(HASHED, 0.3).apply(model)
+        == names
+        == ["encoder.0.weight", "encoder.2.weight", "decoder.0.weight", "decoder.2.weight"]
+    )
+    assert model.encoder[0].table is table
+
+
+def test_hashed_and_tied_company():
+    with pytest.raises(ValueError, match=r"'encoder\.0\.bias' is tied to 'decoder\.0\.bias'|is tied to 'decoder"):
+        train(Toy(), [HardTying(["encoder.0.weight ~ decoder.2.weight | o i -> i o"]), WeightHashing(HASHED, 0.3)])
+
+
+class Hashes(WeightHashingMixin, Toy):
+    weight_hashing = {"parameters": HASHED, "table_ratio": 0.3, "scope": "network"}  # noqa: RUF012
+
+
+def test_mixin(tmp_path):
+    model = Hashes()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, batches())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Hashes.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert torch.equal(loaded.decoder[2].weight, model.decoder[2].weight)
+    assert loaded.encoder[0].table is loaded.decoder[2].table

@@ -1,0 +1,62 @@
+"""Weights that share the entries of a table, in training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from tying.callbacks.parametrizing import Parametrizing
+from tying.hashing import Hash, UniformHash, hash_weights
+
+
+class WeightHashing(Parametrizing):
+    """Let weights share the entries of a table each, or of one; see :func:`tying.hashing.hash_weights`.
+
+    Args:
+        parameters: patterns of names; a leading ``!`` leaves out. Those of fewer than two dimensions are skipped.
+        table_ratio: entries of a table for each weight, in (0, 1]; a tenth, or what the hash fixes, by default.
+        hash: which entry each weight uses.
+        scope: a table for each weight, or one for all.
+        init: entries are drawn from the weights as initialised, or are the mean over their uses.
+        sign: multiply by ±1, as HashedNets do.
+        density: fraction of weights that are kept.
+        index: how the hash is evaluated.
+
+    Example:
+        >>> WeightHashing(["**.weight", "!**.norm*"], table_ratio=1 / 64, scope="network").scope
+        'network'
+    """
+
+    def __init__(
+        self,
+        parameters: list[str],
+        table_ratio: float | None = None,
+        hash: Hash = UniformHash(),  # noqa: B008  # frozen
+        scope: Literal["layer", "network"] = "layer",
+        init: Literal["fresh", "mean"] = "fresh",
+        sign: bool = False,
+        density: float = 1.0,
+        index: Literal["auto", "stored", "computed", "structured"] = "auto",
+    ) -> None:
+        super().__init__(parameters)
+        self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
+        self.sign, self.density, self.index = sign, density, index
+
+    @override
+    def change(self, model: nn.Module) -> list[str]:
+        report = hash_weights(
+            model,
+            self.parameters,
+            self.table_ratio,
+            self.hash,
+            scope=self.scope,
+            init=self.init,
+            sign=self.sign,
+            density=self.density,
+            index=self.index,
+        )
+        rank_zero_info(f"WeightHashing: {report}")
+        return [one.name for one in report.weights]

@@ -1,0 +1,41 @@
+"""Weights that share the entries of a table: hashes, layers, and what a hash does."""
+
+from tying.hashing.hashes import (
+    DirichletHash,
+    Hash,
+    IdentityHash,
+    ModulusHash,
+    NeighborhoodHash,
+    SeededHash,
+    UniformHash,
+    XXHash,
+)
+from tying.hashing.layers import HashedConv2d, HashedEmbedding, HashedLinear
+from tying.hashing.layouts import BlockHash, CodebookHash, RecurrentHash, ToeplitzHash
+from tying.hashing.loads import entropy, loads
+from tying.hashing.network import HashedWeight, HashReport, hash_weights
+from tying.hashing.virtual import VirtualWeight
+
+__all__ = [
+    "BlockHash",
+    "CodebookHash",
+    "DirichletHash",
+    "Hash",
+    "HashReport",
+    "HashedConv2d",
+    "HashedEmbedding",
+    "HashedLinear",
+    "HashedWeight",
+    "IdentityHash",
+    "ModulusHash",
+    "NeighborhoodHash",
+    "RecurrentHash",
+    "SeededHash",
+    "ToeplitzHash",
+    "UniformHash",
+    "VirtualWeight",
+    "XXHash",
+    "entropy",
+    "hash_weights",
+    "loads",
+]

@@ -1,0 +1,266 @@
+"""Linear, convolution and embedding layers whose weights share the entries of a table."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.structure import RepeatedRows, Size
+from tying.hashing.virtual import Index, VirtualWeight, table_entries
+
+Device = torch.device | str | None
+
+
+def computed_weight(table: str, virtual: str) -> property:
+    """Return the property of a weight that is computed from a table; assigning it takes the nearest table."""
+
+    def read(module: nn.Module) -> Tensor:
+        weight: Tensor = getattr(module, virtual)(getattr(module, table))
+        return weight
+
+    def write(module: nn.Module, weight: Tensor) -> None:
+        with torch.no_grad():
+            getattr(module, table).copy_(getattr(module, virtual).right_inverse(weight))
+
+    return property(read, write, doc="The virtual weight.")
+
+
+def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: nn.Parameter) -> str:
+    """Put a table in the place of a weight of any module; return the table's name.
+
+    Linear, convolution and embedding layers become hashed ones. Any other module gets a class of its own, as torch's
+    parametrizations give it one, whose weight is a property.
+    """
+    kind = type(module)
+    if name == "weight" and kind in LAYERS:
+        module.__class__ = LAYERS[kind]
+        names = "table", "virtual"
+    else:
+        names = f"{name}_table", f"{name}_virtual"
+        computes = {**getattr(kind, "computes", {}), name: names}
+        content = {"computes": computes, name: computed_weight(*names)}
+        module.__class__ = type(f"Hashed{kind.__name__}", (kind,), content)
+    items = [(names[0], table) if held == name else (held, parameter) for held, parameter in module._parameters.items()]
+    module._parameters = dict(items)
+    module.register_module(names[1], virtual)
+    return names[0]
+
+
+class Hashed(nn.Module):
+    """What layers with a table have in common: ``weight`` is computed from it; assigning it takes the nearest table.
+
+    Attributes:
+        table: the parameter, (ceil(table_ratio · N),) for N weights.
+        virtual: the map from the table to the weight.
+    """
+
+    computes: ClassVar[dict[str, tuple[str, str]]] = {"weight": ("table", "virtual")}
+    table: nn.Parameter
+    virtual: VirtualWeight
+    weight = computed_weight("table", "virtual")
+
+    def _become(self, dense: nn.Module, ratio: float | None, arguments: dict[str, Any], **options: Any) -> None:
+        """Take over what a dense layer (on the meta device) is, but for its weight."""
+        self.__dict__.update(dense.__dict__)
+        shape = dense.weight.shape
+        assert isinstance(shape, torch.Size)
+        size = table_entries(shape.numel(), ratio, arguments["hash"])
+        virtual = VirtualWeight(shape, size, **arguments)
+        self._parameters = {"table": nn.Parameter(torch.empty(size, **options)), **self._parameters}
+        del self._parameters["weight"]
+        self.virtual = virtual
+        if self._parameters.get("bias") is not None:
+            self._parameters["bias"] = nn.Parameter(torch.empty(shape[0], **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table and the bias as the dense layer would draw its own."""
+        fan_in = self.virtual.shape[1:].numel()
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+
+class HashedLinear(Hashed, nn.Linear):
+    """A linear layer whose weights share the entries of a table: ``y = x Wᵀ + b``, ``w_i = ξ(i) · t[h(i)]``.
+
+    Args:
+        in_features: size of an input.
+        out_features: size of an output.
+        bias: add a bias, which is not hashed.
+        table_ratio: entries of the table for each weight, in (0, 1]; a tenth, or what the hash fixes, by default.
+        hash: h.
+        sign: multiply by ξ = ±1, as HashedNets do.
+        density: fraction of connections that are kept; the table has the same size.
+        index: ``"stored"`` (4 bytes a weight), ``"computed"`` anew each time, ``"structured"`` (neither index nor
+            weight: modulus, Toeplitz), or the best of them.
+        device: of table and bias.
+        dtype: of table and bias.
+
+    Shape: (..., in_features) to (..., out_features).
+
+    Raises:
+        ConfigurationError: the ratio, the density or the index is out of range, or the hash does not fit.
+
+    Example:
+        >>> layer = HashedLinear(2000, 2000, table_ratio=0.1)
+        >>> layer.table.shape, layer.weight.shape, layer(torch.zeros(5, 2000)).shape
+        (torch.Size([400000]), torch.Size([2000, 2000]), torch.Size([5, 2000]))
+
+    Source: W. Chen et al., Compressing neural networks with the hashing trick, 2015; O. Chang and H. Lipson, Balanced
+    and deterministic weight-sharing helps network performance, 2018.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        table_ratio: float | None = None,
+        hash: Hash = UniformHash(),  # noqa: B008  # frozen
+        sign: bool = False,
+        density: float = 1.0,
+        index: Index = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        arguments = {"hash": hash, "sign": sign, "density": density, "index": index}
+        dense = nn.Linear(in_features, out_features, bias, device="meta")
+        self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        if self.virtual.structure is None:
+            return F.linear(input, self.weight, self.bias)
+        output = self.virtual.structure.linear(input, self.virtual.scaled(self.table))
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+class HashedConv2d(Hashed, nn.Conv2d):
+    """A convolution whose weights share the entries of a table; see :class:`HashedLinear`.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: height and width.
+        stride: as of nn.Conv2d.
+        padding: as of nn.Conv2d.
+        dilation: as of nn.Conv2d.
+        groups: as of nn.Conv2d.
+        bias: add a bias, which is not hashed.
+        padding_mode: as of nn.Conv2d.
+        table_ratio: entries of the table for each weight.
+        hash: h.
+        sign: multiply by ±1.
+        density: fraction of connections that are kept.
+        index: how the hash is evaluated.
+        device: of table and bias.
+        dtype: of table and bias.
+
+    Shape: (batch, in_channels, height, width) to (batch, out_channels, height, width).
+
+    Example:
+        >>> HashedConv2d(3, 8, 3, padding=1, table_ratio=0.25)(torch.zeros(2, 3, 6, 6)).shape
+        torch.Size([2, 8, 6, 6])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        table_ratio: float | None = None,
+        hash: Hash = UniformHash(),  # noqa: B008  # frozen
+        sign: bool = False,
+        density: float = 1.0,
+        index: Index = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        arguments = {"hash": hash, "sign": sign, "density": density, "index": index}
+        geometry: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta")
+        dense = nn.Conv2d(in_channels, out_channels, *geometry)
+        self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        structure = self.virtual.structure
+        if not isinstance(structure, RepeatedRows) or self.groups > 1:
+            dense: Tensor = self._conv_forward(input, self.weight, self.bias)
+            return dense
+        table = self.virtual.scaled(self.table)
+        output: Tensor = structure.convolve(table, lambda kernels: self._conv_forward(input, kernels, None))
+        return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
+
+
+class HashedEmbedding(Hashed, nn.Embedding):
+    """An embedding whose rows share the entries of a table; only the rows that are looked up are computed.
+
+    Args:
+        num_embeddings: number of rows.
+        embedding_dim: size of a row.
+        padding_idx: a row that is zero, and is not trained by its use.
+        table_ratio: entries of the table for each weight.
+        hash: h.
+        sign: multiply by ±1.
+        density: fraction of weights that are kept.
+        index: how the hash is evaluated; ``"auto"`` is ``"computed"``.
+        device: of the table.
+        dtype: of the table.
+
+    Shape: integers (...) to (..., embedding_dim).
+
+    Example:
+        >>> from tying.hashing import BlockHash
+        >>> layer = HashedEmbedding(1_000_000, 64, table_ratio=1e-3, hash=BlockHash(block=32))
+        >>> layer.table.shape, layer(torch.tensor([[3, 999_999]])).shape
+        (torch.Size([64000]), torch.Size([1, 2, 64]))
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        table_ratio: float | None = None,
+        hash: Hash = UniformHash(),  # noqa: B008  # frozen
+        sign: bool = False,
+        density: float = 1.0,
+        index: Index = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        arguments = {"hash": hash, "sign": sign, "density": density, "index": "computed" if index == "auto" else index}
+        dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
+        self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.virtual.rows(self.table, input)
+        return rows if self.padding_idx is None else rows.masked_fill((input == self.padding_idx)[..., None], 0)
+
+
+LAYERS: dict[type[nn.Module], type[Hashed]] = {
+    nn.Linear: HashedLinear,
+    nn.Conv2d: HashedConv2d,
+    nn.Embedding: HashedEmbedding,
+}

@@ -1,0 +1,193 @@
+"""Hashes that follow a layout: contiguous blocks, convolutions, layers one after another, given assignments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tying.errors import ConfigurationError
+from tying.hashing.hashes import Hash, ModulusHash, SeededHash
+from tying.hashing.mixing import below, mix
+from tying.hashing.structure import Convolution, Size, Structure, both
+
+
+@dataclass(frozen=True)
+class BlockHash(SeededHash):
+    """Draws where each block of successive weights begins, and reads it contiguously.
+
+    Args:
+        seed: any integer; equal seeds draw alike.
+        block: number of weights that are read together, at most the size of the table.
+
+    Example:
+        >>> BlockHash(seed=0, block=3).index(count=6, table_size=9).tolist()
+        [4, 5, 6, 2, 3, 4]
+
+    Source: A. Desai, L. Chou and A. Shrivastava, Random offset block embedding array (ROBE) for CriteoTB benchmark
+    MLPerf DLRM model, 2021.
+    """
+
+    block: int = 32
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise ConfigurationError(f"a block has at least one weight, not {self.block}")
+
+    @override
+    def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
+        return below(mix(ids // self.block, self.seed), table_size - self.block + 1) + ids % self.block
+
+    @override
+    def check(self, count: int, table_size: int) -> None:
+        super().check(count, table_size)
+        if self.block > table_size:
+            raise ConfigurationError(f"a block of {self.block} is longer than the table of {table_size}")
+
+    @override
+    def probabilities(self, count: int, table_size: int) -> Tensor:
+        covering = torch.arange(1, table_size + 1, dtype=torch.float64)
+        covering = torch.minimum(covering, covering.flip(0)).clamp(max=min(self.block, table_size - self.block + 1))
+        return covering / covering.sum()
+
+
+@dataclass(frozen=True)
+class RecurrentHash(ModulusHash):
+    """Gives layers of one shape, biases included, the parameters of one: a recurrent network.
+
+    It is the modulus over all of them, with a table of the size of one layer; see ``scope="network"``.
+
+    Args:
+        layers: how many use the table.
+
+    Raises:
+        ConfigurationError: the weights are not those of so many equal layers.
+    """
+
+    takes_vectors = True
+    layers: int = 1
+
+    @override
+    def table_size(self, count: int) -> int:
+        if self.layers < 1 or count % self.layers:
+            raise ConfigurationError(f"{count} weights are not those of {self.layers} equal layers")
+        return count // self.layers
+
+
+@dataclass(frozen=True)
+class ToeplitzHash(Hash):
+    """Gives a linear layer the weights of a convolution: its matrix is doubly block Toeplitz, and zero elsewhere.
+
+    The layer takes flattened images (in_channels, height, width) and returns flattened images of the convolution's
+    output size. Row u = (j, k) and column v = (r, c) of a pair of channels use the kernel's entry
+    ``(r + padding − stride · j, c + padding − stride · k) / dilation``, where that is whole and in the kernel.
+
+    Args:
+        in_channels: of the convolution.
+        out_channels: of the convolution.
+        input_size: height and width of the images.
+        kernel_size: of the convolution.
+        stride: of the convolution.
+        padding: of the convolution, zeros on both sides.
+        dilation: of the convolution.
+
+    Raises:
+        ConfigurationError: the kernel does not fit the images, or the layer's size is another one.
+
+    Example:
+        >>> ToeplitzHash(1, 1, input_size=(1, 4), kernel_size=(1, 2)).index(count=12, table_size=2).view(3, 4)
+        tensor([[ 0,  1, -1, -1],
+                [-1,  0,  1, -1],
+                [-1, -1,  0,  1]])
+
+    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018, whose
+    equation 6 is corrected here.
+    """
+
+    in_channels: int
+    out_channels: int
+    input_size: Size
+    kernel_size: Size
+    stride: Size = 1
+    padding: Size = 0
+    dilation: Size = 1
+
+    def __post_init__(self) -> None:
+        if min(self.output_size) < 1:
+            raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        arguments = (self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
+        height, width = (
+            (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation in zip(*map(both, arguments), strict=True)
+        )
+        return height, width
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Outputs and inputs of the linear layer."""
+        return self.out_channels * math.prod(self.output_size), self.in_channels * math.prod(both(self.input_size))
+
+    @override
+    def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
+        rows, columns = ids // self.features[1], ids % self.features[1]
+        (out_height, out_width), (height, width) = self.output_size, both(self.input_size)
+        out, j, k = rows // (out_height * out_width), rows // out_width % out_height, rows % out_width
+        into, r, c = columns // (height * width), columns // width % height, columns % width
+        index, fits = out * self.in_channels + into, torch.ones_like(ids, dtype=torch.bool)
+        axes = zip(*map(both, (self.kernel_size, self.stride, self.padding, self.dilation)), strict=True)
+        for (kernel, stride, padding, dilation), at, source in zip(axes, (j, k), (r, c), strict=True):
+            offset = source + padding - stride * at
+            fits &= (offset % dilation == 0) & (offset >= 0) & (offset < kernel * dilation)
+            index = index * kernel + offset // dilation
+        return torch.where(fits, index, -1)
+
+    @override
+    def structure(self, shape: Sequence[int], table_size: int, first: int) -> Structure | None:
+        if len(shape) != 2:
+            return None
+        channels = self.in_channels, self.out_channels
+        return Convolution(*channels, self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
+
+    @override
+    def table_size(self, count: int) -> int:
+        if count != math.prod(self.features):
+            out, into = self.features
+            raise ConfigurationError(f"{self} is for a linear layer from {into} to {out}, not for {count} weights")
+        return self.out_channels * self.in_channels * math.prod(both(self.kernel_size))
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookHash(Hash):
+    """Takes the assignments that it is given: those of a clustering.
+
+    Args:
+        assignments: the entry of each weight, integers in [−1, table_size), (count,); −1 is a weight that is zero.
+    """
+
+    assignments: Tensor
+
+    @override
+    def draw(self, table_size: int) -> Tensor:
+        return self.assignments.flatten().to(torch.int32)
+
+    @override
+    def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
+        held = self.draw(table_size) if drawn is None else drawn
+        return held.to(ids.device)[ids].long()
+
+    @override
+    def check(self, count: int, table_size: int) -> None:
+        super().check(count, table_size)
+        if count != self.assignments.numel():
+            raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
+
+    def __repr__(self) -> str:
+        return f"CodebookHash({self.assignments.numel()} assignments)"

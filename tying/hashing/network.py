@@ -1,0 +1,251 @@
+"""The weights of anybody's model, in tables."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tying.errors import ConfigurationError
+from tying.hard import tie
+from tying.hard.places import Place, places_of
+from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.layers import hash_attribute
+from tying.hashing.loads import entropy, loads
+from tying.hashing.virtual import Index, VirtualWeight, table_entries
+from tying.names import clean_name, computed_in
+from tying.selection import select
+from tying.ties import Tie
+
+Scope = Literal["layer", "network"]
+Init = Literal["fresh", "mean"]
+
+
+@dataclass(frozen=True)
+class HashedWeight:
+    """What hashing has made of one weight.
+
+    Attributes:
+        name: of the weight.
+        shape: of the weight.
+        table_size: entries of its table, which may be the network's.
+        index: how the hash is evaluated.
+        units: distinct rows of the weight: a hash that repeats them leaves fewer units than there seem to be.
+        realised: entropy of the loads of the table's entries, in nats.
+        generating: entropy of the hash's probabilities, in nats, where they are known.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    table_size: int
+    index: str
+    units: int
+    realised: float
+    generating: float | None
+
+
+@dataclass(frozen=True)
+class HashReport:
+    """What :func:`hash_weights` has done.
+
+    Attributes:
+        weights: what has been hashed.
+        scope: ``"layer"`` or ``"network"``.
+        stored: entries of all tables.
+        virtual: number of hashed weights.
+        skipped: names of parameters of fewer than two dimensions, which are left as they were.
+    """
+
+    weights: tuple[HashedWeight, ...]
+    scope: Scope
+    stored: int
+    virtual: int
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.virtual:,} weights of {len(self.weights)} tensors in {self.stored:,} entries"]
+        for one in self.weights:
+            generating = "" if one.generating is None else f" of {one.generating:.4f}"
+            line = f"{one.name} {one.shape}: table of {one.table_size:,}, {one.index}, entropy {one.realised:.4f}"
+            line += f"{generating} nats"
+            if one.units < one.shape[0]:
+                line += f"; only {one.units} of {one.shape[0]} units are distinct"
+            lines.append(line)
+        if self.skipped:
+            lines.append(f"left as they are, having fewer than two dimensions: {', '.join(self.skipped)}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def hash_weights(
+    model: nn.Module,
+    parameters: Sequence[str],
+    table_ratio: float | None = None,
+    hash: Hash = UniformHash(),  # noqa: B008  # frozen
+    scope: Scope = "layer",
+    init: Init = "fresh",
+    sign: bool = False,
+    density: float = 1.0,
+    index: Index = "auto",
+) -> HashReport:
+    """Let weights of a model share the entries of a table each, or of one for all.
+
+    Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules get a
+    class of their own, whose weight is computed. With ``scope="layer"`` each weight has a table of its own, and draws
+    of its own, since its name is mixed into the seed. With ``scope="network"`` identifiers go on from weight to weight,
+    the tables are one parameter, as by :func:`tying.hard.tie`, and each weight keeps the scale it was initialised with,
+    as a constant.
+
+    Args:
+        model: changed in place.
+        parameters: patterns of names; a leading ``!`` leaves out. Those of fewer than two dimensions are skipped,
+            unless the hash is recurrent.
+        table_ratio: entries of a table for each weight, in (0, 1].
+        hash: h; uniform by default.
+        scope: a table for each weight, or one.
+        init: ``"fresh"``: entries are drawn from the weights as they are; ``"mean"``: each is the mean over its uses.
+        sign: multiply by ±1.
+        density: fraction of weights that are kept.
+        index: how the hash is evaluated.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
+            already, weights of one table differ in dtype or device, or the hash does not fit; nothing is changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
+        >>> report = hash_weights(model, ["*.weight"], table_ratio=0.1, scope="network")
+        >>> report.stored, report.virtual, sum(p.numel() for p in model.parameters())
+        (25, 250, 40)
+    """
+    for what, value, known in (("scope", scope, ("layer", "network")), ("init", init, ("fresh", "mean"))):
+        if value not in known:
+            raise ConfigurationError(f"{what} is {' or '.join(map(repr, known))}, not {value!r}")
+    found = select(model, parameters)
+    named = {clean_name(name): parameter for name, parameter in model.named_parameters()}  # in the model's order
+    chosen = {n: p for n, p in named.items() if n in found and (hash.takes_vectors or p.ndim >= 2)}
+    places = places_of(model)
+    for name in found:
+        if any(places[name].attribute in one.prefixes for one in computed_in(places[name].owner)):
+            raise ConfigurationError(f"{name!r} is the table of a hashed layer already")
+    _check_free(chosen, places, parameters)
+
+    def make(weight: Tensor, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> VirtualWeight:
+        return VirtualWeight(weight.shape, size, own, sign=sign, density=density, index=index, first=first, scale=scale)
+
+    virtuals: list[VirtualWeight] = []
+    if scope == "layer":
+        for name, weight in chosen.items():
+            own = hash.seeded(zlib.crc32(name.encode()))
+            virtuals.append(make(weight, own, table_entries(weight.numel(), table_ratio, own)))
+    else:
+        _check_alike(chosen)
+        size = table_entries(sum(weight.numel() for weight in chosen.values()), table_ratio, hash)
+        first = 0
+        for weight in chosen.values():
+            virtuals.append(make(weight, hash, size, first, 1.0 if hash.takes_vectors else _scale(weight)))
+            first += weight.numel()
+    hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
+    groups = [hashed] if scope == "network" else [[one] for one in hashed]
+    tables = [_table(group, init) for group in groups]
+    report = _report(groups, scope, tuple(name for name in found if name not in chosen))
+    names = []
+    for group, table in zip(groups, tables, strict=True):
+        names += [_hash_one(places[one.name], one, table) for one in group]
+    if scope == "network" and len(names) > 1:
+        tie(model, [Tie(names[0], other) for other in names[1:]])
+    return report
+
+
+class _Plan(NamedTuple):
+    name: str
+    weight: nn.Parameter
+    virtual: VirtualWeight
+
+
+def _check_free(chosen: dict[str, nn.Parameter], places: dict[str, Place], patterns: Sequence[str]) -> None:
+    if not chosen:
+        raise ConfigurationError(f"parameters {list(patterns)} match nothing of two dimensions or more")
+    for name, weight in chosen.items():
+        place = places[name]
+        if place.holder is not place.owner:
+            raise ConfigurationError(f"{name!r} is parametrized already")
+        if aliases := [other for other, place in places.items() if place.parameter is weight and other != name]:
+            raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}: untie them, or hash others")
+        if type(place.owner) is nn.Embedding:
+            odd = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(place.owner, option)]
+            if odd:
+                raise ConfigurationError(f"{name!r} belongs to an embedding with {odd[0]}, which a hashed one lacks")
+
+
+def _check_alike(chosen: dict[str, nn.Parameter]) -> None:
+    (first, weight), *others = chosen.items()
+    for name, other in others:
+        for what in ("dtype", "device", "requires_grad"):
+            if getattr(other, what) != getattr(weight, what):
+                raise ConfigurationError(
+                    f"{first!r} and {name!r} cannot share a table: {what} is {getattr(weight, what)} for one and "
+                    f"{getattr(other, what)} for the other"
+                )
+
+
+def _scale(weight: Tensor) -> float:
+    """Return the standard deviation of a weight, or where it is constant that of torch's linear layers."""
+    scale = 0.0 if weight.is_meta or weight.numel() < 2 else float(weight.double().std())
+    fan_in = max(1, weight.shape[1:].numel())
+    return scale if scale > 0 else (3 * fan_in) ** -0.5
+
+
+def _table(group: Sequence[_Plan], init: Init) -> Tensor:
+    """Return the table that a group of weights begins with."""
+    _, first, virtual = group[0]
+    if first.is_meta:
+        return first.new_empty(virtual.table_size)
+    if init == "mean":
+        pairs = [one.virtual.sums(one.weight) for one in group]
+        sums, uses = (torch.stack(parts).sum(dim=0) for parts in zip(*pairs, strict=True))
+        return (sums / uses.clamp(min=1)).to(first.dtype)
+    pool = torch.cat([one.weight.flatten() / one.virtual.scale for one in group])
+    if virtual.hash.takes_vectors:
+        return pool[: virtual.table_size]
+    return pool[torch.randperm(len(pool))[: virtual.table_size].to(pool.device)]
+
+
+def _hash_one(place: Place, one: _Plan, values: Tensor) -> str:
+    """Hash a weight; return the name of its table."""
+    table = nn.Parameter(values.clone(), one.weight.requires_grad)
+    one.virtual.to(table.device)
+    held = hash_attribute(place.owner, place.attribute, one.virtual, table)
+    return one.name.removesuffix(place.attribute) + held
+
+
+def _report(groups: Sequence[Sequence[_Plan]], scope: Scope, skipped: tuple[str, ...]) -> HashReport:
+    weights = []
+    for group in groups:
+        virtuals = [one.virtual for one in group]
+        count, size = sum(virtual.shape.numel() for virtual in virtuals), virtuals[0].table_size
+        realised = entropy(torch.stack([loads(virtual.entries(), size) for virtual in virtuals]).sum(dim=0))
+        shares = virtuals[0].hash.probabilities(count, size)
+        generating = None if shares is None else entropy(shares)
+        for name, _, virtual in group:
+            shape, units = tuple(virtual.shape), distinct_rows(virtual)
+            weights.append(HashedWeight(name, shape, size, virtual.index, units, realised, generating))
+    stored = sum(group[0].virtual.table_size for group in groups)
+    return HashReport(tuple(weights), scope, stored, sum(math.prod(one.shape) for one in weights), skipped)
+
+
+def distinct_rows(virtual: VirtualWeight) -> int:
+    """Return how many rows of a weight differ, as the hash makes them.
+
+    Example:
+        >>> from tying.hashing import ModulusHash
+        >>> distinct_rows(VirtualWeight((200, 784), 1000, ModulusHash()))
+        125
+    """
+    rows = virtual.extended_entries().view(virtual.shape[0], -1)
+    return len(torch.unique(rows, dim=0))

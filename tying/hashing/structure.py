@@ -1,0 +1,118 @@
+"""Layers computed in the space of their table, without an index and without the whole weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Size = int | Sequence[int]
+
+
+class Structure(Protocol):
+    """What a layer computes with a weight ``table[slot]``, and the weight itself."""
+
+    def weight(self, table: Tensor) -> Tensor:
+        """Return the weight."""
+
+    def linear(self, x: Tensor, table: Tensor) -> Tensor:
+        """Return ``x Wᵀ``."""
+
+
+@dataclass(frozen=True)
+class RepeatedRows:
+    """A weight that runs through the table again and again: its rows repeat, and its columns fold.
+
+    Row r begins at the entry ``(first + r · width) mod n``, hence there are ``n / gcd(width, n)`` distinct rows at
+    most; where rows are longer than the table, inputs that meet the same entry are added up.
+
+    Attributes:
+        shape: of the weight, whose first dimension counts rows.
+        size: n, the number of entries.
+        first: entry of the first weight.
+    """
+
+    shape: tuple[int, ...]
+    size: int
+    first: int
+
+    @property
+    def width(self) -> int:
+        """Number of weights in a row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def distinct(self) -> int:
+        """Number of distinct rows."""
+        return min(self.shape[0], self.size // math.gcd(self.width, self.size))
+
+    def weight(self, table: Tensor) -> Tensor:
+        """Return the weight, of ``shape``."""
+        return repeat_to(self.rows(table), self.shape[0], 0).view(self.shape)
+
+    def linear(self, x: Tensor, table: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, for x (..., width)."""
+        if self.width <= self.size:
+            return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1)
+        turns = -(-self.width // self.size)
+        padded = F.pad(x, (0, turns * self.size - self.width))
+        folded = padded.view(*x.shape[:-1], turns, self.size).sum(dim=-2)
+        starts = (self.first + self.width * torch.arange(self.distinct, device=table.device)) % self.size
+        turned = torch.cat([table, table]).unfold(0, self.size, 1).index_select(0, starts)
+        return repeat_to(F.linear(folded, turned), self.shape[0], -1)
+
+    def convolve(self, table: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a convolution's output, (..., channels, *size), from that of its distinct kernels."""
+        kernels = self.rows(table).view(-1, *self.shape[1:])
+        return repeat_to(convolution(kernels), self.shape[0], 1 - len(self.shape))
+
+    def rows(self, table: Tensor) -> Tensor:
+        """Return the distinct rows, (distinct, width)."""
+        count = self.distinct * self.width
+        turns = -(-(self.first + count) // self.size)
+        whole = table if turns == 1 else table.repeat(turns)
+        return whole[self.first : self.first + count].view(self.distinct, self.width)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A linear layer whose matrix is that of a convolution; see :class:`tying.hashing.ToeplitzHash`."""
+
+    in_channels: int
+    out_channels: int
+    input_size: Size
+    kernel_size: Size
+    stride: Size
+    padding: Size
+    dilation: Size
+
+    def weight(self, table: Tensor) -> Tensor:
+        """Return the matrix: what the layer makes of each unit vector."""
+        count = self.in_channels * math.prod(both(self.input_size))
+        return self.linear(torch.eye(count, dtype=table.dtype, device=table.device), table).T
+
+    def linear(self, x: Tensor, table: Tensor) -> Tensor:
+        """Return the flattened convolution of flattened images (..., in_channels · height · width)."""
+        images = x.reshape(-1, self.in_channels, *both(self.input_size))
+        kernel = table.view(self.out_channels, self.in_channels, *both(self.kernel_size))
+        stride, padding, dilation = both(self.stride), both(self.padding), both(self.dilation)
+        return F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], -1)
+
+
+def repeat_to(x: Tensor, count: int, dim: int) -> Tensor:
+    """Repeat a tensor along a dimension to a length."""
+    held = x.shape[dim]
+    if held == count:
+        return x
+    turns = -(-count // held)
+    return torch.cat([x] * turns, dim).narrow(dim, 0, count)
+
+
+def both(size: Size) -> tuple[int, int]:
+    """Return height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

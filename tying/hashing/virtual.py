@@ -1,0 +1,266 @@
+"""A weight whose entries are those of a smaller table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tying.errors import ConfigurationError, nearest
+from tying.hashing.hashes import Hash
+from tying.hashing.lookup import CHUNK, Slots, lookup, scatter
+from tying.hashing.mixing import mix
+
+Index = Literal["auto", "stored", "computed", "structured"]
+INDEXES = ("auto", "stored", "computed", "structured")
+KEPT = 1 << 24  # weights up to which "auto" keeps an index
+_DENSITY = 0x44454E53  # sets the draws of kept connections apart from those of slots
+
+
+def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
+    """Return how many entries a table has for ``count`` weights: ``ceil(ratio · count)``.
+
+    A float that is the nearest to k / count means k. Without a ratio it is what the hash fixes, or a tenth.
+
+    Raises:
+        ConfigurationError: the ratio is not in (0, 1], or not what the hash fixes.
+
+    Example:
+        >>> from tying.hashing import UniformHash
+        >>> table_entries(25, 0.1, UniformHash()), table_entries(6, 5 / 6, UniformHash())
+        (3, 5)
+    """
+    fixed = hash.table_size(count)
+    if ratio is None:
+        ratio = 0.1 if fixed is None else fixed / count
+    if not 0 < ratio <= 1:
+        raise ConfigurationError(f"table_ratio is in (0, 1], not {ratio}")
+    exact = Fraction(ratio) * count
+    size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
+    if fixed not in (None, size):
+        raise ConfigurationError(f"{hash} needs a table of {fixed} entries, table_ratio={fixed}/{count}, not {ratio}")
+    hash.check(count, size)
+    return size
+
+
+class VirtualWeight(nn.Module):
+    """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization.
+
+    Its state is the hash's description, and what the hash has drawn in floating point; never the index.
+
+    Args:
+        shape: of the weight.
+        table_size: n, the number of entries.
+        hash: h.
+        sign: multiply by ξ = ±1.
+        density: fraction of weights that are kept; the others are zero. The table has the same size.
+        index: keep it (4 bytes a weight), compute it anew each time, or do without by the hash's structure.
+        first: identifier of the first weight.
+        scale: a constant factor on all weights.
+
+    Raises:
+        ConfigurationError: an argument is out of range, the hash does not fit or leaves the table, or has no
+            structure.
+
+    Example:
+        >>> from tying.hashing import ModulusHash
+        >>> VirtualWeight((2, 3), 4, ModulusHash())(torch.arange(4.0))
+        tensor([[0., 1., 2.],
+                [3., 0., 1.]])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        table_size: int,
+        hash: Hash,
+        *,
+        sign: bool = False,
+        density: float = 1.0,
+        index: Index = "auto",
+        first: int = 0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if index not in INDEXES:
+            raise ConfigurationError(f"index is one of {', '.join(INDEXES)}, not {index!r}.{nearest(index, INDEXES)}")
+        if not 0 < density <= 1:
+            raise ConfigurationError(f"density is in (0, 1], not {density}")
+        self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
+        self.sign, self.density, self.first, self.scale = sign, density, first, scale
+        structure = None if sign or density < 1 else hash.structure(self.shape, table_size, first)
+        if index == "structured" and structure is None:
+            raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
+        self.structure = structure if index in ("auto", "structured") else None
+        if index == "auto":
+            index = "structured" if self.structure else "stored" if self.shape.numel() <= KEPT else "computed"
+        self.index = index
+        self.drawn = hash.draw(table_size)
+        self.zeros = self._check_slots()
+        self._kept: Tensor | None = None
+        self._keep(torch.device("cpu"))
+
+    @override
+    def forward(self, table: Tensor) -> Tensor:
+        if self.structure is not None:
+            return self.structure.weight(self.scaled(table))
+        return self._read(table, self._slots(table.device)).view(self.shape)
+
+    def rows(self, table: Tensor, chosen: Tensor) -> Tensor:
+        """Return the chosen rows of the weight, (*chosen, ...), without the others.
+
+        Args:
+            table: (n,).
+            chosen: integers in [0, rows), of any shape.
+        """
+        width = self.shape[1:].numel()
+        ids = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
+        slots = Slots(len(ids), lambda begin, end, device: self._entries(ids[begin:end].to(device) + self.first))
+        return self._read(table, slots).view(*chosen.shape, *self.shape[1:])
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the table nearest to a weight: each entry is the mean over its uses; zero where it has none."""
+        if weight.shape != self.shape:
+            raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
+        sums, uses = self.sums(weight)
+        return (sums / uses.clamp(min=1)).to(weight.dtype)
+
+    def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return for each entry of the table the sum of a weight's entries, signs and scale undone, and its uses."""
+        flat, size = weight.detach().flatten() / self.scale, self.table_size
+        sums, uses = (scatter(values, self._computing, self._size) for values in (flat, torch.ones_like(flat)))
+        if not self.sign:
+            return sums[:size], uses[:size]
+        return sums[:size] - sums[size : 2 * size], uses[:size] + uses[size : 2 * size]
+
+    def entries(self) -> Tensor:
+        """Return the table entry of each weight, −1 where it is zero; int64, of the weight's shape."""
+        return torch.cat([self._slot(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
+
+    def extended_entries(self) -> Tensor:
+        """Return the same, with entries that are negated beyond the others and those that are zero last."""
+        return torch.cat([self._entries(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        told = json.dumps({"described": self._described, "scale": self.scale}).encode()
+        drawn = b"" if self.drawn is None else self.drawn.cpu().numpy().tobytes()
+        return torch.frombuffer(bytearray(len(told).to_bytes(4, "little") + told + drawn), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        content = bytes(state.cpu().numpy().tobytes())
+        length = 4 + int.from_bytes(content[:4], "little")
+        told = json.loads(content[4:length])
+        if told["described"] != self._described:
+            raise ConfigurationError(f"this weight is {self._described}; in the checkpoint it is {told['described']}")
+        self.scale = told["scale"]
+        if self.drawn is not None:
+            drawn = torch.frombuffer(bytearray(content[length:]), dtype=self.drawn.dtype).to(self.drawn.device)
+            if not torch.equal(drawn, self.drawn):
+                self.drawn = drawn
+                self._keep(drawn.device)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        device = fn(torch.empty(0, device="cpu" if self._kept is None else self._kept.device)).device
+        if device.type != "meta":  # there it has no values
+            self.drawn = None if self.drawn is None else self.drawn.to(device)
+            self._keep(device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled: the index is computed anew."""
+        return {**self.__dict__, "_kept": None if self._kept is None else self._kept.device}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_kept": None})  # type: ignore[no-untyped-call]  # torch's
+        if state["_kept"] is not None:
+            self._keep(state["_kept"])
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{self._described}, index={self.index!r}"
+
+    @property
+    def _described(self) -> str:
+        count = self.shape.numel()
+        told = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
+        return told + ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
+
+    @property
+    def _size(self) -> int:
+        """Of the extended table: its entries, where signs are drawn their negatives, and where there are any a zero."""
+        return self.table_size * (1 + self.sign) + self.zeros
+
+    def scaled(self, table: Tensor) -> Tensor:
+        """Return a table times the scale."""
+        return table if self.scale == 1 else table * self.scale
+
+    def _read(self, table: Tensor, slots: Slots) -> Tensor:
+        few = self.table_size <= slots.count  # scale the fewer numbers
+        scaled = self.scaled(table) if few else table
+        parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
+        weight = lookup(torch.cat(parts) if len(parts) > 1 else scaled, slots)
+        return weight if few else self.scaled(weight)
+
+    def _slot(self, ids: Tensor) -> Tensor:
+        slot = self.hash.slot(ids, self.table_size, self.drawn)
+        if self.density < 1:
+            kept = mix(ids, getattr(self.hash, "seed", 0) ^ _DENSITY) < int(self.density * 2**32)
+            slot = torch.where(kept, slot, -1)
+        return slot
+
+    def _entries(self, ids: Tensor) -> Tensor:
+        """Return where weights of these identifiers are in the extended table."""
+        entries = slot = self._slot(ids)
+        if self.sign:
+            entries = slot + (self.hash.sign(ids) < 0) * self.table_size
+        return torch.where(slot < 0, self._size - 1, entries) if self.zeros else entries
+
+    @property
+    def _computing(self) -> Slots:
+        def compute(begin: int, end: int, device: torch.device) -> Tensor:
+            return self._entries(torch.arange(self.first + begin, self.first + end, device=device))
+
+        return Slots(self.shape.numel(), compute)
+
+    def _slots(self, device: torch.device) -> Slots:
+        if self.index == "computed":
+            return self._computing
+        if self._kept is None or self._kept.device != device:
+            self._keep(device)
+        return replace(self._computing, kept=self._kept)
+
+    def _keep(self, device: torch.device) -> None:
+        if self.index == "stored":
+            self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
+
+    def _ids(self, device: torch.device) -> Iterator[Tensor]:
+        """Yield the identifiers of all weights, in chunks."""
+        end = self.first + self.shape.numel()
+        for begin in range(self.first, end, CHUNK):
+            yield torch.arange(begin, min(begin + CHUNK, end), device=device)
+
+    def _check_slots(self) -> bool:
+        """Tell whether some weights are zero; raise where the hash leaves the table."""
+        zeros = False
+        for ids in self._ids(torch.device("cpu")) if self.structure is None else ():
+            slot = self._slot(ids)
+            low, high = map(int, slot.aminmax())
+            if low < -1 or high >= self.table_size or slot.is_floating_point():
+                raise ConfigurationError(
+                    f"{self.hash}.slot returned {slot.dtype} from {low} to {high}: integers in [-1, {self.table_size}) "
+                    "are needed"
+                )
+            zeros |= low < 0
+        return zeros
