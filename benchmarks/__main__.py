@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import experiment, speed_data, speed_hard, speed_harness, speed_soft
+from benchmarks import experiment, speed_data, speed_hard, speed_harness, speed_hashing, speed_soft
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import RESULTS, ROOT, paste, write
 from benchmarks.suite import suites
@@ -17,6 +17,7 @@ from tying.errors import ConfigurationError, nearest
 SPEED = {
     "data": speed_data.measure,
     "hard": speed_hard.measure,
+    "hashing": speed_hashing.measure,
     "harness": speed_harness.measure,
     "soft": speed_soft.measure,
 }

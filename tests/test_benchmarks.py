@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import machine, report, speed_data, speed_hard, speed_harness, speed_soft
+from benchmarks import machine, report, speed_data, speed_hard, speed_harness, speed_hashing, speed_soft
 from benchmarks.timing import Race
 
 SMALL = [
@@ -72,6 +72,10 @@ def test_speed_of_the_harness(monkeypatch, capsys):
 
 
 def test_speed_of_hard_ties(monkeypatch, capsys):
+    monkeypatch.setattr(speed_hashing, "PAIRS", 3)
+    monkeypatch.setattr(speed_hashing, "LINEAR", {(20, 10): (4,)})
+    monkeypatch.setattr(speed_hashing, "CONVOLUTIONS", [(2, 3, 2, 6, 2)])
+    assert benchmarks.main(["speed", "hashing"]) == 0
     monkeypatch.setattr(speed_hard, "PAIRS", 4)
     monkeypatch.setattr(speed_hard, "ROUNDS", 2)
     monkeypatch.setattr(speed_hard, "SIZES", (32, 16, 8))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-CHUNK = 1 << 18  # entries whose index is computed at a time: it stays in the cache
-PARTS = 2  # partial tables that are summed apart; a constant, since sums depend on it
+CHUNK = 1 << 17  # entries whose index is computed at a time: it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -20,23 +19,38 @@ class Slots:
 
     Attributes:
         count: number of weights.
-        compute: returns the entries (int64) of weights from one number to another, on a device.
+        compute: returns the entries (int64) of weights of given numbers (int64, of any shape).
         kept: all entries, int32; where they are kept.
+        quickly: the same as compute, for two runs of ``CHUNK`` weights that begin at given numbers, (2, 1); compiled.
     """
 
     count: int
-    compute: Callable[[int, int, torch.device], Tensor]
+    compute: Callable[[Tensor], Tensor]
     kept: Tensor | None = None
+    quickly: Callable[[Tensor], Tensor] | None = None
 
     def whole(self, device: torch.device) -> Tensor:
         """Return all entries."""
-        return self.compute(0, self.count, device) if self.kept is None else self.kept
+        return self.compute(torch.arange(self.count, device=device)) if self.kept is None else self.kept
 
-    def chunks(self, device: torch.device, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield first number, last number and entries (int64) of successive chunks of weights."""
-        for first in range(begin, end, CHUNK):
-            last = min(first + CHUNK, end)
-            yield first, last, self.compute(first, last, device) if self.kept is None else self.kept[first:last].long()
+    def halves(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield chunks of both halves of the weights, side by side: which of half, and their entries, int64 (2, …).
+
+        Halves are looked up, and summed, by two threads; a last weight of an odd number is left over.
+        """
+        half = self.count // 2
+        for first in range(0, half, CHUNK):
+            within = slice(first, min(first + CHUNK, half))
+            if self.kept is not None:
+                yield within, self.kept[: 2 * half].view(2, half)[:, within].long()
+            elif self.quickly is not None and within.stop - first == CHUNK:
+                yield within, self.quickly(torch.tensor([[first], [half + first]]))
+            else:
+                yield within, self.compute(torch.tensor([[0], [half]]) + torch.arange(first, within.stop))
+
+    def last(self) -> Tensor:
+        """Return the entry of the last weight, (1,)."""
+        return self.compute(torch.tensor([self.count - 1])) if self.kept is None else self.kept[-1:].long()
 
 
 def lookup(table: Tensor, slots: Slots) -> Tensor:
@@ -55,14 +69,15 @@ def lookup(table: Tensor, slots: Slots) -> Tensor:
 
 def gather(table: Tensor, slots: Slots) -> Tensor:
     """Return ``table[slot]``."""
-    if slots.kept is not None:
-        return table.index_select(0, slots.kept)
-    if torch.compiler.is_compiling():
-        return table[slots.whole(table.device)]
-    result = table.new_empty(slots.count)
-    for first, last, index in slots.chunks(table.device, 0, slots.count):
-        torch.index_select(table, 0, index, out=result[first:last])
-    return result
+    if not _in_halves(table):
+        return table.index_select(0, slots.whole(table.device))
+    weight, half = table.new_empty(slots.count), slots.count // 2
+    both, tables = weight[: 2 * half].view(2, half), table.expand(2, -1)
+    for within, index in slots.halves():
+        torch.gather(tables, 1, index, out=both[:, within])
+    if slots.count % 2:
+        weight[-1:] = table[slots.last()]
+    return weight
 
 
 def scatter(values: Tensor, slots: Slots, size: int) -> Tensor:
@@ -71,17 +86,20 @@ def scatter(values: Tensor, slots: Slots, size: int) -> Tensor:
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         index = slots.whole(values.device).long()
         return values.new_zeros(size).index_put_((index,), values, accumulate=True)
-    if values.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _in_halves(values):
         return values.new_zeros(size).index_add_(0, slots.whole(values.device), values)
-    half = slots.count // PARTS
-    sums = values.new_zeros(PARTS, size)
-    pairs = zip(slots.chunks(values.device, 0, half), slots.chunks(values.device, half, PARTS * half), strict=True)
-    for (first, last, one), (_, _, other) in pairs:
-        both = torch.stack([values[first:last], values[half + first : half + last]])
-        sums.scatter_add_(1, torch.stack([one, other]), both)
-    for first, last, index in slots.chunks(values.device, PARTS * half, slots.count):
-        sums[0].scatter_add_(0, index, values[first:last])
+    sums, half = values.new_zeros(2, size), slots.count // 2
+    both = values[: 2 * half].view(2, half)
+    for within, index in slots.halves():
+        sums.scatter_add_(1, index, both[:, within])
+    if slots.count % 2:
+        sums[0].scatter_add_(0, slots.last(), values[-1:])
     return sums.sum(dim=0)
+
+
+def _in_halves(tensor: Tensor) -> bool:
+    """Tell whether chunks are looked up one after another: a compiler fuses the whole, and a GPU is wide enough."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _Lookup(torch.autograd.Function):

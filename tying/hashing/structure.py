@@ -109,8 +109,9 @@ def repeat_to(x: Tensor, count: int, dim: int) -> Tensor:
     held = x.shape[dim]
     if held == count:
         return x
-    turns = -(-count // held)
-    return torch.cat([x] * turns, dim).narrow(dim, 0, count)
+    turns, dim = -(-count // held), dim % x.ndim
+    repeated = x.unsqueeze(dim).expand(*x.shape[:dim], turns, *x.shape[dim:]).flatten(dim, dim + 1)
+    return repeated.narrow(dim, 0, count)
 
 
 def both(size: Size) -> tuple[int, int]:

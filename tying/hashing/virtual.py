@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from types import FunctionType
 from typing import Any, Literal, Self
 
 import torch
@@ -21,6 +23,7 @@ from tying.hashing.mixing import mix
 Index = Literal["auto", "stored", "computed", "structured"]
 INDEXES = ("auto", "stored", "computed", "structured")
 KEPT = 1 << 24  # weights up to which "auto" keeps an index
+COMPILED = 1 << 20  # weights from which on computing entries is worth compiling
 _DENSITY = 0x44454E53  # sets the draws of kept connections apart from those of slots
 
 
@@ -106,6 +109,8 @@ class VirtualWeight(nn.Module):
         self.zeros = self._check_slots()
         self._kept: Tensor | None = None
         self._keep(torch.device("cpu"))
+        self._quickly: Callable[[Tensor], Tensor] | None = None
+        self._may_compile = index == "computed" and self.shape.numel() >= COMPILED
 
     @override
     def forward(self, table: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ class VirtualWeight(nn.Module):
         """
         width = self.shape[1:].numel()
         ids = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
-        slots = Slots(len(ids), lambda begin, end, device: self._entries(ids[begin:end].to(device) + self.first))
+        slots = Slots(len(ids), lambda numbers: self._entries(ids[numbers] + self.first))
         return self._read(table, slots).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -179,7 +184,9 @@ class VirtualWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied or pickled: the index is computed anew."""
-        return {**self.__dict__, "_kept": None if self._kept is None else self._kept.device}
+        kept = None if self._kept is None else self._kept.device
+        compiles = self._may_compile or self._quickly is not None
+        return {**self.__dict__, "_kept": kept, "_quickly": None, "_may_compile": compiles}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -229,14 +236,13 @@ class VirtualWeight(nn.Module):
 
     @property
     def _computing(self) -> Slots:
-        def compute(begin: int, end: int, device: torch.device) -> Tensor:
-            return self._entries(torch.arange(self.first + begin, self.first + end, device=device))
-
-        return Slots(self.shape.numel(), compute)
+        return Slots(self.shape.numel(), lambda numbers: self._entries(numbers + self.first))
 
     def _slots(self, device: torch.device) -> Slots:
         if self.index == "computed":
-            return self._computing
+            if self._may_compile and device.type == "cpu" and not torch.compiler.is_compiling():
+                self._quickly, self._may_compile = self._compiled(), False
+            return replace(self._computing, quickly=self._quickly)
         if self._kept is None or self._kept.device != device:
             self._keep(device)
         return replace(self._computing, kept=self._kept)
@@ -244,6 +250,21 @@ class VirtualWeight(nn.Module):
     def _keep(self, device: torch.device) -> None:
         if self.index == "stored":
             self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
+
+    def _compiled(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what computes the entries of two runs of weights in one pass, where torch can compile it."""
+
+        def runs(starts: Tensor) -> Tensor:
+            return self._entries(starts + torch.arange(self.first, self.first + CHUNK))
+
+        own = FunctionType(runs.__code__.replace(), runs.__globals__, closure=runs.__closure__)
+        compiled: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True)
+        try:
+            compiled(torch.tensor([[0], [CHUNK]]))
+        except Exception as error:  # no compiler on this machine, or a hash that torch cannot compile
+            warnings.warn(f"{self.hash} is computed without compilation, hence slowly: {error}", stacklevel=2)
+            return None
+        return compiled
 
     def _ids(self, device: torch.device) -> Iterator[Tensor]:
         """Yield the identifiers of all weights, in chunks."""

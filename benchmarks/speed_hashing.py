@@ -1,0 +1,155 @@
+"""What hashed layers cost, against dense ones, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from benchmarks.report import table
+from benchmarks.timing import median_interval, pairs, time_of
+from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
+
+PAIRS = 40
+LINEAR = {(2000, 2000): (128, 512), (3072, 2000): (128,)}
+# ResNet-20's convolutions: channels in, channels out, stride, size of the image, how many of them
+CONVOLUTIONS = [(16, 16, 1, 32, 6), (16, 32, 2, 32, 1), (32, 32, 1, 16, 5), (32, 64, 2, 16, 1), (64, 64, 1, 8, 5)]
+
+
+class Naive(nn.Linear):
+    """The layer that one would write first: ``table[index]``."""
+
+    def __init__(self, inputs: int, outputs: int, ratio: float) -> None:
+        super().__init__(inputs, outputs)
+        del self.weight
+        size = round(ratio * inputs * outputs)
+        self.table = nn.Parameter(torch.randn(size) / inputs**0.5)
+        self.register_buffer("index", torch.randint(size, (outputs, inputs)))
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        assert isinstance(self.index, Tensor)
+        return F.linear(input, self.table[self.index], self.bias)
+
+
+def step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Return a forward and backward pass, to weights and input."""
+    leaf = x.clone().requires_grad_()
+
+    def run() -> None:
+        leaf.grad = None
+        layer.zero_grad()
+        layer(leaf).sum().backward()
+
+    return run
+
+
+def compare(layer: nn.Module, dense: nn.Module, x: Tensor) -> tuple[float, str, str]:
+    """Return milliseconds of the dense layer's pass, and the ratio of the other's to it with its 95 % interval."""
+    steps = step(layer, x), step(dense, x)
+    for _ in range(5):  # until memory has been asked for
+        steps[0]()
+    median, low, high = median_interval(pairs(*steps, count=PAIRS))
+    return 1e3 * time_of(steps[1]), f"{median:.3f}", f"{low:.3f}–{high:.3f}"
+
+
+def linear() -> list[list[str]]:
+    """Return the rows of linear layers."""
+    rows = []
+    for (inputs, outputs), batches in LINEAR.items():
+        made = {
+            "uniform, ratio 0.1, stored": HashedLinear(inputs, outputs, table_ratio=0.1, index="stored"),
+            "uniform, ratio 0.1, computed": HashedLinear(inputs, outputs, table_ratio=0.1, index="computed"),
+            "uniform, ratio 0.01, stored": HashedLinear(inputs, outputs, table_ratio=0.01, index="stored"),
+            "uniform, ratio 0.5, stored": HashedLinear(inputs, outputs, table_ratio=0.5, index="stored"),
+            "uniform with sign, ratio 0.1, stored": HashedLinear(inputs, outputs, table_ratio=0.1, sign=True),
+            "blocks of 32, ratio 0.1, computed": HashedLinear(
+                inputs, outputs, table_ratio=0.1, hash=BlockHash(), index="computed"
+            ),
+            "modulus, ratio 0.1": HashedLinear(inputs, outputs, table_ratio=0.1, hash=ModulusHash()),
+            "modulus, ratio 0.01": HashedLinear(inputs, outputs, table_ratio=0.01, hash=ModulusHash()),
+            "naive table[index], ratio 0.1": Naive(inputs, outputs, 0.1),
+        }
+        dense = nn.Linear(inputs, outputs)
+        for batch in batches:
+            x = torch.randn(batch, inputs)
+            for name, layer in made.items():
+                milliseconds, ratio, interval = compare(layer, dense, x)
+                rows.append([f"{inputs}×{outputs}, {batch}", name, f"{milliseconds:.1f}", ratio, interval])
+    return rows
+
+
+def convolutions() -> list[list[str]]:
+    """Return the row of ResNet-20's convolutions, one after another, at batch 128."""
+    hashed, dense, inputs = [], [], []
+    for into, out, stride, size, count in CONVOLUTIONS:
+        for _ in range(count):
+            hashed.append(HashedConv2d(into, out, 3, stride, padding=1, bias=False, table_ratio=0.1))
+            dense.append(nn.Conv2d(into, out, 3, stride, padding=1, bias=False))
+            inputs.append(torch.randn(128, into, size, size, requires_grad=True))
+
+    def run(layers: list[nn.Module]) -> Callable[[], None]:
+        def every() -> None:
+            for layer, x in zip(layers, inputs, strict=True):
+                layer.zero_grad()
+                x.grad = None
+                layer(x).sum().backward()
+
+        return every
+
+    steps = run([*hashed]), run([*dense])
+    median, low, high = median_interval(pairs(*steps, count=PAIRS))
+    name = "uniform, ratio 0.1, stored"
+    milliseconds = f"{1e3 * time_of(steps[1]):.0f}"
+    return [["ResNet-20's convolutions, 128", name, milliseconds, f"{median:.3f}", f"{low:.3f}–{high:.3f}"]]
+
+
+def memory() -> list[list[str]]:
+    """Return bytes that layers hold after a step of AdamW, measured, over those of the dense layer."""
+    rows = []
+    for index in ("stored", "computed"):
+        held = []
+        for layer in (
+            HashedLinear(2000, 2000, bias=False, table_ratio=0.1, index=index),
+            nn.Linear(2000, 2000, bias=False),
+        ):
+            optimizer = torch.optim.AdamW(layer.parameters())
+            step(layer, torch.randn(8, 2000))()
+            optimizer.step()
+            states = [value for state in optimizer.state.values() for value in state.values()]
+            gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+            trained = [*layer.parameters(), *gradients, *states]
+            held.append([_bytes(trained), _bytes(_others(layer)), _bytes(layer.state_dict().values())])
+        ours, theirs = held
+        share = [f"{ours[i] / theirs[i]:.4f}" for i in (0, 2)]
+        rows.append([f"uniform, ratio 0.1, {index}", share[0], share[1], f"{ours[1] / 2**20:.1f}"])
+    return rows
+
+
+def _bytes(tensors: object) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)  # type: ignore[attr-defined]  # an iterable of tensors
+
+
+def _others(layer: nn.Module) -> list[Tensor]:
+    """Return tensors that modules hold beside parameters."""
+    return [value for module in layer.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def measure() -> str:
+    """Run the measurements, and return their results as Markdown."""
+    heading = ["layer, batch", "hash", "ms dense", "ratio to dense", "95 % interval"]
+    return "\n".join(
+        [
+            f"Forward and backward of a hashed layer over those of the dense layer of its shape; {PAIRS} pairs, side "
+            "by side:",
+            "",
+            table(heading, linear() + convolutions()),
+            "",
+            "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:",
+            "",
+            table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory()),
+        ]
+    )
