@@ -18,7 +18,6 @@ from tying.hashing.structure import RepeatedRows, Structure
 _SIGN = 0x5349474E  # sets the draws of signs apart from those of slots
 
 
-@dataclass(frozen=True)
 class Hash:
     """The base of all hashes; a hash of your own writes :meth:`slot`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,12 +13,16 @@ from torch.nn import functional as F
 from tying.depth import Residual
 from tying.errors import ConfigurationError
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
+
 
 class MLP(nn.Sequential):
-    """Linear layers with ReLUs between them; the input is flattened.
+    """Linear layers with an activation after each but the last; the input is flattened.
 
     Args:
         sizes: units of each layer, from input to output.
+        activation: ``"relu"`` or ``"elu"``.
+        norm: an activation and batch normalisation after each layer, the last one too, as in ArbNets.
 
     Shape: (batch, ...) with ``sizes[0]`` entries a sample, to (batch, ``sizes[-1]``).
 
@@ -27,8 +32,10 @@ class MLP(nn.Sequential):
         torch.Size([5, 2])
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__(nn.Flatten(), *stack(sizes))
+    def __init__(self, sizes: Sequence[int], activation: Literal["relu", "elu"] = "relu", norm: bool = False) -> None:
+        if activation not in ACTIVATIONS:
+            raise ConfigurationError(f"activation is {' or '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
+        super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm))
 
 
 class ResNet(nn.Module):
@@ -110,8 +117,10 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
 
 
-def stack(sizes: Sequence[int]) -> list[nn.Module]:
-    """Return linear layers from ``sizes[0]`` to ``sizes[-1]`` units, with ReLUs between them.
+def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: bool = False) -> list[nn.Module]:
+    """Return linear layers from ``sizes[0]`` to ``sizes[-1]`` units, with activations between them.
+
+    With ``norm`` each layer, the last one too, is followed by an activation and by batch normalisation.
 
     Raises:
         ConfigurationError: fewer than two sizes.
@@ -120,8 +129,8 @@ def stack(sizes: Sequence[int]) -> list[nn.Module]:
         raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {[*sizes]}")
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return layers[:-1]
+        layers += [nn.Linear(inputs, outputs), activation(), *([nn.BatchNorm1d(outputs)] if norm else [])]
+    return layers if norm else layers[:-1]
 
 
 def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
