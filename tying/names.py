@@ -115,6 +115,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), sum(weight.numel() for weight in uses(model))
 
 
+def saved_bytes(model: nn.Module) -> int:
+    """Return by how much the weights that a model computes with exceed what is stored."""
+    stored, used = (sum(t.numel() * t.element_size() for t in held) for held in (model.parameters(), uses(model)))
+    return used - stored
+
+
 @dataclass(frozen=True)
 class Match:
     """A weight found by a pattern, itself or below a module of which it is ``relative``; and its parameter's layout."""

@@ -1,6 +1,7 @@
 """Lightning callbacks: the families, attached to a training run."""
 
 from tying.callbacks.base import TyingCallback
+from tying.callbacks.clustering import BeforeEpoch, WeightClustering
 from tying.callbacks.hard import HardTying
 from tying.callbacks.hashing import WeightHashing
 from tying.callbacks.monitor import TyingMonitor
@@ -10,6 +11,7 @@ from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
 
 __all__ = [
+    "BeforeEpoch",
     "GeneratedWeights",
     "HardTying",
     "LowRankWeights",
@@ -20,5 +22,6 @@ __all__ = [
     "TyingMonitor",
     "TyingSummary",
     "UntiedBiases",
+    "WeightClustering",
     "WeightHashing",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import tied_groups
-from tying.names import count_parameters
+from tying.names import count_parameters, saved_bytes
 from tying.soft import gap
 from tying.ties import TiedGroup
 
@@ -58,12 +58,11 @@ def summary_table(groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None 
 def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> list[str]:
     """Return the counts that go with the table: unique and virtual parameters, and bytes saved."""
     unique, virtual = count_parameters(model)
-    aliased = sum(p.numel() * p.element_size() for _, p in model.named_parameters(remove_duplicate=False))
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
     apart = [group for _, group in groups if not group.shared]
     spare = {id(parameter): parameter for group in apart for parameter in group.parameters[1:]}.values()
     spare_bytes = sum(p.numel() * p.element_size() for p in spare)
-    lines = [f"{unique:,} unique parameters, {virtual:,} counting each use; {aliased - held:,} bytes saved by sharing."]
+    saved = saved_bytes(model)
+    lines = [f"{unique:,} unique parameters, {virtual:,} counting each use; {saved:,} bytes saved by sharing."]
     if spare:
         lines.append(
             f"Were every group one weight, {sum(p.numel() for p in spare):,} parameters and {spare_bytes:,} bytes less."

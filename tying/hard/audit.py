@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
 from tying.hard.guard import Shared, shared_in
 from tying.hard.plain import computed_by_others
 from tying.hard.sharing import tied
-from tying.names import clean_name, count_parameters, uses
+from tying.names import clean_name, count_parameters, saved_bytes
 
 OTHERS = "shared, by others"
 
@@ -85,14 +85,10 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
             groups.append(tuple(names))
             relations.append(OTHERS)
     unique, virtual = count_parameters(model)
-    saved = sum(map(_bytes, uses(model))) - sum(map(_bytes, model.parameters()))
     problems = [*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)]
     limits = _limits(model, groups, relations)
+    saved = saved_bytes(model)
     return TieReport(tuple(groups), tuple(relations), unique, virtual, saved, tuple(problems), tuple(limits))
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _how(shared: Shared) -> str:

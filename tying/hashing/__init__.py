@@ -1,5 +1,6 @@
 """Weights that share the entries of a table: hashes, layers, and what a hash does."""
 
+from tying.hashing.codebook import cluster, cluster_weight, compression_rate, load_packed, save_packed
 from tying.hashing.hashes import (
     DirichletHash,
     Hash,
@@ -35,7 +36,12 @@ __all__ = [
     "UniformHash",
     "VirtualWeight",
     "XXHash",
+    "cluster",
+    "cluster_weight",
+    "compression_rate",
     "entropy",
     "hash_weights",
+    "load_packed",
     "loads",
+    "save_packed",
 ]

@@ -176,7 +176,7 @@ class CodebookHash(Hash):
 
     @override
     def draw(self, table_size: int) -> Tensor:
-        return self.assignments.flatten().to(torch.int32)
+        return self.assignments.flatten().to(torch.int8 if table_size < 128 else torch.int32)
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:

@@ -171,6 +171,7 @@ class VirtualWeight(nn.Module):
             drawn = torch.frombuffer(bytearray(content[length:]), dtype=self.drawn.dtype).to(self.drawn.device)
             if not torch.equal(drawn, self.drawn):
                 self.drawn = drawn
+                self.zeros = self._check_slots()
                 self._keep(drawn.device)
 
     @override

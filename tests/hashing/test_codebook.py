@@ -1,0 +1,204 @@
+"""Trained quantisation."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+from torch import nn
+from torch.nn.utils import prune
+from toys import Toy, same, train
+
+from tying.callbacks import BeforeEpoch, WeightClustering
+from tying.hard import bake
+from tying.hashing import (
+    CodebookHash,
+    HashedLinear,
+    cluster,
+    cluster_weight,
+    compression_rate,
+    load_packed,
+    save_packed,
+)
+from tying.hashing.codebook import clustered_size, packed, starting_centroids, unpacked
+
+NAMES = ["encoder.0.weight", "encoder.2.weight", "decoder.0.weight", "decoder.2.weight"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def within(weights, centroids, labels):
+    return float((weights - centroids[labels]).square().sum())
+
+
+def test_the_papers_example():
+    assert compression_rate(16, 4) == 3.2
+
+
+@pytest.mark.parametrize("init", ["linear", "density", "forgy"])
+def test_kmeans(init):
+    torch.manual_seed(0)
+    weights = torch.randn(2000)
+    start = starting_centroids(weights, 8, init)
+    centroids, labels = cluster(weights, 8, init)
+    nearest = (weights[:, None] - start).abs().argmin(1)
+    assert within(weights, centroids, labels) <= within(weights, start, nearest)
+    means = torch.stack([weights[labels == k].mean() for k in range(len(centroids))])
+    torch.testing.assert_close(centroids, means)
+    assert torch.equal(labels, (weights[:, None] - centroids).abs().argmin(1))  # a fixed point
+    if init != "forgy":
+        again = cluster(weights, 8, init)
+        assert torch.equal(again[0], centroids)
+        assert torch.equal(again[1], labels)
+
+
+def test_starts():
+    weights = torch.tensor([0.0, 1.0, 1.0, 1.0, 5.0])
+    assert starting_centroids(weights, 2, "linear").tolist() == [0.0, 5.0]
+    assert starting_centroids(weights, 5, "density").tolist() == weights.tolist()
+    assert set(starting_centroids(weights, 3, "forgy").tolist()) <= {0.0, 1.0, 5.0}
+
+
+def test_limits():
+    weights = torch.tensor([3.0, 1.0, 1.0, 2.0])
+    centroids, labels = cluster(weights, 4)
+    assert torch.equal(centroids[labels], weights)  # no fewer clusters than distinct weights
+    centroids, labels = cluster(weights, 1)
+    assert torch.equal(centroids, weights.mean()[None])
+    with pytest.raises(ValueError, match="5 clusters of 4 weights: 1 to 4 are possible"):
+        cluster(weights, 5)
+    with pytest.raises(ValueError, match="init is 'linear', 'density' or 'forgy', not 'random'"):
+        cluster(weights, 2, "random")
+
+
+def test_zeros_stay_zeros_and_gradients_are_sums():
+    torch.manual_seed(0)
+    layer = nn.Linear(20, 10).double()
+    prune.l1_unstructured(layer, "weight", amount=0.6)
+    pruned = layer.weight.detach().clone()
+    dense = nn.Linear(20, 10).double()
+    table = cluster_weight(layer, "weight", 4)
+    assert type(layer) is HashedLinear
+    assert isinstance(layer.virtual.hash, CodebookHash)
+    assert table is layer.table
+    assert torch.equal(layer.weight == 0, pruned == 0)
+    assert len(layer.weight.unique()) == 5
+    assert not prune.is_pruned(layer)
+    dense.load_state_dict(bake(layer))
+    x = torch.randn(3, 20, dtype=torch.float64)
+    for one in (layer, dense):
+        one(x).square().sum().backward()
+    entries = layer.virtual.entries()
+    expected = torch.stack([dense.weight.grad[entries == k].sum() for k in range(4)])
+    torch.testing.assert_close(layer.table.grad, expected, rtol=0, atol=1e-12)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optimizer.step()
+    assert len(layer.weight.unique()) <= 5
+    assert torch.equal(layer.weight == 0, pruned == 0)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 5, 32])
+@pytest.mark.parametrize("kept", [1.0, 0.3, 0.01])
+def test_packing(clusters, kept):
+    torch.manual_seed(0)
+    assignments = torch.randint(clusters, (40, 50))
+    assignments[torch.rand(40, 50) > kept] = -1
+    codebook = torch.randn(clusters)
+    one = packed(assignments, codebook)
+    assert torch.equal(unpacked(one), torch.where(assignments >= 0, codebook[assignments.clamp(min=0)], 0.0))
+    count = int((assignments >= 0).sum())
+    assert one.counts[0] == count
+    assert one.bits == 32 * clusters + {1: 1, 2: 1, 5: 3, 32: 5}[clusters] * count + 5 * one.counts[1]
+    assert abs(8 * (len(one.indices) + len(one.gaps)) - (one.bits - 32 * clusters)) < 16
+
+
+def test_files(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 10))
+    for name in ("0.weight", "1.weight"):
+        cluster_weight(model, name, 16)
+    size = save_packed(model, tmp_path / "packed.pt")
+    dense, small = clustered_size(model, ["0.weight", "1.weight"])
+    assert dense == 32 * 21_000
+    assert small / 8 < size < small / 8 + 5000
+    weights = load_packed(tmp_path / "packed.pt")
+    assert torch.equal(weights["0.weight"], model[0].weight)
+    plain = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 10))
+    plain.load_state_dict({**bake(model), **weights})
+    x = torch.randn(2, 200)
+    torch.testing.assert_close(plain(x), model(x))
+    content = torch.load(tmp_path / "packed.pt", weights_only=True)
+    torch.save({**content, "version": 2}, tmp_path / "newer.pt")
+    with pytest.raises(ValueError, match=r"newer.pt is of version 2; this package reads version 1"):
+        load_packed(tmp_path / "newer.pt")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other.pt holds no packed weights"):
+        load_packed(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no weight of the model is clustered"):
+        save_packed(nn.Linear(2, 2), tmp_path / "none.pt")
+    with pytest.raises(ValueError, match=r"'0\.weight' is no parameter of the model, or is computed already"):
+        cluster_weight(model, "0.weight", 2)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_training_resumes_bitwise(kind, stop, tmp_path):
+    def made():
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return Toy(lambda parameters: kind(parameters, lr=0.05, **options))
+
+    def callback():
+        return WeightClustering(["**.weight"], clusters=4, start_epoch=2)
+
+    whole = made()
+    trainer = train(whole, [callback()], max_epochs=5, gradient_clip_val=0.5)
+    assert all(len(whole.get_submodule(name[:-7]).weight.unique()) <= 4 for name in NAMES)
+    assert float(trainer.callback_metrics["tying/compression"]) > 1
+    assert [p.numel() for p in whole.parameters()] == [4, 5, 4, 4, 4, 5, 4, 6]
+    half = made()
+    train(half, [callback()], max_epochs=stop, gradient_clip_val=0.5).save_checkpoint(tmp_path / "half.ckpt")
+    resumed = made()
+    train(resumed, [callback()], max_epochs=5, gradient_clip_val=0.5, ckpt_path=tmp_path / "half.ckpt")
+    assert same(resumed, whole)
+    assert torch.equal(resumed.encoder[0].weight, whole.encoder[0].weight)
+
+
+def test_codebooks_are_trained_and_fit_is_repeatable():
+    model = Toy()
+    callback = WeightClustering(["**.weight"], clusters=4)
+    train(model, [callback], max_epochs=1)
+    before = copy.deepcopy(model.encoder[0])
+    train(model, [callback], max_epochs=1)
+    assert torch.equal(model.encoder[0].virtual.entries(), before.virtual.entries())
+    assert not torch.equal(model.encoder[0].table, before.table)
+
+
+@pytest.mark.filterwarnings("ignore:.*pruning.*")
+def test_after_pruning():
+    model = Toy()
+    pruning = ModelPruning("l1_unstructured", amount=0.5, apply_pruning=BeforeEpoch(1), parameter_names=["weight"])
+    train(model, [pruning, WeightClustering(["**.weight"], clusters=3, start_epoch=2)], max_epochs=4)
+    zeros = [float((model.get_submodule(name[:-7]).weight == 0).double().mean()) for name in NAMES]
+    assert sum(zeros) / 4 == pytest.approx(0.5, abs=0.05)
+    assert all(len(model.get_submodule(name[:-7]).weight.unique()) <= 4 for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: WeightClustering(["**"], clusters=0), "clusters must be 1 or more, not 0"),
+        (lambda: WeightClustering(["**"], start_epoch=-1), "start_epoch must be 0 or more, not -1"),
+        (lambda: WeightClustering(["**"], init="random"), "init is 'linear', 'density' or 'forgy'"),
+        (lambda: train(Toy(), [ModelPruning("l1_unstructured"), WeightClustering(["**.weight"], clusters=2)]), r"ModelPruning still prunes in epoch 0, .*apply_pruning=BeforeEpoch\(0\)"),
+        (lambda: train(Toy(), [ModelPruning("l1_unstructured", apply_pruning=BeforeEpoch(4)), WeightClustering(["**.weight"], clusters=2, start_epoch=3)]), "ModelPruning still prunes in epoch 3"),
+        (lambda: train(Toy(), [WeightClustering(["**.bias"])]), "match nothing of two dimensions or more"),
+        (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=21)]), r"'encoder\.2\.weight': 21 clusters of 20 weights"),
+        (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=2), EMAWeightAveraging()]), "does not go with EMAWeightAveraging"),
+    ],
+)  # fmt: skip
+def test_mistakes(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
