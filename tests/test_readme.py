@@ -34,7 +34,7 @@ def _beside_the_configs(tmp_path, monkeypatch):
 
 
 def test_python_runs(monkeypatch):
-    code, hard = BLOCKS["python"]
+    code, hard, hashed = BLOCKS["python"]
     trainer = pl.Trainer
     quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     quick |= {"logger": False, "enable_checkpointing": False}
@@ -43,14 +43,18 @@ def test_python_runs(monkeypatch):
     exec(code, scope)
     assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
     exec(hard, scope := {})
+    exec(hashed, layers := {})
+    assert layers["layer"].table.numel() == 400_000
     assert scope["encoder"].layers[5].linear1.weight is scope["encoder"].layers[0].linear1.weight
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
 
 
 def test_yaml_runs(tmp_path):
-    text, more, hard = BLOCKS["yaml"]
+    text, more, hard, hashed = BLOCKS["yaml"]
     (tmp_path / "hard.yaml").write_text(hard)
     main(["fit", "--config=configs/base.yaml", "--config=hard.yaml", "--model=Autoencoder", *SMALL])
+    (tmp_path / "hashed.yaml").write_text(hashed)
+    main(["fit", "--config=configs/base.yaml", "--config=hashed.yaml", "--model.network.depth=8", *SMALL])
     (tmp_path / "readme.yaml").write_text(text)
     main(["fit", "--config=configs/base.yaml", "--config=readme.yaml", "--model=Autoencoder", *SMALL])
     assert len(text.splitlines()) <= 6

@@ -24,6 +24,8 @@ from tying.hashing import (
     entropy,
     hash_weights,
     loads,
+    plot_loads,
+    table_loads,
 )
 from tying.mixins import WeightHashingMixin
 from tying.names import count_parameters
@@ -262,6 +264,19 @@ def test_weight_averaging_leaves_hashes_alone():
     WeightHashing(HASHED, 0.3, DirichletHash(1)).apply(fresh)
     assert torch.equal(model.encoder[0].virtual.entries(), fresh.encoder[0].virtual.entries())
     assert torch.equal(model.encoder[0].virtual.drawn, fresh.encoder[0].virtual.drawn)
+
+
+@pytest.mark.parametrize("scope", ["layer", "network"])
+def test_loads_are_plotted(scope, tmp_path):
+    model = Toy()
+    train(model, [WeightHashing(HASHED, 0.3, ModulusHash(), scope=scope)], max_epochs=1, default_root_dir=tmp_path)
+    assert (tmp_path / "hash_loads.png").read_bytes().startswith(b"\x89PNG")
+    counts = table_loads(model)
+    assert len(counts) == (4 if scope == "layer" else 1)
+    assert sum(int(own.sum()) for own in counts.values()) == 100
+    assert all(int(own.max() - own.min()) <= 1 for own in counts.values())
+    with pytest.raises(ValueError, match="no weight of the model is hashed"):
+        plot_loads(Toy(), tmp_path / "none.png")
 
 
 def test_applying_twice_changes_nothing():

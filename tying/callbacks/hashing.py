@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.parametrizing import Parametrizing
-from tying.hashing import Hash, UniformHash, hash_weights
+from tying.hashing import Hash, UniformHash, hash_weights, plot_loads
 
 
 class WeightHashing(Parametrizing):
     """Let weights share the entries of a table each, or of one; see :func:`tying.hashing.hash_weights`.
+
+    When training starts, the use of the tables' entries is plotted as ``hash_loads.png`` in the logger's directory.
 
     Args:
         parameters: patterns of names; a leading ``!`` leaves out. Those of fewer than two dimensions are skipped.
@@ -44,6 +48,12 @@ class WeightHashing(Parametrizing):
         super().__init__(parameters)
         self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index = sign, density, index
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+            plot_loads(pl_module, folder / "hash_loads.png")
 
     @override
     def change(self, model: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from tying.hashing.layers import HashedConv2d, HashedEmbedding, HashedLinear
 from tying.hashing.layouts import BlockHash, CodebookHash, RecurrentHash, ToeplitzHash
 from tying.hashing.loads import entropy, loads
 from tying.hashing.network import HashedWeight, HashReport, hash_weights
+from tying.hashing.plots import plot_loads, table_loads
 from tying.hashing.virtual import VirtualWeight
 
 __all__ = [
@@ -43,5 +44,7 @@ __all__ = [
     "hash_weights",
     "load_packed",
     "loads",
+    "plot_loads",
     "save_packed",
+    "table_loads",
 ]

@@ -1,0 +1,64 @@
+"""How a hash uses its table, as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tying.atomic import atomically
+from tying.errors import ConfigurationError
+from tying.hashing.loads import entropy, loads
+from tying.hashing.virtual import VirtualWeight
+from tying.names import computed_in
+
+
+def table_loads(model: nn.Module) -> dict[str, Tensor]:
+    """Return how many weights use each entry of each table of a model, by the name of the first weight that does.
+
+    Example:
+        >>> from tying.hashing import HashedLinear, ModulusHash
+        >>> table_loads(nn.Sequential(HashedLinear(5, 2, table_ratio=0.3, hash=ModulusHash())))
+        {'0.weight': tensor([4, 3, 3])}
+    """
+    names: dict[int, str] = {}
+    counts: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for one in computed_in(module):
+            [*_, virtual] = one.steps
+            if isinstance(virtual, VirtualWeight):
+                own = loads(virtual.entries(), virtual.table_size)
+                name = names.setdefault(id(getattr(module, one.prefixes[0])), f"{path}.{one.name}".lstrip("."))
+                counts[name] = counts[name] + own if name in counts else own
+    return counts
+
+
+def plot_loads(model: nn.Module, path: Path) -> None:
+    """Write a PNG with the loads of each table of a model: as a heat map of its entries, and as a histogram.
+
+    Raises:
+        ConfigurationError: no weight is hashed.
+    """
+    draw_loads(table_loads(model), path)
+
+
+def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
+    """Write a PNG with a column for each title: loads, (table_size,), as a heat map and as a histogram."""
+    from matplotlib.figure import Figure
+
+    if not counts:
+        raise ConfigurationError("no weight of the model is hashed")
+    figure = Figure(figsize=(3.2 * len(counts), 5.6), layout="constrained")
+    rows = figure.subplots(2, len(counts), squeeze=False)
+    for (title, own), heat, bars in zip(counts.items(), *rows, strict=True):
+        side = math.ceil(math.sqrt(len(own)))
+        square = F.pad(own.float(), (0, side * side - len(own)), value=math.nan).view(side, side)
+        figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
+        heat.set(title=f"{title}\nentropy {entropy(own):.3f} of {math.log(len(own)):.3f} nats", xticks=[], yticks=[])
+        bars.hist(own.numpy(), bins=min(50, int(own.max()) + 1))
+        bars.set(xlabel="weights that use an entry", ylabel="entries")
+    with atomically(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
