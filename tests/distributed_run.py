@@ -13,11 +13,12 @@ import torch.distributed
 from torch.optim import SGD
 from toys import TIES, Toy, batches, train
 
-from tying.callbacks import HardTying, RandomState, SoftTying, TyingMonitor, TyingSummary
+from tying.callbacks import HardTying, RandomState, SoftTying, TyingMonitor, TyingSummary, WeightHashing
 from tying.data import CIFAR10
+from tying.hard import bake
 from tying.soft import Schedule
 
-CASES = list(itertools.product(["gradient", "decoupled", "proximal", "hard"], [1, 4], [None, 0.02]))
+CASES = list(itertools.product(["gradient", "decoupled", "proximal", "hard", "hashed"], [1, 4], [None, 0.02]))
 
 
 def optimizer(parameters):
@@ -28,7 +29,10 @@ def main(out: Path, world: int) -> None:
     for number, (update, accumulate, clip) in enumerate(CASES):
         model = Toy(optimizer).double()
         tying = HardTying(TIES)
-        if update != "hard":
+        if update == "hashed":
+            torch.manual_seed(0)  # its table begins with entries drawn from the weights
+            tying = WeightHashing(["encoder.*.weight", "decoder.*.weight"], 0.3, sign=True, scope="network")
+        elif update != "hard":
             tying = SoftTying(TIES, strength=0.3, update=update, schedule=Schedule(0.0, 1.0, 5))
         # rank r takes every second sample, so that jointly the processes see the batches of one
         trainer = train(
@@ -44,7 +48,7 @@ def main(out: Path, world: int) -> None:
             max_epochs=2,
         )
         rank = trainer.global_rank
-        torch.save(model.state_dict(), out / f"{world}-{rank}-{number}.pt")
+        torch.save(bake(model), out / f"{world}-{rank}-{number}.pt")
 
 
 class Noisy(Toy):

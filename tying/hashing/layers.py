@@ -137,9 +137,15 @@ class HashedLinear(Hashed, nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        if self.virtual.structure is None:
+        table = self.virtual.scaled(self.table)
+        if self.virtual.structure is not None:
+            output = self.virtual.structure.linear(input, table)
+        elif (seed := self.virtual.fusible_seed(input.device)) is not None:
+            from tying.hashing.kernels import fused_linear
+
+            output = fused_linear(input, table, self.out_features, self.virtual.first, seed)
+        else:
             return F.linear(input, self.weight, self.bias)
-        output = self.virtual.structure.linear(input, self.virtual.scaled(self.table))
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 

@@ -26,9 +26,9 @@ def mix(ids: Tensor, seed: int) -> Tensor:
         >>> mix(torch.arange(3), seed=0).tolist()
         [2872864583, 1772158550, 138880084]
     """
-    keys = _splitmix(seed)
-    x = ((ids ^ ((ids >> 32) * 0x9E3779B1)) + (keys & _LOW)) & _LOW
-    x = ((x ^ (x >> 16)) * 0x7FEB352D & _LOW) ^ (keys >> 32)
+    low_key, high_key = keys_of(seed)
+    x = ((ids ^ ((ids >> 32) * 0x9E3779B1)) + low_key) & _LOW
+    x = ((x ^ (x >> 16)) * 0x7FEB352D & _LOW) ^ high_key
     x = (x ^ (x >> 15)) * 0x846CA68B & _LOW
     return x ^ (x >> 16)
 
@@ -62,10 +62,11 @@ def xxh32(ids: Tensor, seed: int) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _splitmix(seed: int) -> int:
-    """Return 64 well-mixed bits of a seed, by the finaliser of splitmix64."""
+def keys_of(seed: int) -> tuple[int, int]:
+    """Return two keys of 32 bits for a seed, by the finaliser of splitmix64."""
     mask = (1 << 64) - 1
     z = (seed + 1) * 0x9E3779B97F4A7C15 & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    return z ^ (z >> 31)
+    z ^= z >> 31
+    return z & _LOW, z >> 32

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from importlib.util import find_spec
 from types import FunctionType
 from typing import Any, Literal, Self
 
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, nearest
-from tying.hashing.hashes import Hash
+from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.lookup import CHUNK, Slots, lookup, scatter
 from tying.hashing.mixing import mix
 
 Index = Literal["auto", "stored", "computed", "structured"]
 INDEXES = ("auto", "stored", "computed", "structured")
 KEPT = 1 << 24  # weights up to which "auto" keeps an index
+FUSED = ("cuda",)  # devices for which Triton fuses layers
 COMPILED = 1 << 20  # weights from which on computing entries is worth compiling
 _DENSITY = 0x44454E53  # sets the draws of kept connections apart from those of slots
 
@@ -152,6 +154,16 @@ class VirtualWeight(nn.Module):
     def extended_entries(self) -> Tensor:
         """Return the same, with entries that are negated beyond the others and those that are zero last."""
         return torch.cat([self._entries(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
+
+    def fusible_seed(self, device: torch.device) -> int | None:
+        """Return the seed for :func:`tying.hashing.kernels.fused_linear`, where a layer on a device may be fused."""
+        plain = type(self.hash) is UniformHash and not self.sign and self.density == 1
+        if self.index != "computed" or not plain or device.type not in FUSED or find_spec("triton") is None:
+            return None
+        if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
+            return None  # the compiler fuses by itself; kernels add up in any order
+        assert isinstance(self.hash, UniformHash)
+        return self.hash.seed
 
     @override
     def get_extra_state(self) -> Tensor:

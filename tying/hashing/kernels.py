@@ -1,0 +1,122 @@
+"""Hashed linear layers on a GPU, fused by Triton: neither weight nor its gradient is ever whole in memory.
+
+Tiles of the weight are looked up where the matrix product needs them, their slots computed on the spot. Triton's
+interpreter (``TRITON_INTERPRET=1``) runs the same kernels on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]  # it has no types
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from typing_extensions import override
+
+from tying.hashing.mixing import keys_of
+
+TILE = 32  # rows and columns of a tile; of the batch too
+
+
+@triton.jit
+def _slot(ids, low_key, high_key, size):  # type: ignore[no-untyped-def]  # Triton's language
+    """The uniform hash: mixing.mix and mixing.below, in unsigned arithmetic."""
+    wide = ids.to(tl.uint64)
+    x = (((wide ^ ((wide >> 32) * 0x9E3779B1)) + low_key) & 0xFFFFFFFF).to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ high_key.to(tl.uint32)
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = x ^ (x >> 16)
+    return ((x.to(tl.uint64) * size) >> 32).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton's
+def _product(  # type: ignore[no-untyped-def]  # Triton's language
+    x, table, y, batch, inner, outer, inner_stride, outer_stride, first, low_key, high_key, size, tile: tl.constexpr
+):
+    """y[b, o] = Σ_i x[b, i] · t[h(first + i · inner_stride + o · outer_stride)]: forward, and gradient of the input."""
+    b = tl.program_id(0) * tile + tl.arange(0, tile)
+    o = tl.program_id(1) * tile + tl.arange(0, tile)
+    total = tl.zeros((tile, tile), dtype=tl.float32)
+    for begin in range(0, inner, tile):
+        i = begin + tl.arange(0, tile)
+        left = tl.load(x + b[:, None] * inner + i[None, :], (b[:, None] < batch) & (i[None, :] < inner), 0.0)
+        ids = first + i[:, None].to(tl.int64) * inner_stride + o[None, :].to(tl.int64) * outer_stride
+        known = (i[:, None] < inner) & (o[None, :] < outer)
+        right = tl.load(table + _slot(ids, low_key, high_key, size), known, 0.0)
+        total += tl.dot(left, right.to(left.dtype), input_precision="ieee")
+    tl.store(y + b[:, None] * outer + o[None, :], total, (b[:, None] < batch) & (o[None, :] < outer))
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # Triton's
+def _gradient(  # type: ignore[no-untyped-def]  # Triton's language
+    x, upstream, sums, batch, inputs, outputs, first, low_key, high_key, size, tile: tl.constexpr
+):
+    """sums[h(first + o · inputs + i)] += Σ_b upstream[b, o] · x[b, i]."""
+    o = tl.program_id(0) * tile + tl.arange(0, tile)
+    i = tl.program_id(1) * tile + tl.arange(0, tile)
+    total = tl.zeros((tile, tile), dtype=tl.float32)
+    for begin in range(0, batch, tile):
+        b = begin + tl.arange(0, tile)
+        left = tl.load(upstream + b[None, :] * outputs + o[:, None], (b[None, :] < batch) & (o[:, None] < outputs), 0.0)
+        right = tl.load(x + b[:, None] * inputs + i[None, :], (b[:, None] < batch) & (i[None, :] < inputs), 0.0)
+        total += tl.dot(left, right, input_precision="ieee")
+    ids = first + o[:, None].to(tl.int64) * inputs + i[None, :].to(tl.int64)
+    known = (o[:, None] < outputs) & (i[None, :] < inputs)
+    tl.atomic_add(sums + _slot(ids, low_key, high_key, size), total, known)
+
+
+class FusedLinear(torch.autograd.Function):
+    """``x Wᵀ`` with ``w_i = t[uniform(i)]``, for x (batch, inputs) and a table (n,), both on one device."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, table: Tensor, outputs: int, first: int, seed: int) -> Tensor:
+        ctx.save_for_backward(x, table)
+        ctx.layer = outputs, first, seed
+        return _multiply(x, table, x.shape[1], outputs, (1, x.shape[1]), first, seed)
+
+    @staticmethod
+    @once_differentiable
+    @override
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, table = ctx.saved_tensors
+        outputs, first, seed = ctx.layer
+        (batch, inputs), upstream = x.shape, upstream.contiguous()
+        into = entries = None
+        if ctx.needs_input_grad[0]:
+            into = _multiply(upstream, table, outputs, inputs, (inputs, 1), first, seed)
+        if ctx.needs_input_grad[1]:
+            sums = torch.zeros(len(table), dtype=torch.float32, device=table.device)
+            grid = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
+            _gradient[grid](x, upstream, sums, batch, inputs, outputs, first, *keys_of(seed), len(table), TILE)
+            entries = sums.to(table.dtype)
+        return into, entries, None, None, None
+
+
+def fused_linear(x: Tensor, table: Tensor, outputs: int, first: int, seed: int) -> Tensor:
+    """Return ``x Wᵀ`` of a uniformly hashed layer; second derivatives are not to be had.
+
+    Args:
+        x: (..., inputs).
+        table: (n,).
+        outputs: rows of W.
+        first: identifier of the first weight.
+        seed: of the hash.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    result: Tensor = FusedLinear.apply(flat, table, outputs, first, seed)
+    return result.view(*x.shape[:-1], outputs)
+
+
+def _multiply(
+    x: Tensor, table: Tensor, inner: int, outer: int, strides: tuple[int, int], first: int, seed: int
+) -> Tensor:
+    y = x.new_empty(len(x), outer)
+    grid = triton.cdiv(len(x), TILE), triton.cdiv(outer, TILE)
+    _product[grid](x, table, y, len(x), inner, outer, *strides, first, *keys_of(seed), len(table), TILE)
+    return y
