@@ -269,10 +269,13 @@ def test_weight_averaging_leaves_hashes_alone():
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_loads_are_plotted(scope, tmp_path):
     model = Toy()
-    train(model, [WeightHashing(HASHED, 0.3, ModulusHash(), scope=scope)], max_epochs=1, default_root_dir=tmp_path)
+    hashing = WeightHashing(HASHED, 0.3, ModulusHash(), scope=scope)
+    trainer = train(model, [hashing], max_epochs=1, default_root_dir=tmp_path)
     assert (tmp_path / "hash_loads.png").read_bytes().startswith(b"\x89PNG")
     counts = table_loads(model)
     assert len(counts) == (4 if scope == "layer" else 1)
+    mean = sum(map(entropy, counts.values())) / len(counts)
+    assert float(trainer.callback_metrics["tying/entropy"]) == pytest.approx(mean)
     assert sum(int(own.sum()) for own in counts.values()) == 100
     assert all(int(own.max() - own.min()) <= 1 for own in counts.values())
     with pytest.raises(ValueError, match="no weight of the model is hashed"):

@@ -11,13 +11,14 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.parametrizing import Parametrizing
-from tying.hashing import Hash, UniformHash, hash_weights, plot_loads
+from tying.hashing import Hash, UniformHash, entropy, hash_weights, plot_loads, table_loads
 
 
 class WeightHashing(Parametrizing):
     """Let weights share the entries of a table each, or of one; see :func:`tying.hashing.hash_weights`.
 
     When training starts, the use of the tables' entries is plotted as ``hash_loads.png`` in the logger's directory.
+    Logs ``tying/entropy``: that of the entries' loads, in nats, the mean over the tables.
 
     Args:
         parameters: patterns of names; a leading ``!`` leaves out. Those of fewer than two dimensions are skipped.
@@ -48,12 +49,19 @@ class WeightHashing(Parametrizing):
         super().__init__(parameters)
         self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index = sign, density, index
+        self._entropy = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
             plot_loads(pl_module, folder / "hash_loads.png")
+        entropies = [entropy(own) for own in table_loads(pl_module).values()]
+        self._entropy = sum(entropies) / len(entropies)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("tying/entropy", self._entropy)
 
     @override
     def change(self, model: nn.Module) -> list[str]:
