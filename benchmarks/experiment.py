@@ -14,6 +14,8 @@ from benchmarks.folder import Folder, read_json, write_json
 from benchmarks.suite import load, suites
 from benchmarks.summary import curves, plot, summarize, write_csv
 from benchmarks.sweep import Sweep
+from benchmarks.trends import draw as draw_plot
+from benchmarks.trends import verdicts
 from tying.errors import ConfigurationError
 
 RUNS, DEMO = Path("runs/suites"), Path("runs/demo")
@@ -45,7 +47,8 @@ def prepare(
     """
     suite = load(name)
     arguments, label = _data(data)
-    out = out or RUNS / (f"{suite.name}@{label}" if data else suite.name)
+    home = suite.home or suite.name
+    out = out or RUNS / (f"{home}@{label}" if data else home)
     if as_begun and (out / BEGUN).exists():
         kept = read_json(out / BEGUN, "seeds", "overrides")
         seeds, overrides = kept["seeds"] if seeds is None else seeds, [*overrides] or kept["overrides"]
@@ -80,7 +83,9 @@ def report(sweep: Sweep, command: str) -> str:
         ConfigurationError: nothing is done.
     """
     common = f" All runs with {' '.join(sweep.overrides)}." if sweep.overrides else ""
-    return f"{summarize(sweep.suite, sweep.runs, sweep.out)}{common} Command: `{command}`."
+    told = f"{summarize(sweep.suite, sweep.runs, sweep.out)}{common} Command: `{command}`."
+    judged = verdicts(sweep.suite.trends, curves(sweep.runs, sweep.out))
+    return f"{told}\n\n{judged}".rstrip()
 
 
 def draw(sweep: Sweep) -> list[Path]:
@@ -89,7 +94,10 @@ def draw(sweep: Sweep) -> list[Path]:
     table, picture = (sweep.out / f"{sweep.name}.{kind}" for kind in ("csv", "png"))
     write_csv(rows, table)
     plot(rows, sweep.suite.curves, picture)
-    return [table, picture]
+    pictures = {sweep.out / f"{sweep.name}_{one.name}.png": one for one in sweep.suite.plots}
+    for path, one in pictures.items():
+        draw_plot(one, rows, path)
+    return [table, picture, *pictures]
 
 
 def overview() -> str:

@@ -12,6 +12,9 @@ A suite is a base configuration, deltas to compare, and axes to sweep::
     seed_keys: [seed_everything]     # where the seed goes
     figures: {accuracy: test/accuracy}  # columns of the report: metrics by heading
     curves: [val/accuracy]           # panels of its plot: metrics over epochs
+    like: other                      # instead of base, deltas, axes and seeds: the very runs of another suite
+
+Figures in a paper's layout, and verdicts on its trends, are :mod:`benchmarks.trends`.
 """
 
 from __future__ import annotations
@@ -19,20 +22,22 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from benchmarks.report import ROOT, write
+from benchmarks.trends import Plot, Trend
 from tying.errors import ConfigurationError, listed, nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
-KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves")
+KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", "trends", "like")
 AXIS_KEYS = ("key", "values", "deltas")
+Part = TypeVar("Part", Plot, Trend)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,9 @@ class Suite:
     seed_keys: tuple[str, ...] = ("seed_everything",)
     figures: dict[str, str] = field(default_factory=dict)
     curves: tuple[str, ...] = ("val/accuracy",)
+    plots: tuple[Plot, ...] = ()
+    trends: tuple[Trend, ...] = ()
+    home: str = ""  # the suite whose runs these are, if another's
 
     def runs(self, seeds: int = 1, only: str | None = None, overrides: Iterable[str] = ()) -> list[Run]:
         """Return all runs, seed by seed.
@@ -199,6 +207,19 @@ def load(name: str) -> Suite:
         )
     content = _mapping(path)
     _refuse_unknown(content, KEYS, f"suite {path.name}: unknown key")
+    if "like" in content:
+        if wrong := [key for key in ("base", "deltas", "axes", "seed_keys") if key in content]:
+            raise ConfigurationError(f"suite {path.name}: {wrong[0]} and like exclude each other")
+        other = load(content["like"])
+        return replace(
+            other,
+            name=path.stem,
+            home=other.name,
+            description=str(content.get("description", other.description)),
+            figures=content.get("figures", other.figures),
+            plots=_of(path, Plot, content, "plots"),
+            trends=_of(path, Trend, content, "trends"),
+        )
     deltas = content.get("deltas")
     if not isinstance(deltas, dict) or not deltas:
         raise ConfigurationError(f"suite {path.name}: deltas must map names to lists of files and overrides")
@@ -216,7 +237,16 @@ def load(name: str) -> Suite:
         _strings(path, content.get("seed_keys", ["seed_everything"]), "seed_keys"),
         figures,
         _strings(path, content.get("curves", ["val/accuracy"]), "curves"),
+        _of(path, Plot, content, "plots"),
+        _of(path, Trend, content, "trends"),
     )
+
+
+def _of(path: Path, kind: Callable[..., Part], content: Mapping[str, Any], key: str) -> tuple[Part, ...]:
+    try:
+        return tuple(kind(**given) for given in content.get(key, []))
+    except TypeError as error:
+        raise ConfigurationError(f"suite {path.name}: {key}: {error}") from None
 
 
 def _axis(path: Path, name: str, given: Any, deltas: Iterable[str]) -> Axis:

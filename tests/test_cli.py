@@ -227,6 +227,14 @@ def test_inspect(capsys):
     assert not Path("runs").exists()
 
 
+def test_inspect_tells_what_a_hash_does(capsys):
+    main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
+    told = capsys.readouterr().out
+    assert "WeightHashing: 198,800 weights of 3 tensors in 19,880 entries" in told
+    assert "network.1.weight (200, 784): table of 19,880, structured, entropy 9.8975 of 9.8975 nats" in told
+    assert "network.7.weight (10, 200): " in told
+
+
 def test_inspect_tells_every_tie_that_does_not_fit(capsys):
     with pytest.raises(SystemExit):
         main(

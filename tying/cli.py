@@ -99,6 +99,8 @@ class Trainer(pl.Trainer):
         wrong = [averaging_before(callback, callbacks) for callback in changing]
         for change in changing:
             change.apply(model)
+            if told := change.told():
+                print(f"{type(change).__name__}: {told}")
         report = audit(model)
         if changing:
             print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {report.counts()}")

@@ -20,7 +20,8 @@ from tying.hashing import (
     load_packed,
     save_packed,
 )
-from tying.hashing.codebook import clustered_size, packed, starting_centroids, unpacked
+from tying.hashing.codebook import starting_centroids
+from tying.hashing.packing import clustered_size, packed, unpacked
 
 NAMES = ["encoder.0.weight", "encoder.2.weight", "decoder.0.weight", "decoder.2.weight"]
 

@@ -17,7 +17,8 @@ from typing_extensions import override
 
 from tying.callbacks.base import callbacks_of
 from tying.errors import ConfigurationError
-from tying.hashing.codebook import cluster_weight, clustered_size, put_codebook
+from tying.hashing.codebook import cluster_weight, put_codebook
+from tying.hashing.packing import clustered_size
 from tying.selection import select
 
 CLUSTERED = "_clustered"  # an attribute of models: the names of their clustered weights

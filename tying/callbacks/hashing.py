@@ -49,7 +49,11 @@ class WeightHashing(Parametrizing):
         super().__init__(parameters)
         self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index = sign, density, index
-        self._entropy = 0.0
+        self._entropy, self._report = 0.0, ""
+
+    @override
+    def told(self) -> str:
+        return self._report
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,5 +80,6 @@ class WeightHashing(Parametrizing):
             density=self.density,
             index=self.index,
         )
+        self._report = str(report)
         rank_zero_info(f"WeightHashing: {report}")
         return [one.name for one in report.weights]

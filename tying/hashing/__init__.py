@@ -1,6 +1,6 @@
 """Weights that share the entries of a table: hashes, layers, and what a hash does."""
 
-from tying.hashing.codebook import cluster, cluster_weight, compression_rate, load_packed, save_packed
+from tying.hashing.codebook import cluster, cluster_weight, compression_rate
 from tying.hashing.hashes import (
     DirichletHash,
     Hash,
@@ -15,6 +15,7 @@ from tying.hashing.layers import HashedConv2d, HashedEmbedding, HashedLinear
 from tying.hashing.layouts import BlockHash, CodebookHash, RecurrentHash, ToeplitzHash
 from tying.hashing.loads import entropy, loads
 from tying.hashing.network import HashedWeight, HashReport, hash_weights
+from tying.hashing.packing import load_packed, save_packed
 from tying.hashing.plots import plot_loads, table_loads
 from tying.hashing.virtual import VirtualWeight
 

@@ -1,30 +1,21 @@
-"""Trained quantisation: weights that are the entries of a small codebook, and files that hold them packed."""
+"""Trained quantisation: weights that are the entries of a small codebook."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tying.atomic import atomically
-from tying.errors import ConfigurationError, listed
+from tying.errors import ConfigurationError
 from tying.hard.places import places_of
 from tying.hashing.layers import hash_attribute
 from tying.hashing.layouts import CodebookHash
 from tying.hashing.virtual import VirtualWeight
-from tying.names import computed_in
 
 Start = Literal["linear", "density", "forgy"]
-VERSION = 1  # of packed files
-GAP_BITS = 5
-FAR = (1 << GAP_BITS) - 1  # the gap that says: so many zeros, and no weight yet
 
 
 def starting_centroids(weights: Tensor, clusters: int, init: Start) -> Tensor:
@@ -155,132 +146,3 @@ def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroi
     table = nn.Parameter(centroids.to(weight), weight.requires_grad)
     hash_attribute(module, attribute, virtual, table)
     return table
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A clustered weight in as few bits as its codebook, indices and gaps take.
-
-    Attributes:
-        shape: of the weight.
-        codebook: float32, (k,).
-        indices: of the weights that are not zero, ⌈log₂ k⌉ bits each, packed.
-        gaps: how many zeros stand before each of them, 5 bits each, packed; 31: so many, and no weight yet.
-        counts: number of indices, and of gaps.
-    """
-
-    shape: tuple[int, ...]
-    codebook: Tensor
-    indices: Tensor
-    gaps: Tensor
-    counts: tuple[int, int]
-
-    @property
-    def bits(self) -> int:
-        """Of all of it: codebook, indices and gaps."""
-        return 32 * len(self.codebook) + index_bits(len(self.codebook)) * self.counts[0] + GAP_BITS * self.counts[1]
-
-
-def index_bits(clusters: int) -> int:
-    """Return how many bits an index takes.
-
-    Example:
-        >>> index_bits(32), index_bits(33), index_bits(1)
-        (5, 6, 1)
-    """
-    return max(1, math.ceil(math.log2(clusters)))
-
-
-def packed(assignments: Tensor, codebook: Tensor) -> Packed:
-    """Pack a clustered weight.
-
-    Args:
-        assignments: which entry each weight is, −1 for zero; of the weight's shape.
-        codebook: (k,).
-
-    Example:
-        >>> one = packed(torch.tensor([[0, -1], [-1, 1]]), torch.tensor([0.5, 2.0]))
-        >>> one.bits, unpacked(one)
-        (76, tensor([[0.5000, 0.0000],
-                [0.0000, 2.0000]]))
-    """
-    flat = assignments.flatten().cpu()
-    at = (flat >= 0).nonzero().flatten()
-    zeros = torch.diff(at, prepend=at.new_tensor([-1])) - 1
-    fillers, rest = zeros // FAR, zeros % FAR
-    gaps = torch.full((int(fillers.sum()) + len(at),), FAR)
-    gaps[torch.arange(len(at)) + fillers.cumsum(0)] = rest
-    indices = _pack(flat[at], index_bits(len(codebook)))
-    held = codebook.detach().float().cpu().clone()
-    return Packed(tuple(assignments.shape), held, indices, _pack(gaps, GAP_BITS), (len(at), len(gaps)))
-
-
-def unpacked(one: Packed) -> Tensor:
-    """Return the weight; float32."""
-    gaps = _unpack(one.gaps, one.counts[1], GAP_BITS)
-    at = torch.where(gaps == FAR, FAR, gaps + 1).cumsum(0)[gaps != FAR] - 1
-    weight = torch.zeros(math.prod(one.shape))
-    weight[at] = one.codebook[_unpack(one.indices, one.counts[0], index_bits(len(one.codebook)))]
-    return weight.view(one.shape)
-
-
-def packed_weights(model: nn.Module) -> dict[str, Packed]:
-    """Return all clustered weights of a model, packed, by name."""
-    found = {}
-    for path, module in model.named_modules():
-        for one in computed_in(module):
-            [*_, last] = one.steps
-            if isinstance(last, VirtualWeight) and isinstance(last.hash, CodebookHash):
-                table = getattr(module, one.prefixes[0])
-                found[f"{path}.{one.name}".lstrip(".")] = packed(last.entries(), table)
-    return found
-
-
-def save_packed(model: nn.Module, path: Path | str) -> int:
-    """Write all clustered weights of a model to a file, packed; return its bytes.
-
-    Raises:
-        ConfigurationError: no weight is clustered.
-    """
-    weights = packed_weights(model)
-    if not weights:
-        raise ConfigurationError("no weight of the model is clustered")
-    with atomically(Path(path)) as aside:
-        torch.save({"version": VERSION, "weights": {name: vars(one) for name, one in weights.items()}}, aside)
-    return Path(path).stat().st_size
-
-
-def load_packed(path: Path | str) -> dict[str, Tensor]:
-    """Return the weights in a file of :func:`save_packed`, by name, as a plain state dict holds them.
-
-    Raises:
-        ConfigurationError: it is no such file, or one of another version.
-    """
-    content = torch.load(path, weights_only=True)
-    if not isinstance(content, Mapping) or "version" not in content or "weights" not in content:
-        raise ConfigurationError(f"{path} holds no packed weights")
-    if content["version"] != VERSION:
-        raise ConfigurationError(f"{path} is of version {content['version']}; this package reads version {VERSION}")
-    return {name: unpacked(Packed(**fields)) for name, fields in content["weights"].items()}
-
-
-def clustered_size(model: nn.Module, names: Sequence[str]) -> tuple[int, int]:
-    """Return the bits of weights, dense in float32, and packed.
-
-    Raises:
-        ConfigurationError: one of them is not clustered.
-    """
-    weights = packed_weights(model)
-    if missing := [name for name in names if name not in weights]:
-        raise ConfigurationError(f"{listed(missing)}: not clustered")
-    return sum(32 * math.prod(weights[n].shape) for n in names), sum(weights[n].bits for n in names)
-
-
-def _pack(values: Tensor, bits: int) -> Tensor:
-    spread = (values.numpy()[:, None] >> np.arange(bits)) & 1
-    return torch.from_numpy(np.packbits(spread.astype(np.uint8).ravel()))
-
-
-def _unpack(content: Tensor, count: int, bits: int) -> Tensor:
-    spread = np.unpackbits(content.numpy(), count=count * bits).reshape(count, bits)
-    return torch.from_numpy((spread.astype(np.int64) << np.arange(bits)).sum(axis=1))

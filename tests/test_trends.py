@@ -1,0 +1,86 @@
+"""Verdicts on a paper's trends."""
+
+import pytest
+
+from benchmarks import experiment
+from benchmarks.suite import load
+from benchmarks.trends import Plot, Trend, draw, final, interval, verdicts
+
+
+def rows(values):
+    """A row for each (line, x, seed) and y."""
+    return [
+        {
+            "run": f"{line},{x}",
+            "seed": str(seed),
+            "epoch": "1",
+            "ratio": line,
+            "alpha": str(x),
+            "test/accuracy": str(y),
+            "tying/entropy": str(x),
+        }
+        for (line, x, seed), y in values.items()
+    ]
+
+
+RISING = Trend("rises", "alpha", "test/accuracy", "ratio", 1, confounded="by capacity")
+
+
+def test_a_trend_on_every_line():
+    found = rows({("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0, 10.0) for seed in range(3)})
+    verdict, told = RISING.judge(found)
+    assert verdict == "rises: reproduced, and confounded: by capacity."
+    [line] = told
+    assert line[:3] == ["ratio a", "3", "+9.9000"]
+    assert line[4] == "as claimed"
+
+
+def test_a_trend_on_some_lines_and_against():
+    values = {("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0) for seed in range(3)}
+    values |= {("b", x, seed): -x + 0.01 * seed for x in (0.1, 1.0) for seed in range(3)}
+    values |= {("c", x, seed): (x - 0.5) * (seed - 1) for x in (0.1, 1.0) for seed in range(3)}
+    verdict, told = RISING.judge(rows(values))
+    assert verdict.startswith("rises: not reproduced (on 1 of 3 lines)")
+    assert [line[4] for line in told] == ["as claimed", "the opposite", "undecided"]
+
+
+def test_one_seed_decides_nothing():
+    verdict, told = RISING.judge(rows({("a", x, 0): x for x in (0.1, 1.0)}))
+    assert verdict == "rises: not reproduced."
+    assert told[0][4] == "undecided"
+    assert interval([0.3]) == (-float("inf"), float("inf"))
+
+
+def test_only_the_last_epoch_counts_and_missing_runs_are_left_out():
+    found = rows({("a", 0.1, 0): 0.5, ("a", 1.0, 0): 0.7, ("a", 1.0, 1): 0.9})
+    found.insert(0, {**found[0], "test/accuracy": "0.1"})
+    assert [row["test/accuracy"] for row in final(found)] == ["0.5", "0.7", "0.9"]
+    assert "| ratio a | 1 |" in verdicts([RISING], found)
+
+
+@pytest.mark.parametrize("x", ["alpha", "tying/entropy"])
+def test_pictures(x, tmp_path):
+    found = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
+    draw(Plot("p", x, "test/accuracy", "ratio", log=True), found, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_suite_like_another_has_its_runs():
+    one, other = load("arbnet-fig2"), load("arbnet-fig3")
+    assert [run.definition for run in other.runs(2)] == [run.definition for run in one.runs(2)]
+    assert experiment.prepare("arbnet-fig3").out == experiment.prepare("arbnet-fig2").out
+    assert (other.name, other.plots[0].x) == ("arbnet-fig3", "tying/entropy")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("like: soft\ndeltas: {a: []}", "deltas and like exclude each other"),
+        ("deltas: {a: []}\nplots: [{nam: 1}]", "plots: .*unexpected keyword argument 'nam'"),
+        ("deltas: {a: []}\ntrends: [{claim: 1}]", "trends: .*missing 4 required"),
+    ],
+)
+def test_mistakes(text, told, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        load(str(tmp_path / "mine.yaml"))
