@@ -89,16 +89,27 @@ def computed_in(module: nn.Module) -> list[Computed]:
 
 
 def uses(model: nn.Module) -> Iterator[Tensor]:
-    """Yield each weight that a model computes with, aliases again; of a computed one, what it is computed to."""
+    """Yield each weight that a model computes with, aliases again; of a computed one, what it is computed to.
+
+    Where its last step knows the shape (``shape``), it is not computed: a tensor on the meta device stands for it.
+    """
     with at_rest(model):
         for path, module in model.named_modules(remove_duplicate=False):
             if "parametrizations" in path.split("."):
                 continue
             computed = computed_in(module)
-            yield from (getattr(module, one.name) for one in computed)
+            yield from map(_use, computed)
             for name, parameter in module._parameters.items():
                 if parameter is not None and not any(name in one.prefixes for one in computed):
                     yield parameter
+
+
+def _use(one: Computed) -> Tensor:
+    shape = getattr(one.steps[-1], "shape", None)
+    if isinstance(shape, torch.Size) and one.prefixes[0] in one.owner._parameters:
+        return torch.empty(shape, dtype=one.owner.get_parameter(one.prefixes[0]).dtype, device="meta")
+    weight: Tensor = getattr(one.owner, one.name)
+    return weight
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

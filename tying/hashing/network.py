@@ -17,6 +17,7 @@ from tying.hard.places import Place, places_of
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import hash_attribute
 from tying.hashing.loads import entropy, loads
+from tying.hashing.mixing import mix
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 from tying.names import clean_name, computed_in
 from tying.selection import select
@@ -248,4 +249,5 @@ def distinct_rows(virtual: VirtualWeight) -> int:
         125
     """
     rows = virtual.extended_entries().view(virtual.shape[0], -1)
-    return len(torch.unique(rows, dim=0))
+    keys = mix(torch.arange(rows.shape[1]), 0) * 2 + 1  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
+    return len(torch.unique((mix(rows, 0) * keys).sum(dim=1)))
