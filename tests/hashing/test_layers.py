@@ -173,6 +173,9 @@ def test_the_structure_of_toeplitz_is_its_matrix():
     x = torch.randn(3, inputs, dtype=torch.float64)
     torch.testing.assert_close(layers[0](x), layers[1](x), rtol=0, atol=1e-12)
     torch.testing.assert_close(layers[0].weight, layers[1].weight, rtol=0, atol=1e-12)
+    table = layers[0].table.detach().clone()
+    layers[0].weight = layers[0].weight.detach()
+    torch.testing.assert_close(layers[0].table.detach(), table, rtol=0, atol=1e-12)
 
 
 def test_density_leaves_the_table_its_size():

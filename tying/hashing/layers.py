@@ -140,7 +140,7 @@ class HashedLinear(Hashed, nn.Linear):
         table = self.virtual.scaled(self.table)
         if self.virtual.structure is not None:
             output = self.virtual.structure.linear(input, table)
-        elif (seed := self.virtual.fusible_seed(input.device)) is not None:
+        elif (seed := self.virtual.fusible_seed(table)) is not None:
             from tying.hashing.kernels import fused_linear
 
             output = fused_linear(input, table, self.out_features, self.virtual.first, seed)

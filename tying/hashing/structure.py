@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,13 @@ Size = int | Sequence[int]
 
 
 class Structure(Protocol):
-    """What a layer computes with a weight ``table[slot]``, and the weight itself."""
+    """What a layer computes with a weight ``table[slot]``, and the weight itself.
+
+    Attributes:
+        zeros: whether some weights are zero.
+    """
+
+    zeros: ClassVar[bool]
 
     def weight(self, table: Tensor) -> Tensor:
         """Return the weight."""
@@ -37,6 +43,7 @@ class RepeatedRows:
         first: entry of the first weight.
     """
 
+    zeros: ClassVar[bool] = False
     shape: tuple[int, ...]
     size: int
     first: int
@@ -83,6 +90,7 @@ class RepeatedRows:
 class Convolution:
     """A linear layer whose matrix is that of a convolution; see :class:`tying.hashing.ToeplitzHash`."""
 
+    zeros: ClassVar[bool] = True
     in_channels: int
     out_channels: int
     input_size: Size

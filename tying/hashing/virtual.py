@@ -108,7 +108,7 @@ class VirtualWeight(nn.Module):
             index = "structured" if self.structure else "stored" if self.shape.numel() <= KEPT else "computed"
         self.index = index
         self.drawn = hash.draw(table_size)
-        self.zeros = self._check_slots()
+        self.zeros = self._check_slots() if self.structure is None else self.structure.zeros
         self._kept: Tensor | None = None
         self._keep(torch.device("cpu"))
         self._quickly: Callable[[Tensor], Tensor] | None = None
@@ -155,10 +155,12 @@ class VirtualWeight(nn.Module):
         """Return the same, with entries that are negated beyond the others and those that are zero last."""
         return torch.cat([self._entries(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
 
-    def fusible_seed(self, device: torch.device) -> int | None:
-        """Return the seed for :func:`tying.hashing.kernels.fused_linear`, where a layer on a device may be fused."""
+    def fusible_seed(self, table: Tensor) -> int | None:
+        """Return the seed for :func:`tying.hashing.kernels.fused_linear`, where the layer of a table may be fused."""
         plain = type(self.hash) is UniformHash and not self.sign and self.density == 1
-        if self.index != "computed" or not plain or device.type not in FUSED or find_spec("triton") is None:
+        if self.index != "computed" or not plain or find_spec("triton") is None:
+            return None
+        if table.device.type not in FUSED or table.dtype == torch.float64:
             return None
         if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
             return None  # the compiler fuses by itself; kernels add up in any order
@@ -288,7 +290,7 @@ class VirtualWeight(nn.Module):
     def _check_slots(self) -> bool:
         """Tell whether some weights are zero; raise where the hash leaves the table."""
         zeros = False
-        for ids in self._ids(torch.device("cpu")) if self.structure is None else ():
+        for ids in self._ids(torch.device("cpu")):
             slot = self._slot(ids)
             low, high = map(int, slot.aminmax())
             if low < -1 or high >= self.table_size or slot.is_floating_point():
