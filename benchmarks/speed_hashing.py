@@ -12,6 +12,7 @@ from typing_extensions import override
 from benchmarks.report import table
 from benchmarks.timing import median_interval, pairs, time_of
 from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
+from tying.hashing.codebook import put_codebook
 
 PAIRS = 40
 LINEAR = {(2000, 2000): (128, 512), (3072, 2000): (128,)}
@@ -33,6 +34,13 @@ class Naive(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         assert isinstance(self.index, Tensor)
         return F.linear(input, self.table[self.index], self.bias)
+
+
+def clustered(inputs: int, outputs: int) -> nn.Module:
+    """Return a layer whose weights are of 32 values, assigned at random: what matters for the time."""
+    layer = nn.Linear(inputs, outputs)
+    put_codebook(layer, "weight", torch.randint(32, (inputs * outputs,)), torch.randn(32) / inputs**0.5)
+    return layer
 
 
 def step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
@@ -71,6 +79,7 @@ def linear() -> list[list[str]]:
             ),
             "modulus, ratio 0.1": HashedLinear(inputs, outputs, table_ratio=0.1, hash=ModulusHash()),
             "modulus, ratio 0.01": HashedLinear(inputs, outputs, table_ratio=0.01, hash=ModulusHash()),
+            "clustered, 32 values": clustered(inputs, outputs),
             "naive table[index], ratio 0.1": Naive(inputs, outputs, 0.1),
         }
         dense = nn.Linear(inputs, outputs)
