@@ -231,7 +231,8 @@ def test_inspect_tells_what_a_hash_does(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
     told = capsys.readouterr().out
     assert "WeightHashing: 198,800 weights of 3 tensors in 19,880 entries" in told
-    assert "network.1.weight (200, 784): table of 19,880, structured, entropy 9.8975 of 9.8975 nats" in told
+    assert "one table of 19,880, entropy 9.8975 of 9.8975 nats" in told
+    assert "network.1.weight (200, 784): in it, structured" in told
     assert "network.7.weight (10, 200): " in told
 
 
@@ -380,13 +381,33 @@ def test_bake_what_the_model_computes(tmp_path, capsys):
     config = f"--config={checkpoint.parents[1] / 'config.yaml'}"
     capsys.readouterr()
     main(["inspect", config, f"--ckpt_path={checkpoint}"])
-    assert "network.layer3.0.branch.conv2.weight is computed from other parameters" in capsys.readouterr().out
+    assert "network.layer3.0.branch.conv2.weight: computed from other parameters" in capsys.readouterr().out
     told = errors(capsys, "inspect", BASE, "--model.network.depth=8", f"--ckpt_path={checkpoint}")
     assert "Unexpected key(s) in state_dict" in told
     main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", config])
     kernel = torch.load("a.pt", weights_only=True)["network.layer3.0.branch.conv2.weight"]
     assert torch.linalg.matrix_rank(kernel.flatten(1), rtol=1e-4) == 2
     parse([BASE, "--model.network.depth=8"]).model.load_state_dict(torch.load("a.pt", weights_only=True))
+
+
+def test_bake_and_inspect_what_is_clustered(capsys):
+    clustering = [
+        "--trainer.callbacks+=WeightClustering",
+        "--trainer.callbacks.parameters=[network.*.*.branch.conv2.weight]",
+    ]
+    main(["fit", BASE, *SMALL, *clustering, "--trainer.callbacks.clusters=4"])
+    [checkpoint] = Path("runs").glob("untied/*/checkpoints/*.ckpt")
+    config = f"--config={checkpoint.parents[1] / 'config.yaml'}"
+    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", config])
+    weights = torch.load("a.pt", weights_only=True)
+    assert len(weights["network.layer2.0.branch.conv2.weight"].unique()) <= 4
+    parse([BASE, "--model.network.depth=8"]).model.load_state_dict(weights)
+    capsys.readouterr()
+    main(["inspect", config, "--ckpt_path=last"])
+    assert "network.layer1.0.branch.conv2.weight" in capsys.readouterr().out
+    assert "there is no checkpoint of this name yet" in errors(
+        capsys, "inspect", BASE, "--trainer.logger.name=other", "--ckpt_path=last"
+    )
 
 
 def test_bake_mistakes(tmp_path, capsys):

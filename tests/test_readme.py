@@ -50,11 +50,14 @@ def test_python_runs(monkeypatch):
 
 
 def test_yaml_runs(tmp_path):
-    text, more, hard, hashed = BLOCKS["yaml"]
+    text, more, hard, hashed, clustered = BLOCKS["yaml"]
     (tmp_path / "hard.yaml").write_text(hard)
     main(["fit", "--config=configs/base.yaml", "--config=hard.yaml", "--model=Autoencoder", *SMALL])
     (tmp_path / "hashed.yaml").write_text(hashed)
+    (tmp_path / "clustered.yaml").write_text(clustered)
     main(["fit", "--config=configs/base.yaml", "--config=hashed.yaml", "--model.network.depth=8", *SMALL])
+    twice = ["--trainer.max_epochs=2", "--model.network.depth=8"]
+    main(["fit", "--config=configs/base.yaml", "--config=clustered.yaml", *SMALL, *twice])
     (tmp_path / "readme.yaml").write_text(text)
     main(["fit", "--config=configs/base.yaml", "--config=readme.yaml", "--model=Autoencoder", *SMALL])
     assert len(text.splitlines()) <= 6

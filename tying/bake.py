@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from tying.atomic import atomically
+from tying.callbacks import WeightClustering
 from tying.callbacks.base import ChangesModel, callbacks_of
 from tying.errors import ConfigurationError
 from tying.hard import bake
@@ -83,6 +84,8 @@ def _computed(
     for callback in callbacks_of(trainer):
         if isinstance(callback, ChangesModel):
             callback.apply(model)
+        elif isinstance(callback, WeightClustering):
+            callback.prepare(model, weights)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

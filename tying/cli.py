@@ -22,7 +22,7 @@ import tying.bake
 import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
-from tying.callbacks import HardTying
+from tying.callbacks import HardTying, WeightClustering
 from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before, callbacks_of
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
@@ -67,7 +67,10 @@ class Trainer(pl.Trainer):
         if ckpt_path is not None:
             for change in changing:
                 change.apply(model)
-            _load_weights(model, ckpt_path, weights_only)
+            path = newest_checkpoint(self) if ckpt_path == "last" else Path(ckpt_path)
+            if path is None:
+                raise ConfigurationError("ckpt_path=last: there is no checkpoint of this name yet")
+            _load_weights(model, callbacks, path, weights_only)
         groups: list[tuple[str, TiedGroup]] = []
         errors: list[str] = []
         for callback in callbacks:
@@ -108,9 +111,15 @@ class Trainer(pl.Trainer):
             print(line)
 
 
-def _load_weights(model: pl.LightningModule, path: str | Path, weights_only: bool | None) -> None:
+def _load_weights(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], path: Path, weights_only: bool | None
+) -> None:
     try:
-        model.load_state_dict(torch.load(path, "cpu", weights_only=weights_only)["state_dict"])
+        state_dict = torch.load(path, "cpu", weights_only=weights_only)["state_dict"]
+        for callback in callbacks:
+            if isinstance(callback, WeightClustering):
+                callback.prepare(model, state_dict)
+        model.load_state_dict(state_dict)
     except (RuntimeError, KeyError) as error:
         raise ConfigurationError(f"ckpt_path: {path} does not fit the model: {error}") from None
 

@@ -167,6 +167,13 @@ class Names:
         return found
 
     @cached_property
+    def computed(self) -> list[str]:
+        """Names of weights that are computed, and have no parameter of that name."""
+        named = self._model.named_modules()
+        names = [clean_name(f"{path}.{one.name}".lstrip(".")) for path, part in named for one in computed_in(part)]
+        return [name for name in names if name not in self.parameters]
+
+    @cached_property
     def plain(self) -> dict[int, str]:
         """The first name under which each parameter has its own layout, by identity."""
         found: dict[int, str] = {}
@@ -190,6 +197,8 @@ class Names:
         ] or list(self._below_modules(pattern))
         if not matches:
             known = nearest(text, dict.fromkeys([*self.parameters, *self.modules]))
+            if computed := [name for name in self.computed if pattern.match(name) is not None]:
+                known = f" {computed[0]!r} is computed from others: hash or parametrize it, or tie it, but not both."
             raise ConfigurationError(f"{asker}: pattern {text!r} matches no parameter or module.{known}")
         excluded = [Pattern(pattern) for pattern in exclude]
         for pattern in excluded:

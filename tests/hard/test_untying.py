@@ -214,7 +214,7 @@ def test_audit_counts_what_is_stored():
     assert (report.unique, report.virtual, report.saved_bytes) == (272, 256, -64)
     assert "64 bytes more by sharing" in report.counts()
     assert any(
-        "computed from other parameters: a model that does not compute it loads" in limit for limit in report.limits
+        "computed from other parameters. A model that does not compute them loads" in limit for limit in report.limits
     )
 
 

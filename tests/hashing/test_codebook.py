@@ -138,6 +138,9 @@ def test_files(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt holds no packed weights"):
         load_packed(tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("text")
+    with pytest.raises(ValueError, match=r"text.pt holds no packed weights, or is truncated"):
+        load_packed(tmp_path / "text.pt")
     with pytest.raises(ValueError, match="no weight of the model is clustered"):
         save_packed(nn.Linear(2, 2), tmp_path / "none.pt")
     with pytest.raises(ValueError, match=r"'0\.weight' is no parameter of the model, or is computed already"):

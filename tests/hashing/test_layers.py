@@ -15,6 +15,7 @@ from tying.hashing import (
     BlockHash,
     CodebookHash,
     DirichletHash,
+    Hash,
     HashedConv2d,
     HashedEmbedding,
     HashedLinear,
@@ -297,6 +298,29 @@ def test_what_was_drawn_in_floating_point_is_the_checkpoints():
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.virtual.entries(), layer.virtual.entries())
     assert torch.equal(other.weight, layer.weight)
+
+
+class Stripes(Hash):
+    """As the README says: a subclass with one method."""
+
+    def __init__(self, width=2):
+        self.width = width
+
+    def slot(self, ids, table_size, drawn=None):
+        return ids // self.width % table_size
+
+
+def test_a_hash_of_ones_own_is_known_by_its_arguments():
+    layer, other = (HashedLinear(6, 4, hash=Stripes(3), sign=True) for _ in range(2))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+    with pytest.raises(
+        ValueError, match=r"by Stripes\(width=2\), signed; in the checkpoint it is .* by Stripes\(width=3\)"
+    ):
+        HashedLinear(6, 4, hash=Stripes(), sign=True).load_state_dict(layer.state_dict())
+    for wrong in ("UniformHash", UniformHash):
+        with pytest.raises(ValueError, match=r"hash must be one of tying\.hashing, such as UniformHash\(seed=0\), not"):
+            HashedLinear(6, 4, hash=wrong)
 
 
 @pytest.mark.parametrize(

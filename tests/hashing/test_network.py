@@ -208,6 +208,9 @@ def test_units_that_repeat_are_told():
         (lambda m: None, {"index": "structured"}, "has no structure here"),
         (lambda m: None, {"hash": RecurrentHash(layers=7), "table_ratio": None, "scope": "network"}, "are not those of 7 equal layers"),
         (lambda m: tie(m, ["0.weight ~ 4.weight"]), {}, "'0.weight' is tied to '4.weight': untie them, or hash others"),
+        (lambda m: setattr(m[4], "weight", m[0].weight), {"parameters": ["4.weight"]}, "'4.weight' is tied to '0.weight'"),
+        (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.weight"]}, "'0.weight' is computed from others: hash or parametrize it, or tie it, but not both"),
+        (lambda m: None, {"hash": "uniform"}, "hash must be one of tying.hashing"),
         (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {}, "'4.weight' is parametrized already"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.table", "2.weight"]}, "'0.table' is the table of a hashed layer already"),
         (lambda m: m[2].double(), {"scope": "network"}, "'0.weight' and '2.weight' cannot share a table: dtype is torch.float32 for one and torch.float64"),
@@ -298,6 +301,12 @@ def test_applying_twice_changes_nothing():
 def test_hashed_and_tied_company():
     with pytest.raises(ValueError, match=r"'encoder\.0\.bias' is tied to 'decoder\.0\.bias'|is tied to 'decoder"):
         train(Toy(), [HardTying(["encoder.0.weight ~ decoder.2.weight | o i -> i o"]), WeightHashing(HASHED, 0.3)])
+
+
+@pytest.mark.parametrize("wrong", [{"table_ratio": 10}, {"scope": "model"}, {"init": "zero"}, {"hash": UniformHash}])
+def test_the_callback_checks_what_needs_no_model(wrong):
+    with pytest.raises(ValueError, match=r"table_ratio is in|scope is|init is|hash must be"):
+        WeightHashing(HASHED, **wrong)
 
 
 class Hashes(WeightHashingMixin, Toy):

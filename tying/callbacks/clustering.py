@@ -108,8 +108,14 @@ class WeightClustering(pl.Callback):
         for name in self.names:
             if found[name].numel() < self.clusters:
                 raise ConfigurationError(f"{name!r}: {self.clusters} clusters of {found[name].numel()} weights")
-        hook = partial(_take_codebooks, self.names)
-        self._hook = pl_module.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+        self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
+            partial(_take_codebooks, self.names)
+        )
+
+    def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Give a model the codebooks that a state dict has, before it is loaded."""
+        found = select(model, self.parameters)
+        _take_codebooks([name for name, weight in found.items() if weight.ndim >= 2], model, state_dict, "")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

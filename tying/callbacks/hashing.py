@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from tying.callbacks.parametrizing import Parametrizing
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, plot_loads, table_loads
+from tying.hashing.network import check_choices
 
 
 class WeightHashing(Parametrizing):
@@ -47,6 +48,7 @@ class WeightHashing(Parametrizing):
         index: Literal["auto", "stored", "computed", "structured"] = "auto",
     ) -> None:
         super().__init__(parameters)
+        check_choices(table_ratio, hash, scope, init)
         self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index = sign, density, index
         self._entropy, self._report = 0.0, ""

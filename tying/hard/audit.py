@@ -144,7 +144,7 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
 def _limits(model: nn.Module, groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
     if computed := [*computed_by_others(model)]:
         yield (
-            f"{listed(computed)} is computed from other parameters: a model that does not compute it loads "
+            f"{listed(computed)}: computed from other parameters. A model that does not compute them loads "
             "tying.hard.bake(model) only; if by a parametrization, pickling the model refuses"
         )
     apart = []

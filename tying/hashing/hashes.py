@@ -26,8 +26,7 @@ class Hash:
     machine.
 
     Example:
-        >>> @dataclass(frozen=True)
-        ... class Halves(Hash):
+        >>> class Halves(Hash):
         ...     def slot(self, ids, table_size, drawn=None):
         ...         return ids // 2 % table_size
         >>> Halves().index(count=6, table_size=2).tolist()
@@ -35,6 +34,9 @@ class Hash:
     """
 
     takes_vectors: ClassVar[bool] = False  # biases and norms too, and each weight as it is, without a scale
+
+    def __repr__(self) -> str:  # by which checkpoints know the hash
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         """Return the table entry of each identifier; −1 is a weight that is zero.

@@ -70,10 +70,14 @@ class HashReport:
 
     def __str__(self) -> str:
         lines = [f"{self.virtual:,} weights of {len(self.weights)} tensors in {self.stored:,} entries"]
-        for one in self.weights:
+        for number, one in enumerate(self.weights):
             generating = "" if one.generating is None else f" of {one.generating:.4f}"
-            line = f"{one.name} {one.shape}: table of {one.table_size:,}, {one.index}, entropy {one.realised:.4f}"
-            line += f"{generating} nats"
+            table = f"table of {one.table_size:,}, entropy {one.realised:.4f}{generating} nats"
+            if self.scope == "network":
+                if number == 0:
+                    lines.append(f"one {table}")
+                table = "in it"
+            line = f"{one.name} {one.shape}: {table}, {one.index}"
             if one.units < one.shape[0]:
                 line += f"; only {one.units} of {one.shape[0]} units are distinct"
             lines.append(line)
@@ -124,11 +128,10 @@ def hash_weights(
         >>> report.stored, report.virtual, sum(p.numel() for p in model.parameters())
         (25, 250, 40)
     """
-    for what, value, known in (("scope", scope, ("layer", "network")), ("init", init, ("fresh", "mean"))):
-        if value not in known:
-            raise ConfigurationError(f"{what} is {' or '.join(map(repr, known))}, not {value!r}")
+    check_choices(table_ratio, hash, scope, init)
     found = select(model, parameters)
-    named = {clean_name(name): parameter for name, parameter in model.named_parameters()}  # in the model's order
+    every = model.named_parameters(remove_duplicate=False)
+    named = {clean_name(name): parameter for name, parameter in every}  # in the model's order
     chosen = {n: p for n, p in named.items() if n in found and (hash.takes_vectors or p.ndim >= 2)}
     places = places_of(model)
     for name in found:
@@ -161,6 +164,21 @@ def hash_weights(
     if scope == "network" and len(names) > 1:
         tie(model, [Tie(names[0], other) for other in names[1:]])
     return report
+
+
+def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
+    """Raise where an argument of :func:`hash_weights` is wrong whatever the model.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if not isinstance(hash, Hash):
+        raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
+    if table_ratio is not None and not 0 < table_ratio <= 1:
+        raise ConfigurationError(f"table_ratio is in (0, 1], not {table_ratio}")
+    for what, value, known in (("scope", scope, ("layer", "network")), ("init", init, ("fresh", "mean"))):
+        if value not in known:
+            raise ConfigurationError(f"{what} is {' or '.join(map(repr, known))}, not {value!r}")
 
 
 class _Plan(NamedTuple):

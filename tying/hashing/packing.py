@@ -118,10 +118,15 @@ def save_packed(model: nn.Module, path: Path | str) -> int:
 def load_packed(path: Path | str) -> dict[str, Tensor]:
     """Return the weights in a file of :func:`save_packed`, by name, as a plain state dict holds them.
 
+    These are the clustered ones alone; ``model.load_state_dict(weights, strict=False)`` leaves others as they are.
+
     Raises:
         ConfigurationError: it is no such file, or one of another version.
     """
-    content = torch.load(path, weights_only=True)
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception:
+        raise ConfigurationError(f"{path} holds no packed weights, or is truncated") from None
     if not isinstance(content, Mapping) or "version" not in content or "weights" not in content:
         raise ConfigurationError(f"{path} holds no packed weights")
     if content["version"] != VERSION:

@@ -42,6 +42,8 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
         >>> table_entries(25, 0.1, UniformHash()), table_entries(6, 5 / 6, UniformHash())
         (3, 5)
     """
+    if not isinstance(hash, Hash):
+        raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     fixed = hash.table_size(count)
     if ratio is None:
         ratio = 0.1 if fixed is None else fixed / count
