@@ -86,8 +86,11 @@ class Trend:
             against = high < 0 if self.sign > 0 else low > 0
             says = "as claimed" if agrees else "the opposite" if against else "undecided"
             change = f"{fmean(changes):+.4f}" if changes else "–"
-            told.append([f"{self.lines} {line}", str(len(changes)), change, f"{low:+.4f} to {high:+.4f}", says])
-        verdict = "reproduced" if agreeing and all(agreeing) else "not reproduced"
+            within = f"{low:+.4f} to {high:+.4f}" if len(changes) > 1 else "–"
+            told.append([f"{self.lines} {line}", str(len(changes)), change, within, says])
+        if not any(int(line[1]) > 1 for line in told):
+            return f"{self.claim}: undecided, for want of seeds.", told
+        verdict = "reproduced" if all(agreeing) else "not reproduced"
         if 0 < sum(agreeing) < len(agreeing):
             verdict += f" (on {sum(agreeing)} of {len(agreeing)} lines)"
         if self.confounded and any(agreeing):

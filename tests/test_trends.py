@@ -46,8 +46,9 @@ def test_a_trend_on_some_lines_and_against():
 
 def test_one_seed_decides_nothing():
     verdict, told = RISING.judge(rows({("a", x, 0): x for x in (0.1, 1.0)}))
-    assert verdict == "rises: not reproduced."
+    assert verdict == "rises: undecided, for want of seeds."
     assert told[0][4] == "undecided"
+    assert told[0][3] == "–"
     assert interval([0.3]) == (-float("inf"), float("inf"))
 
 
