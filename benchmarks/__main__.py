@@ -85,7 +85,7 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
 
 def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
     demo, reporting = known.command == "demo", known.command == "report"
-    command = shlex.join(["python", "-m", "benchmarks", *given])
+    command = shlex.join(["python", "-m", "benchmarks", *map(_anywhere, given)])
     if demo:
         known.suite, known.data, known.only, known.seeds = "demo", None, None, 1
         command = "make demo" if set(given) <= {"demo", "--save"} else command
@@ -109,6 +109,12 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
         except OSError as error:
             print(f"CSV and plot could not be written: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _anywhere(argument: str) -> str:
+    """Return an argument without the folders that hold a file on this machine."""
+    option, assigned, value = argument.rpartition("=")
+    return f"{option}{assigned}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _keep(name: str, text: str, save: bool) -> None:
