@@ -124,7 +124,7 @@ def test_run_and_report(undisturbed, capsys):
         "soft, strength=0.001",
         "soft, strength=0.1",
     ]
-    assert f"Command: `python -m benchmarks report mine.yaml --out={out} --save`" in told
+    assert f"Command: `python -m benchmarks report mine.yaml --out={out.name} --save`" in told
     assert Path("results/mine.md").read_text().strip() in told
     with Image.open(out / "mine.png") as image:
         assert image.size[0] > 100
