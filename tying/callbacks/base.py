@@ -114,3 +114,11 @@ def refuse_older(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, tor
             f"an optimizer holds tensors of the shape of {found[0]!r} that are not the model's: it was made before the "
             "model was changed. Make it in configure_optimizers"
         )
+
+
+def refuse_copies(trainer: pl.Trainer, asker: str, why: str) -> None:
+    """Raise where other processes, or a callback that averages weights, hold copies of what training is to change."""
+    averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+    if averaging or trainer.world_size > 1:
+        what = type(averaging[0]).__name__ if averaging else "several processes"
+        raise ConfigurationError(f"{asker} does not go with {what}, which would keep {why}")

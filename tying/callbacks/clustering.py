@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import callbacks_of
+from tying.callbacks.base import callbacks_of, refuse_copies
 from tying.errors import ConfigurationError
 from tying.hashing.codebook import cluster_weight, put_codebook
 from tying.hashing.packing import clustered_size
@@ -83,13 +83,11 @@ class WeightClustering(pl.Callback):
         self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
         self.names: list[str] = []
         self._hook: RemovableHandle | None = None
+        self._compression: float | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if averaging or trainer.world_size > 1:
-            what = type(averaging[0]).__name__ if averaging else "several processes"
-            raise ConfigurationError(f"WeightClustering does not go with {what}, which would keep the dense weights")
+        refuse_copies(trainer, "WeightClustering", "the dense weights")
         for callback in callbacks_of(trainer):
             if isinstance(callback, ModelPruning):
                 prunes = callback._apply_pruning
@@ -98,7 +96,7 @@ class WeightClustering(pl.Callback):
                         f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
                         f"apply_pruning=BeforeEpoch({self.start_epoch})"
                     )
-        self.names = pl_module.__dict__.get(CLUSTERED, [])
+        self.names, self._compression = pl_module.__dict__.get(CLUSTERED, []), None
         if self.names:
             return
         found = select(pl_module, self.parameters)
@@ -137,14 +135,19 @@ class WeightClustering(pl.Callback):
                 for group in optimizer.param_groups:
                     group["params"] = [table if one is weight else one for one in group["params"]]
         pl_module.__dict__[CLUSTERED] = self.names
-        dense, small = clustered_size(pl_module, self.names)
-        rank_zero_info(f"WeightClustering: {len(self.names)} weights clustered, {dense / small:.1f} times smaller")
+        rate = self._rate(pl_module)
+        rank_zero_info(f"WeightClustering: {len(self.names)} weights clustered, {rate:.1f} times smaller")
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if CLUSTERED in pl_module.__dict__:
-            dense, small = clustered_size(pl_module, self.names)
-            pl_module.log("tying/compression", dense / small)
+            pl_module.log("tying/compression", self._rate(pl_module))
+
+    def _rate(self, model: nn.Module) -> float:
+        if self._compression is None:  # it stays: assignments are frozen
+            dense, small = clustered_size(model, self.names)
+            self._compression = dense / small
+        return self._compression
 
 
 def _take_codebooks(

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 
-from tying.callbacks.base import TyingCallback, callbacks_of
+from tying.callbacks.base import TyingCallback, callbacks_of, refuse_copies
 from tying.errors import ConfigurationError, listed
 from tying.hard import untie
 from tying.hard.sharing import merge, plan
@@ -45,13 +44,9 @@ class Hardening:
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuse company in which groups could not become one."""
-        averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if self.below is not None and (averaging or trainer.world_size > 1):
-            what = type(averaging[0]).__name__ if averaging else "several processes"
-            raise ConfigurationError(
-                f"harden_below does not go with {what}, which would keep the weights apart: train on with HardTying "
-                "from a checkpoint instead"
-            )
+        if self.below is not None:
+            remedy = "the weights apart: train on with HardTying from a checkpoint instead"
+            refuse_copies(trainer, "harden_below", remedy)
 
     def check_others(self, trainer: pl.Trainer, own: TyingCallback) -> None:
         """Refuse other callbacks' ties of the same weights."""

@@ -11,8 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.parametrizing import Parametrizing
-from tying.hashing import Hash, UniformHash, entropy, hash_weights, plot_loads, table_loads
+from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.network import check_choices
+from tying.hashing.plots import draw_loads
 
 
 class WeightHashing(Parametrizing):
@@ -59,10 +60,11 @@ class WeightHashing(Parametrizing):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        counts = table_loads(pl_module)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
-            plot_loads(pl_module, folder / "hash_loads.png")
-        entropies = [entropy(own) for own in table_loads(pl_module).values()]
+            draw_loads(counts, folder / "hash_loads.png")
+        entropies = [entropy(own) for own in counts.values()]
         self._entropy = sum(entropies) / len(entropies)
 
     @override

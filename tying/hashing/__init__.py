@@ -14,9 +14,10 @@ from tying.hashing.hashes import (
 from tying.hashing.layers import HashedConv2d, HashedEmbedding, HashedLinear
 from tying.hashing.layouts import BlockHash, CodebookHash, RecurrentHash, ToeplitzHash
 from tying.hashing.loads import entropy, loads
-from tying.hashing.network import HashedWeight, HashReport, hash_weights
+from tying.hashing.network import hash_weights
 from tying.hashing.packing import load_packed, save_packed
 from tying.hashing.plots import plot_loads, table_loads
+from tying.hashing.report import HashedWeight, HashReport
 from tying.hashing.virtual import VirtualWeight
 
 __all__ = [

@@ -67,14 +67,12 @@ class Hashed(nn.Module):
 
     def _become(self, dense: nn.Module, ratio: float | None, arguments: dict[str, Any], **options: Any) -> None:
         """Take over what a dense layer (on the meta device) is, but for its weight."""
-        self.__dict__.update(dense.__dict__)
         shape = dense.weight.shape
         assert isinstance(shape, torch.Size)
         size = table_entries(shape.numel(), ratio, arguments["hash"])
         virtual = VirtualWeight(shape, size, **arguments)
-        self._parameters = {"table": nn.Parameter(torch.empty(size, **options)), **self._parameters}
-        del self._parameters["weight"]
-        self.virtual = virtual
+        hash_attribute(dense, "weight", virtual, nn.Parameter(torch.empty(size, **options)))
+        self.__dict__.update(dense.__dict__)
         if self._parameters.get("bias") is not None:
             self._parameters["bias"] = nn.Parameter(torch.empty(shape[0], **options))
         self.reset_parameters()
@@ -137,15 +135,18 @@ class HashedLinear(Hashed, nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        table = self.virtual.scaled(self.table)
-        if self.virtual.structure is not None:
-            output = self.virtual.structure.linear(input, table)
-        elif (seed := self.virtual.fusible_seed(table)) is not None:
+        virtual = self.virtual
+        seed = virtual.fusible_seed(self.table)
+        if virtual.structure is None and seed is None:
+            return F.linear(input, self.weight, self.bias)
+        table = virtual.scaled(self.table)
+        if virtual.structure is not None:
+            output = virtual.structure.linear(input, table)
+        else:
             from tying.hashing.kernels import fused_linear
 
-            output = fused_linear(input, table, self.out_features, self.virtual.first, seed)
-        else:
-            return F.linear(input, self.weight, self.bias)
+            assert seed is not None
+            output = fused_linear(input, table, self.out_features, virtual.first, seed)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,74 +14,13 @@ from tying.hard import tie
 from tying.hard.places import Place, places_of
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import hash_attribute
-from tying.hashing.loads import entropy, loads
-from tying.hashing.mixing import mix
+from tying.hashing.report import HashReport, Scope, report_on
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 from tying.names import clean_name, computed_in
 from tying.selection import select
 from tying.ties import Tie
 
-Scope = Literal["layer", "network"]
 Init = Literal["fresh", "mean"]
-
-
-@dataclass(frozen=True)
-class HashedWeight:
-    """What hashing has made of one weight.
-
-    Attributes:
-        name: of the weight.
-        shape: of the weight.
-        table_size: entries of its table, which may be the network's.
-        index: how the hash is evaluated.
-        units: distinct rows of the weight: a hash that repeats them leaves fewer units than there seem to be.
-        realised: entropy of the loads of the table's entries, in nats.
-        generating: entropy of the hash's probabilities, in nats, where they are known.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    table_size: int
-    index: str
-    units: int
-    realised: float
-    generating: float | None
-
-
-@dataclass(frozen=True)
-class HashReport:
-    """What :func:`hash_weights` has done.
-
-    Attributes:
-        weights: what has been hashed.
-        scope: ``"layer"`` or ``"network"``.
-        stored: entries of all tables.
-        virtual: number of hashed weights.
-        skipped: names of parameters of fewer than two dimensions, which are left as they were.
-    """
-
-    weights: tuple[HashedWeight, ...]
-    scope: Scope
-    stored: int
-    virtual: int
-    skipped: tuple[str, ...]
-
-    def __str__(self) -> str:
-        lines = [f"{self.virtual:,} weights of {len(self.weights)} tensors in {self.stored:,} entries"]
-        for number, one in enumerate(self.weights):
-            generating = "" if one.generating is None else f" of {one.generating:.4f}"
-            table = f"table of {one.table_size:,}, entropy {one.realised:.4f}{generating} nats"
-            if self.scope == "network":
-                if number == 0:
-                    lines.append(f"one {table}")
-                table = "in it"
-            line = f"{one.name} {one.shape}: {table}, {one.index}"
-            if one.units < one.shape[0]:
-                line += f"; only {one.units} of {one.shape[0]} units are distinct"
-            lines.append(line)
-        if self.skipped:
-            lines.append(f"left as they are, having fewer than two dimensions: {', '.join(self.skipped)}")
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -157,7 +94,11 @@ def hash_weights(
     hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
     groups = [hashed] if scope == "network" else [[one] for one in hashed]
     tables = [_table(group, init) for group in groups]
-    report = _report(groups, scope, tuple(name for name in found if name not in chosen))
+    report = report_on(
+        [{one.name: one.virtual for one in group} for group in groups],
+        scope,
+        tuple(name for name in found if name not in chosen),
+    )
     names = []
     for group, table in zip(groups, tables, strict=True):
         names += [_hash_one(places[one.name], one, table) for one in group]
@@ -241,31 +182,3 @@ def _hash_one(place: Place, one: _Plan, values: Tensor) -> str:
     one.virtual.to(table.device)
     held = hash_attribute(place.owner, place.attribute, one.virtual, table)
     return one.name.removesuffix(place.attribute) + held
-
-
-def _report(groups: Sequence[Sequence[_Plan]], scope: Scope, skipped: tuple[str, ...]) -> HashReport:
-    weights = []
-    for group in groups:
-        virtuals = [one.virtual for one in group]
-        count, size = sum(virtual.shape.numel() for virtual in virtuals), virtuals[0].table_size
-        realised = entropy(torch.stack([loads(virtual.entries(), size) for virtual in virtuals]).sum(dim=0))
-        shares = virtuals[0].hash.probabilities(count, size)
-        generating = None if shares is None else entropy(shares)
-        for name, _, virtual in group:
-            shape, units = tuple(virtual.shape), distinct_rows(virtual)
-            weights.append(HashedWeight(name, shape, size, virtual.index, units, realised, generating))
-    stored = sum(group[0].virtual.table_size for group in groups)
-    return HashReport(tuple(weights), scope, stored, sum(math.prod(one.shape) for one in weights), skipped)
-
-
-def distinct_rows(virtual: VirtualWeight) -> int:
-    """Return how many rows of a weight differ, as the hash makes them.
-
-    Example:
-        >>> from tying.hashing import ModulusHash
-        >>> distinct_rows(VirtualWeight((200, 784), 1000, ModulusHash()))
-        125
-    """
-    rows = virtual.extended_entries().view(virtual.shape[0], -1)
-    keys = mix(torch.arange(rows.shape[1]), 0) * 2 + 1  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
-    return len(torch.unique((mix(rows, 0) * keys).sum(dim=1)))

@@ -159,14 +159,12 @@ class VirtualWeight(nn.Module):
 
     def fusible_seed(self, table: Tensor) -> int | None:
         """Return the seed for :func:`tying.hashing.kernels.fused_linear`, where the layer of a table may be fused."""
-        plain = type(self.hash) is UniformHash and not self.sign and self.density == 1
-        if self.index != "computed" or not plain or find_spec("triton") is None:
-            return None
-        if table.device.type not in FUSED or table.dtype == torch.float64:
+        if self.index != "computed" or table.device.type not in FUSED or table.dtype == torch.float64:
             return None
         if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
             return None  # the compiler fuses by itself; kernels add up in any order
-        assert isinstance(self.hash, UniformHash)
+        if type(self.hash) is not UniformHash or self.sign or self.density < 1 or find_spec("triton") is None:
+            return None
         return self.hash.seed
 
     @override
