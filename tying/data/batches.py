@@ -21,14 +21,20 @@ class RawBatch(NamedTuple):
     Attributes:
         images: uint8 (batch, height, width, channels).
         labels: int64 (batch,).
-        offsets: int64 (batch, 2): top and left of each crop in the padded image.
-        flips: bool (batch,): which images to mirror.
+        offsets: int64 (batch, 2): top and left of each crop in the padded image; ``None`` leaves images as they are.
+        flips: bool (batch,): which images to mirror; ``None`` together with the offsets.
     """
 
     images: Tensor
     labels: Tensor
-    offsets: Tensor
-    flips: Tensor
+    offsets: Tensor | None = None
+    flips: Tensor | None = None
+
+    def augmented(self, pad: int) -> Tensor:
+        """Return the images, cut and mirrored where the batch says so; see :func:`augment`."""
+        if self.offsets is None or self.flips is None:
+            return self.images
+        return augment(self.images, self.offsets, self.flips, pad)
 
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
@@ -162,19 +168,18 @@ class BatchLoader:
             order = torch.randperm(len(self.labels), generator=_generator(*key))
         for index in range(self._place["batch"], len(self)):
             chosen = order[index * joint : (index + 1) * joint]
-            offsets = torch.full((len(chosen), 2), self.pad)
-            flips = torch.zeros(len(chosen), dtype=torch.bool)
-            if self.augment:
-                generator = _generator(*key, index)
-                offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
-                if self.flip:
-                    flips = torch.rand(len(chosen), generator=generator) < 0.5
             own = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
             self._place["batch"] = index + 1
             if own.start == own.stop:  # fewer samples are left than there are processes
                 continue
             picked = chosen[own]
-            yield RawBatch(self.images.index_select(0, picked), self.labels[picked], offsets[own], flips[own])
+            batch = RawBatch(self.images.index_select(0, picked), self.labels[picked])
+            if self.augment:
+                generator = _generator(*key, index)
+                offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
+                chances = torch.rand(len(chosen), generator=generator) if self.flip else torch.ones(len(chosen))
+                batch = batch._replace(offsets=offsets[own], flips=chances[own] < 0.5)
+            yield batch
         self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from tying.data.batches import BatchLoader, RawBatch, augment, normalize
+from tying.data.batches import BatchLoader, RawBatch, normalize
 from tying.errors import ConfigurationError
 
 UNLABELLED = -1
@@ -152,8 +152,7 @@ class Images(pl.LightningDataModule):
             return {part: self.on_after_batch_transfer(content, dataloader_idx) for part, content in batch.items()}
         if not isinstance(batch, RawBatch):
             return batch
-        images = augment(batch.images, batch.offsets, batch.flips, self.pad)
-        return normalize(images, self.mean, self.std), batch.labels
+        return normalize(batch.augmented(self.pad), self.mean, self.std), batch.labels
 
 
 def _key(splits: dict[str, Split]) -> str:
