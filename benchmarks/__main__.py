@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, demo):
         command.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
     for command in (run, report, demo, speed):
-        command.add_argument("--save", action="store_true", help="keep the table under benchmarks/results")
+        command.add_argument("--save", action="store_true", help="keep what comes out under benchmarks/results")
     return parser
 
 
@@ -105,7 +105,7 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
         raise
     if chosen.get("only") is None:
         try:
-            print("Written:", *experiment.draw(sweep))
+            print("Written:", *experiment.draw(sweep, RESULTS if known.save else None))
         except OSError as error:
             print(f"CSV and plot could not be written: {error}", file=sys.stderr)
     return 1 if failed else 0

@@ -15,7 +15,7 @@ from benchmarks.suite import load, suites
 from benchmarks.summary import curves, plot, summarize, write_csv
 from benchmarks.sweep import Sweep
 from benchmarks.trends import draw as draw_plot
-from benchmarks.trends import verdicts
+from benchmarks.trends import final, verdicts
 from tying.errors import ConfigurationError
 
 RUNS, DEMO = Path("runs/suites"), Path("runs/demo")
@@ -88,15 +88,23 @@ def report(sweep: Sweep, command: str) -> str:
     return f"{told}\n\n{judged}".rstrip()
 
 
-def draw(sweep: Sweep) -> list[Path]:
-    """Write the epochs of all complete runs as CSV, and as a plot; return the files."""
+def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
+    """Write the epochs of all complete runs as CSV, and as a plot, and the suite's own plots; return the files.
+
+    Args:
+        sweep: whose runs.
+        kept: a folder where the last epochs and the suite's own plots are written too.
+    """
     rows = curves(sweep.runs, sweep.out)
     table, picture = (sweep.out / f"{sweep.name}.{kind}" for kind in ("csv", "png"))
     write_csv(rows, table)
     plot(rows, sweep.suite.curves, picture)
-    pictures = {sweep.out / f"{sweep.name}_{one.name}.png": one for one in sweep.suite.plots}
+    folders = [sweep.out, *([kept] if kept else [])]
+    pictures = {folder / f"{sweep.name}_{one.name}.png": one for folder in folders for one in sweep.suite.plots}
     for path, one in pictures.items():
         draw_plot(one, rows, path)
+    if kept:
+        write_csv(final(rows), kept / table.name)
     return [table, picture, *pictures]
 
 

@@ -17,12 +17,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
+from scipy.stats import t as student_t
 
 from benchmarks.report import table
 from tying.atomic import atomically
-
-# two-sided 95 % points of Student's t, by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 Row = Mapping[str, str]
 
@@ -107,7 +105,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     if len(values) < 2:
         return -math.inf, math.inf
-    half = T.get(len(values) - 1, 2.262) * stdev(values) / math.sqrt(len(values))
+    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 

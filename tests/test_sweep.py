@@ -126,6 +126,12 @@ def test_run_and_report(undisturbed, capsys):
     ]
     assert f"Command: `python -m benchmarks report mine.yaml --out={out.name} --save`" in told
     assert Path("results/mine.md").read_text().strip() in told
+    with Path("results/mine.csv").open() as file:
+        assert [(row["run"], row["epoch"]) for row in csv.DictReader(file)] == [
+            ("untied", "3"),
+            ("soft,strength=0.001", "3"),
+            ("soft,strength=0.1", "3"),
+        ]
     with Image.open(out / "mine.png") as image:
         assert image.size[0] > 100
     with (out / "mine.csv").open() as file:
