@@ -152,6 +152,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     if plot.log:
         axes.set_xscale("symlog" if any(float(r[plot.x]) == 0 for r in final(rows) if r.get(plot.x)) else "log")
     axes.set(xlabel=plot.x, ylabel=plot.y)
-    axes.legend(fontsize="x-small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="x-small")
     with atomically(path) as aside:
         figure.savefig(aside, format="png", dpi=120)

@@ -1,10 +1,15 @@
 """Verdicts on a paper's trends."""
 
+import math
+from itertools import pairwise
+
 import pytest
 
 from benchmarks import experiment
 from benchmarks.suite import load
 from benchmarks.trends import Plot, Trend, draw, final, interval, verdicts
+from tying.hashing import UniformHash
+from tying.hashing.virtual import table_entries
 
 
 def rows(values):
@@ -71,6 +76,17 @@ def test_a_suite_like_another_has_its_runs():
     assert [run.definition for run in other.runs(2)] == [run.definition for run in one.runs(2)]
     assert experiment.prepare("arbnet-fig3").out == experiment.prepare("arbnet-fig2").out
     assert (other.name, other.plots[0].x) == ("arbnet-fig3", "tying/entropy")
+
+
+@pytest.mark.parametrize(
+    ("suite", "sizes"), [("arbnet-fig4", [784, 200, 200, 10]), ("arbnet-cifar10", [3072, 500, 500, 500, 10])]
+)
+def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
+    virtual = sum(a * b for a, b in pairwise(sizes))
+    for ratio in load(suite).axes["prime size"].values:
+        entries = table_entries(virtual, ratio, UniformHash())
+        assert entries / virtual == pytest.approx(round(ratio, 3), rel=0.01)
+        assert [width for width in sizes if math.gcd(entries, width) > 1] == []
 
 
 @pytest.mark.parametrize(
