@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.ties import Tie, TiedGroup, parse_ties
+from tying.ties import Tie, TiedGroup
 
 
 class ChangesModel(pl.Callback):
@@ -54,18 +54,13 @@ class ChangesModel(pl.Callback):
 class TyingCallback(pl.Callback):
     """A callback that holds ties, and their groups once it has met the model.
 
-    Args:
-        ties: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
+    Attributes:
+        ties: what it ties.
         name: tells several of a class apart.
-
-    Raises:
-        ConfigurationError: there are no ties, or a string is malformed.
     """
 
-    def __init__(self, ties: Sequence[Tie | str], name: str | None = None) -> None:
-        super().__init__()
-        self.ties = parse_ties(ties)
-        self.name = name
+    ties: Sequence[Tie]
+    name: str | None
 
     @property
     def groups(self) -> list[TiedGroup]:

@@ -17,7 +17,7 @@ from tying.hard.guard import record_of, shared_in
 from tying.hard.states import are_alike
 from tying.selection import resolve
 from tying.soft import gap
-from tying.ties import Tie, TiedGroup
+from tying.ties import Tie, TiedGroup, parse_ties
 
 
 class HardTying(TyingCallback, ChangesModel):
@@ -40,7 +40,8 @@ class HardTying(TyingCallback, ChangesModel):
     def __init__(
         self, ties: Sequence[Tie | str], init: Literal["source", "mean"] = "source", name: str | None = None
     ) -> None:
-        super().__init__(ties, name)
+        super().__init__()
+        self.ties, self.name = parse_ties(ties), name
         if init not in ("source", "mean"):
             raise ConfigurationError(f"init is 'source' or 'mean', not {init!r}")
         self.init = init

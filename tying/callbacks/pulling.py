@@ -1,0 +1,245 @@
+"""Pulls on weights while they train: what callbacks of the soft family have in common."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import LBFGS, SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from tying.errors import ConfigurationError, listed, nearest
+from tying.soft import Schedule, TyingPenalty
+
+Update = Literal["gradient", "decoupled", "proximal"]
+UPDATES = ("gradient", "decoupled", "proximal")
+
+
+class Pull(NamedTuple):
+    """A penalty, and the factor on it before the schedule's."""
+
+    penalty: TyingPenalty
+    strength: float
+
+
+class Pulling(pl.Callback):
+    """Lowers penalties on weights while they train; a subclass says which, in :meth:`find_pulls`.
+
+    With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
+    if the penalty stood in the loss; with several optimizers, at the weights as each finds them when it steps.
+    ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``, outside momentum and adaptive scaling.
+    ``"proximal"`` takes the proximal step instead, stable at any strength.
+    Each member moves with its own parameter group's learning rate; members that no optimizer trains stay.
+
+    Logs ``tying/strength``, as the last step used it, and ``tying/penalty`` (that strength · Ω, where it is finite).
+    In a shortened last accumulation window the added gradient shrinks like the loss, which Lightning divides by the
+    full window; the other two updates follow the learning rate alone.
+
+    Args:
+        strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``.
+        update: add the pull to the gradients, or move the weights after the step, explicitly or by a proximal step.
+        schedule: a factor on ``strength`` over steps or epochs.
+        name: tells several of a class apart, in checkpoints and in the log (``tying/<name>/penalty``).
+
+    Raises:
+        ConfigurationError: at construction, for arguments out of range; when training starts, for optimizers and
+            strategies with which the update would be wrong.
+    """
+
+    def __init__(self, strength: float, update: Update, schedule: Schedule | None, name: str | None) -> None:
+        super().__init__()
+        self.strength = float(strength)
+        if update not in UPDATES:
+            close = nearest(update, UPDATES)
+            raise ConfigurationError(f"unknown update {update!r}: use {', '.join(map(repr, UPDATES))}.{close}")
+        self._check_strength("strength", self.strength, update)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ConfigurationError(f"schedule must be a tying.soft.Schedule, not {schedule!r}")
+        self.update = update
+        self.schedule = schedule or Schedule()
+        self.name = name
+        self._pulls: list[Pull] = []
+        self._steps: Counter[int] = Counter()  # by index of the optimizer
+        self._micro_batches = 0  # since the last step
+        self._window = 1.0  # share of a full accumulation window that the current step holds
+        self._used = 0.0  # the schedule's factor at the last step
+        self._hooks: list[RemovableHandle] = []
+        self._warned = False
+
+    def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
+        """Return what to lower; called when training starts."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _check_strength(name: str, strength: float, update: str) -> None:
+        if math.isnan(strength) or strength < 0:
+            raise ConfigurationError(f"{name} must be 0 or more, not {strength}")
+        if math.isinf(strength) and update != "proximal":
+            raise ConfigurationError(f"{name}=inf needs update='proximal'; update={update!r} would diverge")
+
+    @property
+    def _prefix(self) -> str:
+        return f"tying/{self.name}" if self.name else "tying"
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": dict(self._steps)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps = Counter({int(index): int(count) for index, count in state_dict["steps"].items()})
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigurationError(
+                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
+                "it compares over processes: use one device or strategy 'ddp'"
+            )
+        if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's count is restored after this
+            self._steps.clear()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pulls = self.find_pulls(trainer, pl_module)
+        self._micro_batches, self._warned = 0, False
+        trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
+        groups = [group for pull in self._pulls for group in pull.penalty.groups]
+        idle = [group.names[0] for group in groups if trained.isdisjoint(group.parameters)]
+        if idle:
+            warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
+        self._remove_hooks()
+        for index, optimizer in enumerate(trainer.optimizers):
+            searches = isinstance(optimizer, LBFGS) and optimizer.param_groups[0]["line_search_fn"]
+            if searches and self.update == "gradient":
+                raise ConfigurationError(
+                    "update='gradient' is wrong with the line search of LBFGS, whose loss would lack the penalty: use "
+                    "update='proximal', line_search_fn=None, or add tying.soft.TyingPenalty to your training_step"
+                )
+            if self.update == "proximal":
+                for pull in self._pulls:
+                    pull.penalty.check_rates(_learning_rates(optimizer))
+            hook = partial(self._after_step, trainer, pl_module, index)
+            self._hooks.append(optimizer.register_step_post_hook(hook))
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._micro_batches += 1
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._window = 1.0
+        if pl_module.automatic_optimization:
+            self._window = self._micro_batches / trainer.accumulate_grad_batches
+        self._micro_batches = 0
+        if self.update == "gradient" and self._window:
+            index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
+            factor, rates = self._factor_now(trainer, index), _learning_rates(optimizer)
+            if isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups):
+                self._warn_if_unstable(factor, rates)
+            scale = factor * self._window * _loss_scale(trainer, optimizer)
+            for penalty, strength in self._pulls:
+                penalty.add_gradients_(scale * strength, dict.fromkeys(rates, 1.0))
+
+    def _after_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        index: int,
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
+        if not self._window or (found_inf is not None and float(found_inf) > 0):
+            return
+        factor, rates = self._factor_now(trainer, index), _learning_rates(optimizer)
+        self._used = factor
+        if self.update == "decoupled":
+            self._warn_if_unstable(factor, rates)
+        for penalty, strength in self._pulls:
+            if self.update == "decoupled":
+                penalty.pull_(_product(factor, strength), rates)
+            elif self.update == "proximal":
+                penalty.prox_(_product(factor, strength), rates)
+        self._steps[index] += 1
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._micro_batches or not trainer._logger_connector.should_update_logs:
+            return
+        pl_module.log(f"{self._prefix}/strength", _product(self._used, self.strength))
+        if self._pulls and all(math.isfinite(_product(self._used, strength)) for _, strength in self._pulls):
+            pl_module.log(f"{self._prefix}/penalty", self._used * self.value())
+
+    def value(self) -> torch.Tensor:
+        """Return the sum of all ``strength · Ω``, before the schedule's factor."""
+        with torch.no_grad():
+            return torch.stack([strength * penalty() for penalty, strength in self._pulls]).sum()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _factor_now(self, trainer: pl.Trainer, index: int) -> float:
+        return self.schedule(self._steps[index] if self.schedule.unit == "step" else trainer.current_epoch)
+
+    def _warn_if_unstable(self, factor: float, rates: dict[torch.nn.Parameter, float]) -> None:
+        """Warn, once, where an explicit step would overshoot ever further: lr · strength · curvature > 2 / m.
+
+        With a single member that moves, 2 / (m − 1).
+        """
+        for penalty, strength in self._pulls:
+            largest = max(map(len, penalty.groups), default=1)
+            steepest = max(rates.values()) * factor * strength * penalty.penalty.curvature
+            if self._warned or steepest <= 2 / largest:
+                continue
+            for group in penalty.groups:
+                moving = [rates[p] for p in group.parameters if p.requires_grad and rates.get(p)]
+                among = len(group) - (len(moving) == 1)
+                rate = max(moving, default=0.0)
+                if rate * factor * strength * penalty.penalty.curvature > 2 / among:
+                    self._warned = True
+                    bound = f"2/{'m' if among == len(group) else '(m − 1)'} = {2 / among:.3g}"
+                    warnings.warn(
+                        f"lr · strength = {rate * factor * strength:.3g} is past the stability bound {bound} of the "
+                        f"group of {group.names[0]!r}: its weights will oscillate apart. Lower the strength, or use "
+                        "update='proximal', which is stable at any strength",
+                        stacklevel=2,
+                    )
+                    return
+
+
+def _product(factor: float, strength: float) -> float:
+    return factor * strength if factor else 0.0  # a factor of 0 silences also an infinite strength
+
+
+def _learning_rates(optimizer: Optimizer) -> dict[torch.nn.Parameter, float]:
+    return {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Return the factor that gradients still carry when a scaler leaves unscaling to a fused optimizer."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
