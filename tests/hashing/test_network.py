@@ -17,6 +17,7 @@ from tying.hard import audit, bake, load_plain, tie, tied
 from tying.hashing import (
     DirichletHash,
     HashedLinear,
+    IdentityHash,
     ModulusHash,
     RecurrentHash,
     UniformHash,
@@ -328,3 +329,20 @@ def test_mixin(tmp_path):
     loaded = Hashes.load_from_checkpoint(tmp_path / "a.ckpt")
     assert torch.equal(loaded.decoder[2].weight, model.decoder[2].weight)
     assert loaded.encoder[0].table is loaded.decoder[2].table
+
+
+def test_without_a_scale_weights_are_the_entries_and_train_like_them():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    hashed = copy.deepcopy(plain)
+    hash_weights(hashed, ["*.weight"], hash=IdentityHash(), scope="network", init="mean", scaled=False)
+    assert [hashed[i].virtual.scale for i in (0, 2)] == [1.0, 1.0]
+    x, y = torch.randn(5, 6), torch.randn(5, 2)
+    for model in (plain, hashed):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+    for i in (0, 2):
+        torch.testing.assert_close(hashed[i].weight, plain[i].weight)

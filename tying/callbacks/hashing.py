@@ -31,6 +31,7 @@ class WeightHashing(Parametrizing):
         sign: multiply by ±1, as HashedNets do.
         density: fraction of weights that are kept.
         index: how the hash is evaluated.
+        scaled: with ``scope="network"``, multiply by each weight's own scale; see :func:`tying.hashing.hash_weights`.
 
     Example:
         >>> WeightHashing(["**.weight", "!**.norm*"], table_ratio=1 / 64, scope="network").scope
@@ -47,11 +48,12 @@ class WeightHashing(Parametrizing):
         sign: bool = False,
         density: float = 1.0,
         index: Literal["auto", "stored", "computed", "structured"] = "auto",
+        scaled: bool = True,
     ) -> None:
         super().__init__(parameters)
         check_choices(table_ratio, hash, scope, init)
         self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
-        self.sign, self.density, self.index = sign, density, index
+        self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
         self._entropy, self._report = 0.0, ""
 
     @override
@@ -83,6 +85,7 @@ class WeightHashing(Parametrizing):
             sign=self.sign,
             density=self.density,
             index=self.index,
+            scaled=self.scaled,
         )
         self._report = str(report)
         rank_zero_info(f"WeightHashing: {report}")

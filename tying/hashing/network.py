@@ -34,6 +34,7 @@ def hash_weights(
     sign: bool = False,
     density: float = 1.0,
     index: Index = "auto",
+    scaled: bool = True,
 ) -> HashReport:
     """Let weights of a model share the entries of a table each, or of one for all.
 
@@ -41,7 +42,7 @@ def hash_weights(
     class of their own, whose weight is computed. With ``scope="layer"`` each weight has a table of its own, and draws
     of its own, since its name is mixed into the seed. With ``scope="network"`` identifiers go on from weight to weight,
     the tables are one parameter, as by :func:`tying.hard.tie`, and each weight keeps the scale it was initialised with,
-    as a constant.
+    as a constant, unless ``scaled=False``.
 
     Args:
         model: changed in place.
@@ -54,6 +55,8 @@ def hash_weights(
         sign: multiply by ±1.
         density: fraction of weights that are kept.
         index: how the hash is evaluated.
+        scaled: with ``scope="network"``, multiply by each weight's own scale; or let weights be the entries as they
+            are, as in the papers. A step moves a scaled weight by the scale's square as much.
 
     Raises:
         ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
@@ -89,7 +92,9 @@ def hash_weights(
         size = table_entries(sum(weight.numel() for weight in chosen.values()), table_ratio, hash)
         first = 0
         for weight in chosen.values():
-            virtuals.append(make(weight, hash, size, first, 1.0 if hash.takes_vectors else _scale(weight)))
+            virtuals.append(
+                make(weight, hash, size, first, _scale(weight) if scaled and not hash.takes_vectors else 1.0)
+            )
             first += weight.numel()
     hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
     groups = [hashed] if scope == "network" else [[one] for one in hashed]
