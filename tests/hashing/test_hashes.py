@@ -88,7 +88,7 @@ def test_identifiers_beyond_32_bits_are_mixed_too():
     assert float((mix(low, 0) == mix(low + (1 << 32), 0)).double().mean()) < 0.01
 
 
-@pytest.mark.parametrize("hash", [UniformHash(3), XXHash(3), DirichletHash(3, 0.3)])
+@pytest.mark.parametrize("hash", [UniformHash(3), XXHash(3), DirichletHash(0.3, 3)])
 def test_signs_are_fair_and_independent_of_slots(hash):
     ids = torch.arange(1_000_000)
     signs = hash.sign(ids).double()
@@ -103,7 +103,7 @@ def test_entropy_of_a_dirichlet(alpha):
     """``E[H(p)] = ψ(nα + 1) − ψ(α + 1)``; five standard errors over 200 draws."""
     n = 1000
     expected = float(torch.digamma(torch.tensor(n * alpha + 1.0)) - torch.digamma(torch.tensor(alpha + 1.0)))
-    drawn = torch.tensor([entropy(DirichletHash(seed, alpha).probabilities(1, n)) for seed in range(200)])
+    drawn = torch.tensor([entropy(DirichletHash(alpha, seed).probabilities(1, n)) for seed in range(200)])
     assert abs(float(drawn.mean()) - expected) < 5 * float(drawn.std()) / math.sqrt(200) + 1e-6
 
 
@@ -123,16 +123,16 @@ def test_dirichlet_loads_follow_its_probabilities():
     counts = loads(hash.index(count, n), n).double()
     assert float(((counts - count * shares).abs() / (count * shares * (1 - shares)).sqrt().clamp(min=1)).max()) < 5
     assert abs(chi_square(DirichletHash(seed=2, alpha=1e6).index(count, n), n)) < 5
-    assert DirichletHash(0, 1e-6).index(1000, 20).unique().numel() == 1
+    assert DirichletHash(1e-6, 0).index(1000, 20).unique().numel() == 1
 
 
 def test_neighborhood_limits():
     count = 10_000
     for n in (100, 101):
-        assert torch.equal(NeighborhoodHash(5, 0).index(count, n), ModulusHash().index(count, n))
-        assert torch.equal(NeighborhoodHash(5, 51).index(count, n), UniformHash(5).index(count, n))
-        assert torch.equal(NeighborhoodHash(5, 1000).index(count, n), UniformHash(5).index(count, n))
-    away = (NeighborhoodHash(5, 3).index(count, 100) - ModulusHash().index(count, 100) + 50) % 100 - 50
+        assert torch.equal(NeighborhoodHash(0, 5).index(count, n), ModulusHash().index(count, n))
+        assert torch.equal(NeighborhoodHash(51, 5).index(count, n), UniformHash(5).index(count, n))
+        assert torch.equal(NeighborhoodHash(1000, 5).index(count, n), UniformHash(5).index(count, n))
+    away = (NeighborhoodHash(3, 5).index(count, 100) - ModulusHash().index(count, 100) + 50) % 100 - 50
     assert away.unique().tolist() == [-3, -2, -1, 0, 1, 2, 3]
 
 
@@ -141,7 +141,7 @@ def test_neighborhood_load_variance():
     n, turns = 100, 50
     for radius in (1, 4):
         variance = torch.stack(
-            [loads(NeighborhoodHash(seed, radius).index(n * turns, n), n).double().var() for seed in range(300)]
+            [loads(NeighborhoodHash(radius, seed).index(n * turns, n), n).double().var() for seed in range(300)]
         )
         expected = turns * 2 * radius / (2 * radius + 1)
         assert abs(float(variance.mean()) - expected) < 5 * float(variance.std()) / math.sqrt(300)
@@ -158,12 +158,12 @@ def test_modulus_loads():
     [
         ModulusHash(),
         UniformHash(3),
-        NeighborhoodHash(3, 2),
-        NeighborhoodHash(3, 60),
-        BlockHash(3, 8),
-        BlockHash(3, 80),
+        NeighborhoodHash(2, 3),
+        NeighborhoodHash(60, 3),
+        BlockHash(8, 3),
+        BlockHash(80, 3),
         XXHash(3),
-        DirichletHash(3),
+        DirichletHash(seed=3),
     ],
     ids=str,
 )
@@ -226,8 +226,8 @@ def test_blocks():
     index = BlockHash(seed=4, block=8).index(8 * 500, 100).view(500, 8)
     assert torch.equal(index - index[:, :1], torch.arange(8).expand(500, 8))
     assert (int(index.min()), int(index.max())) == (0, 99)
-    assert torch.equal(BlockHash(4, 1).index(500, 100), UniformHash(4).index(500, 100))
-    whole = BlockHash(4, 100).index(300, 100).view(3, 100)
+    assert torch.equal(BlockHash(1, 4).index(500, 100), UniformHash(4).index(500, 100))
+    whole = BlockHash(100, 4).index(300, 100).view(3, 100)
     assert torch.equal(whole, torch.arange(100).expand(3, 100))
 
 
@@ -263,14 +263,16 @@ class Wild(Hash):
         (lambda: table_entries(10, 0.5, IdentityHash()), r"IdentityHash\(\) needs a table of 10 entries, table_ratio=10/10, not 0.5"),
         (lambda: UniformHash().index(10, 0), "a table has at least one entry, not 0"),
         (lambda: IdentityHash().index(10, 9), "needs a table of 10 entries, not 9"),
-        (lambda: DirichletHash(alpha=0.0), "alpha must be above 0, not 0.0"),
-        (lambda: DirichletHash(alpha=-1.0), "alpha must be above 0, not -1.0"),
+        (lambda: DirichletHash(alpha=0.0), "alpha must be above 0 and finite, not 0.0"),
+        (lambda: DirichletHash(alpha=-1.0), "alpha must be above 0 and finite, not -1.0"),
+        (lambda: DirichletHash(alpha=math.inf), "alpha must be above 0 and finite, not inf"),
         (lambda: NeighborhoodHash(radius=-1), "radius must be 0 or more, not -1"),
         (lambda: XXHash(seed=-1), r"the seed of xxh32 is in \[0, 2\^32\), not -1"),
         (lambda: BlockHash(block=0), "a block has at least one weight, not 0"),
         (lambda: BlockHash(block=8).index(10, 7), "a block of 8 is longer than the table of 7"),
         (lambda: RecurrentHash(layers=3).index(10, 3), "10 weights are not those of 3 equal layers"),
-        (lambda: ToeplitzHash(1, 1, 2, 3), r"a kernel of 3 does not fit images of 2"),
+        (lambda: ToeplitzHash(1, 1, 2, 3), r"a kernel of \(3, 3\) does not fit images of \(2, 2\)"),
+        (lambda: ToeplitzHash(1, 1, 5, 3, stride=0), "stride must be 1 or more, not 0"),
         (lambda: ToeplitzHash(1, 1, 4, 3).index(10, 9), "is for a linear layer from 16 to 4, not for 10 weights"),
         (lambda: VirtualWeight((2, 2), 2, Wild(1)), r"slot returned torch.int64 from 1 to 2: integers in \[-1, 2\) are needed"),
         (lambda: VirtualWeight((2, 2), 2, Wild(-2)), "from -2 to -1"),

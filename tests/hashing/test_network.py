@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from toys import Toy, batches, same, train
 
-from tying.callbacks import HardTying, WeightHashing
+from tying.callbacks import HardTying, LowRankWeights, WeightHashing
 from tying.hard import audit, bake, load_plain, tie, tied
 from tying.hashing import (
     DirichletHash,
@@ -157,10 +157,10 @@ def test_other_modules_are_parametrized():
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_state_round_trips(scope):
     model, other = network(), network()
-    hash_weights(model, ["**.weight"], 0.1, DirichletHash(1, 0.5), scope=scope)
+    hash_weights(model, ["**.weight"], 0.1, DirichletHash(0.5, 1), scope=scope)
     torch.manual_seed(5)
     other[0].weight.data.normal_(std=3)  # another initialisation has other scales
-    hash_weights(other, ["**.weight"], 0.1, DirichletHash(1, 0.5), scope=scope)
+    hash_weights(other, ["**.weight"], 0.1, DirichletHash(0.5, 1), scope=scope)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -236,7 +236,7 @@ HASHED = ["encoder.*.weight", "decoder.*.weight"]
 def test_training_resumes_bitwise(scope, tmp_path):
     def made():
         torch.manual_seed(0)  # the tables begin with entries drawn from the weights
-        return WeightHashing(HASHED, 0.3, DirichletHash(1), scope=scope)
+        return WeightHashing(HASHED, 0.3, DirichletHash(seed=1), scope=scope)
 
     def adam(parameters):
         return torch.optim.AdamW(parameters, lr=0.05)
@@ -263,9 +263,9 @@ def test_training_resumes_bitwise(scope, tmp_path):
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_weight_averaging_leaves_hashes_alone():
     model = Toy()
-    train(model, [WeightHashing(HASHED, 0.3, DirichletHash(1)), EMAWeightAveraging(decay=0.5)])
+    train(model, [WeightHashing(HASHED, 0.3, DirichletHash(seed=1)), EMAWeightAveraging(decay=0.5)])
     fresh = Toy()
-    WeightHashing(HASHED, 0.3, DirichletHash(1)).apply(fresh)
+    WeightHashing(HASHED, 0.3, DirichletHash(seed=1)).apply(fresh)
     assert torch.equal(model.encoder[0].virtual.entries(), fresh.encoder[0].virtual.entries())
     assert torch.equal(model.encoder[0].virtual.drawn, fresh.encoder[0].virtual.drawn)
 
@@ -346,3 +346,77 @@ def test_without_a_scale_weights_are_the_entries_and_train_like_them():
             optimizer.step()
     for i in (0, 2):
         torch.testing.assert_close(hashed[i].weight, plain[i].weight)
+
+
+def test_a_plain_state_gives_one_table_the_mean_over_all_its_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 2))
+    hash_weights(model, ["*.weight"], 0.1, scope="network", scaled=False)
+    before = bake(model)
+    load_plain(model, before)
+    for name, weight in before.items():
+        torch.testing.assert_close(model.get_parameter(name) if "bias" in name else model[int(name[0])].weight, weight)
+    plain = {name: torch.randn_like(weight) for name, weight in before.items()}
+    load_plain(model, plain)
+    entries = torch.cat([model[i].virtual.entries().flatten() for i in (0, 1)])
+    values = torch.cat([plain[f"{i}.weight"].flatten() for i in (0, 1)])
+    for entry in entries.unique().tolist():
+        torch.testing.assert_close(model[0].table[entry], values[entries == entry].mean())
+
+
+def test_assigning_one_weight_leaves_entries_of_others_alone():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 2))
+    hash_weights(model, ["*.weight"], 0.1, scope="network")
+    before = model[0].weight.detach().clone()
+    model[1].weight = model[1].weight
+    torch.testing.assert_close(model[0].weight, before)
+
+
+def test_two_tables_of_one_module_take_plain_weights():
+    lstm = nn.LSTM(4, 4)
+    hash_weights(lstm, ["weight_*"], 0.2, scope="network")
+    load_plain(lstm, bake(lstm))
+
+
+HALVES = {"first": ["encoder.**.weight"], "second": ["decoder.**.weight"]}
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [WeightHashing(HALVES["first"]), WeightHashing(HALVES["second"])],
+        lambda: [WeightHashing(HALVES["first"]), LowRankWeights(HALVES["second"], rank=2)],
+        lambda: [LowRankWeights(HALVES["second"], rank=2), WeightHashing(HALVES["first"])],
+    ],
+    ids=["two hashings", "hashing, low rank", "low rank, hashing"],
+)
+def test_callbacks_change_a_model_together_and_once(callbacks):
+    model, given = Toy(), callbacks()
+    for _ in range(2):
+        train(model, given, max_epochs=1)
+    train(model, callbacks(), max_epochs=1)  # equal ones change nothing more
+
+
+def test_an_applied_callback_and_an_equal_one():
+    model = Toy()
+    WeightHashing(HALVES["first"]).apply(model)
+    train(model, [WeightHashing(HALVES["first"])], max_epochs=1)
+
+
+def test_embeddings_hold_no_index():
+    model = nn.Sequential(nn.Embedding(1000, 16, padding_idx=0))
+    hash_weights(model, ["0.weight"], 0.01)
+    assert model[0].virtual.index == "computed"
+    assert not model[0].weight[0].any()
+
+
+@pytest.mark.parametrize(
+    ("layers", "scope", "told"),
+    [
+        ([nn.Linear(20, 10), nn.Linear(10, 20)], "network", "are not those of 2 equal layers"),
+        ([nn.Linear(4, 4), nn.Linear(4, 4)], "layer", "use scope='network'"),
+    ],
+)
+def test_a_recurrent_hash_needs_equal_layers(layers, scope, told):
+    with pytest.raises(ValueError, match=told):
+        hash_weights(nn.Sequential(*layers), ["*.weight"], hash=RecurrentHash(layers=2), scope=scope)

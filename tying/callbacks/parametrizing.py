@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -38,8 +39,8 @@ class Parametrizing(ChangesModel):
 
     @property
     def _asked(self) -> str:
-        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return f"{type(self).__name__}({public})"
+        arguments = {name: getattr(self, name) for name in signature(type(self).__init__).parameters if name != "self"}
+        return f"{type(self).__name__}({arguments})"
 
     @override
     def is_applied(self, model: nn.Module) -> bool:

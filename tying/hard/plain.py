@@ -92,13 +92,22 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
                     f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
                 )
             inverse = step.right_inverse(inverse)  # type: ignore[operator]  # a method
-        assigned.append((one.owner, one.name, weight))
+        assigned.append((one, weight))
         hidden = tuple(_hidden({key: one}))
         reconciled |= {name: value for name, value in clean.items() if name.startswith(hidden)}
     keys = {unwrapped(real): real for real in own}
     model.load_state_dict({keys.get(key, key): value for key, value in reconciled.items()})
-    for owner, attribute, weight in assigned:
-        setattr(owner, attribute, weight)
+    sharing: dict[int, list[tuple[Computed, Tensor]]] = {}  # by identity of the one parameter they are computed from
+    for one, weight in assigned:
+        originals = [*_originals(one)]
+        if len(one.steps) == len(originals) == 1 and hasattr(one.steps[0], "joint_inverse"):
+            sharing.setdefault(id(originals[0]), []).append((one, weight))
+        else:
+            setattr(one.owner, one.name, weight)
+    for parts in sharing.values():
+        [table], [step] = _originals(parts[0][0]), parts[0][0].steps
+        with torch.no_grad():
+            table.copy_(step.joint_inverse([(one.steps[0], weight) for one, weight in parts], table))  # type: ignore[operator]  # a method
     return differing
 
 
@@ -119,6 +128,6 @@ def _hidden(computed: Mapping[str, Computed]) -> list[str]:
 
 
 def _originals(one: Computed) -> Iterator[nn.Parameter]:
-    for name, parameter in one.owner.named_parameters():
+    for name, parameter in one.owner.named_parameters(remove_duplicate=False):
         if name.startswith(one.prefixes):
             yield parameter

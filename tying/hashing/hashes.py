@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -27,7 +28,7 @@ class Hash:
 
     Example:
         >>> class Halves(Hash):
-        ...     def slot(self, ids, table_size, drawn=None):
+        ...     def slot(self, ids, table_size):
         ...         return ids // 2 % table_size
         >>> Halves().index(count=6, table_size=2).tolist()
         [0, 0, 1, 1, 0, 0]
@@ -44,7 +45,7 @@ class Hash:
         Args:
             ids: int64, of any shape.
             table_size: number of entries.
-            drawn: what :meth:`draw` returned, where the hash draws anything.
+            drawn: what :meth:`draw` returned; a hash that draws nothing need not take it.
 
         Returns:
             int64, of that shape, in [−1, table_size).
@@ -62,7 +63,8 @@ class Hash:
     def index(self, count: int, table_size: int) -> Tensor:
         """Return the table entries of identifiers 0 to count − 1."""
         self.check(count, table_size)
-        return self.slot(torch.arange(count), table_size, self.draw(table_size))
+        drawn = self.draw(table_size)
+        return self.slot(torch.arange(count), table_size, *([] if drawn is None else [drawn]))
 
     def seeded(self, salt: int) -> Self:
         """Return this hash with other draws; the same one where it draws nothing."""
@@ -79,6 +81,12 @@ class Hash:
         fixed = self.table_size(count)
         if fixed not in (None, table_size):
             raise ConfigurationError(f"{self} needs a table of {fixed} entries, not {table_size}")
+
+    def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
+        """Raise a ConfigurationError where the hash does not fit weights of these shapes, in this order."""
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise a ConfigurationError where the hash is for weights of another shape."""
 
     def probabilities(self, count: int, table_size: int) -> Tensor | None:
         """Return how probable each entry is in the mean over identifiers, where that is known; float64."""
@@ -139,29 +147,34 @@ class ModulusHash(Hash):
         return loads / count
 
 
-@dataclass(frozen=True)
 class SeededHash(Hash):
-    """A hash that draws.
+    """A hash that draws; a frozen dataclass, one of whose fields is the seed.
 
-    Args:
+    Attributes:
         seed: any integer; equal seeds draw alike.
     """
 
-    seed: int = 0
+    seed: int
 
     @override
     def seeded(self, salt: int) -> Self:
-        return replace(self, seed=self.seed ^ salt)
+        salted: Self = replace(self, seed=self.seed ^ salt)  # type: ignore[type-var]  # subclasses are dataclasses
+        return salted
 
 
 @dataclass(frozen=True)
 class UniformHash(SeededHash):
     """Draws each entry independently and uniformly.
 
+    Args:
+        seed: any integer; equal seeds draw alike.
+
     Example:
         >>> UniformHash(seed=0).index(count=6, table_size=4).tolist()
         [2, 1, 0, 1, 0, 0]
     """
+
+    seed: int = 0
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -177,11 +190,11 @@ class DirichletHash(SeededHash):
     """Draws entries independently with probabilities p that are drawn once: ``p ~ Dir(α, …, α)``.
 
     Args:
-        seed: any integer; equal seeds draw alike.
         alpha: α > 0; small: few entries have most weights, large: all have alike.
+        seed: any integer; equal seeds draw alike.
 
     Raises:
-        ConfigurationError: α is not above 0.
+        ConfigurationError: α is not above 0, or not finite.
 
     Example:
         >>> DirichletHash(alpha=0.1, seed=1).index(count=8, table_size=4).unique().tolist()
@@ -189,10 +202,12 @@ class DirichletHash(SeededHash):
     """
 
     alpha: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ConfigurationError(f"alpha must be above 0, not {self.alpha}")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigurationError(f"alpha must be above 0 and finite, not {self.alpha}")
+        object.__setattr__(self, "alpha", float(self.alpha))  # 1 and 1.0 are one description
 
     @override
     def draw(self, table_size: int) -> Tensor:
@@ -217,14 +232,15 @@ class NeighborhoodHash(SeededHash):
     Radius 0 is the modulus; from n / 2 on it is the uniform hash.
 
     Args:
-        seed: any integer; equal seeds draw alike.
         radius: r ≥ 0.
+        seed: any integer; equal seeds draw alike.
 
     Raises:
         ConfigurationError: the radius is negative.
     """
 
     radius: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.radius < 0:
@@ -256,6 +272,8 @@ class XXHash(SeededHash):
     Source: W. Chen, J. T. Wilson, S. Tyree, K. Q. Weinberger and Y. Chen, Compressing neural networks with the hashing
     trick, 2015.
     """
+
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 32:

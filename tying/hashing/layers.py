@@ -26,7 +26,8 @@ def computed_weight(table: str, virtual: str) -> property:
 
     def write(module: nn.Module, weight: Tensor) -> None:
         with torch.no_grad():
-            getattr(module, table).copy_(getattr(module, virtual).right_inverse(weight))
+            held, own = getattr(module, table), getattr(module, virtual)
+            held.copy_(own.joint_inverse([(own, weight)], held))
 
     return property(read, write, doc="The virtual weight.")
 
@@ -252,8 +253,8 @@ class HashedEmbedding(Hashed, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        arguments = {"hash": hash, "sign": sign, "density": density, "index": "computed" if index == "auto" else index}
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
+        arguments = {"hash": hash, "sign": sign, "density": density, **of_rows(dense, index)}
         self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
 
     @override
@@ -262,8 +263,12 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.virtual.rows(self.table, input)
-        return rows if self.padding_idx is None else rows.masked_fill((input == self.padding_idx)[..., None], 0)
+        return self.virtual.rows(self.table, input)
+
+
+def of_rows(embedding: nn.Embedding, index: Index) -> dict[str, Any]:
+    """Return what sets the virtual weight of an embedding apart: only the rows that are looked up are computed."""
+    return {"index": "computed" if index == "auto" else index, "zero_row": embedding.padding_idx}
 
 
 LAYERS: dict[type[nn.Module], type[Hashed]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
 from tying.hashing.hashes import Hash, ModulusHash, SeededHash
 from tying.hashing.mixing import below, mix
 from tying.hashing.structure import Convolution, Size, Structure, both
@@ -21,11 +21,11 @@ class BlockHash(SeededHash):
     """Draws where each block of successive weights begins, and reads it contiguously.
 
     Args:
-        seed: any integer; equal seeds draw alike.
         block: number of weights that are read together, at most the size of the table.
+        seed: any integer; equal seeds draw alike.
 
     Example:
-        >>> BlockHash(seed=0, block=3).index(count=6, table_size=9).tolist()
+        >>> BlockHash(block=3, seed=0).index(count=6, table_size=9).tolist()
         [4, 5, 6, 2, 3, 4]
 
     Source: A. Desai, L. Chou and A. Shrivastava, Random offset block embedding array (ROBE) for CriteoTB benchmark
@@ -33,6 +33,7 @@ class BlockHash(SeededHash):
     """
 
     block: int = 32
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -70,6 +71,17 @@ class RecurrentHash(ModulusHash):
 
     takes_vectors = True
     layers: int = 1
+
+    @override
+    def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
+        if scope != "network":
+            raise ConfigurationError(f"{self} shares the weights of layers: use scope='network'")
+        each, over = divmod(len(shapes), max(1, self.layers))
+        parts = [[tuple(shape) for shape in shapes[i * each : (i + 1) * each]] for i in range(self.layers)]
+        if over or any(part != parts[0] for part in parts):
+            raise ConfigurationError(
+                f"weights of shapes {listed(map(str, map(tuple, shapes)))} are not those of {self.layers} equal layers"
+            )
 
     @override
     def table_size(self, count: int) -> int:
@@ -117,6 +129,11 @@ class ToeplitzHash(Hash):
     dilation: Size = 1
 
     def __post_init__(self) -> None:
+        for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
+            size = both(getattr(self, name))
+            object.__setattr__(self, name, size)  # 3, [3, 3] and (3, 3) are one description
+            if min(size) < least:
+                raise ConfigurationError(f"{name} must be {least} or more, not {min(size)}")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
 
@@ -151,10 +168,16 @@ class ToeplitzHash(Hash):
 
     @override
     def structure(self, shape: Sequence[int], table_size: int, first: int) -> Structure | None:
-        if len(shape) != 2:
-            return None
         channels = self.in_channels, self.out_channels
         return Convolution(*channels, self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
+
+    @override
+    def check_shape(self, shape: Sequence[int]) -> None:
+        if tuple(shape) != self.features:
+            out, into = self.features
+            raise ConfigurationError(
+                f"{self} is for a linear layer from {into} to {out}, not for {tuple(shape)} weights"
+            )
 
     @override
     def table_size(self, count: int) -> int:
@@ -174,9 +197,13 @@ class CodebookHash(Hash):
 
     assignments: Tensor
 
+    def __post_init__(self) -> None:
+        held = self.assignments.flatten()
+        object.__setattr__(self, "assignments", held.to(_least(int(held.max()) + 1 if len(held) else 1)))
+
     @override
     def draw(self, table_size: int) -> Tensor:
-        return self.assignments.flatten().to(torch.int8 if table_size < 128 else torch.int32)
+        return self.assignments.to(_least(table_size))
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -191,3 +218,8 @@ class CodebookHash(Hash):
 
     def __repr__(self) -> str:
         return f"CodebookHash({self.assignments.numel()} assignments)"
+
+
+def _least(table_size: int) -> torch.dtype:
+    """Return the smallest type that holds the entries of a table, and −1."""
+    return torch.int8 if table_size <= 1 << 7 else torch.int16 if table_size <= 1 << 15 else torch.int32

@@ -13,7 +13,7 @@ from tying.errors import ConfigurationError
 from tying.hard import tie
 from tying.hard.places import Place, places_of
 from tying.hashing.hashes import Hash, UniformHash
-from tying.hashing.layers import hash_attribute
+from tying.hashing.layers import hash_attribute, of_rows
 from tying.hashing.report import HashReport, Scope, report_on
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 from tying.names import clean_name, computed_in
@@ -78,23 +78,25 @@ def hash_weights(
         if any(places[name].attribute in one.prefixes for one in computed_in(places[name].owner)):
             raise ConfigurationError(f"{name!r} is the table of a hashed layer already")
     _check_free(chosen, places, parameters)
+    hash.check_layers([weight.shape for weight in chosen.values()], scope)
 
-    def make(weight: Tensor, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> VirtualWeight:
-        return VirtualWeight(weight.shape, size, own, sign=sign, density=density, index=index, first=first, scale=scale)
+    def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> VirtualWeight:
+        owner = places[name].owner
+        special = of_rows(owner, index) if type(owner) is nn.Embedding else {"index": index}
+        options = {"sign": sign, "density": density, "first": first, "scale": scale, **special}
+        return VirtualWeight(chosen[name].shape, size, own, **options)
 
     virtuals: list[VirtualWeight] = []
     if scope == "layer":
         for name, weight in chosen.items():
             own = hash.seeded(zlib.crc32(name.encode()))
-            virtuals.append(make(weight, own, table_entries(weight.numel(), table_ratio, own)))
+            virtuals.append(make(name, own, table_entries(weight.numel(), table_ratio, own)))
     else:
         _check_alike(chosen)
         size = table_entries(sum(weight.numel() for weight in chosen.values()), table_ratio, hash)
         first = 0
-        for weight in chosen.values():
-            virtuals.append(
-                make(weight, hash, size, first, _scale(weight) if scaled and not hash.takes_vectors else 1.0)
-            )
+        for name, weight in chosen.items():
+            virtuals.append(make(name, hash, size, first, _scale(weight) if scaled and not hash.takes_vectors else 1.0))
             first += weight.numel()
     hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
     groups = [hashed] if scope == "network" else [[one] for one in hashed]
@@ -172,9 +174,7 @@ def _table(group: Sequence[_Plan], init: Init) -> Tensor:
     if first.is_meta:
         return first.new_empty(virtual.table_size)
     if init == "mean":
-        pairs = [one.virtual.sums(one.weight) for one in group]
-        sums, uses = (torch.stack(parts).sum(dim=0) for parts in zip(*pairs, strict=True))
-        return (sums / uses.clamp(min=1)).to(first.dtype)
+        return virtual.joint_inverse([(one.virtual, one.weight) for one in group], first.new_zeros(virtual.table_size))
     pool = torch.cat([one.weight.flatten() / one.virtual.scale for one in group])
     if virtual.hash.takes_vectors:
         return pool[: virtual.table_size]

@@ -96,7 +96,9 @@ def packed_weights(model: nn.Module) -> dict[str, Packed]:
         for one in computed_in(module):
             [*_, last] = one.steps
             if isinstance(last, VirtualWeight) and isinstance(last.hash, CodebookHash):
-                table = getattr(module, one.prefixes[0])
+                if last.sign:
+                    raise ConfigurationError(f"{path}.{one.name} is signed, which packed files do not hold")
+                table = last.scaled(getattr(module, one.prefixes[0]))
                 found[f"{path}.{one.name}".lstrip(".")] = packed(last.entries(), table)
     return found
 

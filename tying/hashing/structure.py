@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tying.hashing.lookup import Slots, lookup
+
 Size = int | Sequence[int]
 
 
@@ -69,9 +71,12 @@ class RepeatedRows:
         turns = -(-self.width // self.size)
         padded = F.pad(x, (0, turns * self.size - self.width))
         folded = padded.view(*x.shape[:-1], turns, self.size).sum(dim=-2)
-        starts = (self.first + self.width * torch.arange(self.distinct, device=table.device)) % self.size
-        turned = torch.cat([table, table]).unfold(0, self.size, 1).index_select(0, starts)
+        turned = lookup(table, Slots(self.distinct * self.size, self._turned)).view(self.distinct, self.size)
         return repeat_to(F.linear(folded, turned), self.shape[0], -1)
+
+    def _turned(self, numbers: Tensor) -> Tensor:
+        """Return the entries of the table as it begins with each distinct row's first weight."""
+        return (self.first + self.width * (numbers // self.size) + numbers) % self.size
 
     def convolve(self, table: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
         """Return a convolution's output, (..., channels, *size), from that of its distinct kernels."""

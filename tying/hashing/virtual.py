@@ -71,6 +71,7 @@ class VirtualWeight(nn.Module):
         index: keep it (4 bytes a weight), compute it anew each time, or do without by the hash's structure.
         first: identifier of the first weight.
         scale: a constant factor on all weights.
+        zero_row: a row that is zero: an embedding's padding.
 
     Raises:
         ConfigurationError: an argument is out of range, the hash does not fit or leaves the table, or has no
@@ -94,6 +95,7 @@ class VirtualWeight(nn.Module):
         index: Index = "auto",
         first: int = 0,
         scale: float = 1.0,
+        zero_row: int | None = None,
     ) -> None:
         super().__init__()
         if index not in INDEXES:
@@ -101,8 +103,11 @@ class VirtualWeight(nn.Module):
         if not 0 < density <= 1:
             raise ConfigurationError(f"density is in (0, 1], not {density}")
         self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
-        self.sign, self.density, self.first, self.scale = sign, density, first, scale
-        structure = None if sign or density < 1 else hash.structure(self.shape, table_size, first)
+        self.sign, self.density, self.first, self.scale, self.zero_row = sign, density, first, scale, zero_row
+        hash.check_shape(self.shape)
+        structure = (
+            None if sign or density < 1 or zero_row is not None else hash.structure(self.shape, table_size, first)
+        )
         if index == "structured" and structure is None:
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
         self.structure = structure if index in ("auto", "structured") else None
@@ -128,7 +133,14 @@ class VirtualWeight(nn.Module):
         Args:
             table: (n,).
             chosen: integers in [0, rows), of any shape.
+
+        Raises:
+            IndexError: one is not.
         """
+        if chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling():
+            least, largest = map(int, chosen.aminmax())
+            if least < 0 or largest >= self.shape[0]:
+                raise IndexError(f"rows {least} to {largest} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
         ids = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
         slots = Slots(len(ids), lambda numbers: self._entries(ids[numbers] + self.first))
@@ -136,13 +148,19 @@ class VirtualWeight(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the table nearest to a weight: each entry is the mean over its uses; zero where it has none."""
-        if weight.shape != self.shape:
-            raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
-        sums, uses = self.sums(weight)
-        return (sums / uses.clamp(min=1)).to(weight.dtype)
+        return self.joint_inverse([(self, weight)], weight.new_zeros(self.table_size))
+
+    @staticmethod
+    def joint_inverse(parts: Sequence[tuple[VirtualWeight, Tensor]], table: Tensor) -> Tensor:
+        """Return the table nearest to several weights that share it; entries without a use stay as they are."""
+        pairs = [virtual.sums(weight) for virtual, weight in parts]
+        sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
+        return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return for each entry of the table the sum of a weight's entries, signs and scale undone, and its uses."""
+        if weight.shape != self.shape:
+            raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
         sums, uses = (scatter(values, self._computing, self._size) for values in (flat, torch.ones_like(flat)))
         if not self.sign:
@@ -163,7 +181,13 @@ class VirtualWeight(nn.Module):
             return None
         if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
             return None  # the compiler fuses by itself; kernels add up in any order
-        if type(self.hash) is not UniformHash or self.sign or self.density < 1 or find_spec("triton") is None:
+        if (
+            type(self.hash) is not UniformHash
+            or self.sign
+            or self.density < 1
+            or self.zero_row is not None
+            or find_spec("triton") is None
+        ):
             return None
         return self.hash.seed
 
@@ -217,7 +241,8 @@ class VirtualWeight(nn.Module):
     def _described(self) -> str:
         count = self.shape.numel()
         told = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
-        return told + ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
+        told += ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
+        return told + f", row {self.zero_row} zero" * (self.zero_row is not None)
 
     @property
     def _size(self) -> int:
@@ -236,10 +261,12 @@ class VirtualWeight(nn.Module):
         return weight if few else self.scaled(weight)
 
     def _slot(self, ids: Tensor) -> Tensor:
-        slot = self.hash.slot(ids, self.table_size, self.drawn)
+        slot = self.hash.slot(ids, self.table_size, *([] if self.drawn is None else [self.drawn]))
         if self.density < 1:
             kept = mix(ids, getattr(self.hash, "seed", 0) ^ _DENSITY) < int(self.density * 2**32)
             slot = torch.where(kept, slot, -1)
+        if self.zero_row is not None:
+            slot = torch.where((ids - self.first) // self.shape[1:].numel() == self.zero_row, -1, slot)
         return slot
 
     def _entries(self, ids: Tensor) -> Tensor:
