@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import Toy, same, train
 
-from tying.callbacks import BeforeEpoch, WeightClustering
+from tying.callbacks import BeforeEpoch, HardTying, SoftTying, WeightClustering, WeightHashing
 from tying.hard import bake
 from tying.hashing import (
     CodebookHash,
@@ -21,8 +21,9 @@ from tying.hashing import (
     save_packed,
 )
 from tying.hashing.codebook import starting_centroids
-from tying.hashing.packing import clustered_size, packed, unpacked
+from tying.hashing.packing import clustered_size, packed, packed_weights, unpacked
 
+PAIR = ["encoder.0.weight ~ decoder.2.weight | o i -> i o"]
 NAMES = ["encoder.0.weight", "encoder.2.weight", "decoder.0.weight", "decoder.2.weight"]
 
 
@@ -201,8 +202,82 @@ def test_after_pruning():
         (lambda: train(Toy(), [WeightClustering(["**.bias"])]), "match nothing of two dimensions or more"),
         (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=21)]), r"'encoder\.2\.weight': 21 clusters of 20 weights"),
         (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=2), EMAWeightAveraging()]), "does not go with EMAWeightAveraging"),
+        (lambda: train(Toy(), [HardTying(PAIR), WeightClustering(["encoder.0.weight"], clusters=2)]), r"'encoder\.0\.weight' is (tied to|parametrized)"),
+        (lambda: train(Toy(), [SoftTying(PAIR), WeightClustering(["encoder.0.weight"], clusters=2)]), r"'encoder\.0\.weight' is tied by SoftTying"),
+        (lambda: train(Toy(torch.optim.LBFGS), [WeightClustering(["encoder.0.weight"], clusters=2)]), "LBFGS keeps its weights to itself"),
     ],
 )  # fmt: skip
 def test_mistakes(make, told):
     with pytest.raises(ValueError, match=told):
         make()
+
+
+def test_several_clusterings_of_one_model(tmp_path):
+    def callbacks():
+        return [
+            WeightClustering(["encoder.**.weight"], clusters=8),
+            WeightClustering(["decoder.0.weight"], clusters=2, start_epoch=1),
+            WeightHashing(["decoder.2.weight"]),
+        ]
+
+    model = Toy()
+    trainer = train(model, callbacks(), max_epochs=2)
+    assert [len(model.get_submodule(n[:-7]).table) for n in NAMES[:3]] == [8, 8, 2]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    train(model, callbacks(), max_epochs=1)  # equal ones change nothing more
+    resumed = Toy()
+    train(resumed, callbacks(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(
+        resumed.decoder[0].weight,
+        torch.load(tmp_path / "a.ckpt")["state_dict"]["decoder.0.table"][resumed.decoder[0].virtual.entries()],
+    )
+
+
+def test_few_weights_left_are_entries_of_their_own():
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight.zero_()[0, 1] = 2.0
+    cluster_weight(layer, "weight", 5)
+    assert layer.table.tolist() == [2.0]
+    empty = nn.Linear(4, 3)
+    nn.init.zeros_(empty.weight)
+    cluster_weight(empty, "weight", 5)
+    assert not empty.weight.any()
+    with pytest.raises(ValueError, match="'weight': 13 clusters of 12 weights: 1 to 12 are possible"):
+        cluster_weight(nn.Linear(4, 3), "weight", 13)
+
+
+@pytest.mark.filterwarnings("ignore:.*pruning.*")
+def test_zeros_of_pruning_outlive_a_resume(tmp_path):
+    def callbacks():
+        pruning = ModelPruning("l1_unstructured", amount=0.5, apply_pruning=BeforeEpoch(1), parameter_names=["weight"])
+        return [pruning, WeightClustering(["**.weight"], clusters=3, start_epoch=3)]
+
+    whole = Toy()
+    train(whole, callbacks(), max_epochs=5)
+    train(Toy(), callbacks(), max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+    resumed = Toy()
+    train(resumed, callbacks(), max_epochs=5, ckpt_path=tmp_path / "a.ckpt")
+    assert (bake(resumed)["encoder.0.weight"] == 0).any()
+    for name, weight in bake(whole).items():
+        torch.testing.assert_close(bake(resumed)[name], weight)
+
+
+def test_layers_that_configure_model_makes():
+    class Late(Toy):
+        def configure_model(self):
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(6, 6)
+
+    model = Late()
+    train(model, [WeightClustering(["late.weight"], clusters=4)], max_epochs=1)
+    assert len(model.late.weight.unique()) <= 4
+
+
+def test_scaled_codebooks_pack_and_signed_ones_do_not():
+    labels = torch.tensor([0, 1, -1, 1])
+    layer = HashedLinear(2, 2, False, 0.5, CodebookHash(labels))
+    layer.virtual.scale = 3.0
+    assert torch.equal(unpacked(packed_weights(layer)["weight"]), layer.weight)
+    with pytest.raises(ValueError, match="weight: signed, which packed files do not hold"):
+        packed_weights(HashedLinear(2, 2, False, 0.5, CodebookHash(labels), sign=True))

@@ -208,7 +208,7 @@ def test_units_that_repeat_are_told():
         (lambda m: None, {"init": "zero"}, "init is 'fresh' or 'mean', not 'zero'"),
         (lambda m: None, {"index": "structured"}, "has no structure here"),
         (lambda m: None, {"hash": RecurrentHash(layers=7), "table_ratio": None, "scope": "network"}, "are not those of 7 equal layers"),
-        (lambda m: tie(m, ["0.weight ~ 4.weight"]), {}, "'0.weight' is tied to '4.weight': untie them, or hash others"),
+        (lambda m: tie(m, ["0.weight ~ 4.weight"]), {}, "'0.weight' is tied to '4.weight': untie them, or choose others"),
         (lambda m: setattr(m[4], "weight", m[0].weight), {"parameters": ["4.weight"]}, "'4.weight' is tied to '0.weight'"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.weight"]}, "'0.weight' is computed from others: hash or parametrize it, or tie it, but not both"),
         (lambda m: None, {"hash": "uniform"}, "hash must be one of tying.hashing"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 
 import lightning.pytorch as pl
 import torch
@@ -69,6 +70,12 @@ class TyingCallback(pl.Callback):
 
     def check(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback could not tie these groups."""
+
+
+def arguments_of(callback: pl.Callback) -> str:
+    """Return a callback as it was constructed, by which another one of the same arguments is known."""
+    names = [name for name in signature(type(callback).__init__).parameters if name != "self"]
+    return f"{type(callback).__name__}({', '.join(f'{name}={getattr(callback, name)!r}' for name in names)})"
 
 
 def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> str:

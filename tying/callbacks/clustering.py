@@ -10,18 +10,20 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import callbacks_of, refuse_copies
+from tying.callbacks.base import arguments_of, callbacks_of, refuse_copies, tied_groups
 from tying.errors import ConfigurationError
-from tying.hashing.codebook import cluster_weight, put_codebook
-from tying.hashing.packing import clustered_size
+from tying.hard.places import places_of
+from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook
+from tying.hashing.packing import clustered, clustered_size
 from tying.selection import select
-
-CLUSTERED = "_clustered"  # an attribute of models: the names of their clustered weights
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class WeightClustering(pl.Callback):
 
     Raises:
         ConfigurationError: an argument is out of range, there are several processes, a callback averages weights, or a
-            weight has fewer entries than clusters.
+            weight is tied or computed, or has fewer entries than clusters.
 
     Example:
         >>> WeightClustering(["network.*.weight"], clusters=32, start_epoch=10).clusters
@@ -88,6 +90,7 @@ class WeightClustering(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         refuse_copies(trainer, "WeightClustering", "the dense weights")
+        _call_configure_model(trainer)  # layers that it makes must be there; Lightning calls it again
         for callback in callbacks_of(trainer):
             if isinstance(callback, ModelPruning):
                 prunes = callback._apply_pruning
@@ -96,24 +99,39 @@ class WeightClustering(pl.Callback):
                         f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
                         f"apply_pruning=BeforeEpoch({self.start_epoch})"
                     )
-        self.names, self._compression = pl_module.__dict__.get(CLUSTERED, []), None
-        if self.names:
-            return
-        found = select(pl_module, self.parameters)
-        self.names = [name for name, weight in found.items() if weight.ndim >= 2]
-        if not self.names:
-            raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
-        for name in self.names:
-            if found[name].numel() < self.clusters:
-                raise ConfigurationError(f"{name!r}: {self.clusters} clusters of {found[name].numel()} weights")
+        self.names, self._compression = self._find(pl_module), None
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_take_codebooks, self.names)
         )
 
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         """Give a model the codebooks that a state dict has, before it is loaded."""
-        found = select(model, self.parameters)
-        _take_codebooks([name for name, weight in found.items() if weight.ndim >= 2], model, state_dict, "")
+        _take_codebooks(self._find(model), model, state_dict, "")
+
+    def _find(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights to cluster; once they are, the patterns would not match them."""
+        record: dict[str, list[str]] = model.__dict__.setdefault("_clustered_by", {})
+        if arguments_of(self) not in record:
+            found = select(model, self.parameters)
+            names = [name for name, weight in found.items() if weight.ndim >= 2]
+            if not names:
+                raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
+            places = places_of(model)
+            for name in names:
+                check_clusterable(name, places, self.clusters)
+            record[arguments_of(self)] = names
+        return record[arguments_of(self)]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if searching := [type(optimizer).__name__ for optimizer in trainer.optimizers if isinstance(optimizer, LBFGS)]:
+            raise ConfigurationError(f"{searching[0]} keeps its weights to itself: it cannot take codebooks instead")
+        for kind, group in tied_groups(trainer):
+            if held := [name for name in group.names if name in self.names]:
+                raise ConfigurationError(f"{held[0]!r} is tied by {kind}: it cannot be clustered too")
+        if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
+            for name in self.names:
+                _prune_again(pl_module, name)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -122,7 +140,7 @@ class WeightClustering(pl.Callback):
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if CLUSTERED in pl_module.__dict__ or trainer.current_epoch < self.start_epoch:
+        if self._is_done(pl_module) or trainer.current_epoch < self.start_epoch:
             return
         for name in self.names:
             module, _, attribute = name.rpartition(".")
@@ -134,14 +152,17 @@ class WeightClustering(pl.Callback):
                     optimizer.state.pop(weight, None)
                 for group in optimizer.param_groups:
                     group["params"] = [table if one is weight else one for one in group["params"]]
-        pl_module.__dict__[CLUSTERED] = self.names
-        rate = self._rate(pl_module)
-        rank_zero_info(f"WeightClustering: {len(self.names)} weights clustered, {rate:.1f} times smaller")
+        rank_zero_info(
+            f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
+        )
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if CLUSTERED in pl_module.__dict__:
+        if self._is_done(pl_module):
             pl_module.log("tying/compression", self._rate(pl_module))
+
+    def _is_done(self, model: nn.Module) -> bool:
+        return clustered(model).keys() >= {*self.names}
 
     def _rate(self, model: nn.Module) -> float:
         if self._compression is None:  # it stays: assignments are frozen
@@ -154,13 +175,20 @@ def _take_codebooks(
     names: Sequence[str], model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
 ) -> None:
     """Give a model the codebooks that a state dict has, before their values are loaded."""
-    if CLUSTERED in model.__dict__:
-        return
+    done = clustered(model)
     for name in names:
         path, _dot, attribute = name.rpartition(".")
         owner, begins = model.get_submodule(path), f"{prefix}{path}.".lstrip(".")
         keys = [begins + end for end in ("table", f"{attribute}_table")]
         table = next((state_dict[key] for key in keys if key in state_dict), None)
-        if table is not None:
+        if table is not None and name not in done:
             put_codebook(owner, attribute, torch.zeros(owner.get_parameter(attribute).numel()).long(), table)
-            model.__dict__[CLUSTERED] = list(names)
+
+
+def _prune_again(model: nn.Module, name: str) -> None:
+    """Hold a weight's zeros again: Lightning's checkpoints keep them, but not the mask that holds them at zero."""
+    path, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(path)
+    weight = owner._parameters.get(attribute)
+    if weight is not None and bool((weight == 0).any()):
+        prune.custom_from_mask(owner, attribute, (weight != 0).to(weight.dtype))  # type: ignore[no-untyped-call]  # torch's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel, refuse_older
+from tying.callbacks.base import ChangesModel, arguments_of, refuse_older
 from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.applying import are_computed
@@ -37,14 +36,9 @@ class Parametrizing(ChangesModel):
         """Tell whether these weights, at least one, are changed already."""
         return are_computed(model, names)
 
-    @property
-    def _asked(self) -> str:
-        arguments = {name: getattr(self, name) for name in signature(type(self).__init__).parameters if name != "self"}
-        return f"{type(self).__name__}({arguments})"
-
     @override
     def is_applied(self, model: nn.Module) -> bool:
-        return self.is_in_place(model, model.__dict__.get("_computed_by", {}).get(self._asked, []))
+        return self.is_in_place(model, model.__dict__.get("_computed_by", {}).get(arguments_of(self), []))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,8 +50,8 @@ class Parametrizing(ChangesModel):
     def apply(self, model: nn.Module) -> list[str]:
         record: dict[str, list[str]] = model.__dict__.setdefault("_computed_by", {})
         if not self.is_applied(model):
-            record[self._asked] = self.change(model)
-        return record[self._asked]
+            record[arguments_of(self)] = self.change(model)
+        return record[arguments_of(self)]
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tying.errors import ConfigurationError
-from tying.hard.places import places_of
-from tying.hashing.layers import hash_attribute
+from tying.hard.places import Place, places_of
+from tying.hashing.layers import check_free, hash_attribute
 from tying.hashing.layouts import CodebookHash
 from tying.hashing.virtual import VirtualWeight
 
@@ -97,7 +98,8 @@ def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
 def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "linear") -> nn.Parameter:
     """Let a weight of a model be entries of a codebook; return the codebook.
 
-    Zeros stay zeros, and are no cluster: those of pruning, which becomes permanent.
+    Zeros stay zeros, and are no cluster: those of pruning, which becomes permanent. Where fewer weights are left than
+    clusters were asked for, each is an entry of its own.
 
     Args:
         model: changed in place.
@@ -106,7 +108,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         init: see :func:`starting_centroids`.
 
     Raises:
-        ConfigurationError: more clusters than weights other than zero, or the weight is computed.
+        ConfigurationError: more clusters than weights, or the weight is tied, computed, or an embedding's with an
+            option that a hashed one lacks.
 
     Example:
         >>> layer = nn.Linear(100, 10)
@@ -117,18 +120,31 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     module = model.get_submodule(path)
     if prune.is_pruned(module) and f"{attribute}_orig" in module._parameters:
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
-    place = places_of(model).get(name)
-    if place is None or place.holder is not place.owner:
-        raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
-    weight = place.parameter
-    flat = weight.detach().flatten()
-    try:
-        centroids, labels = cluster(flat[flat != 0], clusters, init)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{name!r}: {error}") from None
+    check_clusterable(name, places_of(model), clusters)
+    flat = module.get_parameter(attribute).detach().flatten()
+    left = flat[flat != 0]
+    centroids, labels = flat.new_zeros(1), left.long()
+    if len(left):
+        centroids, labels = cluster(left, min(clusters, len(left)), init)
     assignments = torch.full((len(flat),), -1, dtype=torch.int64, device=flat.device)
     assignments[flat != 0] = labels
     return put_codebook(module, attribute, assignments.cpu(), centroids)
+
+
+def check_clusterable(name: str, places: Mapping[str, Place], clusters: int) -> None:
+    """Raise where a weight cannot be clustered, as :func:`cluster_weight` says.
+
+    Args:
+        name: of the weight.
+        places: of the whole model's weights.
+        clusters: k.
+    """
+    if name not in places:
+        raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
+    check_free(name, places)
+    count = places[name].parameter.numel()
+    if not 1 <= clusters <= count:
+        raise ConfigurationError(f"{name!r}: {clusters} clusters of {count} weights: 1 to {count} are possible")
 
 
 def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroids: Tensor) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.errors import ConfigurationError
+from tying.hard.places import Place
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.structure import RepeatedRows, Size
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
@@ -264,6 +267,28 @@ class HashedEmbedding(Hashed, nn.Embedding):
     @override
     def forward(self, input: Tensor) -> Tensor:
         return self.virtual.rows(self.table, input)
+
+
+def check_free(name: str, places: Mapping[str, Place]) -> None:
+    """Raise where a weight cannot be replaced by a table.
+
+    Args:
+        name: of the weight.
+        places: of the whole model's weights.
+
+    Raises:
+        ConfigurationError: it is parametrized, or tied, or its embedding has an option that a hashed one lacks.
+    """
+    place = places[name]
+    if place.holder is not place.owner:
+        raise ConfigurationError(f"{name!r} is parametrized already")
+    weight = place.parameter
+    if aliases := [other for other, one in places.items() if one.parameter is weight and other != name]:
+        raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}: untie them, or choose others")
+    if type(place.owner) is nn.Embedding:
+        odd = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(place.owner, option)]
+        if odd:
+            raise ConfigurationError(f"{name!r} belongs to an embedding with {odd[0]}, which a hashed one lacks")
 
 
 def of_rows(embedding: nn.Embedding, index: Index) -> dict[str, Any]:

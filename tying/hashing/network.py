@@ -13,7 +13,7 @@ from tying.errors import ConfigurationError
 from tying.hard import tie
 from tying.hard.places import Place, places_of
 from tying.hashing.hashes import Hash, UniformHash
-from tying.hashing.layers import hash_attribute, of_rows
+from tying.hashing.layers import check_free, hash_attribute, of_rows
 from tying.hashing.report import HashReport, Scope, report_on
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 from tying.names import clean_name, computed_in
@@ -77,7 +77,10 @@ def hash_weights(
     for name in found:
         if any(places[name].attribute in one.prefixes for one in computed_in(places[name].owner)):
             raise ConfigurationError(f"{name!r} is the table of a hashed layer already")
-    _check_free(chosen, places, parameters)
+    if not chosen:
+        raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
+    for name in chosen:
+        check_free(name, places)
     hash.check_layers([weight.shape for weight in chosen.values()], scope)
 
     def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> VirtualWeight:
@@ -133,21 +136,6 @@ class _Plan(NamedTuple):
     name: str
     weight: nn.Parameter
     virtual: VirtualWeight
-
-
-def _check_free(chosen: dict[str, nn.Parameter], places: dict[str, Place], patterns: Sequence[str]) -> None:
-    if not chosen:
-        raise ConfigurationError(f"parameters {list(patterns)} match nothing of two dimensions or more")
-    for name, weight in chosen.items():
-        place = places[name]
-        if place.holder is not place.owner:
-            raise ConfigurationError(f"{name!r} is parametrized already")
-        if aliases := [other for other, place in places.items() if place.parameter is weight and other != name]:
-            raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}: untie them, or hash others")
-        if type(place.owner) is nn.Embedding:
-            odd = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(place.owner, option)]
-            if odd:
-                raise ConfigurationError(f"{name!r} belongs to an embedding with {odd[0]}, which a hashed one lacks")
 
 
 def _check_alike(chosen: dict[str, nn.Parameter]) -> None:

@@ -89,18 +89,27 @@ def unpacked(one: Packed) -> Tensor:
     return weight.view(one.shape)
 
 
-def packed_weights(model: nn.Module) -> dict[str, Packed]:
-    """Return all clustered weights of a model, packed, by name."""
+def clustered(model: nn.Module) -> dict[str, tuple[VirtualWeight, Tensor]]:
+    """Return the clustered weights of a model, by name: the map from the codebook to the weight, and the codebook."""
     found = {}
     for path, module in model.named_modules():
         for one in computed_in(module):
             [*_, last] = one.steps
             if isinstance(last, VirtualWeight) and isinstance(last.hash, CodebookHash):
-                if last.sign:
-                    raise ConfigurationError(f"{path}.{one.name} is signed, which packed files do not hold")
-                table = last.scaled(getattr(module, one.prefixes[0]))
-                found[f"{path}.{one.name}".lstrip(".")] = packed(last.entries(), table)
+                found[f"{path}.{one.name}".lstrip(".")] = last, getattr(module, one.prefixes[0])
     return found
+
+
+def packed_weights(model: nn.Module) -> dict[str, Packed]:
+    """Return all clustered weights of a model, packed, by name.
+
+    Raises:
+        ConfigurationError: one of them is signed.
+    """
+    weights = clustered(model)
+    if signed := [name for name, (virtual, _) in weights.items() if virtual.sign]:
+        raise ConfigurationError(f"{listed(signed)}: signed, which packed files do not hold")
+    return {name: packed(virtual.entries(), virtual.scaled(table)) for name, (virtual, table) in weights.items()}
 
 
 def save_packed(model: nn.Module, path: Path | str) -> int:
