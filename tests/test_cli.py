@@ -230,10 +230,33 @@ def test_inspect(capsys):
 def test_inspect_tells_what_a_hash_does(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
     told = capsys.readouterr().out
-    assert "WeightHashing: 198,800 weights of 3 tensors in 19,880 entries" in told
+    assert told.count("198,800 weights of 3 tensors in 19,880 entries") == 1
     assert "one table of 19,880, entropy 9.8975 of 9.8975 nats" in told
     assert "network.1.weight (200, 784): in it, structured" in told
     assert "network.7.weight (10, 200): " in told
+
+
+HASHED = """
+seed_everything: 0
+trainer: {logger: false}
+model:
+  class_path: tying.models.Classifier
+  init_args:
+    network:
+      class_path: tying.hashing.HashedLinear
+      init_args: {in_features: 8, out_features: 10, table_ratio: 0.25, hash: tying.hashing.ModulusHash}
+data: {class_path: tying.data.MNIST, init_args: {root: data/mnist}}
+"""
+
+
+def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
+    Path("hashed.yaml").write_text(HASHED)
+    main(["inspect", "--config=hashed.yaml", "--plot=loads.png"])
+    told = capsys.readouterr().out
+    assert "Hashed: 80 weights of 1 tensors in 20 entries" in told
+    assert "network.weight (10, 8): table of 20, entropy 2.9957 of 2.9957 nats, structured; only 5 of 10 units" in told
+    assert Path("loads.png").read_bytes().startswith(b"\x89PNG")
+    assert "plot: no weight of the model is hashed" in errors(capsys, "inspect", BASE, "--plot=loads.png")
 
 
 def test_inspect_tells_every_tie_that_does_not_fit(capsys):

@@ -27,6 +27,7 @@ from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before, 
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
 from tying.hard import audit
+from tying.hashing import plot_loads, report
 from tying.names import clean_name
 from tying.selection import resolve, resolve_each
 from tying.ties import TiedGroup
@@ -44,6 +45,7 @@ class Trainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = True,
+        plot: str | None = None,
     ) -> None:
         """Print, without training, which weights each tie matches, and which weights no tie matches.
 
@@ -52,6 +54,7 @@ class Trainer(pl.Trainer):
             datamodule: not used; what the configuration of a training run holds.
             ckpt_path: take the weights of this checkpoint.
             weights_only: unpickle nothing but tensors and plain types from it.
+            plot: write how hashes use their tables to this PNG: heat maps and histograms.
 
         Raises:
             ConfigurationError: ties do not fit the model; those that do are printed first.
@@ -102,12 +105,16 @@ class Trainer(pl.Trainer):
         wrong = [averaging_before(callback, callbacks) for callback in changing]
         for change in changing:
             change.apply(model)
-            if told := change.told():
-                print(f"{type(change).__name__}: {told}")
-        report = audit(model)
+        audited, hashed = audit(model), report(model)
+        if hashed.weights:
+            print(f"Hashed: {hashed}")
+            if plot is not None:
+                plot_loads(model, Path(plot))
+        elif plot is not None:
+            raise ConfigurationError("plot: no weight of the model is hashed")
         if changing:
-            print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {report.counts()}")
-        for line in [*(f"Problem: {problem}." for problem in wrong if problem), *report.remarks()]:
+            print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {audited.counts()}")
+        for line in [*(f"Problem: {problem}." for problem in wrong if problem), *audited.remarks()]:
             print(line)
 
 

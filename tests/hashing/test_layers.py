@@ -480,3 +480,17 @@ def test_padding_is_zero_in_the_weight_too():
     assert torch.equal(dense(ids), layer(ids))
     layer(torch.tensor([2])).sum().backward()
     assert not layer.table.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(600, 1000), (601, 999)], ids=["aligned", "not aligned"])
+def test_blocks_need_no_index(shape):
+    out, into = shape
+    layers = [HashedLinear(into, out, table_ratio=0.01, hash=BlockHash(32, 5), index=i) for i in ("auto", "stored")]
+    assert [layer.virtual.index for layer in layers] == ["structured", "stored"]
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    x, up = torch.randn(3, into), torch.randn(3, out)
+    for layer in layers:
+        layer(x).backward(up)
+    torch.testing.assert_close(layers[0].table.grad, layers[1].table.grad)
+    assert pickle.loads(pickle.dumps(layers[0])).virtual.index == "structured"

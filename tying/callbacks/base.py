@@ -47,10 +47,6 @@ class ChangesModel(pl.Callback):
         """Change the model, unless it is changed already."""
         raise NotImplementedError
 
-    def told(self) -> str:
-        """Return what there is to say of the change, beside counts."""
-        return ""
-
 
 class TyingCallback(pl.Callback):
     """A callback that holds ties, and their groups once it has met the model.

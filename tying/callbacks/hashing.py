@@ -54,11 +54,7 @@ class WeightHashing(Parametrizing):
         check_choices(table_ratio, hash, scope, init)
         self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
-        self._entropy, self._report = 0.0, ""
-
-    @override
-    def told(self) -> str:
-        return self._report
+        self._entropy = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,6 +83,5 @@ class WeightHashing(Parametrizing):
             index=self.index,
             scaled=self.scaled,
         )
-        self._report = str(report)
         rank_zero_info(f"WeightHashing: {report}")
         return [one.name for one in report.weights]

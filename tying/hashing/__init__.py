@@ -17,7 +17,7 @@ from tying.hashing.loads import entropy, loads
 from tying.hashing.network import hash_weights
 from tying.hashing.packing import load_packed, save_packed
 from tying.hashing.plots import plot_loads, table_loads
-from tying.hashing.report import HashedWeight, HashReport
+from tying.hashing.report import HashedWeight, HashReport, report
 from tying.hashing.virtual import VirtualWeight
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "load_packed",
     "loads",
     "plot_loads",
+    "report",
     "save_packed",
     "table_loads",
 ]

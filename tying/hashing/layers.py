@@ -100,8 +100,8 @@ class HashedLinear(Hashed, nn.Linear):
         hash: h.
         sign: multiply by ξ = ±1, as HashedNets do.
         density: fraction of connections that are kept; the table has the same size.
-        index: ``"stored"`` (4 bytes a weight), ``"computed"`` anew each time, ``"structured"`` (neither index nor
-            weight: modulus, Toeplitz), or the best of them.
+        index: ``"stored"`` (4 bytes a weight), ``"computed"`` anew each time, ``"structured"`` (no index:
+            modulus, Toeplitz, blocks), or the best of them.
         device: of table and bias.
         dtype: of table and bias.
 

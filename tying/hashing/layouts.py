@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError, listed
 from tying.hashing.hashes import Hash, ModulusHash, SeededHash
 from tying.hashing.mixing import below, mix
-from tying.hashing.structure import Convolution, Size, Structure, both
+from tying.hashing.structure import Blocks, Convolution, Size, Structure, both
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,14 @@ class BlockHash(SeededHash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        return below(mix(ids // self.block, self.seed), table_size - self.block + 1) + ids % self.block
+        return self._starts(table_size, ids // self.block) + ids % self.block
+
+    def _starts(self, table_size: int, blocks: Tensor) -> Tensor:
+        return below(mix(blocks, self.seed), table_size - self.block + 1)
+
+    @override
+    def structure(self, shape: Sequence[int], table_size: int, first: int) -> Structure | None:
+        return Blocks(tuple(shape), self.block, first, partial(self._starts, table_size))
 
     @override
     def check(self, count: int, table_size: int) -> None:

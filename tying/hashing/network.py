@@ -14,7 +14,7 @@ from tying.hard import tie
 from tying.hard.places import Place, places_of
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import check_free, hash_attribute, of_rows
-from tying.hashing.report import HashReport, Scope, report_on
+from tying.hashing.report import HashReport, report
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 from tying.names import clean_name, computed_in
 from tying.selection import select
@@ -29,7 +29,7 @@ def hash_weights(
     parameters: Sequence[str],
     table_ratio: float | None = None,
     hash: Hash = UniformHash(),  # noqa: B008  # frozen
-    scope: Scope = "layer",
+    scope: Literal["layer", "network"] = "layer",
     init: Init = "fresh",
     sign: bool = False,
     density: float = 1.0,
@@ -104,17 +104,12 @@ def hash_weights(
     hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
     groups = [hashed] if scope == "network" else [[one] for one in hashed]
     tables = [_table(group, init) for group in groups]
-    report = report_on(
-        [{one.name: one.virtual for one in group} for group in groups],
-        scope,
-        tuple(name for name in found if name not in chosen),
-    )
     names = []
     for group, table in zip(groups, tables, strict=True):
         names += [_hash_one(places[one.name], one, table) for one in group]
     if scope == "network" and len(names) > 1:
         tie(model, [Tie(names[0], other) for other in names[1:]])
-    return report
+    return report(model, chosen, tuple(name for name in found if name not in chosen))
 
 
 def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:

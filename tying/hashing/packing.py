@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tying.atomic import atomically
 from tying.errors import ConfigurationError, listed
 from tying.hashing.layouts import CodebookHash
+from tying.hashing.report import hashed_in
 from tying.hashing.virtual import VirtualWeight
-from tying.names import computed_in
 
 VERSION = 1  # of packed files
 GAP_BITS = 5
@@ -91,13 +91,9 @@ def unpacked(one: Packed) -> Tensor:
 
 def clustered(model: nn.Module) -> dict[str, tuple[VirtualWeight, Tensor]]:
     """Return the clustered weights of a model, by name: the map from the codebook to the weight, and the codebook."""
-    found = {}
-    for path, module in model.named_modules():
-        for one in computed_in(module):
-            [*_, last] = one.steps
-            if isinstance(last, VirtualWeight) and isinstance(last.hash, CodebookHash):
-                found[f"{path}.{one.name}".lstrip(".")] = last, getattr(module, one.prefixes[0])
-    return found
+    return {
+        name: (virtual, table) for name, virtual, table in hashed_in(model) if isinstance(virtual.hash, CodebookHash)
+    }
 
 
 def packed_weights(model: nn.Module) -> dict[str, Packed]:

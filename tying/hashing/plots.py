@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from tying.atomic import atomically
 from tying.errors import ConfigurationError
 from tying.hashing.loads import entropy, loads
-from tying.hashing.virtual import VirtualWeight
-from tying.names import computed_in
+from tying.hashing.report import hashed_in
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
@@ -24,15 +23,12 @@ def table_loads(model: nn.Module) -> dict[str, Tensor]:
         >>> table_loads(nn.Sequential(HashedLinear(5, 2, table_ratio=0.3, hash=ModulusHash())))
         {'0.weight': tensor([4, 3, 3])}
     """
-    names: dict[int, str] = {}
+    holders: dict[int, str] = {}  # by identity of the table
     counts: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        for one in computed_in(module):
-            [*_, virtual] = one.steps
-            if isinstance(virtual, VirtualWeight):
-                own = loads(virtual.entries(), virtual.table_size)
-                name = names.setdefault(id(getattr(module, one.prefixes[0])), f"{path}.{one.name}".lstrip("."))
-                counts[name] = counts[name] + own if name in counts else own
+    for name, virtual, table in hashed_in(model):
+        own = loads(virtual.entries(), virtual.table_size)
+        holder = holders.setdefault(id(table), name)
+        counts[holder] = counts[holder] + own if holder in counts else own
     return counts
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
+from torch import nn
 
 from tying.hashing.loads import entropy, loads
 from tying.hashing.mixing import mix
 from tying.hashing.virtual import VirtualWeight
-
-Scope = Literal["layer", "network"]
+from tying.names import clean_name, computed_in
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class HashedWeight:
         name: of the weight.
         shape: of the weight.
         table_size: entries of its table, which may be the network's.
+        holder: the first weight of its table: another name where they share it.
         index: how the hash is evaluated.
         units: distinct rows of the weight: a hash that repeats them leaves fewer units than there seem to be.
         realised: entropy of the loads of the table's entries, in nats.
@@ -33,6 +34,7 @@ class HashedWeight:
     name: str
     shape: tuple[int, ...]
     table_size: int
+    holder: str
     index: str
     units: int
     realised: float
@@ -44,26 +46,25 @@ class HashReport:
     """What :func:`hash_weights` has done.
 
     Attributes:
-        weights: what has been hashed.
-        scope: ``"layer"`` or ``"network"``.
+        weights: what has been hashed, those of one table next to each other.
         stored: entries of all tables.
         virtual: number of hashed weights.
         skipped: names of parameters of fewer than two dimensions, which are left as they were.
     """
 
     weights: tuple[HashedWeight, ...]
-    scope: Scope
     stored: int
     virtual: int
     skipped: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"{self.virtual:,} weights of {len(self.weights)} tensors in {self.stored:,} entries"]
-        for number, one in enumerate(self.weights):
+        sharing = Counter(one.holder for one in self.weights)
+        for one in self.weights:
             generating = "" if one.generating is None else f" of {one.generating:.4f}"
             table = f"table of {one.table_size:,}, entropy {one.realised:.4f}{generating} nats"
-            if self.scope == "network":
-                if number == 0:
+            if sharing[one.holder] > 1:
+                if one.name == one.holder:
                     lines.append(f"one {table}")
                 table = "in it"
             line = f"{one.name} {one.shape}: {table}, {one.index}"
@@ -75,20 +76,45 @@ class HashReport:
         return "\n".join(lines)
 
 
-def report_on(groups: Sequence[Mapping[str, VirtualWeight]], scope: Scope, skipped: tuple[str, ...]) -> HashReport:
-    """Return the report on weights, by name, of which those of a group share a table."""
+def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Parameter]]:
+    """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
+    for path, module in model.named_modules():
+        for one in computed_in(module):
+            [*_, last] = one.steps
+            if isinstance(last, VirtualWeight):
+                yield clean_name(f"{path}.{one.name}".lstrip(".")), last, getattr(module, one.prefixes[0])
+
+
+def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
+    """Return what hashing has made of a model's weights.
+
+    Args:
+        model: whose weights.
+        names: which of them; all by default.
+        skipped: names of parameters that were to be hashed, and were not.
+
+    Example:
+        >>> from tying.hashing import HashedLinear, ModulusHash
+        >>> print(report(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash()))))
+        16 weights of 1 tensors in 4 entries
+        0.weight (4, 4): table of 4, entropy 1.3863 of 1.3863 nats, structured; only 1 of 4 units are distinct
+    """
+    tables: dict[int, dict[str, VirtualWeight]] = {}
+    for name, virtual, table in hashed_in(model):
+        if names is None or name in names:
+            tables.setdefault(id(table), {})[name] = virtual
     weights = []
-    for group in groups:
-        first, *_ = virtuals = [*group.values()]
-        count, size = sum(virtual.shape.numel() for virtual in virtuals), first.table_size
-        realised = entropy(torch.stack([loads(virtual.entries(), size) for virtual in virtuals]).sum(dim=0))
+    for group in tables.values():
+        holder, first = next(iter(group.items()))
+        count, size = sum(virtual.shape.numel() for virtual in group.values()), first.table_size
+        realised = entropy(torch.stack([loads(virtual.entries(), size) for virtual in group.values()]).sum(dim=0))
         shares = first.hash.probabilities(count, size)
         generating = None if shares is None else entropy(shares)
         for name, virtual in group.items():
             shape, units = tuple(virtual.shape), distinct_rows(virtual)
-            weights.append(HashedWeight(name, shape, size, virtual.index, units, realised, generating))
-    stored = sum(next(iter(group.values())).table_size for group in groups)
-    return HashReport(tuple(weights), scope, stored, sum(math.prod(one.shape) for one in weights), skipped)
+            weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, realised, generating))
+    stored = sum(next(iter(group.values())).table_size for group in tables.values())
+    return HashReport(tuple(weights), stored, sum(math.prod(one.shape) for one in weights), skipped)
 
 
 def distinct_rows(virtual: VirtualWeight) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tying.hashing.lookup import Slots, lookup
+from tying.hashing.lookup import CHUNK, Slots, lookup
 
 Size = int | Sequence[int]
 
@@ -89,6 +89,44 @@ class RepeatedRows:
         turns = -(-(self.first + count) // self.size)
         whole = table if turns == 1 else table.repeat(turns)
         return whole[self.first : self.first + count].view(self.distinct, self.width)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight that is read in contiguous blocks: where each begins is computed, not where each weight is.
+
+    Attributes:
+        shape: of the weight.
+        block: number of weights that are read together.
+        first: identifier of the first weight.
+        starts: returns where blocks of given numbers begin in the table.
+    """
+
+    zeros: ClassVar[bool] = False
+    shape: tuple[int, ...]
+    block: int
+    first: int
+    starts: Callable[[Tensor], Tensor]
+
+    def weight(self, table: Tensor) -> Tensor:
+        """Return the weight, of ``shape``."""
+        count = math.prod(self.shape)
+        aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
+        slots = Slots(count, self._entries, quickly=self._runs if aligned else None)
+        return lookup(table, slots).view(self.shape)
+
+    def linear(self, x: Tensor, table: Tensor) -> Tensor:
+        """Return ``x Wᵀ``, for x (..., width)."""
+        return F.linear(x, self.weight(table))
+
+    def _entries(self, numbers: Tensor) -> Tensor:
+        ids = numbers + self.first
+        return self.starts(ids // self.block) + ids % self.block
+
+    def _runs(self, begin: Tensor) -> Tensor:
+        """Return the entries of runs of ``CHUNK`` weights, each a whole number of blocks."""
+        blocks = (begin + self.first) // self.block + torch.arange(CHUNK // self.block)
+        return (self.starts(blocks)[..., None] + torch.arange(self.block)).flatten(1)
 
 
 @dataclass(frozen=True)
