@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks import HardTying, SoftTying, WeightHashing
+from tying.callbacks import Coupling, HardTying, SoftTying, WeightHashing
 from tying.errors import ConfigurationError
 
 Brought = TypeVar("Brought", bound=pl.Callback)
@@ -34,6 +34,26 @@ class SoftTyingMixin(pl.LightningModule):
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         return [*_inherited(super().configure_callbacks()), _brought(self, SoftTying, "soft_tying")]
+
+
+class CouplingMixin(pl.LightningModule):
+    """Brings :class:`tying.callbacks.Coupling` along; ``coupling`` holds its keyword arguments.
+
+    Raises:
+        ConfigurationError: ``coupling`` is not set, or is not a dictionary of Coupling's arguments.
+
+    Example:
+        >>> class Model(CouplingMixin):
+        ...     coupling = {"first": "classifier.encoder", "second": "autoencoder.encoder", "alpha": 0.4}
+        >>> Model().configure_callbacks()[0].alpha
+        0.4
+    """
+
+    coupling: ClassVar[Mapping[str, Any]]
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [*_inherited(super().configure_callbacks()), _brought(self, Coupling, "coupling")]
 
 
 class HardTyingMixin(pl.LightningModule):

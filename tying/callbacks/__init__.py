@@ -1,7 +1,9 @@
 """Lightning callbacks: the families, attached to a training run."""
 
+from tying.callbacks.anchor import AnchorTying
 from tying.callbacks.base import TyingCallback
 from tying.callbacks.clustering import BeforeEpoch, WeightClustering
+from tying.callbacks.coupling import Coupling
 from tying.callbacks.hard import HardTying
 from tying.callbacks.hashing import WeightHashing
 from tying.callbacks.monitor import TyingMonitor
@@ -11,7 +13,9 @@ from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
 
 __all__ = [
+    "AnchorTying",
     "BeforeEpoch",
+    "Coupling",
     "GeneratedWeights",
     "HardTying",
     "LowRankWeights",

@@ -134,6 +134,11 @@ class BatchLoader:
         self._resumed = False
 
     @property
+    def dataset(self) -> Tensor:
+        """What has the length of the data."""
+        return self.labels
+
+    @property
     def sampler(self) -> BatchLoader:
         """Where Lightning looks for ``set_epoch``."""
         return self

@@ -19,11 +19,10 @@ from typing_extensions import override
 from tying.errors import ConfigurationError
 
 
-class Classifier(pl.LightningModule):
-    """Train ``network`` on the cross entropy, and log loss and accuracy.
+class Classification(pl.LightningModule):
+    """Trains on the cross entropy of :meth:`logits`, which a subclass gives, and logs loss and accuracy.
 
     Args:
-        network: maps a batch of inputs to logits.
         num_classes: number of classes.
         optimizer: SGD with Nesterov momentum, or AdamW.
         lr: peak learning rate.
@@ -41,16 +40,10 @@ class Classifier(pl.LightningModule):
 
     Raises:
         ConfigurationError: an unknown optimizer or schedule, or a number out of range.
-
-    Example:
-        >>> from tying.models import MLP
-        >>> Classifier(MLP([4, 3]), num_classes=3)(torch.zeros(2, 4)).shape
-        torch.Size([2, 3])
     """
 
     def __init__(
         self,
-        network: nn.Module,
         num_classes: int = 10,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.1,
@@ -74,18 +67,22 @@ class Classifier(pl.LightningModule):
                 f"not {lr}, {weight_decay}, {momentum} and {warmup}"
             )
         drops = list(drops)
-        self.save_hyperparameters(ignore=["network"])
-        self.network = network.to(memory_format=torch.channels_last) if channels_last else network
+        self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder"])
         self.accuracy = nn.ModuleDict(
             {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("fit", "val", "test")}
         )
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch of inputs."""
+        raise NotImplementedError
+
+    def laid_out(self, module: nn.Module) -> nn.Module:
+        """Return a module in the memory format that was asked for."""
+        return module.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else module
+
     @override
     def forward(self, x: Tensor) -> Tensor:
-        if self.hparams["channels_last"]:
-            x = x.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.network(x)
-        return logits
+        return self.logits(x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] else x)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -148,6 +145,29 @@ class Classifier(pl.LightningModule):
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Classifier(Classification):
+    """Train ``network`` on the cross entropy, and log loss and accuracy.
+
+    Args:
+        network: maps a batch of inputs to logits.
+        options: of :class:`Classification`.
+
+    Example:
+        >>> from tying.models import MLP
+        >>> Classifier(MLP([4, 3]), num_classes=3)(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        super().__init__(**options)
+        self.network = self.laid_out(network)
+
+    @override
+    def logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
 
 
 def learning_rate_factor(step: int, total: int, warmup: float, schedule: str, drops: Sequence[float] = ()) -> float:

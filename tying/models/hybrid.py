@@ -1,0 +1,78 @@
+"""Two models on the same images: one of their labels, one of the images themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from tying.errors import ConfigurationError
+from tying.models.classifier import Classification
+
+
+class HybridClassifier(Classification):
+    """Train a classifier on labelled images, and an autoencoder on all, from encoders of one kind that begin alike.
+
+    The loss is the mean cross entropy of the labelled images, plus ``reconstruction`` times the mean squared error of
+    all. The encoders, ``classifier.encoder`` and ``autoencoder.encoder``, know nothing of each other, unless
+    :class:`tying.callbacks.Coupling` or another tie pulls them together. Predictions are the classifier's.
+
+    Args:
+        encoder: maps images to a code.
+        head: maps the code to logits.
+        decoder: maps the code to images.
+        reconstruction: weight of the autoencoder's loss, ≥ 0.
+        options: of :class:`tying.models.classifier.Classification`.
+
+    Shape: training batches are dictionaries with ``labelled`` and ``unlabelled``, each (images, labels); others are
+    (images, labels).
+
+    Raises:
+        ConfigurationError: ``reconstruction`` is negative, or the training data has no unlabelled part.
+
+    Example:
+        >>> from tying.models import MLP
+        >>> model = HybridClassifier(MLP([4, 3]), MLP([3, 2]), MLP([3, 4]), num_classes=2)
+        >>> [name for name, _ in model.named_parameters() if name.endswith("weight")]  # doctest: +NORMALIZE_WHITESPACE
+        ['classifier.encoder.1.weight', 'classifier.head.1.weight', 'autoencoder.encoder.1.weight',
+         'autoencoder.decoder.1.weight']
+    """
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Module, decoder: nn.Module, reconstruction: float = 1.0, **options: Any
+    ) -> None:
+        if not 0 <= reconstruction < float("inf"):
+            raise ConfigurationError(f"reconstruction must be 0 or more, not {reconstruction}")
+        super().__init__(**options)
+        twin = copy.deepcopy(encoder)
+        self.classifier = self.laid_out(nn.Sequential(OrderedDict(encoder=encoder, head=head)))
+        self.autoencoder = self.laid_out(nn.Sequential(OrderedDict(encoder=twin, decoder=decoder)))
+
+    @override
+    def logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(x)
+        return logits
+
+    @override
+    def on_train_start(self) -> None:
+        loaders = self.trainer.train_dataloader
+        parts = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+        if not (isinstance(parts, dict) and {"labelled", "unlabelled"} <= parts.keys()):
+            raise ConfigurationError(
+                "HybridClassifier trains on batches of a labelled and an unlabelled part: set the data's labelled to "
+                "fewer than all, or give a CombinedLoader of {'labelled': ..., 'unlabelled': ...}"
+            )
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        images = torch.cat([batch["labelled"][0], batch["unlabelled"][0]])
+        error = F.mse_loss(self.autoencoder(images).view_as(images), images)
+        self.log("train/reconstruction", error)
+        return loss + float(self.hparams["reconstruction"]) * error
