@@ -8,11 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback
 from tying.callbacks.pulling import Pull, Pulling, Update
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
+from tying.names import clean_name
 from tying.selection import resolve
 from tying.soft import TyingPenalty, coupling_strength
 from tying.ties import Tie, TiedGroup
@@ -73,6 +75,8 @@ class Coupling(Pulling, TyingCallback):
 
     @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
+        if wrong := unpaired(model, self.first, self.second):
+            raise ConfigurationError(f"{self.first!r} and {self.second!r} do not pair: {listed(wrong, limit=20)}")
         return [Pull(TyingPenalty(resolve(model, self.ties)), self.strength)]
 
     @override
@@ -81,6 +85,30 @@ class Coupling(Pulling, TyingCallback):
             whole = coupling_strength(self.alpha, self.exponent)
             self.strength = whole / labelled_examples(trainer) if 0 < whole < math.inf else whole
             self._pulls = [Pull(penalty, self.strength) for penalty, _ in self._pulls]
+
+
+def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
+    """Return what keeps the weights of two modules from being paired by name; nothing where these are no modules.
+
+    Example:
+        >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")
+        ["'a.bias' has no partner", "'a.weight' is (3, 2) and 'b.weight' (4, 2)"]
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    if not {first, second} <= modules.keys():
+        return []
+    own, other = ({clean_name(name): w for name, w in modules[one].named_parameters()} for one in (first, second))
+    alone = [
+        (side, name)
+        for side, here, there in ((first, own, other), (second, other, own))
+        for name in here
+        if name not in there
+    ]
+    both = {name: (tuple(own[name].shape), tuple(other[name].shape)) for name in own if name in other}
+    return [
+        *(f"{f'{side}.{name}'!r} has no partner" for side, name in alone),
+        *(f"{f'{first}.{name}'!r} is {a} and {f'{second}.{name}'!r} {b}" for name, (a, b) in both.items() if a != b),
+    ]
 
 
 def labelled_examples(trainer: pl.Trainer) -> int:
