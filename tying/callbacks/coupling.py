@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback
-from tying.callbacks.pulling import Pull, Pulling, Update
+from tying.callbacks.pulling import Pull, Pulling, Update, labelled_examples
 from tying.errors import ConfigurationError, listed
 from tying.names import clean_name
 from tying.selection import resolve
@@ -24,8 +21,8 @@ class Coupling(Pulling, TyingCallback):
     """Couple two submodules, paired by the names of their weights, by a prior on the difference.
 
     The loss is to be a mean over labelled examples: the prior, which stands against a sum over them, is divided by
-    their number, ``strength = coupling_strength(alpha, exponent) / examples``. :class:`tying.callbacks.SoftTying` with
-    that strength does the same; :class:`tying.callbacks.pulling.Pulling` says what each update does.
+    their number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
+    does the same; :class:`tying.callbacks.pulling.Pulling` says what each update does.
 
     Args:
         first: a module, or a pattern of parameters: of the discriminative model.
@@ -42,8 +39,8 @@ class Coupling(Pulling, TyingCallback):
             their shape in the other, all of which are told; or the number of examples is not known.
 
     Example:
-        >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.5, examples=500).strength
-        0.002
+        >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
+        16.0
 
     Source: J. A. Lasserre, C. M. Bishop and T. P. Minka, Principled hybrids of generative and discriminative models,
     2006.
@@ -64,7 +61,7 @@ class Coupling(Pulling, TyingCallback):
         strength = coupling_strength(alpha, exponent)
         if math.isinf(strength) and update != "proximal":
             raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")
-        super().__init__(strength / (examples or 1), update, None, name)
+        super().__init__(strength, update, None, name)
         self.first, self.second, self.alpha, self.exponent, self.examples = first, second, alpha, exponent, examples
         self.ties = [Tie(first, second)]
 
@@ -81,10 +78,8 @@ class Coupling(Pulling, TyingCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.examples is None:  # the data is there only now
-            whole = coupling_strength(self.alpha, self.exponent)
-            self.strength = whole / labelled_examples(trainer) if 0 < whole < math.inf else whole
-            self._pulls = [Pull(penalty, self.strength) for penalty, _ in self._pulls]
+        if 0 < self.strength < math.inf:
+            self._share = 1 / (self.examples or labelled_examples(trainer))  # the data is there only now
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
@@ -109,23 +104,3 @@ def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
         *(f"{f'{side}.{name}'!r} has no partner" for side, name in alone),
         *(f"{f'{first}.{name}'!r} is {a} and {f'{second}.{name}'!r} {b}" for name, (a, b) in both.items() if a != b),
     ]
-
-
-def labelled_examples(trainer: pl.Trainer) -> int:
-    """Return the number of labelled examples that a trainer's training data has.
-
-    Raises:
-        ConfigurationError: it is not known.
-    """
-    loaders: Any = trainer.train_dataloader
-    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
-    if isinstance(loaders, Mapping):
-        loaders = loaders.get("labelled")
-    one = loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
-    try:
-        return len(one.dataset)
-    except (AttributeError, TypeError):
-        raise ConfigurationError(
-            "the number of labelled examples is not known, since the training data is neither one loader of a data set "
-            "that has a length, nor a dictionary whose loader 'labelled' is such: say examples=..."
-        ) from None

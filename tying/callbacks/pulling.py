@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed, nearest
 from tying.soft import Schedule, TyingPenalty
+from tying.soft.pull import Rates
 
 Update = Literal["gradient", "decoupled", "proximal"]
 UPDATES = ("gradient", "decoupled", "proximal")
@@ -65,11 +68,12 @@ class Pulling(pl.Callback):
         self.update = update
         self.schedule = schedule or Schedule()
         self.name = name
+        self._share = 1.0  # of all strengths: one over the number of examples, where these stand against a sum
         self._pulls: list[Pull] = []
         self._steps: Counter[int] = Counter()  # by index of the optimizer
         self._micro_batches = 0  # since the last step
         self._window = 1.0  # share of a full accumulation window that the current step holds
-        self._used = 0.0  # the schedule's factor at the last step
+        self._used = 0.0  # the factor on all strengths at the last step
         self._hooks: list[RemovableHandle] = []
         self._warned = False
 
@@ -151,9 +155,18 @@ class Pulling(pl.Callback):
             factor, rates = self._factor_now(trainer, index), _learning_rates(optimizer)
             if isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups):
                 self._warn_if_unstable(factor, rates)
-            scale = factor * self._window * _loss_scale(trainer, optimizer)
-            for penalty, strength in self._pulls:
-                penalty.add_gradients_(scale * strength, dict.fromkeys(rates, 1.0))
+            self.add_gradients(factor * self._share * self._window, _loss_scale(trainer, optimizer), rates)
+
+    def add_gradients(self, factor: float, scale: float, rates: Rates) -> None:
+        """Add the pulls' gradients.
+
+        Args:
+            factor: on all strengths.
+            scale: what gradients of the loss are scaled by.
+            rates: learning rates, by parameter; of those that the optimizer holds.
+        """
+        for penalty, strength in self._pulls:
+            penalty.add_gradients_(factor * scale * strength, dict.fromkeys(rates, 1.0))
 
     def _after_step(
         self,
@@ -167,7 +180,7 @@ class Pulling(pl.Callback):
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
-        factor, rates = self._factor_now(trainer, index), _learning_rates(optimizer)
+        factor, rates = self._factor_now(trainer, index) * self._share, _learning_rates(optimizer)
         self._used = factor
         if self.update == "decoupled":
             self._warn_if_unstable(factor, rates)
@@ -177,6 +190,10 @@ class Pulling(pl.Callback):
             elif self.update == "proximal":
                 penalty.prox_(_product(factor, strength), rates)
         self._steps[index] += 1
+        self.stepped(rates)
+
+    def stepped(self, rates: Rates) -> None:
+        """Do what a step of an optimizer brings, which holds the parameters of these learning rates."""
 
     @override
     def on_train_batch_end(
@@ -185,13 +202,16 @@ class Pulling(pl.Callback):
         if self._micro_batches or not trainer._logger_connector.should_update_logs:
             return
         pl_module.log(f"{self._prefix}/strength", _product(self._used, self.strength))
-        if self._pulls and all(math.isfinite(_product(self._used, strength)) for _, strength in self._pulls):
-            pl_module.log(f"{self._prefix}/penalty", self._used * self.value())
+        if (value := self.value()) is not None:
+            pl_module.log(f"{self._prefix}/penalty", value)
 
-    def value(self) -> torch.Tensor:
-        """Return the sum of all ``strength · Ω``, before the schedule's factor."""
-        with torch.no_grad():
-            return torch.stack([strength * penalty() for penalty, strength in self._pulls]).sum()
+    @torch.no_grad()
+    def value(self) -> torch.Tensor | None:
+        """Return the sum of all ``strength · Ω`` as the last step used them, if it is finite."""
+        strengths = [_product(self._used, strength) for _, strength in self._pulls]
+        if not strengths or not all(map(math.isfinite, strengths)):
+            return None
+        return torch.stack([s * penalty() for (penalty, _), s in zip(self._pulls, strengths, strict=True)]).sum()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -205,7 +225,7 @@ class Pulling(pl.Callback):
     def _factor_now(self, trainer: pl.Trainer, index: int) -> float:
         return self.schedule(self._steps[index] if self.schedule.unit == "step" else trainer.current_epoch)
 
-    def _warn_if_unstable(self, factor: float, rates: dict[torch.nn.Parameter, float]) -> None:
+    def _warn_if_unstable(self, factor: float, rates: Rates) -> None:
         """Warn, once, where an explicit step would overshoot ever further: lr · strength · curvature > 2 / m.
 
         With a single member that moves, 2 / (m − 1).
@@ -229,6 +249,26 @@ class Pulling(pl.Callback):
                         stacklevel=2,
                     )
                     return
+
+
+def labelled_examples(trainer: pl.Trainer) -> int:
+    """Return the number of labelled examples that a trainer's training data has.
+
+    Raises:
+        ConfigurationError: it is not known.
+    """
+    loaders: Any = trainer.train_dataloader
+    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    if isinstance(loaders, Mapping):
+        loaders = loaders.get("labelled")
+    one = loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
+    try:
+        return len(one.dataset)
+    except (AttributeError, TypeError):
+        raise ConfigurationError(
+            "the number of labelled examples is not known, since the training data is neither one loader of a data set "
+            "that has a length, nor a dictionary whose loader 'labelled' is such: say examples=..."
+        ) from None
 
 
 def _product(factor: float, strength: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,45 @@ def packed(assignments: Tensor, codebook: Tensor) -> Packed:
     indices = _pack(flat[at], index_bits(len(codebook)))
     held = codebook.detach().float().cpu().clone()
     return Packed(tuple(assignments.shape), held, indices, _pack(gaps, GAP_BITS), (len(at), len(gaps)))
+
+
+def sizes(assignments: Sequence[Tensor], clusters: int) -> tuple[int, int]:
+    """Return the bits of weights that share a codebook: as :func:`packed` holds them, and with Huffman's codes.
+
+    Args:
+        assignments: of each weight, which entry each number is, −1 for zero.
+        clusters: k.
+
+    Example:
+        >>> sizes([torch.tensor([0, -1, 0, 1])], clusters=2)
+        (82, 70)
+
+    Source: S. Han, H. Mao and W. J. Dally, Deep compression, 2016, sections 2 and 4.
+    """
+    parts = [packed(one, torch.zeros(clusters)) for one in assignments]
+    indices = torch.cat([_unpack(one.indices, one.counts[0], index_bits(clusters)) for one in parts])
+    gaps = torch.cat([_unpack(one.gaps, one.counts[1], GAP_BITS) for one in parts])
+    plain = index_bits(clusters) * len(indices) + GAP_BITS * len(gaps)
+    return 32 * clusters + plain, 32 * clusters + huffman_bits(indices) + huffman_bits(gaps)
+
+
+def huffman_bits(symbols: Tensor) -> int:
+    """Return how many bits Huffman's code takes for symbols, its table apart.
+
+    Example:
+        >>> huffman_bits(torch.tensor([0, 0, 0, 1, 2]))
+        7
+    """
+    counts = [int(count) for count in torch.unique(symbols, return_counts=True)[1]]
+    if len(counts) == 1:
+        return counts[0]
+    heapify(counts)
+    total = 0
+    while len(counts) > 1:  # joining the two rarest gives each symbol below one bit more
+        joined = heappop(counts) + heappop(counts)
+        total += joined
+        heappush(counts, joined)
+    return total
 
 
 def unpacked(one: Packed) -> Tensor:

@@ -2,8 +2,24 @@
 
 from tying.soft.coupling import coupling_strength
 from tying.soft.distance import gap
+from tying.soft.mixture import GaussianMixturePrior, mixture_nll, responsibilities
 from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
 from tying.soft.pull import TyingPenalty
 from tying.soft.schedule import Schedule
 
-__all__ = ["L1", "L2", "Huber", "Penalty", "Schedule", "TyingPenalty", "coupling_strength", "gap", "huber", "l1", "l2"]
+__all__ = [
+    "L1",
+    "L2",
+    "GaussianMixturePrior",
+    "Huber",
+    "Penalty",
+    "Schedule",
+    "TyingPenalty",
+    "coupling_strength",
+    "gap",
+    "huber",
+    "l1",
+    "l2",
+    "mixture_nll",
+    "responsibilities",
+]

@@ -1,0 +1,325 @@
+"""A mixture of Gaussians as the prior of weights: they gather around a few values, which are learned with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from tying.errors import ConfigurationError
+
+CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
+DEVICE_CHUNK = 1 << 20
+
+Gamma = tuple[float, float]
+
+
+def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
+    """Return ``−Σ_i log Σ_j π_j N(w_i; μ_j, σ_j²)``, differentiable once in everything.
+
+    Args:
+        weights: of any shape.
+        means: μ, (J,).
+        log_stds: ξ = log σ, (J,).
+        log_proportions: log π, (J,).
+
+    Returns:
+        A scalar, in the weights' precision, of float32 at least.
+
+    Example:
+        >>> round(mixture_nll(torch.zeros(2), *torch.zeros(3, 1)).item(), 4)  # −2 log N(0; 0, 1)
+        1.8379
+
+    Source: S. J. Nowlan and G. E. Hinton, Simplifying neural networks by soft weight-sharing, 1992.
+    """
+    result: Tensor = _MixtureNLL.apply(weights, means, log_stds, log_proportions)
+    return result
+
+
+def responsibilities(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
+    """Return how probably each component has drawn each weight, (J, N); see :func:`mixture_nll`."""
+    return _log_joint(weights.flatten(), means, log_stds, log_proportions).softmax(dim=0)
+
+
+class GaussianMixturePrior(nn.Module):
+    """The mixture prior of Ullrich et al.: a component fixed at zero, others that are learned, and hyper-priors.
+
+    Its value is :func:`mixture_nll` plus ``Σ_j (1 − a) log λ_j + b λ_j``, the negative logarithms (up to constants) of
+    Gamma priors of the precisions ``λ_j = 1/σ_j²``, without which a component on a repeated value would collapse.
+
+    Args:
+        components: J, counting the one at zero.
+        zero_weight: its proportion π_0, which is not learned; the others begin alike.
+        low: where the learned means begin: evenly from low to high.
+        high: see low.
+        std: σ of each component at the start; by default, of the learned ones the distance of their means, and of that
+            at zero the mode of its hyper-prior.
+        zero_gamma: a and b of the precision at zero.
+        gamma: a and b of the other precisions.
+
+    Shape: weights of any shape, to a scalar.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
+
+    Example:
+        >>> prior = GaussianMixturePrior(components=3, low=-1.0, high=1.0)
+        >>> prior.all_means().tolist(), prior.quantize(torch.tensor([0.01, 0.9, -1.2])).tolist()
+        ([0.0, -1.0, 1.0], [0.0, 1.0, -1.0])
+
+    Source: K. Ullrich, E. Meeds and M. Welling, Soft weight-sharing for neural network compression, 2017.
+    """
+
+    def __init__(
+        self,
+        components: int = 17,
+        zero_weight: float = 0.999,
+        low: float = -0.6,
+        high: float = 0.6,
+        std: float | None = None,
+        zero_gamma: Gamma = (5e3, 2.0),
+        gamma: Gamma = (250.0, 0.1),
+    ) -> None:
+        super().__init__()
+        if components < 2:
+            raise ConfigurationError(f"components must be 2 or more, one of them at zero, not {components}")
+        if not 0 < zero_weight < 1:
+            raise ConfigurationError(f"zero_weight is a proportion, above 0 and below 1, not {zero_weight}")
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ConfigurationError(f"low must be below high, not {low} and {high}")
+        if std is not None and not 0 < std < math.inf:
+            raise ConfigurationError(f"std must be above 0, not {std}")
+        for name, (a, b) in {"zero_gamma": zero_gamma, "gamma": gamma}.items():
+            if not (1 < a < math.inf and 0 < b < math.inf):
+                raise ConfigurationError(f"{name} is (a, b) with a above 1 and b above 0, not {(a, b)}")
+        free = components - 1
+        self.zero_weight, self.zero_gamma, self.gamma = zero_weight, tuple(zero_gamma), tuple(gamma)
+        apart = (high - low) / max(1, free - 1)
+        stds = [std or math.sqrt(zero_gamma[1] / (zero_gamma[0] - 1)), *[std or apart] * free]
+        self.means = nn.Parameter(torch.linspace(low, high, free))  # μ_1, …
+        self.log_stds = nn.Parameter(torch.tensor(stds).log())  # ξ_0, ξ_1, …
+        self.logits = nn.Parameter(torch.zeros(free))  # η_1, …
+
+    @override
+    def forward(self, weights: Tensor) -> Tensor:
+        return mixture_nll(weights, *self.mixture()) + self.hyper_penalty()
+
+    def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the means, log standard deviations and log proportions of all components, that at zero first."""
+        zero = self.logits.new_tensor([math.log(self.zero_weight)])
+        others = math.log1p(-self.zero_weight) + F.log_softmax(self.logits, dim=0)
+        return self.all_means(), self.log_stds, torch.cat([zero, others])
+
+    def all_means(self) -> Tensor:
+        """Return μ, 0 first; (J,)."""
+        return torch.cat([self.means.new_zeros(1), self.means])
+
+    def hyper_penalty(self) -> Tensor:
+        """Return ``Σ_j (1 − a) log λ_j + b λ_j``."""
+        log_precisions = -2 * self.log_stds
+        a, b = (
+            torch.tensor([zero, *[other] * len(self.means)]).to(log_precisions)
+            for zero, other in zip(self.zero_gamma, self.gamma, strict=True)
+        )
+        return ((1 - a) * log_precisions + b * log_precisions.exp()).sum()
+
+    def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
+        """Add the gradients of ``strength`` times the prior to those of weights and of the mixture; return the prior.
+
+        Args:
+            weights: those that share the mixture; their gradients are created where there are none.
+            strength: of the prior.
+            scale: a further factor on the gradients of the weights alone.
+        """
+        means, log_stds, log_proportions = mixture = [part.detach() for part in self.mixture()]
+        total, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
+        for weight in weights:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            value, gradients = _evaluate(
+                weight.detach(), means, log_stds, log_proportions, into=weight.grad, scale=strength * scale
+            )
+            total = total + value
+            for kept, gradient in zip(into_mixture, gradients, strict=True):
+                kept += gradient
+        with torch.enable_grad():
+            own, hyper = self.mixture(), self.hyper_penalty()
+            learned = [
+                (part, strength * g.to(part)) for part, g in zip(own, into_mixture, strict=True) if part.requires_grad
+            ]
+            torch.autograd.backward([part for part, _ in learned], [g for _, g in learned])
+            (strength * hyper).backward()  # type: ignore[no-untyped-call]  # torch's
+        return total + hyper.detach()
+
+    @torch.no_grad()
+    def merge(self, threshold: float = 1e-10, average: Literal["variance", "precision"] = "variance") -> int:
+        """Merge components that hardly differ; return how many are left.
+
+        Components i and j become one where ``KL(i‖j) < threshold``, one way or the other, and so do those that a chain
+        of such pairs connects. Proportions add up; means and variances are averaged by them. What merges with the
+        component at zero is at zero.
+
+        Args:
+            threshold: in nats.
+            average: what of the spreads is averaged: the paper's variances, or its authors' code's precisions.
+        """
+        means, log_stds, log_proportions = (part.double() for part in self.mixture())
+        near = _divergences(means, log_stds) < threshold
+        near |= near.T.clone()
+        for _ in range(len(near)):  # chains
+            near |= (near.double() @ near.double()) > 0
+        groups = [row.nonzero().flatten() for row in torch.unique(near, dim=0)]
+        groups.sort(key=lambda group: int(group[0]))
+        shares = log_proportions.exp()
+        merged = []
+        for group in groups:
+            share = shares[group] / shares[group].sum()
+            spread = (share * (2 * log_stds[group]).exp()).sum()
+            if average == "precision":
+                spread = 1 / (share * (-2 * log_stds[group]).exp()).sum()
+            mean = (share * means[group]).sum() if group[0] else means.new_zeros(())
+            merged.append((mean, spread.log() / 2, shares[group].sum()))
+        columns = [torch.stack(column).to(self.means) for column in zip(*merged, strict=True)]
+        self.zero_weight = min(float(columns[2][0]), 1 - 1e-12)
+        self.means = nn.Parameter(columns[0][1:])
+        self.log_stds = nn.Parameter(columns[1])
+        self.logits = nn.Parameter(columns[2][1:].log())
+        return len(groups)
+
+    @torch.no_grad()
+    def assign(self, weights: Tensor) -> Tensor:
+        """Return the component of each weight: the most responsible one, followed until one owns its own mean.
+
+        Args:
+            weights: of any shape.
+
+        Returns:
+            int64, of that shape; 0 is the component at zero.
+        """
+        owner = self._most_responsible(self.all_means())
+        for _ in owner:  # each step leads to a higher peak, hence to an end
+            owner = owner[owner]
+        return owner[self._most_responsible(weights)]
+
+    @torch.no_grad()
+    def quantize(self, weights: Tensor) -> Tensor:
+        """Return each weight as the mean of its component; idempotent, and exactly 0 at zero; see :meth:`assign`."""
+        return self.all_means().to(weights)[self.assign(weights)]
+
+    def _most_responsible(self, weights: Tensor) -> Tensor:
+        mixture = self.mixture()
+        flat = weights.flatten()
+        parts = [_log_joint(part, *mixture).argmax(dim=0) for part in torch.split(flat, _chunk(flat))]
+        return torch.cat(parts).view(weights.shape) if parts else flat.long().view(weights.shape)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"components={len(self.log_stds)}, zero_weight={self.zero_weight:.6g}"
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("means", "log_stds", "logits"):  # merging leaves fewer components
+            if f"{prefix}{name}" in state_dict:
+                held = getattr(self, name)
+                setattr(self, name, nn.Parameter(held.new_empty(state_dict[f"{prefix}{name}"].shape)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.zero_weight, dtype=torch.float64)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        self.zero_weight = float(state)
+
+
+class _MixtureNLL(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
+        dtype = torch.promote_types(weights.dtype, torch.float32)
+        gradient = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        value, others = _evaluate(weights, means, log_stds, log_proportions, into=gradient, scale=1.0)
+        ctx.save_for_backward(
+            gradient, *(g.to(like) for g, like in zip(others, (means, log_stds, log_proportions), strict=True))
+        )
+        return value.to(dtype)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("mixture_nll has no second derivative: write it with torch.logsumexp where you need one")
+        return tuple((upstream * gradient).to(gradient) for gradient in ctx.saved_tensors)
+
+
+def _evaluate(
+    weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor, into: Tensor, scale: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return Ω, and its gradients in the mixture's three parts; add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
+
+    With the responsibilities r: ``∂Ω/∂w_i = Σ_j r_ij (w_i − μ_j)/σ_j²``, ``∂Ω/∂μ_j = Σ_i r_ij (μ_j − w_i)/σ_j²``,
+    ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from those of
+    r, r w and r w².
+    """
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in (means, log_stds, log_proportions))
+    precisions = (-2 * log_stds).exp()
+    pulls = torch.stack([precisions, precisions * means])
+    count = len(means)
+    sums = torch.zeros(count, 3, dtype=torch.float64, device=weights.device)
+    total = torch.zeros((), dtype=torch.float64, device=weights.device)
+    buffer = means.new_empty(count, min(_chunk(weights), max(1, weights.numel())))
+    for part, received in _parts(weights, into):
+        w = part.to(dtype)
+        density = _log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
+        largest = density.amax(dim=0, keepdim=True)
+        density.sub_(largest).exp_()
+        shares = density.sum(dim=0)
+        total -= (shares.log() + largest[0]).sum()
+        one = shares.reciprocal_()
+        moments = torch.stack([one, one * w, one * w * w], dim=1)
+        sums += density @ moments
+        steepness, target = pulls @ density
+        received.add_((steepness.mul_(w).sub_(target)).mul_(one), alpha=scale)
+    responsible, first, second = sums.unbind(1)
+    means, precisions = means.double(), precisions.double()
+    scatter = second - 2 * means * first + means.square() * responsible
+    return total, (precisions * (means * responsible - first), responsible - precisions * scatter, -responsible)
+
+
+def _parts(weights: Tensor, into: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of weights, flat, and where their gradients are added."""
+    if not (weights.is_contiguous() and into.is_contiguous()):
+        collected = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        yield from _parts(weights.contiguous(), collected)
+        into.add_(collected)
+        return
+    chunk = _chunk(weights)
+    yield from zip(torch.split(weights.view(-1), chunk), torch.split(into.view(-1), chunk), strict=True)
+
+
+def _log_joint(
+    weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Return ``log π_j N(w_i; μ_j, σ_j²)``, (J, N)."""
+    narrow = (-log_stds).exp() / math.sqrt(2)
+    constants = log_proportions - log_stds - 0.5 * math.log(2 * math.pi)
+    scaled = torch.mul(narrow[:, None], weights, out=out).sub_((narrow * means)[:, None])
+    return torch.sub(constants[:, None], scaled.square_(), out=out)
+
+
+def _chunk(weights: Tensor) -> int:
+    return CPU_CHUNK if weights.device.type == "cpu" else DEVICE_CHUNK
+
+
+def _divergences(means: Tensor, log_stds: Tensor) -> Tensor:
+    """Return ``KL(i‖j) = log(σ_j/σ_i) + (σ_i² + (μ_i − μ_j)²)/(2σ_j²) − ½`` of all pairs, (J, J)."""
+    variances = (2 * log_stds).exp()
+    away = (means[:, None] - means).square()
+    return log_stds - log_stds[:, None] + (variances[:, None] + away) / (2 * variances) - 0.5

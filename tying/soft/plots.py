@@ -1,0 +1,38 @@
+"""Weights and the mixture that is their prior, as a picture."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from tying.soft.mixture import GaussianMixturePrior
+
+BINS = 200
+
+
+@torch.no_grad()
+def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = "") -> Figure:
+    """Return a figure: a histogram of weights, and over it how many the mixture expects in each bin.
+
+    Args:
+        weights: of any shape.
+        prior: of these weights.
+        title: of the figure.
+    """
+    flat = weights.flatten().double().cpu()
+    means, log_stds, log_proportions = (part.double().cpu() for part in prior.mixture())
+    low, high = (float(bound) for bound in torch.cat([flat, means]).aminmax())
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    below = torch.special.ndtr((edges - means[:, None]) / log_stds.exp()[:, None])
+    expected = len(flat) * log_proportions.exp()[:, None] * below.diff(dim=1)
+    middle = (edges[1:] + edges[:-1]) / 2
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="weight", ylabel="weights", title=title, yscale="log", ylim=(0.5, 2.0 * len(flat)))
+    axes.hist(flat.numpy(), bins=edges.tolist(), color="0.75", label="weights")
+    axes.plot(middle, expected.sum(dim=0), color="C3", label="mixture")
+    for own in expected:
+        axes.plot(middle, own, color="C0", linewidth=0.6)
+    axes.plot(means, torch.full_like(means, 0.7), "k|", label="means")
+    axes.legend(fontsize="x-small")
+    return figure
