@@ -90,7 +90,8 @@ class MixtureTying(Pulling):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self.prior is not None and self._optimizer is not None:
-            state |= {"prior": self.prior.state_dict(), "optimizer": self._optimizer.state_dict(), "done": self._done}
+            state["prior"] = self.prior.state_dict()
+            state |= {} if self._done else {"optimizer": self._optimizer.state_dict()}
         return state
 
     @override
@@ -115,7 +116,10 @@ class MixtureTying(Pulling):
         if not own or not any(own <= held for held in every):
             raise ConfigurationError(f"no one optimizer trains {listed(self._weights) or self.parameters}")
         if "prior" in self._saved:
-            self._begin(model, self._saved)
+            self._begin()
+            self._restore(self._saved)
+        elif self._done:  # training goes on
+            self._learn()
         return []
 
     @override
@@ -131,22 +135,30 @@ class MixtureTying(Pulling):
                     "the weights, and a trained network's is another. Give start_epoch, or load a trained network",
                     stacklevel=2,
                 )
-            self._begin(pl_module, {})
+            self._begin()
             self._draw(trainer, "mixture_start")
 
-    def _begin(self, model: pl.LightningModule, state: dict[str, Any]) -> None:
-        low, high = (float(bound) for bound in self._all().aminmax())
+    def _begin(self) -> None:
+        every = self._all()
+        low, high = (float(bound) for bound in every.aminmax())
         if not low < high:
             raise ConfigurationError(
                 f"all of {listed(self._weights)} are {low}: there is no range to spread means over"
             )
-        self.prior = GaussianMixturePrior(self.components, self.zero_weight, low, high).to(model.device)
-        if state:
-            self.prior.load_state_dict(state["prior"])
-            self._done = bool(state["done"])
+        self.prior = GaussianMixturePrior(self.components, self.zero_weight, low, high).to(every)
+        self._learn()
+
+    def _learn(self) -> None:
+        assert self.prior is not None
         learned = zip(self.prior.parameters(), self.rates, strict=True)
         self._optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in learned])
-        if state:
+        self._done = False
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert self.prior is not None
+        self.prior.load_state_dict(state["prior"])
+        self._learn()
+        if self._optimizer is not None and "optimizer" in state:  # none is kept at the end, when components are merged
             self._optimizer.load_state_dict(state["optimizer"])
 
     @override
@@ -215,7 +227,8 @@ class MixtureTying(Pulling):
         }
 
     def _all(self) -> Tensor:
-        return torch.cat([weight.detach().flatten().float() for weight in self._weights.values()])
+        dtype = torch.promote_types(next(iter(self._weights.values())).dtype, torch.float32)
+        return torch.cat([weight.detach().flatten().to(dtype) for weight in self._weights.values()])
 
     def _draw(self, trainer: pl.Trainer, name: str) -> None:
         assert self.prior is not None
