@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from benchmarks.report import table
@@ -46,7 +47,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Trend:
-    """A claim: from the first to the last value of an axis, a metric rises (sign 1) or falls (−1), on every line.
+    """A claim: along an axis a metric rises (sign 1) or falls (−1), on every line.
+
+    What decides is the rank correlation of both over all values of the axis, seed by seed, and the 95 % interval of
+    its mean over seeds: unlike the change from the first to the last value, it is not ruled by the spread at one end.
 
     Attributes:
         claim: in words.
@@ -65,27 +69,29 @@ class Trend:
     confounded: str = ""
 
     def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
-        """Return a verdict, and a table's rows: for each line the mean change, its 95 % interval and what it says.
+        """Return a verdict, and a table's rows: for each line the change, the rank correlation and what it says.
 
-        Changes are taken seed by seed; with one seed, nothing can be said.
+        With one seed, nothing can be said.
         """
         told = []
         agreeing = []
         for line, points in lines_of(rows, self.lines).items():
-            values = sorted({float(row[self.x]) for row in points})
-            ends = [
-                {row["seed"]: float(row[self.y]) for row in points if float(row[self.x]) == value and row.get(self.y)}
-                for value in (values[0], values[-1])
-            ]
-            changes = [ends[1][seed] - ends[0][seed] for seed in ends[0].keys() & ends[1].keys()]
-            low, high = interval(changes)
+            seeds: dict[str, list[tuple[float, float]]] = {}
+            for row in points:
+                if row.get(self.y):
+                    seeds.setdefault(row["seed"], []).append((float(row[self.x]), float(row[self.y])))
+            whole = [sorted(own) for own in seeds.values() if len(own) == max(map(len, seeds.values())) > 1]
+            changes = [own[-1][1] - own[0][1] for own in whole]
+            correlations = [rank_correlation(own) for own in whole]
+            low, high = interval(correlations)
             agrees = low > 0 if self.sign > 0 else high < 0
             agreeing.append(agrees)
             against = high < 0 if self.sign > 0 else low > 0
             says = "as claimed" if agrees else "the opposite" if against else "undecided"
             change = f"{fmean(changes):+.4f}" if changes else "–"
-            within = f"{low:+.4f} to {high:+.4f}" if len(changes) > 1 else "–"
-            told.append([f"{self.lines} {line}", str(len(changes)), change, within, says])
+            correlation = f"{fmean(correlations):+.3f}" if correlations else "–"
+            within = f"{max(low, -1):+.3f} to {min(high, 1):+.3f}" if len(correlations) > 1 else "–"
+            told.append([f"{self.lines} {line}", str(len(changes)), change, correlation, within, says])
         if not any(int(line[1]) > 1 for line in told):
             return f"{self.claim}: undecided, for want of seeds.", told
         verdict = "reproduced" if all(agreeing) else "not reproduced"
@@ -94,6 +100,19 @@ class Trend:
         if self.confounded and any(agreeing):
             verdict += f", and confounded: {self.confounded}"
         return f"{self.claim}: {verdict}.", told
+
+
+def rank_correlation(points: Sequence[tuple[float, float]]) -> float:
+    """Return Spearman's rank correlation of pairs; 0 where one of both does not vary.
+
+    Example:
+        >>> round(rank_correlation([(0.1, 1.0), (1.0, 5.0), (10.0, 4.0)]), 3)
+        0.5
+    """
+    xs, ys = zip(*points, strict=True)
+    if min(len({*xs}), len({*ys})) < 2:
+        return 0.0
+    return float(spearmanr(xs, ys).statistic)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -131,7 +150,7 @@ def verdicts(trends: Sequence[Trend], rows: Sequence[Row]) -> str:
     parts = []
     for trend in trends:
         verdict, told = trend.judge(rows)
-        head = ["line", "n", "change from first to last", "95 % interval", "says"]
+        head = ["line", "n", "change from first to last", "rank correlation", "95 % interval", "says"]
         parts += [f"Claim: {verdict}", "", table(head, told), ""]
     return "\n".join(parts)
 

@@ -36,8 +36,7 @@ def test_a_trend_on_every_line():
     verdict, told = RISING.judge(found)
     assert verdict == "rises: reproduced, and confounded: by capacity."
     [line] = told
-    assert line[:3] == ["ratio a", "3", "+9.9000"]
-    assert line[4] == "as claimed"
+    assert line == ["ratio a", "3", "+9.9000", "+1.000", "+1.000 to +1.000", "as claimed"]
 
 
 def test_a_trend_on_some_lines_and_against():
@@ -46,14 +45,20 @@ def test_a_trend_on_some_lines_and_against():
     values |= {("c", x, seed): (x - 0.5) * (seed - 1) for x in (0.1, 1.0) for seed in range(3)}
     verdict, told = RISING.judge(rows(values))
     assert verdict.startswith("rises: not reproduced (on 1 of 3 lines)")
-    assert [line[4] for line in told] == ["as claimed", "the opposite", "undecided"]
+    assert [line[5] for line in told] == ["as claimed", "the opposite", "undecided"]
+
+
+def test_the_spread_at_one_end_does_not_rule():
+    values = {("a", x, seed): x for x in (1.0, 2.0, 3.0, 4.0) for seed in range(3)}
+    values |= {("a", 0.0, seed): (-900.0, 0.5, 0.0)[seed] for seed in range(3)}
+    assert RISING.judge(rows(values))[1][0][5] == "as claimed"
 
 
 def test_one_seed_decides_nothing():
     verdict, told = RISING.judge(rows({("a", x, 0): x for x in (0.1, 1.0)}))
     assert verdict == "rises: undecided, for want of seeds."
-    assert told[0][4] == "undecided"
-    assert told[0][3] == "–"
+    assert told[0][5] == "undecided"
+    assert told[0][4] == "–"
     assert interval([0.3]) == (-float("inf"), float("inf"))
 
 
