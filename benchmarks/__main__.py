@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import experiment, speed_data, speed_hard, speed_harness, speed_hashing, speed_soft
+from benchmarks import experiment, hybrid_toy, speed_data, speed_hard, speed_harness, speed_hashing, speed_soft
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import RESULTS, ROOT, paste, write
 from benchmarks.suite import suites
+from tying.atomic import atomically
 from tying.errors import ConfigurationError, nearest
 
 SPEED = {
@@ -21,6 +22,8 @@ SPEED = {
     "harness": speed_harness.measure,
     "soft": speed_soft.measure,
 }
+
+COMPUTED = {"hybrid-toy": hybrid_toy.report}  # experiments without a network to train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
     commands.add_parser("readme", help="paste the kept results into the README")
     for command in (run, report):
-        command.add_argument("suite", metavar="SUITE", help=f"of {', '.join(suites())}; or a YAML file")
+        command.add_argument("suite", metavar="SUITE", help=f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file")
         command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
         command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
@@ -70,6 +73,11 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
         print(experiment.overview())
     elif known.command == "readme":
         write(ROOT / "README.md", paste((ROOT / "README.md").read_text()))
+    elif known.command == "run" and known.suite in COMPUTED:
+        text, figure = COMPUTED[known.suite]()
+        _keep(known.suite, f"{text}\n\n{describe()}. Command: `python -m benchmarks run {known.suite}`.", known.save)
+        with atomically((RESULTS if known.save else Path()) / f"{known.suite}.png") as aside:
+            figure.savefig(aside, format="png", dpi=120)
     elif known.command == "speed":
         for family in known.family or SPEED:
             if family not in SPEED:

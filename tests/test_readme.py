@@ -50,7 +50,9 @@ def test_python_runs(monkeypatch):
 
 
 def test_yaml_runs(tmp_path):
-    text, more, hard, hashed, clustered = BLOCKS["yaml"]
+    text, more, anchored, hard, hashed, clustered = BLOCKS["yaml"]
+    (tmp_path / "anchored.yaml").write_text(anchored)
+    main(["fit", "--config=configs/base.yaml", "--config=anchored.yaml", "--model.network.depth=8", *SMALL])
     (tmp_path / "hard.yaml").write_text(hard)
     main(["fit", "--config=configs/base.yaml", "--config=hard.yaml", "--model=Autoencoder", *SMALL])
     (tmp_path / "hashed.yaml").write_text(hashed)
@@ -69,7 +71,7 @@ def test_yaml_runs(tmp_path):
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
 def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
-    deep = [] if "autoencoder" in command else ["--model.network.depth=20"]
+    deep = [] if "autoencoder" in command or "coupling" in command else ["--model.network.depth=20"]
     extra = [*SMALL, *deep] if args[0] == "fit" and "--print_config" not in args else []
     if "--print_config" in args:
         with pytest.raises(SystemExit):
