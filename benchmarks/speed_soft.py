@@ -15,9 +15,11 @@ from tying import resolve
 from tying.callbacks import SoftTying
 from tying.callbacks.base import callbacks_of
 from tying.cli import parse
-from tying.soft import TyingPenalty
+from tying.soft import GaussianMixturePrior, TyingPenalty
+from tying.soft.mixture import CPU_CHUNK
 
 PAIRS, SIDE = 52, 519  # 52 pairs of 519 × 519: 14.0 million weights on each side
+MIXTURE_WEIGHTS, COMPONENTS = 10_000_000, 17
 
 
 def pairs() -> nn.ModuleDict:
@@ -103,6 +105,24 @@ def matching() -> list[tuple[str, float]]:
     return found
 
 
+def mixture() -> tuple[str, str, float]:
+    """Return what the mixture prior costs, value and gradient, over passes of ``exp``: ratio, extremes, seconds."""
+    weights = nn.Parameter(0.05 * torch.randn(MIXTURE_WEIGHTS))
+    weights.grad = torch.zeros_like(weights)
+    prior = GaussianMixturePrior(COMPONENTS)
+    chunk = torch.empty(CPU_CHUNK)
+
+    def passes() -> None:
+        for _ in range(COMPONENTS):
+            for part in torch.split(weights.detach(), CPU_CHUNK):
+                torch.exp(part, out=chunk[: len(part)])
+
+    sides = {"prior": lambda: prior.add_gradients_([weights], 1e-3), "exp": passes}
+    result = race(sides, races=5, rounds=3)
+    ratios = sorted(result.ratios("prior", "exp"))
+    return f"{ratios[len(ratios) // 2]:.2f}", f"{ratios[0]:.2f}–{ratios[-1]:.2f}", result.median("prior")
+
+
 def measure() -> str:
     """Run all measurements, and return their tables as Markdown."""
     model = pairs()
@@ -136,6 +156,7 @@ def measure() -> str:
     shares = race({"step": step, "pull": pull}, races=7, rounds=10)
     percent = sorted(100 * ratio for ratio in shares.ratios("pull", "step"))
     share = f"{percent[len(percent) // 2]:.2f} % ({percent[0]:.2f}–{percent[-1]:.2f})"
+    ratio, extremes, seconds = mixture()
     lines = [
         f"{PAIRS} pairs of {SIDE}×{SIDE} weights, 14.0 M on each side, fp32; median of 7 races (extremes):",
         "",
@@ -146,6 +167,10 @@ def measure() -> str:
         "",
         f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} of a training",
         f"step at batch 128 ({1e3 * shares.median('step'):.0f} ms).",
+        "",
+        f"The mixture prior, value and gradient, of {MIXTURE_WEIGHTS / 1e6:.0f} M weights and {COMPONENTS} components "
+        f"takes {1e3 * seconds:.0f} ms, {ratio} times ({extremes}) as long as {COMPONENTS} passes of `torch.exp` over "
+        f"as many numbers, {CPU_CHUNK:,} at a time.",
         "",
         *(f"Matching {label} in a model of 10,000 parameters takes {seconds:.2f} s." for label, seconds in matching()),
     ]

@@ -43,6 +43,7 @@ def test_demo(tmp_path, capsys):
 def test_speed(monkeypatch, capsys):
     monkeypatch.setattr(speed_soft, "PAIRS", 2)
     monkeypatch.setattr(speed_soft, "SIDE", 16)
+    monkeypatch.setattr(speed_soft, "MIXTURE_WEIGHTS", 1000)
     quick = speed_soft.race
     monkeypatch.setattr(speed_soft, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
     assert benchmarks.main(["speed", "soft"]) == 0

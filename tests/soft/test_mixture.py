@@ -1,6 +1,8 @@
 """The mixture prior: values, gradients, limits, merging and quantising."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -245,3 +247,20 @@ def test_a_merged_prior_is_saved_and_loaded():
 def test_mistakes(options, told):
     with pytest.raises(ValueError, match=told):
         GaussianMixturePrior(**options)
+
+
+MEMORY = """
+import resource, torch
+from tying.soft import GaussianMixturePrior
+prior, weights = GaussianMixturePrior(), (0.05 * torch.randn(8_000_000)).requires_grad_()
+prior(weights[:1000]).backward()
+weights.grad = None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prior(weights).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * len(weights)))
+"""
+
+
+def test_memory_is_that_of_two_copies_of_the_weights():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2.2
