@@ -14,10 +14,8 @@ from typing_extensions import override
 from tying.callbacks.pulling import Pull, Pulling, Update
 from tying.errors import ConfigurationError, listed, nearest
 from tying.names import clean_name
-from tying.relations import Relation
 from tying.selection import select
-from tying.soft import TyingPenalty
-from tying.ties import TiedGroup
+from tying.soft import anchored
 
 
 class AnchorTying(Pulling):
@@ -88,12 +86,14 @@ class AnchorTying(Pulling):
             self._anchors = {name: weight.detach().clone() for name, weight in found.items()}
         elif missing := found.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
-        pulls = [Pull(_to(found, self._anchors), self.strength)]
+        pulls = [Pull(anchored(found, self._anchors), self.strength)]
         if self.head_strength:
             chosen = {id(weight) for weight in found.values()}
             every = {clean_name(name): weight for name, weight in model.named_parameters()}
             head = {name: w for name, w in every.items() if w.requires_grad and id(w) not in chosen}
-            pulls.append(Pull(_to(head, {name: torch.zeros_like(w) for name, w in head.items()}), self.head_strength))
+            pulls.append(
+                Pull(anchored(head, {name: torch.zeros_like(w) for name, w in head.items()}), self.head_strength)
+            )
         self._begun = 0
         return pulls
 
@@ -135,13 +135,3 @@ def anchors_of(path: Path, weights: dict[str, nn.Parameter]) -> dict[str, Tensor
         told = (f"{name!r} is {tuple(held[name].shape)} there and {tuple(weights[name].shape)} here" for name in wrong)
         raise ConfigurationError(f"anchor: {path}: {listed(told)}")
     return {name: held[name].to(weight) for name, weight in weights.items()}
-
-
-def _to(weights: dict[str, nn.Parameter], anchors: dict[str, Tensor]) -> TyingPenalty:
-    """Return the penalty that pulls weights to constants."""
-    plain = Relation()
-    groups = []
-    for name, weight in weights.items():
-        constant = nn.Parameter(anchors[name].to(weight), requires_grad=False)
-        groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (plain, plain)))
-    return TyingPenalty(groups)

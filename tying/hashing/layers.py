@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.hard.places import Place
-from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.hashes import Hash
+from tying.hashing.seeded import UniformHash
 from tying.hashing.structure import RepeatedRows, Size
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
-from tying.hashing.hashes import Hash, ModulusHash, SeededHash
+from tying.hashing.hashes import Hash, ModulusHash
 from tying.hashing.mixing import below, mix
+from tying.hashing.seeded import SeededHash
 from tying.hashing.structure import Blocks, Convolution, Size, Structure, both
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tying.errors import ConfigurationError
 from tying.hard import tie
 from tying.hard.places import Place, places_of
-from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.hashes import Hash
 from tying.hashing.layers import check_free, hash_attribute, of_rows
 from tying.hashing.report import HashReport, report
+from tying.hashing.seeded import UniformHash
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 from tying.names import clean_name, computed_in
 from tying.selection import select

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, nearest
-from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.hashes import Hash
 from tying.hashing.lookup import CHUNK, Slots, lookup, scatter
 from tying.hashing.mixing import mix
+from tying.hashing.seeded import UniformHash
 
 Index = Literal["auto", "stored", "computed", "structured"]
 INDEXES = ("auto", "stored", "computed", "structured")

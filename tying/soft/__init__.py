@@ -1,8 +1,10 @@
 """Weights that are pulled together."""
 
+from tying.soft.anchor import anchored
 from tying.soft.coupling import coupling_strength
 from tying.soft.distance import gap
-from tying.soft.mixture import GaussianMixturePrior, mixture_nll, responsibilities
+from tying.soft.gaussians import mixture_nll, responsibilities
+from tying.soft.mixture import GaussianMixturePrior
 from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
 from tying.soft.pull import TyingPenalty
 from tying.soft.schedule import Schedule
@@ -15,6 +17,7 @@ __all__ = [
     "Penalty",
     "Schedule",
     "TyingPenalty",
+    "anchored",
     "coupling_strength",
     "gap",
     "huber",

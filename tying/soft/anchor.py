@@ -1,0 +1,37 @@
+"""Weights pulled to constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tying.relations import Relation
+from tying.soft.pull import TyingPenalty
+from tying.ties import TiedGroup
+
+
+def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor]) -> TyingPenalty:
+    """Return the penalty ``½ Σ ‖w − w⁰‖²``: soft tying of each weight with a constant.
+
+    Args:
+        weights: w, by name.
+        anchors: w⁰, by the same names.
+
+    Example:
+        >>> import torch
+        >>> w = nn.Parameter(torch.tensor([1.0, 4.0]))
+        >>> penalty = anchored({"w": w}, {"w": torch.tensor([1.0, 2.0])})
+        >>> penalty.prox_(1.0)
+        >>> w.tolist()
+        [1.0, 3.0]
+
+    Source: X. Li, Y. Grandvalet and F. Davoine, Explicit inductive bias for transfer learning with convolutional
+    networks, 2018.
+    """
+    plain = Relation()
+    groups = []
+    for name, weight in weights.items():
+        constant = nn.Parameter(anchors[name].to(weight), requires_grad=False)
+        groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (plain, plain)))
+    return TyingPenalty(groups)
