@@ -239,3 +239,27 @@ def test_key_stands_for_the_content():
     changed.load = lambda: loaded
     changed.setup("fit")
     assert changed.key != keys[0]
+
+
+def test_some_classes_alone():
+    whole, some = CIFAR10(validation=0.0), CIFAR10(validation=0.0, classes=[7, 2], augment=False)
+    for data in (whole, some):
+        data.setup("fit")
+    images, labels = whole._splits["fit"]
+    for place, label in enumerate([7, 2]):
+        kept, found = some._splits["fit"]
+        assert torch.equal(kept[found == place], images[labels == label])
+    assert len(some.train_dataloader()) == 1000 // 128
+    few = CIFAR10(validation=0.0, classes=[7, 2], labelled=10)
+    few.setup("fit")
+    assert few._splits["labelled"][1].bincount().tolist() == [5, 5]
+    assert some.key != whole.key
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [([], "classes are distinct labels"), ([1, 1], r"not \[1, 1\]"), ([1, 10], "classes: there is no image of 10")],
+)
+def test_classes_that_are_not_there(classes, told):
+    with pytest.raises(ValueError, match=told):
+        CIFAR10(classes=classes).setup("fit")

@@ -33,6 +33,7 @@ class CIFAR10(Images):
         augment: random crops (4 pixels) and flips in training.
         seed: of order and augmentation.
         download: fetch the official archive if it is missing.
+        classes: keep images of these classes alone.
 
     Raises:
         ConfigurationError: an argument out of range; when data is prepared, missing or broken data.
@@ -61,8 +62,9 @@ class CIFAR10(Images):
         augment: bool = True,
         seed: int = 0,
         download: bool = False,
+        classes: list[int] | None = None,
     ) -> None:
-        super().__init__(batch_size, validation, labelled, augment, seed)
+        super().__init__(batch_size, validation, labelled, augment, seed, classes)
         if source not in SOURCES:
             close = nearest(source, SOURCES)
             raise ConfigurationError(f"unknown source {source!r}: use {', '.join(map(repr, SOURCES))}.{close}")

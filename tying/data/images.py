@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.data.batches import BatchLoader, RawBatch, normalize
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
 
 UNLABELLED = -1
 Split = tuple[Tensor, Tensor]  # uint8 images (count, height, width, channels), int64 labels (count,)
@@ -31,6 +32,7 @@ class Images(pl.LightningDataModule):
             other needs.
         augment: random crops, and flips where a mirrored image is as good, in training.
         seed: of order and augmentation.
+        classes: keep images of these classes alone, whose labels are then their places in this list.
 
     Attributes:
         key: stands for the content, once it is set up: the same wherever it lies, and in whatever form.
@@ -44,8 +46,18 @@ class Images(pl.LightningDataModule):
     pad: int
     flip: bool
 
-    def __init__(self, batch_size: int, validation: float, labelled: int | None, augment: bool, seed: int) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        validation: float,
+        labelled: int | None,
+        augment: bool,
+        seed: int,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        if classes is not None and (not classes or len({*classes}) < len(classes)):
+            raise ConfigurationError(f"classes are distinct labels, one at least, not {list(classes)}")
         if not 0 <= validation < 1:
             raise ConfigurationError(
                 f"validation is a share of all training images, at least 0 and below 1, not {validation}"
@@ -57,6 +69,7 @@ class Images(pl.LightningDataModule):
         self.labelled = labelled
         self.augment = augment
         self.seed = seed
+        self.classes = None if classes is None else list(classes)
         self.key = ""
         self._splits: dict[str, Split] = {}
         self._training: dict[str, BatchLoader] = {}  # by split
@@ -75,7 +88,7 @@ class Images(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self._splits:
             return
-        loaded = self.load()
+        loaded = {split: self._of_classes(*part) for split, part in self.load().items()}
         self.key = _key(loaded)
         images, labels = loaded["train"]
         held_out = draw_balanced(labels, _per_class(labels, self.validation))
@@ -93,6 +106,15 @@ class Images(pl.LightningDataModule):
         root = getattr(self, "root", None)
         place = "" if root is None else f" at {root}"
         rank_zero_info(f"{type(self).__name__}: {self.description}{place} ({counts})")
+
+    def _of_classes(self, images: Tensor, labels: Tensor) -> Split:
+        if self.classes is None:
+            return images, labels
+        if missing := {*self.classes} - {*torch.unique(labels).tolist()}:
+            raise ConfigurationError(f"classes: there is no image of {listed(map(str, sorted(missing)))}")
+        match = labels[:, None] == torch.tensor(self.classes)
+        kept = match.any(dim=1)
+        return images[kept], match[kept].long().argmax(dim=1)
 
     @override
     def state_dict(self) -> dict[str, Any]:

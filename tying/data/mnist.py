@@ -30,6 +30,7 @@ class MNIST(Images):
         augment: random crops (2 pixels) in training; never flips.
         seed: of order and augmentation.
         download: fetch the files if they are missing.
+        classes: keep images of these classes alone.
 
     Raises:
         ConfigurationError: an argument out of range; when data is prepared, missing or broken files.
@@ -52,8 +53,9 @@ class MNIST(Images):
         augment: bool = False,
         seed: int = 0,
         download: bool = False,
+        classes: list[int] | None = None,
     ) -> None:
-        super().__init__(batch_size, validation, labelled, augment, seed)
+        super().__init__(batch_size, validation, labelled, augment, seed, classes)
         self.root = Path(root)
         self.download = download
 
