@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 from toys import Toy, batches, same, train
 
 from tying import resolve
@@ -211,3 +211,10 @@ def test_all_that_does_not_pair_is_told_at_once():
         "'first.b.weight' is (2, 2) and 'second.b.weight' (2, 3)",
     ):
         assert told in str(caught.value)
+
+
+def test_a_sampler_of_a_subset_counts():
+    dataset = batches(10, 4).dataset
+    loader = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(range(20)))
+    trainer = train(Toy(), [Coupling("encoder.0.bias", "decoder.0.bias", 0.5)], data=loader)
+    assert float(trainer.callback_metrics["tying/strength"]) == pytest.approx(1 / 20)

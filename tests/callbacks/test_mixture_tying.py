@@ -6,11 +6,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.optim import SGD, Adam
-from toys import Toy, batches, same, train
+from toys import TIES, Toy, batches, same, train
 
-from tying.callbacks import MixtureTying
+from tying.callbacks import MixtureTying, SoftTying
 from tying.soft import GaussianMixturePrior
 
 pytestmark = [
@@ -117,7 +117,8 @@ def test_training_goes_on_from_the_quantised_network():
 def test_before_its_epoch_nothing_happens():
     ours, untied = Toy(adam), Toy(adam)
     own = callback(start_epoch=2)
-    train(ours, [own], max_epochs=2)
+    with pytest.warns(UserWarning, match="training ends before"):
+        train(ours, [own], max_epochs=2)
     train(untied, max_epochs=2)
     assert same(ours, untied)
     assert own.prior is None
@@ -153,6 +154,9 @@ def test_an_untrained_network_is_told():
         (lambda: callback(start_epoch=-1), "start_epoch must be 0 or more, not -1"),
         (lambda: callback(examples=0), "examples must be 1 or more, not 0"),
         (lambda: callback(rates=(1.0, 1.0)), "rates are three learning rates"),
+        (lambda: callback(rates=(1.0, 1.0, float("nan"))), "rates are three learning rates"),
+        (lambda: train(Toy(), [callback(), EMAWeightAveraging()]), "does not go with EMAWeightAveraging"),
+        (lambda: train(Toy(), [callback(), SoftTying(TIES, harden_below=0.5)]), "harden_below would replace 'encoder.0.weight', which another MixtureTying ties too"),
         (lambda: train(Toy(lambda p: SGD([*p][:2], lr=0.1)), [callback()]), "no one optimizer trains encoder.0.weight, encoder.2.weight"),
         (lambda: train(Toy(), [MixtureTying(["nothing"])]), "'nothing' matches no parameter"),
     ],
@@ -169,3 +173,46 @@ def test_a_constant_has_no_range():
             torch.nn.init.constant_(weight, 0.5)
     with pytest.raises(ValueError, match="there is no range to spread means over"):
         train(model, [callback()], data=batches(1))
+
+
+def test_a_stop_before_its_time_is_no_end():
+    class Stops(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    model = Toy(adam)
+    train(model, [callback(), Stops()], max_epochs=50, min_epochs=4)
+    assert len(values(model).unique()) <= 4
+
+
+def test_a_restored_mixture_is_restored_once():
+    own = callback()
+    saves = ModelCheckpoint(".", "{epoch}", save_top_k=-1)
+    train(Toy(adam), [callback(), saves], max_epochs=3, enable_checkpointing=True)
+    trainer = train(Toy(adam), [own], max_epochs=2, ckpt_path="epoch=0.ckpt")
+    learned = own.prior.means.detach().clone()
+    trainer.fit_loop.max_epochs = 3
+    own.rates = (0.0, 0.0, 0.0)
+    trainer.fit(trainer.lightning_module, batches())
+    torch.testing.assert_close(own.prior.means.detach(), learned)
+
+
+def test_frozen_weights_stay_until_the_end():
+    model = Toy(adam)
+    model.encoder.requires_grad_(False)
+    own, before = callback(), values(model.encoder).clone()
+    own._finish = lambda: vars(own).update(_done=True) or {}
+    train(model, [own], max_epochs=2)
+    assert torch.equal(values(model.encoder), before)
+
+
+def test_two_of_them_draw_their_own_pictures():
+    own = [MixtureTying([f"{side}.**.weight"], components=3, name=side) for side in ("encoder", "decoder")]
+    train(Toy(adam), own, max_epochs=1)
+    assert Path("mixture_end_encoder.png").exists()
+    assert Path("mixture_end_decoder.png").exists()
+
+
+def test_an_end_before_its_beginning_is_told():
+    with pytest.warns(UserWarning, match="begins in epoch 5, and training ends before: max_epochs is 2"):
+        train(Toy(adam), [callback(start_epoch=5)], max_epochs=2)

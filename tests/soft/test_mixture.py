@@ -264,3 +264,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 
 def test_memory_is_that_of_two_copies_of_the_weights():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 2.2
+
+
+def test_quantising_in_low_precision_is_idempotent():
+    one = GaussianMixturePrior(components=4)
+    with torch.no_grad():
+        one.means.copy_(torch.tensor([0.1, 0.3, 0.5]))
+        one.log_stds.fill_(math.log(1e-4))
+    quantised = one.quantize(one.means.detach().bfloat16())
+    assert torch.equal(quantised, one.means.detach().bfloat16())
+    assert torch.equal(one.quantize(quantised), quantised)

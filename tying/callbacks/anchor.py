@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from tying.callbacks.pulling import Pull, Pulling, Update
 from tying.errors import ConfigurationError, listed, nearest
+from tying.hard.places import places_of
 from tying.names import clean_name
 from tying.selection import select
 from tying.soft import anchored
@@ -81,6 +82,12 @@ class AnchorTying(Pulling):
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
         found = select(model, self.parameters)
         if self.anchor != "initial":
+            places = places_of(model)
+            relations = {name: places[name].relation for name in found if name in places}
+            if other := [name for name, relation in relations.items() if relation is not None and relation.steps]:
+                raise ConfigurationError(
+                    f"{listed(other)}: tied through a relation; anchor the source of the tie instead"
+                )
             self._anchors = anchors_of(Path(self.anchor), found)
         elif not self._anchors:
             self._anchors = {name: weight.detach().clone() for name, weight in found.items()}
@@ -126,7 +133,10 @@ def anchors_of(path: Path, weights: dict[str, nn.Parameter]) -> dict[str, Tensor
     except FileNotFoundError:
         raise ConfigurationError(f"anchor: there is no {path}; 'initial' stands for the weights at the start") from None
     except Exception as error:
-        raise ConfigurationError(f"anchor: {path} is no checkpoint: {error}") from None
+        raise ConfigurationError(
+            f"anchor: {path} is no checkpoint of tensors and plain types (of one that holds other objects, save the "
+            f"state dict alone): {error}"
+        ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     held = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if missing := [name for name in weights if name not in held]:

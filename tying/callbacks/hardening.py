@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
 from tying.callbacks.base import TyingCallback, callbacks_of, refuse_copies
+from tying.callbacks.pulling import Pulling
 from tying.errors import ConfigurationError, listed
 from tying.hard import untie
 from tying.hard.sharing import merge, plan
@@ -50,15 +52,18 @@ class Hardening:
 
     def check_others(self, trainer: pl.Trainer, own: TyingCallback) -> None:
         """Refuse other callbacks' ties of the same weights."""
-        ours = {id(parameter) for group in own.groups for parameter in group.parameters}
-        others = [c for c in callbacks_of(trainer) if isinstance(c, TyingCallback) and c is not own]
-        for callback in others if self.below is not None else ():
-            for group in callback.groups:
-                if any(id(parameter) in ours for parameter in group.parameters):
-                    raise ConfigurationError(
-                        f"harden_below would replace {group.names[0]!r}, which another {type(callback).__name__} "
-                        "ties too: put all their ties into one callback"
-                    )
+        ours = {id(p): name for group in own.groups for name, p in zip(group.names, group.parameters, strict=True)}
+        for callback in callbacks_of(trainer) if self.below is not None else ():
+            held: list[nn.Parameter] = []
+            if isinstance(callback, TyingCallback):
+                held = [parameter for group in callback.groups for parameter in group.parameters]
+            elif isinstance(callback, Pulling):
+                held = callback.pulled
+            if callback is not own and (both := [ours[id(parameter)] for parameter in held if id(parameter) in ours]):
+                raise ConfigurationError(
+                    f"harden_below would replace {both[0]!r}, which another {type(callback).__name__} ties too: put "
+                    "all their ties into one callback, or leave harden_below out"
+                )
 
     def prepare(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         """Part the groups of a model that is about to be restored; forget those of another model."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.atomic import atomically
+from tying.callbacks.base import callbacks_of
 from tying.callbacks.pulling import Pull, Pulling, labelled_examples
 from tying.errors import ConfigurationError, listed
 from tying.hashing.packing import sizes
@@ -28,8 +31,9 @@ class MixtureTying(Pulling):
 
     From ``start_epoch`` on, the gradient of ``strength / examples`` times :class:`tying.soft.GaussianMixturePrior` is
     added to those of the weights, before clipping and the optimizer's step; the mixture has an Adam of its own. At
-    the end of the last epoch components are merged, and each weight becomes the mean of its component: the last
-    checkpoint, and tests thereafter, are those of the quantised network.
+    the end of the last epoch components are merged, and each weight becomes the mean of its component: tests thereafter
+    are those of the quantised network, and so are checkpoints that are saved when training epochs end (those that
+    Lightning saves after a validation within, or not in every, epoch are older).
 
     Logs ``tying/strength`` and ``tying/penalty``; at the end ``tying/distinct`` values, the share of weights that is
     not zero, ``tying/nonzero``, and by how much indices and a codebook are smaller, ``tying/compression`` (bits of a
@@ -75,7 +79,7 @@ class MixtureTying(Pulling):
             raise ConfigurationError(f"start_epoch must be 0 or more, not {start_epoch}")
         if examples is not None and examples < 1:
             raise ConfigurationError(f"examples must be 1 or more, not {examples}")
-        if len(rates) != 3 or min(rates) < 0:
+        if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
         self.parameters, self.components, self.zero_weight = parameters, components, zero_weight
         self.start_epoch, self.examples, self.rates = start_epoch, examples, rates
@@ -102,22 +106,26 @@ class MixtureTying(Pulling):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if averaging := [
+            c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)
+        ]:
+            raise ConfigurationError(
+                f"MixtureTying does not go with {type(averaging[0]).__name__}, whose mean of weights is not quantised"
+            )
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's state is restored after this
             self.prior, self._optimizer, self._saved, self._done = None, None, {}, False
             select(pl_module, self.parameters)
 
     @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
-        self._weights = {name: w for name, w in select(model, self.parameters).items() if w.requires_grad}
-        every = [
-            {id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers
-        ]
-        own = {id(weight) for weight in self._weights.values()}
-        if not own or not any(own <= held for held in every):
+        self._weights, self._value = select(model, self.parameters), None
+        trained = {id(weight) for weight in self._weights.values() if weight.requires_grad}
+        held = [{id(p) for one in o.param_groups for p in one["params"]} for o in trainer.optimizers]
+        if not trained or not any(trained <= own for own in held):
             raise ConfigurationError(f"no one optimizer trains {listed(self._weights) or self.parameters}")
         if "prior" in self._saved:
-            self._begin()
             self._restore(self._saved)
+            self._saved = {}
         elif self._done:  # training goes on
             self._learn()
         return []
@@ -125,6 +133,12 @@ class MixtureTying(Pulling):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._share = 1 / (self.examples or labelled_examples(trainer))
+        if 0 <= (trainer.max_epochs or -1) <= self.start_epoch:
+            warnings.warn(
+                f"MixtureTying begins in epoch {self.start_epoch}, and training ends before: max_epochs is "
+                f"{trainer.max_epochs}",
+                stacklevel=2,
+            )
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,7 +169,7 @@ class MixtureTying(Pulling):
         self._done = False
 
     def _restore(self, state: dict[str, Any]) -> None:
-        assert self.prior is not None
+        self.prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._all())
         self.prior.load_state_dict(state["prior"])
         self._learn()
         if self._optimizer is not None and "optimizer" in state:  # none is kept at the end, when components are merged
@@ -174,6 +188,11 @@ class MixtureTying(Pulling):
         if self._optimizer is not None and not self._done and any(w in rates for w in self._weights.values()):
             self._optimizer.step()
 
+    @property
+    @override
+    def pulled(self) -> list[nn.Parameter]:
+        return [*self._weights.values()]
+
     @override
     def value(self) -> Tensor | None:
         return self._value
@@ -183,7 +202,8 @@ class MixtureTying(Pulling):
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         progress: Any = trainer.fit_loop.epoch_progress.current
         ends = 0 < epochs <= progress.processed or 0 < steps <= trainer.global_step
-        if self.prior is not None and not self._done and (ends or trainer.should_stop):
+        ends |= trainer.should_stop and trainer.fit_loop._can_stop_early
+        if self.prior is not None and not self._done and ends:
             self._draw(trainer, "mixture_end")
             for name, value in self._finish().items():
                 pl_module.log(f"{self._prefix}/{name}", value)
@@ -236,11 +256,12 @@ class MixtureTying(Pulling):
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
             return
         figure = mixture_figure(self._all(), self.prior, f"epoch {trainer.current_epoch}")
-        with atomically(folder / f"{name}.png") as aside:
+        own = f"{name}_{self.name}" if self.name else name
+        with atomically(folder / f"{own}.png") as aside:
             figure.savefig(aside, format="png", dpi=120)
         for logger in trainer.loggers:
             if add := getattr(getattr(logger, "experiment", None), "add_figure", None):  # TensorBoard's
-                add(f"tying/{name}", figure, trainer.global_step)
+                add(f"{self._prefix}/{name}", figure, trainer.global_step)
 
 
 def _untrained(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[str]:

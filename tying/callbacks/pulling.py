@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import LBFGS, SGD, Optimizer
+from torch.utils.data import DistributedSampler, Sampler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -80,6 +81,11 @@ class Pulling(pl.Callback):
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
         """Return what to lower; called when training starts."""
         raise NotImplementedError
+
+    @property
+    def pulled(self) -> list[torch.nn.Parameter]:
+        """The parameters that are pulled, once training has started."""
+        return [p for pull in self._pulls for group in pull.penalty.groups for p in group.parameters]
 
     @staticmethod
     def _check_strength(name: str, strength: float, update: str) -> None:
@@ -262,7 +268,10 @@ def labelled_examples(trainer: pl.Trainer) -> int:
     if isinstance(loaders, Mapping):
         loaders = loaders.get("labelled")
     one = loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
+    sampler = getattr(one, "sampler", None)
     try:
+        if isinstance(sampler, Sampler) and not isinstance(sampler, DistributedSampler):  # of a subset, say
+            return len(sampler)  # type: ignore[arg-type]  # what has none raises
         return len(one.dataset)
     except (AttributeError, TypeError):
         raise ConfigurationError(

@@ -102,17 +102,19 @@ class GaussianMixturePrior(nn.Module):
         """Add the gradients of ``strength`` times the prior to those of weights and of the mixture; return the prior.
 
         Args:
-            weights: those that share the mixture; their gradients are created where there are none.
+            weights: those that share the mixture; their gradients are created where there are none. Frozen ones count
+                for the mixture alone.
             strength: of the prior.
             scale: a further factor on the gradients of the weights alone.
         """
         means, log_stds, log_proportions = mixture = [part.detach() for part in self.mixture()]
         total, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
         for weight in weights:
-            if weight.grad is None:
+            if weight.grad is None and weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
+            into = weight.grad if weight.requires_grad and weight.grad is not None else torch.zeros_like(weight)
             value, gradients = evaluate(
-                weight.detach(), means, log_stds, log_proportions, into=weight.grad, scale=strength * scale
+                weight.detach(), means, log_stds, log_proportions, into=into, scale=strength * scale
             )
             total = total + value
             for kept, gradient in zip(into_mixture, gradients, strict=True):
@@ -174,7 +176,12 @@ class GaussianMixturePrior(nn.Module):
         owner = self._most_responsible(self.all_means())
         for _ in owner:  # each step leads to a higher peak, hence to an end
             owner = owner[owner]
-        return owner[self._most_responsible(weights)]
+        assigned = owner[self._most_responsible(weights)]
+        if weights.dtype in (torch.float16, torch.bfloat16):  # where a mean, rounded, may seem to be another's
+            for component in torch.unique(owner):
+                mean = self.all_means()[component].to(weights.dtype)
+                assigned = torch.where(weights == mean, component, assigned)
+        return assigned
 
     @torch.no_grad()
     def quantize(self, weights: Tensor) -> Tensor:
