@@ -13,27 +13,48 @@ import torch.distributed
 from torch.optim import SGD
 from toys import TIES, Toy, batches, train
 
-from tying.callbacks import HardTying, RandomState, SoftTying, TyingMonitor, TyingSummary, WeightHashing
+from tying.callbacks import (
+    AnchorTying,
+    Coupling,
+    HardTying,
+    MixtureTying,
+    RandomState,
+    SoftTying,
+    TyingMonitor,
+    TyingSummary,
+    WeightHashing,
+)
 from tying.data import CIFAR10
 from tying.hard import bake
 from tying.soft import Schedule
 
-CASES = list(itertools.product(["gradient", "decoupled", "proximal", "hard", "hashed"], [1, 4], [None, 0.02]))
+KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture"]
+CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
 def optimizer(parameters):
     return SGD(parameters, lr=0.1, momentum=0.9)
 
 
+def callback(kind):
+    if kind == "hard":
+        return HardTying(TIES)
+    if kind == "hashed":
+        return WeightHashing(["encoder.*.weight", "decoder.*.weight"], 0.3, sign=True, scope="network")
+    if kind == "coupled":
+        return Coupling("encoder.0.bias", "decoder.0.bias", alpha=0.3)
+    if kind == "anchored":
+        return AnchorTying(["encoder.**"], strength=0.3, head_strength=0.1)
+    if kind == "mixture":
+        return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
+    return SoftTying(TIES, strength=0.3, update=kind, schedule=Schedule(0.0, 1.0, 5))
+
+
 def main(out: Path, world: int) -> None:
     for number, (update, accumulate, clip) in enumerate(CASES):
         model = Toy(optimizer).double()
-        tying = HardTying(TIES)
-        if update == "hashed":
-            torch.manual_seed(0)  # its table begins with entries drawn from the weights
-            tying = WeightHashing(["encoder.*.weight", "decoder.*.weight"], 0.3, sign=True, scope="network")
-        elif update != "hard":
-            tying = SoftTying(TIES, strength=0.3, update=update, schedule=Schedule(0.0, 1.0, 5))
+        torch.manual_seed(0)  # a hashed table begins with entries drawn from the weights
+        tying = callback(update)
         # rank r takes every second sample, so that jointly the processes see the batches of one
         trainer = train(
             model,
