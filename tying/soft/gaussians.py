@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
+CPU_CHUNK = 1 << 15  # weights at a time: their densities under all components stay in a processor's cache
 DEVICE_CHUNK = 1 << 20
 
 
@@ -73,23 +73,24 @@ def evaluate(
     dtype = torch.promote_types(weights.dtype, torch.float32)
     means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in (means, log_stds, log_proportions))
     precisions = (-2 * log_stds).exp()
-    pulls = torch.stack([precisions, precisions * means])
-    count = len(means)
+    pulls = torch.stack([torch.ones_like(means), precisions, precisions * means])
+    count, longest = len(means), min(chunk_of(weights), max(1, weights.numel()))
     sums = torch.zeros(count, 3, dtype=torch.float64, device=weights.device)
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
-    buffer = means.new_empty(count, min(chunk_of(weights), max(1, weights.numel())))
+    buffer, moments = means.new_empty(count, longest), means.new_empty(3, longest)
     for part, received in _parts(weights, into):
         w = part.to(dtype)
         density = log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
         largest = density.amax(dim=0, keepdim=True)
         density.sub_(largest).exp_()
-        shares = density.sum(dim=0)
-        total -= (shares.log() + largest[0]).sum()
-        one = shares.reciprocal_()
-        moments = torch.stack([one, one * w, one * w * w], dim=1)
-        sums += density @ moments
-        steepness, target = pulls @ density
-        received.add_((steepness.mul_(w).sub_(target)).mul_(one), alpha=scale)
+        shares, steepness, target = pulls @ density
+        one, first, second = moments[:, : len(w)]
+        torch.reciprocal(shares, out=one)
+        torch.mul(one, w, out=first)
+        torch.mul(first, w, out=second)
+        sums += density @ moments[:, : len(w)].T
+        received.add_(steepness.mul_(w).sub_(target).mul_(one), alpha=scale)
+        total -= shares.log_().add_(largest[0]).sum()
     responsible, first, second = sums.unbind(1)
     means, precisions = means.double(), precisions.double()
     scatter = second - 2 * means * first + means.square() * responsible
@@ -113,8 +114,8 @@ def log_joint(
     """Return ``log π_j N(w_i; μ_j, σ_j²)``, (J, N)."""
     narrow = (-log_stds).exp() / math.sqrt(2)
     constants = log_proportions - log_stds - 0.5 * math.log(2 * math.pi)
-    scaled = torch.mul(narrow[:, None], weights, out=out).sub_((narrow * means)[:, None])
-    return torch.sub(constants[:, None], scaled.square_(), out=out)
+    scaled = torch.addcmul(-(narrow * means)[:, None], narrow[:, None], weights, out=out)
+    return torch.addcmul(constants[:, None], scaled, scaled, value=-1, out=out)
 
 
 def chunk_of(weights: Tensor) -> int:

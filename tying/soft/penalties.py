@@ -164,8 +164,9 @@ class L2(Penalty):
         b = [1 / (1 + m * strength * rate) if rate else 1.0 for rate in rates]
         weights = b if any(b) else [1 / rate for rate in rates]  # the limit of b, up to a factor, as s → ∞
         share = [weight / sum(weights) for weight in weights]
-        largest = tensors[share.index(max(share))]  # exactly c, where all others' shares are 0
-        c = largest + sum(p * (w - largest) for p, w in zip(share, tensors, strict=True))
+        first = share.index(max(share))  # exactly c, where all others' shares are 0
+        others = [(p, w) for i, (p, w) in enumerate(zip(share, tensors, strict=True)) if i != first]
+        c = tensors[first] + sum(p * (w - tensors[first]) for p, w in others)
         return [c + b_i * (w - c) if b_i != 1 else w for b_i, w in zip(b, tensors, strict=True)]
 
 
