@@ -274,3 +274,16 @@ def test_quantising_in_low_precision_is_idempotent():
     quantised = one.quantize(one.means.detach().bfloat16())
     assert torch.equal(quantised, one.means.detach().bfloat16())
     assert torch.equal(one.quantize(quantised), quantised)
+
+
+def test_weights_far_from_all_components():
+    w = torch.tensor([0.0, 3.0, -50.0, 1e4], dtype=torch.float64, requires_grad=True)
+    value = mixture_nll(w, *MIXTURE)
+    density = MIXTURE[2][:, None] + Normal(MIXTURE[0][:, None], MIXTURE[1].exp()[:, None]).log_prob(w)
+    reference = -density.logsumexp(dim=0).sum()
+    torch.testing.assert_close(value, reference)
+    for ours, theirs in zip(torch.autograd.grad(value, w), torch.autograd.grad(reference, w), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    far = torch.linspace(-2.0, 2.0, 1000)
+    low = mixture_nll(far, *(part.float() for part in MIXTURE))
+    torch.testing.assert_close(low.double(), mixture_nll(far.double(), *MIXTURE), rtol=1e-5, atol=1e-3)

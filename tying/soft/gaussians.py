@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-CPU_CHUNK = 1 << 15  # weights at a time: their densities under all components stay in a processor's cache
+CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
 DEVICE_CHUNK = 1 << 20
 
 
