@@ -46,7 +46,9 @@ def test_verdicts():
     assert verdict(inner, (0, 0.5, 1))[0] == 0.5
     assert verdict(inner, (0, 0.5, 1))[1].startswith("reproduced: +0.39")
     assert verdict(torch.tensor([0.5, 0.6, 0.9]) + noise, (0, 0.5, 1)) == (1, "not reproduced: the best α is a limit")
-    assert verdict(torch.tensor([0.5, 0.6, 0.6]) + noise, (0, 0.5, 1))[1].startswith(("undecided", "not reproduced"))
+    gains = torch.tensor([0.3, -0.2] * 10).double()  # better than the discriminative limit on average, not surely
+    undecided = torch.stack([torch.full_like(gains, 0.5), torch.full_like(gains, 0.6), 0.6 - gains], dim=1)
+    assert verdict(undecided, (0, 0.5, 1))[1].startswith("undecided: +0.1000 over the generative limit")
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import Toy, same, train
 
-from tying.callbacks import BeforeEpoch, HardTying, SoftTying, WeightClustering, WeightHashing
+from tying.callbacks import AnchorTying, BeforeEpoch, HardTying, SoftTying, WeightClustering, WeightHashing
 from tying.hard import bake
 from tying.hashing import (
     CodebookHash,
@@ -204,6 +204,7 @@ def test_after_pruning():
         (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=2), EMAWeightAveraging()]), "does not go with EMAWeightAveraging"),
         (lambda: train(Toy(), [HardTying(PAIR), WeightClustering(["encoder.0.weight"], clusters=2)]), r"'encoder\.0\.weight' is (tied to|parametrized)"),
         (lambda: train(Toy(), [SoftTying(PAIR), WeightClustering(["encoder.0.weight"], clusters=2)]), r"'encoder\.0\.weight' is tied by SoftTying"),
+        (lambda: train(Toy(), [AnchorTying(["encoder.**"], 0.1), WeightClustering(["encoder.0.weight"], clusters=2)]), r"'encoder\.0\.weight' is tied by AnchorTying"),
         (lambda: train(Toy(torch.optim.LBFGS), [WeightClustering(["encoder.0.weight"], clusters=2)]), "LBFGS keeps its weights to itself"),
     ],
 )  # fmt: skip

@@ -114,9 +114,23 @@ def refuse_older(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, tor
         )
 
 
-def refuse_copies(trainer: pl.Trainer, asker: str, why: str) -> None:
-    """Raise where other processes, or a callback that averages weights, hold copies of what training is to change."""
+def held_by(callback: pl.Callback) -> list[nn.Parameter]:
+    """Return the parameters that a callback ties or pulls, once training has started."""
+    if isinstance(callback, TyingCallback):
+        return [parameter for group in callback.groups for parameter in group.parameters]
+    return list(getattr(callback, "pulled", ()))
+
+
+def refuse_copies(trainer: pl.Trainer, asker: str, why: str, processes: bool = True) -> None:
+    """Raise where a callback that averages weights, or other processes, hold copies of what training is to change.
+
+    Args:
+        trainer: of the run.
+        asker: the callback's name.
+        why: what the copies would keep.
+        processes: whether other processes would not make the same change themselves.
+    """
     averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-    if averaging or trainer.world_size > 1:
+    if averaging or (processes and trainer.world_size > 1):
         what = type(averaging[0]).__name__ if averaging else "several processes"
         raise ConfigurationError(f"{asker} does not go with {what}, which would keep {why}")

@@ -18,7 +18,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import arguments_of, callbacks_of, refuse_copies, tied_groups
+from tying.callbacks.base import arguments_of, callbacks_of, held_by, refuse_copies
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
 from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook
@@ -126,9 +126,13 @@ class WeightClustering(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if searching := [type(optimizer).__name__ for optimizer in trainer.optimizers if isinstance(optimizer, LBFGS)]:
             raise ConfigurationError(f"{searching[0]} keeps its weights to itself: it cannot take codebooks instead")
-        for kind, group in tied_groups(trainer):
-            if held := [name for name in group.names if name in self.names]:
-                raise ConfigurationError(f"{held[0]!r} is tied by {kind}: it cannot be clustered too")
+        named = ((name.removesuffix("_orig"), parameter) for name, parameter in pl_module.named_parameters())
+        own = {id(parameter): name for name, parameter in named if name in self.names}  # _orig: what is pruned
+        for callback in callbacks_of(trainer):
+            if both := [own[id(parameter)] for parameter in held_by(callback) if id(parameter) in own]:
+                raise ConfigurationError(
+                    f"{both[0]!r} is tied by {type(callback).__name__}: it cannot be clustered too"
+                )
         if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
             for name in self.names:
                 _prune_again(pl_module, name)

@@ -7,10 +7,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
-from tying.callbacks.base import TyingCallback, callbacks_of, refuse_copies
-from tying.callbacks.pulling import Pulling
+from tying.callbacks.base import TyingCallback, callbacks_of, held_by, refuse_copies
 from tying.errors import ConfigurationError, listed
 from tying.hard import untie
 from tying.hard.sharing import merge, plan
@@ -54,12 +52,9 @@ class Hardening:
         """Refuse other callbacks' ties of the same weights."""
         ours = {id(p): name for group in own.groups for name, p in zip(group.names, group.parameters, strict=True)}
         for callback in callbacks_of(trainer) if self.below is not None else ():
-            held: list[nn.Parameter] = []
-            if isinstance(callback, TyingCallback):
-                held = [parameter for group in callback.groups for parameter in group.parameters]
-            elif isinstance(callback, Pulling):
-                held = callback.pulled
-            if callback is not own and (both := [ours[id(parameter)] for parameter in held if id(parameter) in ours]):
+            if callback is not own and (
+                both := [ours[id(parameter)] for parameter in held_by(callback) if id(parameter) in ours]
+            ):
                 raise ConfigurationError(
                     f"harden_below would replace {both[0]!r}, which another {type(callback).__name__} ties too: put "
                     "all their ties into one callback, or leave harden_below out"

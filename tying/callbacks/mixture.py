@@ -10,13 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.atomic import atomically
-from tying.callbacks.base import callbacks_of
+from tying.callbacks.base import refuse_copies
 from tying.callbacks.pulling import Pull, Pulling, labelled_examples
 from tying.errors import ConfigurationError, listed
 from tying.hashing.packing import sizes
@@ -106,12 +105,7 @@ class MixtureTying(Pulling):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if averaging := [
-            c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)
-        ]:
-            raise ConfigurationError(
-                f"MixtureTying does not go with {type(averaging[0]).__name__}, whose mean of weights is not quantised"
-            )
+        refuse_copies(trainer, "MixtureTying", "weights that are not quantised", processes=False)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's state is restored after this
             self.prior, self._optimizer, self._saved, self._done = None, None, {}, False
             select(pl_module, self.parameters)
