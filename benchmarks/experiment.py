@@ -84,7 +84,7 @@ def report(sweep: Sweep, command: str) -> str:
     """
     common = f" All runs with {' '.join(sweep.overrides)}." if sweep.overrides else ""
     told = f"{summarize(sweep.suite, sweep.runs, sweep.out)}{common} Command: `{command}`."
-    judged = verdicts(sweep.suite.trends, curves(sweep.runs, sweep.out))
+    judged = verdicts(sweep.suite.claims, curves(sweep.runs, sweep.out))
     return f"{told}\n\n{judged}".rstrip()
 
 

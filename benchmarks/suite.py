@@ -31,13 +31,13 @@ from typing import Any, TypeVar
 import yaml
 
 from benchmarks.report import ROOT, write
-from benchmarks.trends import Plot, Trend
+from benchmarks.trends import Peak, Plot, Trend
 from tying.errors import ConfigurationError, listed, nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
-KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", "trends", "like")
+KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", "trends", "peaks", "like")
 AXIS_KEYS = ("key", "values", "deltas")
-Part = TypeVar("Part", Plot, Trend)
+Part = TypeVar("Part", Plot, Trend, Peak)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Suite:
     figures: dict[str, str] = field(default_factory=dict)
     curves: tuple[str, ...] = ("val/accuracy",)
     plots: tuple[Plot, ...] = ()
-    trends: tuple[Trend, ...] = ()
+    claims: tuple[Trend | Peak, ...] = ()
     home: str = ""  # the suite whose runs these are, if another's
 
     def runs(self, seeds: int = 1, only: str | None = None, overrides: Iterable[str] = ()) -> list[Run]:
@@ -218,7 +218,7 @@ def load(name: str) -> Suite:
             description=str(content.get("description", other.description)),
             figures=content.get("figures", other.figures),
             plots=_of(path, Plot, content, "plots"),
-            trends=_of(path, Trend, content, "trends"),
+            claims=_claims(path, content),
         )
     deltas = content.get("deltas")
     if not isinstance(deltas, dict) or not deltas:
@@ -238,8 +238,12 @@ def load(name: str) -> Suite:
         figures,
         _strings(path, content.get("curves", ["val/accuracy"]), "curves"),
         _of(path, Plot, content, "plots"),
-        _of(path, Trend, content, "trends"),
+        _claims(path, content),
     )
+
+
+def _claims(path: Path, content: Mapping[str, Any]) -> tuple[Trend | Peak, ...]:
+    return *_of(path, Trend, content, "trends"), *_of(path, Peak, content, "peaks")
 
 
 def _of(path: Path, kind: Callable[..., Part], content: Mapping[str, Any], key: str) -> tuple[Part, ...]:

@@ -6,15 +6,20 @@ A suite's file may say both::
       - {name: alpha, x: alpha, y: test/accuracy, lines: ratio, log: true}
     trends:                    # a claim on how y goes with an axis, for each value of `lines`
       - {claim: accuracy rises with alpha, x: alpha, y: test/accuracy, lines: ratio, sign: 1, confounded: "..."}
+    peaks:                     # a claim that y is best inside an axis, for each value of `lines`
+      - {claim: the best alpha is inside, x: alpha, y: test/accuracy, lines: labels}
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import ClassVar
 
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -33,14 +38,14 @@ class Plot:
     Attributes:
         name: of the picture.
         x: an axis of the suite, or a metric.
-        y: a metric.
-        lines: an axis: a line for each of its values.
+        y: a metric, or several.
+        lines: an axis: a line for each of its values and each metric.
         log: whether x is logarithmic.
     """
 
     name: str
     x: str
-    y: str
+    y: str | Sequence[str]
     lines: str
     log: bool = False
 
@@ -67,6 +72,7 @@ class Trend:
     lines: str
     sign: int
     confounded: str = ""
+    head: ClassVar = ("line", "n", "change from first to last", "rank correlation", "95 % interval", "says")
 
     def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
         """Return a verdict, and a table's rows: for each line the change, the rank correlation and what it says.
@@ -76,11 +82,7 @@ class Trend:
         told = []
         agreeing = []
         for line, points in lines_of(rows, self.lines).items():
-            seeds: dict[str, list[tuple[float, float]]] = {}
-            for row in points:
-                if row.get(self.y):
-                    seeds.setdefault(row["seed"], []).append((float(row[self.x]), float(row[self.y])))
-            whole = [sorted(own) for own in seeds.values() if len(own) == max(map(len, seeds.values())) > 1]
+            whole = by_seed(points, self.x, self.y)
             changes = [own[-1][1] - own[0][1] for own in whole]
             correlations = [rank_correlation(own) for own in whole]
             low, high = interval(correlations)
@@ -100,6 +102,85 @@ class Trend:
         if self.confounded and any(agreeing):
             verdict += f", and confounded: {self.confounded}"
         return f"{self.claim}: {verdict}.", told
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A claim: along an axis a metric is highest inside, at neither end, on every line.
+
+    The inner value is chosen on all seeds but one, and compared with both ends on that one, for each seed in turn: the
+    luck of the best of several is not counted as a gain. What decides are 95 % intervals of the mean gains.
+
+    Attributes:
+        claim: in words.
+        x: an axis of the suite.
+        y: a metric.
+        lines: an axis.
+    """
+
+    claim: str
+    x: str
+    y: str
+    lines: str
+    head: ClassVar = (
+        "line",
+        "n",
+        "best inside",
+        "over the first",
+        "95 % interval",
+        "over the last",
+        "95 % interval",
+        "says",
+    )
+
+    def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
+        """Return a verdict, and a table's rows: for each line the inner value, its gains over both ends, what they say.
+
+        With one seed, or without inner values, nothing can be said.
+        """
+        told = []
+        for line, points in lines_of(rows, self.lines).items():
+            whole = [own for own in by_seed(points, self.x, self.y) if len(own) > 2]
+            if len(whole) < 2:
+                told.append([f"{self.lines} {line}", "0", "–", "–", "–", "–", "–", "undecided"])
+                continue
+            chosen = [inner_best([other for other in whole if other is not own]) for own in whole]
+            over_first = [own[best][1] - own[0][1] for best, own in zip(chosen, whole, strict=True)]
+            over_last = [own[best][1] - own[-1][1] for best, own in zip(chosen, whole, strict=True)]
+            bounds = interval(over_first), interval(over_last)
+            inside = all(low > 0 for low, _ in bounds)
+            says = "inside" if inside else "at an end" if any(high < 0 for _, high in bounds) else "undecided"
+            values = ", ".join(f"{whole[0][best][0]:g}" for best in sorted({*chosen}))
+            first, last = (f"{low:+.4f} to {high:+.4f}" for low, high in bounds)
+            gains = [f"{fmean(over_first):+.4f}", first, f"{fmean(over_last):+.4f}", last]
+            told.append([f"{self.lines} {line}", str(len(whole)), values, *gains, says])
+        if not any(int(line[1]) for line in told):
+            return f"{self.claim}: undecided, for want of seeds.", told
+        found = Counter(line[-1] for line in told)
+        verdict = "undecided" if found["undecided"] == len(told) else "not reproduced"
+        if found["inside"]:
+            some = found["inside"] < len(told)
+            verdict = f"not reproduced (on {found['inside']} of {len(told)} lines)" if some else "reproduced"
+        return f"{self.claim}: {verdict}.", told
+
+
+def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:
+    """Return which of several x, the first and the last apart, has the highest mean y.
+
+    Example:
+        >>> inner_best([[(0, 9), (1, 2), (2, 3), (3, 0)], [(0, 9), (1, 6), (2, 4), (3, 0)]])
+        1
+    """
+    return max(range(1, len(seeds[0]) - 1), key=lambda at: fmean(own[at][1] for own in seeds))
+
+
+def by_seed(points: Sequence[Row], x: str, y: str) -> list[list[tuple[float, float]]]:
+    """Return pairs (x, y) of each seed, in order of x; of those seeds that have as many as any, and two at least."""
+    seeds: dict[str, list[tuple[float, float]]] = {}
+    for row in points:
+        if row.get(y):
+            seeds.setdefault(row["seed"], []).append((float(row[x]), float(row[y])))
+    return [sorted(own) for own in seeds.values() if len(own) == max(map(len, seeds.values())) > 1]
 
 
 def rank_correlation(points: Sequence[tuple[float, float]]) -> float:
@@ -145,13 +226,12 @@ def final(rows: Sequence[Row]) -> list[Row]:
     return [*last.values()]
 
 
-def verdicts(trends: Sequence[Trend], rows: Sequence[Row]) -> str:
+def verdicts(claims: Sequence[Trend | Peak], rows: Sequence[Row]) -> str:
     """Return what becomes of claims, as Markdown."""
     parts = []
-    for trend in trends:
-        verdict, told = trend.judge(rows)
-        head = ["line", "n", "change from first to last", "rank correlation", "95 % interval", "says"]
-        parts += [f"Claim: {verdict}", "", table(head, told), ""]
+    for claim in claims:
+        verdict, told = claim.judge(rows)
+        parts += [f"Claim: {verdict}", "", table(claim.head, told), ""]
     return "\n".join(parts)
 
 
@@ -159,18 +239,20 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     """Write a PNG: over an axis, means with standard deviations; over a metric, a point for each run."""
     figure = Figure(figsize=(5, 3.8), layout="constrained")
     axes = figure.subplots()
-    for line, found in lines_of(rows, plot.lines).items():
+    metrics = [plot.y] if isinstance(plot.y, str) else plot.y
+    for (line, found), y in itertools.product(lines_of(rows, plot.lines).items(), metrics):
         points: dict[float, list[float]] = {}
         for row in found:
-            if row.get(plot.x) and row.get(plot.y):
-                points.setdefault(float(row[plot.x]), []).append(float(row[plot.y]))
+            if row.get(plot.x) and row.get(y):
+                points.setdefault(float(row[plot.x]), []).append(float(row[y]))
         xs = sorted(points)
         means = [fmean(points[x]) for x in xs]
         spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
-        axes.errorbar(xs, means, yerr=spreads, label=f"{plot.lines} {line}", marker=".", capsize=2)
+        label = f"{plot.lines} {line}" + (f", {y}" if len(metrics) > 1 else "")
+        axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
     if plot.log:
         axes.set_xscale("symlog" if any(float(r[plot.x]) == 0 for r in final(rows) if r.get(plot.x)) else "log")
-    axes.set(xlabel=plot.x, ylabel=plot.y)
+    axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")
     with atomically(path) as aside:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import experiment
 from benchmarks.suite import load
-from benchmarks.trends import Plot, Trend, draw, final, interval, verdicts
+from benchmarks.trends import Peak, Plot, Trend, draw, final, interval, verdicts
 from tying.hashing import UniformHash
 from tying.hashing.virtual import table_entries
 
@@ -62,6 +62,40 @@ def test_one_seed_decides_nothing():
     assert interval([0.3]) == (-float("inf"), float("inf"))
 
 
+PEAK = Peak("best inside", "alpha", "test/accuracy", "ratio")
+
+
+def test_a_peak_is_inside_or_at_an_end():
+    heights = {"a": (0.0, 2.0, 1.0, 0.5), "b": (0.0, 2.0, 1.0, 3.0), "c": (0.0, 2.0, 1.0, 2.0)}
+    found = rows(
+        {
+            (line, x, s): y + 0.01 * (s - 1) * x
+            for line, ys in heights.items()
+            for x, y in enumerate(ys)
+            for s in range(3)
+        }
+    )
+    verdict, told = PEAK.judge(found)
+    assert verdict == "best inside: not reproduced (on 1 of 3 lines)."
+    assert [line[-1] for line in told] == ["inside", "at an end", "undecided"]
+    assert told[0][:4] == ["ratio a", "3", "1", "+2.0000"]
+    assert told[1][5] == "-1.0000"
+    assert PEAK.judge([row for row in found if row["ratio"] == "a"])[0] == "best inside: reproduced."
+    assert PEAK.judge([row for row in found if row["ratio"] == "c"])[0] == "best inside: undecided."
+
+
+def test_the_luck_of_the_best_of_several_is_no_peak():
+    lucky = {(x, seed): float(x == seed + 1) for x in range(5) for seed in range(3)}  # each seed has a best of its own
+    verdict, [line] = PEAK.judge(rows({("a", x, seed): y for (x, seed), y in lucky.items()}))
+    assert verdict == "best inside: undecided."
+    assert line[3] == line[5] == "+0.0000"
+
+
+def test_one_seed_or_no_inner_value_is_no_peak():
+    for values in ({("a", x, 0): x for x in range(3)}, {("a", x, s): x for x in range(2) for s in range(3)}):
+        assert PEAK.judge(rows(values))[0] == "best inside: undecided, for want of seeds."
+
+
 def test_only_the_last_epoch_counts_and_missing_runs_are_left_out():
     found = rows({("a", 0.1, 0): 0.5, ("a", 1.0, 0): 0.7, ("a", 1.0, 1): 0.9})
     found.insert(0, {**found[0], "test/accuracy": "0.1"})
@@ -74,6 +108,8 @@ def test_pictures(x, tmp_path):
     found = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
     draw(Plot("p", x, "test/accuracy", "ratio", log=True), found, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    draw(Plot("p", x, ["test/accuracy", "tying/entropy"], "ratio"), found, tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "p.png").read_bytes()
 
 
 def test_a_suite_like_another_has_its_runs():
