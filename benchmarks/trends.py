@@ -251,7 +251,11 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         label = f"{plot.lines} {line}" + (f", {y}" if len(metrics) > 1 else "")
         axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
     if plot.log:
-        axes.set_xscale("symlog" if any(float(r[plot.x]) == 0 for r in final(rows) if r.get(plot.x)) else "log")
+        xs = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
+        if 0 in xs and len(xs) > 1:
+            axes.set_xscale("symlog", linthresh=min(xs - {0}))
+        else:
+            axes.set_xscale("log")
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")

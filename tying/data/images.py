@@ -79,6 +79,16 @@ class Images(pl.LightningDataModule):
         """Return the splits ``train`` and ``test``."""
         raise NotImplementedError
 
+    def divide(self, images: Tensor, labels: Tensor) -> dict[str, Split]:
+        """Return the parts of the training images that batches keep apart, and whatever else is made of the splits."""
+        if self.labelled is None:
+            return {}
+        kept = draw_balanced(labels, spread_evenly(self.labelled, labels, "labelled"))
+        return {
+            "labelled": (images[kept], labels[kept]),
+            "unlabelled": (images[~kept], torch.full_like(labels[~kept], UNLABELLED)),
+        }
+
     @property
     def description(self) -> str:
         """Which data this is, in words."""
@@ -98,10 +108,7 @@ class Images(pl.LightningDataModule):
             "val": (loaded["train"][0][held_out], loaded["train"][1][held_out]),
             "test": loaded["test"],
         }
-        if self.labelled is not None:
-            kept = draw_balanced(labels, _spread(self.labelled, labels))
-            self._splits["labelled"] = images[kept], labels[kept]
-            self._splits["unlabelled"] = images[~kept], torch.full_like(labels[~kept], UNLABELLED)
+        self._splits |= self.divide(images, labels)
         counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
         root = getattr(self, "root", None)
         place = "" if root is None else f" at {root}"
@@ -203,16 +210,29 @@ def _per_class(labels: Tensor, share: float) -> list[int]:
     return [round(share * count) for count in labels.bincount().tolist()]
 
 
-def _spread(total: int, labels: Tensor) -> list[int]:
-    """Return how many labels of each class to keep, as equal as can be."""
+def spread_evenly(total: int, labels: Tensor, name: str) -> list[int]:
+    """Return how many samples of each class make up a total, as equal as can be.
+
+    Args:
+        total: number of samples.
+        labels: of all samples there are.
+        name: of the total, for errors.
+
+    Raises:
+        ConfigurationError: there are too few samples, or too few are asked for.
+
+    Example:
+        >>> spread_evenly(3, torch.tensor([0, 0, 1, 1]), "labelled")
+        [2, 1]
+    """
     counts = labels.bincount().tolist()
     if not len(counts) <= total <= len(labels):
         raise ConfigurationError(
-            f"labelled must be from {len(counts)} (one a class) to {len(labels)} (all training labels), not {total}"
+            f"{name} must be from {len(counts)} (one a class) to {len(labels)} (all training labels), not {total}"
         )
     per_class = [total // len(counts) + (kind < total % len(counts)) for kind in range(len(counts))]
     if short := [kind for kind, count in enumerate(counts) if per_class[kind] > count]:
         raise ConfigurationError(
-            f"labelled={total} takes {per_class[short[0]]} of class {short[0]}, which has {counts[short[0]]}"
+            f"{name}={total} takes {per_class[short[0]]} of class {short[0]}, which has {counts[short[0]]}"
         )
     return per_class

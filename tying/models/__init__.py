@@ -3,7 +3,17 @@
 from tying.models.autoencoder import Autoencoder
 from tying.models.classifier import Classifier
 from tying.models.convolutional import ConvDecoder, ConvEncoder
+from tying.models.domains import DomainClassifiers
 from tying.models.hybrid import HybridClassifier
 from tying.models.networks import MLP, ResNet
 
-__all__ = ["MLP", "Autoencoder", "Classifier", "ConvDecoder", "ConvEncoder", "HybridClassifier", "ResNet"]
+__all__ = [
+    "MLP",
+    "Autoencoder",
+    "Classifier",
+    "ConvDecoder",
+    "ConvEncoder",
+    "DomainClassifiers",
+    "HybridClassifier",
+    "ResNet",
+]

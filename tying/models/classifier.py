@@ -80,18 +80,26 @@ class Classification(pl.LightningModule):
         """Return a module in the memory format that was asked for."""
         return module.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else module
 
+    def laid_out_input(self, x: Tensor) -> Tensor:
+        """Return a batch of inputs in the memory format that was asked for."""
+        return x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] else x
+
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits(x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] else x)
+        return self.logits(self.laid_out_input(x))
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch["labelled"] if isinstance(batch, dict) else batch
         logits = self(x)
-        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
+        loss = self.training_loss(logits, y)
         self.log("train/loss", loss)
-        self._log_accuracy("train", "fit", logits, y)
+        self.log_accuracy("train", "fit", logits, y)
         return loss
+
+    def training_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the mean cross entropy, its labels smoothed as asked for."""
+        return F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -110,12 +118,13 @@ class Classification(pl.LightningModule):
         x, y = batch
         logits = self(x)
         self.log(f"{stage}/loss", F.cross_entropy(logits, y), sync_dist=True)
-        self._log_accuracy(stage, stage, logits, y)
+        self.log_accuracy(stage, stage, logits, y)
 
-    def _log_accuracy(self, stage: str, metric: str, logits: Tensor, y: Tensor) -> None:
+    def log_accuracy(self, place: str, metric: str, logits: Tensor, y: Tensor) -> None:
+        """Count a batch in one of ``accuracy``, and log it as ``<place>/accuracy`` at the end of the epoch."""
         accuracy = cast(MulticlassAccuracy, self.accuracy[metric])
         accuracy(logits, y)
-        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        self.log(f"{place}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

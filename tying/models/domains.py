@@ -1,0 +1,93 @@
+"""A classifier for each of several domains, whose inputs differ and whose classes are the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+from tying.errors import ConfigurationError, listed
+from tying.models.classifier import Classification
+
+
+class DomainClassifiers(Classification):
+    """Train a network for each domain, all of one kind, that begin alike: ``networks.<domain>``.
+
+    The loss is the sum of the domains' mean cross entropies. The networks know nothing of each other, unless a tie
+    pulls them together.
+
+    Args:
+        network: of the first domain, copied for the others; maps inputs to logits.
+        domains: their names, as batches have them.
+        options: of :class:`tying.models.classifier.Classification`.
+
+    Shape: batches are dictionaries of (inputs, labels) by domain. Predictions are dictionaries of probabilities.
+
+    Raises:
+        ConfigurationError: no domain, one twice, or one whose name cannot be a submodule's; a batch is not of these
+            domains.
+
+    Example:
+        >>> from tying.models import MLP
+        >>> model = DomainClassifiers(MLP([4, 3]), domains=["colour", "grey"], num_classes=3)
+        >>> {domain: logits.shape for domain, logits in model({"grey": torch.zeros(2, 4)}).items()}
+        {'grey': torch.Size([2, 3])}
+
+    Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, section 7.9, 2016.
+    """
+
+    def __init__(self, network: nn.Module, domains: Sequence[str], **options: Any) -> None:
+        super().__init__(**options)
+        if not domains or len({*domains}) < len(domains) or not all(map(str.isidentifier, domains)):
+            raise ConfigurationError(f"domains are distinct names, one at least, not {list(domains)}")
+        self.domains = list(domains)
+        networks = [network, *(copy.deepcopy(network) for _ in self.domains[1:])]
+        self.networks = nn.ModuleDict(
+            {domain: self.laid_out(one) for domain, one in zip(self.domains, networks, strict=True)}
+        )
+        self.accuracy = nn.ModuleDict(
+            {
+                f"{stage}_{domain}": MulticlassAccuracy(self.hparams["num_classes"], average="micro")
+                for stage in ("fit", "val", "test")
+                for domain in self.domains
+            }
+        )
+
+    @override
+    def forward(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        return {domain: self.networks[domain](self.laid_out_input(images)) for domain, images in x.items()}
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        losses = []
+        for domain, logits, y in self._classified(batch):
+            losses.append(self.training_loss(logits, y))
+            self.log(f"train/{domain}/loss", losses[-1])
+            self.log_accuracy(f"train/{domain}", f"fit_{domain}", logits, y)
+        return torch.stack(losses).sum()
+
+    @override
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        for domain, logits, y in self._classified(batch):
+            self.log(f"{stage}/{domain}/loss", F.cross_entropy(logits, y), sync_dist=True)
+            self.log_accuracy(f"{stage}/{domain}", f"{stage}_{domain}", logits, y)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return {domain: logits.softmax(dim=-1) for domain, logits, _ in self._classified(batch)}
+
+    def _classified(self, batch: Any) -> list[tuple[str, Tensor, Tensor]]:
+        if not isinstance(batch, dict) or batch.keys() != {*self.domains}:
+            found = listed(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
+            raise ConfigurationError(
+                f"DomainClassifiers trains on dictionaries of batches of {listed(map(repr, self.domains))}, not on "
+                f"{found}: set its domains to those of the data, or give a CombinedLoader of a dictionary of loaders"
+            )
+        logits = self({domain: x for domain, (x, _) in batch.items()})
+        return [(domain, logits[domain], y) for domain, (_, y) in batch.items()]
