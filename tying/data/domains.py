@@ -36,7 +36,8 @@ class TwoDomains(CIFAR10):
         download: fetch the official archive if it is missing.
 
     Shape: batches are dictionaries with ``colour`` and ``grey``, each (images, labels), images of shape
-    (batch, 3, 32, 32); in training, the smaller domain is started over as often as the larger one needs.
+    (batch, 3, 32, 32); in training, the smaller domain is started over as often as the larger one needs. Predictions
+    are made of one domain after the other.
 
     Raises:
         ConfigurationError: as CIFAR10; ``grey`` is less than one a class or leaves no image in colour; ``shrink`` does
@@ -93,7 +94,7 @@ class TwoDomains(CIFAR10):
 
     @override
     def predict_dataloader(self) -> Any:
-        return self._of_both("test")
+        return [*self._of_both("test").iterables.values()]
 
     def _of_both(self, split: str) -> CombinedLoader:
         loaders: list[BatchLoader] = [self._loader(split), self._loader(f"{split} in grey")]

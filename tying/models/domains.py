@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class DomainClassifiers(Classification):
         domains: their names, as batches have them.
         options: of :class:`tying.models.classifier.Classification`.
 
-    Shape: batches are dictionaries of (inputs, labels) by domain. Predictions are dictionaries of probabilities.
+    Shape: batches are dictionaries of (inputs, labels) by domain; for predictions, which Lightning makes of one loader
+    after another, there is a loader for each domain, in order.
 
     Raises:
         ConfigurationError: no domain, one twice, or one whose name cannot be a submodule's; a batch is not of these
@@ -79,8 +80,10 @@ class DomainClassifiers(Classification):
             self.log_accuracy(f"{stage}/{domain}", f"{stage}_{domain}", logits, y)
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        return {domain: logits.softmax(dim=-1) for domain, logits, _ in self._classified(batch)}
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        domain = self.domains[dataloader_idx]
+        probabilities = self({domain: batch[0] if isinstance(batch, list | tuple) else batch})[domain].softmax(dim=-1)
+        return cast(Tensor, probabilities)
 
     def _classified(self, batch: Any) -> list[tuple[str, Tensor, Tensor]]:
         if not isinstance(batch, dict) or batch.keys() != {*self.domains}:
