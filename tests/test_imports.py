@@ -19,13 +19,14 @@ ALLOWED = {
     "ties": {"errors", "relations"},
     "selection": {"errors", "patterns", "names", "relations", "ties"},
     "atomic": set(),
+    "checkpoints": {"errors", "names"},
     "soft": {"errors", "names", "relations", "ties"},
     "hard": {"errors", "atomic", "names", "relations", "selection", "ties"},
     "hashing": {"errors", "atomic", "names", "selection", "ties", "hard"},  # one table of a network is a hard tie
     "depth": {"errors", "names", "relations", "ties"},
-    "models": {"errors", "depth"},
+    "models": {"errors", "checkpoints", "names", "patterns", "depth"},
     "data": {"errors", "atomic"},
-    "callbacks": {"errors", "atomic", "names", "selection", "ties", "soft", "hard", "hashing", "depth"},
+    "callbacks": {"errors", "atomic", "checkpoints", "names", "selection", "ties", "soft", "hard", "hashing", "depth"},
     "mixins": {"errors", "callbacks"},
 }
 FREE = {"__init__", "__main__", "bake", "cli"}

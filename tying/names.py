@@ -202,12 +202,12 @@ class Names:
             raise ConfigurationError(f"{asker}: pattern {text!r} matches no parameter or module.{known}")
         excluded = [Pattern(pattern) for pattern in exclude]
         for pattern in excluded:
-            if not any(_covers(pattern, name) for name in self.parameters):
+            if not any(covers(pattern, name) for name in self.parameters):
                 raise ConfigurationError(
                     f"{asker}: exclude pattern {pattern.text!r} covers no parameter."
                     + nearest(pattern.text, dict.fromkeys([*self.parameters, *self.modules]))
                 )
-        kept = [match for match in matches if not any(_covers(pattern, match.name) for pattern in excluded)]
+        kept = [match for match in matches if not any(covers(pattern, match.name) for pattern in excluded)]
         if not kept:
             raise ConfigurationError(f"{asker}: exclude={list(exclude)} leaves nothing of {text!r}")
         return kept
@@ -230,5 +230,11 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
-def _covers(pattern: Pattern, name: str) -> bool:
+def covers(pattern: Pattern, name: str) -> bool:
+    """Return whether a pattern matches a name, or one of the modules above it.
+
+    Example:
+        >>> covers(Pattern("encoder.*"), "encoder.0.weight")
+        True
+    """
     return any(pattern.match(part) is not None for part in [name, *_parents(name)])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.pulling import Pull, Pulling, Update
+from tying.checkpoints import saved_weights
 from tying.errors import ConfigurationError, listed, nearest
 from tying.hard.places import places_of
 from tying.names import clean_name
@@ -128,17 +129,7 @@ def anchors_of(path: Path, weights: dict[str, nn.Parameter]) -> dict[str, Tensor
     Raises:
         ConfigurationError: it is no such file, lacks weights, or has them in other shapes; all are told.
     """
-    try:
-        content = torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigurationError(f"anchor: there is no {path}; 'initial' stands for the weights at the start") from None
-    except Exception as error:
-        raise ConfigurationError(
-            f"anchor: {path} is no checkpoint of tensors and plain types (of one that holds other objects, save the "
-            f"state dict alone): {error}"
-        ) from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    held = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    held = saved_weights(path, "anchor (or 'initial', the weights at the start)")
     if missing := [name for name in weights if name not in held]:
         raise ConfigurationError(f"anchor: {path} lacks {listed(missing)}.{nearest(missing[0], held)}")
     if wrong := [name for name, weight in weights.items() if held[name].shape != weight.shape]:

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
+from tying.models.pretrained import load_pretrained
 
 
 class Classification(pl.LightningModule):
@@ -67,7 +68,7 @@ class Classification(pl.LightningModule):
                 f"not {lr}, {weight_decay}, {momentum} and {warmup}"
             )
         drops = list(drops)
-        self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder"])
+        self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
         self.accuracy = nn.ModuleDict(
             {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("fit", "val", "test")}
         )
@@ -161,7 +162,12 @@ class Classifier(Classification):
 
     Args:
         network: maps a batch of inputs to logits.
+        pretrained: a checkpoint of a Classifier, whose weights this one begins with; batch norms' statistics, too.
+        fresh: patterns of what begins anew nevertheless: a head, ``"network.head"``.
         options: of :class:`Classification`.
+
+    Raises:
+        ConfigurationError: as :class:`Classification` and :func:`tying.models.pretrained.load_pretrained`.
 
     Example:
         >>> from tying.models import MLP
@@ -169,9 +175,15 @@ class Classifier(Classification):
         torch.Size([2, 3])
     """
 
-    def __init__(self, network: nn.Module, **options: Any) -> None:
+    def __init__(
+        self, network: nn.Module, pretrained: str | None = None, fresh: Sequence[str] = (), **options: Any
+    ) -> None:
         super().__init__(**options)
         self.network = self.laid_out(network)
+        if pretrained is not None:
+            load_pretrained(self, pretrained, fresh)
+        elif fresh:
+            raise ConfigurationError(f"fresh={list(fresh)} without pretrained: every weight begins anew")
 
     @override
     def logits(self, x: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""Weights by name in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tying.errors import ConfigurationError
+from tying.names import clean_name
+
+
+def saved_weights(path: str | Path, asker: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint of Lightning's, or of a state dict in a file, by clean name, on the CPU.
+
+    Args:
+        path: of the file.
+        asker: what needs it, for errors.
+
+    Raises:
+        ConfigurationError: there is no such file, or it holds other objects than tensors and plain types.
+    """
+    try:
+        content = torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigurationError(f"{asker}: there is no {path}") from None
+    except Exception as error:
+        raise ConfigurationError(
+            f"{asker}: {path} is no checkpoint of tensors and plain types (of one that holds other objects, save the "
+            f"state dict alone): {error}"
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -1,0 +1,52 @@
+"""Models that begin with the weights of another training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from tying.checkpoints import saved_weights
+from tying.errors import ConfigurationError, listed, nearest
+from tying.names import clean_name, covers
+from tying.patterns import Pattern
+
+
+def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = ()) -> list[str]:
+    """Give a model the weights and buffers that a checkpoint has under their names; return these names.
+
+    Args:
+        model: whose tensors are written.
+        path: a checkpoint of Lightning's, or a state dict in a file; what the model does not have is left alone.
+        fresh: patterns of parameters, buffers or modules that stay as they are: a new head.
+
+    Raises:
+        ConfigurationError: the file is missing or of another kind; a pattern matches nothing; the file lacks a tensor,
+            or has it in another shape. Nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(nn.Linear(2, 3).state_dict(), f"{folder}/one.pt")
+        ...     load_pretrained(nn.Linear(2, 3), f"{folder}/one.pt", fresh=["bias"])
+        ['weight']
+    """
+    state = model.state_dict()
+    own = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    patterns = [Pattern(text) for text in fresh]
+    for pattern in patterns:
+        if not any(covers(pattern, name) for name in own):
+            raise ConfigurationError(f"fresh: {pattern.text!r} matches nothing.{nearest(pattern.text, own)}")
+    wanted = {name: value for name, value in own.items() if not any(covers(pattern, name) for pattern in patterns)}
+    saved = saved_weights(path, "pretrained")
+    if missing := [name for name in wanted if name not in saved]:
+        raise ConfigurationError(
+            f"pretrained: {path} lacks {listed(missing)}: name what shall not be loaded in fresh."
+            f"{nearest(missing[0], saved)}"
+        )
+    if wrong := [name for name, value in wanted.items() if saved[name].shape != value.shape]:
+        told = (f"{name!r} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here" for name in wrong)
+        raise ConfigurationError(f"pretrained: {path}: {listed(told)}: name what shall not be loaded in fresh")
+    model.load_state_dict({name: saved[clean_name(name)] for name in state if clean_name(name) in wanted}, strict=False)
+    return [*wanted]
