@@ -17,7 +17,7 @@ from toys import TIES, Toy, batches, same
 
 from tying.callbacks import SoftTying
 from tying.cli import main, newest_intact, parse
-from tying.models import Autoencoder
+from tying.models import Autoencoder, Classifier, ResNet
 
 ROOT = Path(__file__).parents[1]
 BASE, SOFT, BF16 = (f"--config={ROOT / 'configs' / name}.yaml" for name in ("base", "soft", "bf16"))
@@ -442,7 +442,12 @@ def test_bake_mistakes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_every_config_fits_its_model(config, capsys):
+def test_every_config_fits_its_model(config, capsys, tmp_path, monkeypatch):
+    if config == "transfer.yaml":
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs/pretrained").mkdir(parents=True)
+        network = ResNet(depth=20, num_classes=5)
+        torch.save(Classifier(network, num_classes=5).state_dict(), "runs/pretrained/five_classes.ckpt")
     main(["inspect", BASE, f"--config={ROOT / 'configs' / config}"])
     assert "unique parameters" in capsys.readouterr().out
 

@@ -71,6 +71,8 @@ def test_yaml_runs(tmp_path):
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
 def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
+    if "configs/transfer.yaml" in args:
+        main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
     deep = [] if "autoencoder" in command or "coupling" in command else ["--model.network.depth=20"]
     extra = [*SMALL, *deep] if args[0] == "fit" and "--print_config" not in args else []
     if "--print_config" in args:
