@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks import Coupling, HardTying, SoftTying, WeightHashing
+from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, WeightHashing
 from tying.errors import ConfigurationError
 
 Brought = TypeVar("Brought", bound=pl.Callback)
@@ -120,6 +120,40 @@ class WeightHashingMixin(pl.LightningModule):
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         return [*_inherited(super().configure_callbacks()), _brought(self, WeightHashing, "weight_hashing")]
+
+
+class ResidualMergingMixin(pl.LightningModule):
+    """Brings :class:`tying.callbacks.ResidualMerging` along; ``residual_merging`` holds its keyword arguments.
+
+    The merges are put in by ``configure_model``, hence also by ``load_from_checkpoint``.
+
+    Raises:
+        ConfigurationError: ``residual_merging`` is not set, or is not a dictionary of ResidualMerging's arguments.
+
+    Example:
+        >>> import torch
+        >>> from tying.depth import Residual, StochasticDepth
+        >>> class Model(ResidualMergingMixin):
+        ...     residual_merging = {"blocks": "network.*", "merge": StochasticDepth(keep=0.5)}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(Residual(torch.nn.Linear(2, 2)), Residual(torch.nn.Linear(2, 2)))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> [block.merge.keep for block in model.network]
+        [0.75, 0.5]
+    """
+
+    residual_merging: ClassVar[Mapping[str, Any]]
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        _brought(self, ResidualMerging, "residual_merging").apply(self)
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [*_inherited(super().configure_callbacks()), _brought(self, ResidualMerging, "residual_merging")]
 
 
 def _inherited(callbacks: Sequence[pl.Callback] | pl.Callback) -> Sequence[pl.Callback]:

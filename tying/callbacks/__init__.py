@@ -6,6 +6,7 @@ from tying.callbacks.clustering import BeforeEpoch, WeightClustering
 from tying.callbacks.coupling import Coupling
 from tying.callbacks.hard import HardTying
 from tying.callbacks.hashing import WeightHashing
+from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
 from tying.callbacks.monitor import TyingMonitor
 from tying.callbacks.parametrizing import GeneratedWeights, LowRankWeights, TemplateWeights, UntiedBiases
@@ -22,6 +23,7 @@ __all__ = [
     "LowRankWeights",
     "MixtureTying",
     "RandomState",
+    "ResidualMerging",
     "SoftTying",
     "TemplateWeights",
     "TyingCallback",

@@ -1,5 +1,26 @@
 """Layers that are shared or skipped."""
 
-from tying.depth.residual import Residual, Sum
+from tying.depth.merging import apply_merge, keep_schedule, remove_merge
+from tying.depth.residual import FeedForward, Merge, Residual, Sum
+from tying.depth.sampling import Sampled, sampled, sampling
+from tying.depth.stochastic import StochasticDepth, stochastic_depth
+from tying.depth.units import SkipForward, Swapout, skip_forward, swapout
 
-__all__ = ["Residual", "Sum"]
+__all__ = [
+    "FeedForward",
+    "Merge",
+    "Residual",
+    "Sampled",
+    "SkipForward",
+    "StochasticDepth",
+    "Sum",
+    "Swapout",
+    "apply_merge",
+    "keep_schedule",
+    "remove_merge",
+    "sampled",
+    "sampling",
+    "skip_forward",
+    "stochastic_depth",
+    "swapout",
+]

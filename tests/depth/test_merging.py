@@ -1,0 +1,213 @@
+"""Merges put into models of other people, and taken out again."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18, resnet50
+from torchvision.models.resnet import BasicBlock
+
+from tying import ConfigurationError
+from tying.depth import Residual, StochasticDepth, Sum, Swapout, apply_merge, remove_merge
+from tying.models import ResNet
+
+
+def small(make):
+    torch.manual_seed(0)
+    model = make(num_classes=10)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def encoder(**options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=options == {"batch_first": True, "norm_first": False})
+
+
+def images(count=4):
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+CASES = {
+    "BasicBlock": (lambda: small(resnet18), "layer*.*", 8),
+    "Bottleneck": (lambda: small(resnet50), "layer*.*", 16),
+    "Residual": (lambda: ResNet(depth=8), "layer*.*", 3),
+}
+
+
+def gradients(model, x):
+    model.zero_grad()
+    out = model(x)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sum_changes_nothing_and_all_is_restored(case):
+    make, blocks, count = CASES[case]
+    model, plain = make(), make()
+    plain.load_state_dict(model.state_dict())
+    names, kinds = [*model.state_dict()], [type(m) for m in model.modules()]
+    for merge in (StochasticDepth(1.0), Swapout(1.0, 1.0)):
+        assert apply_merge(model, blocks, merge) == count
+        assert [*model.state_dict()] == names
+        for merged, own in zip(gradients(model, images()), gradients(plain, images()), strict=True):
+            assert torch.equal(merged, own)
+        assert remove_merge(model) == count
+        assert [type(m) for m in model.modules()] == kinds
+    assert remove_merge(model) == 0
+    assert torch.equal(model.eval()(images()), plain.eval()(images()))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+def test_blocks_of_every_kind_drop_and_train(case, mode):
+    """In-place activations of torchvision among them, and downsampling blocks."""
+    make, blocks, _ = CASES[case]
+    model = make()
+    apply_merge(model, blocks, StochasticDepth(0.5, mode))
+    torch.manual_seed(0)
+    for _ in range(4):
+        assert all(torch.isfinite(g).all() for g in gradients(model, images(8)))
+
+
+def test_left_out_blocks_are_the_shortcut():
+    model = small(resnet18)
+    apply_merge(model, "layer1.*", StochasticDepth(0.0))
+    x = model.relu(model.bn1(model.conv1(images())))
+    assert torch.equal(model.layer1(x), x)
+    model.layer1(x).sum().backward()
+    assert torch.equal(model.layer1[0].conv1.weight.grad, torch.zeros_like(model.layer1[0].conv1.weight))
+
+
+def test_keeps_by_block():
+    model = ResNet(depth=20)
+    assert apply_merge(model, ["layer1.*", "layer3.*"], Swapout(0.5, 0.5), keep=[1, 0.9, 0.8, 0.7, 0.6, 0.5]) == 6
+    found = [model.get_submodule(f"layer{stage}.{i}").merge.keep_branch for stage in (1, 3) for i in range(3)]
+    assert found == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    assert type(model.layer2[0].merge) is Sum
+    remove_merge(model)
+    apply_merge(model, "layer*.*", StochasticDepth(0.5), keep=0.8)
+    assert model.layer1[0].merge.keep == 0.8
+
+
+def test_a_merge_of_ones_own():
+    class Average(nn.Module):
+        def forward(self, x, branch):
+            return (x + branch()) / 2
+
+    model = nn.Sequential(Residual(nn.Linear(3, 3)))
+    x, plain = torch.randn(2, 3), model[0].branch
+    apply_merge(model, "0", Average())
+    assert torch.equal(model(x), (x + plain(x)) / 2)
+
+
+def test_merged_models_are_copied_pickled_and_loaded():
+    model = small(resnet18)
+    plain = copy.deepcopy(model)
+    apply_merge(model, "layer*.*", StochasticDepth(0.5, "row"))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.eval()(images()), model.eval()(images()))
+        assert remove_merge(other) == 8
+        other.load_state_dict(plain.state_dict())
+    assert isinstance(model.layer1[0], BasicBlock)
+    assert model.layer1[0].merge.keep == 0.5
+
+
+# transformers
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_transformer_layers(norm_first, batch_first):
+    model, plain = (encoder(norm_first=norm_first, batch_first=batch_first) for _ in range(2))
+    x = torch.randn(*((5, 4) if batch_first else (4, 5)), 8)  # five samples of length four
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    padding = torch.zeros(5, 4, dtype=torch.bool)
+    padding[1, 2:] = True
+    assert apply_merge(model, "layers.*", StochasticDepth(1.0)) == 2
+    for given in ({}, {"mask": mask}, {"src_key_padding_mask": padding}, {"mask": mask, "is_causal": True}):
+        torch.testing.assert_close(model(x, **given), plain(x, **given), rtol=0, atol=0)
+    model.eval()
+    plain.eval()
+    with torch.no_grad():
+        kept = ~padding if batch_first else ~padding.T
+        ours, theirs = (one(x, src_key_padding_mask=padding) for one in (model, plain))
+        torch.testing.assert_close(ours[kept], theirs[kept], rtol=1e-4, atol=1e-5)  # which takes a fast path
+    remove_merge(model)
+    assert all(type(layer) is nn.TransformerEncoderLayer for layer in model.layers)
+    assert model.use_nested_tensor == plain.use_nested_tensor
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_subsets_of_sequences(batch_first):
+    """Samples are chosen along their own dimension, and their masks with them."""
+    model, same = (encoder(batch_first=batch_first).double() for _ in range(2))
+    apply_merge(model, "layers.*", StochasticDepth(0.5, "row"))
+    apply_merge(same, "layers.*", StochasticDepth(0.5, "subset"))
+    x = torch.randn(*((5, 4) if batch_first else (4, 5)), 8, dtype=torch.float64)
+    padding = torch.zeros(5, 4, dtype=torch.bool)
+    padding[:, 3] = torch.tensor([True, False, True, False, False])
+    own = torch.randn(10, 4, 4, dtype=torch.float64)  # for each sample and head
+    for given in ({}, {"mask": own}, {"src_key_padding_mask": padding}):
+        outs = []
+        for one in (model, same):
+            torch.manual_seed(2)
+            outs.append(one(x, **given))
+        torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+
+
+def test_one_sequence_alone():
+    for batch_first in (True, False):
+        model, plain = (encoder(batch_first=batch_first).layers[0] for _ in range(2))
+        apply_merge(nn.Sequential(model), "0", StochasticDepth(1.0))
+        x, padding = torch.randn(4, 8), torch.tensor([False, False, False, True])
+        torch.testing.assert_close(model(x), plain(x))
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), plain(x, src_key_padding_mask=padding))
+
+
+# what cannot be merged
+
+
+@pytest.mark.parametrize(
+    ("blocks", "arguments", "told"),
+    [
+        ("layr1.*", {}, r"blocks: pattern 'layr1\.\*' matches no module\. Nearest"),
+        (["layer1.*", "none"], {}, "pattern 'none' matches no module"),
+        ([], {}, "blocks must be a pattern"),
+        (
+            "stem.*",
+            {},
+            "'stem.conv' is a Conv2d, 'stem.norm' is a BatchNorm2d.*whose branch and shortcut cannot be told",
+        ),
+        ("layer*", {}, "'layer1' is a Sequential.*Write such a block as tying.depth.Residual"),
+        ("layer*.*", {"keep": [0.5, 0.5]}, "2 keeps for 3 blocks: layer1.0, layer2.0, layer3.0"),
+        ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, "keep is a probability, from 0 to 1, not 1.5"),
+    ],
+)
+def test_mistakes_change_nothing(blocks, arguments, told):
+    model = ResNet(depth=8)
+    with pytest.raises(ConfigurationError, match=told):
+        apply_merge(model, blocks, StochasticDepth(0.5), **arguments)
+    assert all(type(m.merge) is Sum for m in model.modules() if isinstance(m, Residual))
+
+
+def test_a_merge_is_not_applied_twice():
+    model = ResNet(depth=8)
+    apply_merge(model, "layer2.*", StochasticDepth(0.5))
+    with pytest.raises(ConfigurationError, match=r"layer2\.0 \(StochasticDepth\): merged already; remove_merge"):
+        apply_merge(model, "layer*.*", Swapout(0.5, 0.5))
+    assert type(model.layer1[0].merge) is Sum
+    other = small(resnet18)
+    apply_merge(other, "layer1.0", Sum())
+    with pytest.raises(ConfigurationError, match=r"layer1\.0 \(Sum\): merged already"):
+        apply_merge(other, "layer1.*", Sum())
+    built = nn.Sequential(Residual(nn.Linear(2, 2), merge=Swapout(0.5, 0.5)))
+    with pytest.raises(ConfigurationError, match=r"0 \(Swapout\): merged already"):
+        apply_merge(built, "0", StochasticDepth(0.5))
+    with pytest.raises(ConfigurationError, match=r"keep needs a tying\.depth\.Merge, which Identity is not"):
+        apply_merge(ResNet(depth=8), "layer1.*", nn.Identity(), keep=0.5)

@@ -1,0 +1,102 @@
+"""Merges in the residual blocks of a model in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from typing_extensions import override
+
+from tying.callbacks.base import ChangesModel, arguments_of
+from tying.depth import Merge, apply_merge
+from tying.depth.merging import put_merges, residual_blocks
+from tying.errors import ConfigurationError
+from tying.soft import Schedule
+
+
+class ResidualMerging(ChangesModel):
+    """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or one of your own.
+
+    See :func:`tying.depth.apply_merge` for blocks that are understood. Names and values of the model's state stay, and
+    nothing is kept in checkpoints: the configuration says it all.
+
+    Args:
+        blocks: a pattern of names of modules, or several.
+        merge: each block gets a copy.
+        keep_schedule: how what is dropped grows with depth: ``"linear"``: from an L-th of what the merge says, in the
+            first of L blocks, to all of it in the last; ``"uniform"``: all of it; or the keep of each block.
+        schedule: a factor on what is dropped, over training: to warm up, or to fade out. Tests and predictions take
+            its end.
+
+    Raises:
+        ConfigurationError: as apply_merge, when the model is set up; ``keep_schedule`` is unknown.
+
+    Example:
+        >>> from tying.depth import StochasticDepth
+        >>> ResidualMerging("network.layer*.*", StochasticDepth(keep=0.5, mode="subset")).keep_schedule
+        'linear'
+    """
+
+    def __init__(
+        self,
+        blocks: str | list[str],
+        merge: nn.Module,
+        keep_schedule: Literal["linear", "uniform"] | list[float] = "linear",
+        schedule: Schedule | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(keep_schedule, str) and keep_schedule not in ("linear", "uniform"):
+            raise ConfigurationError(
+                f"keep_schedule is 'linear', 'uniform' or a list of keeps, one a block, not {keep_schedule!r}"
+            )
+        if not isinstance(merge, Merge) and (keep_schedule != "uniform" or schedule is not None):
+            raise ConfigurationError(
+                f"{type(merge).__name__} is no tying.depth.Merge, of which keeps are known: it takes "
+                "keep_schedule='uniform' alone, and no schedule"
+            )
+        self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        rank_zero_info(f"ResidualMerging: {', '.join(f'{name}: {one}' for name, one in self._ends(pl_module).items())}")
+        if stage != "fit":
+            self._set_share(pl_module, self.schedule.end if self.schedule else 1.0)
+
+    @override
+    def is_applied(self, model: nn.Module) -> bool:
+        return arguments_of(self) in model.__dict__.get("_merged_by", ())
+
+    @override
+    def apply(self, model: nn.Module) -> int:
+        if self.is_applied(model):
+            return len(residual_blocks(model, self.blocks))
+        if isinstance(self.keep_schedule, Sequence) and not isinstance(self.keep_schedule, str):
+            count = apply_merge(model, self.blocks, self.merge, self.keep_schedule)
+        elif self.keep_schedule == "linear" and isinstance(self.merge, Merge):
+            found = residual_blocks(model, self.blocks)
+            count = put_merges(model, found, [self.merge.with_share(n / len(found)) for n in range(1, len(found) + 1)])
+        else:
+            count = apply_merge(model, self.blocks, self.merge)
+        model.__dict__.setdefault("_merged_by", []).append(arguments_of(self))
+        return count
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.schedule is not None:
+            count = trainer.global_step if self.schedule.unit == "step" else trainer.current_epoch
+            self._set_share(pl_module, self.schedule(count))
+
+    def _set_share(self, model: nn.Module, share: float) -> None:
+        for block in residual_blocks(model, self.blocks).values():
+            if isinstance(block.merge, Merge):
+                block.merge.share = share
+
+    def _ends(self, model: nn.Module) -> dict[str, nn.Module]:
+        found = [(name, block.merge) for name, block in residual_blocks(model, self.blocks).items()]
+        return {name: merge for name, merge in (found[0], found[-1]) if isinstance(merge, nn.Module)}

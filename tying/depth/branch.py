@@ -1,0 +1,87 @@
+"""A branch of a block: computed when a merge asks for it, on all samples or on some, or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Branch:
+    """F at an input: a callable, so that a merge may decide not to compute it.
+
+    Args:
+        compute: F, of one or more tensors.
+        inputs: these tensors, or ``None``, each with the dimension along which it holds samples; ``None`` for one that
+            is the same for all samples.
+        modules: what F consists of: a branch that is left out gives their parameters a gradient of zero.
+
+    Attributes:
+        dim: the dimension of samples of the first input, and of the branch's output.
+
+    Example:
+        >>> branch = Branch(nn.Identity(), [(torch.tensor([1.0, 2.0, 3.0]), 0)])
+        >>> branch().tolist(), branch(rows=torch.tensor([2])).tolist()
+        ([1.0, 2.0, 3.0], [3.0])
+    """
+
+    def __init__(
+        self,
+        compute: Callable[..., Tensor],
+        inputs: Sequence[tuple[Tensor | None, int | None]],
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
+        self.compute = compute
+        self.inputs = inputs
+        self.modules = modules
+        self.dim = inputs[0][1] or 0
+
+    def __call__(self, rows: Tensor | None = None) -> Tensor:
+        """Return F of all samples, or of those of these numbers."""
+        return self.compute(*(_chosen(x, dim, rows) for x, dim in self.inputs))
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Yield the parameters of F."""
+        for module in self.modules:
+            yield from module.parameters()
+
+
+def _chosen(x: Tensor | None, dim: int | None, rows: Tensor | None) -> Tensor | None:
+    return x if x is None or dim is None or rows is None else x.index_select(dim, rows)
+
+
+def left_out(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+    """Return a copy of x, which the next layer may overwrite; the branch's parameters get a gradient of zero.
+
+    Without it they would have none, optimizers would treat a step that skips a block unlike any other, and
+    distributed training would wait for gradients that never come.
+
+    Example:
+        >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+        >>> left_out(x, Branch(layer, [(x, 0)], [layer])).sum().backward()
+        >>> layer.weight.grad
+        tensor([[0., 0.],
+                [0., 0.]])
+    """
+    if isinstance(branch, Branch) and torch.is_grad_enabled():
+        parameters = [parameter for parameter in branch.parameters() if parameter.requires_grad]
+        if parameters:
+            copy: Tensor = _ZeroGradients.apply(x, *parameters)
+            return copy
+    return x.clone()
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Copy the first input; the gradient of all others is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        return (*gradients, *zeros)

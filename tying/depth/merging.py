@@ -1,0 +1,157 @@
+"""Merges put into the residual blocks of a model, and taken out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import nn
+
+from tying.depth.blocks import merged_kinds
+from tying.depth.residual import Merge, Residual, Sum
+from tying.errors import ConfigurationError, listed, nearest
+from tying.names import clean_name
+from tying.patterns import Pattern
+
+
+def keep_schedule(first: float, last: float, count: int) -> list[float]:
+    """Return probabilities from first to last, both included, in equal steps.
+
+    Args:
+        first: of the first block.
+        last: of the last block; of one alone.
+        count: number of blocks.
+
+    Raises:
+        ConfigurationError: a probability is none, or there is no block.
+
+    Example:
+        >>> keep_schedule(1.0, 0.5, 3)
+        [1.0, 0.75, 0.5]
+    """
+    if count < 1:
+        raise ConfigurationError(f"count must be 1 or more, not {count}")
+    if not (0 <= first <= 1 and 0 <= last <= 1):
+        raise ConfigurationError(f"keeps are probabilities, from 0 to 1, not {first} and {last}")
+    return [first + (last - first) * place / (count - 1) for place in range(count)] if count > 1 else [last]
+
+
+def apply_merge(
+    model: nn.Module, blocks: str | Sequence[str], merge: nn.Module, keep: float | Sequence[float] | None = None
+) -> int:
+    """Let a merge combine branch and shortcut in residual blocks of a model; return how many blocks there are.
+
+    Blocks are :class:`tying.depth.Residual`, torchvision's ``BasicBlock`` and ``Bottleneck``, and torch's
+    ``TransformerEncoderLayer``, in which the merge combines both branches. Names and values of the model's state stay.
+
+    Args:
+        model: changed in place.
+        blocks: a pattern of names of modules, or several.
+        merge: each block gets a copy; called as ``merge(shortcut, branch)``.
+        keep: probability in place of all that the merge has: one, or one for each block in the model's order.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or something that is no residual block, or one that has a merge
+            already; there are not as many keeps as blocks, or one is no probability. Nothing is changed then.
+
+    Example:
+        >>> from tying.depth import StochasticDepth, Swapout
+        >>> model = nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2)))
+        >>> apply_merge(model, "*", StochasticDepth(keep=0.5), keep=[0.9, 0.8])
+        2
+        >>> model[1].merge
+        StochasticDepth(keep=0.8, mode='batch', scale='test')
+    """
+    found = residual_blocks(model, blocks)
+    if keep is None:
+        return put_merges(model, found, [merge] * len(found))
+    if not isinstance(merge, Merge):
+        raise ConfigurationError(f"keep needs a tying.depth.Merge, which {type(merge).__name__} is not")
+    keeps = [*keep] if isinstance(keep, Sequence) else [keep] * len(found)
+    if len(keeps) != len(found):
+        raise ConfigurationError(f"{len(keeps)} keeps for {len(found)} blocks: {listed(found)}")
+    return put_merges(model, found, [merge.with_keep(one) for one in keeps])
+
+
+def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequence[nn.Module]) -> int:
+    """Give each of a model's residual blocks, by name, a copy of its merge; return how many blocks there are.
+
+    Raises:
+        ConfigurationError: a block has a merge already. Nothing is changed then.
+    """
+    if taken := [f"{name} ({type(merge).__name__})" for name, block in blocks.items() if (merge := merge_of(block))]:
+        raise ConfigurationError(f"{listed(taken)}: merged already; remove_merge takes out what apply_merge put in")
+    kinds = merged_kinds()
+    for block, merge in zip(blocks.values(), merges, strict=True):
+        own = copy.deepcopy(merge).train(block.training)
+        if isinstance(block, Residual):
+            block.__dict__["_merge_before"] = block.merge  # past nn.Module, which would make it a part of the block
+        else:
+            block.__class__ = kinds[type(block)]
+        block.merge = own
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
+            encoder.__dict__["_nested_before"] = encoder.use_nested_tensor
+            encoder.use_nested_tensor = False  # its layers would get samples without padding in evaluation
+    return len(blocks)
+
+
+def remove_merge(model: nn.Module) -> int:
+    """Take all merges out that :func:`apply_merge` has put into blocks of a model; return how many blocks that were.
+
+    Example:
+        >>> from tying.depth import Swapout
+        >>> model = nn.Sequential(Residual(nn.Linear(2, 2)))
+        >>> apply_merge(model, "0", Swapout(0.5, 0.5)), remove_merge(model), model[0].merge
+        (1, 1, Sum())
+    """
+    count, plain = 0, {merged: kind for kind, merged in merged_kinds().items()}
+    for module in [*model.modules()]:
+        if "_merge_before" in module.__dict__:
+            module.merge = module.__dict__.pop("_merge_before")
+        elif type(module) in plain:
+            del module.merge
+            module.__class__ = plain[type(module)]
+        else:
+            if "_nested_before" in module.__dict__:
+                module.use_nested_tensor = module.__dict__.pop("_nested_before")
+            continue
+        count += 1
+    return count
+
+
+def merge_of(block: nn.Module) -> nn.Module | None:
+    """Return the merge of a residual block; nothing where that is a sum, which another may replace."""
+    if isinstance(block, Residual) and type(block.merge) is Sum and "_merge_before" not in block.__dict__:
+        return None
+    merged = isinstance(block, Residual) or type(block) in merged_kinds().values()
+    return cast(nn.Module, block.merge) if merged else None
+
+
+def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
+    """Return the residual blocks that patterns of names match, in the model's order; one of several names once.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a module that is no residual block.
+    """
+    names = {clean_name(name): module for name, module in model.named_modules() if name}
+    chosen = [Pattern(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
+    if not chosen:
+        raise ConfigurationError("blocks must be a pattern of names of modules, or several, not []")
+    for pattern in chosen:
+        if not any(pattern.match(name) is not None for name in names):
+            close = nearest(pattern.text, names)
+            raise ConfigurationError(f"blocks: pattern {pattern.text!r} matches no module.{close}")
+    found = {name: m for name, m in names.items() if any(pattern.match(name) is not None for pattern in chosen)}
+    kinds = merged_kinds()
+    known = {*kinds, *kinds.values()}
+    other = {name: m for name, m in found.items() if not isinstance(m, Residual) and type(m) not in known}
+    if other:
+        told = listed(f"{name!r} is a {type(module).__name__}" for name, module in other.items())
+        raise ConfigurationError(
+            f"blocks: {told}, whose branch and shortcut cannot be told apart: there are Residual, "
+            "BasicBlock, Bottleneck and TransformerEncoderLayer. Write such a block as tying.depth.Residual(branch, "
+            "shortcut, activation=...), or name the blocks alone"
+        )
+    return found

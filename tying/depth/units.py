@@ -1,0 +1,108 @@
+"""Swapout and skip-forward: each unit takes its shortcut, its branch, both or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tying.depth.branch import left_out
+from tying.depth.draws import keep_mask
+from tying.depth.residual import Merge
+
+
+def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None) -> Tensor:
+    """Return ``Θ₁ ⊙ x + Θ₂ ⊙ f``.
+
+    Args:
+        x: the shortcut.
+        f: the branch, of x's shape.
+        skips: Θ₁, a bool mask of x's shape or one that broadcasts to it; ``None`` for ones.
+        branches: Θ₂, likewise.
+
+    Example:
+        >>> on = torch.tensor([True, False])
+        >>> swapout(torch.ones(2), torch.full((2,), 5.0), on, None), swapout(torch.ones(2), torch.ones(2), on, ~on)
+        (tensor([6., 5.]), tensor([1., 1.]))
+
+    Source: S. Singh, D. Hoiem and D. Forsyth, Swapout: learning an ensemble of deep architectures, 2016.
+    """
+    kept = x if skips is None else x * skips
+    return kept + (f if branches is None else f * branches)
+
+
+def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
+    """Return ``f`` where the mask is true, and ``x`` elsewhere: swapout with Θ₁ = 1 − Θ₂.
+
+    Example:
+        >>> skip_forward(torch.ones(2), torch.zeros(2), torch.tensor([True, False]))
+        tensor([0., 1.])
+    """
+    return torch.where(branches, f, x)
+
+
+class Swapout(Merge):
+    """The merge :func:`swapout`, with masks drawn for each unit, independently for shortcut and branch.
+
+    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``, which is not the mean of what
+    the network computes in training; :func:`tying.depth.sampled` takes that mean, of sampled passes.
+
+    Args:
+        keep_skip: probability that Θ₁ is 1.
+        keep_branch: probability that Θ₂ is 1.
+
+    Raises:
+        ConfigurationError: they are no probabilities.
+
+    Example:
+        >>> Swapout(0.5, 1.0).eval()(torch.ones(2), lambda: torch.ones(2))
+        tensor([1.5000, 1.5000])
+    """
+
+    def __init__(self, keep_skip: float, keep_branch: float) -> None:
+        super().__init__(keep_skip=keep_skip, keep_branch=keep_branch)
+
+    @override
+    def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        keep_skip, keep_branch = self.kept("keep_skip"), self.kept("keep_branch")
+        if keep_branch == 0:
+            return swapout(left_out(x, branch), torch.zeros_like(x), *self._masks(x, keep_skip, 1.0))
+        f = branch()
+        if not self.training:
+            return keep_skip * x + keep_branch * f if keep_skip < 1 else torch.add(x, f, alpha=keep_branch)
+        return swapout(x, f, *self._masks(x, keep_skip, keep_branch))
+
+    def _masks(self, x: Tensor, *keeps: float) -> list[Tensor | None]:
+        return [None if keep == 1 else keep_mask(keep, x.shape, x.device) for keep in keeps]
+
+
+class SkipForward(Merge):
+    """The merge :func:`skip_forward`, with a mask drawn for each unit; zoneout is the same over time.
+
+    In evaluation the mask is replaced by its mean: ``keep · F + (1 − keep) · x``.
+
+    Args:
+        keep: probability that a unit takes F(x); the probability of keeping the old value, zoneout, is 1 − keep.
+
+    Raises:
+        ConfigurationError: it is no probability.
+
+    Example:
+        >>> SkipForward(0.25).eval()(torch.zeros(2), lambda: torch.ones(2))
+        tensor([0.2500, 0.2500])
+    """
+
+    def __init__(self, keep: float) -> None:
+        super().__init__(keep=keep)
+
+    @override
+    def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        keep = self.kept("keep")
+        if keep == 0:
+            return left_out(x, branch)
+        f = branch()
+        if keep == 1:
+            return f
+        return skip_forward(x, f, keep_mask(keep, x.shape, x.device)) if self.training else torch.lerp(x, f, keep)
