@@ -19,16 +19,18 @@ from tying.callbacks import (
     HardTying,
     MixtureTying,
     RandomState,
+    ResidualMerging,
     SoftTying,
     TyingMonitor,
     TyingSummary,
     WeightHashing,
 )
 from tying.data import CIFAR10
+from tying.depth import Residual, StochasticDepth
 from tying.hard import bake
 from tying.soft import Schedule
 
-KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture"]
+KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -47,12 +49,27 @@ def callback(kind):
         return AnchorTying(["encoder.**"], strength=0.3, head_strength=0.1)
     if kind == "mixture":
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
+    if kind == "skipped":
+        return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
     return SoftTying(TIES, strength=0.3, update=kind, schedule=Schedule(0.0, 1.0, 5))
+
+
+class Skipping(Toy):
+    """Has residual blocks, and every process but the first consumes randomness of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(1)
+        self.blocks = torch.nn.Sequential(*(Residual(torch.nn.Linear(6, 6)) for _ in range(3)))
+
+    def loss(self, batch):
+        torch.rand(int(os.environ.get("RANK", 0)))
+        return super().loss([self.blocks(batch[0].double())])
 
 
 def main(out: Path, world: int) -> None:
     for number, (update, accumulate, clip) in enumerate(CASES):
-        model = Toy(optimizer).double()
+        model = (Skipping if update == "skipped" else Toy)(optimizer).double()
         torch.manual_seed(0)  # a hashed table begins with entries drawn from the weights
         tying = callback(update)
         # rank r takes every second sample, so that jointly the processes see the batches of one

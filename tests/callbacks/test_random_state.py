@@ -4,7 +4,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from toys import Toy, same, train
+from torch.utils.data import DataLoader
+from toys import Toy, batches, same, train
 
 from tying.callbacks import RandomState
 from tying.callbacks.random_state import generator_states, restore_generators
@@ -72,3 +73,21 @@ def test_another_number_of_processes_warns(tmp_path):
     callback.load_state_dict({"processes": [generator_states(), generator_states()]})
     with pytest.warns(UserWarning, match="random states of 2 processes, not of 1"):
         callback.on_train_start(trainer, Toy())
+
+
+def test_a_shuffled_loader_goes_on_with_the_next_epochs_order(tmp_path):
+    """torch's DataLoader takes its order from the global generator, whenever it is started."""
+
+    class Save(pl.Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    def run(*callbacks, ckpt_path=None):
+        model = Toy()
+        torch.manual_seed(0)
+        data = DataLoader(batches().dataset, batch_size=4, shuffle=True)
+        train(model, [RandomState(), *callbacks], data=data, ckpt_path=ckpt_path, max_epochs=4)
+        return model
+
+    assert same(run(Save()), run(ckpt_path=tmp_path / "a.ckpt"))

@@ -43,13 +43,15 @@ class RandomState(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore(trainer)
+        if self._restored is not None and _begins_an_epoch(trainer):
+            # the loader was started before, with other numbers: shuffled anew, it goes as in the uninterrupted run
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # set by now
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run that goes on within an epoch has just started a data loader, which may have drawn numbers; one that
-        # goes on at an epoch's start would have drawn them in the uninterrupted run, too
+        # a run that goes on within an epoch may just have drawn numbers to get there
         if batch_idx > 0:
             self._restore(trainer)
         self._restored = None
@@ -66,6 +68,11 @@ class RandomState(pl.Callback):
                 "random numbers will differ from those of the uninterrupted run"
             )
             self._restored = None
+
+
+def _begins_an_epoch(trainer: pl.Trainer) -> bool:
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return progress.is_last_batch or progress.current.ready == 0
 
 
 def generator_states() -> dict[str, Any]:

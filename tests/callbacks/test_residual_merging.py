@@ -1,0 +1,177 @@
+"""Merges in training runs: by depth, over time, in several forms."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from toys import Toy, same, train
+
+from tying import ConfigurationError
+from tying.callbacks import RandomState, ResidualMerging
+from tying.depth import Residual, StochasticDepth, Sum, Swapout, sampled, sampling
+from tying.mixins import ResidualMergingMixin
+from tying.models import ResNet
+from tying.soft import Schedule
+
+
+class Blocks(Toy):
+    def __init__(self, **options):
+        super().__init__(**options)
+        torch.manual_seed(1)
+        self.blocks = nn.Sequential(*(Residual(nn.Linear(6, 6)) for _ in range(4)))
+
+    def loss(self, batch):
+        return super().loss([self.blocks(batch[0])])
+
+
+class Inherits(ResidualMergingMixin, Blocks):
+    residual_merging = {"blocks": "blocks.*", "merge": StochasticDepth(0.5)}  # noqa: RUF012
+
+
+def keeps(model):
+    return [block.merge.keep for block in model.blocks]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.875, 0.75, 0.625, 0.5]),
+        ("uniform", [0.5] * 4),
+        ([1.0, 0.9, 0.8, 0.1], [1.0, 0.9, 0.8, 0.1]),
+    ],
+)
+def test_keeps_by_depth(schedule, expected):
+    model = Blocks()
+    callback = ResidualMerging("blocks.*", StochasticDepth(0.5), schedule)
+    assert callback.apply(model) == 4
+    assert callback.apply(model) == 4  # once
+    assert keeps(model) == expected
+
+
+def test_both_probabilities_of_swapout_go_with_depth():
+    model = Blocks()
+    ResidualMerging("blocks.*", Swapout(0.5, 0.6)).apply(model)
+    assert [(block.merge.keep_skip, block.merge.keep_branch) for block in model.blocks] == [
+        (0.875, 0.9), (0.75, 0.8), (0.625, 0.7), (0.5, 0.6)
+    ]  # fmt: skip
+
+
+def test_callback_mixin_and_function_train_alike():
+    ends = []
+    for model, callbacks in (
+        (Blocks(), [ResidualMerging("blocks.*", StochasticDepth(0.5))]),
+        (Inherits(), []),
+        (Inherits(), [ResidualMerging("blocks.*", StochasticDepth(0.5))]),
+    ):
+        torch.manual_seed(0)
+        train(model, callbacks, max_epochs=2)
+        ends.append([p.detach() for p in model.parameters()])
+    for other in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], other, strict=True))
+    plain = Blocks()
+    torch.manual_seed(0)
+    train(plain, max_epochs=2)
+    assert not all(torch.equal(a, b) for a, b in zip(ends[0], plain.parameters(), strict=True))
+
+
+def test_what_is_dropped_over_time(tmp_path):
+    seen = []
+
+    class Watches(Blocks):
+        def training_step(self, batch, batch_idx):
+            seen.append([block.merge.kept("keep") for block in self.blocks])
+            return super().training_step(batch, batch_idx)
+
+    def merging():
+        return ResidualMerging("blocks.*", StochasticDepth(0.5), "uniform", Schedule(0.0, 1.0, 20))
+
+    model = Watches()
+    trainer = train(model, [merging()], max_epochs=3)
+    assert [one[0] for one in seen] == [1 - 0.5 * min(step / 20, 1) for step in range(30)]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    seen.clear()
+    train(Watches(), [merging()], max_epochs=4, ckpt_path=tmp_path / "a.ckpt")
+    assert {one[0] for one in seen} == {0.5}
+    fading = ResidualMerging("blocks.*", StochasticDepth(0.5), "uniform", Schedule(1.0, 0.0, 4, unit="epoch"))
+    seen.clear()
+    trainer = train(model := Watches(), [fading], max_epochs=2)
+    assert [one[0] for one in seen] == [0.5] * 10 + [0.625] * 10
+    model.test_step = lambda batch, batch_idx: seen.append([block.merge.kept("keep") for block in model.blocks])
+    trainer.test(model, [torch.zeros(2, 6)], verbose=False)
+    assert seen[-1] == [1.0] * 4
+
+
+class SaveAt(pl.Callback):
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer, *_):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+def test_accumulation_clipping_and_a_resume_are_bitwise(tmp_path):
+    def run(*callbacks, ckpt_path=None):
+        model = Blocks()
+        torch.manual_seed(0)
+        own = [ResidualMerging("blocks.*", StochasticDepth(0.5)), RandomState(), *callbacks]
+        options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_epochs": 4}
+        train(model, own, ckpt_path=ckpt_path, **options)
+        return model
+
+    whole, resumed = run(SaveAt(1, tmp_path / "a.ckpt")), run(ckpt_path=tmp_path / "a.ckpt")
+    assert same(whole, resumed)
+
+
+def test_sampled_predictions():
+    torch.manual_seed(0)
+    model = ResNet(depth=8)
+    ResidualMerging("layer*.*", Swapout(0.5, 0.5)).apply(model)
+    x = torch.randn(4, 3, 32, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    mean, spread = sampled(model, x, samples=8)
+    assert model.training
+    assert model.layer1[0].branch.norm1.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # batch norms held still
+    torch.testing.assert_close(mean.sum(dim=1), torch.ones(4))
+    torch.manual_seed(5)
+    several = sampled(model, x, samples=8)
+    torch.manual_seed(5)
+    with torch.no_grad(), sampling(model):
+        passes = torch.stack([model(x).softmax(dim=-1) for _ in range(8)])
+    torch.testing.assert_close(several.mean, passes.mean(dim=0))
+    torch.testing.assert_close(several.spread, passes.std(dim=0))
+    assert float(spread.max()) > 0
+    assert not sampled(model, x, samples=1).spread.any()
+
+
+def test_sums_draw_nothing():
+    with pytest.raises(ConfigurationError, match="has no merge that draws"):
+        sampled(nn.Sequential(Residual(nn.Linear(2, 2), merge=Sum())), torch.zeros(1, 2), 3)
+    with pytest.raises(ConfigurationError, match="samples must be 1 or more, not 0"):
+        sampled(nn.Linear(2, 2), torch.zeros(1, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            lambda: ResidualMerging("a", StochasticDepth(0.5), "linera"),
+            "keep_schedule is 'linear', 'uniform' or a list",
+        ),
+        (lambda: ResidualMerging("a", nn.Identity()), "Identity is no tying.depth.Merge"),
+        (lambda: train(Blocks(), [ResidualMerging("block.*", StochasticDepth(0.5))]), r"'block\.\*' matches no module"),
+        (
+            lambda: train(Blocks(), [ResidualMerging("blocks.*", StochasticDepth(0.5), [0.5])]),
+            r"1 keeps for 4 blocks: blocks\.0, blocks\.1",
+        ),
+        (
+            lambda: train(Blocks(), [ResidualMerging(b, StochasticDepth(0.5)) for b in ("blocks.*", "blocks.1")]),
+            "merged already",
+        ),
+    ],
+)
+def test_mistakes(make, told):
+    with pytest.raises(ConfigurationError, match=told):
+        make()
