@@ -1,6 +1,8 @@
 """Layers that are shared or skipped."""
 
+from tying.depth.fractal import FractalBlock, fractal_join
 from tying.depth.merging import apply_merge, keep_schedule, remove_merge
+from tying.depth.recurrent import Recurrent
 from tying.depth.residual import FeedForward, Merge, Residual, Sum
 from tying.depth.sampling import Sampled, sampled, sampling
 from tying.depth.stochastic import StochasticDepth, stochastic_depth
@@ -8,7 +10,9 @@ from tying.depth.units import SkipForward, Swapout, skip_forward, swapout
 
 __all__ = [
     "FeedForward",
+    "FractalBlock",
     "Merge",
+    "Recurrent",
     "Residual",
     "Sampled",
     "SkipForward",
@@ -16,6 +20,7 @@ __all__ = [
     "Sum",
     "Swapout",
     "apply_merge",
+    "fractal_join",
     "keep_schedule",
     "remove_merge",
     "sampled",
