@@ -77,7 +77,7 @@ def test_saved_copied_and_audited():
     assert torch.equal(other(X), recurrent(X))
     twin = copy.deepcopy(recurrent)
     assert twin.blocks[2].branch[0].weight is twin.blocks[0].branch[0].weight
-    assert "4 tied groups" in str(audit(recurrent)) or len(audit(recurrent).groups) == 4
+    assert len(audit(recurrent).groups) == 4
 
 
 def test_checkpointing_a_block_inside():

@@ -63,3 +63,31 @@ def test_autoencoder_learns_and_loads(tmp_path):
     x = torch.randn(2, 3, 4, 4)
     assert loaded(x).shape == x.shape
     assert torch.equal(loaded(x), model(x))
+
+
+def test_sampled_passes_in_tests_and_predictions():
+    from tying.depth import Residual, Sampled, SkipForward, Sum
+
+    def model(merge, **options):
+        torch.manual_seed(0)
+        block = Residual(torch.nn.Linear(48, 48), merge=merge)
+        return Classifier(torch.nn.Sequential(torch.nn.Flatten(), block, MLP([48, 2])), num_classes=2, **options)
+
+    several = model(SkipForward(0.5), test_samples=20)
+    trainer = train(several, data=data(), max_epochs=5)
+    [tested] = trainer.test(several, data(), verbose=False)
+    assert tested["test/spread"] > 0
+    assert tested["test/sampled/accuracy"] > 0.5
+    assert tested.keys() >= {"test/accuracy", "test/loss", "test/sampled/loss"}
+    predicted = trainer.predict(several, data())
+    assert all(isinstance(batch, Sampled) for batch in predicted)
+    mean = torch.cat([batch.mean for batch in predicted])
+    torch.testing.assert_close(mean.sum(dim=1), torch.ones(64))
+    one = model(SkipForward(0.5))
+    one.load_state_dict(several.state_dict())
+    [same] = trainer.test(one, data(), verbose=False)
+    assert same == {name: tested[name] for name in ("test/loss", "test/accuracy")}
+    with pytest.raises(ConfigurationError, match="no merge that draws"):
+        trainer.test(model(Sum(), test_samples=2), data(), verbose=False)
+    with pytest.raises(ConfigurationError, match="test_samples must be 1 or more, not 0"):
+        model(Sum(), test_samples=0)

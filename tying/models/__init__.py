@@ -4,8 +4,10 @@ from tying.models.autoencoder import Autoencoder
 from tying.models.classifier import Classifier
 from tying.models.convolutional import ConvDecoder, ConvEncoder
 from tying.models.domains import DomainClassifiers
+from tying.models.fractal import FractalNet
 from tying.models.hybrid import HybridClassifier
-from tying.models.networks import MLP, ResNet
+from tying.models.networks import MLP
+from tying.models.resnet import ResNet
 
 __all__ = [
     "MLP",
@@ -14,6 +16,7 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "DomainClassifiers",
+    "FractalNet",
     "HybridClassifier",
     "ResNet",
 ]

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from tying.depth import Sampled, sampled
 from tying.errors import ConfigurationError
 from tying.models.pretrained import load_pretrained
 
@@ -35,6 +36,9 @@ class Classification(pl.LightningModule):
         drops: shares of all steps, for ``schedule="step"``.
         label_smoothing: of the cross entropy, in training.
         channels_last: keep images and convolutions in the channels-last memory format.
+        test_samples: with more than 1, and random merges in the model (:mod:`tying.depth`): tests also log loss and
+            accuracy of the mean probabilities of so many sampled passes, as ``test/sampled/…``, and their standard
+            deviation, of the class predicted, as ``test/spread``; predictions are :class:`tying.depth.Sampled`.
 
     Shape: batches of (inputs, labels), labels being integers of shape (batch,), or in training a dictionary that holds
     such a batch as ``labelled``.
@@ -55,8 +59,11 @@ class Classification(pl.LightningModule):
         drops: Sequence[float] = (0.5, 0.75),
         label_smoothing: float = 0.0,
         channels_last: bool = False,
+        test_samples: int = 1,
     ) -> None:
         super().__init__()
+        if test_samples < 1:
+            raise ConfigurationError(f"test_samples must be 1 or more, not {test_samples}")
         if optimizer not in ("sgd", "adamw") or schedule not in ("cosine", "step", "constant", "plateau"):
             raise ConfigurationError(
                 "optimizer is 'sgd' or 'adamw' and schedule 'cosine', 'step', 'constant' or 'plateau', "
@@ -69,9 +76,8 @@ class Classification(pl.LightningModule):
             )
         drops = list(drops)
         self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
-        self.accuracy = nn.ModuleDict(
-            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("fit", "val", "test")}
-        )
+        stages = ("fit", "val", "test", *(["sampled"] if test_samples > 1 else []))
+        self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of inputs."""
@@ -109,10 +115,20 @@ class Classification(pl.LightningModule):
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("test", batch)
+        if self.hparams["test_samples"] > 1:
+            x, y = batch
+            mean, spread = sampled(self, x, self.hparams["test_samples"])
+            certain = torch.finfo(mean.dtype).tiny  # the loss of a class that no pass finds possible is finite
+            self.log("test/sampled/loss", F.nll_loss(mean.clamp_min(certain).log(), y), sync_dist=True)
+            self.log("test/spread", spread.gather(1, mean.argmax(dim=1, keepdim=True)).mean(), sync_dist=True)
+            self.log_accuracy("test/sampled", "sampled", mean, y)
 
     @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        probabilities: Tensor = self(batch[0] if isinstance(batch, list | tuple) else batch).softmax(dim=-1)
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor | Sampled:
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        if self.hparams["test_samples"] > 1:
+            return sampled(self, x, self.hparams["test_samples"])
+        probabilities: Tensor = self(x).softmax(dim=-1)
         return probabilities
 
     def _evaluate(self, stage: str, batch: Any) -> None:

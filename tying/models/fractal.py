@@ -1,0 +1,92 @@
+"""FractalNet for small images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tying.depth import FractalBlock
+from tying.depth.fractal import draw_column
+from tying.errors import ConfigurationError
+
+
+class FractalNet(nn.Module):
+    """A network of fractal blocks, each followed by pooling; a layer is convolution, dropout, normalisation and ReLU.
+
+    In training, a share of mini-batches passes through one column alone, drawn for the whole network; in the others
+    every join drops inputs (:class:`tying.depth.FractalBlock`). In evaluation nothing is dropped.
+
+    Args:
+        columns: C of every block, whose deepest column has 2^(C−1) layers.
+        widths: channels of each block.
+        drop_path: probability of dropping an input of a join; 0, with ``global_share`` 0, for none.
+        global_share: share of mini-batches that one column computes.
+        dropout: within the layers of each block; one for each, or none.
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        column: evaluate this column alone: 0, the shallowest, to C − 1.
+
+    Shape: (batch, in_channels, height, width) to (batch, num_classes); each block halves height and width.
+
+    Raises:
+        ConfigurationError: as FractalBlock; dropouts of another number than the blocks; a share that is none.
+
+    Example:
+        >>> import torch
+        >>> FractalNet(columns=2, widths=(8, 16))(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
+    Source: G. Larsson, M. Maire and G. Shakhnarovich, FractalNet: ultra-deep neural networks without residuals, 2017.
+    """
+
+    def __init__(
+        self,
+        columns: int = 3,
+        widths: Sequence[int] = (64, 128, 256, 512, 512),
+        drop_path: float = 0.15,
+        global_share: float = 0.5,
+        dropout: Sequence[float] = (),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        column: int | None = None,
+    ) -> None:
+        super().__init__()
+        rates = [*dropout] or [0.0] * len(widths)
+        if not widths or len(rates) != len(widths):
+            raise ConfigurationError(f"{len(rates)} dropout rates for {len(widths)} blocks: one each, or none")
+        if not 0 <= global_share <= 1:
+            raise ConfigurationError(f"global_share is a share, from 0 to 1, not {global_share}")
+        if column is not None and not 0 <= column < columns:
+            raise ConfigurationError(f"columns are 0 to {columns - 1}, not {column}")
+        inputs = [in_channels, *widths[:-1]]
+        self.blocks = nn.ModuleList(
+            FractalBlock(columns, partial(_layer, rate), before, width, drop_path)
+            for before, width, rate in zip(inputs, widths, rates, strict=True)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(widths[-1], num_classes)
+        self.columns, self.global_share, self.column = columns, global_share, column
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch of images."""
+        column = draw_column(self.columns, self.global_share) if self.training else self.column
+        for block in self.blocks:
+            x = self.pool(block(x, column))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
+
+
+def _layer(dropout: float, inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            dropout=nn.Dropout(dropout) if dropout else nn.Identity(),
+            norm=nn.BatchNorm2d(outputs),
+            activation=nn.ReLU(),
+        )
+    )

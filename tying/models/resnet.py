@@ -1,0 +1,169 @@
+"""Residual networks for small images, whose blocks may be skipped, swapped, or one."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from tying.depth import Recurrent, Residual
+from tying.errors import ConfigurationError
+
+Shortcut = Literal["pad", "pool", "project"]
+SHORTCUTS = ("pad", "pool", "project")
+
+
+class ResNet(nn.Module):
+    """The residual network of 6n + 2 layers for small images: three stages of n blocks.
+
+    Its parts are ``stem``, ``layer1`` to ``layer3`` (each a sequence of :class:`tying.depth.Residual` whose branch
+    holds conv1, norm1, conv2, norm2) and ``head``; with ``preactivation``, also ``norm`` before the head.
+
+    Args:
+        depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110.
+        width: factor on the channels 16, 32 and 64 of the stages.
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        merge: of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` lets it go with depth.
+        shared: all blocks of a stage that keep its shape are one block used again (:class:`tying.depth.Recurrent`).
+        per_step_norm: with ``shared``: each use has normalisation layers of its own.
+        preactivation: normalise and activate before each convolution instead of after it, and not after the sum.
+        shortcut: where the shape changes: ``"pad"``: take every second pixel, and fill channels up with zeros;
+            ``"pool"``: take means of 2 by 2 pixels, and fill up; ``"project"``: a convolution of its own.
+
+    Shape: (batch, in_channels, height, width) to (batch, num_classes).
+
+    Raises:
+        ConfigurationError: depth is not 6n + 2, width below 1, the shortcut unknown, or there is nothing to share.
+
+    Example:
+        >>> sum(p.numel() for p in ResNet(depth=20).parameters())
+        269722
+        >>> sum(p.numel() for p in ResNet(depth=20, shared=True).parameters())
+        168346
+
+    Source: K. He, X. Zhang, S. Ren and J. Sun, Deep residual learning for image recognition, 2016, section 4.2, and
+    Identity mappings in deep residual networks, 2016.
+    """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
+    def __init__(
+        self,
+        depth: int = 20,
+        width: int = 1,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        merge: nn.Module | None = None,
+        shared: bool = False,
+        per_step_norm: bool = True,
+        preactivation: bool = False,
+        shortcut: Shortcut = "pad",
+    ) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ConfigurationError(f"a ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), not {depth}")
+        if width < 1:
+            raise ConfigurationError(f"a ResNet's width is a factor of 1 or more, not {width}")
+        if shortcut not in SHORTCUTS:
+            raise ConfigurationError(f"shortcut is {', '.join(map(repr, SHORTCUTS))}, not {shortcut!r}")
+        if shared and blocks < 2:
+            raise ConfigurationError(f"shared=True needs two blocks a stage: a depth of 14 or more, not {depth}")
+        channels = [16 * width, 32 * width, 64 * width]
+        stem = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
+        after = {} if preactivation else {"norm": nn.BatchNorm2d(channels[0]), "activation": nn.ReLU()}
+        self.stem = nn.Sequential(OrderedDict(conv=stem, **after))
+        previous = channels[0]
+        for stage, (width_of, stride) in enumerate(zip(channels, (1, 2, 2), strict=True), start=1):
+            parts = [_block(previous, width_of, stride, preactivation, shortcut)]
+            parts += [_block(width_of, width_of, 1, preactivation, shortcut) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(*parts))
+            previous = width_of
+        last = OrderedDict(norm=nn.BatchNorm2d(channels[2]), activation=nn.ReLU())
+        self.norm = nn.Sequential(last) if preactivation else nn.Identity()
+        self.head = nn.Linear(channels[2], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if merge is not None:
+            for block in (module for module in self.modules() if isinstance(module, Residual)):
+                block.merge = copy.deepcopy(merge)
+        if shared:
+            for stage in (1, 2, 3):
+                self._share(f"layer{stage}", per_step_norm)
+
+    def _share(self, stage: str, per_step_norm: bool) -> None:
+        blocks = [*self.get_submodule(stage).children()]
+        alike = [block for block in blocks if isinstance(block.get_submodule("shortcut"), nn.Identity)]
+        recurrent = Recurrent(alike[0], len(alike), per_step_norm)
+        setattr(self, stage, nn.Sequential(*blocks[: len(blocks) - len(alike)], recurrent))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch of images."""
+        x = self.layer3(self.layer2(self.layer1(self.stem(x))))
+        logits: Tensor = self.head(self.norm(x).mean(dim=(2, 3)))
+        return logits
+
+
+class PadShortcut(nn.Module):
+    """A shortcut without parameters to a smaller image of more channels: subsampled, and filled up with zeros.
+
+    Args:
+        extra_channels: how many channels of zeros to add.
+        stride: take every stride-th pixel.
+        pool: take the mean of stride by stride pixels instead.
+
+    Shape: (batch, channels, height, width) to (batch, channels + extra, ⌈height/stride⌉, ⌈width/stride⌉).
+    """
+
+    def __init__(self, extra_channels: int, stride: int, pool: bool = False) -> None:
+        super().__init__()
+        self.extra_channels = extra_channels
+        self.stride = stride
+        self.pool = pool
+
+    def extra_repr(self) -> str:
+        """Return what the module's repr shows."""
+        return f"extra_channels={self.extra_channels}, stride={self.stride}, pool={self.pool}"
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the padded, smaller input."""
+        small = F.avg_pool2d(x, self.stride, ceil_mode=True) if self.pool else x[:, :, :: self.stride, :: self.stride]
+        return F.pad(small, (0, 0, 0, 0, 0, self.extra_channels))
+
+
+def _block(inputs: int, outputs: int, stride: int, preactivation: bool, shortcut: Shortcut) -> Residual:
+    conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+    if preactivation:
+        parts = OrderedDict(
+            norm1=nn.BatchNorm2d(inputs),
+            activation1=nn.ReLU(),
+            conv1=conv1,
+            norm2=nn.BatchNorm2d(outputs),
+            activation2=nn.ReLU(),
+            conv2=conv2,
+        )
+    else:
+        parts = OrderedDict(
+            conv1=conv1,
+            norm1=nn.BatchNorm2d(outputs),
+            activation=nn.ReLU(),
+            conv2=conv2,
+            norm2=nn.BatchNorm2d(outputs),
+        )
+    way: nn.Module | None = None
+    if stride > 1 or inputs != outputs:
+        way = PadShortcut(outputs - inputs, stride, pool=shortcut == "pool")
+        if shortcut == "project":
+            way = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    return Residual(nn.Sequential(parts), way, activation=None if preactivation else nn.ReLU())
