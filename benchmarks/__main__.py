@@ -8,7 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import experiment, hybrid_toy, speed_data, speed_hard, speed_harness, speed_hashing, speed_soft
+from benchmarks import (
+    experiment,
+    hybrid_toy,
+    speed_data,
+    speed_depth,
+    speed_hard,
+    speed_harness,
+    speed_hashing,
+    speed_soft,
+)
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import RESULTS, ROOT, paste, write
 from benchmarks.suite import suites
@@ -17,6 +26,7 @@ from tying.errors import ConfigurationError, nearest
 
 SPEED = {
     "data": speed_data.measure,
+    "depth": speed_depth.measure,
     "hard": speed_hard.measure,
     "hashing": speed_hashing.measure,
     "harness": speed_harness.measure,

@@ -251,9 +251,9 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         label = f"{plot.lines} {line}" + (f", {y}" if len(metrics) > 1 else "")
         axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
     if plot.log:
-        xs = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
-        if 0 in xs and len(xs) > 1:
-            axes.set_xscale("symlog", linthresh=min(xs - {0}))
+        every = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
+        if 0 in every and len(every) > 1:
+            axes.set_xscale("symlog", linthresh=min(every - {0}))
         else:
             axes.set_xscale("log")
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))

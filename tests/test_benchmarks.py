@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import machine, report, speed_data, speed_hard, speed_harness, speed_hashing, speed_soft
+from benchmarks import machine, report, speed_data, speed_depth, speed_hard, speed_harness, speed_hashing, speed_soft
 from benchmarks.timing import Race
 
 SMALL = [
@@ -58,6 +58,19 @@ def test_speed_of_data(monkeypatch, capsys):
     monkeypatch.setattr(speed_data, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
     assert benchmarks.main(["speed", "data"]) == 0
     assert "| tying.data.CIFAR10, in memory " in capsys.readouterr().out
+
+
+def test_speed_of_depth(monkeypatch, capsys):
+    for name, value in {"DEPTH": 8, "BATCH": 4, "BLOCKS": 2, "ROUNDS": 1, "KEEPS": (0.5,)}.items():
+        monkeypatch.setattr(speed_depth, name, value)
+    quick = speed_depth.means
+    monkeypatch.setattr(speed_depth, "means", lambda steps, rounds=1: quick(steps, 1))
+    assert benchmarks.main(["speed", "depth"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.startswith("|")}
+    assert {"plain", "stochastic depth, batch", "swapout", "torch's Dropout after each block", "0.5"} <= rows.keys()
+    held = {side: float(rows[side][5]) for side in ("plain", "stochastic depth, batch", "stochastic depth, row")}
+    assert held["stochastic depth, batch"] <= held["plain"] <= held["stochastic depth, row"] + 1
 
 
 def test_speed_of_the_harness(monkeypatch, capsys):

@@ -1,0 +1,170 @@
+"""What merges cost, and what leaving branches out saves: a training step of ResNet-56 against the plain one."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
+from typing_extensions import override
+
+from benchmarks.report import table
+from benchmarks.timing import time_of
+from tying.callbacks import ResidualMerging
+from tying.depth import Merge, StochasticDepth, Swapout, apply_merge
+from tying.models import ResNet
+
+DEPTH, BATCH = 56, 128
+BLOCKS, ROUNDS = 10, 12  # 120 interleaved steps of each side; extremes are those of ten blocks
+KEEPS = (0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+class Around(Merge):
+    """A sum, with a module of somebody else's around its branch or itself."""
+
+    def __init__(self, module: nn.Module, whole: bool = False) -> None:
+        super().__init__()
+        self.module, self.whole = module, whole
+
+    @override
+    def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+        out: Tensor = self.module(x + branch()) if self.whole else x + self.module(branch())
+        return out
+
+
+def network(merge: nn.Module | None, linear: bool = True) -> ResNet:
+    """Return a ResNet-56 with a merge in each block."""
+    torch.manual_seed(0)
+    net = ResNet(DEPTH).to(memory_format=torch.channels_last)
+    if merge is not None:
+        ResidualMerging("layer*.*", merge, "linear" if linear else "uniform").apply(net)
+    return net
+
+
+def around(make: Callable[[float], nn.Module], whole: bool = False) -> ResNet:
+    """Return a ResNet-56 with somebody else's module in each block, made for a probability that grows to 0.5."""
+    net = network(None)
+    blocks = [name for name, _ in net.named_modules() if name.count(".") == 1 and name.startswith("layer")]
+    for number, name in enumerate(blocks, start=1):
+        apply_merge(net, name, Around(make(0.5 * number / len(blocks)), whole))
+    return net
+
+
+def peers() -> dict[str, ResNet]:
+    """Return the network with timm's DropPath, if timm is installed, which nothing here needs."""
+    if importlib.util.find_spec("timm") is None:
+        return {}
+    layers = importlib.import_module("timm.layers")
+    return {f"DropPath of timm {version('timm')}": around(layers.DropPath)}
+
+
+def step_of(net: nn.Module, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+    """Return a training step of a network, in mixed precision for another dtype."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    x, y = batch()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
+
+    return step
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Return the images and labels of every step."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
+    return x, torch.randint(10, (BATCH,), generator=generator)
+
+
+def means(steps: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Return mean seconds of each step, in turns, for each of ten blocks of rounds: what is drawn varies."""
+    for step in steps.values():
+        step()
+    found: dict[str, list[float]] = {side: [] for side in steps}
+    for _ in range(BLOCKS):
+        times: dict[str, list[float]] = {side: [] for side in steps}
+        for _ in range(rounds):
+            for side, step in steps.items():
+                times[side].append(time_of(step))
+        for side in steps:
+            found[side].append(statistics.fmean(times[side]))
+    return found
+
+
+def told(found: dict[str, list[float]], side: str, peer: str) -> str:
+    """Return the ratio of mean times, and of the blocks' the smallest and the largest."""
+    ratios = [a / b for a, b in zip(found[side], found[peer], strict=True)]
+    return f"{sum(found[side]) / sum(found[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def held(net: nn.Module) -> float:
+    """Return MiB that a forward pass keeps for its backward pass, weights apart; the mean of eight passes."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    x, y = batch()
+    totals = []
+    for _ in range(8):
+        storages: dict[int, int] = {}
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor, storages: dict[int, int] = storages, kept: list[Tensor] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+                kept.append(tensor)  # or else its memory, and address, might be used again
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            F.cross_entropy(net(x), y)
+        totals.append(sum(storages.values()) / 2**20)
+    return statistics.fmean(totals)
+
+
+def measure() -> str:
+    """Run all measurements, and return their tables as Markdown."""
+    sides: dict[str, ResNet] = {
+        "plain": network(None),
+        "stochastic depth, batch": network(StochasticDepth(0.5, "batch")),
+        "stochastic depth, subset": network(StochasticDepth(0.5, "subset")),
+        "stochastic depth, row": network(StochasticDepth(0.5, "row")),
+        "swapout": network(Swapout(0.5, 0.5)),
+        "torchvision's StochasticDepth, row": around(lambda p: TorchvisionStochasticDepth(p, "row")),
+        **peers(),
+        "torch's Dropout after each block": around(nn.Dropout, whole=True),
+    }
+    found = means({side: step_of(net) for side, net in sides.items()})
+    mixed = means({side: step_of(net, torch.bfloat16) for side, net in list(sides.items())[:5]}, rounds=3)
+    rows = [
+        [
+            side,
+            f"{1e3 * statistics.fmean(found[side]):.0f}",
+            told(found, side, "plain"),
+            told(mixed, side, "plain") if side in mixed else "–",
+            f"{held(net):.0f}",
+        ]
+        for side, net in sides.items()
+    ]
+    by_keep = []
+    for keep in KEEPS:
+        modes = {mode: step_of(network(StochasticDepth(keep, mode), linear=False)) for mode in ("row", "subset")}
+        by_keep.append([f"{keep:g}", told(means(modes, rounds=2), "subset", "row")])
+    return "\n".join(
+        [
+            f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; mean of "
+            f"{BLOCKS * ROUNDS} interleaved steps (extremes of {BLOCKS} parts); in bf16, of {3 * BLOCKS}:",
+            "",
+            table(["side", "ms", "/ plain", "/ plain, bf16", "MiB held for backward"], rows),
+            "",
+            "Rows chosen and computed, over rows masked, at one keep in all blocks:",
+            "",
+            table(["keep", "subset / row"], by_keep),
+        ]
+    )
