@@ -61,7 +61,7 @@ def test_speed_of_data(monkeypatch, capsys):
 
 
 def test_speed_of_depth(monkeypatch, capsys):
-    for name, value in {"DEPTH": 8, "BATCH": 4, "BLOCKS": 2, "ROUNDS": 1, "KEEPS": (0.5,)}.items():
+    for name, value in {"DEPTH": 8, "BATCH": 32, "BLOCKS": 2, "ROUNDS": 1, "KEEPS": (0.5,)}.items():
         monkeypatch.setattr(speed_depth, name, value)
     quick = speed_depth.means
     monkeypatch.setattr(speed_depth, "means", lambda steps, rounds=1: quick(steps, 1))
