@@ -31,13 +31,14 @@ from typing import Any, TypeVar
 import yaml
 
 from benchmarks.report import ROOT, write
-from benchmarks.trends import Peak, Plot, Trend
+from benchmarks.trends import Claim, Order, Peak, Plot, Trend
 from tying.errors import ConfigurationError, listed, nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
-KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", "trends", "peaks", "like")
+CLAIMS = {"trends": Trend, "peaks": Peak, "orders": Order}
+KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", *CLAIMS, "like")
 AXIS_KEYS = ("key", "values", "deltas")
-Part = TypeVar("Part", Plot, Trend, Peak)
+Part = TypeVar("Part", bound="Plot | Claim")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Suite:
     figures: dict[str, str] = field(default_factory=dict)
     curves: tuple[str, ...] = ("val/accuracy",)
     plots: tuple[Plot, ...] = ()
-    claims: tuple[Trend | Peak, ...] = ()
+    claims: tuple[Claim, ...] = ()
     home: str = ""  # the suite whose runs these are, if another's
 
     def runs(self, seeds: int = 1, only: str | None = None, overrides: Iterable[str] = ()) -> list[Run]:
@@ -242,8 +243,8 @@ def load(name: str) -> Suite:
     )
 
 
-def _claims(path: Path, content: Mapping[str, Any]) -> tuple[Trend | Peak, ...]:
-    return *_of(path, Trend, content, "trends"), *_of(path, Peak, content, "peaks")
+def _claims(path: Path, content: Mapping[str, Any]) -> tuple[Claim, ...]:
+    return tuple(claim for key, kind in CLAIMS.items() for claim in _of(path, kind, content, key))
 
 
 def _of(path: Path, kind: Callable[..., Part], content: Mapping[str, Any], key: str) -> tuple[Part, ...]:

@@ -8,6 +8,8 @@ A suite's file may say both::
       - {claim: accuracy rises with alpha, x: alpha, y: test/accuracy, lines: ratio, sign: 1, confounded: "..."}
     peaks:                     # a claim that y is best inside an axis, for each value of `lines`
       - {claim: the best alpha is inside, x: alpha, y: test/accuracy, lines: labels}
+    orders:                    # a claim that y of some runs is above that of others
+      - {claim: tied is better, y: test/accuracy, better: tied, worse: untied}
 """
 
 from __future__ import annotations
@@ -164,6 +166,45 @@ class Peak:
         return f"{self.claim}: {verdict}.", told
 
 
+@dataclass(frozen=True)
+class Order:
+    """A claim: a metric of one setting is above that of another, or above another metric.
+
+    What decides is the 95 % interval of the mean difference, seed by seed.
+
+    Attributes:
+        claim: in words.
+        y: a metric.
+        better: a setting, as the table names it.
+        worse: a setting; ``better`` itself where another metric is compared.
+        over: the metric of ``worse``; ``y`` by default.
+    """
+
+    claim: str
+    y: str
+    better: str
+    worse: str
+    over: str = ""
+    head: ClassVar = ("settings", "n", "difference", "95 % interval", "says")
+
+    def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
+        """Return a verdict, and a table's row: the difference and what it says. With one seed, nothing can be said."""
+        over = self.over or self.y
+        found = final(rows)
+        above = {row["seed"]: float(row[self.y]) for row in found if row["run"] == self.better and row.get(self.y)}
+        below = {row["seed"]: float(row[over]) for row in found if row["run"] == self.worse and row.get(over)}
+        gains = [above[seed] - below[seed] for seed in above if seed in below]
+        low, high = interval(gains)
+        says = "as claimed" if low > 0 else "the opposite" if high < 0 else "undecided"
+        verdict = {"as claimed": "reproduced", "the opposite": "not reproduced"}.get(says, says)
+        mean, span = (f"{fmean(gains):+.4f}", f"{low:+.4f} to {high:+.4f}") if len(gains) > 1 else ("–", "–")
+        what = f"{self.better} − {self.worse}" if self.better != self.worse else f"{self.y} − {over}"
+        return f"{self.claim}: {verdict}.", [[what, str(len(gains)), mean, span, says]]
+
+
+Claim = Trend | Peak | Order
+
+
 def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:
     """Return which of several x, the first and the last apart, has the highest mean y.
 
@@ -226,7 +267,7 @@ def final(rows: Sequence[Row]) -> list[Row]:
     return [*last.values()]
 
 
-def verdicts(claims: Sequence[Trend | Peak], rows: Sequence[Row]) -> str:
+def verdicts(claims: Sequence[Claim], rows: Sequence[Row]) -> str:
     """Return what becomes of claims, as Markdown."""
     parts = []
     for claim in claims:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import experiment
 from benchmarks.suite import load
-from benchmarks.trends import Peak, Plot, Trend, draw, final, interval, verdicts
+from benchmarks.trends import Order, Peak, Plot, Trend, draw, final, interval, verdicts
 from tying.hashing import UniformHash
 from tying.hashing.virtual import table_entries
 
@@ -94,6 +94,20 @@ def test_the_luck_of_the_best_of_several_is_no_peak():
 def test_one_seed_or_no_inner_value_is_no_peak():
     for values in ({("a", x, 0): x for x in range(3)}, {("a", x, s): x for x in range(2) for s in range(3)}):
         assert PEAK.judge(rows(values))[0] == "best inside: undecided, for want of seeds."
+
+
+def test_an_order_of_two_settings_or_two_metrics():
+    heights = {"a": (1.0, 1.1, 1.2), "b": (0.5, 0.61, 0.7), "c": (1.1, 1.0, 1.2)}
+    found = rows({(line, 0, seed): y for line, ys in heights.items() for seed, y in enumerate(ys)})
+    better = Order("a beats b", "test/accuracy", "a,0", "b,0")
+    verdict, [line] = better.judge(found)
+    assert verdict == "a beats b: reproduced."
+    assert line[:3] == ["a,0 − b,0", "3", "+0.4967"]
+    assert Order("b beats a", "test/accuracy", "b,0", "a,0").judge(found)[0] == "b beats a: not reproduced."
+    assert Order("a beats c", "test/accuracy", "a,0", "c,0").judge(found)[0] == "a beats c: undecided."
+    other = Order("more", "test/accuracy", "a,0", "a,0", "tying/entropy")
+    assert other.judge(found)[1][0][:3] == ["test/accuracy − tying/entropy", "3", "+1.1000"]
+    assert better.judge(found[:1])[0] == "a beats b: undecided."
 
 
 def test_only_the_last_epoch_counts_and_missing_runs_are_left_out():
