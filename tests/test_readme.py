@@ -50,7 +50,9 @@ def test_python_runs(monkeypatch):
 
 
 def test_yaml_runs(tmp_path):
-    text, more, anchored, hard, hashed, clustered = BLOCKS["yaml"]
+    text, more, anchored, hard, hashed, clustered, merged = BLOCKS["yaml"]
+    (tmp_path / "merged.yaml").write_text(merged)
+    main(["fit", "--config=configs/base.yaml", "--config=merged.yaml", "--model.network.depth=8", *SMALL])
     (tmp_path / "anchored.yaml").write_text(anchored)
     main(["fit", "--config=configs/base.yaml", "--config=anchored.yaml", "--model.network.depth=8", *SMALL])
     (tmp_path / "hard.yaml").write_text(hard)
@@ -73,7 +75,9 @@ def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
     if "configs/transfer.yaml" in args:
         main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
-    deep = [] if "autoencoder" in command or "coupling" in command else ["--model.network.depth=20"]
+    deep = (
+        [] if any(word in command for word in ("autoencoder", "coupling", "fractal")) else ["--model.network.depth=20"]
+    )
     extra = [*SMALL, *deep] if args[0] == "fit" and "--print_config" not in args else []
     if "--print_config" in args:
         with pytest.raises(SystemExit):
