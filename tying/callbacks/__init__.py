@@ -13,6 +13,7 @@ from tying.callbacks.parametrizing import GeneratedWeights, LowRankWeights, Temp
 from tying.callbacks.random_state import RandomState
 from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
+from tying.callbacks.unrolling import Unrolling
 
 __all__ = [
     "AnchorTying",
@@ -29,6 +30,7 @@ __all__ = [
     "TyingCallback",
     "TyingMonitor",
     "TyingSummary",
+    "Unrolling",
     "UntiedBiases",
     "WeightClustering",
     "WeightHashing",

@@ -1,0 +1,87 @@
+"""Recurrent blocks, tested with other numbers of steps than they were trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from tying.atomic import atomically
+from tying.depth import Recurrent
+from tying.errors import ConfigurationError
+
+
+class Unrolling(pl.Callback):
+    """Test a classifier also with more, or fewer, steps of its recurrent blocks: does it help to go on?
+
+    Logs ``test/steps+1/accuracy`` and so on, and plots accuracy against steps as ``unrolling.png`` in the logger's
+    directory. Steps beyond those of training use the last one's normalisation layers.
+
+    Args:
+        extra: how many steps to add to those of each :class:`tying.depth.Recurrent`; negative for fewer, of which one
+            is left at least.
+
+    Raises:
+        ConfigurationError: there is nothing to add, or no recurrent block.
+
+    Example:
+        >>> Unrolling(extra=[-1, 0, 1, 2]).extra
+        [-1, 0, 1, 2]
+    """
+
+    def __init__(self, extra: list[int]) -> None:
+        super().__init__()
+        if not extra:
+            raise ConfigurationError("extra is a list of numbers of steps, such as [-1, 0, 1, 2], not []")
+        self.extra = [*extra]
+        self._right: dict[int, list[Tensor]] = {}
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not any(isinstance(module, Recurrent) for module in pl_module.modules()):
+            raise ConfigurationError("Unrolling: the model has no tying.depth.Recurrent")
+        self._right = {extra: [] for extra in self.extra}
+
+    @override
+    @torch.no_grad()
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        x, y = batch
+        blocks = [module for module in pl_module.modules() if isinstance(module, Recurrent)]
+        steps = [block.steps for block in blocks]
+        try:
+            for extra, right in self._right.items():
+                for block, own in zip(blocks, steps, strict=True):
+                    block.steps = max(1, own + extra)
+                right.append(pl_module(x).argmax(dim=-1) == y)
+        finally:
+            for block, own in zip(blocks, steps, strict=True):
+                block.steps = own
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = {extra: torch.cat(right).double().mean() for extra, right in self._right.items()}
+        for extra, accuracy in found.items():
+            pl_module.log(f"test/steps{extra:+d}/accuracy", accuracy, sync_dist=True)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+            return
+        figure = Figure(figsize=(5, 3.8), layout="constrained")
+        axes = figure.subplots()
+        axes.plot([*found], [float(accuracy) for accuracy in found.values()], marker=".")
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set(xlabel="steps beyond those of training", ylabel="test accuracy")
+        with atomically(folder / "unrolling.png") as aside:
+            figure.savefig(aside, format="png", dpi=120)
