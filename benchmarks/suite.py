@@ -212,14 +212,16 @@ def load(name: str) -> Suite:
         if wrong := [key for key in ("base", "deltas", "axes", "seed_keys") if key in content]:
             raise ConfigurationError(f"suite {path.name}: {wrong[0]} and like exclude each other")
         other = load(content["like"])
-        return replace(
-            other,
-            name=path.stem,
-            home=other.name,
-            description=str(content.get("description", other.description)),
-            figures=content.get("figures", other.figures),
-            plots=_of(path, Plot, content, "plots"),
-            claims=_claims(path, content),
+        return _checked(
+            replace(
+                other,
+                name=path.stem,
+                home=other.name,
+                description=str(content.get("description", other.description)),
+                figures=content.get("figures", other.figures),
+                plots=_of(path, Plot, content, "plots"),
+                claims=_claims(path, content),
+            )
         )
     deltas = content.get("deltas")
     if not isinstance(deltas, dict) or not deltas:
@@ -229,7 +231,7 @@ def load(name: str) -> Suite:
         raise ConfigurationError(f"suite {path.name}: figures must map headings to metrics, not {figures!r}")
     if not isinstance(axes, dict):
         raise ConfigurationError(f"suite {path.name}: axes must map names to keys and values, not {axes!r}")
-    return Suite(
+    suite = Suite(
         path.stem,
         str(content.get("description", "")),
         _layers(path, content.get("base", []), "base"),
@@ -241,6 +243,20 @@ def load(name: str) -> Suite:
         _of(path, Plot, content, "plots"),
         _claims(path, content),
     )
+    return _checked(suite)
+
+
+def _checked(suite: Suite) -> Suite:
+    """Return a suite whose plots and claims are of its own axes and settings."""
+    settings = [*{run.setting: None for run in suite.runs()}]
+    for one in (*suite.plots, *suite.claims):
+        place = f"suite {suite.name}: {one.name if isinstance(one, Plot) else one.claim!r}"
+        if isinstance(one, Order):
+            _refuse_unknown([one.better, one.worse], settings, f"{place}: unknown setting")
+        else:
+            axes = [one.lines] if isinstance(one, Plot) else [one.lines, one.x]  # a plot may be over a metric
+            _refuse_unknown(axes, suite.axes, f"{place}: unknown axis")
+    return suite
 
 
 def _claims(path: Path, content: Mapping[str, Any]) -> tuple[Claim, ...]:

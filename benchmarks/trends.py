@@ -216,12 +216,13 @@ def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:
 
 
 def by_seed(points: Sequence[Row], x: str, y: str) -> list[list[tuple[float, float]]]:
-    """Return pairs (x, y) of each seed, in order of x; of those seeds that have as many as any, and two at least."""
+    """Return pairs (x, y) of each seed, in order of x; of seeds that have the same x as that of most, two at least."""
     seeds: dict[str, list[tuple[float, float]]] = {}
     for row in points:
         if row.get(y):
             seeds.setdefault(row["seed"], []).append((float(row[x]), float(row[y])))
-    return [sorted(own) for own in seeds.values() if len(own) == max(map(len, seeds.values())) > 1]
+    most = max(([x for x, _ in sorted(own)] for own in seeds.values()), key=len, default=[])
+    return [sorted(own) for own in seeds.values() if len(most) > 1 and [x for x, _ in sorted(own)] == most]
 
 
 def rank_correlation(points: Sequence[tuple[float, float]]) -> float:

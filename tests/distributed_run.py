@@ -26,11 +26,12 @@ from tying.callbacks import (
     WeightHashing,
 )
 from tying.data import CIFAR10
-from tying.depth import Residual, StochasticDepth
+from tying.depth import FractalBlock, Residual, StochasticDepth
+from tying.depth.fractal import draw_column
 from tying.hard import bake
 from tying.soft import Schedule
 
-KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped"]
+KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -51,6 +52,8 @@ def callback(kind):
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
     if kind == "skipped":
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
+    if kind == "fractal":
+        return pl.Callback()
     return SoftTying(TIES, strength=0.3, update=kind, schedule=Schedule(0.0, 1.0, 5))
 
 
@@ -67,9 +70,21 @@ class Skipping(Toy):
         return super().loss([self.blocks(batch[0].double())])
 
 
+class Fractal(Skipping):
+    """Drops paths, and as a whole columns."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.blocks = FractalBlock(3, torch.nn.Linear, 6, 6, drop_path=0.4)
+
+    def loss(self, batch):
+        torch.rand(int(os.environ.get("RANK", 0)))
+        return Toy.loss(self, [self.blocks(batch[0].double(), draw_column(3, 0.5))])
+
+
 def main(out: Path, world: int) -> None:
     for number, (update, accumulate, clip) in enumerate(CASES):
-        model = (Skipping if update == "skipped" else Toy)(optimizer).double()
+        model = {"skipped": Skipping, "fractal": Fractal}.get(update, Toy)(optimizer).double()
         torch.manual_seed(0)  # a hashed table begins with entries drawn from the weights
         tying = callback(update)
         # rank r takes every second sample, so that jointly the processes see the batches of one

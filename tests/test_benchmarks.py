@@ -107,7 +107,9 @@ def test_speed_of_hashing(monkeypatch, capsys):
 
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
-    assert "unknown family 'sofd': there is data, hard, hashing, harness, soft. Nearest" in capsys.readouterr().err
+    assert (
+        "unknown family 'sofd': there is data, depth, hard, hashing, harness, soft. Nearest" in capsys.readouterr().err
+    )
 
 
 def test_race_statistics_by_hand():

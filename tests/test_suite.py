@@ -6,6 +6,7 @@ import yaml
 from benchmarks import suite as module
 from benchmarks.folder import same
 from benchmarks.suite import load, suites
+from tying import ConfigurationError
 from tying.cli import parse
 
 WRITTEN = {
@@ -148,3 +149,17 @@ def test_the_order_of_overrides_makes_no_other_definition(tmp_path):
     [first, second] = [mine.runs(overrides=given)[0].definition for given in (one, one[::-1])]
     assert same(first, second)
     assert not same(mine.runs(overrides=other)[0].definition, mine.runs(overrides=other[::-1])[0].definition)
+
+
+@pytest.mark.parametrize(
+    ("claims", "told"),
+    [
+        ({"trends": [{"claim": "a", "x": "lr", "y": "m", "lines": "stength", "sign": 1}]}, "'a': unknown axis 'stength'"),
+        ({"peaks": [{"claim": "a", "x": "lrs", "y": "m", "lines": "lr"}]}, "'a': unknown axis 'lrs'"),
+        ({"plots": [{"name": "p", "x": "test/loss", "y": "m", "lines": "seed"}]}, "p: unknown axis 'seed'"),
+        ({"orders": [{"claim": "a", "y": "m", "better": "soft", "worse": "untied,lr=0.1"}]}, "'a': unknown setting 'soft'"),
+    ],
+)  # fmt: skip
+def test_claims_are_of_the_suites_own_axes_and_settings(claims, told, tmp_path):
+    with pytest.raises(ConfigurationError, match=told):
+        load(written(tmp_path, **claims))

@@ -8,7 +8,7 @@ from toys import Toy, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import RandomState, ResidualMerging
-from tying.depth import Residual, StochasticDepth, Sum, Swapout, sampled, sampling
+from tying.depth import Merge, Residual, StochasticDepth, Sum, Swapout, remove_merge, sampled, sampling
 from tying.mixins import ResidualMergingMixin
 from tying.models import ResNet
 from tying.soft import Schedule
@@ -146,6 +146,70 @@ def test_sampled_predictions():
     assert not sampled(model, x, samples=1).spread.any()
 
 
+def test_a_model_whose_merges_were_removed_is_merged_again():
+    model = Blocks()
+    for _ in range(2):
+        train(model, [ResidualMerging("blocks.*", StochasticDepth(0.5))], max_epochs=1)
+        assert keeps(model) == [0.875, 0.75, 0.625, 0.5]
+        assert remove_merge(model) == 4
+    train(model, [ResidualMerging("blocks.*", Swapout(0.5, 0.5))], max_epochs=1)
+    assert model.blocks[3].merge.keep_skip == 0.5
+    other = Blocks()
+    other.blocks = model.blocks  # in another module
+    train(other, [ResidualMerging("blocks.*", Swapout(0.5, 0.5))], max_epochs=1)
+
+
+def test_merges_are_told_apart_by_what_they_are():
+    class Scaled(Merge):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x, branch):
+            return x + self.factor * branch()
+
+    model = Blocks()
+    ResidualMerging("blocks.*", Scaled(1.0)).apply(model)
+    ResidualMerging("blocks.*", Scaled(1.0)).apply(model)
+    for other in (Scaled(9.0), Sum()):
+        with pytest.raises(ConfigurationError, match="merged already"):
+            ResidualMerging("blocks.*", other).apply(model)
+
+
+def test_a_loaded_model_drops_what_the_trained_one_did_at_last(tmp_path):
+    class Faded(ResidualMergingMixin, Blocks):
+        residual_merging = {  # noqa: RUF012
+            "blocks": "blocks.*", "merge": StochasticDepth(0.5), "schedule": Schedule(1.0, 0.0, 10)
+        }  # fmt: skip
+
+    model = Faded()
+    train(model, max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Faded.load_from_checkpoint(tmp_path / "a.ckpt")
+    x = torch.randn(3, 6)
+    assert torch.equal(loaded.eval().blocks(x), model.eval().blocks(x))
+
+
+def test_steps_are_those_of_each_optimizer():
+    seen = []
+
+    class Two(Blocks):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.blocks, self.encoder)]
+
+        def training_step(self, batch, batch_idx):
+            seen.append(self.blocks[0].merge.share)
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    merging = ResidualMerging("blocks.*", StochasticDepth(0.5), "uniform", Schedule(0.0, 1.0, 10))
+    train(Two(), [merging], max_epochs=1)
+    assert seen == pytest.approx([step / 10 for step in range(10)])
+
+
 def test_sums_draw_nothing():
     with pytest.raises(ConfigurationError, match="has no merge that draws"):
         sampled(nn.Sequential(Residual(nn.Linear(2, 2), merge=Sum())), torch.zeros(1, 2), 3)
@@ -159,6 +223,10 @@ def test_sums_draw_nothing():
         (
             lambda: ResidualMerging("a", StochasticDepth(0.5), "linera"),
             "keep_schedule is 'linear', 'uniform' or a list",
+        ),
+        (
+            lambda: ResidualMerging("a", StochasticDepth(0.5), schedule=Schedule(0.0, 3.0, 5)),
+            "a schedule of what is dropped is a share of it, from 0 to 1",
         ),
         (lambda: ResidualMerging("a", nn.Identity()), "Identity is no tying.depth.Merge"),
         (lambda: train(Blocks(), [ResidualMerging("block.*", StochasticDepth(0.5))]), r"'block\.\*' matches no module"),

@@ -42,7 +42,10 @@ def test_each_image_is_evaluated_in_both_domains(split):
         assert torch.equal(degrade(batch["colour"].images, 4), batch["grey"].images)
         seen += len(batch["grey"].labels)
     assert seen == {"val": 500, "test": 1000}[split]
-    assert [len(one.labels) for one in data.predict_dataloader()] == [1000, 1000]
+    assert {name: len(one.labels) for name, one in data.predict_dataloader().iterables.items()} == {
+        "colour": 1000,
+        "grey": 1000,
+    }
     images, labels = data.on_after_batch_transfer(batch, 0)["grey"]
     assert images.shape == (len(labels), 3, 32, 32)
 

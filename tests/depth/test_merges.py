@@ -38,11 +38,11 @@ def at(seed, function):
 
 
 @pytest.mark.parametrize("keep", [0.0, 2**-16, 0.1, 0.5, 0.73, 1 - 2**-16, 1.0])
-def test_probabilities_of_masks_are_exact(keep):
-    """All 2¹⁶ values of a draw, instead of many draws."""
-    every = torch.arange(2**16).to(torch.int16)  # wraps around: each value once
-    below = round(keep * 2**16)
-    assert int((every < below - 2**15).sum() if 0 < below < 2**16 else 2**16 * keep) == below
+def test_probabilities_of_masks_are_exact(keep, monkeypatch):
+    """Each of the 2¹⁶ values that a draw may have, once."""
+    every = torch.arange(2**16).to(torch.int16).view(torch.int64)  # wraps around
+    monkeypatch.setattr(torch.Tensor, "random_", lambda words, *_: words.copy_(every))
+    assert int(keep_mask(keep, (2**16,)).sum()) == round(keep * 2**16)
 
 
 def test_masks_are_independent_and_as_frequent_as_said():
@@ -76,11 +76,11 @@ ALL_ONE = [
 @pytest.mark.parametrize("merge", ALL_ONE, ids=repr)
 @pytest.mark.parametrize("training", [True, False])
 def test_keeping_all_is_the_sum_bitwise(merge, training):
-    state = torch.get_rng_state()
-    assert torch.equal(block(merge).train(training)(X), block(Sum())(X))
-    torch.manual_seed(7)
-    block(Sum())
-    assert len(state)
+    own, state = block(merge).train(training), torch.get_rng_state()
+    assert torch.equal(own(X), block(Sum())(X))
+    torch.set_rng_state(state)
+    own(X)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
 
 
 @pytest.mark.parametrize("mode", ["batch", "row", "subset", "auto"])
@@ -111,7 +111,6 @@ def test_the_table_of_swapout_given_the_masks():
     assert torch.equal(FeedForward()(X, lambda: f), f)
     assert torch.equal(merged(Swapout(0.5, 0.5), zero, second), f * second)  # dropout on the branch
     assert torch.equal(merged(Swapout(0.5, 0.5), first, first), X * first + f * first)  # dropout on a residual unit
-    torch.testing.assert_close(X * first + f * first, (X + f) * first, rtol=0, atol=0)
     for whole in (one, zero):  # stochastic depth
         assert torch.equal(merged(Swapout(1.0, 0.5), whole), X + f * whole)
     assert torch.equal(merged(Swapout(0.5, 0.5), first, ~first), torch.where(first, X, f))  # skip-forward
@@ -126,6 +125,24 @@ def test_swapout_draws_both_masks_independently():
     assert values.tolist() == [0.0, 1.0, 2.0, 3.0]
     for count, share in zip(counts.tolist(), (0.7 * 0.4, 0.3 * 0.4, 0.7 * 0.6, 0.3 * 0.6), strict=True):
         assert abs(count / x.numel() - share) < 5 * math.sqrt(share * (1 - share) / x.numel())
+
+
+@pytest.mark.parametrize("skip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("branch", [0.0, 0.5, 1.0])
+def test_swapout_evaluates_to_the_means_of_its_masks(skip, branch):
+    own = block(Swapout(skip, branch)).eval()
+    torch.testing.assert_close(own(X), skip * X + branch * own.branch(X), rtol=1e-15, atol=1e-15)
+    assert torch.equal(own(X), own(X))
+
+
+@pytest.mark.parametrize("merge", [FeedForward(), SkipForward(1.0), Swapout(0.0, 1.0)], ids=repr)
+def test_a_shortcut_that_is_dropped_has_a_zero_gradient(merge):
+    way, branch = nn.Linear(5, 5).double(), nn.Linear(5, 5).double()
+    own = Residual(branch, way, merge)
+    assert torch.equal(own(X), branch(X))
+    own(X).relu_().sum().backward()
+    assert torch.equal(way.weight.grad, torch.zeros_like(way.weight))
+    assert branch.weight.grad.any()
 
 
 # means
@@ -160,9 +177,9 @@ def test_the_mean_of_masks_for_units(merge):
 def test_subset_and_row_give_the_same_numbers(scale):
     results = []
     for mode in ("row", "subset"):
-        own = block(StochasticDepth(0.5, mode, scale))
+        own = block(StochasticDepth(0.3, mode, scale))
         x = X.clone().requires_grad_()
-        out = at(3, lambda own=own, x=x: own(x))
+        out = at(4, lambda own=own, x=x: own(x))
         out.square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in own.parameters())])
     for row, subset in zip(*results, strict=True):
@@ -223,13 +240,40 @@ def test_a_plain_function_is_a_branch_but_for_subsets():
         StochasticDepth(0.5, "subset")(X, lambda: X)
 
 
-def test_autocast_and_mixed_dtypes():
-    own = block(StochasticDepth(0.5, "subset"), dtype=torch.float32)
-    x = X.float()
+EVERY = [
+    *(StochasticDepth(0.3, mode, scale) for mode in ("batch", "row", "subset", "auto") for scale in ("test", "train")),
+    Swapout(0.3, 0.6),
+    SkipForward(0.3),
+]
+
+
+@pytest.mark.parametrize("merge", EVERY, ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_and_low_precision(merge, training):
+    own, x = block(merge, dtype=torch.float32).train(training), X.float()
+    exact = at(3, lambda: own(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = at(3, lambda: own(x))
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, at(3, lambda: own(x)), rtol=0.05, atol=0.05)
+        mixed = at(3, lambda: own(x))
+    assert mixed.dtype == torch.float32
+    low = at(3, lambda: own.to(torch.bfloat16)(x.to(torch.bfloat16)))
+    assert low.dtype == torch.bfloat16
+    for out in (mixed, low):
+        torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_auto_falls_back_to_rows():
+    own, rows = (block(StochasticDepth(0.3, mode), norm=True) for mode in ("auto", "row"))
+    seed = next(s for s in range(100) if int(at(s, lambda: keep_mask(0.3, (3,))).sum()) == 1)
+    assert torch.equal(at(seed, lambda: own(X[:3])), at(seed, lambda: rows(X[:3])))
+    plain = [at(3, lambda mode=mode: StochasticDepth(0.3, mode)(X, lambda: X)) for mode in ("auto", "row")]
+    assert torch.equal(*plain)
+
+
+def test_derivatives_by_functions_of_torch():
+    own = block(StochasticDepth(0.0))
+    parameters = dict(own.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(own, p, (X,)).sum())(parameters)
+    assert not any(gradient.any() for gradient in gradients.values())
 
 
 # what is left out

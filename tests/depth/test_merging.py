@@ -185,6 +185,7 @@ def test_one_sequence_alone():
             "'stem.conv' is a Conv2d, 'stem.norm' is a BatchNorm2d.*whose branch and shortcut cannot be told",
         ),
         ("layer*", {}, "'layer1' is a Sequential.*Write such a block as tying.depth.Residual"),
+        ("layer*.*", {"keep": "half"}, "keep is a number, or one for each block, not 'half'"),
         ("layer*.*", {"keep": [0.5, 0.5]}, "2 keeps for 3 blocks: layer1.0, layer2.0, layer3.0"),
         ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, "keep is a probability, from 0 to 1, not 1.5"),
     ],
@@ -194,6 +195,50 @@ def test_mistakes_change_nothing(blocks, arguments, told):
     with pytest.raises(ConfigurationError, match=told):
         apply_merge(model, blocks, StochasticDepth(0.5), **arguments)
     assert all(type(m.merge) is Sum for m in model.modules() if isinstance(m, Residual))
+
+
+@pytest.mark.parametrize(
+    ("merge", "told"),
+    [(StochasticDepth, "not the class StochasticDepth"), (lambda x, branch: x, "merge is a module, called as merge")],
+)
+def test_a_merge_is_a_module(merge, told):
+    with pytest.raises(ConfigurationError, match=told):
+        apply_merge(ResNet(depth=8), "layer*.*", merge)
+
+
+def test_a_merge_that_cannot_be_copied_changes_nothing():
+    class Single(Sum):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("one only")
+
+    model = ResNet(depth=8)
+    with pytest.raises(RuntimeError, match="one only"):
+        apply_merge(model, "layer*.*", Single())
+    assert all(type(m.merge) is Sum for m in model.modules() if isinstance(m, Residual))
+
+
+def test_keeps_of_a_tensor():
+    model = ResNet(depth=8)
+    apply_merge(model, "layer*.*", StochasticDepth(0.5), keep=torch.linspace(1, 0.5, 3))
+    assert [model.get_submodule(f"layer{n}.0").merge.keep for n in (1, 2, 3)] == [1.0, 0.75, 0.5]
+
+
+def test_encoders_are_restored_after_several_merges():
+    model = encoder(batch_first=True, norm_first=False)
+    assert model.use_nested_tensor
+    apply_merge(model, "layers.0", StochasticDepth(0.5))
+    apply_merge(model, "layers.1", StochasticDepth(0.5))
+    assert not model.use_nested_tensor
+    assert remove_merge(model) == 2
+    assert model.use_nested_tensor
+
+
+def test_the_steps_of_a_recurrent_block_are_blocks():
+    model = ResNet(depth=20, shared=True)
+    assert apply_merge(model, "layer*.*", StochasticDepth(0.5), keep=[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]) == 9
+    assert [block.merge.keep for block in model.layer1[0].blocks] == [0.9, 0.8, 0.7]
+    assert model.layer2[0].merge.keep == 0.6
+    assert remove_merge(model) == 9
 
 
 def test_a_merge_is_not_applied_twice():

@@ -92,7 +92,26 @@ def test_checkpointing_a_block_inside():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_steps_left_out_in_training_have_zero_gradients():
+    recurrent = Recurrent(block(), 3)
+    recurrent.steps = 1
+    recurrent(X).sum().backward()
+    assert all(p.grad is not None for p in recurrent.parameters())
+    assert not recurrent.blocks[2].branch[1].weight.grad.any()
+
+
+def test_every_kind_of_norm_is_of_each_step():
+    for norm in (nn.RMSNorm(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.BatchNorm1d(4)):
+        recurrent = Recurrent(nn.Sequential(nn.Linear(4, 4), norm), 2)
+        assert recurrent.blocks[0][1].weight is not recurrent.blocks[1][1].weight
+        assert recurrent.blocks[0][0].weight is recurrent.blocks[1][0].weight
+
+
 def test_mistakes():
+    with pytest.raises(ConfigurationError, match=r"whose weights are parameters, not parametrizations\.weight"):
+        Recurrent(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), 2)
+    with pytest.raises(ConfigurationError, match="steps must be 1 or more, not 0"):
+        Recurrent(nn.Linear(2, 2), 2).steps = 0
     with pytest.raises(ConfigurationError, match="steps must be 1 or more, not 0"):
         Recurrent(nn.Linear(2, 2), 0)
     with pytest.raises(ConfigurationError, match=r"must keep the shape of its input: it makes \(2, 3\) of \(2, 4\)"):

@@ -62,6 +62,15 @@ def test_pulled_without_limit_they_are_one():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
 
 
+def test_predictions_go_by_the_names_of_loaders():
+    model = make()
+    trainer = train(model, data=both(), max_epochs=3)
+    found = trainer.predict(model, CombinedLoader({"far": loader(1.0), "near": loader()}, "sequential"))
+    again = trainer.predict(model, [loader(), loader(1.0)])
+    for one, other in zip(found, reversed(again), strict=True):
+        assert torch.equal(torch.cat(one), torch.cat(other))
+
+
 def test_other_batches_and_bad_domains():
     with pytest.raises(ConfigurationError, match="dictionaries of batches of 'near', 'far', not on list"):
         train(make(), data=loader())
@@ -70,3 +79,5 @@ def test_other_batches_and_bad_domains():
     for domains in ([], ["a", "a"], ["a.b"]):
         with pytest.raises(ConfigurationError, match="domains are distinct names"):
             DomainClassifiers(MLP([2, 2]), domains)
+    with pytest.raises(ConfigurationError, match="tests by one pass"):
+        make(test_samples=3)

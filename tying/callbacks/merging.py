@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel, arguments_of
+from tying.callbacks.base import ChangesModel
 from tying.depth import Merge, apply_merge
 from tying.depth.merging import put_merges, residual_blocks
 from tying.errors import ConfigurationError
@@ -21,15 +21,15 @@ class ResidualMerging(ChangesModel):
     """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or one of your own.
 
     See :func:`tying.depth.apply_merge` for blocks that are understood. Names and values of the model's state stay, and
-    nothing is kept in checkpoints: the configuration says it all.
+    nothing is kept in checkpoints: who loads one without this callback or mixin gets the plain sums.
 
     Args:
         blocks: a pattern of names of modules, or several.
         merge: each block gets a copy.
         keep_schedule: how what is dropped grows with depth: ``"linear"``: from an L-th of what the merge says, in the
             first of L blocks, to all of it in the last; ``"uniform"``: all of it; or the keep of each block.
-        schedule: a factor on what is dropped, over training: to warm up, or to fade out. Tests and predictions take
-            its end.
+        schedule: a factor on what is dropped, from 0 to 1, over training: to warm up, or to fade out. Tests and
+            predictions take its end.
 
     Raises:
         ConfigurationError: as apply_merge, when the model is set up; ``keep_schedule`` is unknown.
@@ -57,6 +57,8 @@ class ResidualMerging(ChangesModel):
                 f"{type(merge).__name__} is no tying.depth.Merge, of which keeps are known: it takes "
                 "keep_schedule='uniform' alone, and no schedule"
             )
+        if schedule is not None and max(schedule.start, schedule.end) > 1:
+            raise ConfigurationError(f"a schedule of what is dropped is a share of it, from 0 to 1: {schedule}")
         self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
 
     @override
@@ -64,11 +66,15 @@ class ResidualMerging(ChangesModel):
         super().setup(trainer, pl_module, stage)
         rank_zero_info(f"ResidualMerging: {', '.join(f'{name}: {one}' for name, one in self._ends(pl_module).items())}")
         if stage != "fit":
-            self._set_share(pl_module, self.schedule.end if self.schedule else 1.0)
+            self._set_share(pl_module, self._last_share)
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
-        return arguments_of(self) in model.__dict__.get("_merged_by", ())
+        try:
+            found = residual_blocks(model, self.blocks)
+        except ConfigurationError:
+            return False
+        return all(block.__dict__.get("_merged_by") == self._mark for block in found.values())
 
     @override
     def apply(self, model: nn.Module) -> int:
@@ -81,15 +87,30 @@ class ResidualMerging(ChangesModel):
             count = put_merges(model, found, [self.merge.with_share(n / len(found)) for n in range(1, len(found) + 1)])
         else:
             count = apply_merge(model, self.blocks, self.merge)
-        model.__dict__.setdefault("_merged_by", []).append(arguments_of(self))
+        for block in residual_blocks(model, self.blocks).values():
+            block.__dict__["_merged_by"] = self._mark
+        self._set_share(model, self._last_share)  # as it will be at the end, wherever the model is loaded
         return count
+
+    @property
+    def _last_share(self) -> float:
+        return self.schedule.end if self.schedule else 1.0
+
+    @property
+    def _mark(self) -> str:
+        """What makes the callback equal to another."""
+        own = {key: value for key, value in vars(self.merge).items() if not key.startswith("_") and key != "training"}
+        return (
+            f"{self.blocks} {type(self.merge).__qualname__} {own} {self.merge!r} {self.keep_schedule} {self.schedule}"
+        )
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.schedule is not None:
-            count = trainer.global_step if self.schedule.unit == "step" else trainer.current_epoch
+            steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
+            count = steps if self.schedule.unit == "step" else trainer.current_epoch
             self._set_share(pl_module, self.schedule(count))
 
     def _set_share(self, model: nn.Module, share: float) -> None:

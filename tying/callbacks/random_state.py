@@ -95,4 +95,4 @@ def restore_generators(states: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(key, dtype=np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"][: torch.cuda.device_count()]])

@@ -94,7 +94,7 @@ class TwoDomains(CIFAR10):
 
     @override
     def predict_dataloader(self) -> Any:
-        return [*self._of_both("test").iterables.values()]
+        return CombinedLoader(self._of_both("test").iterables, "sequential")
 
     def _of_both(self, split: str) -> CombinedLoader:
         loaders: list[BatchLoader] = [self._loader(split), self._loader(f"{split} in grey")]

@@ -52,11 +52,12 @@ def _chosen(x: Tensor | None, dim: int | None, rows: Tensor | None) -> Tensor | 
     return x if x is None or dim is None or rows is None else x.index_select(dim, rows)
 
 
-def left_out(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-    """Return a copy of x, which the next layer may overwrite; the branch's parameters get a gradient of zero.
+def left_out(x: Tensor, branch: Callable[[], Tensor] | Tensor) -> Tensor:
+    """Return a copy of x, which the next layer may overwrite; a branch's parameters get a gradient of zero.
 
     Without it they would have none, optimizers would treat a step that skips a block unlike any other, and
-    distributed training would wait for gradients that never come.
+    distributed training would wait for gradients that never come. In place of a branch, a tensor may be left out: a
+    shortcut, say.
 
     Example:
         >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2)
@@ -65,21 +66,25 @@ def left_out(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         tensor([[0., 0.],
                 [0., 0.]])
     """
-    if isinstance(branch, Branch) and torch.is_grad_enabled():
-        parameters = [parameter for parameter in branch.parameters() if parameter.requires_grad]
-        if parameters:
-            copy: Tensor = _ZeroGradients.apply(x, *parameters)
-            return copy
+    unused = branch.parameters() if isinstance(branch, Branch) else [branch] if isinstance(branch, Tensor) else []
+    if torch.is_grad_enabled() and (leaving := [tensor for tensor in unused if tensor.requires_grad]):
+        copy: Tensor = _ZeroGradients.apply(x, *leaving)
+        return copy
     return x.clone()
 
 
 class _ZeroGradients(torch.autograd.Function):
     """Copy the first input; the gradient of all others is zero."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.like = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+    def forward(x: Tensor, *unused: Tensor) -> Tensor:
         return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs[1:]]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -48,21 +49,25 @@ def draw(keep: float) -> bool:
     return bool(drawn < keep)
 
 
+apart: ContextVar[bool] = ContextVar("apart", default=False)  # processes draw on their own, as they need not agree
+
+
 def share_first(drawn: Tensor) -> None:
-    """Overwrite a tensor on the CPU with that of the first process, if there are several."""
+    """Overwrite a tensor on the CPU with that of the first process, if there are several that are to agree."""
+    if apart.get():
+        return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(drawn, src=0, group=_group_for_draws())
 
 
-_groups: dict[int, dist.ProcessGroup] = {}  # by the identity of the world: it may be destroyed and made again
+_made: list[tuple[object, dist.ProcessGroup]] = []  # for which world: it may be destroyed, and made again
 
 
 def _group_for_draws() -> dist.ProcessGroup:
     """Return a group of all processes for tensors on the CPU, apart from the one whose gradients are on their way."""
-    world = id(dist.group.WORLD)
-    if world not in _groups:
+    world = dist.group.WORLD
+    if not _made or _made[0][0] is not world:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
-        _groups.clear()
-        _groups[world] = group
-    return _groups[world]
+        _made[:] = [(world, group)]
+    return _made[0][1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import nn
 
 from tying.depth.blocks import merged_kinds
+from tying.depth.recurrent import Recurrent
 from tying.depth.residual import Merge, Residual, Sum
 from tying.errors import ConfigurationError, listed, nearest
 from tying.names import clean_name
@@ -38,7 +39,7 @@ def keep_schedule(first: float, last: float, count: int) -> list[float]:
 
 
 def apply_merge(
-    model: nn.Module, blocks: str | Sequence[str], merge: nn.Module, keep: float | Sequence[float] | None = None
+    model: nn.Module, blocks: str | Sequence[str], merge: nn.Module, keep: float | Iterable[float] | None = None
 ) -> int:
     """Let a merge combine branch and shortcut in residual blocks of a model; return how many blocks there are.
 
@@ -64,14 +65,28 @@ def apply_merge(
         StochasticDepth(keep=0.8, mode='batch', scale='test')
     """
     found = residual_blocks(model, blocks)
+    _check_merge(merge)
     if keep is None:
         return put_merges(model, found, [merge] * len(found))
     if not isinstance(merge, Merge):
         raise ConfigurationError(f"keep needs a tying.depth.Merge, which {type(merge).__name__} is not")
-    keeps = [*keep] if isinstance(keep, Sequence) else [keep] * len(found)
+    keeps = _keeps(keep, len(found))
     if len(keeps) != len(found):
         raise ConfigurationError(f"{len(keeps)} keeps for {len(found)} blocks: {listed(found)}")
     return put_merges(model, found, [merge.with_keep(one) for one in keeps])
+
+
+def _check_merge(merge: object) -> None:
+    if not isinstance(merge, nn.Module):
+        told = f"the class {merge.__name__}" if isinstance(merge, type) else repr(merge)
+        raise ConfigurationError(f"merge is a module, called as merge(shortcut, branch), not {told}")
+
+
+def _keeps(keep: object, count: int) -> list[float]:
+    try:
+        return [float(one) for one in keep] if isinstance(keep, Iterable) else [float(keep)] * count  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"keep is a number, or one for each block, not {keep!r}") from None
 
 
 def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequence[nn.Module]) -> int:
@@ -83,8 +98,9 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
     if taken := [f"{name} ({type(merge).__name__})" for name, block in blocks.items() if (merge := merge_of(block))]:
         raise ConfigurationError(f"{listed(taken)}: merged already; remove_merge takes out what apply_merge put in")
     kinds = merged_kinds()
-    for block, merge in zip(blocks.values(), merges, strict=True):
-        own = copy.deepcopy(merge).train(block.training)
+    copies = [copy.deepcopy(merge) for merge in merges]
+    for block, own in zip(blocks.values(), copies, strict=True):
+        own.train(block.training)
         if isinstance(block, Residual):
             block.__dict__["_merge_before"] = block.merge  # past nn.Module, which would make it a part of the block
         else:
@@ -92,7 +108,7 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
         block.merge = own
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
-            encoder.__dict__["_nested_before"] = encoder.use_nested_tensor
+            encoder.__dict__.setdefault("_nested_before", encoder.use_nested_tensor)
             encoder.use_nested_tensor = False  # its layers would get samples without padding in evaluation
     return len(blocks)
 
@@ -108,6 +124,7 @@ def remove_merge(model: nn.Module) -> int:
     """
     count, plain = 0, {merged: kind for kind, merged in merged_kinds().items()}
     for module in [*model.modules()]:
+        module.__dict__.pop("_merged_by", None)
         if "_merge_before" in module.__dict__:
             module.merge = module.__dict__.pop("_merge_before")
         elif type(module) in plain:
@@ -132,10 +149,13 @@ def merge_of(block: nn.Module) -> nn.Module | None:
 def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
     """Return the residual blocks that patterns of names match, in the model's order; one of several names once.
 
+    Of a :class:`tying.depth.Recurrent`, which is matched as one, these are the blocks of all steps.
+
     Raises:
         ConfigurationError: a pattern matches nothing, or a module that is no residual block.
     """
     names = {clean_name(name): module for name, module in model.named_modules() if name}
+    again = {f"{name}.blocks": module for name, module in names.items() if isinstance(module, Recurrent)}
     chosen = [Pattern(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
     if not chosen:
         raise ConfigurationError("blocks must be a pattern of names of modules, or several, not []")
@@ -143,7 +163,14 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         if not any(pattern.match(name) is not None for name in names):
             close = nearest(pattern.text, names)
             raise ConfigurationError(f"blocks: pattern {pattern.text!r} matches no module.{close}")
-    found = {name: m for name, m in names.items() if any(pattern.match(name) is not None for pattern in chosen)}
+    matched = {name for name in names if any(pattern.match(name) is not None for pattern in chosen)}
+    matched |= {
+        f"{blocks}.{n}"
+        for blocks, m in again.items()
+        if blocks.removesuffix(".blocks") in matched
+        for n in range(len(m.blocks))
+    }
+    found = {name: m for name, m in names.items() if name in matched and not isinstance(m, Recurrent)}
     kinds = merged_kinds()
     known = {*kinds, *kinds.values()}
     other = {name: m for name, m in found.items() if not isinstance(m, Residual) and type(m) not in known}

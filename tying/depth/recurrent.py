@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
+from tying.depth.branch import Branch, left_out
+from tying.errors import ConfigurationError, listed
 from tying.hard import tie
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 
 
 class Recurrent(nn.Module):
@@ -22,9 +24,8 @@ class Recurrent(nn.Module):
         per_step_norm: each step has normalisation layers of its own, whose statistics are that step's; or all have the
             first one's.
 
-    Attributes:
-        steps: how many times the block is applied; may be set to another number, also to more than it was built for:
-            then the last step's normalisation layers are used further on.
+    ``steps`` may be set to another number afterwards, also to more than it was built for: then the last step's
+    normalisation layers are used further on.
 
     Shape: that of the block, which must not change it.
 
@@ -43,15 +44,29 @@ class Recurrent(nn.Module):
 
     def __init__(self, block: nn.Module, steps: int, per_step_norm: bool = True) -> None:
         super().__init__()
-        if steps < 1:
-            raise ConfigurationError(f"steps must be 1 or more, not {steps}")
         self.steps = steps
+        if computed := [name for name, part in block.named_modules() if isinstance(part, ParametrizationList)]:
+            raise ConfigurationError(
+                f"Recurrent takes a block whose weights are parameters, not {listed(computed)}: parametrize it when "
+                "it is recurrent"
+            )
         self.blocks = nn.ModuleList([block])
         if per_step_norm:
             self.blocks += [copy.deepcopy(block) for _ in range(steps - 1)]
             shared = [name for name, _ in block.named_parameters() if not isinstance(_owner(block, name), NORMS)]
             if steps > 1 and shared:
                 tie(self, [f"blocks.*.{name}" for name in shared])
+
+    @property
+    def steps(self) -> int:
+        """How many times the block is applied."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        if steps < 1:
+            raise ConfigurationError(f"steps must be 1 or more, not {steps}")
+        self._steps = steps
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +79,8 @@ class Recurrent(nn.Module):
                     f"{tuple(x.shape)}"
                 )
             x = out
-        return x
+        unused = self.blocks[self.steps :]
+        return left_out(x, Branch(nn.Identity(), [(x, 0)], [*unused])) if unused and self.training else x
 
     @override
     def extra_repr(self) -> str:

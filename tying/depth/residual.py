@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from tying.depth.branch import Branch
+from tying.depth.branch import Branch, left_out
 from tying.errors import ConfigurationError
 
 Own = TypeVar("Own", bound="Merge")
@@ -101,7 +101,7 @@ class FeedForward(Merge):
 
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         """Return the branch."""
-        return branch()
+        return left_out(branch(), x)
 
 
 class Residual(nn.Module):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tying.depth.draws import apart
 from tying.depth.residual import Merge
 from tying.errors import ConfigurationError
 
@@ -29,6 +30,8 @@ class Sampled(NamedTuple):
 def sampling(model: nn.Module) -> Iterator[None]:
     """Let the merges of a model draw, and everything else evaluate: batch norms hold still.
 
+    Each of several processes draws on its own: they may have different numbers of batches.
+
     Example:
         >>> from tying.depth import Residual, Swapout
         >>> model = Residual(nn.BatchNorm1d(2), merge=Swapout(0.5, 0.5))
@@ -37,6 +40,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
         (True, False)
     """
     modes = {module: module.training for module in model.modules()}
+    token = apart.set(True)
     try:
         model.eval()
         for module in modes:
@@ -44,6 +48,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
                 module.train()
         yield
     finally:
+        apart.reset(token)
         for module, mode in modes.items():
             module.training = mode
 

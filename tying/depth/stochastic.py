@@ -38,7 +38,8 @@ def stochastic_depth(
         keep: probability of b = 1; with 0 the shortcut is returned in every scale, with 1 the sum.
         mode: ``"batch"``: one draw, for all samples, and all processes; F is not computed for b = 0. ``"row"``: one for
             each sample; F is computed for all. ``"subset"``: one for each sample; F is computed for those with b = 1,
-            and its batch statistics are theirs. ``"auto"``: subset up to the keep at which it stops paying, then row.
+            and its batch statistics are theirs. ``"auto"``: subset up to the keep at which it stops paying, then
+            row, as also where subset could not be.
         scale: ``"test"``: as above, and as published; ``"train"``: b / keep in training, and x + F in evaluation.
         training: draw, or take the mean.
 
@@ -59,22 +60,27 @@ def stochastic_depth(
         return torch.add(x, branch(), alpha=factor) if draw(keep) else left_out(x, branch)
     dim = branch.dim if isinstance(branch, Branch) else 0
     mask = keep_mask(keep, (x.shape[dim],), x.device)
-    if mode == "row" or (mode == "auto" and keep > BREAK_EVEN):
-        shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
-        return x + branch() * (mask * factor if factor != 1 else mask).view(shape)
-    return _subset(x, branch, mask.nonzero().flatten(), dim, factor)
-
-
-def _subset(x: Tensor, branch: Callable[[], Tensor], rows: Tensor, dim: int, factor: float) -> Tensor:
+    if mode == "row" or (mode == "auto" and (keep > BREAK_EVEN or not isinstance(branch, Branch))):
+        return _rows(x, branch, mask, dim, factor)
     if not isinstance(branch, Branch):
         raise ConfigurationError("mode='subset' needs a branch that can be computed for some samples: use Residual")
-    if not len(rows):
-        return left_out(x, branch)
+    rows = mask.nonzero().flatten()
     if len(rows) == 1 and any(_uses_batch_statistics(part) for module in branch.modules for part in module.modules()):
+        if mode == "auto":
+            return _rows(x, branch, mask, dim, factor)
         raise ConfigurationError(
             f"mode='subset' kept one of {x.shape[dim]} samples for a branch with batch normalisation, which needs the "
             "statistics of several: use mode='row', larger batches, or drop an incomplete last batch"
         )
+    return _subset(x, branch, rows, dim, factor) if len(rows) else left_out(x, branch)
+
+
+def _rows(x: Tensor, branch: Callable[[], Tensor], mask: Tensor, dim: int, factor: float) -> Tensor:
+    masked = branch() * mask.view([-1 if axis == dim else 1 for axis in range(x.ndim)])
+    return torch.add(x, masked, alpha=factor)
+
+
+def _subset(x: Tensor, branch: Branch, rows: Tensor, dim: int, factor: float) -> Tensor:
     found = branch(rows)
     common = torch.promote_types(x.dtype, found.dtype)
     return x.to(common).index_add(dim, rows, found.to(common), alpha=factor)

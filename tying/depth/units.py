@@ -68,14 +68,12 @@ class Swapout(Merge):
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         keep_skip, keep_branch = self.kept("keep_skip"), self.kept("keep_branch")
         if keep_branch == 0:
-            return swapout(left_out(x, branch), torch.zeros_like(x), *self._masks(x, keep_skip, 1.0))
+            kept = left_out(x, branch)
+            return kept * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
         f = branch()
-        if not self.training:
-            return keep_skip * x + keep_branch * f if keep_skip < 1 else torch.add(x, f, alpha=keep_branch)
-        return swapout(x, f, *self._masks(x, keep_skip, keep_branch))
-
-    def _masks(self, x: Tensor, *keeps: float) -> list[Tensor | None]:
-        return [None if keep == 1 else keep_mask(keep, x.shape, x.device) for keep in keeps]
+        if self.training:
+            return swapout(x, f, *(None if keep == 1 else _mask(x, keep) for keep in (keep_skip, keep_branch)))
+        return torch.add(keep_skip * x if keep_skip < 1 else x, f, alpha=keep_branch)
 
 
 class SkipForward(Merge):
@@ -104,5 +102,11 @@ class SkipForward(Merge):
             return left_out(x, branch)
         f = branch()
         if keep == 1:
-            return f
-        return skip_forward(x, f, keep_mask(keep, x.shape, x.device)) if self.training else torch.lerp(x, f, keep)
+            return left_out(f, x)
+        if self.training:
+            return skip_forward(x, f, _mask(x, keep))
+        return torch.add(keep * f, x, alpha=1 - keep)
+
+
+def _mask(x: Tensor, keep: float) -> Tensor:
+    return keep_mask(keep, x.shape, x.device)

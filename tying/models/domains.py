@@ -28,7 +28,7 @@ class DomainClassifiers(Classification):
         options: of :class:`tying.models.classifier.Classification`.
 
     Shape: batches are dictionaries of (inputs, labels) by domain; for predictions, which Lightning makes of one loader
-    after another, there is a loader for each domain, in order.
+    after another, there is a dictionary of loaders, or a list in the order of the domains.
 
     Raises:
         ConfigurationError: no domain, one twice, or one whose name cannot be a submodule's; a batch is not of these
@@ -45,6 +45,8 @@ class DomainClassifiers(Classification):
 
     def __init__(self, network: nn.Module, domains: Sequence[str], **options: Any) -> None:
         super().__init__(**options)
+        if self.hparams["test_samples"] > 1:
+            raise ConfigurationError("DomainClassifiers tests by one pass: leave test_samples at 1")
         if not domains or len({*domains}) < len(domains) or not all(map(str.isidentifier, domains)):
             raise ConfigurationError(f"domains are distinct names, one at least, not {list(domains)}")
         self.domains = list(domains)
@@ -81,7 +83,8 @@ class DomainClassifiers(Classification):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        domain = self.domains[dataloader_idx]
+        loaders = self.trainer.predict_dataloaders
+        domain = ([*loaders] if isinstance(loaders, Mapping) else self.domains)[dataloader_idx]
         probabilities = self({domain: batch[0] if isinstance(batch, list | tuple) else batch})[domain].softmax(dim=-1)
         return cast(Tensor, probabilities)
 
