@@ -2,8 +2,10 @@
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch.optim import SGD
 from toys import Toy, batches, largest_difference, same, train
 
@@ -151,3 +153,29 @@ def test_an_anchor_through_a_relation_is_refused():
     with pytest.raises(ValueError, match=r"decoder\.2\.weight: tied through a relation; anchor the source of the tie"):
         train(Toy(), [tie, AnchorTying(["decoder.2.weight"], 1.0, anchor="a.pt")])
     train(Toy(), [tie, AnchorTying(["encoder.0.weight"], 1.0, anchor="a.pt")], max_epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen")
+def test_a_backbone_that_is_unfrozen_later():
+    class Finetuned(Toy):
+        def __init__(self):
+            super().__init__()
+            self.backbone = self.encoder
+
+    def run(*callbacks):
+        model = Finetuned()
+        before = model.encoder[0].weight.detach().clone()
+        model.make_optimizer = lambda _: SGD(model.decoder.parameters(), lr=0.1)
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.1, verbose=False)
+        seen = []
+
+        class Watch(pl.Callback):
+            def on_train_epoch_end(self, trainer, pl_module):
+                seen.append(float((pl_module.encoder[0].weight - before).detach().norm()))
+
+        train(model, [finetuning, *callbacks, Watch()], max_epochs=5)
+        return seen
+
+    free, held = run(), run(AnchorTying(["encoder.**"], 2.0))
+    assert free[:2] == held[:2] == [0.0, 0.0]
+    assert 0 < held[4] < free[4] / 2

@@ -108,7 +108,8 @@ class AnchorTying(Pulling):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         steps = sum(self._steps.values())
-        if self._begun == 0 < steps and self.strength and self.strength != float("inf"):
+        frozen = not any(w.requires_grad for pull in self._pulls[:1] for g in pull.penalty.groups for w in g.parameters)
+        if self._begun == 0 < steps and self.strength and self.strength != float("inf") and not frozen:
             with torch.no_grad():
                 if float(self._pulls[0].penalty()) == 0:
                     warnings.warn(
@@ -116,7 +117,7 @@ class AnchorTying(Pulling):
                         "optimizer train them, with a learning rate above 0?",
                         stacklevel=2,
                     )
-        self._begun = steps
+        self._begun = 0 if frozen else steps
 
 
 def anchors_of(path: Path, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:

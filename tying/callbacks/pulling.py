@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.optim import LBFGS, SGD, Optimizer
@@ -18,6 +19,7 @@ from torch.utils.data import DistributedSampler, Sampler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from tying.callbacks.base import callbacks_of
 from tying.errors import ConfigurationError, listed, nearest
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.pull import Rates
@@ -128,7 +130,8 @@ class Pulling(pl.Callback):
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         groups = [group for pull in self._pulls for group in pull.penalty.groups]
         idle = [group.names[0] for group in groups if trained.isdisjoint(group.parameters)]
-        if idle:
+        unfreezes = any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer))  # adds them later
+        if idle and not unfreezes:
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
         self._remove_hooks()
         for index, optimizer in enumerate(trainer.optimizers):
