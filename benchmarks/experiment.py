@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.claims import verdicts
+from benchmarks.figures import draw as draw_plot
+from benchmarks.figures import final
 from benchmarks.folder import Folder, read_json, write_json
 from benchmarks.suite import load, suites
 from benchmarks.summary import curves, plot, summarize, write_csv
 from benchmarks.sweep import Sweep
-from benchmarks.trends import draw as draw_plot
-from benchmarks.trends import final, verdicts
 from tying.errors import ConfigurationError
 
 RUNS, DEMO = Path("runs/suites"), Path("runs/demo")

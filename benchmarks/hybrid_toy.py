@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.claims import interval
 from benchmarks.report import table
-from benchmarks.trends import interval
 from tying.soft import coupling_strength
 
 ALPHAS = (0, 0.005, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.985, 0.995, 1)

@@ -14,7 +14,7 @@ A suite is a base configuration, deltas to compare, and axes to sweep::
     curves: [val/accuracy]           # panels of its plot: metrics over epochs
     like: other                      # instead of base, deltas, axes and seeds: the very runs of another suite
 
-Figures in a paper's layout, and verdicts on its trends, are :mod:`benchmarks.trends`.
+Figures in a paper's layout are :mod:`benchmarks.figures`, and verdicts on its claims :mod:`benchmarks.claims`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from benchmarks.claims import Claim, Order, Peak, Trend
+from benchmarks.figures import Plot
 from benchmarks.report import ROOT, write
-from benchmarks.trends import Claim, Order, Peak, Plot, Trend
 from tying.errors import ConfigurationError, listed, nearest
 
 SUITES = ROOT / "benchmarks" / "suites"

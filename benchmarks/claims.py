@@ -1,9 +1,7 @@
-"""Figures of a suite in a paper's layout, and what becomes of the paper's trends.
+"""What becomes of a paper's claims.
 
-A suite's file may say both::
+A suite's file may say::
 
-    plots:                     # a line for each value of `lines`, over an axis or a metric
-      - {name: alpha, x: alpha, y: test/accuracy, lines: ratio, log: true}
     trends:                    # a claim on how y goes with an axis, for each value of `lines`
       - {claim: accuracy rises with alpha, x: alpha, y: test/accuracy, lines: ratio, sign: 1, confounded: "..."}
     peaks:                     # a claim that y is best inside an axis, for each value of `lines`
@@ -14,42 +12,18 @@ A suite's file may say both::
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import ClassVar
 
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
+from benchmarks.figures import Row, final, lines_of
 from benchmarks.report import table
-from tying.atomic import atomically
-
-Row = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture of final results.
-
-    Attributes:
-        name: of the picture.
-        x: an axis of the suite, or a metric.
-        y: a metric, or several.
-        lines: an axis: a line for each of its values and each metric.
-        log: whether x is logarithmic.
-    """
-
-    name: str
-    x: str
-    y: str | Sequence[str]
-    lines: str
-    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,23 +225,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values) - half, fmean(values) + half
 
 
-def lines_of(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
-    """Return the final rows of runs, by their value on an axis; those without it are left out."""
-    found: dict[str, list[Row]] = {}
-    for row in final(rows):
-        if row.get(axis):
-            found.setdefault(row[axis], []).append(row)
-    return found
-
-
-def final(rows: Sequence[Row]) -> list[Row]:
-    """Return the last row of each run."""
-    last: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        last[row["run"], row["seed"]] = row
-    return [*last.values()]
-
-
 def verdicts(claims: Sequence[Claim], rows: Sequence[Row]) -> str:
     """Return what becomes of claims, as Markdown."""
     parts = []
@@ -275,31 +232,3 @@ def verdicts(claims: Sequence[Claim], rows: Sequence[Row]) -> str:
         verdict, told = claim.judge(rows)
         parts += [f"Claim: {verdict}", "", table(claim.head, told), ""]
     return "\n".join(parts)
-
-
-def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG: over an axis, means with standard deviations; over a metric, a point for each run."""
-    figure = Figure(figsize=(5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    metrics = [plot.y] if isinstance(plot.y, str) else plot.y
-    for (line, found), y in itertools.product(lines_of(rows, plot.lines).items(), metrics):
-        points: dict[float, list[float]] = {}
-        for row in found:
-            if row.get(plot.x) and row.get(y):
-                points.setdefault(float(row[plot.x]), []).append(float(row[y]))
-        xs = sorted(points)
-        means = [fmean(points[x]) for x in xs]
-        spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
-        label = f"{plot.lines} {line}" + (f", {y}" if len(metrics) > 1 else "")
-        axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
-    if plot.log:
-        every = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
-        if 0 in every and len(every) > 1:
-            axes.set_xscale("symlog", linthresh=min(every - {0}))
-        else:
-            axes.set_xscale("log")
-    axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small")
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)

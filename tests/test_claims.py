@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 
 from benchmarks import experiment
+from benchmarks.claims import Order, Peak, Trend, interval, verdicts
+from benchmarks.figures import Plot, draw, final
 from benchmarks.suite import load
-from benchmarks.trends import Order, Peak, Plot, Trend, draw, final, interval, verdicts
 from tying.hashing import UniformHash
 from tying.hashing.virtual import table_entries
 
