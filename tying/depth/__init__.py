@@ -7,6 +7,7 @@ from tying.depth.residual import FeedForward, Merge, Residual, Sum
 from tying.depth.sampling import Sampled, sampled, sampling
 from tying.depth.stochastic import StochasticDepth, stochastic_depth
 from tying.depth.units import SkipForward, Swapout, skip_forward, swapout
+from tying.depth.zoneout import ZoneoutLSTM, ZoneoutLSTMCell, zoned_lstm
 
 __all__ = [
     "FeedForward",
@@ -19,6 +20,8 @@ __all__ = [
     "StochasticDepth",
     "Sum",
     "Swapout",
+    "ZoneoutLSTM",
+    "ZoneoutLSTMCell",
     "apply_merge",
     "fractal_join",
     "keep_schedule",
@@ -28,4 +31,5 @@ __all__ = [
     "skip_forward",
     "stochastic_depth",
     "swapout",
+    "zoned_lstm",
 ]

@@ -1,0 +1,283 @@
+"""Zoneout: units of a recurrent network that keep their old value; skip-forward over time."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from typing_extensions import override
+
+from tying.depth.draws import keep_mask
+from tying.errors import ConfigurationError
+
+Keep = Tensor | float  # probability of the new value; or a mask of it, true for the new value
+State = tuple[Tensor, Tensor]
+
+
+def zoned_lstm(
+    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, keep_cell: Keep = 1.0, keep_hidden: Keep = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of an LSTM, and its last hidden state and cell, where units may keep their old values.
+
+    With gates ``i, f, g, o`` from ``inputs_t + h_{t−1} Wᵀ``: ``c̃ = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)``,
+    ``h̃ = σ(o) ⊙ tanh(c̃)``, ``c_t = k_c ⊙ c̃ + (1 − k_c) ⊙ c_{t−1}``, ``h_t = k_h ⊙ h̃ + (1 − k_h) ⊙ h_{t−1}``.
+
+    Args:
+        inputs: what the input, and biases, add to the gates, in the order i, f, g, o; (steps, batch, 4 · size).
+        h: the first hidden state, (batch, size).
+        c: the first cell, (batch, size).
+        weight: W, (4 · size, size).
+        keep_cell: k_c: a number, or a mask of (steps, batch, size) or (steps, batch, 1).
+        keep_hidden: k_h, likewise.
+
+    Shape: outputs (steps, batch, size), hidden state and cell (batch, size).
+
+    Example:
+        >>> inputs, state, weight = torch.zeros(5, 2, 12), torch.ones(2, 3), torch.ones(12, 3)
+        >>> outputs, h, c = zoned_lstm(inputs, state, state, weight, keep_cell=0.0, keep_hidden=0.0)
+        >>> outputs.shape, torch.equal(h, state)
+        (torch.Size([5, 2, 3]), True)
+
+    Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
+    """
+    return cast(tuple[Tensor, Tensor, Tensor], _ZonedLSTM.apply(inputs, h, c, weight, keep_cell, keep_hidden))
+
+
+class _ZonedLSTM(torch.autograd.Function):
+    """The loop over steps, with a backward pass of its own: the gradient of W is one product for all steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, keep_cell: Keep, keep_hidden: Keep
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        steps, batch, size = len(inputs), *h.shape
+        gates = _sigmoids_first(inputs, -1)
+        across = _sigmoids_first(weight, 0).t()
+        hidden, cells = (inputs.new_empty(steps + 1, batch, size) for _ in range(2))
+        tanhs = inputs.new_empty(steps, batch, size)
+        hidden[0], cells[0] = h, c
+        for t in range(steps):
+            gate = gates[t].addmm_(hidden[t], across)
+            gate[:, : 3 * size].sigmoid_()
+            gate[:, 3 * size :].tanh_()
+            i, f, o, g = gate.chunk(4, dim=1)
+            new = torch.addcmul(f * cells[t], i, g)
+            torch.tanh(new, out=tanhs[t])
+            _keep(cells[t], new, keep_cell, t, cells[t + 1])
+            _keep(hidden[t], o * tanhs[t], keep_hidden, t, hidden[t + 1])
+        ctx.save_for_backward(gates, hidden, cells, tanhs, across)
+        ctx.keep_cell, ctx.keep_hidden = keep_cell, keep_hidden
+        return hidden[1:].clone(), hidden[-1].clone(), cells[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
+        gates, hidden, cells, tanhs, across = ctx.saved_tensors
+        steps, batch, size = tanhs.shape
+        into = torch.empty_like(gates)
+        back = across.t()
+        for t in reversed(range(steps)):
+            i, f, o, g = gates[t].chunk(4, dim=1)
+            d_i, d_f, d_o, d_g = into[t].chunk(4, dim=1)
+            h = h + outputs[t]
+            new_h, new_c = h * _at(ctx.keep_hidden, t), c * _at(ctx.keep_cell, t)
+            old_h, old_c = h - new_h, c - new_c
+            torch.mul(new_h, tanhs[t], out=d_o).mul_(o).mul_(1 - o)
+            new_c = torch.addcmul(new_c, new_h * o, 1 - tanhs[t].square())
+            torch.mul(new_c, g, out=d_i).mul_(i).mul_(1 - i)
+            torch.mul(new_c, cells[t], out=d_f).mul_(f).mul_(1 - f)
+            torch.mul(new_c, i, out=d_g).mul_(1 - g.square())
+            h = torch.addmm(old_h, into[t], back)
+            c = torch.addcmul(old_c, new_c, f)
+        flat = into.view(steps * batch, 4 * size)
+        weight = flat.t() @ hidden[:-1].reshape(steps * batch, size)
+        return _sigmoids_last(into, -1), h, c, _sigmoids_last(weight, 0), None, None
+
+
+def _sigmoids_first(gates: Tensor, dim: int) -> Tensor:
+    """Return a copy of gates i, f, g, o in the order i, f, o, g."""
+    i, f, g, o = gates.chunk(4, dim)
+    return torch.cat([i, f, o, g], dim)
+
+
+def _sigmoids_last(gates: Tensor, dim: int) -> Tensor:
+    i, f, o, g = gates.chunk(4, dim)
+    return torch.cat([i, f, g, o], dim)
+
+
+def _at(keep: Keep, t: int) -> Keep:
+    return keep[t] if isinstance(keep, Tensor) else keep
+
+
+def _keep(old: Tensor, new: Tensor, keep: Keep, t: int, out: Tensor) -> None:
+    if isinstance(keep, Tensor) and keep.dtype == torch.bool:
+        torch.where(keep[t], new, old, out=out)
+    elif isinstance(keep, Tensor):
+        torch.lerp(old, new, keep[t].expand_as(new), out=out)
+    else:
+        torch.lerp(old, new, keep, out=out)
+
+
+def _check(name: str, rate: float) -> float:
+    if not 0 <= rate <= 1:
+        raise ConfigurationError(f"{name} is the probability of keeping the old value, from 0 to 1, not {rate}")
+    return float(rate)
+
+
+class ZoneoutLSTMCell(nn.LSTMCell):
+    """One step of :class:`ZoneoutLSTM`, with the interface and the parameters of ``nn.LSTMCell``.
+
+    Args:
+        input_size: of the input.
+        hidden_size: of the state.
+        bias: whether there are biases.
+        zoneout_cell: probability that a unit of the cell keeps its old value.
+        zoneout_hidden: probability that a unit of the hidden state does.
+
+    Raises:
+        ConfigurationError: a probability is none.
+
+    Example:
+        >>> h, c = ZoneoutLSTMCell(4, 3, zoneout_cell=0.5)(torch.zeros(2, 4))
+        >>> h.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        zoneout_cell: float = 0.0,
+        zoneout_hidden: float = 0.0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias)
+        self.zoneout_cell = _check("zoneout_cell", zoneout_cell)
+        self.zoneout_hidden = _check("zoneout_hidden", zoneout_hidden)
+
+    @override
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        batch = input if input.ndim == 2 else input.unsqueeze(0)
+        state = batch.new_zeros(len(batch), self.hidden_size)
+        h, c = (state, state) if hx is None else (one.view_as(state) for one in hx)
+        biases = self.bias_ih + self.bias_hh if self.bias else None
+        gates = F.linear(batch, self.weight_ih, biases).unsqueeze(0)
+        keeps = [_draw(rate, self.training, (1, *h.shape), h) for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        _, h, c = zoned_lstm(gates, h, c, self.weight_hh, *keeps)
+        return (h, c) if input.ndim == 2 else (h.squeeze(0), c.squeeze(0))
+
+
+def _draw(rate: float, training: bool, shape: tuple[int, ...], like: Tensor) -> Keep:
+    """Return a mask of new values; in evaluation, or where nothing is random, their probability."""
+    return keep_mask(1 - rate, shape, like.device) if training and 0 < rate < 1 else 1 - rate
+
+
+class ZoneoutLSTM(nn.LSTM):
+    """``nn.LSTM``, its interface and its parameters' names, where units keep their old values at random.
+
+    In evaluation, old and new values are mixed by these probabilities. The outputs are hidden states after that.
+
+    Args:
+        input_size: of the input.
+        hidden_size: of the state.
+        num_layers: layers, each on the outputs of the one below.
+        bias: whether there are biases.
+        batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
+        dropout: of the outputs of all layers but the last.
+        bidirectional: also run from the end to the beginning.
+        zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
+        zoneout_hidden: probability that a unit of the hidden state does.
+
+    Shape: as of ``nn.LSTM``, packed sequences and single ones included.
+
+    Raises:
+        ConfigurationError: a probability is none; a sequence is empty.
+
+    Example:
+        >>> outputs, (h, c) = ZoneoutLSTM(4, 3, zoneout_cell=0.15, zoneout_hidden=0.15)(torch.zeros(5, 2, 4))
+        >>> outputs.shape, h.shape
+        (torch.Size([5, 2, 3]), torch.Size([1, 2, 3]))
+
+    Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        zoneout_cell: float = 0.0,
+        zoneout_hidden: float = 0.0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        self.zoneout_cell = _check("zoneout_cell", zoneout_cell)
+        self.zoneout_hidden = _check("zoneout_hidden", zoneout_hidden)
+
+    @override
+    def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx)
+        if alone := input.ndim == 2:
+            input, hx = input.unsqueeze(1), None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        elif self.batch_first:
+            input = input.transpose(0, 1)
+        outputs, (h, c) = self._run(input, hx, None)
+        if alone:
+            return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
+        return outputs.transpose(0, 1) if self.batch_first else outputs, (h, c)
+
+    def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+        padded, lengths = pad_packed_sequence(packed)
+        there = torch.arange(len(padded)).unsqueeze(1) < lengths
+        outputs, state = self._run(padded, hx, there.unsqueeze(2).to(padded.device))
+        if packed.sorted_indices is not None:  # packed as the input was
+            outputs, lengths = outputs.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
+        found = pack_padded_sequence(outputs, lengths)
+        return PackedSequence(found.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
+
+    def _run(self, x: Tensor, hx: State | None, there: Tensor | None) -> tuple[Tensor, State]:
+        """Return outputs and states; steps that are not there, of shorter sequences, keep the state entirely."""
+        if not len(x):
+            raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
+        directions = 2 if self.bidirectional else 1
+        rows = self.num_layers * directions
+        h, c = (x.new_zeros(rows, x.shape[1], self.hidden_size) for _ in range(2)) if hx is None else hx
+        if (expected := (rows, x.shape[1], self.hidden_size)) != tuple(h.shape) or tuple(c.shape) != expected:
+            raise ConfigurationError(f"states are {expected}, not {tuple(h.shape)} and {tuple(c.shape)}")
+        last = []
+        for layer in range(self.num_layers):
+            if layer:
+                x = F.dropout(x, self.dropout, self.training)
+            ways = []
+            for way in range(directions):
+                row = layer * directions + way
+                own, present = (x, there) if way == 0 else (x.flip(0), None if there is None else there.flip(0))
+                outputs, *state = self._layer(own, h[row], c[row], f"l{layer}" + "_reverse" * way, present)
+                ways.append(outputs if way == 0 else outputs.flip(0))
+                last.append(state)
+            x = torch.cat(ways, dim=2) if len(ways) > 1 else ways[0]
+        return x, (torch.stack([state[0] for state in last]), torch.stack([state[1] for state in last]))
+
+    def _layer(self, x: Tensor, h: Tensor, c: Tensor, name: str, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        biases = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
+        gates = F.linear(x, getattr(self, f"weight_ih_{name}"), biases)  # of all steps at once
+        keeps: list[Keep] = []
+        for rate in (self.zoneout_cell, self.zoneout_hidden):
+            keep = _draw(rate, self.training, (len(x), *h.shape), h)
+            if there is not None:
+                masked = isinstance(keep, Tensor) or keep in (0.0, 1.0)
+                keep = there & keep if isinstance(keep, Tensor) else there & bool(keep) if masked else there * keep
+            keeps.append(keep)
+        return zoned_lstm(gates, h, c, getattr(self, f"weight_hh_{name}"), *keeps)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, zoneout_cell={self.zoneout_cell:g}, zoneout_hidden={self.zoneout_hidden:g}"
