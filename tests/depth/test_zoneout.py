@@ -108,11 +108,11 @@ def test_a_loop_over_the_cell_is_the_same_bitwise():
     torch.testing.assert_close(cell(x[0, 0])[0], cell(x[0])[0][0])
 
 
-def by_hand(inputs, h, c, weight, keep_cell, keep_hidden):
+def by_hand(inputs, h, c, weight_ih, weight_hh, bias, keep_cell, keep_hidden):
     """The equations, with skip-forward's merge over time."""
     outs = []
     for t, x in enumerate(inputs):
-        i, f, g, o = (x + h @ weight.t()).chunk(4, dim=1)
+        i, f, g, o = (x @ weight_ih.t() + h @ weight_hh.t() + bias).chunk(4, dim=1)
         new = f.sigmoid() * c + i.sigmoid() * g.tanh()
         mixed = [
             torch.where(k[t], n, old) if isinstance(k, torch.Tensor) else old + k * (n - old)
@@ -126,10 +126,10 @@ def by_hand(inputs, h, c, weight, keep_cell, keep_hidden):
 @pytest.mark.parametrize("keeps", ["masks", "means"])
 def test_values_and_gradients_of_the_equations(keeps):
     torch.manual_seed(0)
-    inputs, h, c = torch.randn(5, 2, 12, dtype=D), torch.randn(2, 3, dtype=D), torch.randn(2, 3, dtype=D)
-    weight = torch.randn(12, 3, dtype=D)
+    x, h, c = torch.randn(5, 2, 4, dtype=D), torch.randn(2, 3, dtype=D), torch.randn(2, 3, dtype=D)
+    weights = [torch.randn(12, *shape, dtype=D) for shape in ((4,), (3,), ())]
     given = [keep_mask(0.6, (5, 2, 3)) for _ in range(2)] if keeps == "masks" else [0.7, 0.4]
-    arguments = [one.requires_grad_() for one in (inputs, h, c, weight)]
+    arguments = [one.requires_grad_() for one in (x, h, c, *weights)]
     ours, theirs = zoned_lstm(*arguments, *given), by_hand(*arguments, *given)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

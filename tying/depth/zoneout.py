@@ -19,49 +19,67 @@ State = tuple[Tensor, Tensor]
 
 
 def zoned_lstm(
-    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, keep_cell: Keep = 1.0, keep_hidden: Keep = 1.0
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    keep_cell: Keep = 1.0,
+    keep_hidden: Keep = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outputs of an LSTM, and its last hidden state and cell, where units may keep their old values.
 
-    With gates ``i, f, g, o`` from ``inputs_t + h_{t−1} Wᵀ``: ``c̃ = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)``,
+    With gates ``(i, f, g, o) = W_ih x_t + W_hh h_{t−1} + b``: ``c̃ = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)``,
     ``h̃ = σ(o) ⊙ tanh(c̃)``, ``c_t = k_c ⊙ c̃ + (1 − k_c) ⊙ c_{t−1}``, ``h_t = k_h ⊙ h̃ + (1 − k_h) ⊙ h_{t−1}``.
 
     Args:
-        inputs: what the input, and biases, add to the gates, in the order i, f, g, o; (steps, batch, 4 · size).
+        x: inputs, (steps, batch, inputs).
         h: the first hidden state, (batch, size).
         c: the first cell, (batch, size).
-        weight: W, (4 · size, size).
+        weight_ih: (4 · size, inputs).
+        weight_hh: (4 · size, size).
+        bias: (4 · size).
         keep_cell: k_c: a number, or a mask of (steps, batch, size) or (steps, batch, 1).
         keep_hidden: k_h, likewise.
 
     Shape: outputs (steps, batch, size), hidden state and cell (batch, size).
 
     Example:
-        >>> inputs, state, weight = torch.zeros(5, 2, 12), torch.ones(2, 3), torch.ones(12, 3)
-        >>> outputs, h, c = zoned_lstm(inputs, state, state, weight, keep_cell=0.0, keep_hidden=0.0)
+        >>> x, state = torch.zeros(5, 2, 4), torch.ones(2, 3)
+        >>> outputs, h, c = zoned_lstm(x, state, state, torch.ones(12, 4), torch.ones(12, 3), None, 0.0, 0.0)
         >>> outputs.shape, torch.equal(h, state)
         (torch.Size([5, 2, 3]), True)
 
     Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
     """
-    return cast(tuple[Tensor, Tensor, Tensor], _ZonedLSTM.apply(inputs, h, c, weight, keep_cell, keep_hidden))
+    found = _ZonedLSTM.apply(x, h, c, weight_ih, weight_hh, bias, keep_cell, keep_hidden)
+    return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
 class _ZonedLSTM(torch.autograd.Function):
-    """The loop over steps, with a backward pass of its own: the gradient of W is one product for all steps."""
+    """The loop over steps, and backwards: what inputs and weights need is one product each for all steps."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, keep_cell: Keep, keep_hidden: Keep
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        keep_cell: Keep,
+        keep_hidden: Keep,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps, batch, size = len(inputs), *h.shape
-        gates = _sigmoids_first(inputs, -1)
-        across = _sigmoids_first(weight, 0).t()
-        hidden, cells = (inputs.new_empty(steps + 1, batch, size) for _ in range(2))
-        tanhs = inputs.new_empty(steps, batch, size)
+        steps, batch, size = len(x), *h.shape
+        gates = F.linear(x, _sigmoids_first(weight_ih), None if bias is None else _sigmoids_first(bias))
+        across = _sigmoids_first(weight_hh)
+        hidden, cells = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
+        tanhs = gates.new_empty(steps, batch, size)
         hidden[0], cells[0] = h, c
         for t in range(steps):
-            gate = gates[t].addmm_(hidden[t], across)
+            gate = gates[t].addmm_(hidden[t], across.t())
             gate[:, : 3 * size].sigmoid_()
             gate[:, 3 * size :].tanh_()
             i, f, o, g = gate.chunk(4, dim=1)
@@ -69,18 +87,16 @@ class _ZonedLSTM(torch.autograd.Function):
             torch.tanh(new, out=tanhs[t])
             _keep(cells[t], new, keep_cell, t, cells[t + 1])
             _keep(hidden[t], o * tanhs[t], keep_hidden, t, hidden[t + 1])
-        ctx.save_for_backward(gates, hidden, cells, tanhs, across)
-        ctx.keep_cell, ctx.keep_hidden = keep_cell, keep_hidden
-        return hidden[1:].clone(), hidden[-1].clone(), cells[-1].clone()
+        ctx.save_for_backward(x, weight_ih, gates, hidden, cells, tanhs, across)
+        ctx.keep_cell, ctx.keep_hidden, ctx.biased = keep_cell, keep_hidden, bias is not None
+        return hidden[1:], hidden[-1].clone(), cells[-1].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
-        gates, hidden, cells, tanhs, across = ctx.saved_tensors
-        steps, batch, size = tanhs.shape
+        x, weight_ih, gates, hidden, cells, tanhs, across = ctx.saved_tensors
         into = torch.empty_like(gates)
-        back = across.t()
-        for t in reversed(range(steps)):
+        for t in reversed(range(len(tanhs))):
             i, f, o, g = gates[t].chunk(4, dim=1)
             d_i, d_f, d_o, d_g = into[t].chunk(4, dim=1)
             h = h + outputs[t]
@@ -91,22 +107,24 @@ class _ZonedLSTM(torch.autograd.Function):
             torch.mul(new_c, g, out=d_i).mul_(i).mul_(1 - i)
             torch.mul(new_c, cells[t], out=d_f).mul_(f).mul_(1 - f)
             torch.mul(new_c, i, out=d_g).mul_(1 - g.square())
-            h = torch.addmm(old_h, into[t], back)
+            h = torch.addmm(old_h, into[t], across)
             c = torch.addcmul(old_c, new_c, f)
-        flat = into.view(steps * batch, 4 * size)
-        weight = flat.t() @ hidden[:-1].reshape(steps * batch, size)
-        return _sigmoids_last(into, -1), h, c, _sigmoids_last(weight, 0), None, None
+        flat = into.flatten(0, 1)
+        d_x = into @ _sigmoids_first(weight_ih) if ctx.needs_input_grad[0] else None
+        d_ih = _sigmoids_last(flat.t() @ x.flatten(0, 1))
+        d_hh = _sigmoids_last(flat.t() @ hidden[:-1].flatten(0, 1))
+        return d_x, h, c, d_ih, d_hh, _sigmoids_last(flat.sum(0)) if ctx.biased else None, None, None
 
 
-def _sigmoids_first(gates: Tensor, dim: int) -> Tensor:
-    """Return a copy of gates i, f, g, o in the order i, f, o, g."""
-    i, f, g, o = gates.chunk(4, dim)
-    return torch.cat([i, f, o, g], dim)
+def _sigmoids_first(gates: Tensor) -> Tensor:
+    """Return a copy of what belongs to gates i, f, g, o in the order i, f, o, g."""
+    i, f, g, o = gates.chunk(4)
+    return torch.cat([i, f, o, g])
 
 
-def _sigmoids_last(gates: Tensor, dim: int) -> Tensor:
-    i, f, o, g = gates.chunk(4, dim)
-    return torch.cat([i, f, g, o], dim)
+def _sigmoids_last(gates: Tensor) -> Tensor:
+    i, f, o, g = gates.chunk(4)
+    return torch.cat([i, f, g, o])
 
 
 def _at(keep: Keep, t: int) -> Keep:
@@ -165,9 +183,8 @@ class ZoneoutLSTMCell(nn.LSTMCell):
         state = batch.new_zeros(len(batch), self.hidden_size)
         h, c = (state, state) if hx is None else (one.view_as(state) for one in hx)
         biases = self.bias_ih + self.bias_hh if self.bias else None
-        gates = F.linear(batch, self.weight_ih, biases).unsqueeze(0)
         keeps = [_draw(rate, self.training, (1, *h.shape), h) for rate in (self.zoneout_cell, self.zoneout_hidden)]
-        _, h, c = zoned_lstm(gates, h, c, self.weight_hh, *keeps)
+        _, h, c = zoned_lstm(batch.unsqueeze(0), h, c, self.weight_ih, self.weight_hh, biases, *keeps)
         return (h, c) if input.ndim == 2 else (h.squeeze(0), c.squeeze(0))
 
 
@@ -268,7 +285,6 @@ class ZoneoutLSTM(nn.LSTM):
 
     def _layer(self, x: Tensor, h: Tensor, c: Tensor, name: str, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         biases = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
-        gates = F.linear(x, getattr(self, f"weight_ih_{name}"), biases)  # of all steps at once
         keeps: list[Keep] = []
         for rate in (self.zoneout_cell, self.zoneout_hidden):
             keep = _draw(rate, self.training, (len(x), *h.shape), h)
@@ -276,7 +292,8 @@ class ZoneoutLSTM(nn.LSTM):
                 masked = isinstance(keep, Tensor) or keep in (0.0, 1.0)
                 keep = there & keep if isinstance(keep, Tensor) else there & bool(keep) if masked else there * keep
             keeps.append(keep)
-        return zoned_lstm(gates, h, c, getattr(self, f"weight_hh_{name}"), *keeps)
+        into, across = (getattr(self, f"weight_{kind}_{name}") for kind in ("ih", "hh"))
+        return zoned_lstm(x, h, c, into, across, biases, keeps[0], keeps[1])
 
     @override
     def extra_repr(self) -> str:
