@@ -2,6 +2,7 @@
 
 from tying.depth.fractal import FractalBlock, fractal_join
 from tying.depth.merging import apply_merge, keep_schedule, remove_merge
+from tying.depth.passthrough import PassthroughGRU, PassthroughHighway, StateMatrix
 from tying.depth.recurrent import Recurrent
 from tying.depth.residual import FeedForward, Merge, Residual, Sum
 from tying.depth.sampling import Sampled, sampled, sampling
@@ -13,10 +14,13 @@ __all__ = [
     "FeedForward",
     "FractalBlock",
     "Merge",
+    "PassthroughGRU",
+    "PassthroughHighway",
     "Recurrent",
     "Residual",
     "Sampled",
     "SkipForward",
+    "StateMatrix",
     "StochasticDepth",
     "Sum",
     "Swapout",
