@@ -11,6 +11,7 @@ from tying.callbacks.mixture import MixtureTying
 from tying.callbacks.monitor import TyingMonitor
 from tying.callbacks.parametrizing import GeneratedWeights, LowRankWeights, TemplateWeights, UntiedBiases
 from tying.callbacks.random_state import RandomState
+from tying.callbacks.slope import SlopeAnnealing
 from tying.callbacks.soft import SoftTying
 from tying.callbacks.summary import TyingSummary
 from tying.callbacks.unrolling import Unrolling
@@ -25,6 +26,7 @@ __all__ = [
     "MixtureTying",
     "RandomState",
     "ResidualMerging",
+    "SlopeAnnealing",
     "SoftTying",
     "TemplateWeights",
     "TyingCallback",

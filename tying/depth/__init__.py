@@ -2,6 +2,7 @@
 
 from tying.depth.fractal import FractalBlock, fractal_join
 from tying.depth.merging import apply_merge, keep_schedule, remove_merge
+from tying.depth.multiscale import HMLSTM, HMOutput, HMState, hm_update
 from tying.depth.passthrough import PassthroughGRU, PassthroughHighway, StateMatrix
 from tying.depth.recurrent import Recurrent
 from tying.depth.residual import FeedForward, Merge, Residual, Sum
@@ -11,8 +12,11 @@ from tying.depth.units import SkipForward, Swapout, skip_forward, swapout
 from tying.depth.zoneout import ZoneoutLSTM, ZoneoutLSTMCell, zoned_lstm
 
 __all__ = [
+    "HMLSTM",
     "FeedForward",
     "FractalBlock",
+    "HMOutput",
+    "HMState",
     "Merge",
     "PassthroughGRU",
     "PassthroughHighway",
@@ -28,6 +32,7 @@ __all__ = [
     "ZoneoutLSTMCell",
     "apply_merge",
     "fractal_join",
+    "hm_update",
     "keep_schedule",
     "remove_merge",
     "sampled",
