@@ -16,6 +16,7 @@ from benchmarks import (
     speed_hard,
     speed_harness,
     speed_hashing,
+    speed_recurrent,
     speed_soft,
 )
 from benchmarks.machine import describe, supports_bf16
@@ -30,6 +31,7 @@ SPEED = {
     "hard": speed_hard.measure,
     "hashing": speed_hashing.measure,
     "harness": speed_harness.measure,
+    "recurrent": speed_recurrent.measure,
     "soft": speed_soft.measure,
 }
 

@@ -4,7 +4,17 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import machine, report, speed_data, speed_depth, speed_hard, speed_harness, speed_hashing, speed_soft
+from benchmarks import (
+    machine,
+    report,
+    speed_data,
+    speed_depth,
+    speed_hard,
+    speed_harness,
+    speed_hashing,
+    speed_recurrent,
+    speed_soft,
+)
 from benchmarks.timing import Race
 
 SMALL = [
@@ -73,6 +83,15 @@ def test_speed_of_depth(monkeypatch, capsys):
     assert held["stochastic depth, batch"] <= held["plain"] <= held["stochastic depth, row"] + 1
 
 
+def test_speed_of_recurrent_networks(monkeypatch, capsys):
+    for name, value in {"BATCH": 2, "STEPS": 5, "SIZE": 8, "RANK": 2}.items():
+        monkeypatch.setattr(speed_recurrent, name, value)
+    quick = speed_recurrent.race
+    monkeypatch.setattr(speed_recurrent, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
+    assert benchmarks.main(["speed", "recurrent"]) == 0
+    assert "| zoneout LSTM, rates 0.15 " in capsys.readouterr().out
+
+
 def test_speed_of_the_harness(monkeypatch, capsys):
     monkeypatch.setattr(speed_harness, "EPOCHS", 1)
     monkeypatch.setattr(speed_harness, "RUNS", 20)
@@ -108,7 +127,8 @@ def test_speed_of_hashing(monkeypatch, capsys):
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
     assert (
-        "unknown family 'sofd': there is data, depth, hard, hashing, harness, soft. Nearest" in capsys.readouterr().err
+        "unknown family 'sofd': there is data, depth, hard, hashing, harness, recurrent, soft. Nearest"
+        in capsys.readouterr().err
     )
 
 
