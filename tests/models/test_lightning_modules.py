@@ -42,6 +42,11 @@ def test_classifier_channels_last_gives_the_same_numbers():
     assert last.network[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_another_number_of_classes():
+    with pytest.raises(ConfigurationError, match="num_classes is 10, and the network returns 2 logits a sample"):
+        train(Classifier(MLP([48, 2])), data=data(), max_epochs=1)
+
+
 def test_unknown_choices():
     with pytest.raises(ConfigurationError, match="'sgd' or 'adamw'"):
         Classifier(MLP([2, 2]), optimizer="adam")

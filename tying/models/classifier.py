@@ -44,7 +44,8 @@ class Classification(pl.LightningModule):
     such a batch as ``labelled``.
 
     Raises:
-        ConfigurationError: an unknown optimizer or schedule, or a number out of range.
+        ConfigurationError: an unknown optimizer or schedule, or a number out of range; in use, logits of another number
+            of classes.
     """
 
     def __init__(
@@ -139,6 +140,10 @@ class Classification(pl.LightningModule):
 
     def log_accuracy(self, place: str, metric: str, logits: Tensor, y: Tensor) -> None:
         """Count a batch in one of ``accuracy``, and log it as ``<place>/accuracy`` at the end of the epoch."""
+        if logits.shape[-1] != self.hparams["num_classes"]:
+            raise ConfigurationError(
+                f"num_classes is {self.hparams['num_classes']}, and the network returns {logits.shape[-1]} logits a sample"
+            )
         accuracy = cast(MulticlassAccuracy, self.accuracy[metric])
         accuracy(logits, y)
         self.log(f"{place}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
