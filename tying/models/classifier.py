@@ -141,8 +141,9 @@ class Classification(pl.LightningModule):
     def log_accuracy(self, place: str, metric: str, logits: Tensor, y: Tensor) -> None:
         """Count a batch in one of ``accuracy``, and log it as ``<place>/accuracy`` at the end of the epoch."""
         if logits.shape[-1] != self.hparams["num_classes"]:
+            classes = self.hparams["num_classes"]
             raise ConfigurationError(
-                f"num_classes is {self.hparams['num_classes']}, and the network returns {logits.shape[-1]} logits a sample"
+                f"num_classes is {classes}, and the network returns {logits.shape[-1]} logits a sample"
             )
         accuracy = cast(MulticlassAccuracy, self.accuracy[metric])
         accuracy(logits, y)
