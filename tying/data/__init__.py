@@ -3,5 +3,7 @@
 from tying.data.cifar10 import CIFAR10
 from tying.data.domains import TwoDomains
 from tying.data.mnist import MNIST
+from tying.data.sequences import SequentialMNIST
+from tying.data.text import Text
 
-__all__ = ["CIFAR10", "MNIST", "TwoDomains"]
+__all__ = ["CIFAR10", "MNIST", "SequentialMNIST", "Text", "TwoDomains"]
