@@ -8,6 +8,7 @@ from tying.models.fractal import FractalNet
 from tying.models.hybrid import HybridClassifier
 from tying.models.networks import MLP
 from tying.models.resnet import ResNet
+from tying.models.sequence import HMNetwork, SequenceModel
 
 __all__ = [
     "MLP",
@@ -17,6 +18,8 @@ __all__ = [
     "ConvEncoder",
     "DomainClassifiers",
     "FractalNet",
+    "HMNetwork",
     "HybridClassifier",
     "ResNet",
+    "SequenceModel",
 ]

@@ -1,0 +1,182 @@
+"""Recurrent networks that classify sequences, or tell what comes next."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from tying.depth import HMLSTM, HMState
+from tying.errors import ConfigurationError
+from tying.models.classifier import Classification
+
+Task = Literal["classification", "language"]
+
+
+class SequenceModel(Classification):
+    """Train a recurrent network to classify sequences, or as a language model, to tell the next character.
+
+    ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features), and perhaps a state, it
+    returns outputs (steps, batch, size) and a state. Parts are ``embedding`` (of a language model), ``network`` and
+    ``head``; where the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` makes both one.
+
+    A language model logs bits per character, ``…/bits``, carries the state on from batch to batch, without gradients,
+    and begins each epoch, and each evaluation, anew. Checkpoints hold the state (of the first of several processes).
+
+    Args:
+        network: as above.
+        size: of its outputs.
+        task: ``"classification"``, of the last output; or ``"language"``, of every one.
+        embedding: size of the embedding of characters, for ``"language"``; as large as the outputs by default.
+        options: of :class:`tying.models.classifier.Classification`; ``num_classes`` is the size of the vocabulary, too.
+
+    Shape: classification: batches of (batch, steps, features) and labels (batch,); language: of characters
+    (batch, steps) and of those that follow, int64.
+
+    Raises:
+        ConfigurationError: an unknown task, an embedding to classify by, or more than one test sample.
+
+    Example:
+        >>> model = SequenceModel(nn.LSTM(16, 16), size=16, task="language", num_classes=50)
+        >>> model(torch.zeros(2, 7, dtype=torch.long)).shape
+        torch.Size([2, 7, 50])
+        >>> SequenceModel(nn.GRU(1, 8), size=8)(torch.zeros(2, 7, 1)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        size: int,
+        task: Task = "classification",
+        embedding: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if task not in ("classification", "language"):
+            raise ConfigurationError(f"task is 'classification' or 'language', not {task!r}")
+        if embedding is not None and task != "language":
+            raise ConfigurationError("an embedding is of characters: it needs task='language'")
+        if self.hparams["test_samples"] > 1:
+            raise ConfigurationError("SequenceModel tests by one pass: leave test_samples at 1")
+        self.task = task
+        classes = self.hparams["num_classes"]
+        self.embedding = nn.Embedding(classes, embedding or size) if task == "language" else nn.Identity()
+        self.network = network
+        self.head = nn.Linear(size, classes)
+        self._carried: dict[str, Any] = {}  # states by stage
+
+    def run(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Return logits, and the state after the last step."""
+        if self.task == "classification":
+            outputs, state = self.network(x.transpose(0, 1), *([] if state is None else [state]))
+            return self.head(outputs[-1]), state
+        outputs, state = self.network(self.embedding(x.t()), *([] if state is None else [state]))
+        return self.head(outputs.transpose(0, 1)), state
+
+    @override
+    def logits(self, x: Tensor) -> Tensor:
+        return self.run(x)[0]
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step("train", "fit", batch)
+
+    @override
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        self._step(stage, stage, batch)
+
+    def _step(self, stage: str, metric: str, batch: Any) -> Tensor:
+        x, y = batch
+        carried = self._carried.get(stage)
+        fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
+        logits, state = self.run(x, carried if fits and self.task == "language" else None)
+        self._carried = {**self._carried, stage: _detached(state)}
+        logits, y = logits.flatten(0, -2), y.flatten()
+        loss = self.training_loss(logits, y) if stage == "train" else F.cross_entropy(logits, y)
+        self.log(f"{stage}/loss", loss, sync_dist=stage != "train")
+        if self.task == "language":
+            bits = F.cross_entropy(logits.detach(), y) / math.log(2)
+            self.log(f"{stage}/bits", bits, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True)
+        self.log_accuracy(stage, metric, logits, y)
+        return loss
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.ready == 0 or progress.is_last_batch:  # or else training goes on within an epoch
+            self._carried.pop("train", None)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._carried.pop("val", None)
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._carried.pop("test", None)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (state := self._carried.get("train")) is not None:
+            checkpoint["carried_state"] = [leaf.cpu() for leaf in _leaves(state)]
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        leaves = checkpoint.get("carried_state", [])
+        self._carried = {"train": leaves[0] if len(leaves) == 1 else tuple(leaves)} if leaves else {}
+
+    @override
+    def on_train_start(self) -> None:
+        self._carried = {stage: _moved(state, self.device) for stage, state in self._carried.items()}
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else [*state]
+
+
+def _detached(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach()
+    parts = [part.detach() for part in state]
+    return HMState(*parts) if isinstance(state, HMState) else tuple(parts)
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    return state.to(device) if isinstance(state, Tensor) else tuple(part.to(device) for part in state)
+
+
+class HMNetwork(nn.Module):
+    """An :class:`tying.depth.HMLSTM` with one output: ``ReLU(Σ_k g_k W_k h_k)`` of all layers, ``g_k = σ(w_k · h)``.
+
+    Args:
+        input_size: of the input.
+        hidden_size: of each layer, and of the output.
+        layers: number of layers.
+        slope: of the boundary detectors.
+
+    Shape: as of ``nn.LSTM``: inputs (steps, batch, features) to outputs (steps, batch, size), and a state.
+
+    Example:
+        >>> outputs, state = HMNetwork(4, 8)(torch.zeros(5, 2, 4))
+        >>> outputs.shape
+        torch.Size([5, 2, 8])
+
+    Source: J. Chung, S. Ahn and Y. Bengio, Hierarchical multiscale recurrent neural networks, 2017.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, layers: int = 3, slope: float = 1.0) -> None:
+        super().__init__()
+        self.recurrent = HMLSTM(input_size, hidden_size, layers, slope=slope)
+        self.gate = nn.Linear(layers * hidden_size, layers)
+        self.out = nn.Linear(layers * hidden_size, hidden_size)
+
+    @override
+    def forward(self, x: Tensor, state: HMState | None = None) -> tuple[Tensor, HMState]:
+        found = self.recurrent(x, state)
+        gates = torch.sigmoid(self.gate(found.hidden.flatten(2)))
+        mixed = (gates.unsqueeze(3) * found.hidden).flatten(2)
+        return torch.relu(self.out(mixed)), cast(HMState, found.state)
