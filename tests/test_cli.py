@@ -452,6 +452,12 @@ def test_every_config_fits_its_model(config, capsys, tmp_path, monkeypatch):
     assert "unique parameters" in capsys.readouterr().out
 
 
+def test_inspect_tells_what_is_merged(capsys):
+    main(["inspect", BASE, f"--config={ROOT / 'configs' / 'stochastic_depth.yaml'}"])
+    told = capsys.readouterr().out
+    assert "ResidualMerging: 9 blocks, network.layer1.0: StochasticDepth(keep=0.944444" in told
+
+
 def test_the_newest_checkpoint_that_is_whole(tmp_path):
     """A kill may truncate one, where temporary files lie on another disk."""
     paths = [tmp_path / name for name in ("old.ckpt", "corrupted.ckpt", "truncated.ckpt", "empty.ckpt")]

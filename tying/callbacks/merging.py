@@ -64,7 +64,7 @@ class ResidualMerging(ChangesModel):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        rank_zero_info(f"ResidualMerging: {', '.join(f'{name}: {one}' for name, one in self._ends(pl_module).items())}")
+        rank_zero_info(f"ResidualMerging: {self.told(pl_module)}")
         if stage != "fit":
             self._set_share(pl_module, self._last_share)
 
@@ -118,6 +118,8 @@ class ResidualMerging(ChangesModel):
             if isinstance(block.merge, Merge):
                 block.merge.share = share
 
-    def _ends(self, model: nn.Module) -> dict[str, nn.Module]:
-        found = [(name, block.merge) for name, block in residual_blocks(model, self.blocks).items()]
-        return {name: merge for name, merge in (found[0], found[-1]) if isinstance(merge, nn.Module)}
+    def told(self, model: nn.Module) -> str:
+        """Return what is merged, in words: the number of blocks, and the merges of the first and the last."""
+        found = residual_blocks(model, self.blocks)
+        named = [f"{name}: {block.merge}" for name, block in found.items()]
+        return f"{len(found)} blocks, {named[0]} to {named[-1]}"
