@@ -12,6 +12,7 @@ from typing_extensions import override
 
 CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
 DEVICE_CHUNK = 1 << 20
+NEGLIGIBLE = -60.0  # a share of e⁻⁶⁰ changes nothing, and anything below would soon be subnormal, which is slow
 
 
 def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def evaluate(
         w = part.to(dtype)
         density = log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
         largest = density.amax(dim=0, keepdim=True)
-        density.sub_(largest).exp_()
+        density.sub_(largest).clamp_(min=NEGLIGIBLE).exp_()
         shares, steepness, target = pulls @ density
         one, first, second = moments[:, : len(w)]
         torch.reciprocal(shares, out=one)
