@@ -60,6 +60,7 @@ class ResidualMerging(ChangesModel):
         if schedule is not None and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"a schedule of what is dropped is a share of it, from 0 to 1: {schedule}")
         self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
+        self._merges: list[Merge] = []  # of the model in training
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -105,18 +106,27 @@ class ResidualMerging(ChangesModel):
         )
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._merges = self._merges_of(pl_module)
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self.schedule is not None:
             steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
             count = steps if self.schedule.unit == "step" else trainer.current_epoch
-            self._set_share(pl_module, self.schedule(count))
+            share = self.schedule(count)
+            for merge in self._merges:
+                merge.share = share
 
     def _set_share(self, model: nn.Module, share: float) -> None:
-        for block in residual_blocks(model, self.blocks).values():
-            if isinstance(block.merge, Merge):
-                block.merge.share = share
+        for merge in self._merges_of(model):
+            merge.share = share
+
+    def _merges_of(self, model: nn.Module) -> list[Merge]:
+        found = [block.merge for block in residual_blocks(model, self.blocks).values()]
+        return [merge for merge in found if isinstance(merge, Merge)]
 
     def told(self, model: nn.Module) -> str:
         """Return what is merged, in words: the number of blocks, and the merges of the first and the last."""

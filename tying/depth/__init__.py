@@ -9,7 +9,8 @@ from tying.depth.residual import FeedForward, Merge, Residual, Sum
 from tying.depth.sampling import Sampled, sampled, sampling
 from tying.depth.stochastic import StochasticDepth, stochastic_depth
 from tying.depth.units import SkipForward, Swapout, skip_forward, swapout
-from tying.depth.zoneout import ZoneoutLSTM, ZoneoutLSTMCell, zoned_lstm
+from tying.depth.zoned import zoned_lstm
+from tying.depth.zoneout import ZoneoutLSTM, ZoneoutLSTMCell
 
 __all__ = [
     "HMLSTM",

@@ -94,13 +94,15 @@ class SequenceModel(Classification):
         x, y = batch
         carried = self._carried.get(stage)
         fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
-        logits, state = self.run(x, carried if fits and self.task == "language" else None)
-        self._carried = {**self._carried, stage: _detached(state)}
+        logits, state = self.run(x, carried if fits else None)
         logits, y = logits.flatten(0, -2), y.flatten()
-        loss = self.training_loss(logits, y) if stage == "train" else F.cross_entropy(logits, y)
+        entropy = F.cross_entropy(logits, y)
+        smoothed = stage == "train" and self.hparams["label_smoothing"] > 0
+        loss = self.training_loss(logits, y) if smoothed else entropy
         self.log(f"{stage}/loss", loss, sync_dist=stage != "train")
         if self.task == "language":
-            bits = F.cross_entropy(logits.detach(), y) / math.log(2)
+            self._carried[stage] = _detached(state)
+            bits = entropy.detach() / math.log(2)
             self.log(f"{stage}/bits", bits, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True)
         self.log_accuracy(stage, metric, logits, y)
         return loss

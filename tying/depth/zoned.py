@@ -1,0 +1,134 @@
+"""The equations of an LSTM whose units may keep their old values, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Keep = Tensor | float  # probability of the new value; or a mask of it, true for the new value
+
+
+def zoned_lstm(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    keep_cell: Keep = 1.0,
+    keep_hidden: Keep = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of an LSTM, and its last hidden state and cell, where units may keep their old values.
+
+    With gates ``(i, f, g, o) = W_ih x_t + W_hh h_{t−1} + b``: ``c̃ = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)``,
+    ``h̃ = σ(o) ⊙ tanh(c̃)``, ``c_t = k_c ⊙ c̃ + (1 − k_c) ⊙ c_{t−1}``, ``h_t = k_h ⊙ h̃ + (1 − k_h) ⊙ h_{t−1}``.
+
+    Args:
+        x: inputs, (steps, batch, inputs).
+        h: the first hidden state, (batch, size).
+        c: the first cell, (batch, size).
+        weight_ih: (4 · size, inputs).
+        weight_hh: (4 · size, size).
+        bias: (4 · size).
+        keep_cell: k_c: a number, or a mask of (steps, batch, size) or (steps, batch, 1).
+        keep_hidden: k_h, likewise.
+
+    Shape: outputs (steps, batch, size), hidden state and cell (batch, size).
+
+    Example:
+        >>> x, state = torch.zeros(5, 2, 4), torch.ones(2, 3)
+        >>> outputs, h, c = zoned_lstm(x, state, state, torch.ones(12, 4), torch.ones(12, 3), None, 0.0, 0.0)
+        >>> outputs.shape, torch.equal(h, state)
+        (torch.Size([5, 2, 3]), True)
+
+    Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
+    """
+    found = _ZonedLSTM.apply(x, h, c, weight_ih, weight_hh, bias, keep_cell, keep_hidden)
+    return cast(tuple[Tensor, Tensor, Tensor], found)
+
+
+class _ZonedLSTM(torch.autograd.Function):
+    """The loop over steps, and backwards: what inputs and weights need is one product each for all steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h: Tensor,
+        c: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        keep_cell: Keep,
+        keep_hidden: Keep,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        steps, batch, size = len(x), *h.shape
+        gates = F.linear(x, _sigmoids_first(weight_ih), None if bias is None else _sigmoids_first(bias))
+        across = _sigmoids_first(weight_hh)
+        hidden, cells = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
+        tanhs = gates.new_empty(steps, batch, size)
+        hidden[0], cells[0] = h, c
+        for t in range(steps):
+            gate = gates[t].addmm_(hidden[t], across.t())
+            gate[:, : 3 * size].sigmoid_()
+            gate[:, 3 * size :].tanh_()
+            i, f, o, g = gate.chunk(4, dim=1)
+            new = torch.addcmul(f * cells[t], i, g)
+            torch.tanh(new, out=tanhs[t])
+            _keep(cells[t], new, keep_cell, t, cells[t + 1])
+            _keep(hidden[t], o * tanhs[t], keep_hidden, t, hidden[t + 1])
+        ctx.save_for_backward(x, weight_ih, gates, hidden, cells, tanhs, across)
+        ctx.keep_cell, ctx.keep_hidden, ctx.biased = keep_cell, keep_hidden, bias is not None
+        return hidden[1:], hidden[-1].clone(), cells[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_ih, gates, hidden, cells, tanhs, across = ctx.saved_tensors
+        into = torch.empty_like(gates)
+        for t in reversed(range(len(tanhs))):
+            i, f, o, g = gates[t].chunk(4, dim=1)
+            d_i, d_f, d_o, d_g = into[t].chunk(4, dim=1)
+            h = h + outputs[t]
+            new_h, new_c = h * _at(ctx.keep_hidden, t), c * _at(ctx.keep_cell, t)
+            old_h, old_c = h - new_h, c - new_c
+            torch.mul(new_h, tanhs[t], out=d_o).mul_(o).mul_(1 - o)
+            new_c = torch.addcmul(new_c, new_h * o, 1 - tanhs[t].square())
+            torch.mul(new_c, g, out=d_i).mul_(i).mul_(1 - i)
+            torch.mul(new_c, cells[t], out=d_f).mul_(f).mul_(1 - f)
+            torch.mul(new_c, i, out=d_g).mul_(1 - g.square())
+            h = torch.addmm(old_h, into[t], across)
+            c = torch.addcmul(old_c, new_c, f)
+        flat = into.flatten(0, 1)
+        d_x = into @ _sigmoids_first(weight_ih) if ctx.needs_input_grad[0] else None
+        d_ih = _sigmoids_last(flat.t() @ x.flatten(0, 1))
+        d_hh = _sigmoids_last(flat.t() @ hidden[:-1].flatten(0, 1))
+        return d_x, h, c, d_ih, d_hh, _sigmoids_last(flat.sum(0)) if ctx.biased else None, None, None
+
+
+def _sigmoids_first(gates: Tensor) -> Tensor:
+    """Return a copy of what belongs to gates i, f, g, o in the order i, f, o, g."""
+    i, f, g, o = gates.chunk(4)
+    return torch.cat([i, f, o, g])
+
+
+def _sigmoids_last(gates: Tensor) -> Tensor:
+    i, f, o, g = gates.chunk(4)
+    return torch.cat([i, f, g, o])
+
+
+def _at(keep: Keep, t: int) -> Keep:
+    return keep[t] if isinstance(keep, Tensor) else keep
+
+
+def _keep(old: Tensor, new: Tensor, keep: Keep, t: int, out: Tensor) -> None:
+    if isinstance(keep, Tensor) and keep.dtype == torch.bool:
+        torch.where(keep[t], new, old, out=out)
+    elif isinstance(keep, Tensor):
+        torch.lerp(old, new, keep[t].expand_as(new), out=out)
+    else:
+        torch.lerp(old, new, keep, out=out)
