@@ -22,7 +22,7 @@ import tying.bake
 import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
-from tying.callbacks import HardTying, ResidualMerging, WeightClustering
+from tying.callbacks import HardTying, WeightClustering
 from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before, callbacks_of
 from tying.callbacks.summary import print_summary
 from tying.errors import ConfigurationError
@@ -105,8 +105,8 @@ class Trainer(pl.Trainer):
         wrong = [averaging_before(callback, callbacks) for callback in changing]
         for change in changing:
             change.apply(model)
-            if isinstance(change, ResidualMerging):
-                print(f"ResidualMerging: {change.told(model)}")
+            if told := change.told(model):
+                print(f"{type(change).__name__}: {told}")
         audited, hashed = audit(model), report(model)
         if hashed.weights:
             print(f"Hashed: {hashed}")

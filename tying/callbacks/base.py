@@ -47,6 +47,10 @@ class ChangesModel(pl.Callback):
         """Change the model, unless it is changed already."""
         raise NotImplementedError
 
+    def told(self, model: nn.Module) -> str:
+        """Return what the callback has changed, in words, where a look at the parameters does not show it."""
+        return ""
+
 
 class TyingCallback(pl.Callback):
     """A callback that holds ties, and their groups once it has met the model.

@@ -128,8 +128,8 @@ class ResidualMerging(ChangesModel):
         found = [block.merge for block in residual_blocks(model, self.blocks).values()]
         return [merge for merge in found if isinstance(merge, Merge)]
 
+    @override
     def told(self, model: nn.Module) -> str:
-        """Return what is merged, in words: the number of blocks, and the merges of the first and the last."""
         found = residual_blocks(model, self.blocks)
         named = [f"{name}: {block.merge}" for name, block in found.items()]
         return f"{len(found)} blocks, {named[0]} to {named[-1]}"
