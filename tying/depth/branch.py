@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tying.depth.rows import take_rows
+
 
 class Branch:
     """F at an input: a callable, so that a merge may decide not to compute it.
@@ -49,7 +51,7 @@ class Branch:
 
 
 def _chosen(x: Tensor | None, dim: int | None, rows: Tensor | None) -> Tensor | None:
-    return x if x is None or dim is None or rows is None else x.index_select(dim, rows)
+    return x if x is None or dim is None or rows is None else take_rows(x, rows, dim)
 
 
 def left_out(x: Tensor, branch: Callable[[], Tensor] | Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from tying.depth.branch import Branch, left_out
 from tying.depth.draws import draw, keep_mask
 from tying.depth.residual import Merge
+from tying.depth.rows import add_rows
 from tying.errors import ConfigurationError, nearest
 
 Mode = Literal["batch", "row", "subset", "auto"]
@@ -72,18 +73,13 @@ def stochastic_depth(
             f"mode='subset' kept one of {x.shape[dim]} samples for a branch with batch normalisation, which needs the "
             "statistics of several: use mode='row', larger batches, or drop an incomplete last batch"
         )
-    return _subset(x, branch, rows, dim, factor) if len(rows) else left_out(x, branch)
+    return add_rows(x, rows, branch(rows), dim, factor) if len(rows) else left_out(x, branch)
 
 
 def _rows(x: Tensor, branch: Callable[[], Tensor], mask: Tensor, dim: int, factor: float) -> Tensor:
-    masked = branch() * mask.view([-1 if axis == dim else 1 for axis in range(x.ndim)])
+    found = branch()
+    masked = found * mask.to(found.dtype).view([-1 if axis == dim else 1 for axis in range(x.ndim)])
     return torch.add(x, masked, alpha=factor)
-
-
-def _subset(x: Tensor, branch: Branch, rows: Tensor, dim: int, factor: float) -> Tensor:
-    found = branch(rows)
-    common = torch.promote_types(x.dtype, found.dtype)
-    return x.to(common).index_add(dim, rows, found.to(common), alpha=factor)
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
 
     Source: S. Singh, D. Hoiem and D. Forsyth, Swapout: learning an ensemble of deep architectures, 2016.
     """
-    kept = x if skips is None else x * skips
-    return kept + (f if branches is None else f * branches)
+    return _masked(x, skips) + _masked(f, branches)
 
 
 def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
@@ -109,4 +109,33 @@ class SkipForward(Merge):
 
 
 def _mask(x: Tensor, keep: float) -> Tensor:
-    return keep_mask(keep, x.shape, x.device)
+    """Return a mask in x's memory format: any other takes twice the time to apply."""
+    strides = torch.empty_like(x, dtype=torch.bool).stride()
+    return keep_mask(keep, (x.numel(),), x.device).as_strided(x.shape, strides)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return x
+    if mask.shape != x.shape:
+        return x * mask
+    product: Tensor = _Masked.apply(x, mask)
+    return product
+
+
+class _Masked(torch.autograd.Function):
+    """``x * mask``, which torch computes several times more slowly of floats and booleans than of floats alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, mask: Tensor) -> Tensor:
+        return mask.view(torch.uint8).to(x.dtype).mul_(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _masked(gradients[0], ctx.saved_tensors[0]), None
