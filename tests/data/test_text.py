@@ -113,12 +113,15 @@ def test_training_goes_on_at_the_next_window(path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"window": 0}, "window must be 1 or more"),
-        ({"vocabulary": 1}, "vocabulary must be 2 or more"),
+        ({"window": 0}, "window must be 1 or more, not 0"),
+        ({"vocabulary": 1}, "vocabulary must be 2 or more, not 1"),
         ({"characters": 1}, "characters must be 2 or more, not 1"),
         ({"path": "none.txt"}, "path: none.txt cannot be read"),
-        ({"window": 250}, "the text for val has 200 characters, fewer than one window of 250"),
-        ({"window": 150, "batch_size": 64}, "fewer than a window of 150 for each of batch_size=64 streams"),
+        ({"window": 250}, "the text for val has 200 characters: a window of 250, and what follows it, needs 251"),
+        (
+            {"window": 150, "batch_size": 64},
+            "3,600 characters: a window of 150, and what follows it, for each of 64 streams needs 9,664",
+        ),
     ],
 )
 def test_mistakes(arguments, told, path):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tying.data.resuming import ResumableLoader
+
 
 class RawBatch(NamedTuple):
     """A batch before augmentation, small to move to a device.
@@ -78,13 +80,12 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
 
-class BatchLoader:
+class BatchLoader(ResumableLoader):
     """Iterate over images in memory, a raw batch at a time.
 
     Several processes share each batch of ``world × batch_size`` samples, so that they see jointly what one process
-    sees with the larger batch. Lightning sets the epoch through ``sampler``; a loader that is exhausted and started
-    over within an epoch takes another order. ``state_dict`` holds the position, so that a training run goes on with
-    the very batch at which it was interrupted.
+    sees with the larger batch. A loader that is exhausted and started over within an epoch takes another order. A
+    training run goes on with the very batch at which it was interrupted.
 
     Args:
         images: uint8 (count, height, width, channels).
@@ -104,8 +105,6 @@ class BatchLoader:
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     """
 
-    batch_sampler = None  # Lightning looks here before it looks at `sampler`
-
     def __init__(
         self,
         images: Tensor,
@@ -120,6 +119,7 @@ class BatchLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        super().__init__()
         self.images = images
         self.labels = labels
         self.batch_size = batch_size
@@ -130,42 +130,18 @@ class BatchLoader:
         self.seed = seed
         self.rank = rank
         self.world = world
-        self._place = {"epoch": 0, "cycle": 0, "batch": 0}  # the next batch; cycle: times exhausted in this epoch
-        self._resumed = False
 
     @property
     def dataset(self) -> Tensor:
         """What has the length of the data."""
         return self.labels
 
-    @property
-    def sampler(self) -> BatchLoader:
-        """Where Lightning looks for ``set_epoch``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration takes."""
-        if epoch != self._place["epoch"]:
-            self._place = {"epoch": epoch, "cycle": 0, "batch": 0}
-            self._resumed = False
-
-    def state_dict(self) -> dict[str, int]:
-        """Return where the loader is: the epoch, how often it was started over, and the next batch."""
-        return dict(self._place)
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin where ``state`` was taken."""
-        self._place = {key: int(state[key]) for key in self._place}
-        self._resumed = True
-
     def __len__(self) -> int:
         joint = self.world * self.batch_size
         return len(self.labels) // joint if self.train else math.ceil(len(self.labels) / joint)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        if not self._resumed:
-            self._place["batch"] = 0
-        self._resumed = False
+        self._begin()
         joint = self.world * self.batch_size
         key = (self.seed, self._place["epoch"], self._place["cycle"])
         order = torch.arange(len(self.labels))
@@ -185,7 +161,7 @@ class BatchLoader:
                 chances = torch.rand(len(chosen), generator=generator) if self.flip else torch.ones(len(chosen))
                 batch = batch._replace(offsets=offsets[own], flips=chances[own] < 0.5)
             yield batch
-        self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}
+        self._finish()
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -16,17 +16,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from tying.data.resuming import ResumableLoader
 from tying.errors import ConfigurationError
 
 UNKNOWN = 0  # the slot of characters that the training text has too rarely, or not
 HELD_OUT = 20  # one of so many files, or shares of a file, is for validation, and one for testing
 
 
-class StreamLoader:
+class StreamLoader(ResumableLoader):
     """Iterate over a text in windows, in streams side by side: each batch goes on where the one before ended.
 
-    Several processes share the streams. ``state_dict`` holds the position, so that a training run goes on with the
-    very batch at which it was interrupted.
+    Several processes share the streams. A training run goes on with the very batch at which it was interrupted.
 
     Args:
         ids: int64, (characters,).
@@ -42,39 +42,28 @@ class StreamLoader:
     """
 
     def __init__(self, ids: Tensor, streams: int, window: int, rank: int = 0, world: int = 1) -> None:
+        super().__init__()
         joint = streams * world
         length = len(ids) // joint
         own = slice(rank * streams, (rank + 1) * streams)
         self.ids = ids[: length * joint].view(joint, length)[own]
         self.window = window
-        self._batch = 0  # the next one
-        self._resumed = False
 
     @property
     def dataset(self) -> Tensor:
         """What has the length of the data."""
         return self.ids.flatten()
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the next batch."""
-        return {"batch": self._batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin where ``state`` was taken."""
-        self._batch, self._resumed = int(state["batch"]), True
-
     def __len__(self) -> int:
         return max(0, self.ids.shape[1] - 1) // self.window
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if not self._resumed:
-            self._batch = 0
-        self._resumed = False
-        while self._batch < len(self):
-            start = self._batch * self.window
-            self._batch += 1
+        self._begin()
+        for number in range(self._place["batch"], len(self)):
+            start = number * self.window
+            self._place["batch"] = number + 1
             yield self.ids[:, start : start + self.window], self.ids[:, start + 1 : start + self.window + 1]
-        self._batch = 0
+        self._finish()
 
 
 class Text(pl.LightningDataModule):
@@ -116,9 +105,9 @@ class Text(pl.LightningDataModule):
         characters: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"window": window, "batch_size": batch_size, "vocabulary": vocabulary - 1}.items():
-            if value < 1:
-                raise ConfigurationError(f"{name} must be {1 + (name == 'vocabulary')} or more")
+        for name, value, least in (("window", window, 1), ("batch_size", batch_size, 1), ("vocabulary", vocabulary, 2)):
+            if value < least:
+                raise ConfigurationError(f"{name} must be {least} or more, not {value}")
         if characters is not None and characters < 2:
             raise ConfigurationError(f"characters must be 2 or more, not {characters}")
         self.path, self.window, self.batch_size = path, window, batch_size
@@ -148,7 +137,8 @@ class Text(pl.LightningDataModule):
         for split, ids in self._ids.items():
             if not len(StreamLoader(ids, 1, self.window)):
                 raise ConfigurationError(
-                    f"the text for {split} has {len(ids)} characters, fewer than one window of {self.window}"
+                    f"the text for {split} has {len(ids)} characters: a window of {self.window}, and what follows it, "
+                    f"needs {self.window + 1}"
                 )
             unknown = int((ids == UNKNOWN).sum())
             told.append(f"{len(ids):,} {split}" + (f", {unknown} of them unknown" if unknown else ""))
@@ -174,11 +164,6 @@ class Text(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> StreamLoader:
         self._training = self._loader("fit")
-        if not len(self._training):
-            raise ConfigurationError(
-                f"the text for fit has {len(self._ids['fit']):,} characters, fewer than a window of {self.window} for "
-                f"each of batch_size={self.batch_size} streams"
-            )
         if self._place:
             self._training.load_state_dict(self._place)
             self._place = {}
@@ -201,7 +186,13 @@ class Text(pl.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         most = max(1, (len(self._ids[split]) - 1) // (self.window + 1) // world)  # streams of one window at least
         streams = self.batch_size if split == "fit" else min(self.batch_size, most)
-        return StreamLoader(self._ids[split], streams, self.window, rank, world)
+        loader = StreamLoader(self._ids[split], streams, self.window, rank, world)
+        if not len(loader):
+            raise ConfigurationError(
+                f"the text for {split} has {len(self._ids[split]):,} characters: a window of {self.window}, and what "
+                f"follows it, for each of {streams * world} streams needs {streams * world * (self.window + 1):,}"
+            )
+        return loader
 
 
 def _split(path: Path) -> dict[str, str]:
