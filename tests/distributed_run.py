@@ -25,10 +25,11 @@ from tying.callbacks import (
     TyingSummary,
     WeightHashing,
 )
-from tying.data import CIFAR10
-from tying.depth import FractalBlock, Residual, StochasticDepth
+from tying.data import CIFAR10, Text
+from tying.depth import FractalBlock, Residual, StochasticDepth, ZoneoutLSTM
 from tying.depth.fractal import draw_column
 from tying.hard import bake
+from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
@@ -131,16 +132,30 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
+def language():
+    network = ZoneoutLSTM(12, 12, zoneout_cell=0.3, zoneout_hidden=0.3)  # its masks are each process's own
+    return SequenceModel(network, size=12, task="language", num_classes=24, optimizer="adamw", lr=0.01)
+
+
+def carried(model):
+    """Of a sequence model, the state that goes on, which is of each process's own text."""
+    return model._carried["train"][0] if isinstance(model, SequenceModel) else torch.zeros(())
+
+
 def resume(out: Path, world: int) -> None:
     """Train once from beginning to end, and once from a checkpoint of that run; save the weights of each rank."""
-    for name, step in [("boundary", 10), ("middle", 13)]:
+    text = out / "text.txt"
+    text.write_text("".join(chr(97 + place * place % 23) for place in range(1400)))
+    for name, step in [("boundary", 10), ("middle", 13), ("language", 13)]:
         for part, ckpt_path in [("whole", None), ("resumed", out / f"{name}.ckpt")]:
-            model = Noisy()
+            torch.manual_seed(0)
+            model = Noisy() if name != "language" else language()
+            data = CIFAR10(batch_size=225, validation=0.1) if name != "language" else Text(str(text), 7, 4, 24)
             torch.manual_seed(17 * int(os.environ.get("RANK", 0)))
             trainer = train(
                 model,
                 [RandomState(), *([SaveAt(step, out / f"{name}.ckpt")] if part == "whole" else [])],
-                data=CIFAR10(batch_size=225, validation=0.1),
+                data=data,
                 ckpt_path=ckpt_path,
                 strategy="ddp" if world > 1 else "auto",
                 devices=world,
@@ -148,7 +163,9 @@ def resume(out: Path, world: int) -> None:
                 limit_val_batches=0,
                 default_root_dir=out / "logs",
             )
-            torch.save(model.head.state_dict(), out / f"{name}-{part}-{trainer.global_rank}.pt")
+            torch.save(
+                model.head.state_dict() | {"carried": carried(model)}, out / f"{name}-{part}-{trainer.global_rank}.pt"
+            )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Weights by name in files."""
+"""What checkpoints hold."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from tying.errors import ConfigurationError
@@ -32,3 +34,17 @@ def saved_weights(path: str | Path, asker: str) -> dict[str, Tensor]:
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def of_all_processes(own: Any) -> list[Any]:
+    """Return what each process gives, by its rank; all of them take part in making a checkpoint.
+
+    Example:
+        >>> of_all_processes("here")
+        ['here']
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    processes: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(processes, own)
+    return processes

@@ -44,9 +44,12 @@ def test_the_cases_differ(weights):
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
 
 
-@pytest.mark.parametrize("name", ["boundary", "middle"])
+@pytest.mark.parametrize("name", ["boundary", "middle", "language"])
 def test_two_processes_go_on_as_if_never_stopped(weights, name):
-    """Each process draws other numbers; the checkpoint holds the generators of both."""
-    whole, resumed = (weights[f"{name}-{part}-0"] for part in ("whole", "resumed"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert whole["weight"].any()
+    """Each process draws other numbers and carries its own state; the checkpoint holds those of both."""
+    for rank in (0, 1):
+        whole, resumed = (weights[f"{name}-{part}-{rank}"] for part in ("whole", "resumed"))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+        assert whole["weight"].any()
+    if name == "language":
+        assert not torch.equal(*(weights[f"language-whole-{rank}"]["carried"] for rank in (0, 1)))

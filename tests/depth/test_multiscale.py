@@ -80,6 +80,33 @@ def test_branches_bitwise(z_before, z_below):
     assert torch.equal(new_h, o * torch.tanh(new_c))
 
 
+def test_gradients_of_the_boundaries():
+    """Straight through: where a boundary is, or is not, changes what the layer does."""
+    torch.manual_seed(0)
+    h, c, f, i, o, g = torch.randn(6, 1, 4, dtype=D)
+    for before, below in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
+        marks = [torch.full((1, 1), mark, dtype=D, requires_grad=True) for mark in (before, below)]
+        new_h, new_c = hm_update(h, c, (f, i, o, g), *marks)
+        update, copied = f * c + i * g, (1 - before) * (1 - below)
+        d_cell = [i * g - below * update - (1 - below) * c, (1 - before) * (update - c)]
+        d_copied = [below - 1, before - 1]
+        for mark, d_c, d_k in zip(marks, d_cell, d_copied, strict=True):
+            [found] = torch.autograd.grad(new_c.sum(), mark, retain_graph=True)
+            torch.testing.assert_close(found, d_c.sum().view(1, 1))
+            fresh = o * new_c.detach().tanh()
+            d_h = d_k * (h - fresh) + (1 - copied) * o * (1 - new_c.detach().tanh() ** 2) * d_c
+            [found] = torch.autograd.grad(new_h.sum(), mark, retain_graph=True)
+            torch.testing.assert_close(found, d_h.sum().view(1, 1))
+
+
+def test_detectors_learn_through_every_use_of_their_boundaries():
+    own = net()
+    out = own(torch.randn(6, 2, 3, dtype=D))
+    out.hidden[:, :, 1:].square().sum().backward()  # what layers above the first make of its boundaries
+    assert own.below[0].weight.grad[-1].any()
+    assert own.across[0].weight.grad[-1].any()
+
+
 def test_copying_has_an_identity_jacobian():
     gates = tuple(torch.randn(1, 3, dtype=D) for _ in range(4))
     zero = torch.zeros(1, 1, dtype=D)
@@ -154,7 +181,17 @@ def test_going_on_and_batch_first():
         (lambda: HMLSTM(3, 4, layers=1), "layers must be 2 or more"),
         (lambda: HMLSTM(3, 4, slope=0.0), "slope must be above 0"),
         (lambda: HMLSTM(3, 4, boundary="soft"), "boundary is 'step' or 'sample', not 'soft'"),
+        (lambda: HMLSTM(3, 4, slope=math.nan), "slope must be above 0, and finite, not nan"),
         (lambda: HMLSTM(3, 4)(torch.zeros(0, 2, 3)), "an empty sequence has no steps"),
+        (lambda: HMLSTM(3, 4)(torch.zeros(6, 3)), r"inputs are \(steps, batch, 3\), not \(6, 3\)"),
+        (
+            lambda: HMLSTM(3, 4)(torch.zeros(6, 2, 3), boundaries=torch.zeros(6, 2, 3)),
+            r"boundaries are \(6, 2, 2\), not \(6, 2, 3\)",
+        ),
+        (
+            lambda: HMLSTM(3, 4)(torch.zeros(6, 5, 3), HMLSTM(3, 4)(torch.zeros(1, 1, 3)).state),
+            r"states are \(3, 5, 4\), \(3, 5, 4\), \(2, 5, 1\), not \(3, 1, 4\)",
+        ),
     ],
 )
 def test_mistakes(make, told):

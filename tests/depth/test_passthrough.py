@@ -117,3 +117,28 @@ def test_a_highway_by_hand():
 def test_mistakes(make, told):
     with pytest.raises(ConfigurationError, match=told):
         make()
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_autocast(diagonal):
+    torch.manual_seed(0)
+    net, x = PassthroughGRU(3, 5, 2, diagonal), torch.randn(6, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = net(x)
+    torch.testing.assert_close(out.float(), net(x)[0], rtol=0.05, atol=0.05)
+    out.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_each_input_matrix_begins_by_glorot():
+    weight = PassthroughGRU(1, 500, rank=1).layers[0].input.weight
+    bound = (6 / 501) ** 0.5
+    assert all(0.95 * bound < float(part.detach().abs().max()) <= bound for part in weight.chunk(3))
+
+
+def test_inputs_that_are_no_sequences():
+    net = PassthroughGRU(3, 5, 2)
+    with pytest.raises(ConfigurationError, match=r"inputs are \(steps, batch, 3\), not \(6, 3\)"):
+        net(torch.zeros(6, 3))
+    with pytest.raises(ConfigurationError, match="packed sequences are taken by ZoneoutLSTM alone"):
+        net(torch.nn.utils.rnn.pack_sequence([torch.zeros(6, 3)]))

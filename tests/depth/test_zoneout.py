@@ -66,7 +66,7 @@ def test_one_sequence_alone_and_errors_of_shapes():
         (out, (h, c)), (other, (g, b)) = ours(x, given), theirs(x, given)
         for one, same in zip((out, h, c), (other, g, b), strict=True):
             torch.testing.assert_close(one, same)
-    with pytest.raises(ConfigurationError, match=r"states are \(1, 2, 4\), not \(1, 3, 4\)"):
+    with pytest.raises(ConfigurationError, match=r"states are \(1, 2, 4\), \(1, 2, 4\), not \(1, 3, 4\), \(1, 3, 4\)"):
         ours(torch.zeros(5, 2, 3, dtype=D), (torch.zeros(1, 3, 4, dtype=D), torch.zeros(1, 3, 4, dtype=D)))
     with pytest.raises(ConfigurationError, match="an empty sequence has no steps"):
         ours(torch.zeros(0, 2, 3, dtype=D))
@@ -198,3 +198,115 @@ def test_mistakes(kind, name):
     for wrong in (-0.1, 1.1, math.nan):
         with pytest.raises(ConfigurationError, match=f"{name} is the probability of keeping the old value"):
             kind(3, 4, **{name: wrong})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_as_torchs_lstm(training):
+    """Also of packed sequences; gradients come back in the parameters' own precision."""
+    theirs, ours = pair(torch.float32, num_layers=2)
+    zoned = ZoneoutLSTM(3, 4, 2, zoneout_cell=0.5, zoneout_hidden=0.3).train(training)
+    x = torch.randn(6, 2, 3)
+    packed = pack_sequence([torch.randn(5, 3), torch.randn(2, 3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=0.03, atol=0.03)
+        out, (h, c) = zoned(x)
+        zoned(packed)
+        ZoneoutLSTMCell(3, 4, zoneout_cell=0.5).train(training)(x[0])
+    assert {out.dtype, h.dtype, c.dtype} == {torch.bfloat16}
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in zoned.parameters())
+
+
+def test_packed_sequences_in_evaluation_mix_by_rates():
+    for dtype in (D, torch.float32, torch.bfloat16):
+        net = ZoneoutLSTM(3, 4, zoneout_cell=0.5, zoneout_hidden=0.3).to(dtype).eval()
+        one, two = torch.randn(5, 3).to(dtype), torch.randn(2, 3).to(dtype)
+        out, (h, _) = net(pack_sequence([one, two]))
+        padded, _ = pad_packed_sequence(out)
+        torch.testing.assert_close(padded[:2, 1], net(two)[0])
+        torch.testing.assert_close(h[0, 1], net(two)[0][-1])
+
+
+def test_masks_are_new_at_each_step_and_apart_for_cell_and_hidden_state():
+    torch.manual_seed(0)
+    net = ZoneoutLSTM(3, 500, zoneout_cell=0.5, zoneout_hidden=0.5)
+    seen = []
+    state = torch.randn(1, 1, 500), torch.randn(1, 1, 500)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        outputs, _ = net(torch.randn(3, 1, 3), state)
+    before = state[0][0]
+    for out in outputs:
+        seen.append(out == before)
+        before = out
+    _, (h, c) = net(torch.randn(1, 1, 3), state)
+    for one, other in ((seen[0], seen[1]), (seen[1], seen[2]), (h == state[0], c == state[1])):
+        assert 0.35 < float((one == other).double().mean()) < 0.65
+
+
+def test_masks_of_a_loop_over_the_cell():
+    """Given the same masks, as the same draws make them."""
+    torch.manual_seed(0)
+    cell = ZoneoutLSTMCell(3, 4, zoneout_cell=0.3, zoneout_hidden=0.2).to(D)
+    x, (h, c) = torch.randn(5, 2, 3, dtype=D), torch.zeros(2, 2, 4, dtype=D)
+    masks, outs = [], []
+    for t in range(5):
+        torch.manual_seed(10 + t)
+        masks.append([keep_mask(keep, (1, 2, 4)) for keep in (0.7, 0.8)])
+        torch.manual_seed(10 + t)
+        h, c = cell(x[t], (h, c))
+        outs.append(h)
+    biases = cell.bias_ih + cell.bias_hh
+    given = [torch.cat(parts) for parts in zip(*masks, strict=True)]
+    start = torch.zeros(2, 4, dtype=D)
+    out, _, last = zoned_lstm(x, start, start, cell.weight_ih, cell.weight_hh, biases, *given)
+    torch.testing.assert_close(out, torch.stack(outs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, c, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_between_layers_in_training_alone():
+    theirs, ours = pair(num_layers=2, dropout=1.0)
+    x = torch.randn(4, 2, 3, dtype=D)
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0])  # of the last layer, whose inputs are zeros
+    assert not torch.equal(ours(x)[0], ours.eval()(x)[0])
+    torch.testing.assert_close(ours(x)[0], theirs.eval()(x)[0])
+
+
+def test_the_mean_over_masks_of_the_cell():
+    _, net = pair(zoneout_cell=0.4)
+    x = torch.randn(1, 2, 3, dtype=D)
+    state = torch.randn(1, 2, 4, dtype=D), torch.randn(1, 2, 4, dtype=D)
+    torch.manual_seed(0)
+    cells = torch.stack([net(x, state)[1][1] for _ in range(4000)])
+    spread = cells.std(dim=0) / math.sqrt(4000)
+    assert bool(((cells.mean(dim=0) - net.eval()(x, state)[1][1]).abs() <= 5 * spread + 1e-12).all())
+
+
+def test_rates_of_one_keep_the_state_whatever_the_input():
+    net = ZoneoutLSTM(3, 4, zoneout_cell=1.0, zoneout_hidden=1.0)
+    state = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    out, (h, c) = net(torch.full((3, 2, 3), math.nan), state)
+    assert torch.equal(h, state[0])
+    assert torch.equal(c, state[1])
+    assert torch.equal(out, state[0].expand(3, 2, 4))
+
+
+def test_inputs_of_other_shapes():
+    net, cell = ZoneoutLSTM(3, 4), ZoneoutLSTMCell(3, 4)
+    for wrong in (torch.zeros(5, 2, 4), torch.zeros(1, 5, 2, 3), torch.zeros(5, 2)):
+        with pytest.raises(ConfigurationError, match=r"inputs are \(steps, batch, 3\), not"):
+            net(wrong)
+    with pytest.raises(ConfigurationError, match=r"inputs are \(batch, 3\) or \(3,\), not \(2, 5, 3\)"):
+        cell(torch.zeros(2, 5, 3))
+    with pytest.raises(ConfigurationError, match=r"states are \(2, 4\), \(2, 4\), not \(4, 2\), \(4, 2\)"):
+        cell(torch.zeros(2, 3), (torch.zeros(4, 2), torch.zeros(4, 2)))
+    mask = torch.rand(5, 2, 4, requires_grad=True)
+    with pytest.raises(ConfigurationError, match="take no gradient"):
+        zoned_lstm(torch.zeros(5, 2, 3), *torch.zeros(2, 2, 4), torch.zeros(16, 3), torch.zeros(16, 4), None, mask)
+
+
+def test_device_and_dtype_are_those_asked_for():
+    net = ZoneoutLSTM(3, 4, device="meta", dtype=D)
+    assert net.weight_hh_l0.device.type == "meta"
+    assert net.weight_hh_l0.dtype == D
+    assert "zoneout_cell=0.3" in repr(ZoneoutLSTMCell(3, 4, zoneout_cell=0.3, dtype=D))

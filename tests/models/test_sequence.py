@@ -10,7 +10,7 @@ from toys import same, train
 from tying import ConfigurationError
 from tying.callbacks import HardTying, RandomState, SlopeAnnealing
 from tying.data import Text
-from tying.depth import PassthroughGRU, ZoneoutLSTM
+from tying.depth import HyperLSTM, PassthroughGRU, ZoneoutLSTM
 from tying.hard import tie
 from tying.models import HMNetwork, SequenceModel
 
@@ -22,6 +22,7 @@ NETWORKS = {
     "GRU": lambda inputs, size: nn.GRU(inputs, size),
     "zoneout": lambda inputs, size: ZoneoutLSTM(inputs, size, zoneout_cell=0.1, zoneout_hidden=0.1),
     "passthrough": lambda inputs, size: PassthroughGRU(inputs, size, rank=2),
+    "hypernetwork": lambda inputs, size: HyperLSTM(inputs, size, hyper_size=4, embedding_size=2),
     "multiscale": lambda inputs, size: HMNetwork(inputs, size),
 }
 
@@ -85,18 +86,72 @@ def test_states_are_carried_from_batch_to_batch_and_not_over_epochs(path):
     assert all(not state.requires_grad for state in given if state is not None)
 
 
-def test_a_resume_within_an_epoch_is_bitwise(path, tmp_path):
-    class SaveAt(pl.Callback):
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 20}, {"val_check_interval": 0.3}], ids=str)
+@pytest.mark.parametrize("place", ["within an epoch", "at its end", "after its end"])
+def test_a_resume_is_bitwise(place, options, tmp_path):
+    (tmp_path / "text.txt").write_text("".join("abcdefg"[i * i % 113 % 7] for i in range(4000)))
+    path, ckpt_path = str(tmp_path / "text.txt"), tmp_path / "a.ckpt"
+    steps = []
+
+    class Saving(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 30:
-                trainer.save_checkpoint(tmp_path / "a.ckpt")
+            if place == "within an epoch" and trainer.global_step == 13:
+                trainer.save_checkpoint(ckpt_path)
 
-    def run(*callbacks, ckpt_path=None):
-        model = language("zoneout", schedule="constant")
-        train(model, [RandomState(), *callbacks], data=text(path), ckpt_path=ckpt_path, max_epochs=1)
-        return model
+        def on_train_epoch_end(self, trainer, *_):
+            if place == "at its end" and trainer.current_epoch == 0:
+                trainer.save_checkpoint(ckpt_path)
 
-    assert same(run(SaveAt()), run(ckpt_path=tmp_path / "a.ckpt"))
+    def run(*callbacks, ckpt_path=None, max_epochs=2):
+        model = language("zoneout", schedule="constant", warmup=0.0)
+        trainer = train(
+            model, [RandomState(), *callbacks], data=text(path), ckpt_path=ckpt_path, max_epochs=max_epochs, **options
+        )
+        steps.append(trainer.global_step)
+        return model, trainer
+
+    whole, _ = run(Saving())
+    if place == "after its end":
+        run(max_epochs=1)[1].save_checkpoint(ckpt_path)
+    resumed, _ = run(ckpt_path=ckpt_path)
+    assert same(whole, resumed)
+    assert steps[0] == steps[-1] == 2 * options.get("limit_train_batches", 44)
+
+
+def test_states_of_evaluation_go_on_and_begin_anew(path):
+    given = []
+
+    class Watched(nn.LSTM):
+        def forward(self, x, hx=None):
+            if not self.training:
+                given.append(hx is None)
+            return super().forward(x, hx)
+
+    torch.manual_seed(0)
+    model = SequenceModel(Watched(12, 12), size=12, task="language", num_classes=8)
+    trainer = train(model, data=text(path), max_epochs=2, num_sanity_val_steps=0)
+    assert given[: len(given) // 2] == given[len(given) // 2 :]
+    assert given.count(True) == 2  # once an epoch
+    given.clear()
+    [tested] = trainer.test(model, text(path), verbose=False)
+    trainer.test(model, text(path), verbose=False)
+    assert len(given) > 2
+    assert given.count(True) == 2
+    given.clear()
+    found = torch.cat(trainer.predict(model, text(path)), dim=1)
+    assert given.count(True) == 1
+    data = text(path)
+    data.setup("test")
+    y = torch.cat([y for _, y in data.test_dataloader()], dim=1)
+    loss = nn.functional.nll_loss(found.log().flatten(0, 1), y.flatten())
+    assert float(loss) == pytest.approx(tested["test/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_bf16(kind, path):
+    model = language(kind)
+    trainer = train(model, data=text(path), max_epochs=1, precision="bf16-mixed")
+    assert trainer.callback_metrics["val/bits"] < 2
 
 
 def test_tied_embeddings_save_a_vocabulary_of_vectors(path):
@@ -120,7 +175,22 @@ def test_mistakes():
     for options, told in (
         ({"task": "translation"}, "task is 'classification' or 'language'"),
         ({"embedding": 3}, "needs task='language'"),
+        ({"embedding": 0, "task": "language"}, "a size of 1 or more, not 0"),
         ({"test_samples": 2}, "tests by one pass"),
+        ({"network": nn.LSTM(1, 4, batch_first=True)}, "make it with batch_first=False"),
+        ({"network": nn.LSTM(1, 4, bidirectional=True), "task": "language"}, "use one direction"),
     ):
         with pytest.raises(ConfigurationError, match=told):
-            SequenceModel(nn.LSTM(1, 4), size=4, **options)
+            SequenceModel(**{"network": nn.LSTM(1, 4), "size": 4, **options})
+    with pytest.raises(ConfigurationError, match="size=5, and the network's outputs are 4"):
+        SequenceModel(nn.LSTM(1, 4), size=5)(torch.zeros(2, 7, 1))
+
+
+def test_a_vocabulary_larger_than_the_model(path):
+    with pytest.raises(ConfigurationError, match="num_classes=7, and the text tells 8 characters apart"):
+        train(language(num_classes=7), data=text(path), max_epochs=1)
+
+
+def test_images_layout_is_no_matter_of_sequences(path):
+    model = language(channels_last=True)
+    assert model(torch.zeros(2, 7, dtype=torch.long)).shape == (2, 7, 8)

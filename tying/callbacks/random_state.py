@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from tying.checkpoints import of_all_processes
+
 
 class RandomState(pl.Callback):
     """Save the state of each process's random generators in checkpoints, and go on from it when resuming.
@@ -29,12 +31,7 @@ class RandomState(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = generator_states()
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return {"processes": [own]}
-        processes: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(processes, own)  # all processes take part in making a checkpoint
-        return {"processes": processes}
+        return {"processes": of_all_processes(generator_states())}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

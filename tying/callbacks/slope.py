@@ -12,6 +12,8 @@ from tying.errors import ConfigurationError
 class SlopeAnnealing(pl.Callback):
     """Raise the slope of the boundary detectors of :class:`tying.depth.HMLSTM`: ``min(maximum, 1 + rate · epoch)``.
 
+    It takes the place of the slope that the layer was made with.
+
     Args:
         rate: by how much an epoch raises it, ≥ 0.
         maximum: of the slope, ≥ 1.
@@ -33,7 +35,14 @@ class SlopeAnnealing(pl.Callback):
         self.rate, self.maximum = rate, maximum
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._anneal(trainer, pl_module)  # a run that goes on within an epoch does not start one
+
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._anneal(trainer, pl_module)
+
+    def _anneal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
         if not found:
             raise ConfigurationError("SlopeAnnealing: the model has no tying.depth.HMLSTM")

@@ -1,6 +1,7 @@
 """Layers that are shared or skipped."""
 
 from tying.depth.fractal import FractalBlock, fractal_join
+from tying.depth.hypernetwork import HyperLSTM, HyperLSTMCell, HyperState
 from tying.depth.merging import apply_merge, keep_schedule, remove_merge
 from tying.depth.multiscale import HMLSTM, HMOutput, HMState, hm_update
 from tying.depth.passthrough import PassthroughGRU, PassthroughHighway, StateMatrix
@@ -18,6 +19,9 @@ __all__ = [
     "FractalBlock",
     "HMOutput",
     "HMState",
+    "HyperLSTM",
+    "HyperLSTMCell",
+    "HyperState",
     "Merge",
     "PassthroughGRU",
     "PassthroughHighway",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tying.depth.steps import check_state, steps_first
 from tying.errors import ConfigurationError
 
 Boundary = Literal["step", "sample"]
@@ -74,13 +75,18 @@ def hm_update(
 class _Boundary(torch.autograd.Function):
     """1 where a draw, or zero, is below; its gradient is that of the hard sigmoid ``clamp((a x + 1) / 2, 0, 1)``."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float, sample: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.slope = slope
+    def forward(x: Tensor, slope: float, sample: bool) -> Tensor:
         if sample:
             return (torch.rand_like(x) < ((slope * x + 1) / 2)).to(x.dtype)
         return (x > 0).to(x.dtype)  # where the hard sigmoid is above 1/2, at every slope
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.slope = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +114,8 @@ class HMLSTM(nn.Module):
     Shape: (steps, batch, inputs) to :class:`HMOutput`.
 
     Raises:
-        ConfigurationError: fewer than two layers, a slope of 0 or less, an empty sequence.
+        ConfigurationError: fewer than two layers, a slope of 0 or less; inputs, states or boundaries of other shapes;
+            an empty sequence.
 
     Example:
         >>> out = HMLSTM(4, 8)(torch.zeros(5, 2, 4))
@@ -134,8 +141,9 @@ class HMLSTM(nn.Module):
             )
         if boundary not in ("step", "sample"):
             raise ConfigurationError(f"boundary is 'step' or 'sample', not {boundary!r}")
-        if slope <= 0:
-            raise ConfigurationError(f"slope must be above 0, not {slope}")
+        if not 0 < slope < float("inf"):
+            raise ConfigurationError(f"slope must be above 0, and finite, not {slope}")
+        self.input_size = input_size
         self.hidden_size, self.batch_first, self.boundary, self.slope = hidden_size, batch_first, boundary, slope
         widths = [4 * hidden_size + (layer < layers - 1) for layer in range(layers)]  # a detector, but at the top
         self.below = nn.ModuleList(
@@ -153,14 +161,15 @@ class HMLSTM(nn.Module):
             state: to go on from.
             boundaries: given ones, in place of those that are found, (steps, batch, layers − 1).
         """
-        x = x.transpose(0, 1) if self.batch_first else x
-        if not len(x):
-            raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
-        given = boundaries.transpose(0, 1) if boundaries is not None and self.batch_first else boundaries
+        x = steps_first(x, self.input_size, self.batch_first)
         layers, batch = len(self.across), x.shape[1]
+        given = boundaries.transpose(0, 1) if boundaries is not None and self.batch_first else boundaries
+        if given is not None and given.shape != (len(x), batch, layers - 1):
+            raise ConfigurationError(f"boundaries are {(len(x), batch, layers - 1)}, not {tuple(given.shape)}")
         if state is None:
             zeros = x.new_zeros(layers, batch, self.hidden_size)
             state = HMState(zeros, zeros, x.new_zeros(layers - 1, batch, 1))
+        check_state(state, ((layers, batch, self.hidden_size),) * 2 + ((layers - 1, batch, 1),))
         h, c, z = ([*part] for part in state)
         hidden, found = [], []
         always = x.new_ones(batch, 1)

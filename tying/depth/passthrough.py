@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tying.depth.steps import check_state, steps_first
 from tying.errors import ConfigurationError
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
@@ -54,7 +55,7 @@ class StateMatrix(nn.Module):
     @override
     def forward(self, h: Tensor) -> Tensor:
         product = h @ self.right.t() @ self.left.t()
-        return product if self.diagonal is None else torch.addcmul(product, h, self.diagonal)
+        return product if self.diagonal is None else torch.addcmul(product, h, self.diagonal.to(product.dtype))
 
     @override
     def extra_repr(self) -> str:
@@ -81,7 +82,8 @@ class PassthroughGRULayer(nn.Module):
     ) -> None:
         super().__init__()
         self.input = nn.Linear(inputs, 3 * size)  # of u, r and m
-        nn.init.xavier_uniform_(self.input.weight)
+        for weight in self.input.weight.detach().chunk(3):
+            nn.init.xavier_uniform_(weight)
         nn.init.zeros_(self.input.bias)
         nn.init.constant_(self.input.bias[:size], update_bias)
         self.update, self.reset, self.candidate = (StateMatrix(size, rank, diagonal) for _ in range(3))
@@ -91,7 +93,9 @@ class PassthroughGRULayer(nn.Module):
     @override
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         outputs = []
-        for u, r, m in (step.chunk(3, dim=1) for step in self.input(x)):  # of all steps at once
+        projected = self.input(x)  # of all steps at once
+        h = h.to(projected.dtype)  # of autocast, where it is on
+        for u, r, m in (step.chunk(3, dim=1) for step in projected):
             u = torch.sigmoid(u + self.update(h))
             r = torch.sigmoid(r + self.reset(h))
             m = torch.tanh(m + self.candidate(h * r))
@@ -143,7 +147,7 @@ class PassthroughGRU(nn.Module):
         super().__init__()
         if num_layers < 1:
             raise ConfigurationError(f"num_layers must be 1 or more, not {num_layers}")
-        self.hidden_size, self.batch_first = hidden_size, batch_first
+        self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         self.layers = nn.ModuleList(
             PassthroughGRULayer(
                 hidden_size if layer else input_size, hidden_size, rank, diagonal, shared_projection, update_bias
@@ -153,13 +157,10 @@ class PassthroughGRU(nn.Module):
 
     @override
     def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = x.transpose(0, 1) if self.batch_first else x
-        if not len(x):
-            raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
+        x = steps_first(x, self.input_size, self.batch_first)
         expected = len(self.layers), x.shape[1], self.hidden_size
         states = x.new_zeros(expected) if hx is None else hx
-        if states.shape != expected:
-            raise ConfigurationError(f"states are {expected}, not {tuple(states.shape)}")
+        check_state([states], (expected,))
         last = []
         for layer, h in zip(self.layers, states, strict=True):
             x = layer(x, h)

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from tying.errors import ConfigurationError
+
 Keep = Tensor | float  # probability of the new value; or a mask of it, true for the new value
 
 
@@ -37,7 +39,12 @@ def zoned_lstm(
         keep_cell: k_c: a number, or a mask of (steps, batch, size) or (steps, batch, 1).
         keep_hidden: k_h, likewise.
 
-    Shape: outputs (steps, batch, size), hidden state and cell (batch, size).
+    Shape: outputs (steps, batch, size), hidden state and cell (batch, size). Under autocast all are of its dtype.
+
+    Its gradients have none themselves (no double backward), and ``torch.func`` does not take it.
+
+    Raises:
+        ConfigurationError: k_c or k_h asks for a gradient.
 
     Example:
         >>> x, state = torch.zeros(5, 2, 4), torch.ones(2, 3)
@@ -47,7 +54,13 @@ def zoned_lstm(
 
     Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
     """
-    found = _ZonedLSTM.apply(x, h, c, weight_ih, weight_hh, bias, keep_cell, keep_hidden)
+    tensors = [x, h, c, weight_ih, weight_hh, *([] if bias is None else [bias])]
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # as torch's LSTM, in the lower precision throughout
+        tensors = [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+    keeps = [_fitting(keep, tensors[0].dtype) for keep in (keep_cell, keep_hidden)]
+    with torch.autocast(device, enabled=False):
+        found = _ZonedLSTM.apply(*tensors, *([None] if bias is None else []), *keeps)
     return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
@@ -121,6 +134,14 @@ def _sigmoids_last(gates: Tensor) -> Tensor:
     return torch.cat([i, f, g, o])
 
 
+def _fitting(keep: Keep, dtype: torch.dtype) -> Keep:
+    if not isinstance(keep, Tensor) or keep.dtype == torch.bool:
+        return keep
+    if keep.requires_grad:
+        raise ConfigurationError("keep_cell and keep_hidden take no gradient: give them detached")
+    return keep.to(dtype)
+
+
 def _at(keep: Keep, t: int) -> Keep:
     return keep[t] if isinstance(keep, Tensor) else keep
 
@@ -130,5 +151,7 @@ def _keep(old: Tensor, new: Tensor, keep: Keep, t: int, out: Tensor) -> None:
         torch.where(keep[t], new, old, out=out)
     elif isinstance(keep, Tensor):
         torch.lerp(old, new, keep[t].expand_as(new), out=out)
+    elif keep in (0.0, 1.0):  # whatever the other one is, infinite or not a number
+        out.copy_(new if keep else old)
     else:
         torch.lerp(old, new, keep, out=out)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from typing_extensions import override
 
 from tying.depth.draws import keep_mask
+from tying.depth.steps import check_state, steps_first
 from tying.depth.zoned import Keep, zoned_lstm
 from tying.errors import ConfigurationError
 
@@ -30,6 +31,8 @@ class ZoneoutLSTMCell(nn.LSTMCell):
         input_size: of the input.
         hidden_size: of the state.
         bias: whether there are biases.
+        device: of the parameters.
+        dtype: of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value.
         zoneout_hidden: probability that a unit of the hidden state does.
 
@@ -47,22 +50,38 @@ class ZoneoutLSTMCell(nn.LSTMCell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         zoneout_cell: float = 0.0,
         zoneout_hidden: float = 0.0,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
         self.zoneout_cell = _check("zoneout_cell", zoneout_cell)
         self.zoneout_hidden = _check("zoneout_hidden", zoneout_hidden)
 
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
+        if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
+            size = self.input_size
+            raise ConfigurationError(f"inputs are (batch, {size}) or ({size},), not {tuple(input.shape)}")
         batch = input if input.ndim == 2 else input.unsqueeze(0)
-        state = batch.new_zeros(len(batch), self.hidden_size)
-        h, c = (state, state) if hx is None else (one.view_as(state) for one in hx)
+        if hx is None:
+            h = c = batch.new_zeros(len(batch), self.hidden_size)
+        else:
+            check_state(hx, ((*input.shape[:-1], self.hidden_size),) * 2)
+            h, c = (one if input.ndim == 2 else one.unsqueeze(0) for one in hx)
         biases = self.bias_ih + self.bias_hh if self.bias else None
         keeps = [_draw(rate, self.training, (1, *h.shape), h) for rate in (self.zoneout_cell, self.zoneout_hidden)]
         _, h, c = zoned_lstm(batch.unsqueeze(0), h, c, self.weight_ih, self.weight_hh, biases, *keeps)
         return (h, c) if input.ndim == 2 else (h.squeeze(0), c.squeeze(0))
+
+    @override
+    def extra_repr(self) -> str:
+        return _with_rates(super().extra_repr(), self)
+
+
+def _with_rates(told: str, zoned: ZoneoutLSTMCell | ZoneoutLSTM) -> str:
+    return f"{told}, zoneout_cell={zoned.zoneout_cell:g}, zoneout_hidden={zoned.zoneout_hidden:g}"
 
 
 def _draw(rate: float, training: bool, shape: tuple[int, ...], like: Tensor) -> Keep:
@@ -73,7 +92,9 @@ def _draw(rate: float, training: bool, shape: tuple[int, ...], like: Tensor) -> 
 class ZoneoutLSTM(nn.LSTM):
     """``nn.LSTM``, its interface and its parameters' names, where units keep their old values at random.
 
-    In evaluation, old and new values are mixed by these probabilities. The outputs are hidden states after that.
+    All of it but projections (``proj_size``). In evaluation, old and new values are mixed by these probabilities. The
+    outputs are hidden states after that. Its gradients have none themselves: no double backward, no ``torch.func``; and
+    ``torch.compile`` breaks its graph here.
 
     Args:
         input_size: of the input.
@@ -83,6 +104,8 @@ class ZoneoutLSTM(nn.LSTM):
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
         dropout: of the outputs of all layers but the last.
         bidirectional: also run from the end to the beginning.
+        device: of the parameters.
+        dtype: of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
         zoneout_hidden: probability that a unit of the hidden state does.
 
@@ -108,10 +131,13 @@ class ZoneoutLSTM(nn.LSTM):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
         zoneout_cell: float = 0.0,
         zoneout_hidden: float = 0.0,
     ) -> None:
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **factory)
         self.zoneout_cell = _check("zoneout_cell", zoneout_cell)
         self.zoneout_hidden = _check("zoneout_hidden", zoneout_hidden)
 
@@ -121,9 +147,8 @@ class ZoneoutLSTM(nn.LSTM):
             return self._packed(input, hx)
         if alone := input.ndim == 2:
             input, hx = input.unsqueeze(1), None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        elif self.batch_first:
-            input = input.transpose(0, 1)
-        outputs, (h, c) = self._run(input, hx, None)
+        x = steps_first(input, self.input_size, self.batch_first and not alone)
+        outputs, (h, c) = self._run(x, hx, None)
         if alone:
             return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
         return outputs.transpose(0, 1) if self.batch_first else outputs, (h, c)
@@ -131,7 +156,7 @@ class ZoneoutLSTM(nn.LSTM):
     def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         padded, lengths = pad_packed_sequence(packed)
         there = torch.arange(len(padded)).unsqueeze(1) < lengths
-        outputs, state = self._run(padded, hx, there.unsqueeze(2).to(padded.device))
+        outputs, state = self._run(steps_first(padded, self.input_size), hx, there.unsqueeze(2).to(padded.device))
         if packed.sorted_indices is not None:  # packed as the input was
             outputs, lengths = outputs.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
         found = pack_padded_sequence(outputs, lengths)
@@ -139,13 +164,10 @@ class ZoneoutLSTM(nn.LSTM):
 
     def _run(self, x: Tensor, hx: State | None, there: Tensor | None) -> tuple[Tensor, State]:
         """Return outputs and states; steps that are not there, of shorter sequences, keep the state entirely."""
-        if not len(x):
-            raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
         directions = 2 if self.bidirectional else 1
         rows = self.num_layers * directions
         h, c = (x.new_zeros(rows, x.shape[1], self.hidden_size) for _ in range(2)) if hx is None else hx
-        if (expected := (rows, x.shape[1], self.hidden_size)) != tuple(h.shape) or tuple(c.shape) != expected:
-            raise ConfigurationError(f"states are {expected}, not {tuple(h.shape)} and {tuple(c.shape)}")
+        check_state((h, c), ((rows, x.shape[1], self.hidden_size),) * 2)
         last = []
         for layer in range(self.num_layers):
             if layer:
@@ -174,4 +196,4 @@ class ZoneoutLSTM(nn.LSTM):
 
     @override
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, zoneout_cell={self.zoneout_cell:g}, zoneout_hidden={self.zoneout_hidden:g}"
+        return _with_rates(super().extra_repr(), self)

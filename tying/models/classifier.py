@@ -35,7 +35,7 @@ class Classification(pl.LightningModule):
         warmup: share of all steps over which the learning rate rises linearly from 0.
         drops: shares of all steps, for ``schedule="step"``.
         label_smoothing: of the cross entropy, in training.
-        channels_last: keep images and convolutions in the channels-last memory format.
+        channels_last: keep images and convolutions in the channels-last memory format; other inputs stay as they are.
         test_samples: with more than 1, and random merges in the model (:mod:`tying.depth`): tests also log loss and
             accuracy of the mean probabilities of so many sampled passes, as ``test/sampled/…``, and their standard
             deviation, of the class predicted, as ``test/spread``; predictions are :class:`tying.depth.Sampled`.
@@ -90,7 +90,8 @@ class Classification(pl.LightningModule):
 
     def laid_out_input(self, x: Tensor) -> Tensor:
         """Return a batch of inputs in the memory format that was asked for."""
-        return x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] else x
+        images = self.hparams["channels_last"] and x.ndim == 4
+        return x.contiguous(memory_format=torch.channels_last) if images else x
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ import math
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.checkpoints import of_all_processes
 from tying.depth import HMLSTM, HMState
 from tying.errors import ConfigurationError
 from tying.models.classifier import Classification
@@ -25,7 +27,8 @@ class SequenceModel(Classification):
     ``head``; where the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` makes both one.
 
     A language model logs bits per character, ``…/bits``, carries the state on from batch to batch, without gradients,
-    and begins each epoch, and each evaluation, anew. Checkpoints hold the state (of the first of several processes).
+    and begins each epoch, and each evaluation, anew. Checkpoints hold the state of each process; another number of
+    processes goes on without it, with a warning.
 
     Args:
         network: as above.
@@ -38,7 +41,9 @@ class SequenceModel(Classification):
     (batch, steps) and of those that follow, int64.
 
     Raises:
-        ConfigurationError: an unknown task, an embedding to classify by, or more than one test sample.
+        ConfigurationError: an unknown task, an embedding to classify by, a network that takes batches first, or for
+            ``"language"`` reads both ways, or more than one test sample; in use, outputs of another size, or a
+            vocabulary larger than ``num_classes``.
 
     Example:
         >>> model = SequenceModel(nn.LSTM(16, 16), size=16, task="language", num_classes=50)
@@ -59,28 +64,43 @@ class SequenceModel(Classification):
         super().__init__(**options)
         if task not in ("classification", "language"):
             raise ConfigurationError(f"task is 'classification' or 'language', not {task!r}")
-        if embedding is not None and task != "language":
-            raise ConfigurationError("an embedding is of characters: it needs task='language'")
+        if embedding is not None and (task != "language" or embedding < 1):
+            raise ConfigurationError(
+                f"an embedding is of characters: it needs task='language', and a size of 1 or more, not {embedding}"
+            )
+        if getattr(network, "batch_first", False):
+            raise ConfigurationError("the network is to take (steps, batch, features): make it with batch_first=False")
+        if task == "language" and getattr(network, "bidirectional", False):
+            raise ConfigurationError("a language model of both directions reads what it is to tell: use one direction")
         if self.hparams["test_samples"] > 1:
             raise ConfigurationError("SequenceModel tests by one pass: leave test_samples at 1")
         self.task = task
         classes = self.hparams["num_classes"]
-        self.embedding = nn.Embedding(classes, embedding or size) if task == "language" else nn.Identity()
+        width = size if embedding is None else embedding
+        self.embedding = nn.Embedding(classes, width) if task == "language" else nn.Identity()
         self.network = network
         self.head = nn.Linear(size, classes)
         self._carried: dict[str, Any] = {}  # states by stage
+        self._restored: list[list[Tensor]] = []  # of each process, from a checkpoint
 
     def run(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return logits, and the state after the last step."""
-        if self.task == "classification":
-            outputs, state = self.network(x.transpose(0, 1), *([] if state is None else [state]))
-            return self.head(outputs[-1]), state
-        outputs, state = self.network(self.embedding(x.t()), *([] if state is None else [state]))
-        return self.head(outputs.transpose(0, 1)), state
+        steps = self.embedding(x.t()) if self.task == "language" else x.transpose(0, 1)
+        outputs, state = self.network(steps, *([] if state is None else [state]))
+        if outputs.shape[-1] != self.head.in_features:
+            raise ConfigurationError(f"size={self.head.in_features}, and the network's outputs are {outputs.shape[-1]}")
+        return self.head(outputs.transpose(0, 1) if self.task == "language" else outputs[-1]), state
 
     @override
     def logits(self, x: Tensor) -> Tensor:
         return self.run(x)[0]
+
+    @override
+    def setup(self, stage: str) -> None:
+        vocabulary = getattr(self.trainer.datamodule, "vocabulary", None)  # type: ignore[attr-defined]  # untyped
+        classes = self.hparams["num_classes"]
+        if self.task == "language" and isinstance(vocabulary, int) and vocabulary > classes:
+            raise ConfigurationError(f"num_classes={classes}, and the text tells {vocabulary} characters apart")
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -92,20 +112,34 @@ class SequenceModel(Classification):
 
     def _step(self, stage: str, metric: str, batch: Any) -> Tensor:
         x, y = batch
-        carried = self._carried.get(stage)
-        fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
-        logits, state = self.run(x, carried if fits else None)
-        logits, y = logits.flatten(0, -2), y.flatten()
+        logits, y = self._run_on(stage, x).flatten(0, -2), y.flatten()
         entropy = F.cross_entropy(logits, y)
         smoothed = stage == "train" and self.hparams["label_smoothing"] > 0
         loss = self.training_loss(logits, y) if smoothed else entropy
         self.log(f"{stage}/loss", loss, sync_dist=stage != "train")
         if self.task == "language":
-            self._carried[stage] = _detached(state)
             bits = entropy.detach() / math.log(2)
             self.log(f"{stage}/bits", bits, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True)
         self.log_accuracy(stage, metric, logits, y)
         return loss
+
+    def _run_on(self, stage: str, x: Tensor) -> Tensor:
+        """Return logits; a language model goes on from the state of the batch before."""
+        carried = self._carried.get(stage)
+        fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
+        logits, state = self.run(x, carried if fits else None)
+        if self.task == "language":
+            self._carried[stage] = _detached(state)
+        return logits
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        return self._run_on("predict", x).softmax(dim=-1)
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        self._carried.pop("predict", None)
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -124,16 +158,23 @@ class SequenceModel(Classification):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if (state := self._carried.get("train")) is not None:
-            checkpoint["carried_state"] = [leaf.cpu() for leaf in _leaves(state)]
+            checkpoint["carried_states"] = of_all_processes([leaf.cpu() for leaf in _leaves(state)])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        leaves = checkpoint.get("carried_state", [])
-        self._carried = {"train": leaves[0] if len(leaves) == 1 else tuple(leaves)} if leaves else {}
+        self._restored = checkpoint.get("carried_states", [])
 
     @override
     def on_train_start(self) -> None:
-        self._carried = {stage: _moved(state, self.device) for stage, state in self._carried.items()}
+        processes, self._restored = self._restored, []
+        if len(processes) == self.trainer.world_size:
+            leaves = [leaf.to(self.device) for leaf in processes[self.global_rank]]
+            self._carried["train"] = leaves[0] if len(leaves) == 1 else tuple(leaves)
+        elif processes:
+            rank_zero_warn(
+                f"the checkpoint holds states of {len(processes)} processes, not of {self.trainer.world_size}: the "
+                "text goes on from a state of zeros"
+            )
 
 
 def _leaves(state: Any) -> list[Tensor]:
@@ -144,11 +185,7 @@ def _detached(state: Any) -> Any:
     if isinstance(state, Tensor):
         return state.detach()
     parts = [part.detach() for part in state]
-    return HMState(*parts) if isinstance(state, HMState) else tuple(parts)
-
-
-def _moved(state: Any, device: torch.device) -> Any:
-    return state.to(device) if isinstance(state, Tensor) else tuple(part.to(device) for part in state)
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 class HMNetwork(nn.Module):
