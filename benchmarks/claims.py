@@ -7,7 +7,7 @@ A suite's file may say::
     peaks:                     # a claim that y is best inside an axis, for each value of `lines`
       - {claim: the best alpha is inside, x: alpha, y: test/accuracy, lines: labels}
     orders:                    # a claim that y of some runs is above that of others
-      - {claim: tied is better, y: test/accuracy, better: tied, worse: untied}
+      - {claim: tied is better, y: test/accuracy, higher: tied, lower: untied}
 """
 
 from __future__ import annotations
@@ -149,15 +149,15 @@ class Order:
     Attributes:
         claim: in words.
         y: a metric.
-        better: a setting, as the table names it.
-        worse: a setting; ``better`` itself where another metric is compared.
-        over: the metric of ``worse``; ``y`` by default.
+        higher: a setting, as the table names it.
+        lower: a setting; ``higher`` itself where another metric is compared.
+        over: the metric of ``lower``; ``y`` by default.
     """
 
     claim: str
     y: str
-    better: str
-    worse: str
+    higher: str
+    lower: str
     over: str = ""
     head: ClassVar = ("settings", "n", "difference", "95 % interval", "says")
 
@@ -165,14 +165,14 @@ class Order:
         """Return a verdict, and a table's row: the difference and what it says. With one seed, nothing can be said."""
         over = self.over or self.y
         found = final(rows)
-        above = {row["seed"]: float(row[self.y]) for row in found if row["run"] == self.better and row.get(self.y)}
-        below = {row["seed"]: float(row[over]) for row in found if row["run"] == self.worse and row.get(over)}
+        above = {row["seed"]: float(row[self.y]) for row in found if row["run"] == self.higher and row.get(self.y)}
+        below = {row["seed"]: float(row[over]) for row in found if row["run"] == self.lower and row.get(over)}
         gains = [above[seed] - below[seed] for seed in above if seed in below]
         low, high = interval(gains)
         says = "as claimed" if low > 0 else "the opposite" if high < 0 else "undecided"
         verdict = {"as claimed": "reproduced", "the opposite": "not reproduced"}.get(says, says)
         mean, span = (f"{fmean(gains):+.4f}", f"{low:+.4f} to {high:+.4f}") if len(gains) > 1 else ("–", "–")
-        what = f"{self.better} − {self.worse}" if self.better != self.worse else f"{self.y} − {over}"
+        what = f"{self.higher} − {self.lower}" if self.higher != self.lower else f"{self.y} − {over}"
         return f"{self.claim}: {verdict}.", [[what, str(len(gains)), mean, span, says]]
 
 

@@ -1,4 +1,4 @@
-"""What zoneout and passthrough networks cost: forward and backward, against torch's LSTM and a loop over its cell."""
+"""What recurrent layers cost: forward and backward, against torch's LSTM and a loop over its cell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.report import table
 from benchmarks.timing import race
-from tying.depth import PassthroughGRU, ZoneoutLSTM
+from tying.depth import HyperLSTM, PassthroughGRU, ZoneoutLSTM
 
 BATCH, STEPS, INPUTS, SIZE = 100, 784, 1, 256
 RANK = 24
@@ -53,6 +53,7 @@ def measure() -> str:
         "zoneout LSTM, rates 0.15": ZoneoutLSTM(INPUTS, SIZE, zoneout_cell=0.15, zoneout_hidden=0.15),
         "zoneout LSTM, rates 0": ZoneoutLSTM(INPUTS, SIZE),
         f"passthrough GRU, rank {RANK}": PassthroughGRU(INPUTS, SIZE, RANK),
+        "LSTM by a hypernetwork of 32 units": HyperLSTM(INPUTS, SIZE),
     }
     result = race({side: step_of(net) for side, net in nets.items()}, races=5, rounds=3)
     rows = [

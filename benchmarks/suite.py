@@ -253,7 +253,7 @@ def _checked(suite: Suite) -> Suite:
     for one in (*suite.plots, *suite.claims):
         place = f"suite {suite.name}: {one.name if isinstance(one, Plot) else one.claim!r}"
         if isinstance(one, Order):
-            _refuse_unknown([one.better, one.worse], settings, f"{place}: unknown setting")
+            _refuse_unknown([one.higher, one.lower], settings, f"{place}: unknown setting")
         else:
             axes = [one.lines] if isinstance(one, Plot) else [one.lines, one.x]  # a plot may be over a metric
             _refuse_unknown(axes, suite.axes, f"{place}: unknown axis")

@@ -77,7 +77,7 @@ def test_console_commands_run(command, capsys):
         main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
     deep = (
         []
-        if any(word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn"))
+        if any(word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm"))
         else ["--model.network.depth=20"]
     )
     extra = [*SMALL, *deep] if args[0] == "fit" and "--print_config" not in args else []

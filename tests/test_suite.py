@@ -157,7 +157,7 @@ def test_the_order_of_overrides_makes_no_other_definition(tmp_path):
         ({"trends": [{"claim": "a", "x": "lr", "y": "m", "lines": "stength", "sign": 1}]}, "'a': unknown axis 'stength'"),
         ({"peaks": [{"claim": "a", "x": "lrs", "y": "m", "lines": "lr"}]}, "'a': unknown axis 'lrs'"),
         ({"plots": [{"name": "p", "x": "test/loss", "y": "m", "lines": "seed"}]}, "'p': unknown axis 'seed'"),
-        ({"orders": [{"claim": "a", "y": "m", "better": "soft", "worse": "untied,lr=0.1"}]}, "'a': unknown setting 'soft'"),
+        ({"orders": [{"claim": "a", "y": "m", "higher": "soft", "lower": "untied,lr=0.1"}]}, "'a': unknown setting 'soft'"),
     ],
 )  # fmt: skip
 def test_claims_are_of_the_suites_own_axes_and_settings(claims, told, tmp_path):

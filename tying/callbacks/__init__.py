@@ -2,6 +2,7 @@
 
 from tying.callbacks.anchor import AnchorTying
 from tying.callbacks.base import TyingCallback
+from tying.callbacks.boundaries import BoundaryPlot
 from tying.callbacks.clustering import BeforeEpoch, WeightClustering
 from tying.callbacks.coupling import Coupling
 from tying.callbacks.hard import HardTying
@@ -19,6 +20,7 @@ from tying.callbacks.unrolling import Unrolling
 __all__ = [
     "AnchorTying",
     "BeforeEpoch",
+    "BoundaryPlot",
     "Coupling",
     "GeneratedWeights",
     "HardTying",
