@@ -1,3 +1,4 @@
+import lightning.pytorch as pl
 import pytest
 from toys import Toy, train
 
@@ -24,6 +25,18 @@ def test_slopes_by_epoch(tmp_path):
     again = Reads()
     train(again, [SlopeAnnealing(rate=0.1)], max_epochs=5, ckpt_path=tmp_path / "a.ckpt")
     assert again.seen == [1.4] * 10
+
+
+def test_a_run_that_goes_on_within_an_epoch(tmp_path):
+    class SaveAt(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 14:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    train(Reads(), [SlopeAnnealing(rate=0.5), SaveAt()], max_epochs=2)
+    again = Reads()
+    train(again, [SlopeAnnealing(rate=0.5)], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    assert {*again.seen} == {1.5}
 
 
 def test_mistakes():

@@ -118,6 +118,15 @@ def test_the_table_of_swapout_given_the_masks():
     assert torch.equal(merged(Swapout(0.5, 0.5), first, second), X * first + f * second)
 
 
+def test_masks_have_the_memory_format_of_what_they_mask():
+    for x in (torch.rand(4, 3, 5, 5), torch.rand(4, 3, 5, 5).contiguous(memory_format=torch.channels_last)):
+        out = Swapout(0.5, 0.5)(x, lambda x=x: x)
+        assert out.stride() == x.stride()
+        assert {*(out / x).unique().tolist()} == {0.0, 1.0, 2.0}
+    half = torch.rand(4, 6, 5)[:, ::2]
+    assert {*(Swapout(0.5, 1.0)(half, lambda: half) / half).unique().tolist()} == {1.0, 2.0}
+
+
 def test_swapout_draws_both_masks_independently():
     torch.manual_seed(0)
     x, f = torch.ones(400, 500), torch.full((400, 500), 2.0)
