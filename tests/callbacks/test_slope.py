@@ -27,6 +27,7 @@ def test_slopes_by_epoch(tmp_path):
     assert again.seen == [1.4] * 10
 
 
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 def test_a_run_that_goes_on_within_an_epoch(tmp_path):
     class SaveAt(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
