@@ -193,7 +193,7 @@ def by_seed(points: Sequence[Row], x: str, y: str) -> list[list[tuple[float, flo
     """Return pairs (x, y) of each seed, in order of x; of seeds that have the same x as that of most, two at least."""
     seeds: dict[str, list[tuple[float, float]]] = {}
     for row in points:
-        if row.get(y):
+        if row.get(y) and row.get(x):  # not of a delta without that axis
             seeds.setdefault(row["seed"], []).append((float(row[x]), float(row[y])))
     most = max(([x for x, _ in sorted(own)] for own in seeds.values()), key=len, default=[])
     return [sorted(own) for own in seeds.values() if len(most) > 1 and [x for x, _ in sorted(own)] == most]

@@ -55,6 +55,12 @@ def test_the_spread_at_one_end_does_not_rule():
     assert RISING.judge(rows(values))[1][0][5] == "as claimed"
 
 
+def test_runs_without_the_axis_are_left_out():
+    found = rows({("a", x, seed): x for x in (0.1, 1.0, 10.0) for seed in range(3)})
+    other = [{key: value for key, value in row.items() if key != "alpha"} for row in found]
+    assert RISING.judge(found + other) == RISING.judge(found)
+
+
 def test_one_seed_decides_nothing():
     verdict, told = RISING.judge(rows({("a", x, 0): x for x in (0.1, 1.0)}))
     assert verdict == "rises: undecided, for want of seeds."
