@@ -57,7 +57,7 @@ def test_the_spread_at_one_end_does_not_rule():
 
 def test_runs_without_the_axis_are_left_out():
     found = rows({("a", x, seed): x for x in (0.1, 1.0, 10.0) for seed in range(3)})
-    other = [{key: value for key, value in row.items() if key != "alpha"} for row in found]
+    other = [{key: value for key, value in row.items() if key != "alpha"} | {"run": "b"} for row in found]
     assert RISING.judge(found + other) == RISING.judge(found)
 
 
