@@ -22,7 +22,7 @@ from benchmarks import (
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import RESULTS, ROOT, paste, write
 from benchmarks.suite import suites
-from tying.atomic import atomically
+from tying.atomic import save_figure
 from tying.errors import ConfigurationError, nearest
 
 SPEED = {
@@ -88,8 +88,7 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
     elif known.command == "run" and known.suite in COMPUTED:
         text, figure = COMPUTED[known.suite]()
         _keep(known.suite, f"{text}\n\n{describe()}. Command: `python -m benchmarks run {known.suite}`.", known.save)
-        with atomically((RESULTS if known.save else Path()) / f"{known.suite}.png") as aside:
-            figure.savefig(aside, format="png", dpi=120)
+        save_figure(figure, (RESULTS if known.save else Path()) / f"{known.suite}.png")
     elif known.command == "speed":
         for family in known.family or SPEED:
             if family not in SPEED:

@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
 
-from tying.atomic import atomically
+from tying.atomic import save_figure
 
 Row = Mapping[str, str]
 
@@ -81,5 +81,4 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path)

@@ -16,7 +16,7 @@ from benchmarks.folder import Folder
 from benchmarks.machine import in_words
 from benchmarks.report import table, write
 from benchmarks.suite import Run, Suite
-from tying.atomic import atomically
+from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
 
 
@@ -116,8 +116,7 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
         axes.set(xlabel="epoch", ylabel=metric)
         if 0 < len(points) <= 12:
             axes.legend(fontsize="x-small")
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def _settings(runs: Sequence[Run], results: dict[str, Any]) -> dict[str, list[Run]]:

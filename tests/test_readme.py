@@ -80,7 +80,7 @@ def test_console_commands_run(command, capsys):
         if any(word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm"))
         else ["--model.network.depth=20"]
     )
-    extra = [*SMALL, *deep] if args[0] == "fit" and "--print_config" not in args else []
+    extra = {"fit": [*SMALL, *deep], "test": ["--trainer.limit_test_batches=1"]}.get(args[0], [])
     if "--print_config" in args:
         with pytest.raises(SystemExit):
             main(args)

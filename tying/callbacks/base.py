@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -94,6 +95,13 @@ def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) ->
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return the trainer's callbacks."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]  # set by the trainer's connector, untyped
+
+
+def picture_folder(trainer: pl.Trainer) -> Path | None:
+    """Return where pictures go, the logger's directory; ``None`` in all processes but the first, and in trial runs."""
+    folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
+    draws = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # untyped
+    return folder if draws else None
 
 
 def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:

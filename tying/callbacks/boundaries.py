@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.atomic import atomically
+from tying.atomic import save_figure
+from tying.callbacks.base import picture_folder
 from tying.depth import HMLSTM, HMOutput
 from tying.errors import ConfigurationError
 
@@ -91,14 +91,13 @@ class BoundaryPlot(pl.Callback):
         assert self._sum is not None
         for layer, count in enumerate(self._sum / self._steps, start=1):
             pl_module.log(f"test/boundaries/{layer}", count, sync_dist=True)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        if not (folder := picture_folder(trainer)):
             return
         ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
         text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
-        with atomically(folder / "boundaries.png") as aside, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is a box
-            boundary_figure(text, marks).savefig(aside, format="png", dpi=120)
+            save_figure(boundary_figure(text, marks), folder / "boundaries.png")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -10,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
+from tying.callbacks.base import picture_folder
 from tying.callbacks.parametrizing import Parametrizing
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.network import check_choices
@@ -59,8 +59,7 @@ class WeightHashing(Parametrizing):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         counts = table_loads(pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        if folder := picture_folder(trainer):
             draw_loads(counts, folder / "hash_loads.png")
         entropies = [entropy(own) for own in counts.values()]
         self._entropy = sum(entropies) / len(entropies)

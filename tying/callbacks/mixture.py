@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.atomic import atomically
-from tying.callbacks.base import refuse_copies
+from tying.atomic import save_figure
+from tying.callbacks.base import picture_folder, refuse_copies
 from tying.callbacks.pulling import Pull, Pulling, labelled_examples
 from tying.errors import ConfigurationError, listed
 from tying.hashing.packing import sizes
@@ -246,13 +245,11 @@ class MixtureTying(Pulling):
 
     def _draw(self, trainer: pl.Trainer, name: str) -> None:
         assert self.prior is not None
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        if not (folder := picture_folder(trainer)):
             return
         figure = mixture_figure(self._all(), self.prior, f"epoch {trainer.current_epoch}")
         own = f"{name}_{self.name}" if self.name else name
-        with atomically(folder / f"{own}.png") as aside:
-            figure.savefig(aside, format="png", dpi=120)
+        save_figure(figure, folder / f"{own}.png")
         for logger in trainer.loggers:
             if add := getattr(getattr(logger, "experiment", None), "add_figure", None):  # TensorBoard's
                 add(f"{self._prefix}/{name}", figure, trainer.global_step)

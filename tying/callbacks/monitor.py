@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.atomic import atomically
-from tying.callbacks.base import tied_groups
+from tying.atomic import save_figure
+from tying.callbacks.base import picture_folder, tied_groups
 from tying.soft import gap
 
 
@@ -62,8 +62,7 @@ class TyingMonitor(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if trainer.is_global_zero and self.steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        if (folder := picture_folder(trainer)) and self.steps:
             plot_gaps(self.steps, self.history, folder / "tying_gap.png")
 
 
@@ -77,5 +76,4 @@ def plot_gaps(steps: list[int], history: dict[str, list[float]], path: Path) -> 
         axes.plot(steps[-len(gaps) :], gaps, label=name, marker="." if len(gaps) < 20 else None)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="x-small")
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path)

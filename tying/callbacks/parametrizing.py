@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel, arguments_of, refuse_older
+from tying.callbacks.base import ChangesModel, arguments_of, picture_folder, refuse_older
 from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.applying import are_computed
@@ -106,8 +104,7 @@ class TemplateWeights(Parametrizing):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        if folder := picture_folder(trainer):
             plot_similarity(pl_module, folder / "layer_similarity.png")
 
 

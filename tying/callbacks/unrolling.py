@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from tying.atomic import atomically
+from tying.atomic import save_figure
+from tying.callbacks.base import picture_folder
 from tying.depth import Recurrent
 from tying.errors import ConfigurationError
 
@@ -78,13 +78,11 @@ class Unrolling(pl.Callback):
         found = dict(zip(self._right, counts[:, 0] / counts[:, 1], strict=True))
         for extra, accuracy in found.items():
             pl_module.log(f"test/steps{extra:+d}/accuracy", accuracy)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        if not (folder := picture_folder(trainer)):
             return
         figure = Figure(figsize=(5, 3.8), layout="constrained")
         axes = figure.subplots()
         axes.plot([*found], [float(accuracy) for accuracy in found.values()], marker=".")
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(xlabel="steps beyond those of training", ylabel="test accuracy")
-        with atomically(folder / "unrolling.png") as aside:
-            figure.savefig(aside, format="png", dpi=120)
+        save_figure(figure, folder / "unrolling.png")

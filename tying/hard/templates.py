@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
-from tying.atomic import atomically
+from tying.atomic import save_figure
 from tying.errors import ConfigurationError
 from tying.hard.applying import parametrize_all
 from tying.names import clean_name
@@ -233,8 +233,7 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
         image = axes.imshow(layer_similarity(coefficients).cpu().float().numpy(), vmin=0, vmax=1)
         axes.set(title=f"{names[0]} … {names[-1]}", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=figure.axes, label="similarity")
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def _alpha(held: ParametrizationList) -> Tensor:

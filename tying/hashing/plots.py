@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tying.atomic import atomically
+from tying.atomic import save_figure
 from tying.errors import ConfigurationError
 from tying.hashing.loads import entropy, loads
 from tying.hashing.report import hashed_in
@@ -56,5 +56,4 @@ def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
         heat.set(title=f"{title}\nentropy {entropy(own):.3f} of {math.log(len(own)):.3f} nats", xticks=[], yticks=[])
         bars.hist(own.numpy(), bins=min(50, int(own.max()) + 1))
         bars.set(xlabel="weights that use an entry", ylabel="entries")
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    save_figure(figure, path)
