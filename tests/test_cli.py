@@ -97,6 +97,20 @@ def launch(args, world=1, step=-1):
     return processes[0].exitcode
 
 
+def test_last_is_the_newest_checkpoint_in_every_subcommand(capsys, caplog):
+    main(["fit", BASE, *SMALL, "--ckpt_path=last"])  # there is none: it begins anew
+    assert "training begins anew" in caplog.text
+    few = ["--model.network.depth=8", "--trainer.enable_progress_bar=false"]
+    for subcommand in ("test", "validate", "predict"):
+        options = [*few, f"--trainer.limit_{'val' if subcommand == 'validate' else subcommand}_batches=1"]
+        main([subcommand, BASE, *options, "--ckpt_path=last"])
+        assert caplog.text.count("taking the weights of runs/untied/version_0/checkpoints/") == 1
+        caplog.clear()
+        with pytest.raises(SystemExit):
+            main([subcommand, BASE, *options, "--ckpt_path=last", "--trainer.logger.name=other"])
+        assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in capsys.readouterr().err
+
+
 TWENTY = sorted(random.Random(0).choices(range(1, 16), k=20))
 SCHEDULED = ["schedule.start=0", "schedule.length=12"]
 

@@ -69,12 +69,13 @@ def test_yaml_runs(tmp_path):
     main(["fit", "--config=configs/base.yaml", "--config=more.yaml", "--model=Autoencoder", *SMALL])
 
 
-@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
 def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
     if "configs/transfer.yaml" in args:
         main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
+    if args[0] == "test":  # what was trained before
+        main(["fit", *args[1:-2], *SMALL])
     deep = (
         []
         if any(word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 import zipfile
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
@@ -167,13 +168,40 @@ class TyingCLI(LightningCLI):
                 raise ConfigurationError(f"ckpt_path: {path} is not a checkpoint, or is truncated")
 
     def before_fit(self) -> None:
-        """Let ``--ckpt_path last`` mean the newest checkpoint of any earlier run of this name.
+        """Let ``--ckpt_path last`` mean the newest checkpoint of any earlier run of this name; without one, begin anew.
 
         Lightning itself looks only where this run will write, which is a new directory for each run.
         """
-        if self.config_init.fit.ckpt_path == "last" and (found := newest_checkpoint(self.trainer)):
-            self.config_init.fit.ckpt_path = str(found)
-            rank_zero_info(f"going on from {found}")
+        if self.config_init.fit.ckpt_path == "last":
+            found = self._newest()
+            self.config_init.fit.ckpt_path = None if found is None else str(found)
+            where = getattr(self.trainer.logger, "root_dir", None)
+            rank_zero_info(f"going on from {found}" if found else f"no earlier run is in {where}: training begins anew")
+
+    def _newest(self) -> Path | None:
+        warnings.filterwarnings("ignore", "The dirpath has changed")  # each run has a directory of its own
+        return newest_checkpoint(self.trainer)
+
+    def before_validate(self) -> None:
+        """Let ``--ckpt_path last`` mean the newest checkpoint of any run of this name, of which there must be one."""
+        self._find_last("validate")
+
+    def before_test(self) -> None:
+        """As :meth:`before_validate`."""
+        self._find_last("test")
+
+    def before_predict(self) -> None:
+        """As :meth:`before_validate`."""
+        self._find_last("predict")
+
+    def _find_last(self, subcommand: str) -> None:
+        config = self.config_init[subcommand]
+        if config.ckpt_path == "last":
+            if (found := self._newest()) is None:
+                where = getattr(self.trainer.logger, "root_dir", None)
+                raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint; give its path")
+            config.ckpt_path = str(found)
+            rank_zero_info(f"taking the weights of {found}")
 
 
 def newest_checkpoint(trainer: pl.Trainer) -> Path | None:

@@ -69,6 +69,16 @@ def test_splits_vocabulary_and_unknown_characters(path, tmp_path):
     assert odd.text(odd._ids["test"][-2:]) == "��"
 
 
+def test_files_of_other_encodings(tmp_path):
+    (tmp_path / "old.txt").write_bytes("café naïve ".encode("latin-1") * 100)
+    with pytest.raises(ConfigurationError, match="cannot be read as utf-8: 'utf-8' codec can't decode byte 0xe9"):
+        Text(str(tmp_path / "old.txt"), window=10, batch_size=2).setup("fit")
+    data = Text(str(tmp_path / "old.txt"), window=10, batch_size=2, encoding="latin-1")
+    data.setup("fit")
+    assert data.text(data._ids["fit"][:10]) == "café naïve"
+    assert data.text(torch.tensor([1, 99])) == " �"  # a slot that no character has
+
+
 def test_the_standard_library():
     data = Text(characters=10_000)
     data.setup("fit")
@@ -116,7 +126,8 @@ def test_training_goes_on_at_the_next_window(path, tmp_path):
         ({"window": 0}, "window must be 1 or more, not 0"),
         ({"vocabulary": 1}, "vocabulary must be 2 or more, not 1"),
         ({"characters": 1}, "characters must be 2 or more, not 1"),
-        ({"path": "none.txt"}, "path: none.txt cannot be read"),
+        ({"path": "none.txt"}, "path: none.txt cannot be read as utf-8"),
+        ({"encoding": "klingon"}, "cannot be read as klingon: unknown encoding"),
         ({"window": 250}, "the text for val has 200 characters: a window of 250, and what follows it, needs 251"),
         (
             {"window": 150, "batch_size": 64},

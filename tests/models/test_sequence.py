@@ -10,7 +10,7 @@ from toys import same, train
 from tying import ConfigurationError
 from tying.callbacks import HardTying, RandomState, SlopeAnnealing
 from tying.data import Text
-from tying.depth import HyperLSTM, PassthroughGRU, ZoneoutLSTM
+from tying.depth import HMLSTM, HyperLSTM, PassthroughGRU, ZoneoutLSTM
 from tying.hard import tie
 from tying.models import HMNetwork, SequenceModel
 
@@ -187,8 +187,14 @@ def test_mistakes():
 
 
 def test_a_vocabulary_larger_than_the_model(path):
-    with pytest.raises(ConfigurationError, match="num_classes=7, and the text tells 8 characters apart"):
+    with pytest.raises(ConfigurationError, match="num_classes=7, and the data's vocabulary is 8: set it to 7 or fewer"):
         train(language(num_classes=7), data=text(path), max_epochs=1)
+
+
+@pytest.mark.parametrize("network", [HMLSTM(4, 4), nn.Linear(4, 4)])
+def test_networks_of_another_interface(network):
+    with pytest.raises(ConfigurationError, match=r"returns no pair of outputs and a state.*tying\.models\.HMNetwork"):
+        SequenceModel(network, size=4)(torch.zeros(2, 7, 4))
 
 
 def test_images_layout_is_no_matter_of_sequences(path):

@@ -78,6 +78,7 @@ class Text(pl.LightningDataModule):
         vocabulary: number of characters told apart: the most frequent ones of the training text, less one slot for all
             others.
         characters: use no more than so many of the training text; all by default.
+        encoding: of the file.
 
     Attributes:
         key: stands for the content, once it is set up.
@@ -103,6 +104,7 @@ class Text(pl.LightningDataModule):
         batch_size: int = 32,
         vocabulary: int = 128,
         characters: int | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         super().__init__()
         for name, value, least in (("window", window, 1), ("batch_size", batch_size, 1), ("vocabulary", vocabulary, 2)):
@@ -111,7 +113,7 @@ class Text(pl.LightningDataModule):
         if characters is not None and characters < 2:
             raise ConfigurationError(f"characters must be 2 or more, not {characters}")
         self.path, self.window, self.batch_size = path, window, batch_size
-        self.vocabulary, self.characters = vocabulary, characters
+        self.vocabulary, self.characters, self.encoding = vocabulary, characters, encoding
         self.key, self.letters = "", ""
         self._ids: dict[str, Tensor] = {}
         self._training: StreamLoader | None = None
@@ -121,7 +123,7 @@ class Text(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if self._ids:
             return
-        texts = _split(Path(self.path)) if self.path is not None else _library()
+        texts = _split(Path(self.path), self.encoding) if self.path is not None else _library()
         if self.characters is not None:
             texts["fit"] = texts["fit"][: self.characters]
         self.key = f"{zlib.crc32(''.join(texts.values()).encode('utf-8', 'surrogatepass')):08x}"
@@ -150,8 +152,9 @@ class Text(pl.LightningDataModule):
         return f"sources of Python {sys.version.split()[0]}" if self.path is None else Path(self.path).name
 
     def text(self, ids: Tensor) -> str:
-        """Return the characters of slots; � for unknown ones."""
-        return "".join("�" if slot == UNKNOWN else self.letters[slot - 1] for slot in ids.flatten().tolist())
+        """Return the characters of slots; � for unknown ones, and for slots that no character has."""
+        slots = dict(enumerate(self.letters, start=1))
+        return "".join(slots.get(slot, "�") for slot in ids.flatten().tolist())
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -195,11 +198,11 @@ class Text(pl.LightningDataModule):
         return loader
 
 
-def _split(path: Path) -> dict[str, str]:
+def _split(path: Path, encoding: str) -> dict[str, str]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigurationError(f"path: {path} cannot be read: {error}") from None
+        text = path.read_text(encoding)
+    except (OSError, UnicodeError, LookupError) as error:  # the last for an unknown encoding
+        raise ConfigurationError(f"path: {path} cannot be read as {encoding}: {error}") from None
     last, before = (len(text) - share * len(text) // HELD_OUT for share in (1, 2))
     return {"fit": text[:before], "val": text[before:last], "test": text[last:]}
 

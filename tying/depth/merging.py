@@ -96,7 +96,10 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
         ConfigurationError: a block has a merge already. Nothing is changed then.
     """
     if taken := [f"{name} ({type(merge).__name__})" for name, block in blocks.items() if (merge := merge_of(block))]:
-        raise ConfigurationError(f"{listed(taken)}: merged already; remove_merge takes out what apply_merge put in")
+        raise ConfigurationError(
+            f"{listed(taken)}: merged already: leave out merge= where the "
+            "model makes its own, and take out by remove_merge what apply_merge, or ResidualMerging, put in"
+        )
     kinds = merged_kinds()
     copies = [copy.deepcopy(merge) for merge in merges]
     for block, own in zip(blocks.values(), copies, strict=True):

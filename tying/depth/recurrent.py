@@ -64,8 +64,8 @@ class Recurrent(nn.Module):
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        if steps < 1:
-            raise ConfigurationError(f"steps must be 1 or more, not {steps}")
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigurationError(f"steps must be an integer, 1 or more, not {steps!r}")
         self._steps = steps
 
     @override

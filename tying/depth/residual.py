@@ -33,7 +33,7 @@ class Merge(nn.Module):
         self.share = 1.0
         for name, keep in keeps.items():
             if not 0 <= keep <= 1:
-                raise ConfigurationError(f"{name} is a probability, from 0 to 1, not {keep}")
+                raise ConfigurationError(f"{name} is a probability, from 0 to 1, not {keep!r}")
             setattr(self, name, float(keep))
 
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:

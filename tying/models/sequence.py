@@ -86,7 +86,13 @@ class SequenceModel(Classification):
     def run(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return logits, and the state after the last step."""
         steps = self.embedding(x.t()) if self.task == "language" else x.transpose(0, 1)
-        outputs, state = self.network(steps, *([] if state is None else [state]))
+        found = self.network(steps, *([] if state is None else [state]))
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ConfigurationError(
+                f"{type(self.network).__name__} returns no pair of outputs and a state, as nn.LSTM does; for an "
+                "HMLSTM, take tying.models.HMNetwork"
+            )
+        outputs, state = found
         if outputs.shape[-1] != self.head.in_features:
             raise ConfigurationError(f"size={self.head.in_features}, and the network's outputs are {outputs.shape[-1]}")
         return self.head(outputs.transpose(0, 1) if self.task == "language" else outputs[-1]), state
@@ -100,7 +106,9 @@ class SequenceModel(Classification):
         vocabulary = getattr(self.trainer.datamodule, "vocabulary", None)  # type: ignore[attr-defined]  # untyped
         classes = self.hparams["num_classes"]
         if self.task == "language" and isinstance(vocabulary, int) and vocabulary > classes:
-            raise ConfigurationError(f"num_classes={classes}, and the text tells {vocabulary} characters apart")
+            raise ConfigurationError(
+                f"num_classes={classes}, and the data's vocabulary is {vocabulary}: set it to {classes} or fewer"
+            )
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
