@@ -244,7 +244,7 @@ def test_the_steps_of_a_recurrent_block_are_blocks():
 def test_a_merge_is_not_applied_twice():
     model = ResNet(depth=8)
     apply_merge(model, "layer2.*", StochasticDepth(0.5))
-    with pytest.raises(ConfigurationError, match=r"layer2\.0 \(StochasticDepth\): merged already; remove_merge"):
+    with pytest.raises(ConfigurationError, match=r"layer2\.0 \(StochasticDepth\): merged already: leave out merge="):
         apply_merge(model, "layer*.*", Swapout(0.5, 0.5))
     assert type(model.layer1[0].merge) is Sum
     other = small(resnet18)

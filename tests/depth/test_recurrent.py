@@ -110,9 +110,9 @@ def test_every_kind_of_norm_is_of_each_step():
 def test_mistakes():
     with pytest.raises(ConfigurationError, match=r"whose weights are parameters, not parametrizations\.weight"):
         Recurrent(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), 2)
-    with pytest.raises(ConfigurationError, match="steps must be 1 or more, not 0"):
+    with pytest.raises(ConfigurationError, match="steps must be an integer, 1 or more, not 0"):
         Recurrent(nn.Linear(2, 2), 2).steps = 0
-    with pytest.raises(ConfigurationError, match="steps must be 1 or more, not 0"):
+    with pytest.raises(ConfigurationError, match="steps must be an integer, 1 or more, not 0"):
         Recurrent(nn.Linear(2, 2), 0)
     with pytest.raises(ConfigurationError, match=r"must keep the shape of its input: it makes \(2, 3\) of \(2, 4\)"):
         Recurrent(nn.Linear(4, 3), 1)(torch.zeros(2, 4))
