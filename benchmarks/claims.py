@@ -72,7 +72,8 @@ class Trend:
             told.append([f"{self.lines} {line}", str(len(changes)), change, correlation, within, says])
         if not any(int(line[1]) > 1 for line in told):
             return f"{self.claim}: undecided, for want of seeds.", told
-        verdict = "reproduced" if all(agreeing) else "not reproduced"
+        undecided = all(line[-1] == "undecided" for line in told)
+        verdict = "reproduced" if all(agreeing) else "undecided" if undecided else "not reproduced"
         if 0 < sum(agreeing) < len(agreeing):
             verdict += f" (on {sum(agreeing)} of {len(agreeing)} lines)"
         if self.confounded and any(agreeing):
