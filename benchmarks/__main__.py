@@ -1,18 +1,22 @@
-"""``python -m benchmarks``: experiments, the demo among them, speed tables, and their place in the README."""
+"""``python -m benchmarks``: experiments, the demo among them, speed tables, and one report of all that is kept."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from benchmarks import (
+    evidence,
     experiment,
     hybrid_toy,
     speed_data,
     speed_depth,
+    speed_growth,
     speed_hard,
     speed_harness,
     speed_hashing,
@@ -20,14 +24,15 @@ from benchmarks import (
     speed_soft,
 )
 from benchmarks.machine import describe, supports_bf16
-from benchmarks.report import RESULTS, ROOT, paste, write
+from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.suite import suites
 from tying.atomic import save_figure
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, listed, nearest
 
-SPEED = {
+SPEED: dict[str, Callable[[], str | tuple[str, Figure]]] = {
     "data": speed_data.measure,
     "depth": speed_depth.measure,
+    "growth": speed_growth.measure,
     "hard": speed_hard.measure,
     "hashing": speed_hashing.measure,
     "harness": speed_harness.measure,
@@ -35,6 +40,7 @@ SPEED = {
     "soft": speed_soft.measure,
 }
 
+REPORT = Path("runs/report.html")
 COMPUTED = {"hybrid-toy": hybrid_toy.report}  # experiments without a network to train
 
 
@@ -59,13 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the suites, and how far they are")
     run = commands.add_parser("run", help="do those of a suite's runs that are not done, and report")
-    report = commands.add_parser("report", help="table, plot and CSV of the runs that are done")
+    report = commands.add_parser("report", help="table, plot and CSV of a suite's runs; or a page of all kept results")
     demo = commands.add_parser("demo", help="the suite demo under runs/demo, in bfloat16 where that is fast")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
-    commands.add_parser("readme", help="paste the kept results into the README")
+    commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
+    told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
+    run.add_argument("suite", metavar="SUITE", help=told)
+    report.add_argument("suite", metavar="SUITE", nargs="?", help=f"{told}; by default, all that is kept, as HTML")
     for command in (run, report):
-        command.add_argument("suite", metavar="SUITE", help=f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file")
         command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
         command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
@@ -84,19 +92,27 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
     if known.command == "list":
         print(experiment.overview())
     elif known.command == "readme":
-        write(ROOT / "README.md", paste((ROOT / "README.md").read_text()))
+        for page in PAGES:
+            write(page, paste(page.read_text()))
+        write(RESULTS / "README.md", evidence.markdown())
+    elif known.command == "report" and known.suite is None:
+        if given := [f"--{name}" for name in ("data", "only", "out", "seeds") if vars(known)[name] is not None]:
+            raise ConfigurationError(
+                f"{listed(given)}: of which suite? The report of all that is kept takes no options"
+            )
+        write(REPORT, evidence.html())
+        print(f"Written: {REPORT}")
     elif known.command == "run" and known.suite in COMPUTED:
-        text, figure = COMPUTED[known.suite]()
-        _keep(known.suite, f"{text}\n\n{describe()}. Command: `python -m benchmarks run {known.suite}`.", known.save)
-        save_figure(figure, (RESULTS if known.save else Path()) / f"{known.suite}.png")
+        _present(known.suite, *COMPUTED[known.suite](), f"run {known.suite}", known.save)
     elif known.command == "speed":
         for family in known.family or SPEED:
             if family not in SPEED:
                 raise ConfigurationError(
                     f"unknown family {family!r}: there is {', '.join(SPEED)}.{nearest(family, SPEED)}"
                 )
-            text = f"{SPEED[family]()}\n\n{describe()}. Command: `python -m benchmarks speed {family}`."
-            _keep(f"speed_{family}", text, known.save)
+            made = SPEED[family]()
+            text, figure = made if isinstance(made, tuple) else (made, None)
+            _present(f"speed_{family}", text, figure, f"speed {family}", known.save)
     else:
         return _experiment(known, overrides, given)
     return 0
@@ -134,6 +150,12 @@ def _anywhere(argument: str) -> str:
     """Return an argument without the folders that hold a file on this machine."""
     option, assigned, value = argument.rpartition("=")
     return f"{option}{assigned}{Path(value).name}" if Path(value).is_absolute() else argument
+
+
+def _present(name: str, text: str, figure: Figure | None, command: str, save: bool) -> None:
+    _keep(name, f"{text}\n\n{describe()}. Command: `python -m benchmarks {command}`.", save)
+    if figure is not None:
+        save_figure(figure, (RESULTS if save else REPORT.parent) / f"{name}.png")
 
 
 def _keep(name: str, text: str, save: bool) -> None:

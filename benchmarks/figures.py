@@ -4,6 +4,7 @@ A suite's file may say::
 
     plots:                     # a line for each value of `lines`, over an axis or a metric
       - {name: alpha, x: alpha, y: test/accuracy, lines: ratio, log: true}
+      - {name: parameters, x: parameters, y: test/accuracy}  # a point for each setting
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ class Plot:
 
     Attributes:
         name: of the picture.
-        x: an axis of the suite, or a metric.
+        x: an axis of the suite, a metric, or one of parameters, bytes, seconds / epoch, peak memory.
         y: a metric, or several.
-        lines: an axis: a line for each of its values and each metric.
+        lines: an axis: a line for each of its values and each metric; ``"run"``: a point for each setting.
         log: whether x is logarithmic.
     """
 
     name: str
     x: str
     y: str | Sequence[str]
-    lines: str
+    lines: str = "run"
     log: bool = False
 
 
@@ -58,7 +59,10 @@ def final(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG: over an axis, means with standard deviations; over a metric, a point for each run."""
+    """Write a PNG: over an axis, means with standard deviations; over a metric, a point for each run.
+
+    With ``lines="run"`` each setting is one point, of mean x and mean y, that bears its name.
+    """
     figure = Figure(figsize=(5, 3.8), layout="constrained")
     axes = figure.subplots()
     metrics = [plot.y] if isinstance(plot.y, str) else plot.y
@@ -67,11 +71,15 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         for row in found:
             if row.get(plot.x) and row.get(y):
                 points.setdefault(float(row[plot.x]), []).append(float(row[y]))
+        if plot.lines == "run" and points:
+            points = {fmean(points): [value for values in points.values() for value in values]}
         xs = sorted(points)
         means = [fmean(points[x]) for x in xs]
         spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
-        label = f"{plot.lines} {line}" + (f", {y}" if len(metrics) > 1 else "")
+        label = (line if plot.lines == "run" else f"{plot.lines} {line}") + (f", {y}" if len(metrics) > 1 else "")
         axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
+        if plot.lines == "run" and points:
+            axes.annotate(label, (xs[0], means[0]), (3, 3), textcoords="offset points", fontsize="xx-small")
     if plot.log:
         every = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
         if 0 in every and len(every) > 1:
@@ -79,6 +87,6 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         else:
             axes.set_xscale("log")
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
-    if axes.get_legend_handles_labels()[0]:
+    if plot.lines != "run" and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")
     save_figure(figure, path)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
@@ -26,6 +26,7 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from benchmarks.folder import HEARTBEAT, Folder, read_json, touch, write_json
@@ -192,7 +193,7 @@ def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> None
         "metrics": metrics,
         "data": {"description": getattr(data, "description", type(data).__name__), "key": getattr(data, "key", None)},
         "machine": machine(),
-        "parameters": {"unique": unique, "virtual": virtual},
+        "parameters": {"unique": unique, "virtual": virtual, "bytes": stored_bytes(model.state_dict())},
         "seconds": {
             "training": sum(row["seconds"] for row in record.rows),
             "epoch": sorted(row["seconds"] for row in record.rows)[len(record.rows) // 2],
@@ -210,6 +211,19 @@ def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> None
     for earlier in folder.attempts():
         if int(earlier.name) < int(attempt.name):
             shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
+
+
+def stored_bytes(state: Mapping[str, Any]) -> int:
+    """Return the bytes of a state's tensors, each storage once: a tied weight costs nothing, an index does.
+
+    Example:
+        >>> weight = torch.zeros(10)
+        >>> stored_bytes({"weight": weight, "tied": weight, "extra": {"index": torch.zeros(3, dtype=torch.uint8)}})
+        43
+    """
+    tensors = [leaf for leaf in tree_leaves(dict(state)) if isinstance(leaf, torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _share(trainer: pl.Trainer) -> float:

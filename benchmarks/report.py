@@ -1,4 +1,4 @@
-"""Results as Markdown, and their place in the README."""
+"""Results as Markdown, and their place in pages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tying.atomic import atomically
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, nearest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "GUIDE.md", ROOT / "benchmarks" / "PAPERS.md"]  # tell of results
+MARK = re.compile(r"(<!-- (results|cell|claim) (.+?) -->)(.*?)<!-- end -->", re.DOTALL)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -41,17 +43,47 @@ def write(path: Path, text: str) -> None:
         aside.write_text(text)
 
 
-def paste(readme: str) -> str:
-    """Return ``readme`` with each block between ``<!-- results NAME -->`` and ``<!-- end -->`` brought up to date.
+def paste(page: str) -> str:
+    """Return a page with all that it takes from kept results brought up to date.
+
+    That is, what stands between one of these marks and ``<!-- end -->``::
+
+        <!-- results soft -->                          the whole of results/soft.md
+        <!-- cell soft :: untied :: test accuracy -->  one figure of it, by row and column
+        <!-- claim transfer :: the anchor is better --> a verdict
 
     Raises:
-        ConfigurationError: there is no result of that name.
+        ConfigurationError: there is no such result, row, column or claim.
     """
+    return MARK.sub(lambda match: f"{match[1]}{_taken(match[2], match[3])}<!-- end -->", page)
 
-    def block(match: re.Match[str]) -> str:
-        path = RESULTS / f"{match[1]}.md"
-        if not path.exists():
-            raise ConfigurationError(f"the README asks for results {match[1]!r}, but there is no {path.name}")
-        return f"<!-- results {match[1]} -->\n{path.read_text().strip()}\n<!-- end -->"
 
-    return re.sub(r"<!-- results (\S+) -->\n.*?<!-- end -->", block, readme, flags=re.DOTALL)
+def _taken(kind: str, asked: str) -> str:
+    name, *place = asked.split(" :: ")
+    path = RESULTS / f"{name}.md"
+    if not path.exists():
+        kept = [result.stem for result in RESULTS.glob("*.md")]
+        raise ConfigurationError(f"a page asks for results {name!r}, but there is no {path.name}.{nearest(name, kept)}")
+    text = path.read_text()
+    if kind == "results":
+        return f"\n{text.strip()}\n"
+    found = _claims(text) if kind == "claim" else _cells(text)
+    if (wanted := " :: ".join(place)) not in found:
+        raise ConfigurationError(f"{path.name} has no {kind} {wanted!r}.{nearest(wanted, found)}")
+    return found[wanted]
+
+
+def _claims(text: str) -> dict[str, str]:
+    """Return the verdicts of a result by their claims."""
+    return dict(re.findall(r"^Claim: (.*?): ((?:not )?reproduced.*|undecided.*)\.$", text, flags=re.MULTILINE))
+
+
+def _cells(text: str) -> dict[str, str]:
+    """Return the figures of a result's tables by row and column."""
+    cells: dict[str, str] = {}
+    for lines in re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+        for first, *others in rows:
+            for column, cell in zip(header[1:], others, strict=True):
+                cells.setdefault(f"{first} :: {column}", cell)
+    return cells

@@ -12,7 +12,8 @@ A suite is a base configuration, deltas to compare, and axes to sweep::
     seed_keys: [seed_everything]     # where the seed goes
     figures: {accuracy: test/accuracy}  # columns of the report: metrics by heading
     curves: [val/accuracy]           # panels of its plot: metrics over epochs
-    like: other                      # instead of base, deltas, axes and seeds: the very runs of another suite
+    like: other                      # instead of base, axes and seeds: the very runs of another suite,
+                                     # those of all its deltas, or of a list of them, the first the baseline
 
 Figures in a paper's layout are :mod:`benchmarks.figures`, and verdicts on its claims :mod:`benchmarks.claims`.
 """
@@ -210,16 +211,25 @@ def load(name: str) -> Suite:
     content = _mapping(path)
     _refuse_unknown(content, KEYS, f"suite {path.name}: unknown key")
     if "like" in content:
-        if wrong := [key for key in ("base", "deltas", "axes", "seed_keys") if key in content]:
+        if wrong := [key for key in ("base", "axes", "seed_keys") if key in content]:
             raise ConfigurationError(f"suite {path.name}: {wrong[0]} and like exclude each other")
         other = load(content["like"])
+        chosen = _strings(path, content.get("deltas", [*other.deltas]), "deltas, with like,")
+        _refuse_unknown(chosen, other.deltas, f"suite {path.name}: unknown delta")
+        axes = {
+            name: replace(axis, deltas=tuple(delta for delta in axis.deltas if delta in chosen))
+            for name, axis in other.axes.items()
+        }
         return _checked(
             replace(
                 other,
                 name=path.stem,
-                home=other.name,
+                home=other.home or other.name,
                 description=str(content.get("description", other.description)),
+                deltas={name: other.deltas[name] for name in chosen},
+                axes={name: axis for name, axis in axes.items() if axis.deltas},
                 figures=content.get("figures", other.figures),
+                curves=_strings(path, content.get("curves", [*other.curves]), "curves"),
                 plots=_of(path, Plot, content, "plots"),
                 claims=_claims(path, content),
             )
@@ -256,7 +266,7 @@ def _checked(suite: Suite) -> Suite:
             _refuse_unknown([one.higher, one.lower], settings, f"{place}: unknown setting")
         else:
             axes = [one.lines] if isinstance(one, Plot) else [one.lines, one.x]  # a plot may be over a metric
-            _refuse_unknown(axes, suite.axes, f"{place}: unknown axis")
+            _refuse_unknown(axes, [*suite.axes, *(["run"] if isinstance(one, Plot) else [])], f"{place}: unknown axis")
     return suite
 
 

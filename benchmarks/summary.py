@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.claims import interval
 from benchmarks.folder import Folder
 from benchmarks.machine import in_words
 from benchmarks.report import table, write
@@ -24,21 +25,22 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     """Return a suite's table as Markdown, with what it was made of and what is missing.
 
     Figures are mean ± standard deviation over seeds. The difference is that of the first figure to the first delta,
-    taken seed by seed, and where both have an axis, at the same value.
+    taken seed by seed, and where both have an axis, at the same value; with the 95 % interval of its mean.
 
     Raises:
-        ConfigurationError: no run is complete.
+        ConfigurationError: no run is complete, or those that are were made with different versions.
     """
     states = {run.name: Folder(out / run.name).state() for run in runs}
     results = {run.name: Folder(out / run.name).result() for run in runs if states[run.name] == "complete"}
     if not results:
         raise ConfigurationError(f"no run of suite {suite.name} is complete in {out}")
+    _refuse_mixture(results)
     logged = {name for result in results.values() for name in result["metrics"]}
     tested = sorted(name for name in logged if name.startswith("test/"))
     figures = suite.figures or {name: name for name in tested or sorted(logged - {"epoch", "step", "seconds"})}
     unknown = [f"no run has logged {key!r}.{nearest(key, logged)}" for key in figures.values() if key not in logged]
     baseline, first = next(iter(suite.deltas)), next(iter(figures.values()), "")
-    header = ["run", "n", *figures, f"− {baseline}", "parameters", "virtual", "s / epoch", "peak MiB"]
+    header = ["run", "n", *figures, f"− {baseline}", "parameters", "virtual", "KiB", "s / epoch", "peak MiB"]
     rows = []
     for setting, replicas in _settings(runs, results).items():
         found = [results[run.name] for run in replicas]
@@ -54,9 +56,10 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
                 setting.replace(",", ", "),
                 str(len(found)),
                 *(spread([r["metrics"][key] for r in found if key in r["metrics"]]) for key in figures.values()),
-                spread(differences, "+") + pairs if replicas[0].delta != baseline else "–",
+                difference(differences) + pairs if replicas[0].delta != baseline else "–",
                 f"{found[0]['parameters']['unique']:,}",
                 f"{found[0]['parameters']['virtual']:,}",
+                f"{found[0]['parameters']['bytes'] / 1024:,.0f}" if "bytes" in found[0]["parameters"] else "–",
                 f"{median(r['seconds']['epoch'] for r in found):.1f}",
                 f"{max(r['peak_memory'] for r in found) / 2**20:.0f}",
             ]
@@ -65,21 +68,33 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     return "\n".join([table(header, rows), "", _told(suite, results, states, failures), *unknown])
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
+def spread(values: Sequence[float]) -> str:
     """Return mean ± standard deviation.
 
     Example:
-        >>> spread([0.5, 0.7]), spread([0.25], "+"), spread([])
-        ('0.6000 ± 0.1414', '+0.2500', '–')
+        >>> spread([0.5, 0.7]), spread([0.25]), spread([])
+        ('0.6000 ± 0.1414', '0.2500', '–')
     """
     if not values:
         return "–"
-    mean = format(fmean(values), f"{sign}.4f")
+    mean = f"{fmean(values):.4f}"
     return f"{mean} ± {stdev(values):.4f}" if len(values) > 1 else mean
 
 
+def difference(values: Sequence[float]) -> str:
+    """Return the mean of differences and its 95 % interval, by Student's t.
+
+    Example:
+        >>> difference([0.1, 0.2, 0.3]), difference([0.25]), difference([])
+        ('+0.2000 (-0.0484 to +0.4484)', '+0.2500', '–')
+    """
+    low, high = interval(values)
+    bounds = f" ({low:+.4f} to {high:+.4f})" if len(values) > 1 else ""
+    return f"{fmean(values):+.4f}{bounds}" if values else "–"
+
+
 def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
-    """Return a row for each epoch of each complete run; that of the last epoch also holds the metrics of the test."""
+    """Return a row for each epoch of each complete run; that of the last also holds what all came to."""
     rows = []
     for run in runs:
         folder = Folder(out / run.name)
@@ -87,7 +102,10 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
             continue
         with (folder.path / "metrics.csv").open() as file:
             own = [*csv.DictReader(file)]
-        own[-1] |= {name: repr(value) for name, value in folder.result()["metrics"].items() if name not in own[-1]}
+        result = folder.result()
+        sizes = {"parameters": result["parameters"]["unique"], "bytes": result["parameters"].get("bytes", "")}
+        costs = {**sizes, "seconds / epoch": result["seconds"]["epoch"], "peak memory": result["peak_memory"]}
+        own[-1] |= {name: str(value) for name, value in {**result["metrics"], **costs}.items() if name not in own[-1]}
         described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}
         rows += [{**described, "seed": str(run.seed), **row} for row in own]
     return rows
@@ -119,6 +137,25 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
     save_figure(figure, path)
 
 
+def _refuse_mixture(results: Mapping[str, Any]) -> None:
+    """Raise unless all runs were made with the same versions."""
+    made: dict[str, dict[str, list[str]]] = {}  # runs by package and version
+    for name, result in results.items():
+        for package, version in result["machine"]["versions"].items():
+            made.setdefault(package, {}).setdefault(version, []).append(name)
+    told = [
+        f"{package} {version}: {len(names)} run{'s' * (len(names) > 1)}, {listed(names, limit=3)}"
+        for package, versions in made.items()
+        if len(versions) > 1
+        for version, names in versions.items()
+    ]
+    if told:
+        raise ConfigurationError(
+            f"runs of different versions are not compared: {'; '.join(told)}. Report some of them by --only, or do all "
+            "again, in another folder (--out)"
+        )
+
+
 def _settings(runs: Sequence[Run], results: dict[str, Any]) -> dict[str, list[Run]]:
     settings: dict[str, list[Run]] = {}
     for run in runs:
@@ -147,7 +184,7 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
     told = [*([suite.description] if suite.description else []), f"Data: {' and '.join(sorted(data))}."]
     if len(data) > 1:
         told.append("The runs used different data: their figures cannot be compared.")
-    told.append("Mean ± standard deviation over n seeds; differences are taken seed by seed.")
+    told.append("Mean ± standard deviation over n seeds; differences are taken seed by seed, with their 95 % interval.")
     told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
     missing = Counter(state for state in states.values() if state != "complete")
     if missing:

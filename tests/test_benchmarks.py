@@ -6,10 +6,12 @@ from PIL import Image
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import (
+    evidence,
     machine,
     report,
     speed_data,
     speed_depth,
+    speed_growth,
     speed_hard,
     speed_harness,
     speed_hashing,
@@ -128,7 +130,7 @@ def test_speed_of_hashing(monkeypatch, capsys):
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
     assert (
-        "unknown family 'sofd': there is data, depth, hard, hashing, harness, recurrent, soft. Nearest"
+        "unknown family 'sofd': there is data, depth, growth, hard, hashing, harness, recurrent, soft. Nearest"
         in capsys.readouterr().err
     )
 
@@ -144,6 +146,69 @@ def test_paste(tmp_path):
     assert report.paste("a\n<!-- results x -->\nold\n<!-- end -->\nb") == "a\n<!-- results x -->\nnew\n<!-- end -->\nb"
     with pytest.raises(ValueError, match=r"there is no y\.md"):
         report.paste("<!-- results y -->\n<!-- end -->")
+
+
+RESULT = """| run  | n | accuracy |
+|------|--:|---------:|
+| soft | 3 |      0.5 |
+
+Claim: soft ties help: not reproduced (on 1 of 2 lines).
+"""
+
+
+def test_paste_of_a_figure_and_a_verdict(tmp_path):
+    report.write(tmp_path / "results" / "x.md", RESULT)
+    page = "Soft: <!-- cell x :: soft :: accuracy -->?<!-- end -->, <!-- claim x :: soft ties help --><!-- end -->."
+    pasted = report.paste(page)
+    assert "accuracy -->0.5<!-- end -->, " in pasted
+    assert "help -->not reproduced (on 1 of 2 lines)<!-- end -->." in pasted
+    assert report.paste(pasted) == pasted
+    with pytest.raises(ValueError, match=r"x\.md has no cell 'soft :: acuracy'\. .*: soft :: accuracy"):
+        report.paste("<!-- cell x :: soft :: acuracy --><!-- end -->")
+    with pytest.raises(ValueError, match=r"x\.md has no claim 'soft ties'"):
+        report.paste("<!-- claim x :: soft ties --><!-- end -->")
+
+
+def test_a_report_of_all_that_is_kept(tmp_path, monkeypatch, capsys):
+    report.write(tmp_path / "results" / "soft.md", RESULT)
+    report.write(tmp_path / "results" / "mine.md", RESULT)
+    for name in ("soft_strength", "softer"):
+        Image.new("RGB", (2, 2)).save(tmp_path / "results" / f"{name}.png")
+    pages = [tmp_path / f"{name}.md" for name in ("README", "GUIDE", "PAPERS")]
+    for page in pages:
+        page.write_text(f"# {page.stem}\n\n[row](results/soft.md) <!-- cell soft :: soft :: accuracy --><!-- end -->")
+    monkeypatch.setattr(evidence, "PAGES", pages)
+    monkeypatch.setattr(benchmarks, "PAGES", pages)
+    assert benchmarks.main(["readme"]) == 0
+    assert all("-->0.5<!--" in page.read_text() for page in pages)
+    written = (tmp_path / "results" / "README.md").read_text()
+    assert (
+        written.index("## Soft tying")
+        < written.index("### soft\n")
+        < written.index("![soft_strength](soft_strength.png)")
+    )
+    assert "### mine" in written
+    assert "softer" not in written
+    assert "Not kept yet: demo, " in written
+    assert benchmarks.main(["report"]) == 0
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert "<td>soft</td>" in page
+    assert page.count("data:image/png;base64,") == 1
+    assert 'href="#soft"' in page
+    assert 'id="soft"' in page
+    assert ".md" not in page
+    assert benchmarks.main(["report", "--seeds=2"]) == 2
+    assert "--seeds: of which suite?" in capsys.readouterr().err
+
+
+def test_speed_by_size(tmp_path, monkeypatch, capsys):
+    small = {"RACES": 1, "ROUNDS": 1, "BATCH": 2, "WIDTHS": (8, 16), "NUMBERS": (2, 4), "DEPTHS": (8, 14)}
+    for name, value in small.items():
+        monkeypatch.setattr(speed_growth, name, value)
+    assert benchmarks.main(["speed", "growth"]) == 0
+    assert "| soft tie, gradient, 4 pairs " in capsys.readouterr().out
+    with Image.open(tmp_path / "runs" / "speed_growth.png") as image:
+        assert image.size[0] > 100
 
 
 def test_machine():

@@ -140,6 +140,18 @@ def test_a_suite_like_another_has_its_runs():
     assert (other.name, other.plots[0].x) == ("arbnet-fig3", "tying/entropy")
 
 
+def test_a_suite_like_another_may_have_some_of_its_deltas(tmp_path):
+    (tmp_path / "mine.yaml").write_text("like: soft\ndeltas: [proximal, untied]\nfigures: {loss: test/loss}")
+    mine, whole = load(str(tmp_path / "mine.yaml")), {run.name: run for run in load("soft").runs()}
+    names = [run.name for run in mine.runs()]
+    assert names == [*(f"proximal,strength={s},seed=0" for s in (0.001, 0.003, 0.01)), "untied,seed=0"]
+    assert [run.definition for run in mine.runs()] == [whole[name].definition for name in names]
+    (tmp_path / "untied.yaml").write_text("like: soft\ndeltas: [untied]")
+    assert load(str(tmp_path / "untied.yaml")).axes == {}
+    (tmp_path / "again.yaml").write_text("like: depth")
+    assert load(str(tmp_path / "again.yaml")).home == "cifar10"
+
+
 @pytest.mark.parametrize(
     ("suite", "sizes"), [("arbnet-fig4", [784, 200, 200, 10]), ("arbnet-cifar10", [3072, 500, 500, 500, 10])]
 )
@@ -154,7 +166,9 @@ def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("like: soft\ndeltas: {a: []}", "deltas and like exclude each other"),
+        ("like: soft\nbase: []", "base and like exclude each other"),
+        ("like: soft\ndeltas: {a: []}", "deltas, with like, must be a list of names"),
+        ("like: soft\ndeltas: [untied, sort]", "unknown delta 'sort': there is untied"),
         ("deltas: {a: []}\nplots: [{nam: 1}]", "plots: .*unexpected keyword argument 'nam'"),
         ("deltas: {a: []}\ntrends: [{claim: 1}]", "trends: .*missing 4 required"),
     ],

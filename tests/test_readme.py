@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.report import paste
+from benchmarks import evidence
+from benchmarks.report import PAGES, RESULTS, paste
 from tying.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +116,9 @@ def test_make_targets_exist():
 
 
 def test_results_are_up_to_date():
-    assert paste(README) == README
+    for page in PAGES:
+        assert paste(page.read_text()) == page.read_text()
+    assert (RESULTS / "README.md").read_text() == evidence.markdown()
 
 
 def test_configs_compose():

@@ -5,6 +5,7 @@ import pytest
 from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
 from benchmarks.summary import spread, summarize
+from tying.errors import ConfigurationError
 
 MACHINE = {
     "hardware": "a machine",
@@ -14,7 +15,7 @@ MACHINE = {
 SUITE = Suite("s", "", (), {"untied": (), "soft": ()}, {"lr": Axis("lr", (1, 2), ("untied", "soft"))}, figures={"accuracy": "test/accuracy", "gap": "tying/gap"})  # fmt: skip
 
 
-def write(out, run, accuracy, key="1", epoch=2.0, **metrics):
+def write(out, run, accuracy, key="1", epoch=2.0, machine=None, **metrics):
     folder = Folder(out / run.name)
     folder.path.mkdir()
     for name in FILES:
@@ -24,8 +25,8 @@ def write(out, run, accuracy, key="1", epoch=2.0, **metrics):
         "definition": {},
         "metrics": {"test/accuracy": accuracy, **metrics},
         "data": {"description": "images", "key": key},
-        "machine": MACHINE,
-        "parameters": {"unique": 1000, "virtual": 2000},
+        "machine": machine or MACHINE,
+        "parameters": {"unique": 1000, "virtual": 2000, "bytes": 5 * 1024},
         "seconds": {"epoch": epoch},
         "peak_memory": 3 * 2**20,
         "attempts": 1,
@@ -42,12 +43,23 @@ def test_table_by_hand(tmp_path):
             write(tmp_path, run, accuracy, **({"tying/gap": 0.25} if run.delta == "soft" else {}))
     told = summarize(SUITE, runs, tmp_path)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line.startswith("|")]
-    assert rows[0] == ["run", "n", "accuracy", "gap", "− untied", "parameters", "virtual", "s / epoch", "peak MiB"]
-    rest = ["1,000", "2,000", "2.0", "3"]
+    assert rows[0] == [
+        "run",
+        "n",
+        "accuracy",
+        "gap",
+        "− untied",
+        "parameters",
+        "virtual",
+        "KiB",
+        "s / epoch",
+        "peak MiB",
+    ]
+    rest = ["1,000", "2,000", "5", "2.0", "3"]
     assert rows[2:] == [
         ["untied, lr=1", "2", "0.5500 ± 0.0707", "–", "–", *rest],
         ["untied, lr=2", "2", "0.3000 ± 0.1414", "–", "–", *rest],
-        ["soft, lr=1", "2", "0.7500 ± 0.2121", "0.2500 ± 0.0000", "+0.2000 ± 0.1414", *rest],
+        ["soft, lr=1", "2", "0.7500 ± 0.2121", "0.2500 ± 0.0000", "+0.2000 (-1.0706 to +1.4706)", *rest],
         ["soft, lr=2", "1", "0.1000", "0.2500", "-0.1000", *rest],
     ]
     assert "Data: images (key 1)." in told
@@ -82,8 +94,19 @@ def test_figures_default_to_those_of_the_test(tmp_path):
 
 def test_spread_by_hand():
     assert spread([1.0, 2.0, 3.0]) == "2.0000 ± 1.0000"
-    assert spread([-0.5], "+") == "-0.5000"
+    assert spread([-0.5]) == "-0.5000"
     assert spread([]) == "–"
+
+
+def test_results_of_other_versions_are_not_mixed(tmp_path):
+    first, second, third = SUITE.runs()[:3]
+    write(tmp_path, first, 0.5)
+    write(tmp_path, second, 0.5)
+    write(tmp_path, third, 0.5, machine={**MACHINE, "versions": {**MACHINE["versions"], "torch": "0.1"}})
+    told = f"different versions.*torch {MACHINE['versions']['torch']}: 2 runs, .*torch 0.1: 1 run, {third.name}"
+    with pytest.raises(ConfigurationError, match=told):
+        summarize(SUITE, [first, second, third], tmp_path)
+    assert summarize(SUITE, [first, second], tmp_path)
 
 
 def test_nothing_is_complete():

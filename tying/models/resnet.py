@@ -25,7 +25,7 @@ class ResNet(nn.Module):
 
     Args:
         depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110.
-        width: factor on the channels 16, 32 and 64 of the stages.
+        width: factor on the channels 16, 32 and 64 of the stages; a multiple of 1/16.
         num_classes: number of outputs.
         in_channels: channels of the images.
         merge: of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` lets it go with depth.
@@ -38,7 +38,8 @@ class ResNet(nn.Module):
     Shape: (batch, in_channels, height, width) to (batch, num_classes).
 
     Raises:
-        ConfigurationError: depth is not 6n + 2, width below 1, the shortcut unknown, or there is nothing to share.
+        ConfigurationError: depth is not 6n + 2, width no multiple of 1/16, the shortcut unknown, or nothing is left to
+            share.
 
     Example:
         >>> sum(p.numel() for p in ResNet(depth=20).parameters())
@@ -57,7 +58,7 @@ class ResNet(nn.Module):
     def __init__(
         self,
         depth: int = 20,
-        width: int = 1,
+        width: float = 1,
         num_classes: int = 10,
         in_channels: int = 3,
         merge: nn.Module | None = None,
@@ -70,13 +71,13 @@ class ResNet(nn.Module):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ConfigurationError(f"a ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), not {depth}")
-        if width < 1:
-            raise ConfigurationError(f"a ResNet's width is a factor of 1 or more, not {width}")
+        if not (width > 0 and float(16 * width).is_integer()):
+            raise ConfigurationError(f"a ResNet's width is a multiple of 1/16, such as 0.5, 1 or 2, not {width}")
         if shortcut not in SHORTCUTS:
             raise ConfigurationError(f"shortcut is {', '.join(map(repr, SHORTCUTS))}, not {shortcut!r}")
         if shared and blocks < 2:
             raise ConfigurationError(f"shared=True needs two blocks a stage: a depth of 14 or more, not {depth}")
-        channels = [16 * width, 32 * width, 64 * width]
+        channels = [int(16 * width) * factor for factor in (1, 2, 4)]
         stem = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         after = {} if preactivation else {"norm": nn.BatchNorm2d(channels[0]), "activation": nn.ReLU()}
         self.stem = nn.Sequential(OrderedDict(conv=stem, **after))

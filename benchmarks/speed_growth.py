@@ -1,0 +1,148 @@
+"""How the cost of ties grows with width, depth, the number of ties, and the ratio: slopes on logarithmic axes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from benchmarks.report import table
+from benchmarks.timing import race
+from tying import resolve
+from tying.callbacks import ResidualMerging
+from tying.depth import Swapout
+from tying.hard import tie
+from tying.hashing import HashedLinear, ModulusHash
+from tying.models import ResNet
+from tying.soft import TyingPenalty
+
+RACES, ROUNDS = 5, 5
+BATCH = 32
+WIDTHS = (256, 512, 1024, 2048)
+NUMBERS = (8, 16, 32, 64, 128)
+DEPTHS = (8, 14, 26, 50)
+RATIOS = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A cost, over what it is taken, and the exponent that one expects.
+
+    Attributes:
+        cost: in words.
+        over: what grows.
+        expected: slope on logarithmic axes.
+        sizes: of what grows.
+        build: returns what is timed, for a size.
+    """
+
+    cost: str
+    over: str
+    expected: float
+    sizes: tuple[float, ...]
+    build: Callable[[float], Step]
+
+    def measure(self) -> list[float]:
+        """Return the seconds at each size: medians over races."""
+        sides = {str(size): self.build(size) for size in self.sizes}
+        result = race(sides, races=RACES, rounds=ROUNDS)
+        return [statistics.median(result.seconds[side]) for side in sides]
+
+
+def slope(sizes: tuple[float, ...], seconds: list[float]) -> float:
+    """Return the exponent of the power law that fits best, by least squares of logarithms.
+
+    Example:
+        >>> round(slope((1.0, 2.0, 4.0), [3.0, 12.0, 48.0]), 6)
+        2.0
+    """
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+
+
+def pull(pairs: int, width: int) -> Step:
+    """Return the fused gradient of a soft tie of that many pairs of square weights."""
+    model = nn.ModuleDict(
+        {side: nn.ParameterList(nn.Parameter(torch.randn(width, width)) for _ in range(pairs)) for side in "ab"}
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    penalty = TyingPenalty(resolve(model, ["a.{i} ~ b.{i}"]))
+    return lambda: penalty.add_gradients_(1e-3)
+
+
+def matching(ties: int) -> Step:
+    """Return what finds that many ties in a model of as many pairs of parameters."""
+    model = nn.ModuleDict({s: nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(ties)) for s in "ab"})
+    return lambda: resolve(model, ["a.{i} ~ b.{i}"])
+
+
+def passes(model: nn.Module, x: torch.Tensor) -> Step:
+    """Return a forward and backward pass."""
+
+    def run() -> None:
+        model.zero_grad()
+        model(x).sum().backward()
+
+    return run
+
+
+def tied_layers(depth: int) -> Step:
+    """Return a pass through linear layers of 256 units with one weight."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(depth)))
+    tie(model, ["*.weight"])
+    return passes(model, torch.randn(BATCH, 256))
+
+
+def hashed(width: int, ratio: float, modulus: bool = False) -> Step:
+    """Return a pass through a hashed layer."""
+    how = {"hash": ModulusHash()} if modulus else {"index": "stored"}
+    return passes(HashedLinear(width, width, table_ratio=ratio, **how), torch.randn(BATCH, width))
+
+
+def swapped(depth: int) -> Step:
+    """Return a pass through a ResNet with swapout in each block."""
+    model = ResNet(depth)
+    ResidualMerging("layer*.*", Swapout(0.5, 0.5)).apply(model)
+    return passes(model, torch.randn(BATCH, 3, 32, 32))
+
+
+def growths() -> list[Growth]:
+    """Return what is measured."""
+    return [
+        Growth("soft tie, gradient, 4 pairs", "width", 2, WIDTHS, lambda size: pull(4, int(size))),
+        Growth("soft tie, gradient, 256 × 256", "number of ties", 1, NUMBERS, lambda size: pull(int(size), 256)),
+        Growth("ties found by a pattern", "number of ties", 1, NUMBERS, lambda size: matching(int(size))),
+        Growth("layers of one weight, pass", "number of layers", 1, NUMBERS, lambda size: tied_layers(int(size))),
+        Growth("hashed layer at 1/16, pass", "width", 2, WIDTHS, lambda size: hashed(int(size), 1 / 16)),
+        Growth("hashed layer of 1024, pass", "ratio", 0, RATIOS, lambda size: hashed(1024, size)),
+        Growth("modulus layer of 1024, pass", "ratio", 1, RATIOS, lambda size: hashed(1024, size, modulus=True)),
+        Growth("ResNet with swapout, pass", "depth", 1, DEPTHS, lambda size: swapped(int(size))),
+    ]
+
+
+def measure() -> tuple[str, Figure]:
+    """Run all measurements; return their table as Markdown, and a plot."""
+    chosen = growths()
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    rows = []
+    for growth, axes in zip(chosen, figure.subplots(2, (len(chosen) + 1) // 2).flat, strict=True):
+        seconds = growth.measure()
+        fitted = slope(growth.sizes, seconds)
+        first, last = (f"{1e3 * one:.3g}" for one in (seconds[0], seconds[-1]))
+        span = f"{growth.sizes[0]:.3g} to {growth.sizes[-1]:.3g}"
+        rows.append([growth.cost, growth.over, span, f"{first} to {last}", f"{fitted:.2f}", f"{growth.expected:g}"])
+        milliseconds = 1e3 * np.array(seconds)
+        line = milliseconds[-1] * (np.array(growth.sizes) / growth.sizes[-1]) ** growth.expected
+        axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {fitted:.2f}")
+        axes.loglog(growth.sizes, line, linestyle="--", color="gray", label=f"expected, slope {growth.expected:g}")
+        axes.set(title=growth.cost, xlabel=growth.over, ylabel="ms")
+        axes.legend(fontsize="x-small")
+    head = ["cost", "over", "from, to", "ms", "slope", "expected"]
+    told = f"Median of {RACES} races, batch {BATCH}; slopes of the best power law, and those of the work that is done."
+    return f"{table(head, rows)}\n\n{told}", figure
