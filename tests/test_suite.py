@@ -1,10 +1,12 @@
 import json
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
 from benchmarks import suite as module
 from benchmarks.folder import same
+from benchmarks.perform import arguments
 from benchmarks.suite import load, suites
 from tying import ConfigurationError
 from tying.cli import parse
@@ -163,3 +165,10 @@ def test_the_order_of_overrides_makes_no_other_definition(tmp_path):
 def test_claims_are_of_the_suites_own_axes_and_settings(claims, told, tmp_path):
     with pytest.raises(ConfigurationError, match=told):
         load(written(tmp_path, **claims))
+
+
+@pytest.mark.parametrize("name", [name for name in suites() if not load(name).home])
+def test_every_configuration_can_be_made(name, tmp_path):
+    settings = {run.delta: run for run in load(name).runs()}
+    for number, run in enumerate(settings.values()):
+        assert isinstance(parse(arguments(run, tmp_path / str(number))).model, pl.LightningModule)

@@ -6,11 +6,12 @@ from tying.models.convolutional import ConvDecoder, ConvEncoder
 from tying.models.domains import DomainClassifiers
 from tying.models.fractal import FractalNet
 from tying.models.hybrid import HybridClassifier
-from tying.models.networks import MLP
+from tying.models.networks import GRU, MLP
 from tying.models.resnet import ResNet
 from tying.models.sequence import HMNetwork, SequenceModel
 
 __all__ = [
+    "GRU",
     "MLP",
     "Autoencoder",
     "Classifier",

@@ -1,4 +1,4 @@
-"""Networks of linear layers."""
+"""Networks of linear layers, and one of torch's that configurations cannot make."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ class MLP(nn.Sequential):
         if activation not in ACTIVATIONS:
             raise ConfigurationError(f"activation is {' or '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
         super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm))
+
+
+class GRU(nn.GRU):
+    """``torch.nn.GRU`` for configurations: torch's own refuses the default of ``proj_size``, which they pass on.
+
+    Example:
+        >>> import torch
+        >>> GRU(3, 4)(torch.zeros(5, 2, 3))[0].shape
+        torch.Size([5, 2, 4])
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, dropout: float = 0.0) -> None:
+        super().__init__(input_size, hidden_size, num_layers, dropout=dropout)
 
 
 def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: bool = False) -> list[nn.Module]:
