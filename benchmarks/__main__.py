@@ -21,6 +21,7 @@ from benchmarks import (
     speed_harness,
     speed_hashing,
     speed_recurrent,
+    speed_scale,
     speed_soft,
 )
 from benchmarks.machine import describe, supports_bf16
@@ -37,6 +38,7 @@ SPEED: dict[str, Callable[[], str | tuple[str, Figure]]] = {
     "hashing": speed_hashing.measure,
     "harness": speed_harness.measure,
     "recurrent": speed_recurrent.measure,
+    "scale": speed_scale.measure,
     "soft": speed_soft.measure,
 }
 

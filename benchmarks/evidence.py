@@ -23,7 +23,10 @@ SECTIONS = {
     ],
     "Depth": ["depth", "depth@cifar10-jpeg"],
     "Recurrent networks": ["text", "permuted-mnist@mnist"],
-    "Speed": [f"speed_{family}" for family in ("soft", "hard", "hashing", "depth", "recurrent", "data", "harness")],
+    "Speed": [
+        f"speed_{family}"
+        for family in ("soft", "hard", "hashing", "depth", "recurrent", "growth", "scale", "data", "harness")
+    ],
 }
 INTRODUCTION = """Each table names the command that prints it. What they say: [which tie for which problem](../GUIDE.md)
 and [what the papers said](../PAPERS.md)."""

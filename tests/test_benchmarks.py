@@ -16,6 +16,7 @@ from benchmarks import (
     speed_harness,
     speed_hashing,
     speed_recurrent,
+    speed_scale,
     speed_soft,
 )
 from benchmarks.timing import Race
@@ -127,10 +128,29 @@ def test_speed_of_hashing(monkeypatch, capsys):
     assert "| uniform, ratio 0.1, computed |                     0.1000 | " in out
 
 
+def test_speed_on_two_processes(monkeypatch, capsys):
+    small = {"FAMILIES": {"stage-shared": ["hard.yaml"]}, "BATCH": 2, "STEPS": 4, "SKIPPED": 1, "ROUNDS": 1}
+    for name, value in {**small, "WEIGHTS": 4096, "SIDE": 32}.items():
+        monkeypatch.setattr(speed_scale, name, value)
+    quick = speed_scale.race
+    monkeypatch.setattr(speed_scale, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
+    assert benchmarks.main(["speed", "scale"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("|")}
+    assert float(rows["stage-shared"][3]) == round(4 * 73882 / 1024)  # its own weights, once
+    assert [float(cell) for cell in rows["hard ties of pairs"]] == [0, -1.63, 0, -0.2, 0, 13.0]
+    assert float(rows["an anchor of all weights"][1]) == pytest.approx(4 * 7e9 / 8 / 2**30, abs=0.005)
+
+
+def test_a_run_that_fails_is_told(monkeypatch):
+    with pytest.raises(ValueError, match=r"fit --config=.* failed: .*nowhere\.yaml"):
+        speed_scale.train(["nowhere.yaml"], 1)
+
+
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
     assert (
-        "unknown family 'sofd': there is data, depth, growth, hard, hashing, harness, recurrent, soft. Nearest"
+        "unknown family 'sofd': there is data, depth, growth, hard, hashing, harness, recurrent, scale, soft. Nearest"
         in capsys.readouterr().err
     )
 

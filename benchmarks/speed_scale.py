@@ -1,0 +1,184 @@
+"""What ties cost on several devices: measured on two processes, and reckoned for more from constants measured here."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from typing_extensions import override
+
+from benchmarks.report import ROOT, table
+from benchmarks.timing import race
+from tying import resolve
+from tying.errors import ConfigurationError
+from tying.hashing import HashedLinear
+from tying.names import count_parameters
+from tying.soft import GaussianMixturePrior, TyingPenalty, anchored
+
+FAMILIES = {  # configurations on top of base.yaml
+    "untied": [],
+    "soft": ["soft.yaml"],
+    "stage-shared": ["hard.yaml"],
+    "hashed": ["hashing.yaml"],
+    "low-rank": ["low_rank.yaml"],
+    "stochastic depth": ["stochastic_depth.yaml"],
+    "swapout": ["swapout.yaml"],
+}
+BATCH, STEPS, SKIPPED, ROUNDS = 64, 24, 4, 3  # per process; first steps do not count
+WEIGHTS, SIDE = 16_777_216, 2048
+MODEL, DEVICES = 7e9, (8, 64)
+BANDWIDTH = 1e12  # bytes a second of the devices reckoned for
+
+
+class StepTimes(pl.Callback):
+    """Write how long steps took, and how many bytes of gradients the processes exchange in one.
+
+    Args:
+        path: of a file; written by the first process.
+        skipped: how many of the first steps do not count.
+    """
+
+    def __init__(self, path: str, skipped: int) -> None:
+        self.path, self.skipped = path, skipped
+        self.times: list[float] = []
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)][self.skipped :]
+            trained = count_parameters(pl_module)[0]
+            Path(self.path).write_text(json.dumps({"seconds": statistics.median(steps), "bytes": 4 * trained}))
+
+
+def train(configs: list[str], processes: int) -> dict[str, float]:
+    """Return median seconds of a step and the bytes exchanged, from a training run of the command line.
+
+    Raises:
+        ConfigurationError: the run failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told.json"
+        options = {
+            "trainer.max_steps": STEPS,
+            "trainer.default_root_dir": folder,
+            "trainer.accelerator": "cpu",
+            "trainer.devices": processes,
+            "trainer.strategy": "ddp" if processes > 1 else "auto",
+            "trainer.logger": "false",
+            "trainer.enable_progress_bar": "false",
+            "trainer.callbacks+": "benchmarks.speed_scale.StepTimes",
+            "trainer.callbacks.path": told,
+            "trainer.callbacks.skipped": SKIPPED,
+            "data.batch_size": BATCH,
+            "data.validation": 0.0,
+        }
+        command = [sys.executable, "-W", "ignore", "-m", "tying", "fit"]
+        command += [f"--config={ROOT / 'configs' / name}" for name in ["base.yaml", *configs]]
+        command += [f"--{key}={value}" for key, value in options.items()]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        if not told.exists():
+            raise ConfigurationError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+        found: dict[str, float] = json.loads(told.read_text())
+        return found
+
+
+def efficiency() -> list[list[str]]:
+    """Return a row for each family: a step of one process, of two, and what share of doubled work that is."""
+    rows = []
+    for family, configs in FAMILIES.items():
+        found = [(train(configs, 1), train(configs, 2)) for _ in range(ROUNDS)]
+        one, two = (statistics.median(pair[side]["seconds"] for pair in found) for side in (0, 1))
+        shares = sorted(alone["seconds"] / both["seconds"] for alone, both in found)
+        told = f"{statistics.median(shares):.2f} ({shares[0]:.2f}–{shares[-1]:.2f})"
+        rows.append([family, f"{1e3 * one:.0f}", f"{1e3 * two:.0f}", told, f"{found[0][0]['bytes'] / 1024:.0f}"])
+    return rows
+
+
+def constants() -> dict[str, float]:
+    """Return seconds that each work on all weights takes, over those of a copy of the weights."""
+    weights = [nn.Parameter(torch.randn(SIDE, SIDE)) for _ in range(WEIGHTS // SIDE**2)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    target = [torch.empty_like(weight) for weight in weights]
+    model = nn.ParameterList(weights)
+    half = len(weights) // 2
+    tied = TyingPenalty(resolve(model, [f"{i} ~ {i + half}" for i in range(half)]))
+    anchors = {str(i): torch.randn_like(weight) for i, weight in enumerate(weights)}
+    pull = anchored({str(i): weight for i, weight in enumerate(weights)}, anchors)
+    prior = GaussianMixturePrior(17)
+    layers = [HashedLinear(SIDE, SIDE, bias=False, table_ratio=1 / 16, index="stored") for _ in weights]
+
+    def copy() -> None:
+        for weight, to in zip(weights, target, strict=True):
+            to.copy_(weight.detach())
+
+    def lookup() -> None:
+        for layer in layers:
+            layer.zero_grad()
+            layer.weight.backward(torch.ones(SIDE, SIDE))
+
+    sides: dict[str, Callable[[], object]] = {
+        "copy": copy,
+        "soft": lambda: tied.add_gradients_(1e-3),
+        "anchor": lambda: pull.add_gradients_(1e-3),
+        "mixture": lambda: prior.add_gradients_(weights, 1e-3),
+        "hashed": lookup,
+    }
+    result = race(sides, races=5, rounds=3)
+    return {side: statistics.median(result.ratios(side, "copy")) for side in sides}
+
+
+def reckoned(found: dict[str, float]) -> list[list[str]]:
+    """Return a row for each tie: what it adds to a step of a sharded model, beside the same model untied."""
+    kinds = {  # copies of the weights held, and gradients exchanged, over those of the untied model
+        "soft ties of all weights": (0.0, 1.0, found["soft"]),
+        "an anchor of all weights": (1.0, 1.0, found["anchor"]),
+        "a mixture of 17 over all weights": (0.0, 1.0, found["mixture"]),
+        "hard ties of pairs": (-0.5, 0.5, 0.0),
+        "hashed at 1/16, index of 4 bytes stored": (1 / 16, 1 / 16, found["hashed"]),
+    }
+    rows = []
+    for kind, (held, exchanged, copies) in kinds.items():
+        cells = [kind, f"{copies:.2f}"]
+        for devices in DEVICES:
+            own = 4 * MODEL / devices
+            cells += [f"{held * own / 2**30:+.2f}", f"{1e3 * copies * 2 * own / BANDWIDTH:.1f}"]
+        rows.append([*cells, f"{4 * exchanged * MODEL / 2**30:.1f}"])
+    return rows
+
+
+def measure() -> str:
+    """Run all measurements, and return their tables as Markdown."""
+    found = constants()
+    by_devices = [f"{what}, {number} devices" for number in DEVICES for what in ("GiB", "ms")]
+    return "\n".join(
+        [
+            f"Steps of ResNet-20 through `tying fit`, of one process and of two by DDP, each with a thread and {BATCH} "
+            f"images of its own; median of {ROUNDS} runs of {STEPS} steps (extremes):",
+            "",
+            table(["family", "ms, one", "ms, two", "efficiency", "KiB exchanged"], efficiency()),
+            "",
+            f"What a tie adds to a model of {MODEL / 1e9:g} B fp32 weights, each of which lies on one of so many "
+            f"devices: held on each, in bytes of weights alone (optimizers hold as many more for what they train); "
+            f"time, from that of {WEIGHTS / 2**20:.0f} Mi weights here, as multiples of a copy of them, at "
+            f"{BANDWIDTH / 1e12:g} TB/s; and gradients exchanged in all. Only the multiples are measured:",
+            "",
+            table(["tie", "copies' time", *by_devices, "GiB exchanged"], reckoned(found)),
+        ]
+    )
