@@ -35,8 +35,10 @@ from benchmarks.report import write
 from benchmarks.suite import Run
 from tying.callbacks import RandomState
 from tying.callbacks.base import callbacks_of
-from tying.cli import explain, newest_intact, parse
+from tying.checkpoints import newest_intact
+from tying.cli import parse
 from tying.errors import ConfigurationError
+from tying.explanation import explain
 from tying.names import count_parameters
 
 LONGEST = 2000  # characters of an error: a pipe holds it

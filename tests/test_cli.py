@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from toys import TIES, Toy, batches, same
 
 from tying.callbacks import SoftTying
-from tying.cli import main, newest_intact, parse
+from tying.checkpoints import newest_intact
+from tying.cli import main, parse
 from tying.models import Autoencoder, Classifier, ResNet
 
 ROOT = Path(__file__).parents[1]
@@ -315,7 +316,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--data.root=afile", "--data.download=true"], "CIFAR-10 could not be"),
         (["--model.lr=-1"], "lr and weight_decay must be 0 or more"),
         (["--model.warmup=-1"], "warmup from 0 to 1"),
-        (["--model.network.width=0"], "width is a factor of 1 or more"),
+        (["--model.network.width=0"], "width is a multiple of 1/16"),
         (["--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"], "a learning rate's schedule needs an end"),
         (["--trainer.callbacks.penalty=Huber", "--trainer.callbacks.penalty.delta=-1"], "Huber's delta must be"),
         (["--trainer.callbacks.ties=['network.layer[z-a].**']"], "matches no parameter"),
@@ -470,6 +471,31 @@ def test_inspect_tells_what_is_merged(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'stochastic_depth.yaml'}"])
     told = capsys.readouterr().out
     assert "ResidualMerging: 9 blocks, network.layer1.0: StochasticDepth(keep=0.944444" in told
+
+
+def test_inspect_tells_what_is_used_again(capsys):
+    main(["inspect", BASE, f"--config={ROOT / 'configs' / 'recurrent.yaml'}"])
+    assert "Recurrent(steps=2): network.layer2.1, network.layer3.1\n" in capsys.readouterr().out
+    main(["inspect", BASE, f"--config={ROOT / 'configs' / 'zoneout.yaml'}"])
+    assert "ZoneoutLSTM(1, 100, zoneout_cell=0.15, zoneout_hidden=0.15): network\n" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_size_is_told(capsys):
+    main(["fit", BASE, *SMALL, "--model.network.depth=8"])
+    path = next(Path("runs").rglob("epoch*.ckpt"))
+    assert (
+        "ckpt_path: the checkpoint does not fit the model: Error(s) in loading state_dict for Classifier: "
+        in errors(capsys, "test", BASE, f"--ckpt_path={path}", "--model.network.depth=14")
+    )
+
+
+def test_a_configuration_that_changes_another_needs_it(capsys):
+    told = errors(capsys, "fit", f"--config={ROOT / 'configs' / 'soft.yaml'}")
+    assert (
+        "trainer.logger: Not a valid subclass of Logger. Got value: {'init_args': {'name': 'soft'}}. These are" in told
+    )
+    assert told.endswith("Give that one before, such as --config configs/base.yaml")
+    assert len(told.splitlines()) == 1
 
 
 def test_the_newest_checkpoint_that_is_whole(tmp_path):

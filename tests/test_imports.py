@@ -29,7 +29,7 @@ ALLOWED = {
     "callbacks": {"errors", "atomic", "checkpoints", "names", "selection", "ties", "soft", "hard", "hashing", "depth"},
     "mixins": {"errors", "callbacks"},
 }
-FREE = {"__init__", "__main__", "bake", "cli"}
+FREE = {"__init__", "__main__", "bake", "cli", "explanation", "inspection"}
 
 
 def room(path):

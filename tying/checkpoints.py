@@ -1,7 +1,9 @@
-"""What checkpoints hold."""
+"""Checkpoints: which is the newest, and what they hold."""
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,17 @@ def of_all_processes(own: Any) -> list[Any]:
     processes: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(processes, own)
     return processes
+
+
+def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
+    """Return the newest checkpoint that is whole: a kill truncates one where temporary files lie on another disk."""
+    newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next(filter(_is_whole, newest_first), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False

@@ -1,0 +1,68 @@
+"""Mistakes in what was asked for, in a paragraph."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from tying.errors import ConfigurationError
+
+UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
+VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
+UNFIT = "Error(s) in loading state_dict"  # how torch begins, where a checkpoint does not fit
+CHANGES_ANOTHER = re.compile(r"Got value: \{'init_args':")  # init_args, and no class that they are of
+
+
+def explain(error: BaseException) -> str | None:
+    """Return what is wrong with what was asked for, in a paragraph; ``None`` for an error of another kind."""
+    chain = _causes(error)
+    mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
+    if not any(isinstance(cause, mistakes) or str(cause).startswith((UNION, UNFIT)) for cause in chain):
+        return None
+    return _told_briefly(chain)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """Return an error and what caused it, down to the first cause."""
+    chain: list[BaseException] = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _told_briefly(chain: Sequence[BaseException]) -> str:
+    """Return where a mistake is, and its first cause, without what the parser also tried in vain.
+
+    Example:
+        >>> outer, inner = ValueError('Parser key "data": ...'), ValueError("batch_size must be 1 or more, not 0")
+        >>> _told_briefly([outer, inner])
+        'data: batch_size must be 1 or more, not 0'
+    """
+    cause = next((error for error in chain if isinstance(error, ConfigurationError)), chain[-1])
+    heads = [re.match(r"""(?:Parser key|Problem with given class_path) ["']([^"']+)["']""", str(e)) for e in chain]
+    places = [*dict.fromkeys(head[1] for head in heads if head)]
+    alternatives = [re.sub(r"^Parser key \S+:\s*", "", str(cause).strip())]
+    union = str(chain[chain.index(cause) - 1])
+    if union.startswith(UNION) and not isinstance(cause, ConfigurationError):
+        tried = re.split(r"\n  - ", union.split("\nGiven value")[0])[1:]
+        alternatives += [re.sub(r"\s+", " ", attempt) for attempt in tried if not attempt.startswith(VAIN)][1:]
+    if str(cause).startswith(UNFIT):
+        places, alternatives = ["ckpt_path"], [f"the checkpoint does not fit the model: {_shortened(str(cause))}"]
+    told = ": ".join([*places, "; or: ".join(alternatives)])
+    if CHANGES_ANOTHER.search(told):
+        return (
+            f"{told.splitlines()[0]}. These are init_args without a class_path: changes to what another configuration "
+            "says. Give that one before, such as --config configs/base.yaml"
+        )
+    return told + (" (infinity is written .inf)" if told.endswith("Got value: inf") else "")
+
+
+def _shortened(told: str, lines: int = 6) -> str:
+    """Return what torch says of a state dict, the first lines of it."""
+    first, *others = [line.strip() for line in told.splitlines()]
+    more = f" and {len(others) - lines} more" if len(others) > lines else ""
+    return f"{first} {' '.join(others[:lines])}{more}"

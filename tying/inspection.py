@@ -1,0 +1,133 @@
+"""What a configuration ties, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from tying.callbacks import HardTying, WeightClustering
+from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before
+from tying.callbacks.summary import print_summary
+from tying.depth import Merge
+from tying.errors import ConfigurationError, listed
+from tying.hard import audit
+from tying.hashing import plot_loads, report
+from tying.names import clean_name
+from tying.selection import resolve, resolve_each
+from tying.ties import TiedGroup
+
+
+def inspect(
+    model: pl.LightningModule,
+    callbacks: Sequence[pl.Callback],
+    checkpoint: Path | None = None,
+    weights_only: bool | None = True,
+    plot: Path | None = None,
+) -> None:
+    """Print which weights each tie matches, and which weights no tie matches; what callbacks change, they change.
+
+    Args:
+        model: what to inspect.
+        callbacks: those of the configuration.
+        checkpoint: take the weights of this one.
+        weights_only: unpickle nothing but tensors and plain types from it.
+        plot: write how hashes use their tables to this PNG: heat maps and histograms.
+
+    Raises:
+        ConfigurationError: ties do not fit the model; those that do are printed first.
+    """
+    model.configure_model()
+    callbacks = _in_force(model, callbacks)
+    changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
+    if checkpoint is not None:
+        for change in changing:
+            change.apply(model)
+        _load_weights(model, callbacks, checkpoint, weights_only)
+    groups = _tied(model, callbacks)
+    print_summary(model, groups, max_rows=None)
+    held = {id(parameter) for _, group in groups for parameter in group.parameters}
+    free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in held]
+    print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
+    wrong = [averaging_before(callback, callbacks) for callback in changing]
+    for change in changing:
+        change.apply(model)
+        if told := change.told(model):
+            print(f"{type(change).__name__}: {told}")
+    for kind, names in _used_again(model).items():
+        print(f"{kind}: {listed(names)}")
+    audited, hashed = audit(model), report(model)
+    if hashed.weights:
+        print(f"Hashed: {hashed}")
+        if plot is not None:
+            plot_loads(model, plot)
+    elif plot is not None:
+        raise ConfigurationError("plot: no weight of the model is hashed")
+    if changing:
+        print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {audited.counts()}")
+    for line in [*(f"Problem: {problem}." for problem in wrong if problem), *audited.remarks()]:
+        print(line)
+
+
+def _in_force(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
+    """Return the configuration's callbacks and the model's own, which replace those of one class: Lightning's rule."""
+    own = model.configure_callbacks()
+    own = [*own] if isinstance(own, Sequence) else [own]
+    replaced = {type(callback) for callback in own}
+    for hidden in replaced & {type(callback) for callback in callbacks}:
+        print(f"{hidden.__name__} of the configuration is replaced by that of {type(model).__name__} itself")
+    return [*(callback for callback in callbacks if type(callback) not in replaced), *own]
+
+
+def _tied(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[tuple[str, TiedGroup]]:
+    """Return the groups of all callbacks that tie, each with the kind of its callback; print what ties match."""
+    groups: list[tuple[str, TiedGroup]] = []
+    errors: list[str] = []
+    for callback in callbacks:
+        if not isinstance(callback, TyingCallback):
+            continue
+        kind = type(callback).__name__
+        if isinstance(callback, HardTying) and callback.is_applied(model):  # by the model itself
+            groups += [(kind, group) for group in callback.apply(model)]
+            continue
+        found = resolve_each(model, callback.ties)
+        for tie, result in zip(callback.ties, found, strict=True):
+            if not isinstance(result, ConfigurationError):
+                weights, count = sum(map(len, result)), len(result)
+                print(f"{kind}: '{tie}' matches {weights} weights in {count} group{'s' * (count > 1)}")
+        wrong = [str(result) for result in found if isinstance(result, ConfigurationError)]
+        try:
+            tied = [] if wrong else resolve(model, callback.ties)
+            callback.check(tied)
+            groups += [(kind, group) for group in tied]
+        except ConfigurationError as error:
+            wrong.append(str(error))
+        errors += wrong
+    if errors:
+        raise ConfigurationError("; ".join(errors))
+    return groups
+
+
+def _used_again(model: pl.LightningModule) -> dict[str, list[str]]:
+    """Return what modules that share over depth or time say of themselves, merges apart, and their names."""
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        ours = type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge)
+        if ours and (told := module.extra_repr()):
+            found.setdefault(f"{type(module).__name__}({told})", []).append(clean_name(name))
+    return found
+
+
+def _load_weights(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], path: Path, weights_only: bool | None
+) -> None:
+    try:
+        state_dict = torch.load(path, "cpu", weights_only=weights_only)["state_dict"]
+        for callback in callbacks:
+            if isinstance(callback, WeightClustering):
+                callback.prepare(model, state_dict)
+        model.load_state_dict(state_dict)
+    except (RuntimeError, KeyError) as error:
+        raise ConfigurationError(f"ckpt_path: {path} does not fit the model: {error}") from None
