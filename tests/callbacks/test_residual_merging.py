@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from toys import Toy, same, train
+from toys import Toy, batches, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import RandomState, ResidualMerging
@@ -243,3 +243,31 @@ def test_sums_draw_nothing():
 def test_mistakes(make, told):
     with pytest.raises(ConfigurationError, match=told):
         make()
+
+
+def test_a_checkpoint_of_other_merges_is_told(tmp_path):
+    trainer = train(Blocks(), [ResidualMerging("blocks.*", StochasticDepth(0.5))])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    class Tested(Blocks):
+        def validation_step(self, batch, batch_idx):
+            self.loss(batch)
+
+    def tested(*callbacks):
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        pl.Trainer(callbacks=[*callbacks], **options).validate(
+            Tested(), batches(), str(tmp_path / "a.ckpt"), verbose=False, weights_only=True
+        )
+
+    tested(ResidualMerging("blocks.*", StochasticDepth(0.5)))
+    with pytest.warns(UserWarning, match=r"trained with blocks.*keep=0.5.* now it is blocks.*keep=0.25"):
+        tested(ResidualMerging("blocks.*", StochasticDepth(0.25)))
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: .*ResidualMerging\{'blocks'"):
+        tested()
+
+
+def test_two_in_one_run():
+    first, second = (ResidualMerging(f"blocks.{side}", StochasticDepth(0.5)) for side in ("[01]", "[23]"))
+    model = Blocks()
+    train(model, [first, second])
+    assert keeps(model) == [0.75, 0.5, 0.75, 0.5]

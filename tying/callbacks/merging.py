@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from tying.soft import Schedule
 class ResidualMerging(ChangesModel):
     """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or one of your own.
 
-    See :func:`tying.depth.apply_merge` for blocks that are understood. Names and values of the model's state stay, and
-    nothing is kept in checkpoints: who loads one without this callback or mixin gets the plain sums.
+    See :func:`tying.depth.apply_merge` for blocks that are understood. Names and values of the model's state stay:
+    who loads a checkpoint without this callback or mixin gets the plain sums. Of that, Lightning warns; this callback
+    does where its merges are not those that the checkpoint was trained with.
 
     Args:
         blocks: a pattern of names of modules, or several.
@@ -61,6 +63,22 @@ class ResidualMerging(ChangesModel):
             raise ConfigurationError(f"a schedule of what is dropped is a share of it, from 0 to 1: {schedule}")
         self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
         self._merges: list[Merge] = []  # of the model in training
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(blocks=self.blocks)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"merge": self._mark}  # where a test lacks this callback, Lightning warns of a state without one
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if (trained := state_dict.get("merge", self._mark)) != self._mark:
+            warnings.warn(
+                f"ResidualMerging: the checkpoint was trained with {trained}; now it is {self._mark}", stacklevel=2
+            )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
