@@ -27,6 +27,7 @@ from benchmarks import (
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.suite import suites
+from benchmarks.sweep import Sweep
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
 
@@ -122,10 +123,8 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
 
 def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
     demo, reporting = known.command == "demo", known.command == "report"
-    command = shlex.join(["python", "-m", "benchmarks", *map(_anywhere, given)])
     if demo:
         known.suite, known.data, known.only, known.seeds = "demo", None, None, 1
-        command = "make demo" if set(given) <= {"demo", "--save"} else command
         overrides = [*(["--trainer.precision=bf16-mixed"] if supports_bf16() else []), *overrides]
     where = {"out": known.out, "data": known.data}
     failed = {}
@@ -135,6 +134,7 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
     chosen = {"seeds": known.seeds, "only": known.only} if reporting else {}  # after a run: all there is
     sweep = experiment.prepare(known.suite, **where, **chosen, overrides=overrides, as_begun=True)
     try:
+        command = "make demo" if set(given) <= {"demo", "--save"} else _command(known.suite, sweep)
         _keep(sweep.name, experiment.report(sweep, command), known.save)
     except ConfigurationError:
         if failed:  # and told already
@@ -146,6 +146,14 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
         except OSError as error:
             print(f"CSV and plot could not be written: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _command(suite: str, sweep: Sweep) -> str:
+    """Return the command that does the runs of a report, on any machine."""
+    data = ["--data", sweep.label] if sweep.data else []
+    seeds = ["--seeds", str(1 + max(run.seed for run in sweep.runs))]
+    given = [Path(suite).name, *data, *seeds, *map(_anywhere, sweep.overrides)]
+    return shlex.join(["python", "-m", "benchmarks", "run", *given])
 
 
 def _anywhere(argument: str) -> str:

@@ -65,7 +65,9 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
             ]
         )
     failures = {run.name: Folder(out / run.name).failure() for run in runs if states[run.name] == "failed"}
-    return "\n".join([table(header, rows), "", _told(suite, results, states, failures), *unknown])
+    said = [at for at in range(len(header)) if any(row[at] != "–" for row in rows)]  # columns that say something
+    whole = table([header[at] for at in said], [[row[at] for at in said] for row in rows])
+    return "\n".join([whole, "", _told(suite, results, states, failures), *unknown])
 
 
 def spread(values: Sequence[float]) -> str:

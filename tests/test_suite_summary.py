@@ -89,7 +89,7 @@ def test_figures_default_to_those_of_the_test(tmp_path):
     suite = Suite("s", "", (), {"one": ()})
     [run] = suite.runs()
     write(tmp_path, run, 0.5, **{"val/loss": 1.0, "test/loss": 2.0})
-    assert summarize(suite, [run], tmp_path).startswith("| run | n | test/accuracy | test/loss | − one |")
+    assert summarize(suite, [run], tmp_path).startswith("| run | n | test/accuracy | test/loss | parameters |")
 
 
 def test_spread_by_hand():

@@ -124,7 +124,7 @@ def test_run_and_report(undisturbed, capsys):
         "soft, strength=0.001",
         "soft, strength=0.1",
     ]
-    assert f"Command: `python -m benchmarks report mine.yaml --out={out.name} --save`" in told
+    assert "Command: `python -m benchmarks run mine.yaml --seeds 1" in told
     assert Path("results/mine.md").read_text().strip() in told
     with Path("results/mine.csv").open() as file:
         assert [(row["run"], row["epoch"]) for row in csv.DictReader(file)] == [
