@@ -338,6 +338,15 @@ def test_mistakes_are_told_in_a_paragraph(args, message, capsys):
     assert message in told
 
 
+def test_weights_that_are_not_finite_are_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", BASE, SOFT, *SMALL, "--model.network.depth=20", "--model.lr=1e38", "--trainer.max_epochs=3"])
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert "tying: error: SoftTying: 'network.layer1" in told
+    assert "Lower the learning rate" in told
+
+
 def test_a_config_of_ones_own_is_never_overwritten(tmp_path):
     own = "# mine\ntrainer: {logger: false}\n"
     (tmp_path / "config.yaml").write_text(own)

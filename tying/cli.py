@@ -23,7 +23,7 @@ import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.callbacks.base import callbacks_of
 from tying.checkpoints import newest_intact
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, NonFiniteError
 from tying.explanation import explain
 from tying.inspection import inspect
 
@@ -166,6 +166,9 @@ def main(args: Sequence[str] | None = None) -> None:
             tying.bake.main(given[1:], _load)
         else:
             parse(given, run=True)
+    except NonFiniteError as error:
+        print(f"tying: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except (ArgumentError, ValueError, RuntimeError, MisconfigurationException) as error:
         told = explain(error)
         if told is None:

@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what was asked for."""
+"""Mistakes in what was asked for, and what has gone wrong in training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from difflib import get_close_matches
 
 class ConfigurationError(ValueError):
     """A mistake in a tie, an argument or a data path: the command line prints it without a traceback."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Weights that are tied have become NaN or infinite; the command line prints it without a traceback."""
 
 
 def nearest(name: str, existing: Iterable[str]) -> str:

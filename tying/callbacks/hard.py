@@ -77,6 +77,10 @@ class HardTying(TyingCallback, ChangesModel):
                 refuse_older(trainer, pl_module, {name: relation(weight).shape for name, relation in members})
 
     @override
+    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {group.names[0]: group.parameters[0] for group in self._groups}
+
+    @override
     def is_applied(self, model: nn.Module) -> bool:
         return record_of(model).ties.keys() >= {*self.ties}
 

@@ -183,8 +183,8 @@ class MixtureTying(Pulling):
 
     @property
     @override
-    def pulled(self) -> list[nn.Parameter]:
-        return [*self._weights.values()]
+    def watched(self) -> dict[str, nn.Parameter]:
+        return self._weights
 
     @override
     def value(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.applying import are_computed
 from tying.hard.biases import has_untied_bias
-from tying.names import at_rest
+from tying.names import at_rest, clean_name
 
 
 class Parametrizing(ChangesModel):
@@ -33,6 +33,12 @@ class Parametrizing(ChangesModel):
     def is_in_place(self, model: nn.Module, names: list[str]) -> bool:
         """Tell whether these weights, at least one, are changed already."""
         return are_computed(model, names)
+
+    @override
+    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in self.apply(model)]
+        held = {id(parameter) for owner in owners for parameter in owner.parameters()}
+        return {clean_name(name): parameter for name, parameter in model.named_parameters() if id(parameter) in held}
 
     @override
     def is_applied(self, model: nn.Module) -> bool:

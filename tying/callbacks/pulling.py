@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import callbacks_of
+from tying.callbacks.finite import FiniteWatch
 from tying.errors import ConfigurationError, listed, nearest
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.pull import Rates
@@ -57,6 +58,7 @@ class Pulling(pl.Callback):
     Raises:
         ConfigurationError: at construction, for arguments out of range; when training starts, for optimizers and
             strategies with which the update would be wrong.
+        NonFiniteError: in training, a weight that is pulled has become NaN or infinite.
     """
 
     def __init__(self, strength: float, update: Update, schedule: Schedule | None, name: str | None) -> None:
@@ -78,6 +80,7 @@ class Pulling(pl.Callback):
         self._window = 1.0  # share of a full accumulation window that the current step holds
         self._used = 0.0  # the factor on all strengths at the last step
         self._hooks: list[RemovableHandle] = []
+        self._watch = FiniteWatch(" ".join([type(self).__name__, *([name] if name else [])]))
         self._warned = False
 
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
@@ -85,9 +88,15 @@ class Pulling(pl.Callback):
         raise NotImplementedError
 
     @property
+    def watched(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are pulled, by name: training ends where one is not finite."""
+        groups = [group for pull in self._pulls for group in pull.penalty.groups]
+        return {name: p for group in groups for name, p in zip(group.names, group.parameters, strict=True)}
+
+    @property
     def pulled(self) -> list[torch.nn.Parameter]:
         """The parameters that are pulled, once training has started."""
-        return [p for pull in self._pulls for group in pull.penalty.groups for p in group.parameters]
+        return [*self.watched.values()]
 
     @staticmethod
     def _check_strength(name: str, strength: float, update: str) -> None:
@@ -189,6 +198,8 @@ class Pulling(pl.Callback):
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
+        groups = [group for pull in self._pulls for group in pull.penalty.groups]
+        self._watch.look(self.watched, groups)  # before one weight's NaN is pulled into another
         factor, rates = self._factor_now(trainer, index) * self._share, _learning_rates(optimizer)
         self._used = factor
         if self.update == "decoupled":
