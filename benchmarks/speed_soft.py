@@ -74,17 +74,20 @@ def resnet_step() -> tuple[Callable[[], None], Callable[[], None]]:
     [callback] = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, SoftTying)]
     optimizer = torch.optim.SGD(cli.model.parameters(), lr=1e-3, momentum=0.9)
     cli.trainer.optimizers = [optimizer]
+    callback.setup(cli.trainer, cli.model, "fit")
     callback.on_fit_start(cli.trainer, cli.model)
+    callback._remove_hooks()  # what the optimizer would call is timed with the pull
     x, y = torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)
         F.cross_entropy(cli.model(x), y).backward()  # type: ignore[no-untyped-call]  # torch's own
-        optimizer.step()  # the callback counts this step
+        optimizer.step()
 
     def pull() -> None:
         callback.on_after_backward(cli.trainer, cli.model)
         callback.on_before_optimizer_step(cli.trainer, cli.model, optimizer)
+        callback._after_step(cli.trainer, cli.model, 0, optimizer, (), {})
 
     return step, pull
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
         pairs = f" (n = {len(differences)})" if 0 < len(differences) < len(found) else ""
         rows.append(
             [
-                setting.replace(",", ", "),
+                re.sub(r",(?! )", ", ", setting),
                 str(len(found)),
                 *(spread([r["metrics"][key] for r in found if key in r["metrics"]]) for key in figures.values()),
                 difference(differences) + pairs if replicas[0].delta != baseline else "–",

@@ -4,11 +4,21 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from toys import Toy, train
+from toys import Toy, batches, train
 
-from tying.callbacks import AnchorTying, HardTying, LowRankWeights, MixtureTying, SoftTying, WeightHashing
-from tying.callbacks.finite import FiniteWatch
+from tying.callbacks import (
+    AnchorTying,
+    Coupling,
+    HardTying,
+    LowRankWeights,
+    MixtureTying,
+    SoftTying,
+    WeightClustering,
+    WeightHashing,
+)
+from tying.callbacks.finite import FiniteWatch, Look
 from tying.errors import NonFiniteError
 
 BIASES = ["encoder.0.bias ~ decoder.0.bias"]
@@ -28,49 +38,116 @@ class Overflows(Breaks):
     wrong = math.inf
 
 
+class Slow:
+    """An event of a device that has always more to do."""
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def _on_a_device(monkeypatch):
+    at = Look.at.__func__
+
+    def later(cls, tensors):
+        look = at(cls, tensors)
+        return look and Look(look.names, look.largest, Slow())
+
+    monkeypatch.setattr(Look, "at", classmethod(later))
+
+
+def fails(model, callback, told, **options):
+    with pytest.raises(NonFiniteError, match=told):
+        train(model, [callback] if not isinstance(callback, list) else callback, **options)
+
+
+def finite(model):
+    return {name for name, p in model.named_parameters() if torch.isfinite(p).all()}
+
+
 @pytest.mark.parametrize("update", ["gradient", "decoupled", "proximal"])
-@pytest.mark.parametrize(("model", "told"), [(Breaks, "5 NaN and 0 infinite"), (Overflows, "0 NaN and 5 infinite")])
-def test_a_soft_tie_does_not_spread_it(model, told, update):
+@pytest.mark.parametrize(("model", "what"), [(Breaks, "NaN"), (Overflows, "infinity")])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_soft_tie_does_not_spread_it(model, what, update, accumulate):
     toy = model()
-    with pytest.raises(
-        NonFiniteError,
-        match=rf"SoftTying: 'encoder.0.bias' holds {told} entries of 5. encoder.0.bias is tied to decoder.0.bias. Lower",
-    ):
-        train(toy, [SoftTying(BIASES, strength=0.1, update=update)])
-    assert toy.global_step == 3  # it is not done
-    assert not torch.isfinite(toy.encoder[0].bias).any()
-    assert all(torch.isfinite(p).all() for name, p in toy.named_parameters() if name != "encoder.0.bias")
+    told = rf"SoftTying: 'encoder.0.bias' holds {what}; the gradient of 'encoder.0.bias' held {what}; "
+    told += "encoder.0.bias is tied to decoder.0.bias. Lower"
+    fails(toy, SoftTying(BIASES, 0.1, update=update), told, accumulate_grad_batches=accumulate)
+    assert toy.global_step == 3  # the fourth is not done
+    assert finite(toy) == {name for name, _ in toy.named_parameters()} - {"encoder.0.bias"}
+
+
+def test_whose_gradient_it_was_is_told_although_clipping_spreads_it():
+    toy = Breaks()
+    told = r"'encoder.0.bias' holds NaN, .*; the gradient of 'encoder.0.bias' held NaN\. Lower"
+    fails(toy, SoftTying(BIASES, 0.1), told, gradient_clip_val=1.0)
+    assert finite(toy) == set()  # by clipping
+
+
+@pytest.mark.usefixtures("_on_a_device")
+@pytest.mark.parametrize("update", ["gradient", "decoupled", "proximal"])
+def test_on_a_device_it_does_not_spread_either(update, tmp_path):
+    toy = Breaks()
+    saves = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    told = "'encoder.0.bias' holds NaN; .* encoder.0.bias is tied to decoder.0.bias"
+    fails(toy, [SoftTying(BIASES, 0.1, update=update), saves], told, enable_checkpointing=True)
+    assert finite(toy) == {name for name, _ in toy.named_parameters()} - {"encoder.0.bias"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in (1, 2, 3)}
+
+
+@pytest.mark.usefixtures("_on_a_device")
+def test_on_a_device_the_last_step_is_told_too():
+    fails(Breaks(), SoftTying(BIASES, 0.1), "'encoder.0.bias' holds NaN", max_steps=4)
 
 
 @pytest.mark.parametrize(
     ("callback", "told"),
     [
-        (AnchorTying(["encoder.0.*"], strength=0.1), "AnchorTying: 'encoder.0.bias' holds 5 NaN"),
-        (MixtureTying(["**.bias"], components=3), "MixtureTying: 'encoder.0.bias' holds 5 NaN"),
-        (HardTying(BIASES), "HardTying: 'encoder.0.bias' holds 5 NaN"),
-        (LowRankWeights(["encoder.0.weight"], rank=2), "LowRankWeights: 'encoder.0.bias' holds 5 NaN"),
-        (WeightHashing(["encoder.0.weight"], 0.5), "WeightHashing: 'encoder.0.bias' holds 5 NaN"),
+        (AnchorTying(["encoder.0.*"], strength=0.1), "AnchorTying: 'encoder.0.bias' holds NaN"),
+        (MixtureTying(["**.bias"], components=3), "MixtureTying: 'encoder.0.bias' holds NaN"),
+        (Coupling("encoder.0.bias", "decoder.0.bias", alpha=0.5), "Coupling: 'encoder.0.bias' holds NaN"),
+        (HardTying(BIASES), "HardTying: 'encoder.0.bias' holds NaN"),
+        (LowRankWeights(["encoder.0.weight"], rank=2), "LowRankWeights: 'encoder.0.bias' holds NaN"),
+        (WeightHashing(["encoder.0.weight"], 0.5), "WeightHashing: 'encoder.0.bias' holds NaN"),
+        (WeightClustering(["encoder.0.weight"], clusters=4), "WeightClustering: 'encoder.0.bias' holds NaN"),
+        (SoftTying(BIASES, 0.1, harden_below=1.0), "SoftTying: 'encoder.0.bias' holds NaN"),
+        (SoftTying(BIASES, 0.1, name="mine"), "SoftTying mine: 'encoder.0.bias' holds NaN"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_every_family_tells_it(callback, told):
-    with pytest.raises(NonFiniteError, match=told):
-        train(Breaks(), [callback])
+    fails(Breaks(), callback, told, data=batches(2))  # in the second epoch
+
+
+def test_what_is_pulled_by_nothing_ends_as_without():
+    train(Breaks(), [SoftTying(BIASES, 0.0)])
+
+
+def test_a_callback_goes_on_after_it(tmp_path):
+    callback = SoftTying(BIASES, 0.1)
+    fails(Breaks(), callback, "holds NaN")
+    train(Toy(), [callback])
+
+
+def test_a_scaler_that_skips_a_step_is_no_fault():
+    watch, weight = FiniteWatch("SoftTying"), nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), math.inf)
+    watch.look_at_gradients({"a": weight})
+    watch.look({"a": weight})
+    watch.tell()
 
 
 def test_a_large_half_is_no_overflow():
     watch = FiniteWatch("SoftTying")
-    watch.look({"a": nn.Parameter(torch.full((4096,), 6e4, dtype=torch.float16)), "b": nn.Parameter(torch.ones(2))})
+    half, empty = torch.full((4096,), 6e4, dtype=torch.float16), torch.empty(0)
+    watch.look({name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()})
+    watch.tell()
 
 
 def test_what_is_not_trained_is_left_alone():
-    FiniteWatch("AnchorTying").look({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
-
-
-def test_on_a_device_the_look_before_is_told(monkeypatch):
-    """Not to wait for the device; told here as if it were one."""
-    watch, weight = FiniteWatch("SoftTying"), nn.Parameter(torch.tensor([math.nan]))
-    monkeypatch.setattr(FiniteWatch, "waits", staticmethod(lambda tensor: True))
-    watch.look({"a": weight})
-    with pytest.raises(NonFiniteError, match="'a' holds 1 NaN"):
-        watch.look({"a": weight})
+    watch = FiniteWatch("AnchorTying")
+    watch.look({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
+    watch.tell()

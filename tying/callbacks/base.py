@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,25 +14,21 @@ from lightning.pytorch.trainer.call import _call_configure_model
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.finite import FiniteWatch
+from tying.callbacks.finite import Watching
 from tying.errors import ConfigurationError
 from tying.ties import Tie, TiedGroup
 
 
-class ChangesModel(pl.Callback):
+class ChangesModel(Watching):
     """A callback that changes the model before the optimizers are made.
 
     Raises:
         ConfigurationError: a callback that averages weights stands before it, or the strategy splits weights.
-        NonFiniteError: in training, a weight of :meth:`watched` has become NaN or infinite.
     """
-
-    _watch: FiniteWatch | None = None
-    _watched: dict[str, nn.Parameter]
-    _steps_seen = 0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         kind = type(self).__name__
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ConfigurationError(
@@ -46,17 +41,6 @@ class ChangesModel(pl.Callback):
         # layers that configure_model makes must be there; Lightning calls it again, which it must stand
         _call_configure_model(trainer)
         self.apply(pl_module)
-        self._watch = None
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._watch is None:
-            self._watch, self._watched = FiniteWatch(type(self).__name__), self.watched(pl_module)
-        if trainer.global_step != self._steps_seen:
-            self._steps_seen = trainer.global_step
-            self._watch.look(self._watched, getattr(self, "groups", ()))
 
     def is_applied(self, model: nn.Module) -> bool:
         """Tell whether the model is changed already, by this callback or one that does the same."""
@@ -65,10 +49,6 @@ class ChangesModel(pl.Callback):
     def apply(self, model: nn.Module) -> object:
         """Change the model, unless it is changed already."""
         raise NotImplementedError
-
-    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that several places use: training ends where one is not finite."""
-        return {}
 
     def told(self, model: nn.Module) -> str:
         """Return what the callback has changed, in words, where a look at the parameters does not show it."""

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import arguments_of, callbacks_of, held_by, refuse_copies
+from tying.callbacks.finite import Watching, kept_for
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
 from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook
@@ -45,7 +46,7 @@ class BeforeEpoch:
         return epoch < self.epoch
 
 
-class WeightClustering(pl.Callback):
+class WeightClustering(Watching):
     """Let weights be entries of a codebook each, from an epoch on; see :func:`tying.hashing.cluster_weight`.
 
     Assignments are frozen; the codebook is trained, by the sum of its weights' gradients. Zeros stay zeros: of
@@ -89,6 +90,7 @@ class WeightClustering(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         refuse_copies(trainer, "WeightClustering", "the dense weights")
         _call_configure_model(trainer)  # layers that it makes must be there; Lightning calls it again
         for callback in callbacks_of(trainer):
@@ -156,6 +158,7 @@ class WeightClustering(pl.Callback):
                     optimizer.state.pop(weight, None)
                 for group in optimizer.param_groups:
                     group["params"] = [table if one is weight else one for one in group["params"]]
+        self.rewatch()
         rank_zero_info(
             f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
         )
@@ -164,6 +167,10 @@ class WeightClustering(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_done(pl_module):
             pl_module.log("tying/compression", self._rate(pl_module))
+
+    @override
+    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return kept_for(model, self.names)
 
     def _is_done(self, model: nn.Module) -> bool:
         return clustered(model).keys() >= {*self.names}

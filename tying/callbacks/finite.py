@@ -3,72 +3,191 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from typing_extensions import override
 
 from tying.errors import NonFiniteError, listed
+from tying.names import clean_name
 from tying.ties import TiedGroup
 
 
 class FiniteWatch:
-    """Raises where weights hold NaN or infinity.
+    """Tells which weights hold NaN or infinity, and whose gradients did so before.
 
-    A look is one reduction over the weights. On a processor it tells at once; on a device, where that would wait for
-    all work in its queue, it tells what the look before has found.
+    Looking is one reduction; telling reads what it found. On a GPU the result is on its way to pinned memory meanwhile:
+    who tells a step later waits for nothing.
 
     Args:
-        asker: who ties them.
+        asker: who ties the weights.
 
     Example:
         >>> watch, weight = FiniteWatch("SoftTying"), nn.Parameter(torch.ones(3))
         >>> watch.look({"a": weight})
+        >>> watch.tell()
         >>> with torch.no_grad():
         ...     _ = weight[0].fill_(float("nan"))
         >>> watch.look({"a": weight})
+        >>> watch.tell()
         Traceback (most recent call last):
-        tying.errors.NonFiniteError: SoftTying: 'a' holds 1 NaN and 0 infinite entries of 3. ...
+        tying.errors.NonFiniteError: SoftTying: 'a' holds NaN. ...
     """
 
     def __init__(self, asker: str) -> None:
         self._asker = asker
-        self._last: Tensor | None = None
+        self._weights: Look | None = None
+        self._gradients: Look | None = None
 
-    def look(self, weights: Mapping[str, nn.Parameter], groups: Sequence[TiedGroup] = ()) -> None:
-        """Look at weights, by name.
+    def look_at_gradients(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Look at the gradients of weights, by name, before clipping spreads what is in one of them."""
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        self._gradients = Look.at({name: grad for name, grad in gradients.items() if not grad.is_sparse})
+
+    def look(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Look at weights, by name; those that are not trained are left out."""
+        self._weights = Look.at({name: weight.detach() for name, weight in weights.items() if weight.requires_grad})
+
+    def tell(self, groups: Sequence[TiedGroup] = (), wait: bool = True) -> None:
+        """Tell what the last look at the weights has found, if it was not told.
 
         Args:
-            weights: those that no optimizer trains are left out.
             groups: who is tied to whom, for the error.
+            wait: for a GPU, if it must be; otherwise what is not known yet stays to be told.
 
         Raises:
             NonFiniteError: some are not finite.
         """
-        trained = {name: weight.detach() for name, weight in weights.items() if weight.requires_grad}
-        if not trained:
+        if self._weights is None or not (wait or self._weights.is_known()):
             return
-        largest = get_total_norm(trained.values(), float("inf"))
-        seen, self._last = (self._last if self.waits(largest) else largest), largest
-        if seen is None or torch.isfinite(seen):
-            return
-        wrong = {name: weight for name, weight in trained.items() if not torch.isfinite(weight).all()}
-        told = [f"{name!r} holds {_count(weight)}" for name, weight in wrong.items()]
-        ties = [_partners(group, wrong) for group in groups]
-        raise NonFiniteError(
-            f"{self._asker}: {listed(told)}. {listed(filter(None, ties))}{'. ' * any(ties)}Lower the learning rate, "
-            "clip gradients, or look at the batch; the newest checkpoint is from before"
-        )
-
-    @staticmethod
-    def waits(tensor: Tensor) -> bool:
-        """Tell whether reading a value waits for other work."""
-        return tensor.device.type != "cpu"
+        looked, self._weights = self._weights, None
+        if wrong := looked.found():
+            before = self._gradients.found() if self._gradients is not None else {}
+            told = [
+                listed((f"{name!r} holds {what}" for name, what in wrong.items()), limit=3),
+                listed((f"the gradient of {name!r} held {what}" for name, what in before.items()), limit=3),
+                listed(filter(None, (_partners(group, wrong) for group in groups)), limit=3),
+            ]
+            raise NonFiniteError(
+                f"{self._asker}: {'; '.join(filter(None, told))}. Lower the learning rate, clip gradients, or look at "
+                "the batch; checkpoints are from before"
+            )
 
 
-def _count(weight: Tensor) -> str:
-    nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
-    return f"{nan} NaN and {infinite} infinite entries of {weight.numel():,}"
+@dataclass(frozen=True)
+class Look:
+    """The largest magnitude in each of some tensors, NaN where there is one.
+
+    Attributes:
+        names: of the tensors.
+        largest: in memory that is read without the device.
+        event: when that is filled.
+    """
+
+    names: tuple[str, ...]
+    largest: Tensor
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def at(cls, tensors: Mapping[str, Tensor]) -> Look | None:
+        """Look at tensors; ``None`` where there is nothing to see."""
+        seen = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+        if not seen:
+            return None
+        norms = torch._foreach_norm([*seen.values()], float("inf"))
+        largest = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
+        if largest.device.type != "cuda":
+            return cls((*seen,), largest.cpu())
+        host = torch.empty(largest.shape, pin_memory=True).copy_(largest, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+        event.record()
+        return cls((*seen,), host, event)
+
+    def is_known(self) -> bool:
+        """Tell whether reading it waits for nothing."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]  # torch's own
+
+    def found(self) -> dict[str, str]:
+        """Return what is in tensors that are not finite, by name."""
+        if self.event is not None:
+            self.event.synchronize()
+        found = zip(self.names, self.largest.tolist(), strict=True)
+        return {name: "NaN" if value != value else "infinity" for name, value in found if not value < float("inf")}
+
+
+class Watching(pl.Callback):
+    """A callback that ends training where a weight that several places use is not finite.
+
+    Raises:
+        NonFiniteError: a weight of :meth:`watched` has become NaN or infinite.
+    """
+
+    _watch = FiniteWatch("")
+    _held: Mapping[str, nn.Parameter] | None = None
+    _steps_seen = 0
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        name = getattr(self, "name", None)
+        self._watch = FiniteWatch(type(self).__name__ + (f" {name}" if name else ""))
+        self.rewatch()
+
+    def watched(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        """Return the weights to watch, by name; called at the first step after :meth:`rewatch`."""
+        return {}
+
+    def rewatch(self) -> None:
+        """Let it be asked again what to watch: the weights are others now."""
+        self._held = None
+
+    def _held_in(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        if self._held is None:
+            self._held = self.watched(model)
+        return self._held
+
+    @property
+    def watched_groups(self) -> Sequence[TiedGroup]:
+        """Who of the watched is tied to whom."""
+        return ()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._watch.tell(self.watched_groups)
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held = self._held_in(pl_module).items()
+        self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own})
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._steps_seen:
+            self._steps_seen = trainer.global_step
+            self._watch.look(self._held_in(pl_module))
+            self._watch.tell(self.watched_groups, wait=False)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._watch.tell(self.watched_groups)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watch.tell(self.watched_groups)
+
+
+def kept_for(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of the modules that hold weights of these names, which may be computed from them."""
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in weights]
+    held = {id(parameter) for owner in owners for parameter in owner.parameters()}
+    return {clean_name(name): parameter for name, parameter in model.named_parameters() if id(parameter) in held}
 
 
 def _partners(group: TiedGroup, wrong: Iterable[str]) -> str:

@@ -181,10 +181,14 @@ class MixtureTying(Pulling):
         if self._optimizer is not None and not self._done and any(w in rates for w in self._weights.values()):
             self._optimizer.step()
 
+    @override
+    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return self._weights
+
     @property
     @override
-    def watched(self) -> dict[str, nn.Parameter]:
-        return self._weights
+    def pulled(self) -> list[nn.Parameter]:
+        return [*self._weights.values()]
 
     @override
     def value(self) -> Tensor | None:
@@ -203,6 +207,7 @@ class MixtureTying(Pulling):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         if self.prior is not None and not self._done:
             warnings.warn(
                 "training ended before its last epoch did: the weights are quantised now, those of its checkpoints are "

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import ChangesModel, arguments_of, picture_folder, refuse_older
+from tying.callbacks.finite import kept_for
 from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.applying import are_computed
 from tying.hard.biases import has_untied_bias
-from tying.names import at_rest, clean_name
+from tying.names import at_rest
 
 
 class Parametrizing(ChangesModel):
@@ -36,9 +37,7 @@ class Parametrizing(ChangesModel):
 
     @override
     def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        owners = [model.get_submodule(name.rpartition(".")[0]) for name in self.apply(model)]
-        held = {id(parameter) for owner in owners for parameter in owner.parameters()}
-        return {clean_name(name): parameter for name, parameter in model.named_parameters() if id(parameter) in held}
+        return kept_for(model, self.apply(model))
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -110,6 +109,7 @@ class TemplateWeights(Parametrizing):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         if folder := picture_folder(trainer):
             plot_similarity(pl_module, folder / "layer_similarity.png")
 

@@ -14,16 +14,18 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.data import DistributedSampler, Sampler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import callbacks_of
-from tying.callbacks.finite import FiniteWatch
+from tying.callbacks.finite import Watching
 from tying.errors import ConfigurationError, listed, nearest
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.pull import Rates
+from tying.ties import TiedGroup
 
 Update = Literal["gradient", "decoupled", "proximal"]
 UPDATES = ("gradient", "decoupled", "proximal")
@@ -36,7 +38,7 @@ class Pull(NamedTuple):
     strength: float
 
 
-class Pulling(pl.Callback):
+class Pulling(Watching):
     """Lowers penalties on weights while they train; a subclass says which, in :meth:`find_pulls`.
 
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
@@ -80,7 +82,6 @@ class Pulling(pl.Callback):
         self._window = 1.0  # share of a full accumulation window that the current step holds
         self._used = 0.0  # the factor on all strengths at the last step
         self._hooks: list[RemovableHandle] = []
-        self._watch = FiniteWatch(" ".join([type(self).__name__, *([name] if name else [])]))
         self._warned = False
 
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
@@ -88,15 +89,19 @@ class Pulling(pl.Callback):
         raise NotImplementedError
 
     @property
-    def watched(self) -> dict[str, torch.nn.Parameter]:
-        """The parameters that are pulled, by name: training ends where one is not finite."""
-        groups = [group for pull in self._pulls for group in pull.penalty.groups]
-        return {name: p for group in groups for name, p in zip(group.names, group.parameters, strict=True)}
+    @override
+    def watched_groups(self) -> list[TiedGroup]:
+        return [group for pull in self._pulls for group in pull.penalty.groups]
+
+    @override
+    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        named = (zip(group.names, group.parameters, strict=True) for group in self.watched_groups)
+        return {name: parameter for pairs in named for name, parameter in pairs}
 
     @property
     def pulled(self) -> list[torch.nn.Parameter]:
         """The parameters that are pulled, once training has started."""
-        return [*self.watched.values()]
+        return [parameter for group in self.watched_groups for parameter in group.parameters]
 
     @staticmethod
     def _check_strength(name: str, strength: float, update: str) -> None:
@@ -124,6 +129,7 @@ class Pulling(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
@@ -135,6 +141,7 @@ class Pulling(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pulls = self.find_pulls(trainer, pl_module)
+        self.rewatch()
         self._micro_batches, self._warned = 0, False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         groups = [group for pull in self._pulls for group in pull.penalty.groups]
@@ -164,6 +171,8 @@ class Pulling(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        if self.strength:
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._window = 1.0
         if pl_module.automatic_optimization:
             self._window = self._micro_batches / trainer.accumulate_grad_batches
@@ -198,8 +207,9 @@ class Pulling(pl.Callback):
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
-        groups = [group for pull in self._pulls for group in pull.penalty.groups]
-        self._watch.look(self.watched, groups)  # before one weight's NaN is pulled into another
+        if self.strength:  # before one weight's NaN is pulled into another
+            self._watch.look(self._held_in(pl_module))
+            self._watch.tell(self.watched_groups, wait=self.update != "gradient")
         factor, rates = self._factor_now(trainer, index) * self._share, _learning_rates(optimizer)
         self._used = factor
         if self.update == "decoupled":

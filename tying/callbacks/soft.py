@@ -66,6 +66,11 @@ class SoftTying(Pulling, TyingCallback):
     def groups(self) -> list[TiedGroup]:
         return [*(group for pull in self._pulls for group in pull.penalty.groups), *self._hardening.groups]
 
+    @property
+    @override
+    def watched_groups(self) -> list[TiedGroup]:
+        return self.groups  # those that have hardened, too
+
     @override
     def check(self, groups: Sequence[TiedGroup]) -> None:
         TyingPenalty(groups, self.penalty)
@@ -100,6 +105,7 @@ class SoftTying(Pulling, TyingCallback):
             return
         [pull] = self._pulls
         self._pulls = self._pulling(self._hardening.harden_near(trainer, pl_module, pull.penalty.groups))
+        self.rewatch()
         pl_module.log(f"{self._prefix}/hardened", float(len(self._hardening.groups)))
 
     def _pulling(self, groups: Sequence[TiedGroup]) -> list[Pull]:
