@@ -12,6 +12,7 @@ A suite's file may say::
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,19 +20,23 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import ClassVar
 
+from scipy.stats import norm as normal
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
 from benchmarks.figures import Row, final, lines_of
 from benchmarks.report import table
 
+LEVEL = 0.025  # of a trend that is there by chance, on either side
+
 
 @dataclass(frozen=True)
 class Trend:
     """A claim: along an axis a metric rises (sign 1) or falls (−1), on every line.
 
-    What decides is the rank correlation of both over all values of the axis, seed by seed, and the 95 % interval of
-    its mean over seeds: unlike the change from the first to the last value, it is not ruled by the spread at one end.
+    What decides is the rank correlation of both over all values of the axis, summed over seeds, and how probable one
+    as large would be without a trend, exactly: below 2.5 %. Unlike the change from the first to the last value, it is
+    not ruled by the spread at one end.
 
     Attributes:
         claim: in words.
@@ -48,12 +53,13 @@ class Trend:
     lines: str
     sign: int
     confounded: str = ""
-    head: ClassVar = ("line", "n", "change from first to last", "rank correlation", "95 % interval", "says")
+    head: ClassVar = ("line", "n", "change from first to last", "rank correlation", "probability", "says")
 
     def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
         """Return a verdict, and a table's rows: for each line the change, the rank correlation and what it says.
 
-        With one seed, nothing can be said.
+        The probability is that of a correlation as large, in the direction of the one that is found, by chance. With
+        one seed, nothing can be said.
         """
         told = []
         agreeing = []
@@ -61,15 +67,16 @@ class Trend:
             whole = by_seed(points, self.x, self.y)
             changes = [own[-1][1] - own[0][1] for own in whole]
             correlations = [rank_correlation(own) for own in whole]
-            low, high = interval(correlations)
-            agrees = low > 0 if self.sign > 0 else high < 0
+            if len(whole) < 2:
+                told.append([f"{self.lines} {line}", str(len(whole)), "–", "–", "–", "undecided"])
+                agreeing.append(False)
+                continue
+            chance = probability_by_chance(fmean(correlations), len(whole[0]), len(whole))
+            agrees = chance < LEVEL and fmean(correlations) * self.sign > 0
             agreeing.append(agrees)
-            against = high < 0 if self.sign > 0 else low > 0
-            says = "as claimed" if agrees else "the opposite" if against else "undecided"
-            change = f"{fmean(changes):+.4f}" if changes else "–"
-            correlation = f"{fmean(correlations):+.3f}" if correlations else "–"
-            within = f"{max(low, -1):+.3f} to {min(high, 1):+.3f}" if len(correlations) > 1 else "–"
-            told.append([f"{self.lines} {line}", str(len(changes)), change, correlation, within, says])
+            says = "as claimed" if agrees else "the opposite" if chance < LEVEL else "undecided"
+            cells = [f"{fmean(changes):+.4f}", f"{fmean(correlations):+.3f}", f"{chance:.2g}", says]
+            told.append([f"{self.lines} {line}", str(len(whole)), *cells])
         if not any(int(line[1]) > 1 for line in told):
             return f"{self.claim}: undecided, for want of seeds.", told
         undecided = all(line[-1] == "undecided" for line in told)
@@ -213,14 +220,41 @@ def rank_correlation(points: Sequence[tuple[float, float]]) -> float:
     return float(spearmanr(xs, ys).statistic)
 
 
+def probability_by_chance(correlation: float, count: int, seeds: int) -> float:
+    """Return the probability of a mean rank correlation at least as large, in its direction, if there is no trend.
+
+    Of up to eight values, exactly: over all orders that each seed's values could have. Of more, by the normal
+    distribution of variance 1 / (count − 1) for each seed.
+
+    Example:
+        >>> [round(probability_by_chance(r, count, seeds), 4) for r, count, seeds in ((1.0, 3, 1), (1.0, 3, 3))]
+        [0.1667, 0.0046]
+    """
+    if count > 8:
+        return float(normal.sf(abs(correlation) * math.sqrt(seeds * (count - 1))))
+    single = Counter(sum((a - b) ** 2 for a, b in enumerate(order)) for order in itertools.permutations(range(count)))
+    together = Counter({0: 1})  # sums of squared differences of ranks, over seeds
+    for _ in range(seeds):
+        added: Counter[int] = Counter()
+        for (one, ways), (other, more) in itertools.product(together.items(), single.items()):
+            added[one + other] += ways * more
+        together = added
+    scale = 6 / (count * (count**2 - 1))
+    means = {total: 1 - scale * total / seeds for total in together}
+    extreme = sum(ways for total, ways in together.items() if means[total] >= abs(correlation) - 1e-9)
+    return extreme / together.total()
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean, by Student's t.
+    """Return the 95 % interval of a mean, by Student's t; of values that do not vary, nothing is known.
 
     Example:
         >>> [round(bound, 3) for bound in interval([1.0, 2.0, 3.0])]
         [-0.484, 4.484]
+        >>> interval([1.0, 1.0])
+        (-inf, inf)
     """
-    if len(values) < 2:
+    if len({*values}) < 2:
         return -math.inf, math.inf
     half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half

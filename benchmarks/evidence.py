@@ -50,27 +50,35 @@ def markdown() -> str:
     parts = ["# Results", INTRODUCTION]
     if missing := [name for name in every if name not in kept]:
         parts.append(f"Not kept yet: {', '.join(missing)}.")
-    sections = {**SECTIONS, **({"Others": other} if other else {})}
-    counts = {title: len({*names} & {*kept, *other}) for title, names in sections.items()}
-    contents = [[f"[{title}](#{_anchor(title)})", str(count)] for title, count in counts.items()]
+    sections = {title: [name for name in names if name in kept] for title, names in SECTIONS.items()}
+    sections = {title: names for title, names in {**sections, "Others": other}.items() if names}
+    contents = [[f"[{title}](#{_anchor(title)})", str(len(names))] for title, names in sections.items()]
     parts.append(table(["section", "results"], contents))
     for title, names in sections.items():
         parts.append(f"## {title}")
         for name in names:
-            if name in kept or name in other:
-                parts += [f"### {name}", (folder / f"{name}.md").read_text().strip()]
-                parts += [f"![{path.stem}]({path.name})" for path in _pictures(folder, name)]
+            parts += [f"### {name}", (folder / f"{name}.md").read_text().strip()]
+            parts += [f"![{path.stem}]({path.name})" for path in _pictures(folder, name)]
     return "\n\n".join(parts) + "\n"
 
 
 def html() -> str:
     """Return the pages of guidance and papers, and that of results, as one that needs no other file."""
-    renderer = MarkdownIt("commonmark").enable("table")
-    body = "\n".join(renderer.render(text) for text in (*(page.read_text() for page in PAGES[1:]), markdown()))
-    body = re.sub(r"<h([123])>(.*?)</h\1>", lambda m: f'<h{m[1]} id="{_anchor(m[2])}">{m[2]}</h{m[1]}>', body)
+    guidance = [_rendered(page.read_text(), page.stem.lower()) for page in PAGES[1:]]
+    body = "\n".join([*guidance, _rendered(markdown(), "readme", of_results=True)])
     body = re.sub(r'href="(?:\.\./|results/)?([\w@-]+)\.md"', lambda m: f'href="#{m[1].lower()}"', body)
     body = re.sub(r'src="(?:results/)?([^"/:]+\.png)"', lambda m: f'src="{_inline(report.RESULTS / m[1])}"', body)
     return f"{HEAD}<body>\n{body}</body></html>\n"
+
+
+def _rendered(text: str, page: str, of_results: bool = False) -> str:
+    """Return a page as HTML whose first heading has its name as id, and others of results their own."""
+
+    def heading(match: re.Match[str]) -> str:
+        own = page if match[1] == "1" else _anchor(match[2]) if of_results else f"{page}-{_anchor(match[2])}"
+        return f'<h{match[1]} id="{own}">{match[2]}</h{match[1]}>'
+
+    return re.sub(r"<h([123])>(.*?)</h\1>", heading, MarkdownIt("commonmark").enable("table").render(text))
 
 
 def _pictures(folder: Path, name: str) -> list[Path]:

@@ -94,19 +94,21 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
 
     Args:
         sweep: whose runs.
-        kept: a folder where the last epochs and the suite's own plots are written too.
+        kept: a folder where the last epochs and all plots are written too.
     """
     rows = curves(sweep.runs, sweep.out)
-    table, picture = (sweep.out / f"{sweep.name}.{kind}" for kind in ("csv", "png"))
+    table = sweep.out / f"{sweep.name}.csv"
     write_csv(rows, table)
-    plot(rows, sweep.suite.curves, picture)
-    folders = [sweep.out, *([kept] if kept else [])]
-    pictures = {folder / f"{sweep.name}_{one.name}.png": one for folder in folders for one in sweep.suite.plots}
-    for path, one in pictures.items():
-        draw_plot(one, rows, path)
+    written = [table]
+    for folder in [sweep.out, *([kept] if kept else [])]:
+        pictures = {folder / f"{sweep.name}_{one.name}.png": one for one in sweep.suite.plots}
+        for path, one in pictures.items():
+            draw_plot(one, rows, path)
+        written += [folder / f"{sweep.name}.png", *pictures]
+        plot(rows, sweep.suite.curves, folder / f"{sweep.name}.png")
     if kept:
         write_csv(final(rows), kept / table.name)
-    return [table, picture, *pictures]
+    return written
 
 
 def overview() -> str:

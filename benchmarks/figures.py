@@ -72,7 +72,8 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
             if row.get(plot.x) and row.get(y):
                 points.setdefault(float(row[plot.x]), []).append(float(row[y]))
         if plot.lines == "run" and points:
-            points = {fmean(points): [value for values in points.values() for value in values]}
+            pairs = [(x, value) for x, values in points.items() for value in values]
+            points = {fmean(x for x, _ in pairs): [value for _, value in pairs]}
         xs = sorted(points)
         means = [fmean(points[x]) for x in xs]
         spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]

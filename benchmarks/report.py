@@ -12,7 +12,7 @@ from tying.errors import ConfigurationError, nearest
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "GUIDE.md", ROOT / "benchmarks" / "PAPERS.md"]  # tell of results
-MARK = re.compile(r"(<!-- (results|cell|claim) (.+?) -->)(.*?)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"(<!-- (results|cell|claim) (.+?) -->)((?:(?!<!--).)*)<!-- end -->", re.DOTALL)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -68,22 +68,24 @@ def _taken(kind: str, asked: str) -> str:
     if kind == "results":
         return f"\n{text.strip()}\n"
     found = _claims(text) if kind == "claim" else _cells(text)
-    if (wanted := " :: ".join(place)) not in found:
-        raise ConfigurationError(f"{path.name} has no {kind} {wanted!r}.{nearest(wanted, found)}")
-    return found[wanted]
+    values = [value for key, value in found if key == (wanted := " :: ".join(place))]
+    if not values:
+        raise ConfigurationError(f"{path.name} has no {kind} {wanted!r}.{nearest(wanted, dict(found))}")
+    if len({*values}) > 1:
+        raise ConfigurationError(f"{path.name} has several of {kind} {wanted!r}: {', '.join(values)}")
+    return values[0]
 
 
-def _claims(text: str) -> dict[str, str]:
-    """Return the verdicts of a result by their claims."""
-    return dict(re.findall(r"^Claim: (.*?): ((?:not )?reproduced.*|undecided.*)\.$", text, flags=re.MULTILINE))
+def _claims(text: str) -> list[tuple[str, str]]:
+    """Return the claims of a result with their verdicts."""
+    return list(re.findall(r"^Claim: (.*?): ((?:not )?reproduced.*|undecided.*)\.$", text, flags=re.MULTILINE))
 
 
-def _cells(text: str) -> dict[str, str]:
-    """Return the figures of a result's tables by row and column."""
-    cells: dict[str, str] = {}
+def _cells(text: str) -> list[tuple[str, str]]:
+    """Return the figures of a result's tables with row and column."""
+    cells = []
     for lines in re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE):
         header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
         for first, *others in rows:
-            for column, cell in zip(header[1:], others, strict=True):
-                cells.setdefault(f"{first} :: {column}", cell)
+            cells += [(f"{first} :: {column}", cell) for column, cell in zip(header[1:], others, strict=True)]
     return cells

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -125,7 +124,10 @@ def write_csv(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
 def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) -> None:
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
-    figure = Figure(figsize=(4.5 * len(metrics), 3.6), layout="constrained")
+    settings = len({row["run"] for row in rows})
+    beside = 3.0 if settings > 8 else 0.0  # inches, of a legend
+    figure = Figure(figsize=(4.5 * len(metrics) + beside, max(3.6, 0.16 * settings)), layout="constrained")
+    lines: dict[str, Any] = {}
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         points: dict[str, dict[int, list[float]]] = {}
         for row in rows:
@@ -133,10 +135,12 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
                 epochs = points.setdefault(row["run"], {})
                 epochs.setdefault(int(row["epoch"]), []).append(float(row[metric]))
         for setting, epochs in points.items():
-            axes.plot([*epochs], [fmean(values) for values in epochs.values()], label=setting, marker=".")
+            [lines[setting]] = axes.plot([*epochs], [fmean(values) for values in epochs.values()], marker=".")
         axes.set(xlabel="epoch", ylabel=metric)
-        if 0 < len(points) <= 12:
-            axes.legend(fontsize="x-small")
+    if beside:
+        figure.legend(lines.values(), lines, fontsize="x-small", loc="outside right upper")
+    elif lines:
+        axes.legend(lines.values(), lines, fontsize="x-small")
     save_figure(figure, path)
 
 
@@ -189,10 +193,13 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
         told.append("The runs used different data: their figures cannot be compared.")
     told.append("Mean ± standard deviation over n seeds; differences are taken seed by seed, with their 95 % interval.")
     told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
-    missing = Counter(state for state in states.values() if state != "complete")
+    missing: dict[str, list[str]] = {}
+    for name, state in states.items():
+        if state != "complete":
+            missing.setdefault(state, []).append(name)
     if missing:
-        counts = ", ".join(f"{count} {state}" for state, count in missing.items())
-        told.append(f"Missing are {missing.total()} of {len(states)} runs: {counts}.")
+        counts = ", ".join(f"{len(names)} {state} ({listed(names)})" for state, names in missing.items())
+        told.append(f"Missing are {sum(map(len, missing.values()))} of {len(states)} runs: {counts}.")
     if failures:
         told.append(f"Failed: {listed((f'{name}: {error}' for name, error in failures.items()), limit=12)}.")
     return " ".join(told)

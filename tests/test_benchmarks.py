@@ -196,7 +196,9 @@ def test_a_report_of_all_that_is_kept(tmp_path, monkeypatch, capsys):
         Image.new("RGB", (2, 2)).save(tmp_path / "results" / f"{name}.png")
     pages = [tmp_path / f"{name}.md" for name in ("README", "GUIDE", "PAPERS")]
     for page in pages:
-        page.write_text(f"# {page.stem}\n\n[row](results/soft.md) <!-- cell soft :: soft :: accuracy --><!-- end -->")
+        page.write_text(
+            f"# {page.stem}\n\n## Soft tying\n\n[row](results/soft.md) <!-- cell soft :: soft :: accuracy --><!-- end -->"
+        )
     monkeypatch.setattr(evidence, "PAGES", pages)
     monkeypatch.setattr(benchmarks, "PAGES", pages)
     assert benchmarks.main(["readme"]) == 0
@@ -214,8 +216,9 @@ def test_a_report_of_all_that_is_kept(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "runs" / "report.html").read_text()
     assert "<td>soft</td>" in page
     assert page.count("data:image/png;base64,") == 1
-    assert 'href="#soft"' in page
-    assert 'id="soft"' in page
+    ids = re.findall(r'id="(.*?)"', page)
+    assert {*re.findall(r'href="#(.*?)"', page)} == {"soft", "guide", "papers", "soft-tying", "others"}
+    assert all(ids.count(one) == 1 for one in {*re.findall(r'href="#(.*?)"', page)})
     assert ".md" not in page
     assert benchmarks.main(["report", "--seeds=2"]) == 2
     assert "--seeds: of which suite?" in capsys.readouterr().err

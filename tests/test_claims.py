@@ -1,12 +1,12 @@
 """Verdicts on a paper's trends."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, permutations, product
 
 import pytest
 
 from benchmarks import experiment
-from benchmarks.claims import Order, Peak, Trend, interval, verdicts
+from benchmarks.claims import Order, Peak, Trend, interval, probability_by_chance, rank_correlation, verdicts
 from benchmarks.figures import Plot, draw, final
 from benchmarks.suite import load
 from tying.hashing import UniformHash
@@ -37,13 +37,13 @@ def test_a_trend_on_every_line():
     verdict, told = RISING.judge(found)
     assert verdict == "rises: reproduced, and confounded: by capacity."
     [line] = told
-    assert line == ["ratio a", "3", "+9.9000", "+1.000", "+1.000 to +1.000", "as claimed"]
+    assert line == ["ratio a", "3", "+9.9000", "+1.000", "0.0046", "as claimed"]
 
 
 def test_a_trend_on_some_lines_and_against():
-    values = {("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0) for seed in range(3)}
-    values |= {("b", x, seed): -x + 0.01 * seed for x in (0.1, 1.0) for seed in range(3)}
-    values |= {("c", x, seed): (x - 0.5) * (seed - 1) for x in (0.1, 1.0) for seed in range(3)}
+    values = {("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
+    values |= {("b", x, seed): -x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
+    values |= {("c", x, seed): (x - 0.5) * (seed - 1) for x in (0.1, 1.0, 2.0) for seed in range(3)}
     verdict, told = RISING.judge(rows(values))
     assert verdict.startswith("rises: not reproduced (on 1 of 3 lines)")
     assert [line[5] for line in told] == ["as claimed", "the opposite", "undecided"]
@@ -53,6 +53,24 @@ def test_the_spread_at_one_end_does_not_rule():
     values = {("a", x, seed): x for x in (1.0, 2.0, 3.0, 4.0) for seed in range(3)}
     values |= {("a", 0.0, seed): (-900.0, 0.5, 0.0)[seed] for seed in range(3)}
     assert RISING.judge(rows(values))[1][0][5] == "as claimed"
+
+
+@pytest.mark.parametrize(("count", "seeds"), [(2, 3), (3, 2), (4, 1), (5, 2)])
+def test_probability_by_chance_over_all_orders(count, seeds):
+    """By drawing every order of every seed."""
+    orders = [*permutations(range(count))]
+    means = [
+        sum(rank_correlation([*enumerate(order)]) for order in own) / seeds for own in product(orders, repeat=seeds)
+    ]
+    for mean in {*means}:
+        expected = sum(other >= abs(mean) - 1e-9 for other in means) / len(means)
+        assert probability_by_chance(mean, count, seeds) == pytest.approx(expected)
+
+
+def test_a_correlation_of_few_values_that_does_not_vary_is_undecided():
+    """Three values in two seeds, +0.5 in both: without spread, yet by chance in a fifth of all cases."""
+    values = {("a", x, seed): y for seed in range(2) for x, y in ((1.0, 1.0), (2.0, 3.0), (3.0, 2.0))}
+    assert RISING.judge(rows(values))[1][0][3:] == ["+0.500", "0.25", "undecided"]
 
 
 def test_runs_without_the_axis_are_left_out():

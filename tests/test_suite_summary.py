@@ -63,7 +63,7 @@ def test_table_by_hand(tmp_path):
         ["soft, lr=2", "1", "0.1000", "0.2500", "-0.1000", *rest],
     ]
     assert "Data: images (key 1)." in told
-    assert "Missing are 1 of 8 runs: 1 pending." in told
+    assert "Missing are 1 of 8 runs: 1 pending (soft,lr=2,seed=1)." in told
     assert "different data" not in told
 
 
@@ -80,7 +80,7 @@ def test_failures_are_told(tmp_path):
     write(tmp_path, first, 0.5)
     attempt = Folder(tmp_path / second.name).claim({"definition": {}})
     write_json(attempt / "failure.json", {"error": "no room"})
-    assert f"Missing are 1 of 2 runs: 1 failed. Failed: {second.name}: no room." in summarize(
+    assert f"Missing are 1 of 2 runs: 1 failed ({second.name}). Failed: {second.name}: no room." in summarize(
         SUITE, [first, second], tmp_path
     )
 

@@ -165,7 +165,7 @@ def test_failures_stay_alone_and_are_retried(kind, undisturbed, tmp_path, capfd)
     }
     told = capfd.readouterr().out
     assert re.search(rf"failed: soft,strength=0.1,seed=0: .*{said[kind]}", told)
-    assert re.search(r"Missing are 1 of 2 runs: 1 (failed|interrupted)\.", told)
+    assert re.search(r"Missing are 1 of 2 runs: 1 (failed|interrupted) \(", told)
     assert "| untied | 1 |" in told
     (tmp_path / "armed").unlink()
     assert run("--out=out", jobs=1) == 0
