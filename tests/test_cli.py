@@ -386,6 +386,10 @@ def test_mistakes_elsewhere_keep_their_traceback(monkeypatch):
     monkeypatch.setattr("tying.models.Classifier.training_step", lambda *_: (_ for _ in ()).throw(ValueError("user")))
     with pytest.raises(ValueError, match="user"):
         main(["fit", BASE, *SMALL])
+    unfit = RuntimeError("Error(s) in loading state_dict for their own network: size mismatch")
+    monkeypatch.setattr("tying.models.Classifier.training_step", lambda *_: (_ for _ in ()).throw(unfit))
+    with pytest.raises(RuntimeError, match="their own network"):
+        main(["fit", BASE, *SMALL])
 
 
 def test_console_script_and_module():

@@ -170,7 +170,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"tying: error: {error}", file=sys.stderr)
         sys.exit(1)
     except (ArgumentError, ValueError, RuntimeError, MisconfigurationException) as error:
-        told = explain(error)
+        told = explain(error, of_checkpoint=any(argument.startswith("--ckpt_path") for argument in given))
         if told is None:
             raise
         print(f"tying: error: {told}", file=sys.stderr)

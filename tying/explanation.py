@@ -16,11 +16,18 @@ UNFIT = "Error(s) in loading state_dict"  # how torch begins, where a checkpoint
 CHANGES_ANOTHER = re.compile(r"Got value: \{'init_args':")  # init_args, and no class that they are of
 
 
-def explain(error: BaseException) -> str | None:
-    """Return what is wrong with what was asked for, in a paragraph; ``None`` for an error of another kind."""
+def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
+    """Return what is wrong with what was asked for, in a paragraph; ``None`` for an error of another kind.
+
+    Args:
+        error: what was raised.
+        of_checkpoint: whether a checkpoint was to be loaded, which may not fit.
+    """
     chain = _causes(error)
     mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
-    if not any(isinstance(cause, mistakes) or str(cause).startswith((UNION, UNFIT)) for cause in chain):
+    if of_checkpoint and str(error).startswith(UNFIT):
+        return f"ckpt_path: the checkpoint does not fit the model: {_shortened(str(error))}"
+    if not any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
         return None
     return _told_briefly(chain)
 
@@ -50,8 +57,6 @@ def _told_briefly(chain: Sequence[BaseException]) -> str:
     if union.startswith(UNION) and not isinstance(cause, ConfigurationError):
         tried = re.split(r"\n  - ", union.split("\nGiven value")[0])[1:]
         alternatives += [re.sub(r"\s+", " ", attempt) for attempt in tried if not attempt.startswith(VAIN)][1:]
-    if str(cause).startswith(UNFIT):
-        places, alternatives = ["ckpt_path"], [f"the checkpoint does not fit the model: {_shortened(str(cause))}"]
     told = ": ".join([*places, "; or: ".join(alternatives)])
     if CHANGES_ANOTHER.search(told):
         return (

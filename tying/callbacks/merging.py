@@ -22,8 +22,8 @@ class ResidualMerging(ChangesModel):
     """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or one of your own.
 
     See :func:`tying.depth.apply_merge` for blocks that are understood. Names and values of the model's state stay:
-    who loads a checkpoint without this callback or mixin gets the plain sums. Of that, Lightning warns; this callback
-    does where its merges are not those that the checkpoint was trained with.
+    who loads a checkpoint without this callback or mixin gets the plain sums. Where a Trainer loads it, Lightning warns
+    of the callback that is missing, and this callback of merges that are not those of the training.
 
     Args:
         blocks: a pattern of names of modules, or several.
@@ -71,13 +71,13 @@ class ResidualMerging(ChangesModel):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"merge": self._mark}  # where a test lacks this callback, Lightning warns of a state without one
+        return {"merges": self._described}  # where a test lacks this callback, Lightning warns of a state without one
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if (trained := state_dict.get("merge", self._mark)) != self._mark:
+        if (trained := state_dict.get("merges", self._described)) != self._described:
             warnings.warn(
-                f"ResidualMerging: the checkpoint was trained with {trained}; now it is {self._mark}", stacklevel=2
+                f"ResidualMerging: the checkpoint was trained with {trained}; now it is {self._described}", stacklevel=2
             )
 
     @override
@@ -114,6 +114,12 @@ class ResidualMerging(ChangesModel):
     @property
     def _last_share(self) -> float:
         return self.schedule.end if self.schedule else 1.0
+
+    @property
+    def _described(self) -> str:
+        """What the merges are, in words that are the same in every process."""
+        kind = f"{type(self.merge).__name__}({self.merge.extra_repr()})"
+        return f"{kind} in {self.blocks}, keep_schedule={self.keep_schedule}, schedule={self.schedule}"
 
     @property
     def _mark(self) -> str:
