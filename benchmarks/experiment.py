@@ -14,8 +14,9 @@ from benchmarks.claims import verdicts
 from benchmarks.figures import draw as draw_plot
 from benchmarks.figures import final
 from benchmarks.folder import Folder, read_json, write_json
+from benchmarks.machine import machine
 from benchmarks.suite import load, suites
-from benchmarks.summary import curves, plot, summarize, write_csv
+from benchmarks.summary import curves, plot, refuse_mixture, summarize, write_csv
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
@@ -63,10 +64,16 @@ def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
     """Do the runs that are not done; return why those failed that failed, by name.
 
     Raises:
-        ConfigurationError: a configuration is wrong; nothing was started.
+        ConfigurationError: a configuration is wrong, or runs are complete that other versions made; nothing was
+            started.
     """
     if jobs < 1:
         raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
+    folders = [sweep.folder(run) for run in sweep.runs]
+    complete = [folder for folder in folders if folder.state() == "complete"]
+    if len(complete) < len(folders):
+        made = {folder.name: folder.result()["machine"]["versions"] for folder in complete}
+        refuse_mixture({**made, "those to come": machine()["versions"]})
     with quietly():
         sweep.check_configurations()
     path = sweep.out / BEGUN

@@ -48,11 +48,10 @@ class Growth:
     sizes: tuple[float, ...]
     build: Callable[[float], Step]
 
-    def measure(self) -> list[float]:
-        """Return the seconds at each size: medians over races."""
-        sides = {str(size): self.build(size) for size in self.sizes}
-        result = race(sides, races=RACES, rounds=ROUNDS)
-        return [statistics.median(result.seconds[side]) for side in sides]
+    def measure(self) -> list[list[float]]:
+        """Return the seconds at each size, race by race."""
+        result = race({str(size): self.build(size) for size in self.sizes}, races=RACES, rounds=ROUNDS)
+        return [[*own] for own in zip(*result.seconds.values(), strict=True)]
 
 
 def slope(sizes: tuple[float, ...], seconds: list[float]) -> float:
@@ -132,11 +131,14 @@ def measure() -> tuple[str, Figure]:
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     rows = []
     for growth, axes in zip(chosen, figure.subplots(2, (len(chosen) + 1) // 2).flat, strict=True):
-        seconds = growth.measure()
-        fitted = slope(growth.sizes, seconds)
+        races = growth.measure()
+        seconds = [statistics.median(own) for own in zip(*races, strict=True)]
+        slopes = sorted(slope(growth.sizes, own) for own in races)
+        fitted = statistics.median(slopes)
+        told = f"{fitted:.2f} ({slopes[0]:.2f}–{slopes[-1]:.2f})"
         first, last = (f"{1e3 * one:.3g}" for one in (seconds[0], seconds[-1]))
         span = f"{growth.sizes[0]:.3g} to {growth.sizes[-1]:.3g}"
-        rows.append([growth.cost, growth.over, span, f"{first} to {last}", f"{fitted:.2f}", f"{growth.expected:g}"])
+        rows.append([growth.cost, growth.over, span, f"{first} to {last}", told, f"{growth.expected:g}"])
         milliseconds = 1e3 * np.array(seconds)
         line = milliseconds[-1] * (np.array(growth.sizes) / growth.sizes[-1]) ** growth.expected
         axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {fitted:.2f}")
@@ -144,5 +146,7 @@ def measure() -> tuple[str, Figure]:
         axes.set(title=growth.cost, xlabel=growth.over, ylabel="ms")
         axes.legend(fontsize="x-small")
     head = ["cost", "over", "from, to", "ms", "slope", "expected"]
-    told = f"Median of {RACES} races, batch {BATCH}; slopes of the best power law, and those of the work that is done."
-    return f"{table(head, rows)}\n\n{told}", figure
+    how = (
+        f"Median of {RACES} races (extremes), batch {BATCH}; slopes of the best power law, and those that the work has."
+    )
+    return f"{table(head, rows)}\n\n{how}", figure

@@ -34,7 +34,7 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     results = {run.name: Folder(out / run.name).result() for run in runs if states[run.name] == "complete"}
     if not results:
         raise ConfigurationError(f"no run of suite {suite.name} is complete in {out}")
-    _refuse_mixture(results)
+    refuse_mixture({name: result["machine"]["versions"] for name, result in results.items()})
     logged = {name for result in results.values() for name in result["metrics"]}
     tested = sorted(name for name in logged if name.startswith("test/"))
     figures = suite.figures or {name: name for name in tested or sorted(logged - {"epoch", "step", "seconds"})}
@@ -144,11 +144,11 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
     save_figure(figure, path)
 
 
-def _refuse_mixture(results: Mapping[str, Any]) -> None:
-    """Raise unless all runs were made with the same versions."""
+def refuse_mixture(versions_of: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise unless all runs, by name, were made with the same versions of all packages."""
     made: dict[str, dict[str, list[str]]] = {}  # runs by package and version
-    for name, result in results.items():
-        for package, version in result["machine"]["versions"].items():
+    for name, own in versions_of.items():
+        for package, version in own.items():
             made.setdefault(package, {}).setdefault(version, []).append(name)
     told = [
         f"{package} {version}: {len(names)} run{'s' * (len(names) > 1)}, {listed(names, limit=3)}"

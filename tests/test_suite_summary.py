@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import experiment
 from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
 from benchmarks.summary import spread, summarize
+from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
 MACHINE = {
@@ -107,6 +109,16 @@ def test_results_of_other_versions_are_not_mixed(tmp_path):
     with pytest.raises(ConfigurationError, match=told):
         summarize(SUITE, [first, second, third], tmp_path)
     assert summarize(SUITE, [first, second], tmp_path)
+
+
+def test_runs_of_other_versions_are_not_added(tmp_path):
+    """Before hours are spent on them."""
+    first, *_ = runs = SUITE.runs()
+    write(tmp_path, first, 0.5)
+    with pytest.raises(
+        ConfigurationError, match=r"different versions.* torch 1: 1 run, .*torch .*: 1 run, those to come"
+    ):
+        experiment.perform(Sweep(SUITE, runs, tmp_path), jobs=1)
 
 
 def test_nothing_is_complete():
