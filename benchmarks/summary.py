@@ -21,6 +21,9 @@ from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
 
 
+STYLES = ("-", "--", ":")
+
+
 def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     """Return a suite's table as Markdown, with what it was made of and what is missing.
 
@@ -124,9 +127,9 @@ def write_csv(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
 def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) -> None:
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
-    settings = len({row["run"] for row in rows})
-    beside = 3.0 if settings > 8 else 0.0  # inches, of a legend
-    figure = Figure(figsize=(4.5 * len(metrics) + beside, max(3.6, 0.16 * settings)), layout="constrained")
+    settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
+    beside = 3.0 if len(settings) > 8 else 0.0  # inches, of a legend
+    figure = Figure(figsize=(4.5 * len(metrics) + beside, max(3.6, 0.16 * len(settings))), layout="constrained")
     lines: dict[str, Any] = {}
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         points: dict[str, dict[int, list[float]]] = {}
@@ -135,7 +138,9 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
                 epochs = points.setdefault(row["run"], {})
                 epochs.setdefault(int(row["epoch"]), []).append(float(row[metric]))
         for setting, epochs in points.items():
-            [lines[setting]] = axes.plot([*epochs], [fmean(values) for values in epochs.values()], marker=".")
+            means = [fmean(values) for values in epochs.values()]
+            style = {"color": f"C{settings[setting] % 10}", "linestyle": STYLES[settings[setting] // 10 % len(STYLES)]}
+            [lines[setting]] = axes.plot([*epochs], means, marker=".", **style)
         axes.set(xlabel="epoch", ylabel=metric)
     if beside:
         figure.legend(lines.values(), lines, fontsize="x-small", loc="outside right upper")
