@@ -20,7 +20,6 @@ from benchmarks.suite import Run, Suite
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
 
-
 STYLES = ("-", "--", ":")
 
 
