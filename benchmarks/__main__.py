@@ -5,43 +5,19 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks import (
-    evidence,
-    experiment,
-    hybrid_toy,
-    speed_data,
-    speed_depth,
-    speed_growth,
-    speed_hard,
-    speed_harness,
-    speed_hashing,
-    speed_recurrent,
-    speed_scale,
-    speed_soft,
-)
+from benchmarks import evidence, experiment, hybrid_toy
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
+from benchmarks.speed import FAMILIES as SPEED
 from benchmarks.suite import suites
 from benchmarks.sweep import Sweep
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
-
-SPEED: dict[str, Callable[[], str | tuple[str, Figure]]] = {
-    "data": speed_data.measure,
-    "depth": speed_depth.measure,
-    "growth": speed_growth.measure,
-    "hard": speed_hard.measure,
-    "hashing": speed_hashing.measure,
-    "harness": speed_harness.measure,
-    "recurrent": speed_recurrent.measure,
-    "scale": speed_scale.measure,
-    "soft": speed_soft.measure,
-}
 
 REPORT = Path("runs/report.html")
 COMPUTED = {"hybrid-toy": hybrid_toy.report}  # experiments without a network to train

@@ -10,6 +10,7 @@ from markdown_it import MarkdownIt
 
 from benchmarks import report
 from benchmarks.report import PAGES, table
+from benchmarks.speed import FAMILIES
 
 SECTIONS = {
     "One network, every family": ["demo", "cifar10", "cifar10@cifar10-jpeg"],
@@ -23,10 +24,7 @@ SECTIONS = {
     ],
     "Depth": ["depth", "depth@cifar10-jpeg"],
     "Recurrent networks": ["text", "permuted-mnist@mnist"],
-    "Speed": [
-        f"speed_{family}"
-        for family in ("soft", "hard", "hashing", "depth", "recurrent", "growth", "scale", "data", "harness")
-    ],
+    "Speed": [f"speed_{family}" for family in FAMILIES],
 }
 INTRODUCTION = """Each table names the command that prints it. What they say: [which tie for which problem](../GUIDE.md)
 and [what the papers said](../PAPERS.md)."""

@@ -5,21 +5,17 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import (
-    evidence,
-    machine,
-    report,
-    speed_data,
-    speed_depth,
-    speed_growth,
-    speed_hard,
-    speed_harness,
-    speed_hashing,
-    speed_recurrent,
-    speed_scale,
-    speed_soft,
-)
-from benchmarks.timing import Race
+from benchmarks import evidence, machine, report
+from benchmarks.speed import data as speed_data
+from benchmarks.speed import depth as speed_depth
+from benchmarks.speed import growth as speed_growth
+from benchmarks.speed import hard as speed_hard
+from benchmarks.speed import harness as speed_harness
+from benchmarks.speed import hashing as speed_hashing
+from benchmarks.speed import recurrent as speed_recurrent
+from benchmarks.speed import scale as speed_scale
+from benchmarks.speed import soft as speed_soft
+from benchmarks.speed.timing import Race
 
 SMALL = [
     "--trainer.max_epochs=2",

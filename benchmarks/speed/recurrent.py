@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.report import table
-from benchmarks.timing import race
+from benchmarks.speed.timing import race
 from tying.depth import HyperLSTM, PassthroughGRU, ZoneoutLSTM
 
 BATCH, STEPS, INPUTS, SIZE = 100, 784, 1, 256

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import ROOT, table
-from benchmarks.timing import race
+from benchmarks.speed.timing import race
 from tying import resolve
 from tying.callbacks import SoftTying
 from tying.callbacks.base import callbacks_of

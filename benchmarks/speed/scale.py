@@ -19,7 +19,7 @@ from torch import nn
 from typing_extensions import override
 
 from benchmarks.report import ROOT, table
-from benchmarks.timing import Race, race
+from benchmarks.speed.timing import Race, race
 from tying import resolve
 from tying.errors import ConfigurationError
 from tying.names import count_parameters
@@ -80,7 +80,7 @@ def train(configs: list[str], processes: int) -> dict[str, float]:
             "trainer.strategy": "ddp" if processes > 1 else "auto",
             "trainer.logger": "false",
             "trainer.enable_progress_bar": "false",
-            "trainer.callbacks+": "benchmarks.speed_scale.StepTimes",
+            "trainer.callbacks+": "benchmarks.speed.scale.StepTimes",
             "trainer.callbacks.path": told,
             "trainer.callbacks.skipped": SKIPPED,
             "data.batch_size": BATCH,

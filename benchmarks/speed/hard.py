@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.report import table
-from benchmarks.timing import median_interval, pairs, time_of
+from benchmarks.speed.timing import median_interval, pairs, time_of
 from tying.hard import tie
 from tying.models import Autoencoder
 

@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from typing_extensions import override
 
 from benchmarks.report import table
-from benchmarks.timing import time_of
+from benchmarks.speed.timing import time_of
 from tying.callbacks import ResidualMerging
 from tying.depth import Merge, StochasticDepth, Swapout, apply_merge
 from tying.models import ResNet

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.report import table
-from benchmarks.timing import race
+from benchmarks.speed.timing import race
 from tying import resolve
 from tying.callbacks import ResidualMerging
 from tying.depth import Swapout

@@ -13,7 +13,7 @@ from benchmarks.folder import Folder, write_json
 from benchmarks.machine import supports_bf16
 from benchmarks.perform import arguments, begin, finish
 from benchmarks.report import table
-from benchmarks.timing import race
+from benchmarks.speed.timing import race
 from tying.cli import parse
 
 EPOCHS = 2

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from benchmarks.report import table
-from benchmarks.timing import median_interval, pairs, time_of
+from benchmarks.speed.timing import median_interval, pairs, time_of
 from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
 

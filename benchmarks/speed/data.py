@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.report import table
-from benchmarks.timing import race
+from benchmarks.speed.timing import race
 from tying.data import CIFAR10
 from tying.data.sample import FILE
 

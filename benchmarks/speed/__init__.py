@@ -1,0 +1,19 @@
+"""Times against named peers, as ratios: a module for each family."""
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from benchmarks.speed import data, depth, growth, hard, harness, hashing, recurrent, scale, soft
+
+FAMILIES: dict[str, Callable[[], str | tuple[str, Figure]]] = {
+    "data": data.measure,
+    "depth": depth.measure,
+    "growth": growth.measure,
+    "hard": hard.measure,
+    "hashing": hashing.measure,
+    "harness": harness.measure,
+    "recurrent": recurrent.measure,
+    "scale": scale.measure,
+    "soft": soft.measure,
+}
