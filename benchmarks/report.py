@@ -12,7 +12,7 @@ from tying.errors import ConfigurationError, nearest
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "GUIDE.md", ROOT / "benchmarks" / "PAPERS.md"]  # tell of results
-MARK = re.compile(r"(<!-- (results|cell|claim) (.+?) -->)((?:(?!<!--).)*)<!-- end -->", re.DOTALL)
+MARK = re.compile(r"(<!-- (results|cell|claim|command) (.+?) -->)((?:(?!<!--).)*)<!-- end -->", re.DOTALL)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,6 +51,7 @@ def paste(page: str) -> str:
         <!-- results soft -->                          the whole of results/soft.md
         <!-- cell soft :: untied :: test accuracy -->  one figure of it, by row and column
         <!-- claim transfer :: the anchor is better --> a verdict
+        <!-- command soft -->                          what does its runs
 
     Raises:
         ConfigurationError: there is no such result, row, column or claim.
@@ -67,6 +68,8 @@ def _taken(kind: str, asked: str) -> str:
     text = path.read_text()
     if kind == "results":
         return f"\n{text.strip()}\n"
+    if kind == "command":
+        return re.findall(r"Command: (`.*?`)\.", text)[-1]
     found = _claims(text) if kind == "claim" else _cells(text)
     values = [value for key, value in found if key == (wanted := " :: ".join(place))]
     if not values:

@@ -174,6 +174,8 @@ RESULT = """| run  | n | accuracy |
 |------|--:|---------:|
 | soft | 3 |      0.5 |
 
+Command: `python -m benchmarks run x`.
+
 Claim: soft ties help: not reproduced (on 1 of 2 lines).
 """
 
@@ -185,6 +187,7 @@ def test_paste_of_a_figure_and_a_verdict(tmp_path):
     assert "accuracy -->0.5<!-- end -->, " in pasted
     assert "help -->not reproduced (on 1 of 2 lines)<!-- end -->." in pasted
     assert report.paste(pasted) == pasted
+    assert "-->`python -m benchmarks run x`<!--" in report.paste("<!-- command x --><!-- end -->")
     with pytest.raises(ValueError, match=r"x\.md has no cell 'soft :: acuracy'\. .*: soft :: accuracy"):
         report.paste("<!-- cell x :: soft :: acuracy --><!-- end -->")
     with pytest.raises(ValueError, match=r"x\.md has no claim 'soft ties'"):
