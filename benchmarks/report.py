@@ -68,15 +68,18 @@ def _taken(kind: str, asked: str) -> str:
     text = path.read_text()
     if kind == "results":
         return f"\n{text.strip()}\n"
-    if kind == "command":
-        return re.findall(r"Command: (`.*?`)\.", text)[-1]
-    found = _claims(text) if kind == "claim" else _cells(text)
+    found = {"claim": _claims, "cell": _cells, "command": _command}[kind](text)
     values = [value for key, value in found if key == (wanted := " :: ".join(place))]
     if not values:
         raise ConfigurationError(f"{path.name} has no {kind} {wanted!r}.{nearest(wanted, dict(found))}")
     if len({*values}) > 1:
         raise ConfigurationError(f"{path.name} has several of {kind} {wanted!r}: {', '.join(values)}")
     return values[0]
+
+
+def _command(text: str) -> list[tuple[str, str]]:
+    """Return the command of a result, which bears no name."""
+    return [("", command) for command in re.findall(r"Command: (`.*?`)\.", text)]
 
 
 def _claims(text: str) -> list[tuple[str, str]]:
