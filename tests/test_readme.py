@@ -35,7 +35,7 @@ def _beside_the_configs(tmp_path, monkeypatch):
 
 
 def test_python_runs(monkeypatch):
-    code, hard, hashed = BLOCKS["python"]
+    code, hard, hashed, fabric = BLOCKS["python"]
     trainer = pl.Trainer
     quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     quick |= {"logger": False, "enable_checkpointing": False}
@@ -46,6 +46,14 @@ def test_python_runs(monkeypatch):
     exec(hard, scope := {})
     exec(hashed, layers := {})
     assert layers["layer"].table.numel() == 400_000
+    exec(fabric, loop := {})
+    before = float(loop["penalty"]().detach())
+    for _ in range(3):
+        loop["optimizer"].zero_grad()
+        loop["penalty"].add_gradients_(1.0)
+        loop["optimizer"].step()
+    assert float(loop["penalty"]().detach()) < 0.1 * before
+    assert loop["network"].module.layer3[1].branch.conv2.weight is loop["network"].module.layer3[2].branch.conv2.weight
     assert scope["encoder"].layers[5].linear1.weight is scope["encoder"].layers[0].linear1.weight
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
 
