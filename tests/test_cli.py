@@ -120,7 +120,7 @@ SCHEDULED = ["schedule.start=0", "schedule.length=12"]
     ("soft", "world", "steps"),
     [
         pytest.param([], 1, [5, 9], id="soft"),
-        pytest.param(SCHEDULED, 2, [14], id="scheduled, two processes"),
+        pytest.param(SCHEDULED, 2, [14], id="scheduled, two processes", marks=pytest.mark.slow),
         *(
             pytest.param(soft, world, TWENTY, id=f"{name}, {world}, twenty times", marks=pytest.mark.slow)
             for world in (1, 2)

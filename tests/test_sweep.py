@@ -149,7 +149,7 @@ def test_what_is_complete_is_left_alone(undisturbed, capsys):
     assert {path: path.stat().st_mtime_ns for path in undisturbed.glob("*/**/*")} == before
 
 
-@pytest.mark.parametrize("kind", ["raise", "kill", "disk"])
+@pytest.mark.parametrize("kind", ["raise", "kill", pytest.param("disk", marks=pytest.mark.slow)])
 def test_failures_stay_alone_and_are_retried(kind, undisturbed, tmp_path, capfd):
     config = CONFIG.replace("kind: raise", f"kind: {kind}")
     (tmp_path / "tiny.yaml").write_text(config.replace("armed: armed", "armed: never"))
@@ -236,6 +236,7 @@ def test_rows_hold_what_was_logged_in_their_epoch(tmp_path, capsys):
     assert "val/accuracy" in Folder(Path("whole", NAMES[0])).result()["metrics"]
 
 
+@pytest.mark.slow
 def test_random_state_is_kept_whatever_the_configuration_says(tmp_path):
     config = CONFIG.replace("    - class_path: tying.callbacks.RandomState\n", "").replace("kind: raise", "kind: kill")
     (tmp_path / "tiny.yaml").write_text(config.replace("tying.models.Classifier", "faults.Noisy"))
@@ -258,6 +259,7 @@ def test_files_may_change_while_a_sweep_runs(tmp_path):
     assert [len(figures(Path("out", name))[3]) for name in NAMES] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_two_definitions_started_together_are_not_mixed(tmp_path):
     runners = [
         start("out", f"--trainer.max_epochs={epochs}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,14 +43,15 @@ class FiniteWatch:
         self._asker = asker
         self._weights: Look | None = None
         self._gradients: Look | None = None
+        self._looked_at: Mapping[str, nn.Parameter] = {}
 
     def look_at_gradients(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Look at the gradients of weights, by name, before clipping spreads what is in one of them."""
-        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        self._gradients = Look.at({name: grad for name, grad in gradients.items() if not grad.is_sparse})
+        self._gradients = Look.at(_gradients(weights))
 
     def look(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Look at weights, by name; those that are not trained are left out."""
+        self._looked_at = weights
         self._weights = Look.at({name: weight.detach() for name, weight in weights.items() if weight.requires_grad})
 
     def tell(self, groups: Sequence[TiedGroup] = (), wait: bool = True) -> None:
@@ -66,7 +68,8 @@ class FiniteWatch:
             return
         looked, self._weights = self._weights, None
         if wrong := looked.found():
-            before = self._gradients.found() if self._gradients is not None else {}
+            gradients = self._gradients or Look.at(_gradients(self._looked_at))  # as they are, where nothing clips them
+            before = gradients.found() if gradients is not None else {}
             told = [
                 listed((f"{name!r} holds {what}" for name, what in wrong.items()), limit=3),
                 listed((f"the gradient of {name!r} held {what}" for name, what in before.items()), limit=3),
@@ -76,6 +79,11 @@ class FiniteWatch:
                 f"{self._asker}: {'; '.join(filter(None, told))}. Lower the learning rate, clip gradients, or look at "
                 "the batch; checkpoints are from before"
             )
+
+
+def _gradients(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    found = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    return {name: gradient for name, gradient in found.items() if not gradient.is_sparse}
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,10 @@ class Look:
         seen = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
         if not seen:
             return None
+        if all(tensor.device.type == "cpu" for tensor in seen.values()):
+            sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in seen.values())
+            if all(math.isfinite(abs(total.item())) for total in sums):  # the fastest look, and almost always the last
+                return cls((*seen,), torch.zeros(len(seen)))
         norms = torch._foreach_norm([*seen.values()], float("inf"))
         largest = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
         if largest.device.type != "cuda":
@@ -159,9 +171,10 @@ class Watching(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._watch.tell(self.watched_groups)
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        held = self._held_in(pl_module).items()
-        self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own})
+        if trainer.gradient_clip_val:
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            held = self._held_in(pl_module).items()
+            self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own})
 
     @override
     def on_train_batch_end(
