@@ -14,11 +14,6 @@ from tying.callbacks import AnchorTying, HardTying
 S = ["encoder.**"]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def sgd(parameters):
     return SGD(parameters, lr=0.1)
 

@@ -14,8 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`"
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # plots go to the current folder where there is no logger
+def data(tmp_path):
     (tmp_path / "text.txt").write_text("a $b\t$c字\n" * 300, encoding="utf-8")
     return Text(str(tmp_path / "text.txt"), window=10, batch_size=4, vocabulary=9)
 

@@ -19,11 +19,6 @@ from tying.hard import audit, tied
 from tying.mixins import HardTyingMixin
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # plots go to the current folder where there is no logger
-
-
 class Inherits(HardTyingMixin, Toy):
     hard_tying = {"ties": TIES}  # noqa: RUF012
 

@@ -14,11 +14,6 @@ from tying.soft import gap
 NEAR = 0.3
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # plots go to the current folder where there is no logger
-
-
 def strongly(**arguments):
     return SoftTying(TIES, strength=1.0, update="proximal", harden_below=NEAR, **arguments)
 

@@ -20,11 +20,6 @@ pytestmark = [
 EXAMPLES = 40  # of ten batches of four
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def adam(parameters):
     return Adam(parameters, lr=0.01)
 

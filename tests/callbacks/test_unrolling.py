@@ -12,11 +12,6 @@ from tying.depth import Recurrent, Residual
 from tying.models import MLP, Classifier
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # plots go to the current folder where there is no logger
-
-
 def loader():
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)

@@ -182,9 +182,9 @@ def test_one_sequence_alone():
         (
             "stem.*",
             {},
-            "'stem.conv' is a Conv2d, 'stem.norm' is a BatchNorm2d.*whose branch and shortcut cannot be told",
+            "'stem.conv' is a Conv2d of torch, 'stem.norm' is a BatchNorm2d of torch.*whose branch and shortcut cannot be told",
         ),
-        ("layer*", {}, "'layer1' is a Sequential.*Write such a block as tying.depth.Residual"),
+        ("layer*", {}, "'layer1' is a Sequential of torch.*Write such a block as tying.depth.Residual"),
         ("layer*.*", {"keep": "half"}, "keep is a number, or one for each block, not 'half'"),
         ("layer*.*", {"keep": [0.5, 0.5]}, "2 keeps for 3 blocks: layer1.0, layer2.0, layer3.0"),
         ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, "keep is a probability, from 0 to 1, not 1.5"),

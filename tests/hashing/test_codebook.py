@@ -18,6 +18,7 @@ from tying.hashing import (
     cluster_weight,
     compression_rate,
     load_packed,
+    loads,
     save_packed,
 )
 from tying.hashing.codebook import starting_centroids
@@ -25,11 +26,6 @@ from tying.hashing.packing import clustered_size, packed, packed_weights, unpack
 
 PAIR = ["encoder.0.weight ~ decoder.2.weight | o i -> i o"]
 NAMES = ["encoder.0.weight", "encoder.2.weight", "decoder.0.weight", "decoder.2.weight"]
-
-
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def within(weights, centroids, labels):
@@ -181,6 +177,24 @@ def test_codebooks_are_trained_and_fit_is_repeatable():
     assert not torch.equal(model.encoder[0].table, before.table)
 
 
+@pytest.mark.parametrize("gradient", ["sum", "mean"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_entry_moves_by_the_sum_or_the_mean_of_its_weights_gradients(gradient, accumulate):
+    model, begun, dense = (Toy(lambda p: torch.optim.SGD(p, lr=0.1)).double() for _ in range(3))
+    before = {name: cluster_weight(begun, name, 4).detach() for name in NAMES[:2]}
+    dense.load_state_dict(bake(begun))
+    callbacks = [WeightClustering([name], clusters=4, gradient=gradient) for name in NAMES[:2]]
+    for one, attached in ((model, callbacks), (dense, [])):
+        train(one, attached, max_steps=1, accumulate_grad_batches=accumulate, precision="64-true")
+    for name in NAMES[:2]:
+        layer, plain = model.get_submodule(name[:-7]), dense.get_submodule(name[:-7])
+        entries = layer.virtual.entries().flatten().long()
+        moved = torch.zeros(4, dtype=torch.float64)
+        moved.index_add_(0, entries, plain.weight.detach().flatten() - before[name][entries])
+        expected = moved if gradient == "sum" else moved / loads(entries, 4)
+        torch.testing.assert_close(layer.table.detach() - before[name], expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:.*pruning.*")
 def test_after_pruning():
     model = Toy()
@@ -197,6 +211,7 @@ def test_after_pruning():
         (lambda: WeightClustering(["**"], clusters=0), "clusters must be 1 or more, not 0"),
         (lambda: WeightClustering(["**"], start_epoch=-1), "start_epoch must be 0 or more, not -1"),
         (lambda: WeightClustering(["**"], init="random"), "init is 'linear', 'density' or 'forgy'"),
+        (lambda: WeightClustering(["**"], gradient="max"), "gradient is 'sum' or 'mean', not 'max'"),
         (lambda: train(Toy(), [ModelPruning("l1_unstructured"), WeightClustering(["**.weight"], clusters=2)]), r"ModelPruning still prunes in epoch 0, .*apply_pruning=BeforeEpoch\(0\)"),
         (lambda: train(Toy(), [ModelPruning("l1_unstructured", apply_pruning=BeforeEpoch(4)), WeightClustering(["**.weight"], clusters=2, start_epoch=3)]), "ModelPruning still prunes in epoch 3"),
         (lambda: train(Toy(), [WeightClustering(["**.bias"])]), "match nothing of two dimensions or more"),

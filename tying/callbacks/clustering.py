@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.call import _call_configure_model
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -22,7 +22,7 @@ from tying.callbacks.base import arguments_of, callbacks_of, held_by, refuse_cop
 from tying.callbacks.finite import Watching, kept_for
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
-from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook
+from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, clustered_size
 from tying.selection import select
 
@@ -49,8 +49,8 @@ class BeforeEpoch:
 class WeightClustering(Watching):
     """Let weights be entries of a codebook each, from an epoch on; see :func:`tying.hashing.cluster_weight`.
 
-    Assignments are frozen; the codebook is trained, by the sum of its weights' gradients. Zeros stay zeros: of
-    Lightning's ``ModelPruning``, say, which must have ended by then (``apply_pruning=BeforeEpoch(...)``).
+    Assignments are frozen; the codebook is trained, by the sum of its weights' gradients, or their mean. Zeros stay
+    zeros: of Lightning's ``ModelPruning``, say, which must have ended by then (``apply_pruning=BeforeEpoch(...)``).
     Optimizers take the codebooks in the weights' places, and begin anew with them. Logs ``tying/compression``: bits of
     the dense weights over those of codebooks, indices and 5-bit gaps; see :func:`tying.hashing.save_packed`.
 
@@ -59,6 +59,8 @@ class WeightClustering(Watching):
         clusters: entries of each codebook.
         start_epoch: at whose start weights are clustered.
         init: where k-means begins: ``"linear"``, ``"density"`` or ``"forgy"``.
+        gradient: of an entry: the ``"sum"`` of those of its weights, as in the paper; or their ``"mean"``, which moves
+            it as far as they would go together: with plain SGD at the rate of the dense weights the sum would not do.
 
     Raises:
         ConfigurationError: an argument is out of range, there are several processes, a callback averages weights, or a
@@ -75,6 +77,7 @@ class WeightClustering(Watching):
         clusters: int = 32,
         start_epoch: int = 0,
         init: Literal["linear", "density", "forgy"] = "linear",
+        gradient: Literal["sum", "mean"] = "sum",
     ) -> None:
         super().__init__()
         if clusters < 1:
@@ -83,10 +86,14 @@ class WeightClustering(Watching):
             raise ConfigurationError(f"start_epoch must be 0 or more, not {start_epoch}")
         if init not in ("linear", "density", "forgy"):
             raise ConfigurationError(f"init is 'linear', 'density' or 'forgy', not {init!r}")
+        if gradient not in ("sum", "mean"):
+            raise ConfigurationError(f"gradient is 'sum' or 'mean', not {gradient!r}")
         self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
+        self.gradient = gradient
         self.names: list[str] = []
         self._hook: RemovableHandle | None = None
         self._compression: float | None = None
+        self._uses: list[tuple[Tensor, Tensor]] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -101,7 +108,7 @@ class WeightClustering(Watching):
                         f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
                         f"apply_pruning=BeforeEpoch({self.start_epoch})"
                     )
-        self.names, self._compression = self._find(pl_module), None
+        self.names, self._compression, self._uses = self._find(pl_module), None, []
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_take_codebooks, self.names)
         )
@@ -145,8 +152,11 @@ class WeightClustering(Watching):
             self._hook.remove()
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._is_done(pl_module) or trainer.current_epoch < self.start_epoch:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # a run that goes on from the last step of an epoch does not start the next one
+        if batch_idx > 0 or trainer.current_epoch < self.start_epoch or self._is_done(pl_module):
             return
         for name in self.names:
             module, _, attribute = name.rpartition(".")
@@ -162,6 +172,20 @@ class WeightClustering(Watching):
         rank_zero_info(
             f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
         )
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.gradient == "mean":
+            if not self._uses and self._is_done(pl_module):
+                done = clustered(pl_module)
+                self._uses = [(table, uses_of(virtual)) for virtual, table in (done[name] for name in self.names)]
+            stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+            for table, uses in self._uses:
+                if table.grad is not None and id(table) in stepped:
+                    table.grad /= uses
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

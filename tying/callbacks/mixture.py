@@ -134,8 +134,11 @@ class MixtureTying(Pulling):
             )
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.prior is None and trainer.current_epoch >= self.start_epoch:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # a run that goes on from the last step of an epoch does not start the next one
+        if batch_idx == 0 and self.prior is None and trainer.current_epoch >= self.start_epoch:
             if trainer.global_step == 0 and (fresh := _untrained(pl_module, self._weights)):
                 warnings.warn(
                     f"MixtureTying begins with {listed(fresh)} as initialised: the means are spread over the range of "

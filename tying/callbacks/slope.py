@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 from typing_extensions import override
 
@@ -36,11 +38,14 @@ class SlopeAnnealing(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._anneal(trainer, pl_module)  # a run that goes on within an epoch does not start one
+        self._anneal(trainer, pl_module)  # a run that goes on within an epoch has no first batch
 
     @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._anneal(trainer, pl_module)
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # a run that goes on from the last step of an epoch does not start the next one
+            self._anneal(trainer, pl_module)
 
     def _anneal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]

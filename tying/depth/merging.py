@@ -178,10 +178,11 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
     known = {*kinds, *kinds.values()}
     other = {name: m for name, m in found.items() if not isinstance(m, Residual) and type(m) not in known}
     if other:
-        told = listed(f"{name!r} is a {type(module).__name__}" for name, module in other.items())
+        kinds_of = ((name, type(module)) for name, module in other.items())
+        told = listed(f"{name!r} is a {kind.__name__} of {kind.__module__.split('.')[0]}" for name, kind in kinds_of)
         raise ConfigurationError(
-            f"blocks: {told}, whose branch and shortcut cannot be told apart: there are Residual, "
-            "BasicBlock, Bottleneck and TransformerEncoderLayer. Write such a block as tying.depth.Residual(branch, "
-            "shortcut, activation=...), or name the blocks alone"
+            f"blocks: {told}, whose branch and shortcut cannot be told apart: there are tying.depth.Residual, "
+            "BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. Write such a block as "
+            "tying.depth.Residual(branch, shortcut, activation=...), or name the blocks alone"
         )
     return found

@@ -123,7 +123,9 @@ def generate_weights(
 
     def make(name: str, weight: nn.Parameter) -> HyperWeight:
         if weight.ndim != 4:
-            raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution")
+            raise ConfigurationError(
+                f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: leave it out"
+            )
         if not made:
             made.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
         return made[0]

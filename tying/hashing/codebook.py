@@ -14,6 +14,7 @@ from tying.errors import ConfigurationError
 from tying.hard.places import Place, places_of
 from tying.hashing.layers import check_free, hash_attribute
 from tying.hashing.layouts import CodebookHash
+from tying.hashing.loads import loads
 from tying.hashing.virtual import VirtualWeight
 
 Start = Literal["linear", "density", "forgy"]
@@ -129,6 +130,11 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     assignments = torch.full((len(flat),), -1, dtype=torch.int64, device=flat.device)
     assignments[flat != 0] = labels
     return put_codebook(module, attribute, assignments.cpu(), centroids)
+
+
+def uses_of(virtual: VirtualWeight) -> Tensor:
+    """Return how many weights are each entry of a codebook, at least one."""
+    return loads(virtual.entries(), virtual.table_size).clamp(min=1)
 
 
 def check_clusterable(name: str, places: Mapping[str, Place], clusters: int) -> None:

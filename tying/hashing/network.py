@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -42,8 +43,8 @@ def hash_weights(
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules get a
     class of their own, whose weight is computed. With ``scope="layer"`` each weight has a table of its own, and draws
     of its own, since its name is mixed into the seed. With ``scope="network"`` identifiers go on from weight to weight,
-    the tables are one parameter, as by :func:`tying.hard.tie`, and each weight keeps the scale it was initialised with,
-    as a constant, unless ``scaled=False``.
+    the tables are one parameter, as by :func:`tying.hard.tie`, and each weight is that times a constant, its scale: as
+    initialised, over that of all weights, unless ``scaled=False``.
 
     Args:
         model: changed in place.
@@ -57,7 +58,7 @@ def hash_weights(
         density: fraction of weights that are kept.
         index: how the hash is evaluated.
         scaled: with ``scope="network"``, multiply by each weight's own scale; or let weights be the entries as they
-            are, as in the papers. A step moves a scaled weight by the scale's square as much.
+            are, as in the papers.
 
     Raises:
         ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
@@ -98,9 +99,10 @@ def hash_weights(
     else:
         _check_alike(chosen)
         size = table_entries(sum(weight.numel() for weight in chosen.values()), table_ratio, hash)
+        scales = _scales(chosen) if scaled and not hash.takes_vectors else dict.fromkeys(chosen, 1.0)
         first = 0
         for name, weight in chosen.items():
-            virtuals.append(make(name, hash, size, first, _scale(weight) if scaled and not hash.takes_vectors else 1.0))
+            virtuals.append(make(name, hash, size, first, scales[name]))
             first += weight.numel()
     hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
     groups = [hashed] if scope == "network" else [[one] for one in hashed]
@@ -145,11 +147,22 @@ def _check_alike(chosen: dict[str, nn.Parameter]) -> None:
                 )
 
 
-def _scale(weight: Tensor) -> float:
+def _scales(weights: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Return the standard deviation of each weight over the root mean square of those of all.
+
+    So a table is as large as the weights, and a step moves these about as far as if they were dense.
+    """
+    own = {name: _deviation(weight) for name, weight in weights.items()}
+    count = sum(weight.numel() for weight in weights.values())
+    common = math.sqrt(sum(weights[name].numel() * value**2 for name, value in own.items()) / count)
+    return {name: value / common for name, value in own.items()}
+
+
+def _deviation(weight: Tensor) -> float:
     """Return the standard deviation of a weight, or where it is constant that of torch's linear layers."""
-    scale = 0.0 if weight.is_meta or weight.numel() < 2 else float(weight.double().std())
+    deviation = 0.0 if weight.is_meta or weight.numel() < 2 else float(weight.double().std())
     fan_in = max(1, weight.shape[1:].numel())
-    return scale if scale > 0 else (3 * fan_in) ** -0.5
+    return deviation if deviation > 0 else (3 * fan_in) ** -0.5
 
 
 def _table(group: Sequence[_Plan], init: Init) -> Tensor:

@@ -150,9 +150,8 @@ class SequenceModel(Classification):
         self._carried.pop("predict", None)
 
     @override
-    def on_train_epoch_start(self) -> None:
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.current.ready == 0 or progress.is_last_batch:  # or else training goes on within an epoch
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # a run that goes on from the last step of an epoch does not start the next one
             self._carried.pop("train", None)
 
     @override
