@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-slow survival lint demo speed clean
+.PHONY: install test test-slow test-oldest survival fuzz lint demo docs speed clean
 
 install: .venv/installed
 
@@ -16,8 +16,20 @@ test: install lint
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -m "not slow"
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
 survival: install
-	$(BIN)/python -m pytest tests/hard/test_survival.py --survival benchmarks/results/survival.md
+	$(BIN)/python -m pytest tests/hard/test_survival.py tests/test_lightning_features.py tests/test_strangers.py \
+		--tables benchmarks/results
+
+fuzz: install
+	FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py --tables benchmarks/results
 
 lint: install
 	$(BIN)/ruff check .
@@ -26,6 +38,13 @@ lint: install
 
 demo: install
 	$(BIN)/python -W ignore -m benchmarks demo
+
+docs: install
+	rm -rf build/pages build/site
+	mkdir -p build/pages/benchmarks
+	cp -r README.md CHANGELOG.md LICENSE docs configs build/pages
+	cp -r benchmarks/*.md benchmarks/results benchmarks/suites build/pages/benchmarks
+	$(BIN)/mkdocs build --strict --quiet
 
 speed: install
 	$(BIN)/python -m benchmarks speed

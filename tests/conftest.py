@@ -13,30 +13,41 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # plots go to the current folder where there is no logger
+
+
 def pytest_addoption(parser):
-    parser.addoption("--survival", metavar="FILE", help="write the table of what shared weights survive to this file")
+    parser.addoption("--tables", metavar="FOLDER", help="write the tables whose cells are tests to this folder")
 
 
 def pytest_configure(config):
-    if config.getoption("--survival"):
-        config.pluginmanager.register(Survival(Path(config.getoption("--survival"))))
+    if config.getoption("--tables"):
+        config.pluginmanager.register(Tables(Path(config.getoption("--tables"))))
 
 
-class Survival:
-    """Collects the cells of the survival table, and writes it."""
+MAKES = {"survival": "survival", "lightning_features": "survival", "strangers": "survival", "fuzz": "fuzz"}
 
-    def __init__(self, path):
-        self.path, self.cells = path, {}
+
+class Tables:
+    """Collects the cells of tables whose cells are tests, and writes them."""
+
+    def __init__(self, folder):
+        self.folder, self.tables, self.failed = folder, {}, set()
 
     def pytest_runtest_logreport(self, report):
+        self.failed |= {report.nodeid} if report.failed else set()
         told = dict(report.user_properties)
-        if report.when == "call" and "survival" in told:
-            row, column = told["survival"]
-            self.cells.setdefault(column, {})[row] = told["remark"] if report.passed else "**no**"
+        if report.when == "teardown" and "cell" in told:
+            name, column, row = told["cell"]
+            cells = self.tables.setdefault(name, {}).setdefault(row, {})
+            cells[column] = "**no**" if report.nodeid in self.failed else told.get("remark", "yes")
 
     def pytest_sessionfinish(self):
         from benchmarks.report import table, write
 
-        rows = list(dict.fromkeys(row for cells in self.cells.values() for row in cells))
-        lines = [[column, *(cells.get(row, "not run") for row in rows)] for column, cells in self.cells.items()]
-        write(self.path, table(["", *rows], lines) + "\n\nCommand: `make survival`.\n")
+        for name, rows in self.tables.items():
+            columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+            lines = [[row, *(cells.get(column, "not run") for column in columns)] for row, cells in rows.items()]
+            write(self.folder / f"{name}.md", table(["", *columns], lines) + f"\n\nCommand: `make {MAKES[name]}`.\n")

@@ -39,11 +39,6 @@ def errors(capsys, *args):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_fit_test_and_resume(tmp_path, capsys):
     main(["fit", BASE, SOFT, *SMALL, TIES8])
@@ -61,25 +56,32 @@ def test_fit_test_and_resume(tmp_path, capsys):
     assert (tmp_path / "runs" / "soft" / "version_1").exists()
 
 
-def work(rank, world, port, step, args):
-    """Be one of the processes of a run, which are killed in the given step."""
+def work(rank, world, port, step, dies, args):
+    """Be one of the processes of a run, one of which is killed in the given step."""
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    main([*args, f"--trainer.callbacks+={__name__}.Kill", f"--trainer.callbacks.step={step}"])
+    main(
+        [
+            *args,
+            f"--trainer.callbacks+={__name__}.Kill",
+            f"--trainer.callbacks.step={step}",
+            f"--trainer.callbacks.rank={dies}",
+        ]
+    )
     if world > 1:
         torch.distributed.barrier()
 
 
 class Kill(pl.Callback):
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, rank: int):
+        self.step, self.rank = step, rank
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step and trainer.global_rank == 0:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def launch(args, world=1, step=-1):
+def launch(args, world=1, step=-1, dies=0):
     """Do a run with several processes; return the exit code of the first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tying.cli"])
@@ -87,15 +89,23 @@ def launch(args, world=1, step=-1):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = [*args, f"--trainer.devices={world}", f"--trainer.strategy={'ddp' if world > 1 else 'auto'}"]
-    processes = [context.Process(target=work, args=(rank, world, port, step, given)) for rank in range(world)]
+    processes = [context.Process(target=work, args=(rank, world, port, step, dies, given)) for rank in range(world)]
     for process in processes:
         process.start()
     processes[0].join(120)
-    for process in processes[1:]:
-        process.join(0 if processes[0].exitcode else 120)
+    ended = processes[0].exitcode
+    for process in processes:
+        process.join(0 if ended else 120)
         process.kill()
         process.join()
-    return processes[0].exitcode
+    return ended
+
+
+@pytest.mark.parametrize("callback", ["SoftTying", "HardTying"])
+def test_a_process_that_dies_ends_the_others(callback, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    args = ["fit", BASE, *SMALL, "--trainer.limit_train_batches=8", f"--trainer.callbacks+={callback}", TIES8]
+    assert launch(args, world=2, step=3, dies=1) not in (None, 0)
 
 
 def test_last_is_the_newest_checkpoint_in_every_subcommand(capsys, caplog):
@@ -470,9 +480,8 @@ def test_bake_mistakes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
-def test_every_config_fits_its_model(config, capsys, tmp_path, monkeypatch):
+def test_every_config_fits_its_model(config, capsys, tmp_path):
     if config == "transfer.yaml":
-        monkeypatch.chdir(tmp_path)
         (tmp_path / "runs/pretrained").mkdir(parents=True)
         network = ResNet(depth=20, num_classes=5)
         torch.save(Classifier(network, num_classes=5).state_dict(), "runs/pretrained/five_classes.ckpt")

@@ -358,7 +358,7 @@ CELLS = [
 )
 @pytest.mark.parametrize(("row", "column"), CELLS)
 def test_survives(row, column, tmp_path, record_property):
-    record_property("survival", (row, column))
+    record_property("cell", ("survival", row, column))
     record_property("remark", COLUMNS[column](row, tmp_path) or "yes")
 
 
@@ -377,7 +377,7 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize("row", ROWS)
 def test_survives_on_two_processes(row, kind, pair, record_property):
     """Two processes on halves of a batch make the weights that one makes of the whole."""
-    record_property("survival", (row, f"{kind}, two processes"))
+    record_property("cell", ("survival", row, f"{kind}, two processes"))
     outcome = pair[kind][row]
     assert outcome["error"] == ""
     alone = bake(trained(row))
