@@ -1,8 +1,9 @@
-"""What the README shows and says is run here."""
+"""What the README and the pages of docs/ show and say is run here."""
 
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,12 +11,10 @@ import pytest
 import yaml
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import evidence
-from benchmarks.report import PAGES, RESULTS, paste
+from benchmarks import evidence, report
 from tying.cli import main, parse
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 SMALL = [
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=1",
@@ -23,59 +22,81 @@ SMALL = [
     "--trainer.enable_progress_bar=false",
     "--trainer.log_every_n_steps=1",
 ]
-BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL) for kind in ("python", "yaml", "console")}
 
-COMMANDS = "".join(BLOCKS["console"]).strip().splitlines()
+
+def blocks(text, kind):
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+
+
+PAGES = {page.stem: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+COMMANDS = [line for text in PAGES.values() for block in blocks(text, "console") for line in block.splitlines()]
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_configs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _beside_the_configs(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
 
-def test_python_runs(monkeypatch):
-    code, hard, hashed, fabric = BLOCKS["python"]
+def test_the_first_example(monkeypatch):
+    [code] = blocks(PAGES["README"], "python")
     trainer = pl.Trainer
     quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     quick |= {"logger": False, "enable_checkpointing": False}
     monkeypatch.setattr(pl, "Trainer", lambda **arguments: trainer(**arguments | quick))
-    scope = {}
-    exec(code, scope)
+    exec(code, scope := {})
     assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
-    exec(hard, scope := {})
-    exec(hashed, layers := {})
-    assert layers["layer"].table.numel() == 400_000
-    exec(fabric, loop := {})
-    before = float(loop["penalty"]().detach())
-    for _ in range(3):
-        loop["optimizer"].zero_grad()
-        loop["penalty"].add_gradients_(1.0)
-        loop["optimizer"].step()
-    assert float(loop["penalty"]().detach()) < 0.1 * before
-    assert loop["network"].module.layer3[1].branch.conv2.weight is loop["network"].module.layer3[2].branch.conv2.weight
-    assert scope["encoder"].layers[5].linear1.weight is scope["encoder"].layers[0].linear1.weight
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
 
 
-def test_yaml_runs(tmp_path):
-    text, more, anchored, hard, hashed, clustered, merged = BLOCKS["yaml"]
-    (tmp_path / "merged.yaml").write_text(merged)
-    main(["fit", "--config=configs/base.yaml", "--config=merged.yaml", "--model.network.depth=8", *SMALL])
-    (tmp_path / "anchored.yaml").write_text(anchored)
-    main(["fit", "--config=configs/base.yaml", "--config=anchored.yaml", "--model.network.depth=8", *SMALL])
-    (tmp_path / "hard.yaml").write_text(hard)
-    main(["fit", "--config=configs/base.yaml", "--config=hard.yaml", "--model=Autoencoder", *SMALL])
-    (tmp_path / "hashed.yaml").write_text(hashed)
-    (tmp_path / "clustered.yaml").write_text(clustered)
-    main(["fit", "--config=configs/base.yaml", "--config=hashed.yaml", "--model.network.depth=8", *SMALL])
-    twice = ["--trainer.max_epochs=2", "--model.network.depth=8"]
-    main(["fit", "--config=configs/base.yaml", "--config=clustered.yaml", *SMALL, *twice])
-    (tmp_path / "readme.yaml").write_text(text)
-    main(["fit", "--config=configs/base.yaml", "--config=readme.yaml", "--model=Autoencoder", *SMALL])
-    assert len(text.splitlines()) <= 6
-    (tmp_path / "more.yaml").write_text("trainer:\n  callbacks+:\n" + more)
-    main(["fit", "--config=configs/base.yaml", "--config=more.yaml", "--model=Autoencoder", *SMALL])
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [(name, code) for name, text in PAGES.items() if name != "README" for code in blocks(text, "python")],
+)
+def test_python_runs(page, code):
+    exec(code, scope := {"__name__": page})
+    if page == "lightning":  # the loop pulls, and what is one stays one
+        before = float(scope["penalty"]().detach())
+        for _ in range(3):
+            scope["optimizer"].zero_grad()
+            scope["penalty"].add_gradients_(1.0)
+            scope["optimizer"].step()
+        assert float(scope["penalty"]().detach()) < 0.1 * before
+        layer3 = scope["network"].module.layer3
+        assert layer3[1].branch.conv2.weight is layer3[2].branch.conv2.weight
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [(name, one) for name, text in PAGES.items() if name != "extending" for one in blocks(text, "yaml")],
+)
+def test_yaml_runs(page, text, tmp_path):
+    whole = text if text.startswith("trainer:") else "trainer:\n  callbacks+:\n" + text
+    (tmp_path / "own.yaml").write_text(whole)
+    model = "--model=Autoencoder" if "encoder." in text else "--model.network.depth=8"
+    epochs = ["--trainer.max_epochs=2"] * ("start_epoch" in text)
+    main(["fit", "--config=configs/base.yaml", "--config=own.yaml", model, *SMALL, *epochs])
+    if page == "README":
+        assert len(text.splitlines()) <= 6
+
+
+def test_what_a_user_adds_is_named_in_yaml(tmp_path):
+    added, [text] = blocks(PAGES["extending"], "python"), blocks(PAGES["extending"], "yaml")
+    assert len(added) == 3
+    assert all(len(code.splitlines()) <= 15 for code in added)
+    (tmp_path / "mine.py").write_text("\n".join(added))
+    (tmp_path / "own.yaml").write_text(text)
+    command = [sys.executable, "-W", "ignore", "-m", "tying"]
+    options = ["--config=configs/base.yaml", "--config=own.yaml", "--model.network.depth=8"]
+    told = subprocess.run([*command, "inspect", *options], capture_output=True, text=True)
+    assert "table of 231" in told.stdout, told.stderr[-3000:]
+    done = subprocess.run([*command, "fit", *options, *SMALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_pages_link_to_what_there_is():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
@@ -117,7 +138,7 @@ def test_experiments_run(capsys, monkeypatch):
 
 def test_make_targets_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(re.findall(r"`make ([a-z-]+)`", README)) <= set(targets)
+    assert {target for text in PAGES.values() for target in re.findall(r"`make ([a-z-]+)`", text)} <= {*targets}
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     dry = subprocess.run(["make", "--dry-run", "test", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "pytest" in dry.stdout
@@ -125,9 +146,9 @@ def test_make_targets_exist():
 
 
 def test_results_are_up_to_date():
-    for page in PAGES:
-        assert paste(page.read_text()) == page.read_text()
-    assert (RESULTS / "README.md").read_text() == evidence.markdown()
+    for page in report.PAGES:
+        assert report.paste(page.read_text()) == page.read_text()
+    assert (report.RESULTS / "README.md").read_text() == evidence.markdown()
 
 
 def test_configs_compose():

@@ -1,0 +1,58 @@
+"""Every error that a user may meet, on one page: `python tests/test_errors.py` writes it anew, to be read once more."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "errors.md"
+HEAD = """# Errors
+
+Every error that the package raises, as it is written in the source; in braces stands what is told of the case. Each has
+been read with three questions: does it name what is wrong, and the value; does it say what would be right; was anything
+changed before it was raised.
+"""
+
+
+def text(node):
+    match node:
+        case ast.Constant():
+            return str(node.value)
+        case ast.JoinedStr():
+            return "".join(map(text, node.values))
+        case ast.FormattedValue():
+            return "{" + ast.unparse(node.value) + "}"
+        case ast.BinOp():
+            return text(node.left) + text(node.right)
+        case _:
+            return "{" + ast.unparse(node) + "}"
+
+
+def messages(path):
+    tree = ast.parse(path.read_text())
+    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    return [text(call.args[0]) for call in sorted(calls, key=lambda call: call.lineno) if call.args]
+
+
+def page():
+    found = {path: messages(path) for path in sorted((ROOT / "tying").rglob("*.py"))}
+    parts = [
+        f"## {path.relative_to(ROOT)}\n\n" + "\n".join(f"- `{told.replace('`', '')}`" for told in dict.fromkeys(told))
+        for path, told in found.items()
+        if told
+    ]
+    return "\n\n".join([HEAD.strip(), *parts]) + "\n"
+
+
+def test_the_page_of_errors_is_up_to_date():
+    assert PAGE.read_text() == page(), "python tests/test_errors.py"
+
+
+def test_errors_are_sentences_without_a_stop():
+    for path in (ROOT / "tying").rglob("*.py"):
+        for told in messages(path):
+            assert not told.endswith((".", "!")), told
+            assert len(told.split()) > 3 or "{" in told, told
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
