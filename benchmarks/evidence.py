@@ -9,13 +9,14 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from benchmarks import report
-from benchmarks.report import PAGES, table
+from benchmarks.report import GUIDANCE, table
 from benchmarks.speed import FAMILIES
 
 SECTIONS = {
     "One network, every family": ["demo", "cifar10", "cifar10@cifar10-jpeg"],
     "Soft tying": ["soft", "transfer", "coupling", "two-domains", "hybrid-toy", "mixture@mnist"],
-    "Hard tying": ["hard", "autoencoder", "survival"],
+    "Hard tying": ["hard", "autoencoder"],
+    "What ties live through": ["survival", "lightning_features", "strangers", "fuzz"],
     "Hashed layers": [
         *(f"arbnet-{suite}@mnist" for suite in ("fig2", "fig3", "fig4", "density")),
         "arbnet-cifar10",
@@ -62,7 +63,7 @@ def markdown() -> str:
 
 def html() -> str:
     """Return the pages of guidance and papers, and that of results, as one that needs no other file."""
-    guidance = [_rendered(page.read_text(), page.stem.lower()) for page in PAGES[1:]]
+    guidance = [_rendered(page.read_text(), page.stem.lower()) for page in GUIDANCE]
     body = "\n".join([*guidance, _rendered(markdown(), "readme", of_results=True)])
     body = re.sub(r'href="(?:\.\./|results/)?([\w@-]+)\.md"', lambda m: f'href="#{m[1].lower()}"', body)
     body = re.sub(r'src="(?:results/)?([^"/:]+\.png)"', lambda m: f'src="{_inline(report.RESULTS / m[1])}"', body)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tying.atomic import save_figure
@@ -63,9 +64,10 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
 
     With ``lines="run"`` each setting is one point, of mean x and mean y, that bears its name.
     """
-    figure = Figure(figsize=(5, 3.8), layout="constrained")
+    figure = Figure(figsize=(7, 5) if plot.lines == "run" else (5, 3.8), layout="constrained")
     axes = figure.subplots()
     metrics = [plot.y] if isinstance(plot.y, str) else plot.y
+    names: list[tuple[str, float, float]] = []
     for (line, found), y in itertools.product(lines_of(rows, plot.lines).items(), metrics):
         points: dict[float, list[float]] = {}
         for row in found:
@@ -80,7 +82,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         label = (line if plot.lines == "run" else f"{plot.lines} {line}") + (f", {y}" if len(metrics) > 1 else "")
         axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
         if plot.lines == "run" and points:
-            axes.annotate(label, (xs[0], means[0]), (3, 3), textcoords="offset points", fontsize="xx-small")
+            names.append((label, xs[0], means[0]))
     if plot.log:
         every = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
         if 0 in every and len(every) > 1:
@@ -90,4 +92,30 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
     if plot.lines != "run" and axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="x-small")
+    if names:
+        _write_names(figure, axes, names)
     save_figure(figure, path)
+
+
+def _write_names(figure: Figure, axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
+    """Write a name beside each point, those of near points below or above each other."""
+    axes.margins(x=0.15)
+    figure.draw_without_rendering()  # only now it is known where points are
+    line, letter = 9.0, 4.6  # height and width of letters, in pixels
+    taken: list[tuple[float, float, float]] = []
+    for name, x, y in sorted(names, key=lambda one: -one[2]):
+        left, middle = axes.transData.transform((x, y))
+        width = letter * len(name)
+        shifts = (line * side * away for away in range(len(names)) for side in (1, -1))
+        shift = next(
+            by
+            for by in shifts
+            if not any(
+                abs(middle + by - height) < line and left < end and begin < left + width for begin, end, height in taken
+            )
+        )
+        taken.append((left, left + width, middle + shift))
+        arrow = {"arrowstyle": "-", "lw": 0.3, "color": "gray"} if abs(shift) > line else None
+        axes.annotate(
+            name, (x, y), (5, shift), textcoords="offset pixels", fontsize="xx-small", va="center", arrowprops=arrow
+        )

@@ -11,7 +11,8 @@ from tying.errors import ConfigurationError, nearest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "GUIDE.md", ROOT / "benchmarks" / "PAPERS.md"]  # tell of results
+GUIDANCE = [ROOT / "benchmarks" / "GUIDE.md", ROOT / "benchmarks" / "PAPERS.md"]
+PAGES = [ROOT / "README.md", *GUIDANCE, *sorted((ROOT / "docs").glob("*.md"))]  # they tell of results
 MARK = re.compile(r"(<!-- (results|cell|claim|command) (.+?) -->)((?:(?!<!--).)*)<!-- end -->", re.DOTALL)
 
 

@@ -122,7 +122,7 @@ class Sweep:
 
         Each is tried once. Runs that another process works on are waited for, and taken over if it dies.
         """
-        waiting = list(self.runs)
+        waiting = sorted(self.runs, key=lambda run: self.folder(run).state() != "complete")  # to count what is left
         working: list[Working] = []
         failed: dict[str, str] = {}
         complete = 0
