@@ -11,6 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks import evidence, experiment, hybrid_toy
+from benchmarks.archive import pack, unpack
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.speed import FAMILIES as SPEED
@@ -48,14 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the suite demo under runs/demo, in bfloat16 where that is fast")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
+    restore = commands.add_parser("restore", help="put a suite's kept runs where runs are, to go on from them")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
     run.add_argument("suite", metavar="SUITE", help=told)
     report.add_argument("suite", metavar="SUITE", nargs="?", help=f"{told}; by default, all that is kept, as HTML")
-    for command in (run, report):
-        command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
-        command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
+    restore.add_argument("suite", metavar="SUITE", help="its name, or a YAML file")
+    for command in (run, report, restore):
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
+        command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
+    for command in (run, report):
+        command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
         command.add_argument(
             "--seeds", type=int, help="replicas of each setting; by default, one, and in a report those that were begun"
         )
@@ -74,6 +78,10 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
         for page in PAGES:
             write(page, paste(page.read_text()))
         write(RESULTS / "README.md", evidence.markdown())
+    elif known.command == "restore":
+        sweep = experiment.prepare(known.suite, known.out, known.data)
+        restored = unpack(_archive(sweep), sweep.out)
+        print(f"{len(restored)} runs put back in {sweep.out}")
     elif known.command == "report" and known.suite is None:
         if given := [f"--{name}" for name in ("data", "only", "out", "seeds") if vars(known)[name] is not None]:
             raise ConfigurationError(
@@ -112,6 +120,8 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
     try:
         command = "make demo" if set(given) <= {"demo", "--save"} else _command(known.suite, sweep)
         _keep(sweep.name, experiment.report(sweep, command), known.save)
+        if known.save and not demo:
+            pack(sweep.out, _archive(sweep))
     except ConfigurationError:
         if failed:  # and told already
             return 1
@@ -122,6 +132,10 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
         except OSError as error:
             print(f"CSV and plot could not be written: {error}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _archive(sweep: Sweep) -> Path:
+    return RESULTS / "runs" / f"{sweep.home}.tar.xz"
 
 
 def _command(suite: str, sweep: Sweep) -> str:

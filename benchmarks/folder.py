@@ -36,7 +36,7 @@ from tying.errors import ConfigurationError
 
 HEARTBEAT = 15.0  # seconds
 SILENCE = 120.0
-FILES = ("config.yaml", "metrics.csv")
+FILES = ("metrics.csv",)  # beside the result, what a report reads
 RESULT = ("name", "definition", "metrics", "data", "machine", "seconds", "peak_memory", "parameters", "attempts")
 State = Literal["pending", "running", "interrupted", "failed", "damaged", "complete"]
 

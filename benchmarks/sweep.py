@@ -65,7 +65,15 @@ class Sweep:
     @property
     def name(self) -> str:
         """The suite's name, and the data's where it is not what the suite says."""
-        return self.suite.name + (f"@{self.label}" if self.data else "")
+        return self._with_data(self.suite.name)
+
+    @property
+    def home(self) -> str:
+        """The name of the suite whose runs these are, and the data's where it is not what the suite says."""
+        return self._with_data(self.suite.home or self.suite.name)
+
+    def _with_data(self, name: str) -> str:
+        return name + (f"@{self.label}" if self.data else "")
 
     def folder(self, run: Run) -> Folder:
         """Return the folder of a run."""

@@ -22,7 +22,6 @@ def begun(run, **claim):
 
 
 def complete(run):
-    (run.path / "config.yaml").write_text("a: 1")
     (run.path / "metrics.csv").write_text("epoch")
     write_json(run.path / "result.json", {**RESULT, "name": run.name, "definition": {"layers": [1]}})
 
@@ -92,7 +91,6 @@ def test_a_process_of_the_same_number_is_another(run):
     [
         ("attempts", "complete"),
         ("attempts/000/claim.json", "complete"),
-        ("config.yaml", "damaged"),
         ("metrics.csv", "damaged"),
         ("result.json", "interrupted"),
     ],

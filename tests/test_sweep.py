@@ -1,7 +1,9 @@
 import csv
+import lzma
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -141,6 +143,39 @@ def test_run_and_report(undisturbed, capsys):
         ("soft,strength=0.001", "0.001", "2"),
     ]
     assert [bool(row["test/accuracy"]) for row in rows] == [False, False, True] * 3
+
+
+def test_runs_are_kept_and_put_back(undisturbed, tmp_path, capsys):
+    """What was saved is a report's own again, elsewhere; runs that are there are left alone, a lost one comes back."""
+    assert benchmarks.main(["report", "mine.yaml", f"--out={undisturbed}", "--save"]) == 0
+    archive = Path("results/runs/mine.tar.xz")
+    before, content = capsys.readouterr().out.partition("Written")[0], archive.read_bytes()
+    assert benchmarks.main(["restore", "mine.yaml", "--out=elsewhere"]) == 0
+    assert capsys.readouterr().out == "3 runs put back in elsewhere\n"
+    assert benchmarks.main(["report", "mine.yaml", "--out=elsewhere", "--save"]) == 0
+    assert capsys.readouterr().out.partition("Written")[0] == before
+    assert archive.read_bytes() == content
+    shutil.rmtree(Path("elsewhere", NAMES[1]))
+    Path("elsewhere", NAMES[0], "result.json").unlink()
+    assert benchmarks.main(["restore", "mine.yaml", "--out=elsewhere"]) == 0
+    assert capsys.readouterr().out == "1 runs put back in elsewhere\n"
+    assert not Path("elsewhere", NAMES[0], "result.json").exists()
+    assert benchmarks.main(["report", "mine.yaml", "--out=elsewhere", "--save"]) == 0
+    assert archive.read_bytes() == content  # a run that is no longer there is not lost
+
+
+def test_kept_runs_that_cannot_be_put_back(tmp_path, capsys):
+    assert benchmarks.main(["restore", "mine.yaml"]) == 2
+    assert "there is no results/runs/mine.tar.xz; runs are kept in folders of these names: none" in (
+        capsys.readouterr().err.replace(f"{tmp_path}/", "")
+    )
+    archive = Path("results/runs/mine.tar.xz")
+    archive.parent.mkdir(parents=True)
+    for content in (b"", b"nonsense", lzma.compress(b"nonsense")[:-3]):
+        archive.write_bytes(content)
+        assert benchmarks.main(["restore", "mine.yaml", "--out=out"]) == 2
+        assert "mine.tar.xz is truncated or corrupted" in capsys.readouterr().err
+        assert not list(Path("out").iterdir())
 
 
 def test_what_is_complete_is_left_alone(undisturbed, capsys):

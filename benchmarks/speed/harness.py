@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiment import draw, prepare, quietly, report
-from benchmarks.folder import Folder, write_json
+from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.machine import supports_bf16
 from benchmarks.perform import arguments, begin, finish
 from benchmarks.report import table
@@ -70,7 +70,7 @@ def _report_many(root: Path, folder: Folder) -> float:
     for run in sweep.runs:
         copy = sweep.folder(run)
         copy.path.mkdir(parents=True)
-        for name in ("config.yaml", "metrics.csv"):
+        for name in FILES:
             shutil.copy(folder.path / name, copy.path / name)
         write_json(copy.path / "result.json", {**result, "name": run.name, "definition": sweep.definition(run)})
     start = time.perf_counter()
