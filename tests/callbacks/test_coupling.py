@@ -182,7 +182,7 @@ class Endless:
         (lambda: Coupling("a", "b", 0.5, exponent=0.0), "exponent must be above 0 and finite, not 0.0"),
         (lambda: Coupling("a", "b", 0.5, examples=0), "examples must be 1 or more, not 0"),
         (lambda: Coupling("a", "b", 0.0, update="gradient"), "alpha=0 makes both models one, which needs update='proximal', not 'gradient'"),
-        (lambda: train(Toy(), [Coupling("encoder.0.bias", "decoder.0.bias", 0.5)], data=Endless(), limit_train_batches=2), "number of labelled examples is not known, .*: say examples="),
+        (lambda: train(Toy(), [Coupling("encoder.0.bias", "decoder.0.bias", 0.5)], data=Endless(), limit_train_batches=2), "number of labelled examples is not known, .*: give it as examples"),
         (lambda: train(hybrid(), data=DataLoader(TensorDataset(torch.zeros(8, 6).double(), torch.zeros(8).long()))), "HybridClassifier trains on batches of a labelled and an unlabelled part: set the data's labelled"),
         (lambda: hybrid(reconstruction=-1.0), "reconstruction must be 0 or more, not -1.0"),
     ],

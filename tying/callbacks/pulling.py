@@ -300,7 +300,7 @@ def labelled_examples(trainer: pl.Trainer) -> int:
     except (AttributeError, TypeError):
         raise ConfigurationError(
             "the number of labelled examples is not known, since the training data is neither one loader of a data set "
-            "that has a length, nor a dictionary whose loader 'labelled' is such: say examples=..."
+            "that has a length, nor a dictionary whose loader 'labelled' is such: give it as examples"
         ) from None
 
 
