@@ -13,7 +13,7 @@ from benchmarks.report import GUIDANCE, table
 from benchmarks.speed import FAMILIES
 
 SECTIONS = {
-    "One network, every family": ["demo", "cifar10", "cifar10@cifar10-jpeg"],
+    "One network, every family": ["demo", "cifar10", "full@cifar10-jpeg"],
     "Soft tying": ["soft", "transfer", "coupling", "two-domains", "hybrid-toy", "mixture@mnist"],
     "Hard tying": ["hard", "autoencoder"],
     "What ties live through": ["survival", "lightning_features", "strangers", "fuzz"],
@@ -23,7 +23,7 @@ SECTIONS = {
         "hashednets@mnist",
         "clustering@mnist",
     ],
-    "Depth": ["depth", "depth@cifar10-jpeg"],
+    "Depth": ["depth"],
     "Recurrent networks": ["text", "permuted-mnist@mnist"],
     "Speed": [f"speed_{family}" for family in FAMILIES],
 }

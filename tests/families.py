@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from tying import resolve
 from tying.callbacks import (
     AnchorTying,
     Coupling,
@@ -26,9 +27,11 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.depth import Residual, StochasticDepth, remove_merge
-from tying.hashing import UniformHash
+from tying.depth import Residual, StochasticDepth, apply_merge, remove_merge
+from tying.hard import generate_weights, lower_rank, share_templates, tie
+from tying.hashing import UniformHash, cluster_weight, hash_weights
 from tying.patterns import Pattern
+from tying.soft import GaussianMixturePrior, TyingPenalty, anchored, coupling_strength
 
 
 class Net(nn.Module):
@@ -137,7 +140,7 @@ def coupled(model, free, sites):
     assert names
 
 
-def anchored(model, free, sites):
+def held_near(model, free, sites):
     moved = [
         sum(float((p.detach().float() - one.initial[name]).square().sum()) for name, p in one.named_parameters())
         for one in (model, free)
@@ -195,24 +198,98 @@ def merged(model, free, sites):
     assert remove_merge(model) == len(blocks) > 0
 
 
+def nothing():
+    """Do nothing at a step."""
+
+
+def softly(model, sites, examples):
+    penalty = TyingPenalty(resolve(model, [f"{sites.pair[0]} ~ {sites.pair[1]}"]))
+    return lambda: penalty.add_gradients_(1.0), nothing
+
+
+def coupling(model, sites, examples):
+    penalty = TyingPenalty(resolve(model, [f"{sites.twins[0]} ~ {sites.twins[1]}"]))
+    return lambda: penalty.add_gradients_(coupling_strength(0.1) / examples), nothing
+
+
+def to_anchor(model, sites, examples):
+    penalty = anchored(dict(model.named_parameters()), model.initial)
+    return lambda: penalty.add_gradients_(10.0), nothing
+
+
+def mixed(model, sites, examples):
+    prior, weight = GaussianMixturePrior(components=4), model.get_parameter(sites.pair[0])
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1e-3)
+
+    def step():
+        prior.zero_grad()
+        prior.add_gradients_([weight], 0.01 / examples)
+        optimizer.step()
+
+    @torch.no_grad()
+    def finish():
+        prior.merge()
+        weight.copy_(prior.quantize(weight))
+
+    return step, finish
+
+
+def at_once(change):
+    """Return what is done before training alone."""
+
+    def begin(model, sites, examples):
+        change(model, sites)
+        return nothing, nothing
+
+    return begin
+
+
 class Family(NamedTuple):
+    begin: Callable[[pl.LightningModule, Sites, int], tuple[Callable[[], object], Callable[[], object]]]  # without a
+    # trainer: ties a model, of as many examples; returns what is done between backward and step, and at the end
     callback: Callable[[Sites], pl.Callback]
     holds: Callable[[pl.LightningModule, pl.LightningModule, Sites], None]  # fails unless a model is tied, beside one
     # that was trained alike, but free
 
 
 FAMILIES = {
-    "SoftTying": Family(lambda s: SoftTying([f"{s.pair[0]} ~ {s.pair[1]}"], strength=1.0), pulled_together),
-    "Coupling": Family(lambda s: Coupling(*s.twins, alpha=0.1, examples=20), coupled),
-    "AnchorTying": Family(lambda s: AnchorTying(["net.**"], strength=10.0), anchored),
-    "MixtureTying": Family(lambda s: MixtureTying([s.pair[0]], 0.01, components=4), of_few_values),
-    "HardTying": Family(lambda s: HardTying([f"{s.pair[0]} ~ {s.pair[1]}"]), equal),
-    "LowRankWeights": Family(lambda s: LowRankWeights([s.pair[0]], rank=2), of_rank_two),
-    "TemplateWeights": Family(lambda s: TemplateWeights([s.alike], templates=1), of_one_template),
-    "GeneratedWeights": Family(lambda s: GeneratedWeights([s.alike], 2, s.basic, s.basic), of_embeddings_of_two),
-    "WeightHashing": Family(lambda s: WeightHashing([s.pair[0]], 0.25, UniformHash(seed=0)), of_a_table),
-    "WeightClustering": Family(lambda s: WeightClustering([s.pair[0]], clusters=4), of_few_values),
+    "SoftTying": Family(softly, lambda s: SoftTying([f"{s.pair[0]} ~ {s.pair[1]}"], strength=1.0), pulled_together),
+    "Coupling": Family(coupling, lambda s: Coupling(*s.twins, alpha=0.1, examples=20), coupled),
+    "AnchorTying": Family(to_anchor, lambda s: AnchorTying(["net.**"], strength=10.0), held_near),
+    "MixtureTying": Family(mixed, lambda s: MixtureTying([s.pair[0]], 0.01, components=4), of_few_values),
+    "HardTying": Family(
+        at_once(lambda model, s: tie(model, [f"{s.pair[0]} ~ {s.pair[1]}"])),
+        lambda s: HardTying([f"{s.pair[0]} ~ {s.pair[1]}"]),
+        equal,
+    ),
+    "LowRankWeights": Family(
+        at_once(lambda model, s: lower_rank(model, [s.pair[0]], rank=2)),
+        lambda s: LowRankWeights([s.pair[0]], rank=2),
+        of_rank_two,
+    ),
+    "TemplateWeights": Family(
+        at_once(lambda model, s: share_templates(model, [s.alike], templates=1)),
+        lambda s: TemplateWeights([s.alike], templates=1),
+        of_one_template,
+    ),
+    "GeneratedWeights": Family(
+        at_once(lambda model, s: generate_weights(model, [s.alike], 2, s.basic, s.basic)),
+        lambda s: GeneratedWeights([s.alike], 2, s.basic, s.basic),
+        of_embeddings_of_two,
+    ),
+    "WeightHashing": Family(
+        at_once(lambda model, s: hash_weights(model, [s.pair[0]], 0.25, UniformHash(seed=0))),
+        lambda s: WeightHashing([s.pair[0]], 0.25, UniformHash(seed=0)),
+        of_a_table,
+    ),
+    "WeightClustering": Family(
+        at_once(lambda model, s: cluster_weight(model, s.pair[0], 4)),
+        lambda s: WeightClustering([s.pair[0]], clusters=4),
+        of_few_values,
+    ),
     "ResidualMerging": Family(
-        lambda s: ResidualMerging(s.blocks, StochasticDepth(0.75), keep_schedule="uniform"), merged
+        at_once(lambda model, s: apply_merge(model, s.blocks, StochasticDepth(0.75))),
+        lambda s: ResidualMerging(s.blocks, StochasticDepth(0.75), keep_schedule="uniform"),
+        merged,
     ),
 }

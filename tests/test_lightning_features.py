@@ -7,7 +7,8 @@ from typing import ClassVar
 import lightning.pytorch as pl
 import pytest
 import torch
-from families import FAMILIES, SITES, Trained, inputs
+from families import FAMILIES, SITES, Trained, at_once, inputs
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
+from torch.nn import functional as F
 
 QUIET = {
     "accelerator": "cpu",
@@ -96,6 +98,27 @@ def evaluated_alone(callbacks):
     return fresh
 
 
+def by_fabric(callbacks):
+    """Train by Fabric, without a trainer; after an epoch save all, and go on from it with a fresh model."""
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    for epochs in (1, 2):
+        model = Trained()
+        begin = FAMILIES[type(callbacks[0]).__name__].begin if callbacks else at_once(lambda *_: None)
+        step, finish = begin(model, SITES, examples=20)
+        wrapped, optimizer = fabric.setup(model, model.configure_optimizers())
+        if epochs == 2:
+            fabric.load("first.ckpt", {"model": wrapped, "optimizer": optimizer})
+        for [x] in [*fabric.setup_dataloaders(model.train_dataloader())] * epochs:
+            optimizer.zero_grad()
+            fabric.backward(F.mse_loss(wrapped(x).float(), (3 * x).sin()))
+            step()
+            optimizer.step()
+        if epochs == 1:
+            fabric.save("first.ckpt", {"model": wrapped, "optimizer": optimizer})
+    finish()
+    return model
+
+
 FEATURES = {
     "bf16-mixed": with_options(precision=lambda: "bf16-mixed"),
     "16-mixed, a scaler": with_options(plugins=scaled),
@@ -120,6 +143,7 @@ FEATURES = {
     "another model before": fitted_another,
     "fit twice": fitted_twice,
     "fit further": fitted_further,
+    "Fabric, without a Trainer": by_fabric,
 }
 REFUSED = {
     ("stochastic weight averaging", "MixtureTying"): "does not go with StochasticWeightAveraging",
