@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,7 +58,8 @@ def test_only_one_process_claims(run):
     code += "sys.stdin.read(1)\nfolder = Folder(Path(sys.argv[1])); Folder.attempts = lambda _: []\n"
     code += "print(folder.claim({'definition': {}}) is not None)"
     command = [sys.executable, "-c", code, str(run.path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    root = str(Path(__file__).parents[1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": root}
     processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
     answers = [process.communicate("x")[0].strip() for process in processes]
     assert sorted(answers) == ["False"] * 3 + ["True"]
