@@ -16,6 +16,7 @@ from torch import Tensor
 from tying.atomic import atomically
 from tying.callbacks import WeightClustering
 from tying.callbacks.base import ChangesModel, callbacks_of
+from tying.checkpoints import read
 from tying.errors import ConfigurationError
 from tying.hard import bake
 from tying.names import unwrapped
@@ -49,12 +50,7 @@ def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, 
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigurationError(f"--ckpt: there is no checkpoint {path}")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigurationError(f"--ckpt: {path} is not a checkpoint, or is truncated: {error}") from None
+    content = read(path, "--ckpt")
     held = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
         raise ConfigurationError(f"--ckpt: {path} holds no state dict")
@@ -75,8 +71,10 @@ def _computed(
             kept = Path(folder) / f"{number}.yaml"
             try:
                 content = yaml.safe_load(Path(config).read_text())
-            except (OSError, yaml.YAMLError) as error:
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise ConfigurationError(f"--config: {config} cannot be read: {error}") from None
+            if not isinstance(content, dict):
+                raise ConfigurationError(f"--config: {config} must hold keys and values")
             kept.write_text(yaml.safe_dump({key: content[key] for key in SECTIONS if key in content}))
             arguments.append(f"--config={kept}")
         trainer, model = load(arguments)
@@ -94,12 +92,14 @@ def _computed(
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
-    with atomically(path) as aside:
-        if path.suffix != ".safetensors":
-            torch.save(weights, aside)
-            return
+    save: Callable[[Any, Any], object] = torch.save
+    if path.suffix == ".safetensors":
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save_file as save
         except ImportError:
             raise ConfigurationError("a .safetensors file needs the package: pip install safetensors") from None
-        save_file(weights, aside)
+    try:
+        with atomically(path) as aside:
+            save(weights, aside)
+    except OSError as error:
+        raise ConfigurationError(f"--out: {path} cannot be written: {error}") from None

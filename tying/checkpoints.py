@@ -15,6 +15,38 @@ from tying.errors import ConfigurationError
 from tying.names import clean_name
 
 
+def read(path: str | Path, asker: str) -> Any:
+    """Return what a file of torch holds, on the CPU, if that is whole and nothing but tensors and plain types.
+
+    Args:
+        path: of the file.
+        asker: what needs it, for errors.
+
+    Raises:
+        ConfigurationError: there is no such file, it is truncated or corrupted, or it holds other objects.
+    """
+    check_whole(path, asker)
+    try:
+        return torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{asker}: {path} is no checkpoint of tensors and plain types (of one that holds other objects, save the "
+            f"state dict alone): {error}"
+        ) from None
+
+
+def check_whole(path: str | Path, asker: str) -> None:
+    """Raise where a file of torch is not there, or not what was written: torch itself reads past flipped bits.
+
+    Raises:
+        ConfigurationError: that is so.
+    """
+    if not Path(path).is_file():
+        raise ConfigurationError(f"{asker}: there is no {path}")
+    if zipfile.is_zipfile(path) and not _is_whole(Path(path)):
+        raise ConfigurationError(f"{asker}: {path} is corrupted: its checksums are wrong")
+
+
 def saved_weights(path: str | Path, asker: str) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint of Lightning's, or of a state dict in a file, by clean name, on the CPU.
 
@@ -23,17 +55,9 @@ def saved_weights(path: str | Path, asker: str) -> dict[str, Tensor]:
         asker: what needs it, for errors.
 
     Raises:
-        ConfigurationError: there is no such file, or it holds other objects than tensors and plain types.
+        ConfigurationError: there is no such file, it is corrupted, or holds other objects than tensors and plain types.
     """
-    try:
-        content = torch.load(path, "cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigurationError(f"{asker}: there is no {path}") from None
-    except Exception as error:
-        raise ConfigurationError(
-            f"{asker}: {path} is no checkpoint of tensors and plain types (of one that holds other objects, save the "
-            f"state dict alone): {error}"
-        ) from None
+    content = read(path, asker)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
 

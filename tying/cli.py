@@ -6,13 +6,11 @@ import os
 import sys
 import warnings
 import zipfile
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -22,7 +20,7 @@ import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.callbacks.base import callbacks_of
-from tying.checkpoints import newest_intact
+from tying.checkpoints import check_whole, newest_intact
 from tying.errors import ConfigurationError, NonFiniteError
 from tying.explanation import explain
 from tying.inspection import inspect
@@ -83,11 +81,13 @@ class TyingCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning where a program passes its own arguments
-        path = self.config.get(f"{self.config.get('subcommand')}.ckpt_path")
-        if path and path not in ("last", "best", "hpc", "registry") and ":" not in path:
-            if not Path(path).exists():
-                raise ConfigurationError(f"ckpt_path: there is no checkpoint {path}; give a path, 'last' or 'best'")
-            if Path(path).is_file() and not zipfile.is_zipfile(path):
+        own = self.config.get(str(self.config.get("subcommand")), {})
+        if own.get("weights_only", False) is None:
+            own.weights_only = True  # Lightning itself would unpickle anything that comes from a URL
+        path = own.get("ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry") and "://" not in path and not Path(path).is_dir():
+            check_whole(path, "ckpt_path")
+            if not zipfile.is_zipfile(path):
                 raise ConfigurationError(f"ckpt_path: {path} is not a checkpoint, or is truncated")
 
     def before_fit(self) -> None:
@@ -169,7 +169,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except NonFiniteError as error:
         print(f"tying: error: {error}", file=sys.stderr)
         sys.exit(1)
-    except (ArgumentError, ValueError, RuntimeError, MisconfigurationException) as error:
+    except Exception as error:
         told = explain(error, of_checkpoint=any(argument.startswith("--ckpt_path") for argument in given))
         if told is None:
             raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
+from pickle import PickleError
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -13,6 +15,9 @@ from tying.errors import ConfigurationError
 UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
 VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
 UNFIT = "Error(s) in loading state_dict"  # how torch begins, where a checkpoint does not fit
+BROKEN = "PytorchStreamReader failed"  # and where a file is none of its own
+LIGHTNING = ("state_dict", "pytorch-lightning_version", "loops", "optimizer_states", "epoch", "global_step")
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 CHANGES_ANOTHER = re.compile(r"Got value: \{'init_args':")  # init_args, and no class that they are of
 
 
@@ -27,6 +32,16 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
     mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
     if of_checkpoint and str(error).startswith(UNFIT):
         return f"ckpt_path: the checkpoint does not fit the model: {_shortened(str(error))}"
+    if of_checkpoint and (
+        (isinstance(error, KeyError) and error.args[0] in LIGHTNING) or str(error).startswith(BROKEN)
+    ):
+        return f"ckpt_path: this is no checkpoint of Lightning: {error}"
+    if of_checkpoint and isinstance(error, PickleError):
+        return f"ckpt_path: the checkpoint holds more than tensors and plain types: {str(error).splitlines()[0]}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"{error}. Choose a folder with room and rights, such as by --trainer.default_root_dir"
+    if unreadable := next((cause for cause in chain if isinstance(cause, UnicodeDecodeError)), None):
+        return f"a configuration is no text in UTF-8: {unreadable}"
     if not any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
         return None
     return _told_briefly(chain)

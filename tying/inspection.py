@@ -11,6 +11,7 @@ import torch
 from tying.callbacks import HardTying, WeightClustering
 from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before
 from tying.callbacks.summary import print_summary
+from tying.checkpoints import read
 from tying.depth import Merge
 from tying.errors import ConfigurationError, listed
 from tying.hard import audit
@@ -123,11 +124,13 @@ def _used_again(model: pl.LightningModule) -> dict[str, list[str]]:
 def _load_weights(
     model: pl.LightningModule, callbacks: Sequence[pl.Callback], path: Path, weights_only: bool | None
 ) -> None:
+    content = read(path, "ckpt_path") if weights_only else torch.load(path, "cpu", weights_only=weights_only)
+    if not isinstance(content, dict) or not isinstance(state_dict := content.get("state_dict"), dict):
+        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of Lightning: it has no state_dict")
     try:
-        state_dict = torch.load(path, "cpu", weights_only=weights_only)["state_dict"]
         for callback in callbacks:
             if isinstance(callback, WeightClustering):
                 callback.prepare(model, state_dict)
         model.load_state_dict(state_dict)
-    except (RuntimeError, KeyError) as error:
+    except RuntimeError as error:
         raise ConfigurationError(f"ckpt_path: {path} does not fit the model: {error}") from None

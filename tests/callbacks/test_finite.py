@@ -2,6 +2,7 @@
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -135,9 +136,66 @@ def test_a_callback_goes_on_after_it(tmp_path):
 def test_a_scaler_that_skips_a_step_is_no_fault():
     watch, weight = FiniteWatch("SoftTying"), nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), math.inf)
-    watch.look_at_gradients({"a": weight})
+    watch.look_at_gradients({"a": weight}, scaled=True)
     watch.look({"a": weight})
     watch.tell()
+
+
+class Skips(Toy):
+    """The gradient of one bias is infinite in each step."""
+
+    def loss(self, batch):
+        return super().loss(batch) + math.inf * self.encoder[0].bias.sum()
+
+
+@pytest.mark.parametrize("callback", [SoftTying(BIASES, 0.1), HardTying(BIASES)], ids=["soft", "hard"])
+def test_an_infinite_gradient_that_clipping_hides_is_told_once(callback):
+    options = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value", "max_steps": 4}
+    with pytest.warns(UserWarning, match=r"the gradient of '\w+\.0\.bias' held infinity before it was clipped") as told:
+        train(Skips(), [callback], **options)
+    assert sum("before it was clipped" in str(one.message) for one in told) == 1
+
+
+@pytest.mark.parametrize("update", ["gradient", "decoupled", "proximal"])
+def test_what_is_not_trained_is_looked_at_before_anything_is_pulled_to_it(update):
+    toy = Toy()
+    toy.decoder[0].bias.requires_grad_(False).fill_(math.nan)
+    fails(
+        toy, SoftTying(BIASES, 0.1, update=update), "SoftTying: 'decoder.0.bias' holds NaN; .*is tied to encoder.0.bias"
+    )
+    assert toy.global_step == 0
+    assert finite(toy) == {name for name, _ in toy.named_parameters()} - {"decoder.0.bias"}
+
+
+def test_an_anchor_is_looked_at_too(tmp_path):
+    torch.save({**Toy().state_dict(), "encoder.0.bias": torch.full((5,), math.inf)}, tmp_path / "anchor.pt")
+    callback = AnchorTying(["encoder.0.*"], 0.1, anchor=str(tmp_path / "anchor.pt"), update="proximal")
+    fails(Toy(), callback, "AnchorTying: 'anchor of encoder.0.bias' holds infinity")
+
+
+def test_a_callback_of_an_earlier_run_sees_the_first_step():
+    callback = HardTying(BIASES)
+    train(Toy(), [callback], max_steps=1)
+
+    class AtOnce(Breaks):
+        def loss(self, batch):
+            return Toy.loss(self, batch) * math.nan
+
+    fails(AtOnce(), callback, "HardTying: 'encoder.0.bias' holds NaN")
+
+
+def test_no_checkpoint_holds_it_whoever_saves(tmp_path):
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    fails(Breaks(), [Saves(), HardTying(BIASES)], "HardTying: 'encoder.0.bias' holds NaN")
+    assert {path.name for path in tmp_path.iterdir()} == {"1.ckpt", "2.ckpt", "3.ckpt"}
+
+
+def test_float64_is_no_overflow():
+    watch = FiniteWatch("SoftTying")
+    watch.check({"a": nn.Parameter(torch.tensor([1e300, 1e308, 1e308], dtype=torch.float64))})
 
 
 def test_a_large_half_is_no_overflow():

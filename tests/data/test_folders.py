@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -184,6 +185,89 @@ def test_archives_that_unpack_to_too_much(folder, monkeypatch):
     monkeypatch.setattr(folders, "LARGEST_TOTAL", 1000)
     with pytest.raises(ConfigurationError, match=r"unpacks to more than 1,000 bytes"):
         ready(path)
+
+
+def bomb(path, size=2**26):
+    """Write an archive that unpacks to far more than it says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("train/cat/0.png", bytes(size))
+        content = path.read_bytes()
+        path.write_bytes(content.replace(size.to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+        return
+    with tarfile.open(path, "w:gz", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("train/cat/" + "0" * size))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
+def test_headers_that_lie_unpack_nothing(name, tmp_path):
+    bomb(tmp_path / name)
+    tracemalloc.start()
+    with pytest.raises(ConfigurationError, match=r"truncated or corrupted: (Bad CRC-32|a header of 67,1..,... bytes)"):
+        ready(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_checksums_at_the_end(folder):
+    path = packed(folder, "a.tar.gz")
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+    with pytest.raises(ConfigurationError, match="truncated or corrupted: CRC check failed"):
+        ready(path)
+    assert not Path(os.environ["TYING_CACHE"]).exists()
+
+
+def test_archives_that_cannot_be_read(folder):
+    path = packed(folder, "a.zip")
+    content = path.read_bytes()
+    at = content.rindex(b"PK\1\2")
+    for offset, value, told in ((8, 1, "encrypted"), (10, 97, "compression method")):
+        broken = bytearray(content)
+        broken[at + offset] = value
+        path.write_bytes(broken)
+        with pytest.raises(ConfigurationError, match=rf"a.zip cannot be read: .*{told}"):
+            ready(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda content: content[:16] + (30000).to_bytes(4, "big") * 2 + content[24:], "is not a readable image: .*decompression bomb|pixels|broken"),
+        (lambda content: content[:20], "is not a readable image"),
+        (lambda _: b"GIF89a" + bytes(100), "is not a readable image: cannot identify"),
+    ],
+)  # fmt: skip
+def test_broken_images(folder, change, told):
+    path = next((folder / "cifar" / "train" / "cat").iterdir())
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ConfigurationError, match=told):
+        ready(folder)
+
+
+def test_what_is_no_file(folder):
+    (folder / "cifar" / "train" / "cat" / "folder.png").mkdir()
+    assert len(ready(folder)._splits["fit"][1]) == 30
+    (folder / "cifar" / "train" / "cat" / "link.png").symlink_to("nowhere")
+    with pytest.raises(ConfigurationError, match=r"data cannot be read: .*link.png"):
+        ready(folder)
+
+
+@pytest.mark.parametrize(
+    ("meta", "told"),
+    [
+        ("[]", "has no readable meta.json"),
+        ('{"version": 1}', "has no readable meta.json"),
+        ('{"version": 1, "splits": {}, "checksums": {}}', "is corrupted in meta.json"),
+        ('{"version": 2, "splits": {}, "checksums": {}}', "is of version 2, not 1"),
+    ],
+)
+def test_a_cache_that_says_something_else(folder, store, meta, told):
+    ready(folder)
+    [path] = store.glob("*/meta.json")
+    path.write_text(meta)
+    with pytest.raises(ConfigurationError, match=rf"{told}. Remove .*made again"):
+        ready(folder)
 
 
 def test_nothing_is_extracted_outside(folder, tmp_path):

@@ -1,4 +1,5 @@
 import gzip
+import tracemalloc
 
 import pytest
 import torch
@@ -66,6 +67,27 @@ def replace(root, name, change):
     return path
 
 
+@pytest.mark.parametrize("size", [0, 2**28 + 1, 2**62])
+def test_sizes_that_are_not_mnists(root, size):
+    """Nothing is unpacked to find that out."""
+    head = b"\0\0\x08\x02" + (size >> 31).to_bytes(4, "big") + (min(size, 2**31)).to_bytes(4, "big")
+    replace(
+        root, "train-labels-idx1-ubyte", lambda _: head if size > 2**32 else head[:3] + b"\1" + size.to_bytes(4, "big")
+    )
+    with pytest.raises(ConfigurationError, match=r"entries: from 1 to 268,435,456 are read"):
+        ready(root)
+
+
+def test_a_file_that_unpacks_to_more_than_it_says(root):
+    path = replace(root, "train-labels-idx1-ubyte", lambda content: content + bytes(2**24))
+    tracemalloc.start()
+    with pytest.raises(ConfigurationError, match=r"truncated or corrupted: more than 60 bytes, not 60 entries for 60"):
+        ready(root)
+    if path.suffix == ".gz":
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
 def test_broken_files_are_named(root):
     labels = "train-labels-idx1-ubyte"
     replace(root, labels, lambda content: content[:4] + (59).to_bytes(4, "big") + content[8:-1])
@@ -78,6 +100,7 @@ def test_broken_files_are_named(root):
     with pytest.raises(ConfigurationError, match="not an idx file"):
         ready(root)
     if path.suffix == ".gz":
+        replace(root, labels, lambda content: content[1:])
         path.write_bytes(path.read_bytes()[:20])
         with pytest.raises(ConfigurationError, match="truncated or corrupted"):
             ready(root)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -44,10 +47,27 @@ class FiniteWatch:
         self._weights: Look | None = None
         self._gradients: Look | None = None
         self._looked_at: Mapping[str, nn.Parameter] = {}
+        self._warns = True
 
-    def look_at_gradients(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Look at the gradients of weights, by name, before clipping spreads what is in one of them."""
+    def look_at_gradients(self, weights: Mapping[str, nn.Parameter], scaled: bool = False) -> None:
+        """Look at the gradients of weights, by name, before clipping spreads or hides what is in one of them.
+
+        Args:
+            weights: that are about to be stepped.
+            scaled: of a loss that is scaled: where they are not finite, there is no step, as should be.
+        """
         self._gradients = Look.at(_gradients(weights))
+        self._warns &= not scaled
+
+    def check(self, weights: Mapping[str, nn.Parameter], groups: Sequence[TiedGroup] = ()) -> None:
+        """Look at weights and constants, before anything is pulled to them.
+
+        Raises:
+            NonFiniteError: some are not finite.
+        """
+        looked = Look.at({name: weight.detach() for name, weight in weights.items()})
+        if looked is not None and (wrong := looked.found()):
+            raise NonFiniteError(f"{self._told(wrong, groups)}. So they begin: look at what they were loaded from")
 
     def look(self, weights: Mapping[str, nn.Parameter]) -> None:
         """Look at weights, by name; those that are not trained are left out."""
@@ -67,18 +87,36 @@ class FiniteWatch:
         if self._weights is None or not (wait or self._weights.is_known()):
             return
         looked, self._weights = self._weights, None
-        if wrong := looked.found():
+        wrong = looked.found()
+        if not wrong:
+            self._warn_of_gradients(wait)
+        else:
             gradients = self._gradients or Look.at(_gradients(self._looked_at))  # as they are, where nothing clips them
             before = gradients.found() if gradients is not None else {}
-            told = [
-                listed((f"{name!r} holds {what}" for name, what in wrong.items()), limit=3),
-                listed((f"the gradient of {name!r} held {what}" for name, what in before.items()), limit=3),
-                listed(filter(None, (_partners(group, wrong) for group in groups)), limit=3),
-            ]
             raise NonFiniteError(
-                f"{self._asker}: {'; '.join(filter(None, told))}. Lower the learning rate, clip gradients, or look at "
-                "the batch; checkpoints are from before"
+                f"{self._told(wrong, groups, before)}. Lower the learning rate, clip gradients, or look at the batch; "
+                "checkpoints are from before"
             )
+
+    def _told(
+        self, wrong: Mapping[str, str], groups: Sequence[TiedGroup], gradients: Mapping[str, str] | None = None
+    ) -> str:
+        told = [
+            listed((f"{name!r} holds {what}" for name, what in wrong.items()), limit=3),
+            listed((f"the gradient of {name!r} held {what}" for name, what in (gradients or {}).items()), limit=3),
+            listed(filter(None, (_partners(group, wrong) for group in groups)), limit=3),
+        ]
+        return f"{self._asker}: {'; '.join(filter(None, told))}"
+
+    def _warn_of_gradients(self, wait: bool) -> None:
+        """Warn, once, where weights are finite because clipping, or the optimizer, hid that gradients were not."""
+        if self._gradients is None or not self._warns or not (wait or self._gradients.is_known()):
+            return
+        if found := self._gradients.found():
+            self._warns = False
+            told = listed((f"the gradient of {name!r} held {what}" for name, what in found.items()), limit=3)
+            warnings.warn(f"{self._asker}: {told} before it was clipped: look at the batch", stacklevel=2)
+        self._gradients = None
 
 
 def _gradients(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -103,7 +141,7 @@ class Look:
     @classmethod
     def at(cls, tensors: Mapping[str, Tensor]) -> Look | None:
         """Look at tensors; ``None`` where there is nothing to see."""
-        seen = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+        seen = {name: tensor for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.numel()}
         if not seen:
             return None
         if all(tensor.device.type == "cpu" for tensor in seen.values()):
@@ -111,10 +149,11 @@ class Look:
             if all(math.isfinite(abs(total.item())) for total in sums):  # the fastest look, and almost always the last
                 return cls((*seen,), torch.zeros(len(seen)))
         norms = torch._foreach_norm([*seen.values()], float("inf"))
-        largest = torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms])
+        widest = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
+        largest = torch.stack([norm.to(norms[0].device, widest) for norm in norms])
         if largest.device.type != "cuda":
             return cls((*seen,), largest.cpu())
-        host = torch.empty(largest.shape, pin_memory=True).copy_(largest, non_blocking=True)
+        host = torch.empty(largest.shape, dtype=widest, pin_memory=True).copy_(largest, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
         event.record()
         return cls((*seen,), host, event)
@@ -146,6 +185,7 @@ class Watching(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         name = getattr(self, "name", None)
         self._watch = FiniteWatch(type(self).__name__ + (f" {name}" if name else ""))
+        self._steps_seen = 0
         self.rewatch()
 
     def watched(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
@@ -167,6 +207,10 @@ class Watching(pl.Callback):
         return ()
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watch.check(self._held_in(pl_module), self.watched_groups)
+
+    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -174,7 +218,8 @@ class Watching(pl.Callback):
         if trainer.gradient_clip_val:
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             held = self._held_in(pl_module).items()
-            self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own})
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+            self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own}, scaled)
 
     @override
     def on_train_batch_end(
@@ -189,6 +234,8 @@ class Watching(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if trainer.training:
+            self._watch.look(self._held_in(pl_module))
         self._watch.tell(self.watched_groups)
 
     @override

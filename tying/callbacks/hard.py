@@ -62,6 +62,7 @@ class HardTying(TyingCallback, ChangesModel):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         names = {name for group in self._groups for name in group.names}
         self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
         trained = [id(p) for optimizer in trainer.optimizers for held in optimizer.param_groups for p in held["params"]]

@@ -45,6 +45,7 @@ class Parametrizing(ChangesModel):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         with at_rest(pl_module):
             shapes = {name: _weight(pl_module, name).shape for name in self.apply(pl_module)}
         refuse_older(trainer, pl_module, shapes)

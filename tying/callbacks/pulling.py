@@ -98,6 +98,10 @@ class Pulling(Watching):
         named = (zip(group.names, group.parameters, strict=True) for group in self.watched_groups)
         return {name: parameter for pairs in named for name, parameter in pairs}
 
+    @override
+    def _held_in(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
+        return super()._held_in(model) if self.strength else {}
+
     @property
     def pulled(self) -> list[torch.nn.Parameter]:
         """The parameters that are pulled, once training has started."""
@@ -162,6 +166,7 @@ class Pulling(Watching):
                     pull.penalty.check_rates(_learning_rates(optimizer))
             hook = partial(self._after_step, trainer, pl_module, index)
             self._hooks.append(optimizer.register_step_post_hook(hook))
+        super().on_fit_start(trainer, pl_module)
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -171,8 +176,7 @@ class Pulling(Watching):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.strength:
-            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._window = 1.0
         if pl_module.automatic_optimization:
             self._window = self._micro_batches / trainer.accumulate_grad_batches
@@ -207,9 +211,8 @@ class Pulling(Watching):
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
-        if self.strength:  # before one weight's NaN is pulled into another
-            self._watch.look(self._held_in(pl_module))
-            self._watch.tell(self.watched_groups, wait=self.update != "gradient")
+        self._watch.look(self._held_in(pl_module))  # before one weight's NaN is pulled into another
+        self._watch.tell(self.watched_groups, wait=self.update != "gradient")
         factor, rates = self._factor_now(trainer, index) * self._share, _learning_rates(optimizer)
         self._used = factor
         if self.update == "decoupled":

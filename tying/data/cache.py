@@ -40,8 +40,9 @@ def cached(key: str, decode: Callable[[], dict[str, Split]]) -> dict[str, Split]
     """
     folder = cache_root() / key
     if not folder.exists():
+        splits = decode()
         try:
-            _write(folder, decode())
+            _write(folder, splits)
         except OSError as error:
             raise ConfigurationError(
                 f"decoded images could not be kept under {folder.parent}: {error}. Set the environment variable "
@@ -75,17 +76,20 @@ def _read(folder: Path) -> dict[str, Split]:
     remedy = f"Remove {folder}, and it will be made again"
     try:
         meta = json.loads((folder / "meta.json").read_text())
-    except (OSError, ValueError):
+        version, shapes, checksums = meta["version"], dict(meta["splits"]), dict(meta["checksums"])
+    except (OSError, ValueError, TypeError, KeyError):
         raise ConfigurationError(f"the cache {folder} is incomplete: it has no readable meta.json. {remedy}") from None
-    if meta.get("version") != VERSION:
-        raise ConfigurationError(f"the cache {folder} is of version {meta.get('version')}, not {VERSION}. {remedy}")
+    if version != VERSION:
+        raise ConfigurationError(f"the cache {folder} is of version {version}, not {VERSION}. {remedy}")
     splits: dict[str, Split] = {}
-    for split, shape in meta["splits"].items():
+    if len(checksums) != 2 * len(shapes) or not shapes:
+        raise ConfigurationError(f"the cache {folder} is corrupted in meta.json. {remedy}")
+    for split, shape in shapes.items():
         images = _map(folder / f"{split}.images", torch.uint8, shape)
         labels = _map(folder / f"{split}.labels", torch.int64, shape[:1])
         for part, tensor in (("images", images), ("labels", labels)):
             name = f"{split}.{part}"
-            if tensor is None or zlib.crc32(_bytes(tensor)) != meta["checksums"][name]:
+            if tensor is None or zlib.crc32(_bytes(tensor)) != checksums.get(name):
                 raise ConfigurationError(f"the cache {folder} is truncated or corrupted in {name}. {remedy}")
         assert images is not None
         assert labels is not None

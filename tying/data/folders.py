@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import lzma
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +25,29 @@ from tying.errors import ConfigurationError, listed
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 PACKED = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".zip")
+UNPACK: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".tgz": gzip.open}
 SPLITS = ("train", "test")
 LARGEST_IMAGE = 2**20  # bytes, packed: no image of 32 × 32 pixels comes near it
+LARGEST_READ = 2 * LARGEST_IMAGE  # at once
 LARGEST_TOTAL = 2**32  # bytes, unpacked: nothing of an archive is ever written to disk
 
 Split = tuple[Tensor, Tensor]
 Named = tuple[str, str, str, bytes]  # split, class, file, content
 Packed = tuple[str, int, Callable[[], bytes]]  # name, size unpacked, how to read it
+
+
+class Bounded:
+    """A stream that is never asked for more at once than a small image has: not by a header of any length either."""
+
+    def __init__(self, stream: Any) -> None:
+        self.tell, self.seek, self._read = stream.tell, stream.seek, stream.read
+
+    def read(self, size: int) -> bytes:
+        """Return that many bytes."""
+        if size > LARGEST_READ:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        content: bytes = self._read(size)
+        return content
 
 
 def is_packed(path: Path) -> bool:
@@ -62,8 +80,10 @@ def load_folder(path: Path, classes: Sequence[str], size: tuple[int, int]) -> di
         )
     try:
         return cached(_key(path), lambda: _decode(path, classes, size))
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise ConfigurationError(f"{path} is truncated or corrupted: {error}. Copy it again") from None
+    except (OSError, RuntimeError, NotImplementedError) as error:  # rights, links to nowhere, encryption
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
 
 
 def _key(path: Path) -> str:
@@ -71,7 +91,7 @@ def _key(path: Path) -> str:
     if path.is_dir():
         top = _top(path)
         for file in sorted(top.rglob("*")) if top else ():
-            if file.suffix.lower() in SUFFIXES:
+            if file.suffix.lower() in SUFFIXES and not file.is_dir():
                 content = file.read_bytes()
                 digest.update(f"{file.relative_to(top)}:{len(content)}:".encode())  # type: ignore[arg-type]  # has files
                 digest.update(content)
@@ -87,12 +107,12 @@ def _decode(path: Path, classes: Sequence[str], size: tuple[int, int]) -> dict[s
     for split, kind, name, content in tqdm(_files(path), desc=f"decoding {path.name}", unit="image", leave=False):
         where = f"{split}/{kind}/{name} in {path}"
         try:
-            image = Image.open(io.BytesIO(content))
-            if image.size != size:  # read from the header: nothing is unpacked yet
-                raise ConfigurationError(f"{where} has {image.size[0]}×{image.size[1]} pixels, not {size[0]}×{size[1]}")
-            pixels = np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+            pixels = np.asarray(image.convert("RGB")) if image.size == size else None  # its header is read so far
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise ConfigurationError(f"{where} is not a readable image: {error}") from None
+        if pixels is None:
+            raise ConfigurationError(f"{where} has {image.size[0]}×{image.size[1]} pixels, not {size[0]}×{size[1]}")
         found.setdefault((split, kind), []).append((name, pixels))
     there = {split: sorted(kind for part, kind in found if part == split) for split in SPLITS}
     for split in SPLITS:
@@ -116,7 +136,7 @@ def _files(path: Path) -> Iterator[Named]:
         top = _top(path)
         for split in SPLITS if top else ():
             for file in sorted((top / split).glob("*/*")):  # type: ignore[operator]  # a path: the loop runs
-                if file.suffix.lower() in SUFFIXES:
+                if file.suffix.lower() in SUFFIXES and not file.is_dir():
                     yield split, file.parent.name, file.name, file.read_bytes()
         return
     total = 0
@@ -135,18 +155,30 @@ def _files(path: Path) -> Iterator[Named]:
 
 
 def _tarred(path: Path) -> Iterator[Packed]:
-    with tarfile.open(path) as tar:
-        for member in tar:
-            content = tar.extractfile(member) if member.isfile() else None  # links and devices are passed over
-            if content is not None:
-                yield member.name, member.size, content.read
+    unpack = next((unpack for end, unpack in UNPACK.items() if path.name.lower().endswith(end)), open)
+    with unpack(path, "rb") as stream:
+        bounded: Any = Bounded(stream)
+        with tarfile.open(fileobj=bounded, mode="r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member) if member.isfile() else None  # links and devices are passed over
+                if content is not None:
+                    yield member.name, member.size, content.read
+        while stream.read(LARGEST_IMAGE):  # the checksum stands at the end
+            if stream.tell() > LARGEST_TOTAL:
+                raise tarfile.ReadError(f"it unpacks to more than {LARGEST_TOTAL:,} bytes")
 
 
 def _zipped(path: Path) -> Iterator[Packed]:
     with zipfile.ZipFile(path) as packed:
         for member in packed.infolist():
             if not member.is_dir():
-                yield member.filename, member.file_size, partial(packed.read, member)
+                yield member.filename, member.file_size, partial(_unzipped, packed, member)
+
+
+def _unzipped(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """Return a file of the size that it is said to have; one that is larger is not unpacked further."""
+    with packed.open(member) as stream:
+        return stream.read(member.file_size)
 
 
 def _top(path: Path) -> Path | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import MNIST as Official
@@ -17,6 +17,7 @@ from tying.data.images import Images, Split
 from tying.errors import ConfigurationError
 
 FILES = {"train": "train", "test": "t10k"}
+LARGEST = 2**28  # bytes: five times those of all images
 
 
 class MNIST(Images):
@@ -104,14 +105,20 @@ def read_idx(path: Path) -> Tensor:
             "download: true to fetch it"
         )
     try:
-        content = gzip.decompress(found.read_bytes()) if found == packed else found.read_bytes()
+        with gzip.open(found) if found == packed else found.open("rb") as stream:
+            head = stream.read(4)
+            if len(head) < 4:
+                raise EOFError("it ends within its head")
+            if head[:3] != b"\0\0\x08":
+                raise ConfigurationError(f"{found} is not an idx file of unsigned bytes")
+            shape = [int.from_bytes(stream.read(4), "big") for _ in range(head[3])]
+            count, told = math.prod(shape), "×".join(map(str, shape))
+            if not 0 < count <= LARGEST:
+                raise ConfigurationError(f"{found} has {told} entries: from 1 to {LARGEST:,} are read")
+            content = stream.read(count + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{found} is truncated or corrupted: {error}") from None
-    if content[:3] != b"\0\0\x08" or len(content) < 4:
-        raise ConfigurationError(f"{found} is not an idx file of unsigned bytes")
-    start = 4 + 4 * content[3]
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    if len(content) - start != int(np.prod(shape)):
-        expected = f"{int(np.prod(shape)):,} entries for {'×'.join(map(str, shape))}"
-        raise ConfigurationError(f"{found} is truncated or corrupted: {len(content) - start:,} bytes, not {expected}")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
+    if len(content) != count:
+        there = f"{len(content):,}" if len(content) < count else f"more than {count:,}"
+        raise ConfigurationError(f"{found} is truncated or corrupted: {there} bytes, not {count:,} entries for {told}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)

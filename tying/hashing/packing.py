@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.atomic import atomically
+from tying.checkpoints import read
 from tying.errors import ConfigurationError, listed
 from tying.hashing.layouts import CodebookHash
 from tying.hashing.report import hashed_in
@@ -170,10 +171,7 @@ def load_packed(path: Path | str) -> dict[str, Tensor]:
     Raises:
         ConfigurationError: it is no such file, or one of another version.
     """
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception:
-        raise ConfigurationError(f"{path} holds no packed weights, or is truncated") from None
+    content = read(path, "packed weights")
     if not isinstance(content, Mapping) or "version" not in content or "weights" not in content:
         raise ConfigurationError(f"{path} holds no packed weights")
     if content["version"] != VERSION:
