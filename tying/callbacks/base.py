@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -100,10 +102,20 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def picture_folder(trainer: pl.Trainer) -> Path | None:
-    """Return where pictures go, the logger's directory; ``None`` in all processes but the first, and in trial runs."""
+    """Return where pictures go, the logger's directory; ``None`` in all processes but the first, and in trial runs.
+
+    Nor where none can be written, which is warned of: no training ends for want of a picture.
+    """
     folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-    draws = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # untyped
-    return folder if draws else None
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        warnings.warn(f"pictures are left out, since {folder} cannot be written: {error}", stacklevel=2)
+        return None
 
 
 def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:

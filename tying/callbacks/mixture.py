@@ -150,6 +150,8 @@ class MixtureTying(Pulling):
 
     def _begin(self) -> None:
         every = self._all()
+        if not every.numel():
+            raise ConfigurationError(f"{listed(self._weights)}: there are no entries to draw to a few values")
         low, high = (float(bound) for bound in every.aminmax())
         if not low < high:
             raise ConfigurationError(

@@ -284,6 +284,8 @@ def check_free(name: str, places: Mapping[str, Place]) -> None:
     if place.holder is not place.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
     weight = place.parameter
+    if not weight.numel():
+        raise ConfigurationError(f"{name!r} has no entries to hash")
     if aliases := [other for other, one in places.items() if one.parameter is weight and other != name]:
         raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}: untie them, or choose others")
     if type(place.owner) is nn.Embedding:

@@ -45,6 +45,8 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     """
     if not isinstance(hash, Hash):
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
+    if not count:
+        raise ConfigurationError("a weight of no entries cannot be hashed")
     fixed = hash.table_size(count)
     if ratio is None:
         ratio = 0.1 if fixed is None else fixed / count

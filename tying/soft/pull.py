@@ -60,8 +60,8 @@ class TyingPenalty(nn.Module):
                 )
 
     def forward(self) -> Tensor:
-        """Return Ω summed over all groups: a scalar, differentiable."""
-        values = [self.penalty.value(group.tensors()) for group in self.groups]
+        """Return Ω summed over all groups: a scalar, differentiable, in float32 of weights in half precision."""
+        values = [self.penalty.value([_widened(tensor) for tensor in group.tensors()]) for group in self.groups]
         return torch.stack(values).sum() if values else torch.zeros(())
 
     @torch.no_grad()
@@ -200,3 +200,8 @@ def _pieces(weights: Sequence[Tensor], receivers: Sequence[Tensor | None], limit
     cut_receivers = [torch.split(into, rows) if into is not None else None for into in receivers]
     for index, pieces in enumerate(zip(*(torch.split(weight, rows) for weight in weights), strict=True)):
         yield pieces, [cut[index] if cut is not None else None for cut in cut_receivers]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, if its own type could not hold a sum of squares."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
