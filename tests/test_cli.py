@@ -1,3 +1,4 @@
+import errno
 import multiprocessing
 import os
 import random
@@ -6,6 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -336,7 +341,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         ),
         (["--modell=3"], "unrecognized arguments: --modell=3"),
         (["--config=none.yaml"], "File does not exist"),
-        (["--ckpt_path=none.ckpt"], "ckpt_path: there is no checkpoint none.ckpt"),
+        (["--ckpt_path=none.ckpt"], "ckpt_path: there is no file none.ckpt"),
         (["--ckpt_path=afile"], "afile is not a checkpoint, or is truncated"),
         (["--trainer.devices=0"], "is not a valid input"),
     ],
@@ -472,11 +477,135 @@ def test_bake_and_inspect_what_is_clustered(capsys):
 
 
 def test_bake_mistakes(tmp_path, capsys):
-    assert "there is no checkpoint none.ckpt" in errors(capsys, "bake", "--ckpt=none.ckpt", "--out=a.pt")
+    assert "--ckpt: there is no file none.ckpt" in errors(capsys, "bake", "--ckpt=none.ckpt", "--out=a.pt")
     (tmp_path / "text.ckpt").write_text("text")
-    assert "text.ckpt is not a checkpoint, or is truncated" in errors(capsys, "bake", "--ckpt=text.ckpt", "--out=a.pt")
+    assert "text.ckpt is no checkpoint of tensors and plain types, or is truncated" in errors(
+        capsys, "bake", "--ckpt=text.ckpt", "--out=a.pt"
+    )
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
     assert "empty.ckpt holds no state dict" in errors(capsys, "bake", "--ckpt=empty.ckpt", "--out=a.pt")
+
+
+@pytest.fixture
+def checkpoint():
+    """Of a run of one step."""
+    main(["fit", BASE, *SMALL])
+    return next(Path("runs").glob("untied/*/checkpoints/*.ckpt"))
+
+
+SUBCOMMANDS = ["fit", "validate", "test", "predict", "inspect"]
+DEPTH20 = [option for option in SMALL if "depth" not in option]
+
+
+def options_of(subcommand):
+    return SMALL if subcommand == "fit" else [option for option in SMALL if "depth" in option]
+
+
+def test_flipped_bits_are_never_loaded(checkpoint, capsys):
+    content = bytearray(checkpoint.read_bytes())
+    weight = torch.load(checkpoint, weights_only=True)["state_dict"]["network.head.weight"]
+    content[content.index(weight.numpy().tobytes())] ^= 64
+    Path("flipped.ckpt").write_bytes(content)
+    torch.load("flipped.ckpt", weights_only=True)  # torch does not look
+    for subcommand in SUBCOMMANDS:
+        told = errors(capsys, subcommand, BASE, *options_of(subcommand), "--ckpt_path=flipped.ckpt")
+        assert "ckpt_path: flipped.ckpt is corrupted: its checksums are wrong" in told
+    assert "--ckpt: flipped.ckpt is corrupted" in errors(capsys, "bake", "--ckpt=flipped.ckpt", "--out=a.pt")
+    assert not Path("a.pt").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("touched").resolve(),)
+
+
+@pytest.mark.parametrize("subcommand", SUBCOMMANDS[:4])
+def test_nothing_is_unpickled_wherever_it_comes_from(checkpoint, subcommand, capsys):
+    torch.save({**torch.load(checkpoint, weights_only=True), "own": Evil()}, "evil.ckpt")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(Path.cwd()))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for place in ("evil.ckpt", f"http://127.0.0.1:{server.server_port}/evil.ckpt"):
+            told = errors(capsys, subcommand, BASE, *options_of(subcommand), f"--ckpt_path={place}")
+            assert "the checkpoint holds more than tensors and plain types" in told
+        server.shutdown()
+    assert not Path("touched").exists()
+
+
+def test_what_is_no_checkpoint_of_lightning(capsys):
+    torch.save({"hello": 1}, "other.ckpt")
+    with zipfile.ZipFile("zip.ckpt", "w") as archive:
+        archive.writestr("a", "b")
+    for path in ("other.ckpt", "zip.ckpt"):
+        for subcommand in ("fit", "validate", "inspect"):
+            told = errors(capsys, subcommand, BASE, *options_of(subcommand), f"--ckpt_path={path}")
+            assert told.startswith("tying: error: ckpt_path: ")
+            assert re.search("is no checkpoint of (Lightning|tensors)", told)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_of_other_ties(capsys):
+    main(["fit", BASE, f"--config={ROOT / 'configs' / 'hard.yaml'}", *DEPTH20])
+    [checkpoint] = Path("runs").glob("*/*/checkpoints/*.ckpt")
+    told = errors(capsys, "fit", BASE, *DEPTH20, f"--ckpt_path={checkpoint}")
+    assert "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties" in told
+
+
+def test_two_callbacks_without_a_name(capsys):
+    again = [
+        "--trainer.callbacks+=SoftTying",
+        "--trainer.callbacks.ties=['network.layer1.*.branch.conv1.weight']",
+        "--trainer.callbacks.strength=0.1",
+    ]
+    told = errors(capsys, "fit", BASE, *SMALL, SOFT, *again)
+    assert "more than one stateful callback of type `SoftTying`: give each a name of its own" in told
+
+
+def test_folders_that_cannot_be_written(checkpoint, capsys):
+    told = errors(capsys, "fit", BASE, *SMALL, "--trainer.logger.save_dir=/sys/runs")
+    assert "'/sys/runs'. Choose a folder with room and rights" in told
+    assert "--out: /sys/a.pt cannot be written" in errors(capsys, "bake", f"--ckpt={checkpoint}", "--out=/sys/a.pt")
+
+
+def test_a_disk_that_is_full(checkpoint, capsys, monkeypatch):
+    Path("a.pt").write_text("what was there")
+
+    def full(content, path):
+        Path(path).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "--out: a.pt cannot be written: [Errno 28]" in errors(capsys, "bake", f"--ckpt={checkpoint}", "--out=a.pt")
+    assert Path("a.pt").read_text() == "what was there"
+    assert not list(Path().glob(".a.pt*"))
+
+
+def test_configurations_that_are_no_text(checkpoint, capsys):
+    Path("latin.yaml").write_bytes("model: é".encode("latin-1"))
+    assert "a configuration is no text in UTF-8" in errors(capsys, "fit", "--config=latin.yaml")
+    Path("empty.yaml").touch()
+    torch.save({"a_extra_state": torch.zeros(1)}, "a.ckpt")
+    assert "empty.yaml must hold keys and values" in errors(
+        capsys, "bake", "--ckpt=a.ckpt", "--out=a.pt", "--config=empty.yaml"
+    )
+
+
+def test_bake_says_what_weights_alone_do_not(capsys):
+    main(["fit", BASE, f"--config={ROOT / 'configs' / 'stochastic_depth.yaml'}", *SMALL])
+    [checkpoint] = Path("runs").glob("*/*/checkpoints/*.ckpt")
+    capsys.readouterr()
+    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt"])
+    assert "Note: these are weights alone, and were trained with StochasticDepth(keep=0.5" in capsys.readouterr().out
+
+
+def test_inspect_tells_what_is_computed(capsys):
+    main(["inspect", BASE, f"--config={ROOT / 'configs' / 'templates.yaml'}"])
+    told = capsys.readouterr().out
+    assert "No tied weights" not in told
+    assert re.search(r"TemplateWeights: \d+ weights: network.layer1.0.branch.conv1.weight, ", told)
+    [free] = [line for line in told.splitlines() if line.startswith("Not matched by any tie: ")]
+    assert "network.stem.conv.weight" in free
+    assert "network.layer1.0.branch.conv1.weight" not in free
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))

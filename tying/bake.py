@@ -39,7 +39,8 @@ def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, 
     parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its ending")
     parser.add_argument("--config", action="append", default=[], help="of the run; where weights are computed")
     known = parser.parse_args(args)
-    weights = _weights(known.ckpt)
+    content = read(known.ckpt, "--ckpt")
+    weights = _weights(content, known.ckpt)
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
         weights = _computed(weights, known.config, known.ckpt, load)
     own = {unwrapped(key): value.detach() for key, value in weights.items()}
@@ -47,10 +48,13 @@ def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, 
     _save(plain, known.out)
     size = sum(value.numel() * value.element_size() for value in plain.values())
     print(f"{len(plain)} tensors, {size:,} bytes: {known.out}")
+    for callback, state in (content.get("callbacks", {}) if isinstance(content, dict) else {}).items():
+        if callback.startswith("ResidualMerging") and "scale='train'" not in str(state):
+            print(f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without")
+            print("such merges, which also scale what they kept in training, computes something else from them.")
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
-    content = read(path, "--ckpt")
+def _weights(content: object, path: Path) -> dict[str, Tensor]:
     held = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
         raise ConfigurationError(f"--ckpt: {path} holds no state dict")
@@ -101,5 +105,5 @@ def _save(weights: dict[str, Tensor], path: Path) -> None:
     try:
         with atomically(path) as aside:
             save(weights, aside)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer knows of no OSError
         raise ConfigurationError(f"--out: {path} cannot be written: {error}") from None

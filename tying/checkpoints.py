@@ -30,8 +30,8 @@ def read(path: str | Path, asker: str) -> Any:
         return torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         raise ConfigurationError(
-            f"{asker}: {path} is no checkpoint of tensors and plain types (of one that holds other objects, save the "
-            f"state dict alone): {error}"
+            f"{asker}: {path} is no checkpoint of tensors and plain types, or is truncated (of one that holds other "
+            f"objects, save the state dict alone): {error}"
         ) from None
 
 
@@ -42,7 +42,7 @@ def check_whole(path: str | Path, asker: str) -> None:
         ConfigurationError: that is so.
     """
     if not Path(path).is_file():
-        raise ConfigurationError(f"{asker}: there is no {path}")
+        raise ConfigurationError(f"{asker}: there is no file {path}")
     if zipfile.is_zipfile(path) and not _is_whole(Path(path)):
         raise ConfigurationError(f"{asker}: {path} is corrupted: its checksums are wrong")
 

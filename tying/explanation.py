@@ -15,7 +15,9 @@ from tying.errors import ConfigurationError
 UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
 VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
 UNFIT = "Error(s) in loading state_dict"  # how torch begins, where a checkpoint does not fit
-BROKEN = "PytorchStreamReader failed"  # and where a file is none of its own
+BROKEN = ("PytorchStreamReader failed", "[enforce fail at inline_container")  # and where a file is none of its own
+OTHER_WEIGHTS = "loaded state dict"  # how torch begins, where optimizers do not fit
+NAMELESS = "Found more than one stateful callback"  # how Lightning begins
 LIGHTNING = ("state_dict", "pytorch-lightning_version", "loops", "optimizer_states", "epoch", "global_step")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 CHANGES_ANOTHER = re.compile(r"Got value: \{'init_args':")  # init_args, and no class that they are of
@@ -35,9 +37,16 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
     if of_checkpoint and (
         (isinstance(error, KeyError) and error.args[0] in LIGHTNING) or str(error).startswith(BROKEN)
     ):
-        return f"ckpt_path: this is no checkpoint of Lightning: {error}"
+        return f"ckpt_path: this is no checkpoint of Lightning: {str(error).splitlines()[0]}"
     if of_checkpoint and isinstance(error, PickleError):
         return f"ckpt_path: the checkpoint holds more than tensors and plain types: {str(error).splitlines()[0]}"
+    if of_checkpoint and str(error).startswith(OTHER_WEIGHTS):
+        return (
+            "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties that it was "
+            "trained with; to begin another one from its weights, load those into the model"
+        )
+    if str(error).startswith(NAMELESS):
+        return f"{str(error).partition('. ')[0]}: give each a name of its own, such as name: features"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"{error}. Choose a folder with room and rights, such as by --trainer.default_root_dir"
     if unreadable := next((cause for cause in chain if isinstance(cause, UnicodeDecodeError)), None):

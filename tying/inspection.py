@@ -48,15 +48,18 @@ def inspect(
             change.apply(model)
         _load_weights(model, callbacks, checkpoint, weights_only)
     groups = _tied(model, callbacks)
-    print_summary(model, groups, max_rows=None)
-    held = {id(parameter) for _, group in groups for parameter in group.parameters}
-    free = [clean_name(name) for name, parameter in model.named_parameters() if id(parameter) not in held]
-    print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
+    if groups or not changing:
+        print_summary(model, groups, max_rows=None)
+    before = dict(model.named_parameters())
     wrong = [averaging_before(callback, callbacks) for callback in changing]
     for change in changing:
         change.apply(model)
         if told := change.told(model):
             print(f"{type(change).__name__}: {told}")
+    held = {id(parameter) for _, group in groups for parameter in group.parameters}
+    after = dict(model.named_parameters())  # what is computed has another name now
+    free = [clean_name(name) for name, parameter in before.items() if name in after and id(parameter) not in held]
+    print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
     for kind, names in _used_again(model).items():
         print(f"{kind}: {listed(names)}")
     audited, hashed = audit(model), report(model)

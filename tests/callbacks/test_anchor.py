@@ -125,7 +125,7 @@ def file(content, path="a.pt"):
         (lambda: AnchorTying(S, 1.0, head_strength=math.inf), "head_strength=inf needs update='proximal'"),
         (lambda: AnchorTying(S, 1.0, update="gradeint"), "unknown update 'gradeint'"),
         (lambda: train(Toy(), [AnchorTying(["encodr.**"], 1.0)]), r"encodr\.\*\*' matches no parameter"),
-        (lambda: train(Toy(), [AnchorTying(S, 1.0, anchor="none.pt")]), "'initial', the weights at the start\\): there is no none.pt"),
+        (lambda: train(Toy(), [AnchorTying(S, 1.0, anchor="none.pt")]), "'initial', the weights at the start\\): there is no file none.pt"),
         (lambda: train(Toy(), [AnchorTying(S, 1.0, anchor=file({"encoder.0.weight": torch.zeros(5, 6)}))]), r"a\.pt lacks encoder\.0\.bias, encoder\.2\.weight, encoder\.2\.bias"),
         (lambda: train(Toy(), [AnchorTying(["encoder.0.*"], 1.0, anchor=file({"encoder.0.weight": torch.zeros(6, 5), "encoder.0.bias": torch.zeros(4)}))]), r"'encoder\.0\.weight' is \(6, 5\) there and \(5, 6\) here, 'encoder\.0\.bias' is \(4,\) there and \(5,\) here"),
         (lambda: train(Toy(), [AnchorTying(S, 1.0, anchor=file([1]))]), "lacks encoder"),

@@ -91,3 +91,44 @@ def test_a_shuffled_loader_goes_on_with_the_next_epochs_order(tmp_path):
         return model
 
     assert same(run(Save()), run(ckpt_path=tmp_path / "a.ckpt"))
+
+
+class Scheduled(Noisy):
+    """Its rate falls with each epoch."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+class SaveOften(pl.Callback):
+    """Save after each step and epoch, and after training."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint("step.ckpt")
+
+    def on_train_epoch_end(self, trainer, *_):
+        trainer.save_checkpoint("epoch.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("saved", ["step.ckpt", "epoch.ckpt", "fit.ckpt"])
+@pytest.mark.parametrize("then", [{"max_steps": 13}, {"max_epochs": 3}], ids=str)
+@pytest.mark.parametrize("first", [{"max_steps": 3}, {"max_steps": 5}, {"max_epochs": 1}], ids=str)
+def test_a_run_that_had_ended_goes_on(first, then, saved):
+    """Within an epoch or at its end; to more steps or more epochs."""
+
+    def run(callbacks, ckpt_path=None, **ends):
+        model, data = Scheduled(), CIFAR10(batch_size=900)
+        ends = {"max_epochs": -1, **ends}
+        return model, train(model, [RandomState(), *callbacks], data=data, ckpt_path=ckpt_path, **ends)
+
+    pl.seed_everything(3, verbose=False)
+    whole, _ = run([], **then)
+    pl.seed_everything(3, verbose=False)
+    _, trainer = run([SaveOften()], **first)
+    trainer.save_checkpoint("fit.ckpt")
+    draws()
+    again, trainer = run([], ckpt_path=saved, **then)
+    assert same(whole, again)
+    assert trainer.current_epoch == 3

@@ -54,6 +54,11 @@ class ResidualMerging(ChangesModel):
             raise ConfigurationError(
                 f"keep_schedule is 'linear', 'uniform' or a list of keeps, one a block, not {keep_schedule!r}"
             )
+        if not isinstance(merge, nn.Module):
+            raise ConfigurationError(
+                f"merge is a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a class_path "
+                "with init_args"
+            )
         if not isinstance(merge, Merge) and (keep_schedule != "uniform" or schedule is not None):
             raise ConfigurationError(
                 f"{type(merge).__name__} is no tying.depth.Merge, of which keeps are known: it takes "

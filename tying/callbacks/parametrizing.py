@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from tying.callbacks.base import ChangesModel, arguments_of, picture_folder, refuse_older
 from tying.callbacks.finite import kept_for
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.applying import are_computed
 from tying.hard.biases import has_untied_bias
@@ -38,6 +38,10 @@ class Parametrizing(ChangesModel):
     @override
     def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return kept_for(model, self.apply(model))
+
+    @override
+    def told(self, model: nn.Module) -> str:
+        return f"{len(names := self.apply(model))} weights: {listed(names)}"
 
     @override
     def is_applied(self, model: nn.Module) -> bool:

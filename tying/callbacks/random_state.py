@@ -38,6 +38,13 @@ class RandomState(pl.Callback):
         self._restored = state_dict
 
     @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if "loops" in checkpoint:
+            _mend_place(checkpoint["loops"]["fit_loop"], by_steps=trainer.max_steps != -1)
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore(trainer)
         if self._restored is not None and _begins_an_epoch(trainer):
@@ -65,6 +72,26 @@ class RandomState(pl.Callback):
                 "random numbers will differ from those of the uninterrupted run"
             )
             self._restored = None
+
+
+def _mend_place(loop: dict[str, Any], by_steps: bool) -> None:
+    """Say in a checkpoint of an epoch's end where training goes on: Lightning 2.6 gets two cases wrong.
+
+    Args:
+        loop: the state of the fit loop.
+        by_steps: whether training ends after a number of steps: an epoch that is over is then gone on with.
+    """
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if epochs["current"]["processed"] < epochs["current"]["ready"]:
+        return  # the checkpoint is from within an epoch
+    if not batches["is_last_batch"]:  # training had ended within the epoch, which Lightning takes for over
+        for progress in (epochs["current"], epochs["total"]):
+            progress["processed"] = progress["completed"] = progress["ready"] - 1
+    elif by_steps:
+        for progress in (epochs["current"], epochs["total"]):
+            progress["completed"] = progress["processed"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
 
 
 def _begins_an_epoch(trainer: pl.Trainer) -> bool:

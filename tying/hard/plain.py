@@ -20,7 +20,8 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict that the untied model loads without this package.
 
     Every tensor is a contiguous copy of its own on the CPU, so that any format can hold it, safetensors too. What is
-    parametrized is computed, whoever has parametrized it.
+    parametrized is computed, whoever has parametrized it. These are weights alone: what a model does with them
+    otherwise than a plain one, such as a merge that scales branches at test time, is not in them.
 
     Example:
         >>> from tying.hard import tie
