@@ -224,6 +224,9 @@ class CodebookHash(Hash):
         super().check(count, table_size)
         if count != self.assignments.numel():
             raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
+        low, high = map(int, self.assignments.aminmax())
+        if low < -1 or high >= table_size:
+            raise ConfigurationError(f"assignments from {low} to {high} do not fit a table of {table_size} entries")
 
     def __repr__(self) -> str:
         return f"CodebookHash({self.assignments.numel()} assignments)"
