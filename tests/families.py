@@ -204,17 +204,17 @@ def nothing():
 
 def softly(model, sites, examples):
     penalty = TyingPenalty(resolve(model, [f"{sites.pair[0]} ~ {sites.pair[1]}"]))
-    return lambda: penalty.add_gradients_(1.0), nothing
+    return lambda: penalty.add_gradients_(1.0), nothing, {}
 
 
 def coupling(model, sites, examples):
     penalty = TyingPenalty(resolve(model, [f"{sites.twins[0]} ~ {sites.twins[1]}"]))
-    return lambda: penalty.add_gradients_(coupling_strength(0.1) / examples), nothing
+    return lambda: penalty.add_gradients_(coupling_strength(0.1) / examples), nothing, {}
 
 
 def to_anchor(model, sites, examples):
     penalty = anchored(dict(model.named_parameters()), model.initial)
-    return lambda: penalty.add_gradients_(10.0), nothing
+    return lambda: penalty.add_gradients_(10.0), nothing, {}
 
 
 def mixed(model, sites, examples):
@@ -231,7 +231,7 @@ def mixed(model, sites, examples):
         prior.merge()
         weight.copy_(prior.quantize(weight))
 
-    return step, finish
+    return step, finish, {"prior": prior, "optimizer of the prior": optimizer}
 
 
 def at_once(change):
@@ -239,14 +239,17 @@ def at_once(change):
 
     def begin(model, sites, examples):
         change(model, sites)
-        return nothing, nothing
+        return nothing, nothing, {}
 
     return begin
 
 
 class Family(NamedTuple):
-    begin: Callable[[pl.LightningModule, Sites, int], tuple[Callable[[], object], Callable[[], object]]]  # without a
-    # trainer: ties a model, of as many examples; returns what is done between backward and step, and at the end
+    begin: Callable[
+        [pl.LightningModule, Sites, int], tuple[Callable[[], object], Callable[[], object], dict]
+    ]  # without
+    # a trainer: ties a model, of as many examples; returns what is done between backward and step, and at the end, and
+    # what is kept beside the model
     callback: Callable[[Sites], pl.Callback]
     holds: Callable[[pl.LightningModule, pl.LightningModule, Sites], None]  # fails unless a model is tied, beside one
     # that was trained alike, but free

@@ -233,7 +233,7 @@ def output_of(net, inputs):
 
 
 class Trained(pl.LightningModule):
-    """Trains any network to return zeros; an adversarial one, by two optimizers in turn."""
+    """Trains any network to return sines; an adversarial one, by two optimizers in turn."""
 
     def __init__(self, stranger):
         super().__init__()
@@ -252,11 +252,20 @@ class Trained(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         if self.automatic_optimization:
             return self.loss()
-        for optimizer in self.optimizers():
+        for optimizer, play in zip(self.optimizers(), (self.deceive, self.detect), strict=True):
+            self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
-            self.manual_backward(self.loss())
+            self.manual_backward(play(*self.batch) / 1000)
             optimizer.step()
+            self.untoggle_optimizer(optimizer)
         return None
+
+    def deceive(self, noise):
+        return F.softplus(-self.net(noise)).mean()
+
+    def detect(self, noise):
+        real, fake = torch.ones_like(noise), self.net.generator(noise).detach()
+        return F.softplus(-self.net.discriminator(real)).mean() + F.softplus(self.net.discriminator(fake)).mean()
 
     def predict_step(self, batch, batch_idx):
         return output_of(self.net, self.batch)

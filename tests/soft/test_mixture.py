@@ -287,3 +287,12 @@ def test_weights_far_from_all_components():
     far = torch.linspace(-2.0, 2.0, 1000)
     low = mixture_nll(far, *(part.float() for part in MIXTURE))
     torch.testing.assert_close(low.double(), mixture_nll(far.double(), *MIXTURE), rtol=1e-5, atol=1e-3)
+
+
+def test_an_optimizer_keeps_what_is_loaded():
+    prior, trained = GaussianMixturePrior(components=4), GaussianMixturePrior(components=4, low=-1.0, high=1.0)
+    optimizer = torch.optim.SGD(prior.parameters(), lr=0.1)
+    prior.load_state_dict(trained.state_dict())
+    prior(torch.randn(9)).backward()
+    optimizer.step()
+    assert not torch.equal(prior.means, trained.means)

@@ -200,10 +200,10 @@ class GaussianMixturePrior(nn.Module):
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("means", "log_stds", "logits"):  # merging leaves fewer components
-            if f"{prefix}{name}" in state_dict:
-                held = getattr(self, name)
-                setattr(self, name, nn.Parameter(held.new_empty(state_dict[f"{prefix}{name}"].shape)))
+        for name in ("means", "log_stds", "logits"):
+            held, loaded = getattr(self, name), state_dict.get(f"{prefix}{name}")
+            if loaded is not None and loaded.shape != held.shape:  # merging leaves fewer components
+                setattr(self, name, nn.Parameter(held.new_empty(loaded.shape)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
