@@ -235,7 +235,12 @@ def test_configurations_are_inspected_or_refused(tmp_path, capsys, entry, broken
     count("configurations_are_inspected_or_refused")
     text = yaml.safe_dump({"trainer": {"callbacks": [entry], "logger": False}})
     (tmp_path / "own.yaml").write_text(text[:-3] if broken else text)
-    model = ["--model=tying.models.Classifier", "--model.network=tying.models.ResNet", "--model.network.depth=8"]
+    model = [
+        "--seed_everything=0",
+        "--model=Classifier",
+        "--model.network=tying.models.ResNet",
+        "--model.network.depth=8",
+    ]
     try:
         main(["inspect", "--config", str(tmp_path / "own.yaml"), *model])
     except SystemExit as ended:
