@@ -16,13 +16,17 @@ from toys import TIES, Toy, batches, train
 from tying.callbacks import (
     AnchorTying,
     Coupling,
+    GeneratedWeights,
     HardTying,
+    LowRankWeights,
     MixtureTying,
     RandomState,
     ResidualMerging,
     SoftTying,
+    TemplateWeights,
     TyingMonitor,
     TyingSummary,
+    UntiedBiases,
     WeightHashing,
 )
 from tying.data import CIFAR10, Text
@@ -33,6 +37,7 @@ from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
+KINDS += ["low rank", "templates", "generated", "biases"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -53,6 +58,14 @@ def callback(kind):
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
     if kind == "skipped":
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
+    if kind == "low rank":
+        return LowRankWeights(["encoder.0.weight"], rank=2)
+    if kind == "templates":
+        return TemplateWeights(["kernels.*.weight"], templates=2)
+    if kind == "generated":
+        return GeneratedWeights(["kernels.*.weight"], embedding=2, in_channels=3, out_channels=3)
+    if kind == "biases":
+        return UntiedBiases(["kernels.*.bias"], input_size=[6, 2, 2])
     if kind == "fractal":
         return pl.Callback()
     return SoftTying(TIES, strength=0.3, update=kind, schedule=Schedule(0.0, 1.0, 5))
@@ -83,9 +96,28 @@ class Fractal(Skipping):
         return Toy.loss(self, [self.blocks(batch[0].double(), draw_column(3, 0.5))])
 
 
+class Convolving(Toy):
+    """Has convolutions of one size."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(1)
+        self.kernels = torch.nn.Sequential(*(torch.nn.Conv2d(6, 6, 1) for _ in range(3)))
+
+    def forward(self, images):
+        return self.kernels(images)
+
+    def loss(self, batch):
+        images = batch[0].double()[:, :, None, None].expand(-1, -1, 2, 2)
+        return super().loss([self(images).mean((2, 3)).tanh()])
+
+
+MODELS = {"skipped": Skipping, "fractal": Fractal, **dict.fromkeys(["templates", "generated", "biases"], Convolving)}
+
+
 def main(out: Path, world: int) -> None:
     for number, (update, accumulate, clip) in enumerate(CASES):
-        model = {"skipped": Skipping, "fractal": Fractal}.get(update, Toy)(optimizer).double()
+        model = MODELS.get(update, Toy)(optimizer).double()
         torch.manual_seed(0)  # a hashed table begins with entries drawn from the weights
         tying = callback(update)
         # rank r takes every second sample, so that jointly the processes see the batches of one

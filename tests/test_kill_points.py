@@ -6,7 +6,7 @@ import torch
 from families import FAMILIES, SITES, Trained, inputs
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tying.callbacks import MixtureTying, RandomState, WeightClustering
+from tying.callbacks import MixtureTying, RandomState, SoftTying, WeightClustering
 from tying.data.resuming import ResumableLoader
 
 EPOCHS, STEPS = 3, 5
@@ -41,7 +41,13 @@ class Noisy(Trained):
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
 
 
+UPDATES = {"SoftTying, decoupled": "decoupled", "SoftTying, proximal": "proximal"}
+ACCUMULATED = ["SoftTying, accumulated", "WeightHashing, accumulated", "MixtureTying, accumulated"]  # over two batches
+
+
 def callback_of(family):
+    if family in UPDATES:
+        return SoftTying([f"{SITES.pair[0]} ~ {SITES.pair[1]}"], strength=1.0, update=UPDATES[family])
     if family == "WeightClustering":
         return WeightClustering([SITES.pair[0]], clusters=4, start_epoch=1)
     if family == "MixtureTying":
@@ -51,6 +57,7 @@ def callback_of(family):
 
 def train(family, *callbacks, ckpt_path=None):
     torch.manual_seed(0)
+    family, accumulated, _ = family.partition(", accumulated")
     model = Noisy()
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -60,6 +67,7 @@ def train(family, *callbacks, ckpt_path=None):
         enable_model_summary=False,
         enable_checkpointing=bool(callbacks),
         limit_val_batches=0,
+        accumulate_grad_batches=2 if accumulated else 1,
         callbacks=[RandomState(), callback_of(family), *callbacks],
     )
     trainer.fit(model, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
@@ -70,12 +78,12 @@ def train(family, *callbacks, ckpt_path=None):
     "ignore:Be aware that when using `ckpt_path`, callbacks",
     "ignore:training ended before its last epoch did",  # from the last step, nothing of the epoch is left to run
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *UPDATES, *ACCUMULATED])
 def test_killed_after_any_step(family, tmp_path):
     every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     whole = train(family, every)
     points = sorted(tmp_path.glob("*.ckpt"))
-    assert len(points) == EPOCHS * STEPS
+    assert len(points) == EPOCHS * (STEPS if "accumulated" not in family else (STEPS + 1) // 2)
     for point in points:
         again = train(family, ckpt_path=point)
         assert again.keys() == whole.keys()
