@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test test-slow test-oldest survival fuzz lint demo docs speed clean
+.PHONY: install test test-slow test-oldest test-newest survival fuzz lint demo docs speed clean
 
 install: .venv/installed
 
@@ -18,6 +18,14 @@ test-slow: install
 
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest -m "not slow"
+
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -m "not slow"
+
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
+	touch $@
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
