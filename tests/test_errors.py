@@ -1,13 +1,13 @@
-"""Every error that a user may meet, on one page: `python tests/test_errors.py` writes it anew, to be read once more."""
+"""Every error and warning that a user may meet, on one page: `python tests/test_errors.py` writes it anew, to be read once more."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
-HEAD = """# Errors
+HEAD = """# Errors and warnings
 
-Every error that the package raises, as it is written in the source; in braces stands what is told of the case. Each has
+Every error that the package raises, and every warning, as it is written in the source; in braces stands what is told of the case. Each has
 been read with three questions: does it name what is wrong, and the value; does it say what would be right; was anything
 changed before it was raised.
 """
@@ -28,8 +28,13 @@ def text(node):
 
 
 def messages(path):
-    tree = ast.parse(path.read_text())
-    calls = [node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
+    """Return what a file's errors and warnings say, in the order of its lines."""
+    calls = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            calls.append(node.exc)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "rank_zero_warn"):
+            calls.append(node)
     return [text(call.args[0]) for call in sorted(calls, key=lambda call: call.lineno) if call.args]
 
 
