@@ -340,6 +340,11 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
             "something else",
         ),
         (["--modell=3"], "unrecognized arguments: --modell=3"),
+        (["--trainer.callbacks.strenght=1"], "Option 'strenght' is not accepted. Nearest existing names: strength."),
+        (["--model.netwrk=ResNet"], "Option 'netwrk' is not accepted. Nearest existing names: network."),
+        (["--trainer.callbacks+=SoftTieing"], "import path string: SoftTieing. Nearest existing names: SoftTying"),
+        (["--trainer.callbacks.ties=a ~ b"], "ties: Expected a list. Got value: a ~ b"),
+        (["--config=alias.yaml"], "In YAML, a pattern needs quotes: asterisks"),
         (["--config=none.yaml"], "File does not exist"),
         (["--ckpt_path=none.ckpt"], "ckpt_path: there is no file none.ckpt"),
         (["--ckpt_path=afile"], "afile is not a checkpoint, or is truncated"),
@@ -348,6 +353,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
 )
 def test_mistakes_are_told_in_a_paragraph(args, message, capsys):
     Path("afile").write_text("not a folder, nor a checkpoint")
+    Path("alias.yaml").write_text("trainer: {callbacks+: [{class_path: SoftTying, init_args: {ties: [**.weight]}}]}")
     told = errors(capsys, "fit", BASE, SOFT, *SMALL, *args)
     assert told.startswith("tying: error: ")
     assert message in told

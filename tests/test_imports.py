@@ -22,7 +22,15 @@ ALLOWED = {
     "checkpoints": {"errors", "names"},
     "soft": {"errors", "names", "relations", "ties"},
     "hard": {"errors", "atomic", "names", "relations", "selection", "ties"},
-    "hashing": {"errors", "atomic", "names", "selection", "ties", "hard"},  # one table of a network is a hard tie
+    "hashing": {
+        "errors",
+        "atomic",
+        "checkpoints",
+        "names",
+        "selection",
+        "ties",
+        "hard",
+    },  # one table of a network is a hard tie
     "depth": {"errors", "names", "patterns", "relations", "ties", "hard"},  # a recurrent block is a hard tie
     "models": {"errors", "checkpoints", "names", "patterns", "depth"},
     "data": {"errors", "atomic"},

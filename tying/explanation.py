@@ -6,11 +6,15 @@ import errno
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from inspect import signature
 from pickle import PickleError
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from yaml import YAMLError
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, nearest
 
 UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
 VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
@@ -20,6 +24,8 @@ OTHER_WEIGHTS = "loaded state dict"  # how torch begins, where optimizers do not
 NAMELESS = "Found more than one stateful callback"  # how Lightning begins
 LIGHTNING = ("state_dict", "pytorch-lightning_version", "loops", "optimizer_states", "epoch", "global_step")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)$")
+NO_OPTION = re.compile(r"Option '(\w+)' is not accepted$")
 CHANGES_ANOTHER = re.compile(r"Got value: \{'init_args':")  # init_args, and no class that they are of
 
 
@@ -87,7 +93,26 @@ def _told_briefly(chain: Sequence[BaseException]) -> str:
             f"{told.splitlines()[0]}. These are init_args without a class_path: changes to what another configuration "
             "says. Give that one before, such as --config configs/base.yaml"
         )
-    return told + (" (infinity is written .inf)" if told.endswith("Got value: inf") else "")
+    if any(isinstance(error, YAMLError) for error in chain):
+        told = " ".join(told.split())
+        return f"{told}. In YAML, a pattern needs quotes: asterisks, braces and colons mean something else there"
+    told = told.replace("a <class 'collections.abc.Sequence'>", "a list")
+    if told.endswith("Got value: inf"):
+        return f"{told} (infinity is written .inf)"
+    close = _nearest(told, places)
+    return f"{told}.{close}" if close else told
+
+
+def _nearest(told: str, places: Sequence[str]) -> str:
+    """Return what is spelled nearly as what was refused: a class of this package, or an argument of the class."""
+    if refused := NO_CLASS.search(told):
+        packages = map(import_module, ("tying.callbacks", "tying.models", "tying.data"))
+        return nearest(refused[1], [name for package in packages for name in package.__all__])
+    if (refused := NO_OPTION.search(told)) and places:
+        module, _, name = places[-1].rpartition(".")
+        with suppress(ImportError, AttributeError, TypeError, ValueError):
+            return nearest(refused[1], signature(getattr(import_module(module), name)).parameters)
+    return ""
 
 
 def _shortened(told: str, lines: int = 6) -> str:
