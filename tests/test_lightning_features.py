@@ -204,7 +204,7 @@ def test_memory_does_not_grow_over_2000_steps(family):
             if trainer.global_step in (200, 2000):
                 gc.collect()
                 tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
-                sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+                sizes = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
                 lists = sum(len(one) for one in gc.get_objects() if type(one) in (list, dict) and len(one) > 1000)
                 self.held[trainer.global_step] = len(tensors), sum(sizes.values()), lists
 
