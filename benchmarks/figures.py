@@ -91,7 +91,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
             axes.set_xscale("log")
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
     if plot.lines != "run" and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="x-small")
+        axes.legend(loc="best", fontsize="x-small")
     if names:
         _write_names(figure, axes, names)
     save_figure(figure, path)

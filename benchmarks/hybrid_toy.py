@@ -142,7 +142,7 @@ def report(draws: int = DRAWS) -> tuple[str, Figure]:
         axes.errorbar(ALPHAS, means, yerr=errors, label=f"{count} labels", marker=".", capsize=2)
         best, said = verdict(values)
         judged.append(f"{count} labels: the best α is {best}; an inner maximum is {said}.")
-    axes.legend(fontsize="x-small")
+    axes.legend(loc="best", fontsize="x-small")
     head = ["α", *(row[0] for row in rows)]
     columns = [[f"{alpha}", *(row[1 + i] for row in rows)] for i, alpha in enumerate(ALPHAS)]
     lines = [

@@ -144,7 +144,7 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
     if beside:
         figure.legend(lines.values(), lines, fontsize="x-small", loc="outside right upper")
     elif lines:
-        axes.legend(lines.values(), lines, fontsize="x-small")
+        axes.legend(lines.values(), lines, loc="best", fontsize="x-small")
     save_figure(figure, path)
 
 

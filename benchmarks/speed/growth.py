@@ -144,7 +144,7 @@ def measure() -> tuple[str, Figure]:
         axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {fitted:.2f}")
         axes.loglog(growth.sizes, line, linestyle="--", color="gray", label=f"expected, slope {growth.expected:g}")
         axes.set(title=growth.cost, xlabel=growth.over, ylabel="ms")
-        axes.legend(fontsize="x-small")
+        axes.legend(loc="best", fontsize="x-small")
     head = ["cost", "over", "from, to", "ms", "slope", "expected"]
     how = (
         f"Median of {RACES} races (extremes), batch {BATCH}; slopes of the best power law, and those that the work has."

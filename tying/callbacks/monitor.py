@@ -75,5 +75,5 @@ def plot_gaps(steps: list[int], history: dict[str, list[float]], path: Path) -> 
     for name, gaps in history.items():
         axes.plot(steps[-len(gaps) :], gaps, label=name, marker="." if len(gaps) < 20 else None)
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="x-small")
+    axes.legend(loc="best", fontsize="x-small")
     save_figure(figure, path)

@@ -34,5 +34,5 @@ def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = ""
     for own in expected:
         axes.plot(middle, own, color="C0", linewidth=0.6)
     axes.plot(means, torch.full_like(means, 0.7), "k|", label="means")
-    axes.legend(fontsize="x-small")
+    axes.legend(loc="best", fontsize="x-small")
     return figure
