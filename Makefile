@@ -17,7 +17,7 @@ test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python -m pytest -m "not slow" -W default  # old versions warn of one another
 
 test-newest: .venv-newest/installed
 	.venv-newest/bin/python -m pytest -m "not slow"

@@ -67,7 +67,9 @@ class Trained(pl.LightningModule):
         return self.net(x)
 
     def loss(self, batch):
-        return F.mse_loss(self(batch[0].to(self.net.first.bias.dtype)).float(), (3 * batch[0]).sin())
+        predicted, target = self(batch[0].to(self.net.first.bias.dtype)), (3 * batch[0]).sin()
+        wide = torch.promote_types(predicted.dtype, torch.float32)
+        return F.mse_loss(predicted.to(wide), target.to(wide))
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
