@@ -74,6 +74,12 @@ class Computed:
     steps: tuple[nn.Module, ...]
     prefixes: tuple[str, ...]
 
+    @property
+    def originals(self) -> list[nn.Parameter]:
+        """The parameters that it is computed from."""
+        own = self.owner.named_parameters(remove_duplicate=False)
+        return [parameter for name, parameter in own if name.startswith(self.prefixes)]
+
 
 def computed_in(module: nn.Module) -> list[Computed]:
     """Return the weights that a module computes: by parametrizations, or as its class says by ``computes``.
@@ -86,6 +92,15 @@ def computed_in(module: nn.Module) -> list[Computed]:
     for name, (parameter, step) in computes.items():
         found.append(Computed(module, name, (getattr(module, step),), (parameter, f"{step}.")))
     return found
+
+
+def computed_weights(model: nn.Module) -> dict[str, Computed]:
+    """Return the weights that a model computes, by clean names."""
+    return {
+        clean_name(f"{path}.{one.name}".lstrip(".")): one
+        for path, module in model.named_modules()
+        for one in computed_in(module)
+    }
 
 
 def uses(model: nn.Module) -> Iterator[Tensor]:
@@ -169,9 +184,7 @@ class Names:
     @cached_property
     def computed(self) -> list[str]:
         """Names of weights that are computed, and have no parameter of that name."""
-        named = self._model.named_modules()
-        names = [clean_name(f"{path}.{one.name}".lstrip(".")) for path, part in named for one in computed_in(part)]
-        return [name for name in names if name not in self.parameters]
+        return [name for name in computed_weights(self._model) if name not in self.parameters]
 
     @cached_property
     def plain(self) -> dict[int, str]:

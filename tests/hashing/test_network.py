@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from toys import Toy, batches, same, train
 
 from tying.callbacks import HardTying, LowRankWeights, WeightHashing
@@ -26,8 +27,10 @@ from tying.hashing import (
     hash_weights,
     loads,
     plot_loads,
+    report,
     table_loads,
 )
+from tying.hashing.virtual import VirtualWeight
 from tying.mixins import WeightHashingMixin
 from tying.names import count_parameters
 
@@ -417,3 +420,11 @@ def test_embeddings_hold_no_index():
 def test_a_recurrent_hash_needs_equal_layers(layers, scope, told):
     with pytest.raises(ValueError, match=told):
         hash_weights(nn.Sequential(*layers), ["*.weight"], hash=RecurrentHash(layers=2), scope=scope)
+
+
+def test_a_map_as_a_parametrization_is_reported():
+    model = network()
+    register_parametrization(model[0], "weight", VirtualWeight((10, 20), 9, ModulusHash()), unsafe=True)
+    [one] = report(model).weights
+    assert (one.name, one.shape, one.table_size) == ("0.weight", (10, 20), 9)
+    assert {name: counts.tolist() for name, counts in table_loads(model).items()} == {"0.weight": [23, 23] + [22] * 7}

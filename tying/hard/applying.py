@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from tying.errors import ConfigurationError
-from tying.hard.places import places_of
+from tying.hard.places import check_free, places_of
 from tying.hard.related import own_class
-from tying.names import clean_name, computed_in
+from tying.names import computed_weights
 from tying.selection import select
 
 
@@ -32,16 +32,10 @@ def parametrize_all(
     places = places_of(model)
     made: dict[str, nn.Module] = {}
     for name, weight in chosen.items():
-        if isinstance(places[name].holder, ParametrizationList):
-            raise ConfigurationError(f"{name!r} is parametrized already")
-        if aliases := [other for other, place in places.items() if place.parameter is weight and other != name]:
-            raise ConfigurationError(
-                f"{name!r} is tied to {aliases[0]!r}, which would not follow it: untie them, or choose others"
-            )
+        check_free(name, places, ", which would not follow it")
         try:
             made[name] = make(name, weight)
-            inverse: Callable[[Tensor], object] = made[name].right_inverse  # type: ignore[assignment]  # a method
-            inverse(weight.detach())
+            made[name].right_inverse(weight.detach())  # type: ignore[operator]  # a method
         except ConfigurationError as error:
             raise ConfigurationError(f"{name!r}: {error}") from None
     for name, parametrization in made.items():
@@ -52,9 +46,4 @@ def parametrize_all(
 
 def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
     """Tell whether these weights of a model, at least one, are computed."""
-    computed = {
-        clean_name(f"{path}.{one.name}".lstrip("."))
-        for path, part in model.named_modules()
-        for one in computed_in(part)
-    }
-    return bool(names) and computed.issuperset(names)
+    return bool(names) and computed_weights(model).keys() >= {*names}

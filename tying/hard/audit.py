@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -73,22 +73,18 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         >>> report.problems
         ()
     """
-    declared = shared_in(model)
+    found = {shared.names: _how(shared) for shared in shared_in(model)}
+    known = {name for names in found for name in names}
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(clean_name(name))
-    groups = [shared.names for shared in declared]
-    relations = [_how(shared) for shared in declared]
-    known = {name for shared in declared for name in shared.names}
     for names in aliases.values():
         if len(names) > 1 and not known.issuperset(names):
-            groups.append(tuple(names))
-            relations.append(OTHERS)
+            found[tuple(names)] = OTHERS
     unique, virtual = count_parameters(model)
     problems = [*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)]
-    limits = _limits(model, groups, relations)
-    saved = saved_bytes(model)
-    return TieReport(tuple(groups), tuple(relations), unique, virtual, saved, tuple(problems), tuple(limits))
+    groups, relations, limits = tuple(found), tuple(found.values()), tuple(_limits(model, found))
+    return TieReport(groups, relations, unique, virtual, saved_bytes(model), tuple(problems), limits)
 
 
 def _how(shared: Shared) -> str:
@@ -124,7 +120,6 @@ def _on_one_storage(model: nn.Module) -> Iterable[str]:
 def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterable[str]:
     optimizers = list(optimizers)
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
-    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:
         yield (
@@ -136,19 +131,19 @@ def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterabl
             f"{orphans} tensors in the optimizers are not the model's: the ties were made, or undone, after the "
             "optimizers. Tie first"
         )
-    missing = [name for key, name in names.items() if key in trainable and key not in trained]
+    missing = [names[id(p)] for p in model.parameters() if p.requires_grad and id(p) not in trained]
     if optimizers and missing:
         yield f"{listed(missing)} is in no optimizer, and is not trained. Build the optimizers after tying"
 
 
-def _limits(model: nn.Module, groups: Sequence[tuple[str, ...]], relations: Sequence[str]) -> Iterable[str]:
+def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable[str]:
     if computed := [*computed_by_others(model)]:
         yield (
             f"{listed(computed)}: computed from other parameters. A model that does not compute them loads "
             "tying.hard.bake(model) only; if by a parametrization, pickling the model refuses"
         )
     apart = []
-    for names, how in zip(groups, relations, strict=True):
+    for names, how in groups.items():
         owners = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names))
         if len(owners) > 1 and how != OTHERS:
             apart.append(f"fully_shard([{', '.join(owners)}])")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
-from tying.hard.places import places_of
+from tying.hard.places import check_free, places_of
 from tying.names import at_rest
 from tying.selection import select
 
@@ -75,9 +75,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         raise ConfigurationError(
             f"{listed(others)}: only biases of {', '.join(kind.__name__ for kind in _UNTIED)} can be untied"
         )
-    for name, bias in chosen.items():
-        if aliases := [other for other, place in places.items() if place.parameter is bias and other != name]:
-            raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}: untie them, or choose others")
+    for name in chosen:
+        check_free(name, places)
     sizes = _output_sizes(model, {places[name].owner for name in chosen}, example)
     for name in chosen:
         found = sizes.get(places[name].owner, set())

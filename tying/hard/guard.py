@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -39,10 +40,8 @@ class Shared:
     def module(self) -> str:
         """The innermost module that holds all of them."""
         parts = [name.split(".")[:-1] for name in self.names]
-        common = 0
-        while all(len(part) > common for part in parts) and len({part[common] for part in parts}) == 1:
-            common += 1
-        return ".".join(parts[0][:common])
+        common = takewhile(lambda level: len({*level}) == 1, zip(*parts, strict=False))
+        return ".".join(level[0] for level in common)
 
     def below(self, prefix: str) -> Shared:
         """Return the same with names relative to a module."""
@@ -98,12 +97,12 @@ def keep(model: nn.Module, record: Record) -> None:
 
 def join(shared: Shared, source: nn.Parameter, places: dict[str, Place]) -> None:
     """Let all names hold ``source``, each in its own layout."""
-    done: set[tuple[int, str]] = set()  # a module may have several names
+    done: set[Place] = set()  # a module may have several names
     for name, relation in zip(shared.names, shared.relations, strict=True):
         place = places[name]
-        if (id(place.owner), place.attribute) in done:
+        if place in done:
             continue
-        done.add((id(place.owner), place.attribute))
+        done.add(place)
         if place.relation == relation:
             setattr(place.holder, place.original, source)
             continue

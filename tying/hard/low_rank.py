@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,21 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return factors[0].to(weight.dtype).contiguous(), factors[1].to(weight.dtype).contiguous()
 
 
-class LowRank(nn.Module):
+class _OfRank(nn.Module):
+    least: ClassVar[int]
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        if rank < self.least:
+            raise ConfigurationError(f"rank must be {self.least} or more, not {rank}")
+        self.rank = rank
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}"
+
+
+class LowRank(_OfRank):
     """The parametrization ``W = P Q`` with P (n, d) and Q (d, m); see :func:`low_rank`.
 
     A weight of more than two dimensions is a matrix of its first dimension by all others. Assigning a weight takes the
@@ -70,12 +85,8 @@ class LowRank(nn.Module):
         (24, 2)
     """
 
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        if rank < 1:
-            raise ConfigurationError(f"rank must be 1 or more, not {rank}")
-        self.rank = rank
-        self.shape: tuple[int, ...] | None = None  # of the weight, once there is one
+    least = 1
+    shape: tuple[int, ...] | None = None  # of the weight, once there is one
 
     @override
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
@@ -90,12 +101,8 @@ class LowRank(nn.Module):
         self.shape = tuple(weight.shape)
         return factorize(matrix, self.rank)
 
-    @override
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}"
 
-
-class LowRankPlusDiagonal(nn.Module):
+class LowRankPlusDiagonal(_OfRank):
     """The parametrization ``W = P Q + diag(s)`` of a square weight; see :func:`low_rank_plus_diagonal`.
 
     Assigning a weight alternates between the best factors and the best diagonal.
@@ -115,11 +122,7 @@ class LowRankPlusDiagonal(nn.Module):
     Source: A. V. Miceli Barone, Low-rank passthrough neural networks, 2016.
     """
 
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        if rank < 0:
-            raise ConfigurationError(f"rank must be 0 or more, not {rank}")
-        self.rank = rank
+    least = 0
 
     @override
     def forward(self, left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:
@@ -129,16 +132,12 @@ class LowRankPlusDiagonal(nn.Module):
         """Return factors and diagonal of a near weight of this form."""
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
             raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
-        left, right = factorize(_as_matrix(weight, self.rank), self.rank)
-        diagonal = torch.diag(weight - left @ right)
-        for _ in range(SWEEPS if self.rank else 0):
+        _as_matrix(weight, self.rank)  # raises where that is too high
+        diagonal = weight.new_zeros(len(weight))
+        for _ in range(1 + SWEEPS if self.rank else 1):
             left, right = factorize(weight - torch.diag(diagonal), self.rank)
             diagonal = torch.diag(weight - left @ right)
         return left, right, diagonal.clone()
-
-    @override
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}"
 
 
 def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:

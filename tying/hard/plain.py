@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tying.errors import ConfigurationError
 from tying.hard.guard import are_equal, in_source, shared_in
 from tying.hard.related import related
-from tying.names import Computed, at_rest, clean_name, computed_in, unwrapped
+from tying.names import Computed, at_rest, clean_name, computed_weights, unwrapped
 
 Unequal = Literal["error", "source", "mean"]
 
@@ -85,7 +85,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     for key, one in computed_by_others(model).items():
         if key not in reconciled:
             continue
-        like = next(parameter for parameter in _originals(one))
+        like, *_ = one.originals
         inverse = weight = reconciled.pop(key).to(like.device, like.dtype)
         for step in reversed(one.steps):  # before anything is loaded: does it fit?
             if not hasattr(step, "right_inverse"):
@@ -98,37 +98,23 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
         reconciled |= {name: value for name, value in clean.items() if name.startswith(hidden)}
     keys = {unwrapped(real): real for real in own}
     model.load_state_dict({keys.get(key, key): value for key, value in reconciled.items()})
-    sharing: dict[int, list[tuple[Computed, Tensor]]] = {}  # by identity of the one parameter they are computed from
+    sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by the one parameter they are computed from
     for one, weight in assigned:
-        originals = [*_originals(one)]
-        if len(one.steps) == len(originals) == 1 and hasattr(one.steps[0], "joint_inverse"):
-            sharing.setdefault(id(originals[0]), []).append((one, weight))
+        if len(one.steps) == len(one.originals) == 1 and hasattr(one.steps[0], "joint_inverse"):
+            sharing.setdefault(one.originals[0], []).append((one.steps[0], weight))
         else:
             setattr(one.owner, one.name, weight)
-    for parts in sharing.values():
-        [table], [step] = _originals(parts[0][0]), parts[0][0].steps
+    for table, parts in sharing.items():
         with torch.no_grad():
-            table.copy_(step.joint_inverse([(one.steps[0], weight) for one, weight in parts], table))  # type: ignore[operator]  # a method
+            table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
     return differing
 
 
 def computed_by_others(model: nn.Module) -> dict[str, Computed]:
     """Return, by key, all weights that something else than a tie computes."""
-    found: dict[str, Computed] = {}
-    for path, owner in model.named_modules():
-        tied = {name for name, _, _ in related(owner)}
-        for one in computed_in(owner):
-            if one.name not in tied:
-                found[clean_name(f"{path}.{one.name}".lstrip("."))] = one
-    return found
+    return {key: one for key, one in computed_weights(model).items() if one.name not in related(one.owner)}
 
 
 def _hidden(computed: Mapping[str, Computed]) -> list[str]:
     """Return how the keys begin that stand for computed weights."""
     return [key.removesuffix(one.name) + prefix for key, one in computed.items() for prefix in one.prefixes]
-
-
-def _originals(one: Computed) -> Iterator[nn.Parameter]:
-    for name, parameter in one.owner.named_parameters(remove_duplicate=False):
-        if name.startswith(one.prefixes):
-            yield parameter

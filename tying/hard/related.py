@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ class Related(nn.Module):
     def __init__(self, relation: Relation, following: Sequence[str] = ()) -> None:
         super().__init__()
         self.relation = relation
-        self.inverse = relation.inverse()
         self.following = tuple(following)
 
     @override
@@ -33,7 +32,7 @@ class Related(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the source that makes the weight what is given."""
-        return self.inverse(weight).contiguous()
+        return self.relation.inverse()(weight).contiguous()
 
     @override
     def extra_repr(self) -> str:
@@ -53,30 +52,25 @@ def own_class(module: nn.Module) -> None:
 
 def relate(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
     """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
-    own = module._parameters[name]
-    assert own is not None
+    own = module.get_parameter(name)
     names = [*module._parameters]
     own_class(module)
     setattr(module, name, nn.Parameter(own.detach().clone(), own.requires_grad))  # registering writes into it
     parametrization = Related(relation, names[names.index(name) + 1 :])
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    held = module.parametrizations
-    assert isinstance(held, nn.ModuleDict)
-    held[name].original = source
+    module.get_submodule(f"parametrizations.{name}").original = source
     # parametrize has given the module a class of its own, but a second parameter of it finds the hooks in place
-    if len([*related(module)]) == 1:
+    if len(related(module)) == 1:
         module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_pre_hook(_read_plainly)  # type: ignore[no-untyped-call]  # torch's
 
 
 def unrelate(module: nn.Module, name: str) -> None:
     """Make a parameter of ``module`` its own again, with the values it has, where it stood."""
-    held = module.parametrizations
-    assert isinstance(held, nn.ModuleDict)
-    source = held[name].original
-    assert isinstance(source, nn.Parameter)
-    [following] = [one.following for own, _, one in related(module) if own == name]
-    held[name].original = nn.Parameter(source.detach().clone(), source.requires_grad)  # removing writes into it
+    held = module.get_submodule(f"parametrizations.{name}")
+    source = held.get_parameter("original")
+    following = related(module)[name].following
+    held.original = nn.Parameter(source.detach().clone(), source.requires_grad)  # removing writes into it
     own_class(module)
     parametrize.remove_parametrizations(module, name)
     for behind in following:
@@ -84,22 +78,21 @@ def unrelate(module: nn.Module, name: str) -> None:
             module._parameters[behind] = module._parameters.pop(behind)
 
 
-def related(module: nn.Module) -> Iterator[tuple[str, ParametrizationList, Related]]:
-    """Yield the parameters of ``module`` itself that are images of others."""
-    for name, held in getattr(module, "parametrizations", {}).items():
-        if len(held) == 1 and isinstance(held[0], Related):
-            yield name, held, held[0]
+def related(module: nn.Module) -> dict[str, Related]:
+    """Return what computes the parameters of ``module`` itself that are images of others, by name."""
+    held: Mapping[str, ParametrizationList] = getattr(module, "parametrizations", {})
+    return {name: steps[0] for name, steps in held.items() if len(steps) == 1 and isinstance(steps[0], Related)}
 
 
 def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
-    for name, _, relation in related(module):
+    for name, relation in related(module).items():
         key = f"{prefix}parametrizations.{name}.original"
         if key in state_dict:
             state_dict[prefix + name] = relation(state_dict.pop(key))
 
 
 def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for name, _held, relation in related(module):
+    for name, relation in related(module).items():
         if prefix + name in state_dict:
             weight = state_dict.pop(prefix + name)
             state_dict[f"{prefix}parametrizations.{name}.original"] = relation.right_inverse(weight)

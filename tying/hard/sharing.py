@@ -13,6 +13,7 @@ from tying.errors import ConfigurationError, listed
 from tying.hard.guard import RECORD, Shared, join, keep, record_of, shared_in, tie_again, tied_above
 from tying.hard.places import Place, places_of
 from tying.hard.related import unrelate
+from tying.hard.states import check_alike
 from tying.names import clean_name
 from tying.relations import Relation
 from tying.selection import resolve, resolve_each
@@ -54,22 +55,20 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     parsed = parse_ties(ties)
     record = record_of(model)
     new = [each for each in parsed if each not in record.ties]
-    if new:
-        resolve(model, new)  # raises before anything is changed
+    resolve(model, new)  # raises before anything is changed
     tie_again(model)
     if new:
-        names = [_names_of(found) for found in resolve_each(model, new)]
+        alone = zip(new, resolve_each(model, new), strict=True)
+        names = {
+            each: frozenset(name for group in found for name in group.names)
+            for each, found in alone
+            if not isinstance(found, ConfigurationError)  # none is, as together they resolve
+        }
         merge(model, resolve(model, new), init)
         record = record_of(model)
-        record.ties |= dict(zip(new, names, strict=True))
+        record.ties |= names
     own = {name for each in parsed for name in record.ties[each]}
     return [group for group in tied(model) if not own.isdisjoint(group.names)]
-
-
-def _names_of(groups: list[TiedGroup] | ConfigurationError) -> frozenset[str]:
-    if isinstance(groups, ConfigurationError):
-        raise groups
-    return frozenset(name for group in groups for name in group.names)
 
 
 @torch.no_grad()
@@ -195,11 +194,7 @@ def _plan(group: TiedGroup, places: dict[str, Place], before: Mapping[str, objec
     numbers = []
     for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
         told = f"{name!r} cannot be tied to {named!r}" if name != named else f"{name!r} cannot be tied"
-        for what in ("requires_grad", "dtype", "device"):
-            if getattr(parameter, what) != getattr(first, what):
-                raise ConfigurationError(
-                    f"{told}: {what} is {getattr(parameter, what)} for one and {getattr(first, what)} for the other"
-                )
+        check_alike(parameter, first, told)
         own = places[name].relation
         if own is None:
             raise ConfigurationError(f"{told}: it is parametrized: it is computed from other weights")
@@ -226,18 +221,15 @@ def _release(shared: Shared, places: dict[str, Place]) -> int:
     """Let all but the source's parameter be parameters of their own, of equal value; return how many these are."""
     source = places[shared.names[0]].parameter if shared.names[0] in places else None
     made: dict[int, nn.Parameter] = {}
-    done: set[tuple[int, str]] = set()  # a module may have several names
     for name, member in zip(shared.names, shared.members, strict=True):
         place = places.get(name)
         if place is None or place.parameter is not source or member == shared.members[0]:
-            continue
-        if (id(place.owner), place.attribute) not in done:
-            done.add((id(place.owner), place.attribute))
-            if place.relation and place.relation.steps:
-                unrelate(place.owner, place.attribute)
-                place = Place(place.owner, place.attribute, place.owner, place.attribute)
-                made.setdefault(member, place.parameter)
-            elif member not in made:
-                made[member] = nn.Parameter(source.detach().clone(), source.requires_grad)
-            setattr(place.holder, place.original, made[member])
+            continue  # another name of the module may have released it
+        if place.relation and place.relation.steps:
+            unrelate(place.owner, place.attribute)
+            place = replace(place, holder=place.owner, original=place.attribute)
+            made.setdefault(member, place.parameter)
+        elif member not in made:
+            made[member] = nn.Parameter(source.detach().clone(), source.requires_grad)
+        setattr(place.holder, place.original, made[member])
     return len(made)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tying.errors import ConfigurationError
 from tying.ties import TiedGroup
 
 
@@ -59,3 +60,12 @@ def merge_states(optimizers: Sequence[Optimizer], group: TiedGroup) -> None:
 def are_alike(parameters: Iterable[nn.Parameter]) -> bool:
     """Tell whether weights could be one: all trained or all frozen, of one type, on one device."""
     return len({(p.requires_grad, p.dtype, p.device) for p in parameters}) == 1
+
+
+def check_alike(one: nn.Parameter, other: nn.Parameter, told: str) -> None:
+    """Raise a ConfigurationError that begins as ``told`` where two weights could not be one."""
+    for what in ("requires_grad", "dtype", "device"):
+        if getattr(one, what) != getattr(other, what):
+            raise ConfigurationError(
+                f"{told}: {what} is {getattr(one, what)} for one and {getattr(other, what)} for the other"
+            )

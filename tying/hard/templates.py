@@ -158,15 +158,15 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
             banks[shape] = TemplateBank(templates, shape).to(weight)
         return TemplateMixture(banks[shape])
 
-    parametrize_all(model, parameters, make)
+    names = parametrize_all(model, parameters, make)
     found = mixtures(model)
     for bank in banks.values():
         own = [held for held, other in found.values() if other is bank]
         rows = nn.init.orthogonal_(torch.empty(len(own), templates))
         with torch.no_grad():
             for held, row in zip(own, rows, strict=True):
-                _alpha(held).copy_(row / row.norm())
-    return {name: bank for name, (_, bank) in found.items() if any(bank is other for other in banks.values())}
+                held.get_parameter("original").copy_(row / row.norm())
+    return {name: bank for name, (_, bank) in found.items() if name in names}
 
 
 def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateBank]]:
@@ -200,13 +200,12 @@ def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
     loops: list[list[str]] = []
     found = mixtures(model)
     for name, (held, bank) in found.items():
+        own = held.get_parameter("original")
         for loop in loops:
             first, other = found[loop[0]]
-            if (
-                other is bank
-                and float(F.cosine_similarity(_alpha(first).detach(), _alpha(held).detach(), dim=0)) >= threshold
-            ):
-                held.original = first.original
+            its = first.get_parameter("original")
+            if other is bank and float(F.cosine_similarity(its.detach(), own.detach(), dim=0)) >= threshold:
+                held.original = its
                 loop.append(name)
                 break
         else:
@@ -224,7 +223,7 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
 
     banks: dict[int, list[tuple[str, Tensor]]] = {}
     for name, (held, bank) in mixtures(model).items():
-        banks.setdefault(id(bank), []).append((name, _alpha(held)))
+        banks.setdefault(id(bank), []).append((name, held.get_parameter("original")))
     if not banks:
         raise ConfigurationError("no weight of the model is a mixture of templates")
     figure = Figure(figsize=(4 * len(banks), 4), layout="constrained")
@@ -234,9 +233,3 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
         axes.set(title=f"{names[0]} … {names[-1]}", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=figure.axes, label="similarity")
     save_figure(figure, path)
-
-
-def _alpha(held: ParametrizationList) -> Tensor:
-    coefficients = held.original
-    assert isinstance(coefficients, Tensor)
-    return coefficients

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from tying.errors import ConfigurationError
 from tying.hard.places import Place, places_of
-from tying.hashing.layers import check_free, hash_attribute
+from tying.hashing.layers import check_hashable, hash_attribute
 from tying.hashing.layouts import CodebookHash
 from tying.hashing.loads import loads
 from tying.hashing.virtual import VirtualWeight
@@ -75,14 +75,12 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # it has no types
     except ImportError:
         raise ConfigurationError("clustering needs scikit-learn: pip install 'tying[clustering]'") from None
-    points = weights.detach().cpu().double().numpy()[:, None]
-    start = starting_centroids(weights.detach().cpu().double(), clusters, init).numpy()[:, None]
-    labels = torch.from_numpy(KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points).labels_).long()
-    used, labels = torch.unique(labels, return_inverse=True)
-    labels = labels.to(weights.device)
-    sums = torch.zeros(len(used), dtype=torch.float64, device=weights.device)
-    sums = sums.index_add_(0, labels, weights.detach().double()) / torch.bincount(labels)
-    return sums.to(weights.dtype), labels
+    points = weights.detach().cpu().double()
+    start = starting_centroids(points, clusters, init).numpy()[:, None]
+    found = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
+    _, labels = torch.unique(torch.from_numpy(found.labels_).long(), return_inverse=True)
+    means = torch.bincount(labels, points) / torch.bincount(labels)
+    return means.to(weights), labels.to(weights.device)
 
 
 def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
@@ -147,7 +145,7 @@ def check_clusterable(name: str, places: Mapping[str, Place], clusters: int) -> 
     """
     if name not in places:
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
-    check_free(name, places)
+    check_hashable(name, places)
     count = places[name].parameter.numel()
     if not 1 <= clusters <= count:
         raise ConfigurationError(f"{name!r}: {clusters} clusters of {count} weights: 1 to {count} are possible")
@@ -162,8 +160,7 @@ def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroi
         assignments: which centroid each weight is; −1 for zero; (n,).
         centroids: (k,).
     """
-    weight = module._parameters[attribute]
-    assert weight is not None
+    weight = module.get_parameter(attribute)
     virtual = VirtualWeight(weight.shape, len(centroids), CodebookHash(assignments), index="stored").to(weight.device)
     table = nn.Parameter(centroids.to(weight), weight.requires_grad)
     hash_attribute(module, attribute, virtual, table)

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hard.places import Place
+from tying.hard.places import Place, check_free
 from tying.hashing.hashes import Hash
 from tying.hashing.seeded import UniformHash
 from tying.hashing.structure import RepeatedRows, Size
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
 
 Device = torch.device | str | None
+Dense = nn.Linear | nn.Conv2d | nn.Embedding
 
 
 def computed_weight(table: str, virtual: str) -> property:
@@ -70,10 +71,10 @@ class Hashed(nn.Module):
     virtual: VirtualWeight
     weight = computed_weight("table", "virtual")
 
-    def _become(self, dense: nn.Module, ratio: float | None, arguments: dict[str, Any], **options: Any) -> None:
+    def _become(self, dense: Dense, ratio: float | None, arguments: dict[str, Any], **options: Any) -> None:
         """Take over what a dense layer (on the meta device) is, but for its weight."""
+        nn.Module.__init__(self)
         shape = dense.weight.shape
-        assert isinstance(shape, torch.Size)
         size = table_entries(shape.numel(), ratio, arguments["hash"])
         virtual = VirtualWeight(shape, size, **arguments)
         hash_attribute(dense, "weight", virtual, nn.Parameter(torch.empty(size, **options)))
@@ -85,9 +86,8 @@ class Hashed(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the table and the bias as the dense layer would draw its own."""
         fan_in = self.virtual.shape[1:].numel()
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
 
 class HashedLinear(Hashed, nn.Linear):
@@ -133,7 +133,6 @@ class HashedLinear(Hashed, nn.Linear):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
         arguments = {"hash": hash, "sign": sign, "density": density, "index": index}
         dense = nn.Linear(in_features, out_features, bias, device="meta")
         self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
@@ -141,17 +140,14 @@ class HashedLinear(Hashed, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         virtual = self.virtual
-        seed = virtual.fusible_seed(self.table)
-        if virtual.structure is None and seed is None:
-            return F.linear(input, self.weight, self.bias)
-        table = virtual.scaled(self.table)
         if virtual.structure is not None:
-            output = virtual.structure.linear(input, table)
-        else:
+            output = virtual.structure.linear(input, virtual.scaled(self.table))
+        elif (seed := virtual.fusible_seed(self.table)) is not None:
             from tying.hashing.kernels import fused_linear
 
-            assert seed is not None
-            output = fused_linear(input, table, self.out_features, virtual.first, seed)
+            output = fused_linear(input, virtual.scaled(self.table), self.out_features, virtual.first, seed)
+        else:
+            return F.linear(input, self.weight, self.bias)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
@@ -202,7 +198,6 @@ class HashedConv2d(Hashed, nn.Conv2d):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
         arguments = {"hash": hash, "sign": sign, "density": density, "index": index}
         geometry: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta")
         dense = nn.Conv2d(in_channels, out_channels, *geometry)
@@ -256,7 +251,6 @@ class HashedEmbedding(Hashed, nn.Embedding):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
         arguments = {"hash": hash, "sign": sign, "density": density, **of_rows(dense, index)}
         self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
@@ -270,7 +264,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
         return self.virtual.rows(self.table, input)
 
 
-def check_free(name: str, places: Mapping[str, Place]) -> None:
+def check_hashable(name: str, places: Mapping[str, Place]) -> None:
     """Raise where a weight cannot be replaced by a table.
 
     Args:
@@ -280,14 +274,10 @@ def check_free(name: str, places: Mapping[str, Place]) -> None:
     Raises:
         ConfigurationError: it is parametrized, or tied, or its embedding has an option that a hashed one lacks.
     """
+    check_free(name, places)
     place = places[name]
-    if place.holder is not place.owner:
-        raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = place.parameter
-    if not weight.numel():
+    if not place.parameter.numel():
         raise ConfigurationError(f"{name!r} has no entries to hash")
-    if aliases := [other for other, one in places.items() if one.parameter is weight and other != name]:
-        raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}: untie them, or choose others")
     if type(place.owner) is nn.Embedding:
         odd = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(place.owner, option)]
         if odd:

@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
 from tying.hashing.hashes import Hash, ModulusHash
 from tying.hashing.mixing import below, mix
 from tying.hashing.seeded import SeededHash
-from tying.hashing.structure import Blocks, Convolution, Size, Structure, both
+from tying.hashing.structure import Blocks, Size, Structure, both
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class ToeplitzHash(Hash):
     equation 6 is corrected here.
     """
 
+    zeros: ClassVar[bool] = True
     in_channels: int
     out_channels: int
     input_size: Size
@@ -177,8 +180,18 @@ class ToeplitzHash(Hash):
 
     @override
     def structure(self, shape: Sequence[int], table_size: int, first: int) -> Structure | None:
-        channels = self.in_channels, self.out_channels
-        return Convolution(*channels, self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
+        return self
+
+    def weight(self, table: Tensor) -> Tensor:
+        """Return the matrix: what the layer makes of each unit vector."""
+        return self.linear(torch.eye(self.features[1], dtype=table.dtype, device=table.device), table).T
+
+    def linear(self, x: Tensor, table: Tensor) -> Tensor:
+        """Return the flattened convolution of flattened images (..., in_channels · height · width)."""
+        images = x.reshape(-1, self.in_channels, *both(self.input_size))
+        kernel = table.view(self.out_channels, self.in_channels, *both(self.kernel_size))
+        stride, padding, dilation = both(self.stride), both(self.padding), both(self.dilation)
+        return F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], -1)
 
     @override
     def check_shape(self, shape: Sequence[int]) -> None:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from tying.errors import ConfigurationError
 from tying.hard import tie
-from tying.hard.places import Place, places_of
+from tying.hard.places import places_of
+from tying.hard.states import check_alike
 from tying.hashing.hashes import Hash
-from tying.hashing.layers import check_free, hash_attribute, of_rows
+from tying.hashing.layers import check_hashable, hash_attribute, of_rows
 from tying.hashing.report import HashReport, report
 from tying.hashing.seeded import UniformHash
 from tying.hashing.virtual import Index, VirtualWeight, table_entries
-from tying.names import clean_name, computed_in
+from tying.names import computed_in
 from tying.selection import select
 from tying.ties import Tie
 
@@ -72,44 +73,47 @@ def hash_weights(
     """
     check_choices(table_ratio, hash, scope, init)
     found = select(model, parameters)
-    every = model.named_parameters(remove_duplicate=False)
-    named = {clean_name(name): parameter for name, parameter in every}  # in the model's order
-    chosen = {n: p for n, p in named.items() if n in found and (hash.takes_vectors or p.ndim >= 2)}
     places = places_of(model)
+    chosen = {name: found[name] for name in places if name in found}  # in the model's order
+    chosen = {name: weight for name, weight in chosen.items() if hash.takes_vectors or weight.ndim >= 2}
     for name in found:
         if any(places[name].attribute in one.prefixes for one in computed_in(places[name].owner)):
             raise ConfigurationError(f"{name!r} is the table of a hashed layer already")
     if not chosen:
         raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
     for name in chosen:
-        check_free(name, places)
+        check_hashable(name, places)
     hash.check_layers([weight.shape for weight in chosen.values()], scope)
 
-    def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> VirtualWeight:
+    def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> _Plan:
         owner = places[name].owner
         special = of_rows(owner, index) if type(owner) is nn.Embedding else {"index": index}
         options = {"sign": sign, "density": density, "first": first, "scale": scale, **special}
-        return VirtualWeight(chosen[name].shape, size, own, **options)
+        return _Plan(name, chosen[name], VirtualWeight(chosen[name].shape, size, own, **options))
 
-    virtuals: list[VirtualWeight] = []
+    groups: list[list[_Plan]] = []  # those of one table
     if scope == "layer":
         for name, weight in chosen.items():
             own = hash.seeded(zlib.crc32(name.encode()))
-            virtuals.append(make(name, own, table_entries(weight.numel(), table_ratio, own)))
+            groups.append([make(name, own, table_entries(weight.numel(), table_ratio, own))])
     else:
-        _check_alike(chosen)
+        (source, weight), *others = chosen.items()
+        for name, other in others:
+            check_alike(weight, other, f"{source!r} and {name!r} cannot share a table")
         size = table_entries(sum(weight.numel() for weight in chosen.values()), table_ratio, hash)
         scales = _scales(chosen) if scaled and not hash.takes_vectors else dict.fromkeys(chosen, 1.0)
+        groups.append([])
         first = 0
         for name, weight in chosen.items():
-            virtuals.append(make(name, hash, size, first, scales[name]))
+            groups[0].append(make(name, hash, size, first, scales[name]))
             first += weight.numel()
-    hashed = [_Plan(*one) for one in zip(chosen, chosen.values(), virtuals, strict=True)]
-    groups = [hashed] if scope == "network" else [[one] for one in hashed]
     tables = [_table(group, init) for group in groups]
-    names = []
+    names = []  # of the tables
     for group, table in zip(groups, tables, strict=True):
-        names += [_hash_one(places[one.name], one, table) for one in group]
+        for one in group:
+            place, own_table = places[one.name], nn.Parameter(table.clone(), one.weight.requires_grad)
+            held = hash_attribute(place.owner, place.attribute, one.virtual.to(table.device), own_table)
+            names.append(one.name.removesuffix(place.attribute) + held)
     if scope == "network" and len(names) > 1:
         tie(model, [Tie(names[0], other) for other in names[1:]])
     return report(model, chosen, tuple(name for name in found if name not in chosen))
@@ -134,17 +138,6 @@ class _Plan(NamedTuple):
     name: str
     weight: nn.Parameter
     virtual: VirtualWeight
-
-
-def _check_alike(chosen: dict[str, nn.Parameter]) -> None:
-    (first, weight), *others = chosen.items()
-    for name, other in others:
-        for what in ("dtype", "device", "requires_grad"):
-            if getattr(other, what) != getattr(weight, what):
-                raise ConfigurationError(
-                    f"{first!r} and {name!r} cannot share a table: {what} is {getattr(weight, what)} for one and "
-                    f"{getattr(other, what)} for the other"
-                )
 
 
 def _scales(weights: dict[str, nn.Parameter]) -> dict[str, float]:
@@ -176,11 +169,3 @@ def _table(group: Sequence[_Plan], init: Init) -> Tensor:
     if virtual.hash.takes_vectors:
         return pool[: virtual.table_size]
     return pool[torch.randperm(len(pool))[: virtual.table_size].to(pool.device)]
-
-
-def _hash_one(place: Place, one: _Plan, values: Tensor) -> str:
-    """Hash a weight; return the name of its table."""
-    table = nn.Parameter(values.clone(), one.weight.requires_grad)
-    one.virtual.to(table.device)
-    held = hash_attribute(place.owner, place.attribute, one.virtual, table)
-    return one.name.removesuffix(place.attribute) + held

@@ -71,15 +71,26 @@ def packed(assignments: Tensor, codebook: Tensor) -> Packed:
         (76, tensor([[0.5000, 0.0000],
                 [0.0000, 2.0000]]))
     """
+    indices, gaps = indices_and_gaps(assignments)
+    held = codebook.detach().float().cpu().clone()
+    content = _pack(indices, index_bits(len(codebook))), _pack(gaps, GAP_BITS)
+    return Packed(tuple(assignments.shape), held, *content, (len(indices), len(gaps)))
+
+
+def indices_and_gaps(assignments: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries of weights that are not zero, and how many zeros stand before each, as :class:`Packed` says.
+
+    Example:
+        >>> indices_and_gaps(torch.tensor([3, -1, -1, 0]))
+        (tensor([3, 0]), tensor([0, 2]))
+    """
     flat = assignments.flatten().cpu()
     at = (flat >= 0).nonzero().flatten()
     zeros = torch.diff(at, prepend=at.new_tensor([-1])) - 1
     fillers, rest = zeros // FAR, zeros % FAR
     gaps = torch.full((int(fillers.sum()) + len(at),), FAR)
     gaps[torch.arange(len(at)) + fillers.cumsum(0)] = rest
-    indices = _pack(flat[at], index_bits(len(codebook)))
-    held = codebook.detach().float().cpu().clone()
-    return Packed(tuple(assignments.shape), held, indices, _pack(gaps, GAP_BITS), (len(at), len(gaps)))
+    return flat[at], gaps
 
 
 def sizes(assignments: Sequence[Tensor], clusters: int) -> tuple[int, int]:
@@ -95,9 +106,8 @@ def sizes(assignments: Sequence[Tensor], clusters: int) -> tuple[int, int]:
 
     Source: S. Han, H. Mao and W. J. Dally, Deep compression, 2016, sections 2 and 4.
     """
-    parts = [packed(one, torch.zeros(clusters)) for one in assignments]
-    indices = torch.cat([_unpack(one.indices, one.counts[0], index_bits(clusters)) for one in parts])
-    gaps = torch.cat([_unpack(one.gaps, one.counts[1], GAP_BITS) for one in parts])
+    parts = [indices_and_gaps(one) for one in assignments]
+    indices, gaps = (torch.cat(column) for column in zip(*parts, strict=True))
     plain = index_bits(clusters) * len(indices) + GAP_BITS * len(gaps)
     return 32 * clusters + plain, 32 * clusters + huffman_bits(indices) + huffman_bits(gaps)
 

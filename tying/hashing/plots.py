@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError
-from tying.hashing.loads import entropy, loads
-from tying.hashing.report import hashed_in
+from tying.hashing.loads import entropy
+from tying.hashing.report import loads_of, tables_in
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
@@ -23,13 +23,7 @@ def table_loads(model: nn.Module) -> dict[str, Tensor]:
         >>> table_loads(nn.Sequential(HashedLinear(5, 2, table_ratio=0.3, hash=ModulusHash())))
         {'0.weight': tensor([4, 3, 3])}
     """
-    holders: dict[int, str] = {}  # by identity of the table
-    counts: dict[str, Tensor] = {}
-    for name, virtual, table in hashed_in(model):
-        own = loads(virtual.entries(), virtual.table_size)
-        holder = holders.setdefault(id(table), name)
-        counts[holder] = counts[holder] + own if holder in counts else own
-    return counts
+    return {next(iter(group)): loads_of(group) for group in tables_in(model)}
 
 
 def plot_loads(model: nn.Module, path: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tying.hashing.loads import entropy, loads
 from tying.hashing.mixing import mix
 from tying.hashing.virtual import VirtualWeight
-from tying.names import clean_name, computed_in
+from tying.names import computed_weights
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,25 @@ class HashReport:
 
 def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Parameter]]:
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
-    for path, module in model.named_modules():
-        for one in computed_in(module):
-            [*_, last] = one.steps
-            if isinstance(last, VirtualWeight):
-                yield clean_name(f"{path}.{one.name}".lstrip(".")), last, getattr(module, one.prefixes[0])
+    for name, one in computed_weights(model).items():
+        *_, last = one.steps
+        if isinstance(last, VirtualWeight):
+            table, *_ = one.originals
+            yield name, last, table
+
+
+def tables_in(model: nn.Module, names: Container[str] | None = None) -> list[dict[str, VirtualWeight]]:
+    """Return for each table of a model the maps from it to its weights, by name; of these names, or all."""
+    tables: dict[int, dict[str, VirtualWeight]] = {}
+    for name, virtual, table in hashed_in(model):
+        if names is None or name in names:
+            tables.setdefault(id(table), {})[name] = virtual
+    return [*tables.values()]
+
+
+def loads_of(group: Mapping[str, VirtualWeight]) -> Tensor:
+    """Return how many weights, of all that share a table, use each entry."""
+    return torch.stack([loads(virtual.entries(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
 
 
 def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
@@ -99,21 +113,17 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         16 weights of 1 tensors in 4 entries
         0.weight (4, 4): table of 4, entropy 1.3863 of 1.3863 nats, structured; only 1 of 4 units are distinct
     """
-    tables: dict[int, dict[str, VirtualWeight]] = {}
-    for name, virtual, table in hashed_in(model):
-        if names is None or name in names:
-            tables.setdefault(id(table), {})[name] = virtual
     weights = []
-    for group in tables.values():
+    for group in tables_in(model, names):
         holder, first = next(iter(group.items()))
         count, size = sum(virtual.shape.numel() for virtual in group.values()), first.table_size
-        realised = entropy(torch.stack([loads(virtual.entries(), size) for virtual in group.values()]).sum(dim=0))
+        realised = entropy(loads_of(group))
         shares = first.hash.probabilities(count, size)
         generating = None if shares is None else entropy(shares)
         for name, virtual in group.items():
             shape, units = tuple(virtual.shape), distinct_rows(virtual)
             weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, realised, generating))
-    stored = sum(next(iter(group.values())).table_size for group in tables.values())
+    stored = sum(one.table_size for one in weights if one.name == one.holder)
     return HashReport(tuple(weights), stored, sum(math.prod(one.shape) for one in weights), skipped)
 
 

@@ -132,7 +132,7 @@ class NeighborhoodHash(SeededHash):
 
 
 @dataclass(frozen=True)
-class XXHash(SeededHash):
+class XXHash(UniformHash):
     """Takes xxh32 of the identifier, modulo n: HashedNets, with ``sign=True`` of the layer.
 
     Args:
@@ -141,8 +141,6 @@ class XXHash(SeededHash):
     Source: W. Chen, J. T. Wilson, S. Tyree, K. Q. Weinberger and Y. Chen, Compressing neural networks with the hashing
     trick, 2015.
     """
-
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 32:
@@ -161,7 +159,3 @@ class XXHash(SeededHash):
         super().check(count, table_size)
         if count > 1 << 32:
             raise ConfigurationError(f"xxh32 takes identifiers below 2^32, and there are {count} weights")
-
-    @override
-    def probabilities(self, count: int, table_size: int) -> Tensor:
-        return UniformHash().probabilities(count, table_size)

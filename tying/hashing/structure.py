@@ -129,32 +129,6 @@ class Blocks:
         return (self.starts(blocks)[..., None] + torch.arange(self.block)).flatten(1)
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """A linear layer whose matrix is that of a convolution; see :class:`tying.hashing.ToeplitzHash`."""
-
-    zeros: ClassVar[bool] = True
-    in_channels: int
-    out_channels: int
-    input_size: Size
-    kernel_size: Size
-    stride: Size
-    padding: Size
-    dilation: Size
-
-    def weight(self, table: Tensor) -> Tensor:
-        """Return the matrix: what the layer makes of each unit vector."""
-        count = self.in_channels * math.prod(both(self.input_size))
-        return self.linear(torch.eye(count, dtype=table.dtype, device=table.device), table).T
-
-    def linear(self, x: Tensor, table: Tensor) -> Tensor:
-        """Return the flattened convolution of flattened images (..., in_channels · height · width)."""
-        images = x.reshape(-1, self.in_channels, *both(self.input_size))
-        kernel = table.view(self.out_channels, self.in_channels, *both(self.kernel_size))
-        stride, padding, dilation = both(self.stride), both(self.padding), both(self.dilation)
-        return F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], -1)
-
-
 def repeat_to(x: Tensor, count: int, dim: int) -> Tensor:
     """Repeat a tensor along a dimension to a length."""
     held = x.shape[dim]

@@ -108,9 +108,7 @@ class VirtualWeight(nn.Module):
         self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
         self.sign, self.density, self.first, self.scale, self.zero_row = sign, density, first, scale, zero_row
         hash.check_shape(self.shape)
-        structure = (
-            None if sign or density < 1 or zero_row is not None else hash.structure(self.shape, table_size, first)
-        )
+        structure = hash.structure(self.shape, table_size, first) if self._as_they_are else None
         if index == "structured" and structure is None:
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
         self.structure = structure if index in ("auto", "structured") else None
@@ -184,13 +182,7 @@ class VirtualWeight(nn.Module):
             return None
         if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
             return None  # the compiler fuses by itself; kernels add up in any order
-        if (
-            type(self.hash) is not UniformHash
-            or self.sign
-            or self.density < 1
-            or self.zero_row is not None
-            or find_spec("triton") is None
-        ):
+        if type(self.hash) is not UniformHash or not self._as_they_are or find_spec("triton") is None:
             return None
         return self.hash.seed
 
@@ -246,6 +238,11 @@ class VirtualWeight(nn.Module):
         told = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
         told += ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
         return told + f", row {self.zero_row} zero" * (self.zero_row is not None)
+
+    @property
+    def _as_they_are(self) -> bool:
+        """Whether weights are the entries that the hash says: none is negated, or zero for another reason."""
+        return not self.sign and self.density == 1 and self.zero_row is None
 
     @property
     def _size(self) -> int:
