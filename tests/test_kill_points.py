@@ -19,12 +19,9 @@ class Shuffled(ResumableLoader):
         return STEPS
 
     def __iter__(self):
-        self._begin()
         order = torch.randperm(20, generator=torch.Generator().manual_seed(self._place["epoch"])).view(STEPS, 4)
-        while self._place["batch"] < STEPS:
-            self._place["batch"] += 1
-            yield [inputs()[order[self._place["batch"] - 1]]]
-        self._finish()
+        for number in self._numbers(STEPS):
+            yield [inputs()[order[number]]]
 
 
 class Noisy(Trained):

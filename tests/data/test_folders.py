@@ -78,7 +78,7 @@ def test_every_form_gives_the_same_images(folder, name):
 
 def test_decoded_once(folder, store, monkeypatch):
     first = ready(folder)
-    monkeypatch.setattr(folders, "_decode", None)
+    monkeypatch.setattr(folders, "decode", None)
     assert torch.equal(ready(folder)._splits["fit"][0], first._splits["fit"][0])
     [made] = store.iterdir()
     assert sorted(path.name for path in made.iterdir()) == [

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch import Tensor
 from torchvision.datasets.utils import check_integrity, download_url
 
+from tying.data.cache import Split
 from tying.errors import ConfigurationError
 
 Official = torchvision.datasets.CIFAR10
@@ -33,10 +33,10 @@ def prepare_archive(root: Path, download: bool = False) -> None:
 
 def _prepare(root: Path, download: bool) -> None:
     folder, packed = root / Official.base_folder, root / Official.filename
-    if all(check_integrity(str(folder / name), md5) for name, md5 in _checksums()):
+    broken = [name for name, md5 in _checksums() if not check_integrity(str(folder / name), md5)]
+    if not broken:
         return
     if not packed.exists() and folder.exists():
-        broken = [name for name, md5 in _checksums() if not check_integrity(str(folder / name), md5)]
         raise ConfigurationError(
             f"CIFAR-10 under {folder} is incomplete or corrupted ({', '.join(broken)}). Put {Official.filename} beside "
             "it, or remove the folder and set download: true, or set source: sample"
@@ -61,7 +61,7 @@ def _prepare(root: Path, download: bool) -> None:
             (Path(aside) / Official.base_folder / name).replace(folder / name)
 
 
-def load_archive(root: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def load_archive(root: Path) -> dict[str, Split]:
     """Return uint8 images (count, 32, 32, 3) and int64 labels of the splits ``train`` and ``test``."""
     splits = {split: Official(str(root), train=split == "train") for split in ("train", "test")}
     return {split: (torch.from_numpy(data.data), torch.tensor(data.targets)) for split, data in splits.items()}

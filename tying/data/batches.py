@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.mul_(1 / (255 * std)).sub_(mean / std)
 
 
+@dataclass(eq=False, repr=False)
 class BatchLoader(ResumableLoader):
     """Iterate over images in memory, a raw batch at a time.
 
@@ -105,31 +107,20 @@ class BatchLoader(ResumableLoader):
         [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        train: bool,
-        augment: bool = True,
-        pad: int = 4,
-        flip: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
+    images: Tensor
+    labels: Tensor
+    batch_size: int
+    _: KW_ONLY
+    train: bool
+    augment: bool = True
+    pad: int = 4
+    flip: bool = True
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.images = images
-        self.labels = labels
-        self.batch_size = batch_size
-        self.train = train
-        self.augment = augment and train
-        self.pad = pad
-        self.flip = flip
-        self.seed = seed
-        self.rank = rank
-        self.world = world
 
     @property
     def dataset(self) -> Tensor:
@@ -141,27 +132,24 @@ class BatchLoader(ResumableLoader):
         return len(self.labels) // joint if self.train else math.ceil(len(self.labels) / joint)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        self._begin()
         joint = self.world * self.batch_size
         key = (self.seed, self._place["epoch"], self._place["cycle"])
         order = torch.arange(len(self.labels))
         if self.train:
             order = torch.randperm(len(self.labels), generator=_generator(*key))
-        for index in range(self._place["batch"], len(self)):
+        for index in self._numbers(len(self)):
             chosen = order[index * joint : (index + 1) * joint]
             own = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
-            self._place["batch"] = index + 1
             if own.start == own.stop:  # fewer samples are left than there are processes
                 continue
             picked = chosen[own]
             batch = RawBatch(self.images.index_select(0, picked), self.labels[picked])
-            if self.augment:
+            if self.augment and self.train:
                 generator = _generator(*key, index)
                 offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
                 chances = torch.rand(len(chosen), generator=generator) if self.flip else torch.ones(len(chosen))
                 batch = batch._replace(offsets=offsets[own], flips=chances[own] < 0.5)
             yield batch
-        self._finish()
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tying.errors import ConfigurationError
 
 VERSION = 1
-Split = tuple[Tensor, Tensor]
+Split = tuple[Tensor, Tensor]  # uint8 images (count, height, width, channels), int64 labels (count,)
 
 
 def cache_root() -> Path:
@@ -55,13 +55,14 @@ def _write(folder: Path, splits: dict[str, Split]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        meta: dict[str, object] = {"version": VERSION, "splits": {}, "checksums": {}}
-        for split, parts in splits.items():
-            meta["splits"][split] = [*parts[0].shape]  # type: ignore[index]  # a dictionary, just made
-            for part, tensor in zip(("images", "labels"), parts, strict=True):
+        shapes = {split: [*images.shape] for split, (images, _) in splits.items()}
+        checksums = {}
+        for split, (images, labels) in splits.items():
+            for name, tensor in ((f"{split}.images", images), (f"{split}.labels", labels)):
                 content = _bytes(tensor)
-                (aside / f"{split}.{part}").write_bytes(content)
-                meta["checksums"][f"{split}.{part}"] = zlib.crc32(content)  # type: ignore[index]  # likewise
+                (aside / name).write_bytes(content)
+                checksums[name] = zlib.crc32(content)
+        meta = {"version": VERSION, "splits": shapes, "checksums": checksums}
         (aside / "meta.json").write_text(json.dumps(meta))
         try:
             aside.rename(folder)
@@ -81,28 +82,23 @@ def _read(folder: Path) -> dict[str, Split]:
         raise ConfigurationError(f"the cache {folder} is incomplete: it has no readable meta.json. {remedy}") from None
     if version != VERSION:
         raise ConfigurationError(f"the cache {folder} is of version {version}, not {VERSION}. {remedy}")
-    splits: dict[str, Split] = {}
     if len(checksums) != 2 * len(shapes) or not shapes:
         raise ConfigurationError(f"the cache {folder} is corrupted in meta.json. {remedy}")
+
+    def mapped(name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        path, count = folder / name, torch.Size(shape).numel()
+        if path.exists() and path.stat().st_size == count * dtype.itemsize:
+            # a private mapping: pages are read when touched, and writing to the tensor leaves the file alone
+            tensor = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
+            if zlib.crc32(_bytes(tensor)) == checksums.get(name):
+                return tensor
+        raise ConfigurationError(f"the cache {folder} is truncated or corrupted in {name}. {remedy}")
+
+    splits: dict[str, Split] = {}
     for split, shape in shapes.items():
-        images = _map(folder / f"{split}.images", torch.uint8, shape)
-        labels = _map(folder / f"{split}.labels", torch.int64, shape[:1])
-        for part, tensor in (("images", images), ("labels", labels)):
-            name = f"{split}.{part}"
-            if tensor is None or zlib.crc32(_bytes(tensor)) != checksums.get(name):
-                raise ConfigurationError(f"the cache {folder} is truncated or corrupted in {name}. {remedy}")
-        assert images is not None
-        assert labels is not None
-        splits[split] = images, labels
+        images = mapped(f"{split}.images", torch.uint8, shape)
+        splits[split] = images, mapped(f"{split}.labels", torch.int64, shape[:1])
     return splits
-
-
-def _map(path: Path, dtype: torch.dtype, shape: list[int]) -> Tensor | None:
-    count = torch.Size(shape).numel()
-    if not path.exists() or path.stat().st_size != count * dtype.itemsize:
-        return None
-    # a private mapping: pages are read when touched, and writing to the tensor leaves the file alone
-    return torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from typing_extensions import override
 
 from tying.data.archive import Official, load_archive, prepare_archive
+from tying.data.cache import Split
 from tying.data.folders import holds_classes, is_packed, load_folder
-from tying.data.images import Images, Split
+from tying.data.images import Images
 from tying.data.sample import CLASSES, load_sample
 from tying.errors import ConfigurationError, nearest
 
-SOURCES = ("auto", "archive", "folder", "sample")
+Source = Literal["auto", "archive", "folder", "sample"]
 
 
 class CIFAR10(Images):
@@ -55,7 +56,7 @@ class CIFAR10(Images):
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
-        source: Literal["auto", "archive", "folder", "sample"] = "auto",
+        source: Source = "auto",
         batch_size: int = 128,
         validation: float = 0.1,
         labelled: int | None = None,
@@ -65,9 +66,10 @@ class CIFAR10(Images):
         classes: list[int] | None = None,
     ) -> None:
         super().__init__(batch_size, validation, labelled, augment, seed, classes)
-        if source not in SOURCES:
-            close = nearest(source, SOURCES)
-            raise ConfigurationError(f"unknown source {source!r}: use {', '.join(map(repr, SOURCES))}.{close}")
+        sources = get_args(Source)
+        if source not in sources:
+            close = nearest(source, sources)
+            raise ConfigurationError(f"unknown source {source!r}: use {', '.join(map(repr, sources))}.{close}")
         if source in ("archive", "folder") and root is None:
             raise ConfigurationError(f"source={source!r} needs root: where CIFAR-10 is, or shall be")
         if download and root is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.data.batches import BatchLoader
-from tying.data.cifar10 import CIFAR10
-from tying.data.images import Split, draw_balanced, spread_evenly
+from tying.data.cache import Split
+from tying.data.cifar10 import CIFAR10, Source
+from tying.data.images import draw_balanced, spread_evenly
 from tying.errors import ConfigurationError
 
 DOMAINS = ("colour", "grey")
@@ -55,7 +56,7 @@ class TwoDomains(CIFAR10):
         grey: int = 250,
         shrink: int = 2,
         root: str | os.PathLike[str] | None = None,
-        source: Literal["auto", "archive", "folder", "sample"] = "auto",
+        source: Source = "auto",
         batch_size: int = 128,
         validation: float = 0.1,
         augment: bool = True,

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 from tqdm import tqdm
 
-from tying.data.cache import cached
+from tying.data.cache import Split, cached
 from tying.errors import ConfigurationError, listed
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -31,7 +30,6 @@ LARGEST_IMAGE = 2**20  # bytes, packed: no image of 32 × 32 pixels comes near i
 LARGEST_READ = 2 * LARGEST_IMAGE  # at once
 LARGEST_TOTAL = 2**32  # bytes, unpacked: nothing of an archive is ever written to disk
 
-Split = tuple[Tensor, Tensor]
 Named = tuple[str, str, str, bytes]  # split, class, file, content
 Packed = tuple[str, int, Callable[[], bytes]]  # name, size unpacked, how to read it
 
@@ -79,7 +77,7 @@ def load_folder(path: Path, classes: Sequence[str], size: tuple[int, int]) -> di
             f"there is nothing at {path}: expected a folder of class folders, or a tar or zip file"
         )
     try:
-        return cached(_key(path), lambda: _decode(path, classes, size))
+        return cached(_key(path), lambda: decode(path, classes, size))
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise ConfigurationError(f"{path} is truncated or corrupted: {error}. Copy it again") from None
     except (OSError, RuntimeError, NotImplementedError) as error:  # rights, links to nowhere, encryption
@@ -87,8 +85,8 @@ def load_folder(path: Path, classes: Sequence[str], size: tuple[int, int]) -> di
 
 
 def _key(path: Path) -> str:
-    digest = hashlib.sha256()
     if path.is_dir():
+        digest = hashlib.sha256()
         top = _top(path)
         for file in sorted(top.rglob("*")) if top else ():
             if file.suffix.lower() in SUFFIXES and not file.is_dir():
@@ -97,14 +95,19 @@ def _key(path: Path) -> str:
                 digest.update(content)
     else:
         with path.open("rb") as opened:
-            while block := opened.read(2**20):
-                digest.update(block)
+            digest = hashlib.file_digest(opened, "sha256")
     return f"images-{digest.hexdigest()[:32]}"
 
 
-def _decode(path: Path, classes: Sequence[str], size: tuple[int, int]) -> dict[str, Split]:
+def decode(path: Path, classes: Sequence[str], size: tuple[int, int], show_progress: bool = True) -> dict[str, Split]:
+    """Return the images of each split, sorted by class and name, with the places of their classes as labels.
+
+    Raises:
+        ConfigurationError: a class is missing or empty, or an image is broken or of another size.
+    """
     found: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
-    for split, kind, name, content in tqdm(_files(path), desc=f"decoding {path.name}", unit="image", leave=False):
+    bar = tqdm(files(path), desc=f"decoding {path.name}", unit="image", leave=False, disable=not show_progress)
+    for split, kind, name, content in bar:
         where = f"{split}/{kind}/{name} in {path}"
         try:
             image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
@@ -114,24 +117,24 @@ def _decode(path: Path, classes: Sequence[str], size: tuple[int, int]) -> dict[s
         if pixels is None:
             raise ConfigurationError(f"{where} has {image.size[0]}×{image.size[1]} pixels, not {size[0]}×{size[1]}")
         found.setdefault((split, kind), []).append((name, pixels))
-    there = {split: sorted(kind for part, kind in found if part == split) for split in SPLITS}
+    splits: dict[str, Split] = {}
     for split in SPLITS:
-        missing, more = set(classes) - set(there[split]), set(there[split]) - set(classes)
+        there = {kind for part, kind in found if part == split}
+        missing, more = {*classes} - there, there - {*classes}
         if missing or more:
             raise ConfigurationError(
                 f"{path} must hold {split}/<class>/ with images for each of {', '.join(classes)}; missing or empty: "
                 f"{listed(sorted(missing)) or 'none'}; not expected: {listed(sorted(more)) or 'none'}"
             )
-    splits: dict[str, Split] = {}
-    for split in SPLITS:
         ordered = [sorted(found[split, kind], key=lambda named: named[0]) for kind in classes]
-        images = np.stack([pixels for files in ordered for _, pixels in files])
-        labels = torch.tensor([label for label, files in enumerate(ordered) for _ in files])
+        images = np.stack([pixels for named in ordered for _, pixels in named])
+        labels = torch.tensor([label for label, named in enumerate(ordered) for _ in named])
         splits[split] = torch.from_numpy(images), labels
     return splits
 
 
-def _files(path: Path) -> Iterator[Named]:
+def files(path: Path) -> Iterator[Named]:
+    """Yield the images of ``.../{train,test}/<class>/<file>`` below a folder, or in a tar or zip file."""
     if path.is_dir():
         top = _top(path)
         for split in SPLITS if top else ():

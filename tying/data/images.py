@@ -13,10 +13,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.data.batches import BatchLoader, RawBatch, normalize
+from tying.data.cache import Split
 from tying.errors import ConfigurationError, listed
 
 UNLABELLED = -1
-Split = tuple[Tensor, Tensor]  # uint8 images (count, height, width, channels), int64 labels (count,)
 
 
 class Images(pl.LightningDataModule):
@@ -101,14 +101,11 @@ class Images(pl.LightningDataModule):
         loaded = {split: self._of_classes(*part) for split, part in self.load().items()}
         self.key = _key(loaded)
         images, labels = loaded["train"]
-        held_out = draw_balanced(labels, _per_class(labels, self.validation))
-        images, labels = images[~held_out], labels[~held_out]
-        self._splits = {
-            "fit": (images, labels),
-            "val": (loaded["train"][0][held_out], loaded["train"][1][held_out]),
-            "test": loaded["test"],
-        }
-        self._splits |= self.divide(images, labels)
+        per_class = [round(self.validation * count) for count in labels.bincount().tolist()]
+        held_out = draw_balanced(labels, per_class)
+        fit = images[~held_out], labels[~held_out]
+        self._splits = {"fit": fit, "val": (images[held_out], labels[held_out]), "test": loaded["test"]}
+        self._splits |= self.divide(*fit)
         counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
         root = getattr(self, "root", None)
         place = "" if root is None else f" at {root}"
@@ -154,9 +151,9 @@ class Images(pl.LightningDataModule):
 
     def _loader(self, split: str, train: bool = False) -> BatchLoader:
         images, labels = self._splits[split]
-        if split == "fit" and len(labels) < self.batch_size * (self.trainer.world_size if self.trainer else 1):
-            raise ConfigurationError(f"batch_size={self.batch_size} is more than the {len(labels)} training images")
         world = self.trainer.world_size if self.trainer else 1
+        if split == "fit" and len(labels) < self.batch_size * world:
+            raise ConfigurationError(f"batch_size={self.batch_size} is more than the {len(labels)} training images")
         loader = BatchLoader(
             images,
             labels,
@@ -204,10 +201,6 @@ def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:
         members = (labels == kind).nonzero().flatten()
         drawn[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return drawn
-
-
-def _per_class(labels: Tensor, share: float) -> list[int]:
-    return [round(share * count) for count in labels.bincount().tolist()]
 
 
 def spread_evenly(total: int, labels: Tensor, name: str) -> list[int]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.datasets import MNIST as Official
 from typing_extensions import override
 
-from tying.data.images import Images, Split
+from tying.data.cache import Split
+from tying.data.images import Images
 from tying.errors import ConfigurationError
 
 FILES = {"train": "train", "test": "t10k"}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 
 class ResumableLoader:
     """A loader whose place is saved: the epoch, how often it was started over within it, and the next batch.
 
-    Lightning sets the epoch through ``sampler``. A subclass calls :meth:`_begin` when it is iterated, keeps
-    ``_place["batch"]``, and calls :meth:`_finish` at its end.
+    Lightning sets the epoch through ``sampler``. A subclass that is iterated makes the batches of the numbers that
+    :meth:`_numbers` yields, and no others.
     """
 
     batch_sampler = None  # Lightning looks here before it looks at `sampler`
@@ -38,10 +39,12 @@ class ResumableLoader:
         self._place = {key: int(state[key]) for key in self._place}
         self._resumed = True
 
-    def _begin(self) -> None:
+    def _numbers(self, count: int) -> Iterator[int]:
+        """Yield the numbers of an epoch's batches, from the first, or a restored one; the place is that of the next."""
         if not self._resumed:
             self._place["batch"] = 0
         self._resumed = False
-
-    def _finish(self) -> None:
+        for number in range(self._place["batch"], count):
+            self._place["batch"] = number + 1
+            yield number
         self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}

@@ -11,21 +11,18 @@ import io
 import tarfile
 from collections import defaultdict
 from importlib import resources
-from pathlib import Path, PurePosixPath
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+from pathlib import Path
 
 from tying.atomic import atomically
+from tying.data.cache import Split
+from tying.data.folders import decode, files
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PER_CLASS = {"train": 500, "test": 100}
 FILE = "cifar10_sample.tar.xz"
 
 
-def load_sample() -> dict[str, tuple[Tensor, Tensor]]:
+def load_sample() -> dict[str, Split]:
     """Return the embedded images and labels of the splits ``train`` (5,000) and ``test`` (1,000).
 
     Returns:
@@ -36,17 +33,8 @@ def load_sample() -> dict[str, tuple[Tensor, Tensor]]:
         >>> images.shape, images.dtype, labels.bincount().unique()
         (torch.Size([1000, 32, 32, 3]), torch.uint8, tensor([100]))
     """
-    images: dict[str, list[np.ndarray]] = defaultdict(list)
-    labels: dict[str, list[int]] = defaultdict(list)
-    archive = resources.files("tying.data").joinpath(FILE).read_bytes()
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
-            split, kind, _ = PurePosixPath(member.name).parts[-3:]
-            file = tar.extractfile(member)
-            assert file is not None
-            images[split].append(np.asarray(Image.open(file)))
-            labels[split].append(CLASSES.index(kind))
-    return {split: (torch.from_numpy(np.stack(images[split])), torch.tensor(labels[split])) for split in PER_CLASS}
+    with resources.as_file(resources.files("tying.data") / FILE) as path:
+        return decode(path, CLASSES, (32, 32), show_progress=False)
 
 
 def cut_sample(archive: Path, out: Path) -> int:
@@ -55,18 +43,13 @@ def cut_sample(archive: Path, out: Path) -> int:
     The result depends on the images alone: times and owners are fixed, and ``out`` appears whole or not at all.
     """
     found: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile() and member.name.endswith(".jpg"):
-                split, kind, name = PurePosixPath(member.name).parts[-3:]
-                file = tar.extractfile(member)
-                assert file is not None
-                found[split, kind].append((name, file.read()))
+    for split, kind, name, content in files(archive):
+        found[split, kind].append((name, content))
     with atomically(out) as aside, tarfile.open(aside, "w:xz", preset=9) as tar:
         for split, count in PER_CLASS.items():
             for kind in CLASSES:
-                files = sorted(found[split, kind])
-                for name, content in files[:: max(1, len(files) // count)][:count]:
+                named = sorted(found[split, kind])
+                for name, content in named[:: max(1, len(named) // count)][:count]:
                     info = tarfile.TarInfo(f"cifar10/{split}/{kind}/{name}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))

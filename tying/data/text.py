@@ -58,12 +58,9 @@ class StreamLoader(ResumableLoader):
         return max(0, self.ids.shape[1] - 1) // self.window
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self._begin()
-        for number in range(self._place["batch"], len(self)):
+        for number in self._numbers(len(self)):
             start = number * self.window
-            self._place["batch"] = number + 1
             yield self.ids[:, start : start + self.window], self.ids[:, start + 1 : start + self.window + 1]
-        self._finish()
 
 
 class Text(pl.LightningDataModule):

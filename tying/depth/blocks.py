@@ -28,11 +28,11 @@ class MergedTransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        samples = 0 if self.self_attn.batch_first else 1
         if src.ndim == 2:  # one sample alone
-            src, alone = src.unsqueeze(0 if self.self_attn.batch_first else 1), src
+            src, alone = src.unsqueeze(samples), src
             padding = None if src_key_padding_mask is None else src_key_padding_mask.unsqueeze(0)
             return self(src, src_mask, padding, is_causal).view_as(alone)  # type: ignore[no-any-return]  # a module
-        samples = 0 if self.self_attn.batch_first else 1
         padding, mask = (_additive(one, src.dtype) for one in (src_key_padding_mask, src_mask))
         own = mask is not None and mask.ndim == 3  # a mask for each sample and head
         if mask is not None and own:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tying.depth.rows import take_rows
 
 
+@dataclass(eq=False)
 class Branch:
     """F at an input: a callable, so that a merge may decide not to compute it.
 
@@ -20,25 +22,20 @@ class Branch:
             is the same for all samples.
         modules: what F consists of: a branch that is left out gives their parameters a gradient of zero.
 
-    Attributes:
-        dim: the dimension of samples of the first input, and of the branch's output.
-
     Example:
         >>> branch = Branch(nn.Identity(), [(torch.tensor([1.0, 2.0, 3.0]), 0)])
         >>> branch().tolist(), branch(rows=torch.tensor([2])).tolist()
         ([1.0, 2.0, 3.0], [3.0])
     """
 
-    def __init__(
-        self,
-        compute: Callable[..., Tensor],
-        inputs: Sequence[tuple[Tensor | None, int | None]],
-        modules: Sequence[nn.Module] = (),
-    ) -> None:
-        self.compute = compute
-        self.inputs = inputs
-        self.modules = modules
-        self.dim = inputs[0][1] or 0
+    compute: Callable[..., Tensor]
+    inputs: Sequence[tuple[Tensor | None, int | None]]
+    modules: Sequence[nn.Module] = ()
+
+    @property
+    def dim(self) -> int:
+        """The dimension of samples of the first input, and of the branch's output."""
+        return self.inputs[0][1] or 0
 
     def __call__(self, rows: Tensor | None = None) -> Tensor:
         """Return F of all samples, or of those of these numbers."""

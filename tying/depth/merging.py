@@ -158,28 +158,27 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         ConfigurationError: a pattern matches nothing, or a module that is no residual block.
     """
     names = {clean_name(name): module for name, module in model.named_modules() if name}
-    again = {f"{name}.blocks": module for name, module in names.items() if isinstance(module, Recurrent)}
     chosen = [Pattern(text) for text in ([patterns] if isinstance(patterns, str) else patterns)]
     if not chosen:
         raise ConfigurationError("blocks must be a pattern of names of modules, or several, not []")
+    matched: set[str] = set()
     for pattern in chosen:
-        if not any(pattern.match(name) is not None for name in names):
+        own = {name for name in names if pattern.match(name) is not None}
+        if not own:
             close = nearest(pattern.text, names)
             raise ConfigurationError(f"blocks: pattern {pattern.text!r} matches no module.{close}")
-    matched = {name for name in names if any(pattern.match(name) is not None for pattern in chosen)}
-    matched |= {
-        f"{blocks}.{n}"
-        for blocks, m in again.items()
-        if blocks.removesuffix(".blocks") in matched
-        for n in range(len(m.blocks))
-    }
+        matched |= own
+    again = {name: m for name, m in names.items() if name in matched and isinstance(m, Recurrent)}
+    for name, recurrent in again.items():
+        matched |= {f"{name}.blocks.{step}" for step in range(len(recurrent.blocks))}
     found = {name: m for name, m in names.items() if name in matched and not isinstance(m, Recurrent)}
     kinds = merged_kinds()
     known = {*kinds, *kinds.values()}
-    other = {name: m for name, m in found.items() if not isinstance(m, Residual) and type(m) not in known}
+    other = {name: type(m) for name, m in found.items() if not isinstance(m, Residual) and type(m) not in known}
     if other:
-        kinds_of = ((name, type(module)) for name, module in other.items())
-        told = listed(f"{name!r} is a {kind.__name__} of {kind.__module__.split('.')[0]}" for name, kind in kinds_of)
+        told = listed(
+            f"{name!r} is a {kind.__name__} of {kind.__module__.split('.')[0]}" for name, kind in other.items()
+        )
         raise ConfigurationError(
             f"blocks: {told}, whose branch and shortcut cannot be told apart: there are tying.depth.Residual, "
             "BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. Write such a block as "

@@ -53,7 +53,8 @@ class Recurrent(nn.Module):
         self.blocks = nn.ModuleList([block])
         if per_step_norm:
             self.blocks += [copy.deepcopy(block) for _ in range(steps - 1)]
-            shared = [name for name, _ in block.named_parameters() if not isinstance(_owner(block, name), NORMS)]
+            owners = {name: block.get_submodule(name.rpartition(".")[0]) for name, _ in block.named_parameters()}
+            shared = [name for name, owner in owners.items() if not isinstance(owner, NORMS)]
             if steps > 1 and shared:
                 tie(self, [f"blocks.*.{name}" for name in shared])
 
@@ -85,7 +86,3 @@ class Recurrent(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
-
-
-def _owner(block: nn.Module, name: str) -> nn.Module:
-    return block.get_submodule(name.rpartition(".")[0])

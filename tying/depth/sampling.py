@@ -81,6 +81,6 @@ def sampled(model: nn.Module, x: Tensor, samples: int) -> Sampled:
         for number in range(1, samples + 1):
             drawn = model(x).softmax(dim=-1)
             before = mean
-            mean = drawn if number == 1 else mean + (drawn - mean) / number
-            squares = torch.zeros_like(drawn) if number == 1 else squares + (drawn - before) * (drawn - mean)
+            mean = mean + (drawn - mean) / number
+            squares = squares + (drawn - before) * (drawn - mean)
     return Sampled(mean, (squares / max(1, samples - 1)).sqrt())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,6 @@ from tying.errors import ConfigurationError, nearest
 
 Mode = Literal["batch", "row", "subset", "auto"]
 Scale = Literal["test", "train"]
-MODES = ("batch", "row", "subset", "auto")
-SCALES = ("test", "train")
 BREAK_EVEN = 0.9  # above this keep, choosing rows costs more than the branch of the others: `speed depth`
 
 
@@ -104,7 +102,8 @@ class StochasticDepth(Merge):
 
     def __init__(self, keep: float, mode: Mode = "batch", scale: Scale = "test") -> None:
         super().__init__(keep=keep)
-        for name, value, known in (("mode", mode, MODES), ("scale", scale, SCALES)):
+        for name, value, kinds in (("mode", mode, Mode), ("scale", scale, Scale)):
+            known = get_args(kinds)
             if value not in known:
                 close = nearest(value, known)
                 raise ConfigurationError(f"unknown {name} {value!r}: use {', '.join(map(repr, known))}.{close}")

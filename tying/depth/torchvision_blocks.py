@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from typing_extensions import override
 
 from tying.depth.branch import Branch
+
+
+def _merged(block: Any, x: Tensor, layers: list[tuple[nn.Module, nn.Module]]) -> Tensor:
+    """Return what a block makes of x, by a branch of convolutions and their norms, with ReLUs between these layers."""
+
+    def compute(x: Tensor) -> Tensor:
+        for number, (conv, norm) in enumerate(layers):
+            x = norm(conv(block.relu(x) if number else x))
+        return x
+
+    branch = Branch(compute, [(x, 0)], [part for layer in layers for part in layer])
+    out: Tensor = block.relu(block.merge(x if block.downsample is None else block.downsample(x), branch))
+    return out
 
 
 class MergedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types
@@ -16,13 +31,7 @@ class MergedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no 
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        def compute(x: Tensor) -> Tensor:
-            out = self.relu(self.bn1(self.conv1(x)))
-            return self.bn2(self.conv2(out))  # type: ignore[no-any-return]  # torchvision's modules
-
-        branch = Branch(compute, [(x, 0)], [self.conv1, self.bn1, self.conv2, self.bn2])
-        out: Tensor = self.relu(self.merge(x if self.downsample is None else self.downsample(x), branch))
-        return out
+        return _merged(self, x, [(self.conv1, self.bn1), (self.conv2, self.bn2)])
 
 
 class MergedBottleneck(Bottleneck):  # type: ignore[misc]  # likewise
@@ -32,15 +41,7 @@ class MergedBottleneck(Bottleneck):  # type: ignore[misc]  # likewise
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        def compute(x: Tensor) -> Tensor:
-            out = self.relu(self.bn1(self.conv1(x)))
-            out = self.relu(self.bn2(self.conv2(out)))
-            return self.bn3(self.conv3(out))  # type: ignore[no-any-return]  # torchvision's modules
-
-        parts = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
-        branch = Branch(compute, [(x, 0)], parts)
-        out: Tensor = self.relu(self.merge(x if self.downsample is None else self.downsample(x), branch))
-        return out
+        return _merged(self, x, [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)])
 
 
 KINDS: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: MergedBasicBlock, Bottleneck: MergedBottleneck}

@@ -80,8 +80,8 @@ class _ZonedLSTM(torch.autograd.Function):
         keep_hidden: Keep,
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, size = len(x), *h.shape
-        gates = F.linear(x, _sigmoids_first(weight_ih), None if bias is None else _sigmoids_first(bias))
-        across = _sigmoids_first(weight_hh)
+        gates = F.linear(x, _g_and_o_swapped(weight_ih), None if bias is None else _g_and_o_swapped(bias))
+        across = _g_and_o_swapped(weight_hh)
         hidden, cells = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
         tanhs = gates.new_empty(steps, batch, size)
         hidden[0], cells[0] = h, c
@@ -92,8 +92,8 @@ class _ZonedLSTM(torch.autograd.Function):
             i, f, o, g = gate.chunk(4, dim=1)
             new = torch.addcmul(f * cells[t], i, g)
             torch.tanh(new, out=tanhs[t])
-            _keep(cells[t], new, keep_cell, t, cells[t + 1])
-            _keep(hidden[t], o * tanhs[t], keep_hidden, t, hidden[t + 1])
+            _keep(cells[t], new, _at(keep_cell, t), cells[t + 1])
+            _keep(hidden[t], o * tanhs[t], _at(keep_hidden, t), hidden[t + 1])
         ctx.save_for_backward(x, weight_ih, gates, hidden, cells, tanhs, across)
         ctx.keep_cell, ctx.keep_hidden, ctx.biased = keep_cell, keep_hidden, bias is not None
         return hidden[1:], hidden[-1].clone(), cells[-1].clone()
@@ -117,21 +117,16 @@ class _ZonedLSTM(torch.autograd.Function):
             h = torch.addmm(old_h, into[t], across)
             c = torch.addcmul(old_c, new_c, f)
         flat = into.flatten(0, 1)
-        d_x = into @ _sigmoids_first(weight_ih) if ctx.needs_input_grad[0] else None
-        d_ih = _sigmoids_last(flat.t() @ x.flatten(0, 1))
-        d_hh = _sigmoids_last(flat.t() @ hidden[:-1].flatten(0, 1))
-        return d_x, h, c, d_ih, d_hh, _sigmoids_last(flat.sum(0)) if ctx.biased else None, None, None
+        d_x = into @ _g_and_o_swapped(weight_ih) if ctx.needs_input_grad[0] else None
+        d_ih = _g_and_o_swapped(flat.t() @ x.flatten(0, 1))
+        d_hh = _g_and_o_swapped(flat.t() @ hidden[:-1].flatten(0, 1))
+        return d_x, h, c, d_ih, d_hh, _g_and_o_swapped(flat.sum(0)) if ctx.biased else None, None, None
 
 
-def _sigmoids_first(gates: Tensor) -> Tensor:
-    """Return a copy of what belongs to gates i, f, g, o in the order i, f, o, g."""
-    i, f, g, o = gates.chunk(4)
-    return torch.cat([i, f, o, g])
-
-
-def _sigmoids_last(gates: Tensor) -> Tensor:
-    i, f, o, g = gates.chunk(4)
-    return torch.cat([i, f, g, o])
+def _g_and_o_swapped(gates: Tensor) -> Tensor:
+    """Return a copy of what belongs to gates i, f, g, o in the order i, f, o, g, the sigmoids first; or back again."""
+    i, f, third, fourth = gates.chunk(4)
+    return torch.cat([i, f, fourth, third])
 
 
 def _fitting(keep: Keep, dtype: torch.dtype) -> Keep:
@@ -146,11 +141,11 @@ def _at(keep: Keep, t: int) -> Keep:
     return keep[t] if isinstance(keep, Tensor) else keep
 
 
-def _keep(old: Tensor, new: Tensor, keep: Keep, t: int, out: Tensor) -> None:
+def _keep(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
-        torch.where(keep[t], new, old, out=out)
+        torch.where(keep, new, old, out=out)
     elif isinstance(keep, Tensor):
-        torch.lerp(old, new, keep[t].expand_as(new), out=out)
+        torch.lerp(old, new, keep.expand_as(new), out=out)
     elif keep in (0.0, 1.0):  # whatever the other one is, infinite or not a number
         out.copy_(new if keep else old)
     else:

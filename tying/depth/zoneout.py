@@ -18,13 +18,29 @@ from tying.errors import ConfigurationError
 State = tuple[Tensor, Tensor]
 
 
-def _check(name: str, rate: float) -> float:
-    if not 0 <= rate <= 1:
-        raise ConfigurationError(f"{name} is the probability of keeping the old value, from 0 to 1, not {rate}")
-    return float(rate)
+class _Zoned(nn.Module):
+    """What both have in common: the probabilities that units keep their old values."""
+
+    zoneout_cell: float
+    zoneout_hidden: float
+
+    def _set_rates(self, **rates: float) -> None:
+        for name, rate in rates.items():
+            if not 0 <= rate <= 1:
+                raise ConfigurationError(f"{name} is the probability of keeping the old value, from 0 to 1, not {rate}")
+            setattr(self, name, float(rate))
+
+    def _draw(self, shape: tuple[int, ...], device: torch.device) -> list[Keep]:
+        """Return masks of new values; in evaluation, or where nothing is random, their probabilities."""
+        news = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        return [keep_mask(new, shape, device) if self.training and 0 < new < 1 else new for new in news]
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, zoneout_cell={self.zoneout_cell:g}, zoneout_hidden={self.zoneout_hidden:g}"
 
 
-class ZoneoutLSTMCell(nn.LSTMCell):
+class ZoneoutLSTMCell(_Zoned, nn.LSTMCell):
     """One step of :class:`ZoneoutLSTM`, with the interface and the parameters of ``nn.LSTMCell``.
 
     Args:
@@ -56,8 +72,7 @@ class ZoneoutLSTMCell(nn.LSTMCell):
         zoneout_hidden: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self.zoneout_cell = _check("zoneout_cell", zoneout_cell)
-        self.zoneout_hidden = _check("zoneout_hidden", zoneout_hidden)
+        self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
 
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
@@ -71,25 +86,12 @@ class ZoneoutLSTMCell(nn.LSTMCell):
             check_state(hx, ((*input.shape[:-1], self.hidden_size),) * 2)
             h, c = (one if input.ndim == 2 else one.unsqueeze(0) for one in hx)
         biases = self.bias_ih + self.bias_hh if self.bias else None
-        keeps = [_draw(rate, self.training, (1, *h.shape), h) for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        keeps = self._draw((1, *h.shape), h.device)
         _, h, c = zoned_lstm(batch.unsqueeze(0), h, c, self.weight_ih, self.weight_hh, biases, *keeps)
         return (h, c) if input.ndim == 2 else (h.squeeze(0), c.squeeze(0))
 
-    @override
-    def extra_repr(self) -> str:
-        return _with_rates(super().extra_repr(), self)
 
-
-def _with_rates(told: str, zoned: ZoneoutLSTMCell | ZoneoutLSTM) -> str:
-    return f"{told}, zoneout_cell={zoned.zoneout_cell:g}, zoneout_hidden={zoned.zoneout_hidden:g}"
-
-
-def _draw(rate: float, training: bool, shape: tuple[int, ...], like: Tensor) -> Keep:
-    """Return a mask of new values; in evaluation, or where nothing is random, their probability."""
-    return keep_mask(1 - rate, shape, like.device) if training and 0 < rate < 1 else 1 - rate
-
-
-class ZoneoutLSTM(nn.LSTM):
+class ZoneoutLSTM(_Zoned, nn.LSTM):
     """``nn.LSTM``, its interface and its parameters' names, where units keep their old values at random.
 
     All of it but projections (``proj_size``). In evaluation, old and new values are mixed by these probabilities. The
@@ -138,8 +140,7 @@ class ZoneoutLSTM(nn.LSTM):
     ) -> None:
         factory = {"device": device, "dtype": dtype}
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **factory)
-        self.zoneout_cell = _check("zoneout_cell", zoneout_cell)
-        self.zoneout_hidden = _check("zoneout_hidden", zoneout_hidden)
+        self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
 
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
@@ -184,16 +185,14 @@ class ZoneoutLSTM(nn.LSTM):
 
     def _layer(self, x: Tensor, h: Tensor, c: Tensor, name: str, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         biases = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
-        keeps: list[Keep] = []
-        for rate in (self.zoneout_cell, self.zoneout_hidden):
-            keep = _draw(rate, self.training, (len(x), *h.shape), h)
-            if there is not None:
-                masked = isinstance(keep, Tensor) or keep in (0.0, 1.0)
-                keep = there & keep if isinstance(keep, Tensor) else there & bool(keep) if masked else there * keep
-            keeps.append(keep)
+        keeps = self._draw((len(x), *h.shape), h.device)
+        if there is not None:
+            keeps = [_where_there(there, keep) for keep in keeps]
         into, across = (getattr(self, f"weight_{kind}_{name}") for kind in ("ih", "hh"))
-        return zoned_lstm(x, h, c, into, across, biases, keeps[0], keeps[1])
+        return zoned_lstm(x, h, c, into, across, biases, *keeps)
 
-    @override
-    def extra_repr(self) -> str:
-        return _with_rates(super().extra_repr(), self)
+
+def _where_there(there: Tensor, keep: Keep) -> Tensor:
+    if isinstance(keep, Tensor):
+        return there & keep
+    return there & bool(keep) if keep in (0.0, 1.0) else there * keep

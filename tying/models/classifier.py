@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -78,7 +78,12 @@ class Classification(pl.LightningModule):
         drops = list(drops)
         self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
         stages = ("fit", "val", "test", *(["sampled"] if test_samples > 1 else []))
-        self.accuracy = nn.ModuleDict({stage: MulticlassAccuracy(num_classes, average="micro") for stage in stages})
+        self.count_accuracy(stages)
+
+    def count_accuracy(self, metrics: Iterable[str]) -> None:
+        """Begin to count the accuracies of these names, for :meth:`log_accuracy`."""
+        classes = self.hparams["num_classes"]
+        self.accuracy = nn.ModuleDict({metric: MulticlassAccuracy(classes, average="micro") for metric in metrics})
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of inputs."""
@@ -112,11 +117,11 @@ class Classification(pl.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluate("val", batch, batch_idx)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate("test", batch, batch_idx)
         if self.hparams["test_samples"] > 1:
             x, y = batch
             mean, spread = sampled(self, x, self.hparams["test_samples"])
@@ -133,7 +138,7 @@ class Classification(pl.LightningModule):
         probabilities: Tensor = self(x).softmax(dim=-1)
         return probabilities
 
-    def _evaluate(self, stage: str, batch: Any) -> None:
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
         x, y = batch
         logits = self(x)
         self.log(f"{stage}/loss", F.cross_entropy(logits, y), sync_dist=True)
@@ -153,14 +158,12 @@ class Classification(pl.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
+        lr, momentum, decay = hparams["lr"], hparams["momentum"], hparams["weight_decay"]
         optimizer: torch.optim.Optimizer
         if hparams["optimizer"] == "sgd":
-            momentum, decay = hparams["momentum"], hparams["weight_decay"]
-            optimizer = torch.optim.SGD(
-                self.parameters(), lr=hparams["lr"], momentum=momentum, weight_decay=decay, nesterov=momentum > 0
-            )
+            optimizer = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=momentum > 0)
         else:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=hparams["lr"], weight_decay=hparams["weight_decay"])
+            optimizer = torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
         if hparams["schedule"] == "plateau":
             plateau = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3, threshold=0.0)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "train/accuracy"}}

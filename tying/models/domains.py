@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
@@ -54,13 +53,7 @@ class DomainClassifiers(Classification):
         self.networks = nn.ModuleDict(
             {domain: self.laid_out(one) for domain, one in zip(self.domains, networks, strict=True)}
         )
-        self.accuracy = nn.ModuleDict(
-            {
-                f"{stage}_{domain}": MulticlassAccuracy(self.hparams["num_classes"], average="micro")
-                for stage in ("fit", "val", "test")
-                for domain in self.domains
-            }
-        )
+        self.count_accuracy(f"{stage}_{domain}" for stage in ("fit", "val", "test") for domain in self.domains)
 
     @override
     def forward(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
@@ -76,7 +69,7 @@ class DomainClassifiers(Classification):
         return torch.stack(losses).sum()
 
     @override
-    def _evaluate(self, stage: str, batch: Any) -> None:
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
         for domain, logits, y in self._classified(batch):
             self.log(f"{stage}/{domain}/loss", F.cross_entropy(logits, y), sync_dist=True)
             self.log_accuracy(f"{stage}/{domain}", f"{stage}_{domain}", logits, y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +14,6 @@ from tying.depth import Recurrent, Residual
 from tying.errors import ConfigurationError
 
 Shortcut = Literal["pad", "pool", "project"]
-SHORTCUTS = ("pad", "pool", "project")
 
 
 class ResNet(nn.Module):
@@ -73,8 +72,8 @@ class ResNet(nn.Module):
             raise ConfigurationError(f"a ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), not {depth}")
         if not (width > 0 and float(16 * width).is_integer()):
             raise ConfigurationError(f"a ResNet's width is a multiple of 1/16, such as 0.5, 1 or 2, not {width}")
-        if shortcut not in SHORTCUTS:
-            raise ConfigurationError(f"shortcut is {', '.join(map(repr, SHORTCUTS))}, not {shortcut!r}")
+        if shortcut not in get_args(Shortcut):
+            raise ConfigurationError(f"shortcut is {', '.join(map(repr, get_args(Shortcut)))}, not {shortcut!r}")
         if shared and blocks < 2:
             raise ConfigurationError(f"shared=True needs two blocks a stage: a depth of 14 or more, not {depth}")
         channels = [int(16 * width) * factor for factor in (1, 2, 4)]
@@ -145,23 +144,13 @@ class PadShortcut(nn.Module):
 def _block(inputs: int, outputs: int, stride: int, preactivation: bool, shortcut: Shortcut) -> Residual:
     conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+    norm1, norm2 = nn.BatchNorm2d(inputs if preactivation else outputs), nn.BatchNorm2d(outputs)
     if preactivation:
         parts = OrderedDict(
-            norm1=nn.BatchNorm2d(inputs),
-            activation1=nn.ReLU(),
-            conv1=conv1,
-            norm2=nn.BatchNorm2d(outputs),
-            activation2=nn.ReLU(),
-            conv2=conv2,
+            norm1=norm1, activation1=nn.ReLU(), conv1=conv1, norm2=norm2, activation2=nn.ReLU(), conv2=conv2
         )
     else:
-        parts = OrderedDict(
-            conv1=conv1,
-            norm1=nn.BatchNorm2d(outputs),
-            activation=nn.ReLU(),
-            conv2=conv2,
-            norm2=nn.BatchNorm2d(outputs),
-        )
+        parts = OrderedDict(conv1=conv1, norm1=norm1, activation=nn.ReLU(), conv2=conv2, norm2=norm2)
     way: nn.Module | None = None
     if stride > 1 or inputs != outputs:
         way = PadShortcut(outputs - inputs, stride, pool=shortcut == "pool")

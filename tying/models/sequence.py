@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.memory import recursive_detach
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -112,15 +113,15 @@ class SequenceModel(Classification):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step("train", "fit", batch)
+        return self._step("train", "fit", batch, batch_idx)
 
     @override
-    def _evaluate(self, stage: str, batch: Any) -> None:
-        self._step(stage, stage, batch)
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
+        self._step(stage, stage, batch, batch_idx)
 
-    def _step(self, stage: str, metric: str, batch: Any) -> Tensor:
+    def _step(self, stage: str, metric: str, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        logits, y = self._run_on(stage, x).flatten(0, -2), y.flatten()
+        logits, y = self._run_on(stage, x, batch_idx).flatten(0, -2), y.flatten()
         entropy = F.cross_entropy(logits, y)
         smoothed = stage == "train" and self.hparams["label_smoothing"] > 0
         loss = self.training_loss(logits, y) if smoothed else entropy
@@ -131,36 +132,19 @@ class SequenceModel(Classification):
         self.log_accuracy(stage, metric, logits, y)
         return loss
 
-    def _run_on(self, stage: str, x: Tensor) -> Tensor:
-        """Return logits; a language model goes on from the state of the batch before."""
-        carried = self._carried.get(stage)
+    def _run_on(self, stage: str, x: Tensor, batch_idx: int) -> Tensor:
+        """Return logits; a language model goes on from the state of the batch before, if there is one in the epoch."""
+        carried = self._carried.get(stage) if batch_idx else None
         fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
         logits, state = self.run(x, carried if fits else None)
         if self.task == "language":
-            self._carried[stage] = _detached(state)
+            self._carried[stage] = recursive_detach(state)
         return logits
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = batch[0] if isinstance(batch, list | tuple) else batch
-        return self._run_on("predict", x).softmax(dim=-1)
-
-    @override
-    def on_predict_epoch_start(self) -> None:
-        self._carried.pop("predict", None)
-
-    @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:  # a run that goes on from the last step of an epoch does not start the next one
-            self._carried.pop("train", None)
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._carried.pop("val", None)
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._carried.pop("test", None)
+        return self._run_on("predict", x, batch_idx).softmax(dim=-1)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -186,13 +170,6 @@ class SequenceModel(Classification):
 
 def _leaves(state: Any) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [*state]
-
-
-def _detached(state: Any) -> Any:
-    if isinstance(state, Tensor):
-        return state.detach()
-    parts = [part.detach() for part in state]
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
 class HMNetwork(nn.Module):
