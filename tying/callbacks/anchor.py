@@ -99,9 +99,8 @@ class AnchorTying(Pulling):
             chosen = {id(weight) for weight in found.values()}
             every = {clean_name(name): weight for name, weight in model.named_parameters()}
             head = {name: w for name, w in every.items() if w.requires_grad and id(w) not in chosen}
-            pulls.append(
-                Pull(anchored(head, {name: torch.zeros_like(w) for name, w in head.items()}), self.head_strength)
-            )
+            zeros = {name: torch.zeros_like(weight) for name, weight in head.items()}
+            pulls.append(Pull(anchored(head, zeros), self.head_strength))
         self._begun = 0
         return pulls
 

@@ -48,7 +48,7 @@ class BoundaryPlot(pl.Callback):
         self.characters = characters
         self._hook: Any = None
         self._last: Tensor | None = None  # (steps, batch, layers − 1) of the last forward pass
-        self._sum: Tensor | None = None  # of boundaries, (layers − 1,)
+        self._sum = torch.zeros(())  # of boundaries; (layers − 1,) after the first batch
         self._steps = 0
         self._drawn: list[tuple[Tensor, Tensor]] = []  # of the first sample: characters and their boundaries
 
@@ -62,7 +62,7 @@ class BoundaryPlot(pl.Callback):
                 "BoundaryPlot: the data module has no method text(ids), which tells the characters of indices, as that "
                 "of tying.data.Text"
             )
-        self._sum, self._steps, self._drawn = None, 0, []
+        self._sum, self._steps, self._drawn = torch.zeros(()), 0, []
         self._hook = found[0].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: HMOutput) -> None:
@@ -71,24 +71,16 @@ class BoundaryPlot(pl.Callback):
 
     @override
     def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         assert self._last is not None
-        total = self._last.sum(dim=(0, 1))
-        self._sum = total if self._sum is None else self._sum + total
+        self._sum = self._sum + self._last.sum(dim=(0, 1))
         self._steps += self._last.shape[0] * self._last.shape[1]
         if sum(len(ids) for ids, _ in self._drawn) < self.characters:
             self._drawn.append((batch[0][0].cpu(), self._last[:, 0].cpu()))
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._sum is not None
         for layer, count in enumerate(self._sum / self._steps, start=1):
             pl_module.log(f"test/boundaries/{layer}", count, sync_dist=True)
         if not (folder := picture_folder(trainer)):
@@ -100,14 +92,11 @@ class BoundaryPlot(pl.Callback):
             save_figure(boundary_figure(text, marks), folder / "boundaries.png")
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._unhook()
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "test")
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._unhook()
-
-    def _unhook(self) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = self._last = None

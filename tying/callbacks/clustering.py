@@ -121,8 +121,7 @@ class WeightClustering(Watching):
         """Return the names of the weights to cluster; once they are, the patterns would not match them."""
         record: dict[str, list[str]] = model.__dict__.setdefault("_clustered_by", {})
         if arguments_of(self) not in record:
-            found = select(model, self.parameters)
-            names = [name for name, weight in found.items() if weight.ndim >= 2]
+            names = [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]
             if not names:
                 raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
             places = places_of(model)

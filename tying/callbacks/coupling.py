@@ -14,7 +14,7 @@ from tying.errors import ConfigurationError, listed
 from tying.names import clean_name
 from tying.selection import resolve
 from tying.soft import TyingPenalty, coupling_strength
-from tying.ties import Tie, TiedGroup
+from tying.ties import Tie
 
 
 class Coupling(Pulling, TyingCallback):
@@ -65,11 +65,6 @@ class Coupling(Pulling, TyingCallback):
         self.first, self.second, self.alpha, self.exponent, self.examples = first, second, alpha, exponent, examples
         self.ties = [Tie(first, second)]
 
-    @property
-    @override
-    def groups(self) -> list[TiedGroup]:
-        return [group for pull in self._pulls for group in pull.penalty.groups]
-
     @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
         if wrong := unpaired(model, self.first, self.second):
@@ -93,14 +88,10 @@ def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
     if not {first, second} <= modules.keys():
         return []
     own, other = ({clean_name(name): w for name, w in modules[one].named_parameters()} for one in (first, second))
-    alone = [
-        (side, name)
-        for side, here, there in ((first, own, other), (second, other, own))
-        for name in here
-        if name not in there
-    ]
+    alone = [f"{first}.{name}" for name in own if name not in other]
+    alone += [f"{second}.{name}" for name in other if name not in own]
     both = {name: (tuple(own[name].shape), tuple(other[name].shape)) for name in own if name in other}
     return [
-        *(f"{f'{side}.{name}'!r} has no partner" for side, name in alone),
+        *(f"{name!r} has no partner" for name in alone),
         *(f"{f'{first}.{name}'!r} is {a} and {f'{second}.{name}'!r} {b}" for name, (a, b) in both.items() if a != b),
     ]

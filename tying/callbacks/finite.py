@@ -87,16 +87,14 @@ class FiniteWatch:
         if self._weights is None or not (wait or self._weights.is_known()):
             return
         looked, self._weights = self._weights, None
-        wrong = looked.found()
-        if not wrong:
-            self._warn_of_gradients(wait)
-        else:
+        if wrong := looked.found():
             gradients = self._gradients or Look.at(_gradients(self._looked_at))  # as they are, where nothing clips them
             before = gradients.found() if gradients is not None else {}
             raise NonFiniteError(
                 f"{self._told(wrong, groups, before)}. Lower the learning rate, clip gradients, or look at the batch; "
                 "checkpoints are from before"
             )
+        self._warn_of_gradients(wait)
 
     def _told(
         self, wrong: Mapping[str, str], groups: Sequence[TiedGroup], gradients: Mapping[str, str] | None = None
@@ -202,19 +200,19 @@ class Watching(pl.Callback):
         return self._held
 
     @property
-    def watched_groups(self) -> Sequence[TiedGroup]:
+    def groups(self) -> list[TiedGroup]:
         """Who of the watched is tied to whom."""
-        return ()
+        return []
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watch.check(self._held_in(pl_module), self.watched_groups)
+        self._watch.check(self._held_in(pl_module), self.groups)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._watch.tell(self.watched_groups)
+        self._watch.tell(self.groups)
         if trainer.gradient_clip_val:
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             held = self._held_in(pl_module).items()
@@ -222,25 +220,21 @@ class Watching(pl.Callback):
             self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own}, scaled)
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step != self._steps_seen:
             self._steps_seen = trainer.global_step
             self._watch.look(self._held_in(pl_module))
-            self._watch.tell(self.watched_groups, wait=False)
+            self._watch.tell(self.groups, wait=False)
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.training:
             self._watch.look(self._held_in(pl_module))
-        self._watch.tell(self.watched_groups)
+        self._watch.tell(self.groups)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._watch.tell(self.watched_groups)
+        self._watch.tell(self.groups)
 
 
 def kept_for(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Parameter]:

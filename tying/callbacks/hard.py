@@ -81,11 +81,6 @@ class HardTying(TyingCallback, ChangesModel):
     def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {group.names[0]: group.parameters[0] for group in self._groups}
 
-    @property
-    @override
-    def watched_groups(self) -> list[TiedGroup]:
-        return self._groups
-
     @override
     def is_applied(self, model: nn.Module) -> bool:
         return record_of(model).ties.keys() >= {*self.ties}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel
+from tying.callbacks.base import ChangesModel, arguments_of
 from tying.depth import Merge, apply_merge
 from tying.depth.merging import put_merges, residual_blocks
 from tying.errors import ConfigurationError
@@ -102,19 +101,18 @@ class ResidualMerging(ChangesModel):
 
     @override
     def apply(self, model: nn.Module) -> int:
+        found = residual_blocks(model, self.blocks)
         if self.is_applied(model):
-            return len(residual_blocks(model, self.blocks))
-        if isinstance(self.keep_schedule, Sequence) and not isinstance(self.keep_schedule, str):
-            count = apply_merge(model, self.blocks, self.merge, self.keep_schedule)
-        elif self.keep_schedule == "linear" and isinstance(self.merge, Merge):
-            found = residual_blocks(model, self.blocks)
-            count = put_merges(model, found, [self.merge.with_share(n / len(found)) for n in range(1, len(found) + 1)])
+            return len(found)
+        if self.keep_schedule == "linear" and isinstance(self.merge, Merge):
+            put_merges(model, found, [self.merge.with_share(n / len(found)) for n in range(1, len(found) + 1)])
         else:
-            count = apply_merge(model, self.blocks, self.merge)
-        for block in residual_blocks(model, self.blocks).values():
+            keeps = None if isinstance(self.keep_schedule, str) else self.keep_schedule
+            apply_merge(model, self.blocks, self.merge, keeps)
+        for block in found.values():
             block.__dict__["_merged_by"] = self._mark
         self._set_share(model, self._last_share)  # as it will be at the end, wherever the model is loaded
-        return count
+        return len(found)
 
     @property
     def _last_share(self) -> float:
@@ -130,18 +128,14 @@ class ResidualMerging(ChangesModel):
     def _mark(self) -> str:
         """What makes the callback equal to another."""
         own = {key: value for key, value in vars(self.merge).items() if not key.startswith("_") and key != "training"}
-        return (
-            f"{self.blocks} {type(self.merge).__qualname__} {own} {self.merge!r} {self.keep_schedule} {self.schedule}"
-        )
+        return f"{type(self.merge).__qualname__} {own} {arguments_of(self)}"
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._merges = self._merges_of(pl_module)
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self.schedule is not None:
             steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
             count = steps if self.schedule.unit == "step" else trainer.current_epoch

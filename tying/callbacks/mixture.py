@@ -83,17 +83,17 @@ class MixtureTying(Pulling):
         self.start_epoch, self.examples, self.rates = start_epoch, examples, rates
         self.prior: GaussianMixturePrior | None = None
         self._weights: dict[str, nn.Parameter] = {}
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._optimizer: torch.optim.Optimizer | None = None  # while the prior learns: until components are merged
         self._saved: dict[str, Any] = {}
         self._value: Tensor | None = None
-        self._done = False
 
     @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self.prior is not None and self._optimizer is not None:
+        if self.prior is not None:
             state["prior"] = self.prior.state_dict()
-            state |= {} if self._done else {"optimizer": self._optimizer.state_dict()}
+        if self._optimizer is not None:
+            state["optimizer"] = self._optimizer.state_dict()
         return state
 
     @override
@@ -106,7 +106,7 @@ class MixtureTying(Pulling):
         super().setup(trainer, pl_module, stage)
         refuse_copies(trainer, "MixtureTying", "weights that are not quantised", processes=False)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's state is restored after this
-            self.prior, self._optimizer, self._saved, self._done = None, None, {}, False
+            self.prior, self._optimizer, self._saved = None, None, {}
             select(pl_module, self.parameters)
 
     @override
@@ -117,10 +117,12 @@ class MixtureTying(Pulling):
         if not trained or not any(trained <= own for own in held):
             raise ConfigurationError(f"no one optimizer trains {listed(self._weights) or self.parameters}")
         if "prior" in self._saved:
-            self._restore(self._saved)
+            prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._all())
+            prior.load_state_dict(self._saved["prior"])
+            self._learn(prior, self._saved.get("optimizer"))  # none is kept at the end, when components are merged
             self._saved = {}
-        elif self._done:  # training goes on
-            self._learn()
+        elif self.prior is not None and self._optimizer is None:  # training goes on
+            self._learn(self.prior)
         return []
 
     @override
@@ -157,38 +159,32 @@ class MixtureTying(Pulling):
             raise ConfigurationError(
                 f"all of {listed(self._weights)} are {low}: there is no range to spread means over"
             )
-        self.prior = GaussianMixturePrior(self.components, self.zero_weight, low, high).to(every)
-        self._learn()
+        self._learn(GaussianMixturePrior(self.components, self.zero_weight, low, high).to(every))
 
-    def _learn(self) -> None:
-        assert self.prior is not None
-        learned = zip(self.prior.parameters(), self.rates, strict=True)
+    def _learn(self, prior: GaussianMixturePrior, state: dict[str, Any] | None = None) -> None:
+        """Let a mixture learn from now on, by an Adam in this state."""
+        self.prior = prior
+        learned = zip(prior.parameters(), self.rates, strict=True)
         self._optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in learned])
-        self._done = False
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._all())
-        self.prior.load_state_dict(state["prior"])
-        self._learn()
-        if self._optimizer is not None and "optimizer" in state:  # none is kept at the end, when components are merged
-            self._optimizer.load_state_dict(state["optimizer"])
+        if state is not None:
+            self._optimizer.load_state_dict(state)
 
     @override
     def add_gradients(self, factor: float, scale: float, rates: Rates) -> None:
-        if self.prior is None or self._done or not any(weight in rates for weight in self._weights.values()):
+        if self.prior is None or self._optimizer is None or not any(weight in rates for weight in self.pulled):
             return
         self.prior.zero_grad()
         strength = factor * self.strength
-        self._value = strength * self.prior.add_gradients_([*self._weights.values()], strength, scale)
+        self._value = strength * self.prior.add_gradients_(self.pulled, strength, scale)
 
     @override
     def stepped(self, rates: Rates) -> None:
-        if self._optimizer is not None and not self._done and any(w in rates for w in self._weights.values()):
+        if self._optimizer is not None and any(weight in rates for weight in self.pulled):
             self._optimizer.step()
 
     @override
     def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return self._weights
+        return self._weights if self.strength else {}
 
     @property
     @override
@@ -205,53 +201,52 @@ class MixtureTying(Pulling):
         progress: Any = trainer.fit_loop.epoch_progress.current
         ends = 0 < epochs <= progress.processed or 0 < steps <= trainer.global_step
         ends |= trainer.should_stop and trainer.fit_loop._can_stop_early
-        if self.prior is not None and not self._done and ends:
-            self._draw(trainer, "mixture_end")
-            for name, value in self._finish().items():
+        if self._optimizer is not None and ends:
+            for name, value in self._finish(trainer).items():
                 pl_module.log(f"{self._prefix}/{name}", value)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self.prior is not None and not self._done:
+        if self._optimizer is not None:
             warnings.warn(
                 "training ended before its last epoch did: the weights are quantised now, those of its checkpoints are "
                 "not",
                 stacklevel=2,
             )
-            self._draw(trainer, "mixture_end")
-            self._finish()
+            self._finish(trainer)
 
     @torch.no_grad()
-    def _finish(self) -> dict[str, float]:
-        """Merge the components and quantise the weights; return what that makes of them."""
+    def _finish(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Draw the mixture, merge its components and quantise the weights; return what that makes of them."""
         assert self.prior is not None
+        self._draw(trainer, "mixture_end")
         self.prior.merge()
         assignments = []
         for weight in self._weights.values():
             assignments.append(self.prior.assign(weight))
             weight.copy_(self.prior.all_means().to(weight)[assignments[-1]])
-        self._done = True
+        self._optimizer = None
         used, numbered = torch.unique(torch.cat([one.flatten() for one in assignments]), return_inverse=True)
         zeros = int(0 in used)  # the component at zero is no entry of the codebook
-        whole = torch.split(numbered - zeros, [one.numel() for one in assignments])
-        small, coded = sizes([*whole], max(1, len(used) - zeros))
-        count = len(numbered)
+        entries = torch.split(numbered - zeros, [one.numel() for one in assignments])
+        small, coded = sizes(entries, max(1, len(used) - zeros))
+        bits = 32 * len(numbered)
         kept = float((numbered >= zeros).double().mean())
         rank_zero_info(
-            f"MixtureTying: {count:,} weights of {len(used)} values, {kept:.2%} of them not zero; "
-            f"{32 * count / small:.1f} times smaller, {32 * count / coded:.1f} with Huffman's code"
+            f"MixtureTying: {len(numbered):,} weights of {len(used)} values, {kept:.2%} of them not zero; "
+            f"{bits / small:.1f} times smaller, {bits / coded:.1f} with Huffman's code"
         )
         return {
             "distinct": float(len(used)),
             "nonzero": kept,
-            "compression": 32 * count / small,
-            "compression_huffman": 32 * count / coded,
+            "compression": bits / small,
+            "compression_huffman": bits / coded,
         }
 
     def _all(self) -> Tensor:
-        dtype = torch.promote_types(next(iter(self._weights.values())).dtype, torch.float32)
-        return torch.cat([weight.detach().flatten().to(dtype) for weight in self._weights.values()])
+        dtype = torch.promote_types(self.pulled[0].dtype, torch.float32)
+        return torch.cat([weight.detach().flatten().to(dtype) for weight in self.pulled])
 
     def _draw(self, trainer: pl.Trainer, name: str) -> None:
         assert self.prior is not None

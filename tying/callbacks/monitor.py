@@ -47,17 +47,15 @@ class TyingMonitor(pl.Callback):
             self.steps, self.history = [], {}
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
-        groups = tied_groups(trainer)
+        groups = [group for _, group in tied_groups(trainer)]
         if not (groups and new_step and trainer._logger_connector.should_update_logs):
             return
-        gaps = [gap(group.tensors()) for _, group in groups]
+        gaps = [gap(group.tensors()) for group in groups]
         pl_module.log("tying/gap", max(gaps))
         self.steps.append(trainer.global_step)
-        for (_, group), apart in [*zip(groups, gaps, strict=True)][: self.max_lines]:
+        for group, apart in [*zip(groups, gaps, strict=True)][: self.max_lines]:
             self.history.setdefault(" ~ ".join(group.names[:2]), []).append(apart)
 
     @override

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import ChangesModel, arguments_of, picture_folder, refuse_older
@@ -51,7 +53,7 @@ class Parametrizing(ChangesModel):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         with at_rest(pl_module):
-            shapes = {name: _weight(pl_module, name).shape for name in self.apply(pl_module)}
+            shapes = {name: attrgetter(name)(pl_module).shape for name in self.apply(pl_module)}
         refuse_older(trainer, pl_module, shapes)
 
     @override
@@ -60,12 +62,6 @@ class Parametrizing(ChangesModel):
         if not self.is_applied(model):
             record[arguments_of(self)] = self.change(model)
         return record[arguments_of(self)]
-
-
-def _weight(model: nn.Module, name: str) -> Tensor:
-    module, _, attribute = name.rpartition(".")
-    weight: Tensor = getattr(model.get_submodule(module), attribute)
-    return weight
 
 
 class LowRankWeights(Parametrizing):

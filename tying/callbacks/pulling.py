@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -28,7 +28,7 @@ from tying.soft.pull import Rates
 from tying.ties import TiedGroup
 
 Update = Literal["gradient", "decoupled", "proximal"]
-UPDATES = ("gradient", "decoupled", "proximal")
+UPDATES = get_args(Update)
 
 
 class Pull(NamedTuple):
@@ -90,22 +90,19 @@ class Pulling(Watching):
 
     @property
     @override
-    def watched_groups(self) -> list[TiedGroup]:
+    def groups(self) -> list[TiedGroup]:
         return [group for pull in self._pulls for group in pull.penalty.groups]
 
     @override
     def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        named = (zip(group.names, group.parameters, strict=True) for group in self.watched_groups)
-        return {name: parameter for pairs in named for name, parameter in pairs}
-
-    @override
-    def _held_in(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
-        return super()._held_in(model) if self.strength else {}
+        if not self.strength:
+            return {}
+        return {name: p for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
 
     @property
     def pulled(self) -> list[torch.nn.Parameter]:
         """The parameters that are pulled, once training has started."""
-        return [parameter for group in self.watched_groups for parameter in group.parameters]
+        return [parameter for group in self.groups for parameter in group.parameters]
 
     @staticmethod
     def _check_strength(name: str, strength: float, update: str) -> None:
@@ -200,19 +197,13 @@ class Pulling(Watching):
             penalty.add_gradients_(factor * scale * strength, dict.fromkeys(rates, 1.0))
 
     def _after_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        index: int,
-        optimizer: Optimizer,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer, *_: Any
     ) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
         self._watch.look(self._held_in(pl_module))  # before one weight's NaN is pulled into another
-        self._watch.tell(self.watched_groups, wait=self.update != "gradient")
+        self._watch.tell(self.groups, wait=self.update != "gradient")
         factor, rates = self._factor_now(trainer, index) * self._share, _learning_rates(optimizer)
         self._used = factor
         if self.update == "decoupled":
@@ -229,9 +220,7 @@ class Pulling(Watching):
         """Do what a step of an optimizer brings, which holds the parameters of these learning rates."""
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._micro_batches or not trainer._logger_connector.should_update_logs:
             return
         pl_module.log(f"{self._prefix}/strength", _product(self._used, self.strength))

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback
-from tying.callbacks.hardening import Hardening
-from tying.callbacks.pulling import Pull, Pulling
-from tying.errors import ConfigurationError
+from tying.callbacks.base import TyingCallback, callbacks_of, held_by, refuse_copies
+from tying.callbacks.pulling import Pull, Pulling, Update
+from tying.errors import ConfigurationError, listed
+from tying.hard import untie
+from tying.hard.sharing import Init, merge, plan
+from tying.hard.states import merge_states
 from tying.selection import resolve
-from tying.soft import Penalty, Schedule, TyingPenalty
+from tying.soft import Penalty, Schedule, TyingPenalty, gap
 from tying.soft.pull import penalty_of
 from tying.ties import Tie, TiedGroup, parse_ties
 
@@ -48,7 +51,7 @@ class SoftTying(Pulling, TyingCallback):
         ties: Sequence[Tie | str],
         strength: float = 1e-3,
         penalty: Literal["l2", "l1"] | Penalty = "l2",
-        update: Literal["gradient", "decoupled", "proximal"] = "gradient",
+        update: Update = "gradient",
         schedule: Schedule | None = None,
         harden_below: float | None = None,
         name: str | None = None,
@@ -58,18 +61,16 @@ class SoftTying(Pulling, TyingCallback):
         self.penalty = penalty_of(penalty)
         if update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
+        if harden_below is not None and not 0 < harden_below <= 1:
+            raise ConfigurationError(f"harden_below is a gap, above 0 and at most 1, not {harden_below}")
         self.harden_below = harden_below
-        self._hardening = Hardening(harden_below)
+        self._hardened: list[TiedGroup] = []  # in the order in which they became one weight
+        self._saved: list[set[str]] = []  # names of groups that are one weight in a checkpoint
 
     @property
     @override
     def groups(self) -> list[TiedGroup]:
-        return [*(group for pull in self._pulls for group in pull.penalty.groups), *self._hardening.groups]
-
-    @property
-    @override
-    def watched_groups(self) -> list[TiedGroup]:
-        return self.groups  # those that have hardened, too
+        return [*super().groups, *self._hardened]
 
     @override
     def check(self, groups: Sequence[TiedGroup]) -> None:
@@ -77,36 +78,71 @@ class SoftTying(Pulling, TyingCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **self._hardening.state_dict()}
+        kept = {"hardened": [list(group.names) for group in self._hardened]} if self._hardened else {}
+        return {**super().state_dict(), **kept}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._hardening.load_state_dict(state_dict)
+        self._saved = [{*names} for names in state_dict.get("hardened", ())]
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._hardening.check(trainer)
-        self._hardening.prepare(trainer, pl_module)
+        if self.harden_below is not None:
+            remedy = "the weights apart: train on with HardTying from a checkpoint instead"
+            refuse_copies(trainer, "harden_below", remedy)
+        own = {id(parameter) for parameter in pl_module.parameters()}
+        if self._hardened and trainer.ckpt_path is not None:  # it may be of a time when they were apart
+            untie(pl_module, {name for group in self._hardened for name in group.names})
+            self._hardened = []
+        elif any(id(group.parameters[0]) not in own for group in self._hardened):  # those of another model
+            self._hardened = []
 
     @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
-        found = self._pulls[0].penalty.groups if self._pulls and self._hardening.groups else resolve(model, self.ties)
-        return self._pulling(self._hardening.repeat(trainer, model, found))
+        groups = self._pulls[0].penalty.groups if self._pulls and self._hardened else resolve(model, self.ties)
+        if self.harden_below is not None:
+            plan(model, groups)  # raises where they could not be one
+        # optimizers' states, which are restored next, go by position: hence in the order in which groups hardened,
+        # with the optimizers as they were made
+        for names in self._saved:
+            self._harden(trainer, model, [group for group in groups if not names.isdisjoint(group.names)], "source")
+            groups = [group for group in groups if names.isdisjoint(group.names)]
+        self._saved = []
+        return self._pulling(groups)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hardening.check_others(trainer, self)
+        if self.harden_below is None:
+            return
+        ours = {id(p): name for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
+        for callback in callbacks_of(trainer):
+            both = [ours[id(parameter)] for parameter in held_by(callback) if id(parameter) in ours]
+            if both and callback is not self:
+                raise ConfigurationError(
+                    f"harden_below would replace {both[0]!r}, which another {type(callback).__name__} ties too: put "
+                    "all their ties into one callback, or leave harden_below out"
+                )
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.harden_below is None:
             return
-        [pull] = self._pulls
-        self._pulls = self._pulling(self._hardening.harden_near(trainer, pl_module, pull.penalty.groups))
+        groups = self._pulls[0].penalty.groups
+        near = [group for group in groups if gap(group.tensors()) < self.harden_below]
+        if near:
+            rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
+        self._harden(trainer, pl_module, near, "mean")
+        self._pulls = self._pulling([group for group in groups if group not in near])
         self.rewatch()
-        pl_module.log(f"{self._prefix}/hardened", float(len(self._hardening.groups)))
+        pl_module.log(f"{self._prefix}/hardened", float(len(self._hardened)))
+
+    def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
+        """Let each group be one weight, also for the optimizers."""
+        for group in groups:
+            self._hardened += merge(model, [group], init)
+            merge_states(trainer.optimizers, group)
 
     def _pulling(self, groups: Sequence[TiedGroup]) -> list[Pull]:
         return [Pull(TyingPenalty(groups, self.penalty), self.strength)]

@@ -73,9 +73,6 @@ def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> 
 def print_summary(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None = 40) -> None:
     """Print the table and the counts of :func:`summary_table` and :func:`summary_lines`."""
     console = Console()
-    if groups:
-        console.print(summary_table(groups, max_rows))
-    else:
-        console.print("No tied weights.")
+    console.print(summary_table(groups, max_rows) if groups else "No tied weights.")
     for line in summary_lines(model, groups):
         console.print(line, highlight=False)

@@ -50,25 +50,18 @@ class Unrolling(pl.Callback):
     @override
     @torch.no_grad()
     def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         x, y = batch
-        blocks = [module for module in pl_module.modules() if isinstance(module, Recurrent)]
-        steps = [block.steps for block in blocks]
+        steps = {module: module.steps for module in pl_module.modules() if isinstance(module, Recurrent)}
         try:
             for extra, right in self._right.items():
-                for block, own in zip(blocks, steps, strict=True):
+                for block, own in steps.items():
                     block.steps = max(1, own + extra)
                 with trainer.precision_plugin.forward_context():
                     right.append(pl_module(x).argmax(dim=-1) == y)
         finally:
-            for block, own in zip(blocks, steps, strict=True):
+            for block, own in steps.items():
                 block.steps = own
 
     @override

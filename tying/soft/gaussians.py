@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,14 +45,11 @@ def responsibilities(weights: Tensor, means: Tensor, log_stds: Tensor, log_propo
 class _MixtureNLL(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
-        dtype = torch.promote_types(weights.dtype, torch.float32)
+    def forward(ctx: Any, weights: Tensor, *mixture: Tensor) -> Tensor:
         gradient = torch.zeros_like(weights, memory_format=torch.contiguous_format)
-        value, others = evaluate(weights, means, log_stds, log_proportions, into=gradient, scale=1.0)
-        ctx.save_for_backward(
-            gradient, *(g.to(like) for g, like in zip(others, (means, log_stds, log_proportions), strict=True))
-        )
-        return value.to(dtype)
+        value, others = evaluate(weights, mixture, into=gradient, scale=1.0)
+        ctx.save_for_backward(gradient, *(g.to(like) for g, like in zip(others, mixture, strict=True)))
+        return value.to(torch.promote_types(weights.dtype, torch.float32))
 
     @staticmethod
     @override
@@ -63,23 +60,29 @@ class _MixtureNLL(torch.autograd.Function):
 
 
 def evaluate(
-    weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor, into: Tensor, scale: float
+    weights: Tensor, mixture: Sequence[Tensor], into: Tensor, scale: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Return Ω, and its gradients in the mixture's three parts; add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
+
+    The parts are those of :func:`mixture_nll`: means, log standard deviations and log proportions.
 
     With the responsibilities r: ``∂Ω/∂w_i = Σ_j r_ij (w_i − μ_j)/σ_j²``, ``∂Ω/∂μ_j = Σ_i r_ij (μ_j − w_i)/σ_j²``,
     ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from those of
     r, r w and r w².
     """
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in (means, log_stds, log_proportions))
+    means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)
     precisions = (-2 * log_stds).exp()
     pulls = torch.stack([torch.ones_like(means), precisions, precisions * means])
-    count, longest = len(means), min(chunk_of(weights), max(1, weights.numel()))
+    chunk = chunk_of(weights)
+    count, longest = len(means), min(chunk, max(1, weights.numel()))
     sums = torch.zeros(count, 3, dtype=torch.float64, device=weights.device)
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     buffer, moments = means.new_empty(count, longest), means.new_empty(3, longest)
-    for part, received in _parts(weights, into):
+    in_place = weights.is_contiguous() and into.is_contiguous()
+    gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    parts = torch.split(weights.reshape(-1), chunk), torch.split(gradient.view(-1), chunk)
+    for part, received in zip(*parts, strict=True):
         w = part.to(dtype)
         density = log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
         largest = density.amax(dim=0, keepdim=True)
@@ -92,21 +95,12 @@ def evaluate(
         sums += density @ moments[:, : len(w)].T
         received.add_(steepness.mul_(w).sub_(target).mul_(one), alpha=scale)
         total -= shares.log_().add_(largest[0]).sum()
+    if not in_place:
+        into.add_(gradient)
     responsible, first, second = sums.unbind(1)
     means, precisions = means.double(), precisions.double()
     scatter = second - 2 * means * first + means.square() * responsible
     return total, (precisions * (means * responsible - first), responsible - precisions * scatter, -responsible)
-
-
-def _parts(weights: Tensor, into: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield chunks of weights, flat, and where their gradients are added."""
-    if not (weights.is_contiguous() and into.is_contiguous()):
-        collected = torch.zeros_like(weights, memory_format=torch.contiguous_format)
-        yield from _parts(weights.contiguous(), collected)
-        into.add_(collected)
-        return
-    chunk = chunk_of(weights)
-    yield from zip(torch.split(weights.view(-1), chunk), torch.split(into.view(-1), chunk), strict=True)
 
 
 def log_joint(

@@ -107,15 +107,13 @@ class GaussianMixturePrior(nn.Module):
             strength: of the prior.
             scale: a further factor on the gradients of the weights alone.
         """
-        means, log_stds, log_proportions = mixture = [part.detach() for part in self.mixture()]
+        mixture = [part.detach() for part in self.mixture()]
         total, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
         for weight in weights:
             if weight.grad is None and weight.requires_grad:
                 weight.grad = torch.zeros_like(weight)
             into = weight.grad if weight.requires_grad and weight.grad is not None else torch.zeros_like(weight)
-            value, gradients = evaluate(
-                weight.detach(), means, log_stds, log_proportions, into=into, scale=strength * scale
-            )
+            value, gradients = evaluate(weight.detach(), mixture, into=into, scale=strength * scale)
             total = total + value
             for kept, gradient in zip(into_mixture, gradients, strict=True):
                 kept += gradient

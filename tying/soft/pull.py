@@ -83,9 +83,8 @@ class TyingPenalty(nn.Module):
             speeds = [_rate(parameter, rates) for parameter in group.parameters]
             if any(speeds):
                 values = self.penalty.prox(group.tensors(), s, speeds)
-                for parameter, relation, value, speed in zip(
-                    group.parameters, group.relations, values, speeds, strict=True
-                ):
+                members = zip(group.parameters, group.relations, values, speeds, strict=True)
+                for parameter, relation, value, speed in members:
                     if speed:
                         parameter.copy_(relation(value))
 
@@ -108,17 +107,15 @@ class TyingPenalty(nn.Module):
             if not any(speeds):
                 continue
             receivers: list[Tensor | None] = []
-            for parameter, to_source, relation, speed in zip(
-                group.parameters, group.to_source, group.relations, speeds, strict=True
-            ):
-                if not speed:
-                    receivers.append(None)
-                    continue
-                received = receiver(parameter)
-                into = to_source(received)
-                if not _shares_storage(into, received):  # this relation copies: collect now, lay out afterwards
-                    into = torch.zeros_like(into)
-                    collected.append((received, relation, into))
+            members = zip(group.parameters, group.to_source, group.relations, speeds, strict=True)
+            for parameter, to_source, relation, speed in members:
+                into = None
+                if speed:
+                    received = receiver(parameter)
+                    into = to_source(received)
+                    if not _shares_storage(into, received):  # this relation copies: collect now, lay out afterwards
+                        into = torch.zeros_like(into)
+                        collected.append((received, relation, into))
                 receivers.append(into)
             lanes.setdefault(speeds, []).append((group.tensors(), receivers))
         for speeds, alike in lanes.items():
