@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from benchmarks.folder import FILES, Folder
+from benchmarks.folder import FILES, complete_below
 from tying.atomic import atomically
 from tying.errors import ConfigurationError
 
@@ -21,10 +21,8 @@ def pack(out: Path, archive: Path) -> None:
     if archive.exists():
         with tarfile.open(archive) as tar:
             content = {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
-    for path in out.glob("*/result.json"):
-        folder = Folder(path.parent)
-        if folder.state() == "complete":
-            content |= {f"{folder.name}/{name}": (folder.path / name).read_bytes() for name in KEPT}
+    for folder in complete_below(out):
+        content |= {f"{folder.name}/{name}": (folder.path / name).read_bytes() for name in KEPT}
     content |= {path.name: path.read_bytes() for path in out.glob("*.json")}  # what they were begun with
     with atomically(archive) as aside, tarfile.open(aside, "w:xz", preset=9) as tar:
         for name, data in sorted(content.items()):

@@ -62,28 +62,19 @@ class Trend:
         one seed, nothing can be said.
         """
         told = []
-        agreeing = []
         for line, points in lines_of(rows, self.lines).items():
             whole = by_seed(points, self.x, self.y)
-            changes = [own[-1][1] - own[0][1] for own in whole]
-            correlations = [rank_correlation(own) for own in whole]
             if len(whole) < 2:
                 told.append([f"{self.lines} {line}", str(len(whole)), "–", "–", "–", "undecided"])
-                agreeing.append(False)
                 continue
-            chance = probability_by_chance(fmean(correlations), len(whole[0]), len(whole))
-            agrees = chance < LEVEL and fmean(correlations) * self.sign > 0
-            agreeing.append(agrees)
-            says = "as claimed" if agrees else "the opposite" if chance < LEVEL else "undecided"
-            cells = [f"{fmean(changes):+.4f}", f"{fmean(correlations):+.3f}", f"{chance:.2g}", says]
+            change = fmean(own[-1][1] - own[0][1] for own in whole)
+            correlation = fmean(rank_correlation(own) for own in whole)
+            chance = probability_by_chance(correlation, len(whole[0]), len(whole))
+            says = "undecided" if chance >= LEVEL else "as claimed" if correlation * self.sign > 0 else "the opposite"
+            cells = [f"{change:+.4f}", f"{correlation:+.3f}", f"{chance:.2g}", says]
             told.append([f"{self.lines} {line}", str(len(whole)), *cells])
-        if not any(int(line[1]) > 1 for line in told):
-            return f"{self.claim}: undecided, for want of seeds.", told
-        undecided = all(line[-1] == "undecided" for line in told)
-        verdict = "reproduced" if all(agreeing) else "undecided" if undecided else "not reproduced"
-        if 0 < sum(agreeing) < len(agreeing):
-            verdict += f" (on {sum(agreeing)} of {len(agreeing)} lines)"
-        if self.confounded and any(agreeing):
+        verdict = of_all_lines(told, "as claimed")
+        if self.confounded and any(line[-1] == "as claimed" for line in told):
             verdict += f", and confounded: {self.confounded}"
         return f"{self.claim}: {verdict}.", told
 
@@ -138,14 +129,7 @@ class Peak:
             first, last = (f"{low:+.4f} to {high:+.4f}" for low, high in bounds)
             gains = [f"{fmean(over_first):+.4f}", first, f"{fmean(over_last):+.4f}", last]
             told.append([f"{self.lines} {line}", str(len(whole)), values, *gains, says])
-        if not any(int(line[1]) for line in told):
-            return f"{self.claim}: undecided, for want of seeds.", told
-        found = Counter(line[-1] for line in told)
-        verdict = "undecided" if found["undecided"] == len(told) else "not reproduced"
-        if found["inside"]:
-            some = found["inside"] < len(told)
-            verdict = f"not reproduced (on {found['inside']} of {len(told)} lines)" if some else "reproduced"
-        return f"{self.claim}: {verdict}.", told
+        return f"{self.claim}: {of_all_lines(told, 'inside')}.", told
 
 
 @dataclass(frozen=True)
@@ -185,6 +169,23 @@ class Order:
 
 
 Claim = Trend | Peak | Order
+
+
+def of_all_lines(told: Sequence[Sequence[str]], agrees: str) -> str:
+    """Return the verdict of a table's rows, each of a line, its number of seeds, …, and what it says.
+
+    Args:
+        told: the rows.
+        agrees: what a line says that is as the claim.
+    """
+    if all(int(line[1]) < 2 for line in told):
+        return "undecided, for want of seeds"
+    found = Counter(line[-1] for line in told)
+    if found[agrees] == len(told):
+        return "reproduced"
+    if found[agrees]:
+        return f"not reproduced (on {found[agrees]} of {len(told)} lines)"
+    return "undecided" if found["undecided"] == len(told) else "not reproduced"
 
 
 def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:

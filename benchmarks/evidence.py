@@ -44,20 +44,21 @@ def markdown() -> str:
     """Return the page over :data:`SECTIONS`: what is kept, its pictures, and what is not kept yet."""
     folder = report.RESULTS
     every = [name for names in SECTIONS.values() for name in names]
-    kept = [name for name in every if (folder / f"{name}.md").exists()]
-    other = sorted({path.stem for path in folder.glob("*.md")} - {*every, "README"})
+    kept = {path.stem for path in folder.glob("*.md")} - {"README"}
     parts = ["# Results", INTRODUCTION]
     if missing := [name for name in every if name not in kept]:
         parts.append(f"Not kept yet: {', '.join(missing)}.")
-    sections = {title: [name for name in names if name in kept] for title, names in SECTIONS.items()}
-    sections = {title: names for title, names in {**sections, "Others": other}.items() if names}
+    asked = {**SECTIONS, "Others": sorted(kept - {*every})}
+    sections = {title: [name for name in names if name in kept] for title, names in asked.items()}
+    sections = {title: names for title, names in sections.items() if names}
     contents = [[f"[{title}](#{_anchor(title)})", str(len(names))] for title, names in sections.items()]
     parts.append(table(["section", "results"], contents))
     for title, names in sections.items():
         parts.append(f"## {title}")
         for name in names:
             parts += [f"### {name}", (folder / f"{name}.md").read_text().strip()]
-            parts += [f"![{path.stem}]({path.name})" for path in _pictures(folder, name)]
+            pictures = [*sorted(folder.glob(f"{name}.png")), *sorted(folder.glob(f"{name}_*.png"))]
+            parts += [f"![{path.stem}]({path.name})" for path in pictures]
     return "\n\n".join(parts) + "\n"
 
 
@@ -78,10 +79,6 @@ def _rendered(text: str, page: str, of_results: bool = False) -> str:
         return f'<h{match[1]} id="{own}">{match[2]}</h{match[1]}>'
 
     return re.sub(r"<h([123])>(.*?)</h\1>", heading, MarkdownIt("commonmark").enable("table").render(text))
-
-
-def _pictures(folder: Path, name: str) -> list[Path]:
-    return [*sorted(folder.glob(f"{name}.png")), *sorted(folder.glob(f"{name}_*.png"))]
 
 
 def _anchor(title: str) -> str:

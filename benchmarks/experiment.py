@@ -13,10 +13,11 @@ from pathlib import Path
 from benchmarks.claims import verdicts
 from benchmarks.figures import draw as draw_plot
 from benchmarks.figures import final
-from benchmarks.folder import Folder, read_json, write_json
+from benchmarks.folder import complete_below, read_json, write_json
 from benchmarks.machine import machine
+from benchmarks.report import write_csv
 from benchmarks.suite import load, suites
-from benchmarks.summary import curves, plot, refuse_mixture, summarize, write_csv
+from benchmarks.summary import curves, plot, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
@@ -105,7 +106,7 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
     """
     rows = curves(sweep.runs, sweep.out)
     table = sweep.out / f"{sweep.name}.csv"
-    write_csv(rows, table)
+    write_csv(table, rows)
     written = [table]
     for folder in [sweep.out, *([kept] if kept else [])]:
         pictures = {folder / f"{sweep.name}_{one.name}.png": one for one in sweep.suite.plots}
@@ -114,7 +115,7 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
         written += [folder / f"{sweep.name}.png", *pictures]
         plot(rows, sweep.suite.curves, folder / f"{sweep.name}.png")
     if kept:
-        write_csv(final(rows), kept / table.name)
+        write_csv(kept / table.name, final(rows))
     return written
 
 
@@ -125,13 +126,9 @@ def overview() -> str:
         suite = load(name)
         folders = [out for out in sorted(RUNS.glob(f"{name}*")) if out.name.partition("@")[0] == name]
         folders += [DEMO] if name == "demo" and DEMO.exists() else []
-        done = "; ".join(f"{_count_complete(out)} done in {out}" for out in folders) or "none done"
+        done = "; ".join(f"{len(complete_below(out))} done in {out}" for out in folders) or "none done"
         lines.append(f"{name}: {suite.description} {len(suite.runs())} runs a seed; {done}.")
     return "\n".join(lines)
-
-
-def _count_complete(out: Path) -> int:
-    return sum(Folder(path.parent).state() == "complete" for path in out.glob("*/result.json"))
 
 
 def _data(given: str | None) -> tuple[list[str], str]:

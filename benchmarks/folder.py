@@ -78,6 +78,11 @@ class Folder:
         """Return the folder of the attempt that counts."""
         return next(reversed(self.claimed_attempts()), None)
 
+    def last_of(self, name: str) -> Path | None:
+        """Return a file of the attempt that counts, if it is there."""
+        last = self.last_attempt()
+        return last / name if last is not None and (last / name).exists() else None
+
     def claim(self, content: dict[str, Any]) -> Path | None:
         """Begin the next attempt, unless another process works on the run or has completed it; return its folder.
 
@@ -109,8 +114,7 @@ class Folder:
 
     def definition(self) -> dict[str, Any] | None:
         """Return the definition this folder was made for, or ``None`` where it holds none."""
-        last = self.last_attempt()
-        holder = self.path / "result.json" if last is None else last / "claim.json"
+        holder = self.last_of("claim.json") or self.path / "result.json"
         return read_json(holder)["definition"] if holder.exists() else None
 
     def conflict(self, definition: dict[str, Any]) -> str:
@@ -126,9 +130,8 @@ class Folder:
     def damage(self) -> str:
         """Return which of its files are lost or corrupted, in words; nothing, mostly."""
         try:
-            last = self.last_attempt()
-            if last is not None:
-                read_json(last / "claim.json", "definition", "process")
+            if claim := self.last_of("claim.json"):
+                read_json(claim, "definition", "process")
             if (self.path / "result.json").exists():
                 self.result()
                 paths = {name: self.path / name for name in FILES}
@@ -153,13 +156,18 @@ class Folder:
 
     def failure(self) -> str:
         """Return why the last attempt failed, in a line."""
-        last = self.last_attempt()
-        path = None if last is None else last / "failure.json"
-        return str(read_json(path)["error"]) if path and path.exists() else ""
+        path = self.last_of("failure.json")
+        return str(read_json(path)["error"]) if path else ""
 
     def checkpoints(self) -> Iterator[Path]:
         """Yield the checkpoints of all attempts."""
         return (self.path / "attempts").glob("[0-9]*/checkpoints/*.ckpt")
+
+
+def complete_below(out: Path) -> list[Folder]:
+    """Return the folders of all complete runs in a folder."""
+    folders = [Folder(path.parent) for path in out.glob("*/result.json")]
+    return [folder for folder in folders if folder.state() == "complete"]
 
 
 def this_process() -> dict[str, Any]:

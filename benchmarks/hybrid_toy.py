@@ -92,15 +92,15 @@ def solve(points: Tensor, labelled: int, alphas: Sequence[float]) -> Tensor:
     return torch.where(loose, other, density + torch.where(one, 0.0, other)).detach()
 
 
-def accuracies(draws: int = DRAWS, alphas: Sequence[float] = ALPHAS, labels: Sequence[int] = LABELS) -> Tensor:
+def accuracies(draws: int) -> Tensor:
     """Return the test accuracy of every number of labels, draw and α, (labels, draws, alphas)."""
     generator = torch.Generator().manual_seed(0)
     points, tests = sample(POINTS, draws, generator), sample(TESTS, draws, generator)
     truth = torch.arange(2).repeat_interleave(TESTS)
     found = []
-    for count in labels:
-        solved = solve(points, count, alphas)
-        guesses = [log_joint(tests, solved[:, i]).argmax(dim=-1) for i in range(len(alphas))]
+    for count in LABELS:
+        solved = solve(points, count, ALPHAS)
+        guesses = [log_joint(tests, solved[:, i]).argmax(dim=-1) for i in range(len(ALPHAS))]
         found.append(torch.stack([(guess == truth).double().mean(dim=-1) for guess in guesses], dim=-1))
     return torch.stack(found)
 
@@ -130,28 +130,24 @@ def verdict(values: Tensor, alphas: Sequence[float] = ALPHAS) -> tuple[float, st
 
 def report(draws: int = DRAWS) -> tuple[str, Figure]:
     """Run the experiment; return its tables as Markdown, and its figure."""
-    every = accuracies(draws)
-    rows, judged = [], []
+    head, columns, judged = ["α"], [], []
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="α: 0 generative, 1 discriminative", ylabel="test accuracy")
-    for count, values in zip(LABELS, every, strict=True):
+    for count, values in zip(LABELS, accuracies(draws), strict=True):
         means = values.mean(dim=0).tolist()
         errors = [stdev(column) / math.sqrt(draws) for column in values.T.tolist()]
-        told = [f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True)]
-        rows.append([f"{count} labels", *told])
+        head.append(f"{count} labels")
+        columns.append([f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True)])
         axes.errorbar(ALPHAS, means, yerr=errors, label=f"{count} labels", marker=".", capsize=2)
         best, said = verdict(values)
         judged.append(f"{count} labels: the best α is {best}; an inner maximum is {said}.")
     axes.legend(loc="best", fontsize="x-small")
-    head = ["α", *(row[0] for row in rows)]
-    columns = [[f"{alpha}", *(row[1 + i] for row in rows)] for i, alpha in enumerate(ALPHAS)]
-    lines = [
+    rows = [[f"{alpha}", *cells] for alpha, *cells in zip(ALPHAS, *columns, strict=True)]
+    paragraphs = [
         f"Lasserre, Bishop and Minka's synthetic task: mean accuracy ± its standard error over {draws} draws of "
         f"2 × {POINTS} points; classes of standard deviations {SPREAD} around ±{CENTRE}, under isotropic Gaussians; "
         "α is chosen on half of the draws, and compared with the limits on the others:",
-        "",
-        table(head, columns),
-        "",
-        *judged,
+        table(head, rows),
+        "\n".join(judged),
     ]
-    return "\n".join(lines), figure
+    return "\n\n".join(paragraphs), figure

@@ -18,8 +18,10 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "einops", "json
 
 def machine() -> dict[str, Any]:
     """Return the processor or GPU, memory, threads of computation, and versions."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    memory = psutil.virtual_memory().total / 2**30
     return {
-        "hardware": f"{psutil.cpu_count()} cores of {_processor()}{_gpu()}, {_memory():.0f} GiB",
+        "hardware": f"{psutil.cpu_count()} cores of {_processor()}{gpu}, {memory:.0f} GiB",
         "threads": torch.get_num_threads(),
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -47,14 +49,6 @@ def peak_memory() -> int:
 def supports_bf16() -> bool:
     """Tell whether this processor computes in bfloat16 rather than emulating it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _gpu() -> str:
-    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-
-
-def _memory() -> float:
-    return float(psutil.virtual_memory().total / 2**30)
 
 
 def _processor() -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import shutil
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
@@ -31,7 +29,7 @@ from typing_extensions import override
 
 from benchmarks.folder import HEARTBEAT, Folder, read_json, touch, write_json
 from benchmarks.machine import machine, peak_memory
-from benchmarks.report import write
+from benchmarks.report import write, write_csv
 from benchmarks.suite import Run
 from tying.callbacks import RandomState
 from tying.callbacks.base import callbacks_of
@@ -208,37 +206,28 @@ def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> None
     }
     keep_claim(folder, attempt)
     write(folder.path / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
-    write(folder.path / "metrics.csv", _table(record.rows))
+    write_csv(folder.path / "metrics.csv", record.rows)
     write_json(folder.path / "result.json", result)
     for earlier in folder.attempts():
         if int(earlier.name) < int(attempt.name):
             shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
 
 
-def stored_bytes(state: Mapping[str, Any]) -> int:
-    """Return the bytes of a state's tensors, each storage once: a tied weight costs nothing, an index does.
+def stored_bytes(state: object) -> int:
+    """Return the bytes of the tensors in a state, each storage once: a tied weight costs nothing, an index does.
 
     Example:
         >>> weight = torch.zeros(10)
         >>> stored_bytes({"weight": weight, "tied": weight, "extra": {"index": torch.zeros(3, dtype=torch.uint8)}})
         43
     """
-    tensors = [leaf for leaf in tree_leaves(dict(state)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 def _share(trainer: pl.Trainer) -> float:
     return float(min(1.0, trainer.global_step / trainer.estimated_stepping_batches))
-
-
-def _table(rows: list[dict[str, float]]) -> str:
-    """Return rows as CSV, with a column for every key."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, [*dict.fromkeys(key for row in rows for key in row)], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def _beat(attempt: Path, stopped: threading.Event) -> None:

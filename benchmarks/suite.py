@@ -210,68 +210,66 @@ def load(name: str) -> Suite:
         )
     content = _mapping(path)
     _refuse_unknown(content, KEYS, f"suite {path.name}: unknown key")
-    if "like" in content:
-        if wrong := [key for key in ("base", "axes", "seed_keys") if key in content]:
-            raise ConfigurationError(f"suite {path.name}: {wrong[0]} and like exclude each other")
-        other = load(content["like"])
-        chosen = _strings(path, content.get("deltas", [*other.deltas]), "deltas, with like,")
-        _refuse_unknown(chosen, other.deltas, f"suite {path.name}: unknown delta")
-        axes = {
-            name: replace(axis, deltas=tuple(delta for delta in axis.deltas if delta in chosen))
-            for name, axis in other.axes.items()
-        }
-        return _checked(
-            replace(
-                other,
-                name=path.stem,
-                home=other.home or other.name,
-                description=str(content.get("description", other.description)),
-                deltas={name: other.deltas[name] for name in chosen},
-                axes={name: axis for name, axis in axes.items() if axis.deltas},
-                figures=content.get("figures", other.figures),
-                curves=_strings(path, content.get("curves", [*other.curves]), "curves"),
-                plots=_of(path, Plot, content, "plots"),
-                claims=_claims(path, content),
-            )
-        )
-    deltas = content.get("deltas")
-    if not isinstance(deltas, dict) or not deltas:
-        raise ConfigurationError(f"suite {path.name}: deltas must map names to lists of files and overrides")
-    figures, axes = content.get("figures", {}), content.get("axes", {})
+    suite = _like_another(path, content) if "like" in content else _of_its_own(path, content)
+    figures = content.get("figures", suite.figures)
     if not isinstance(figures, dict):
         raise ConfigurationError(f"suite {path.name}: figures must map headings to metrics, not {figures!r}")
+    suite = replace(
+        suite,
+        name=path.stem,
+        description=str(content.get("description", suite.description)),
+        figures=figures,
+        curves=_strings(path, content.get("curves", [*suite.curves]), "curves"),
+        plots=_of(path, Plot, content, "plots"),
+        claims=tuple(claim for key, kind in CLAIMS.items() for claim in _of(path, kind, content, key)),
+    )
+    _check(suite)
+    return suite
+
+
+def _like_another(path: Path, content: Mapping[str, Any]) -> Suite:
+    """Return the runs of another suite, as this one chooses them."""
+    if wrong := [key for key in ("base", "axes", "seed_keys") if key in content]:
+        raise ConfigurationError(f"suite {path.name}: {wrong[0]} and like exclude each other")
+    other = load(content["like"])
+    chosen = _strings(path, content.get("deltas", [*other.deltas]), "deltas, with like,")
+    _refuse_unknown(chosen, other.deltas, f"suite {path.name}: unknown delta")
+    deltas = {name: other.deltas[name] for name in chosen}
+    axes = {}
+    for name, axis in other.axes.items():
+        if within := tuple(delta for delta in axis.deltas if delta in chosen):
+            axes[name] = replace(axis, deltas=within)
+    return replace(other, home=other.home or other.name, deltas=deltas, axes=axes)
+
+
+def _of_its_own(path: Path, content: Mapping[str, Any]) -> Suite:
+    """Return the runs that base, deltas, axes and seeds make."""
+    deltas, axes = content.get("deltas"), content.get("axes", {})
+    if not isinstance(deltas, dict) or not deltas:
+        raise ConfigurationError(f"suite {path.name}: deltas must map names to lists of files and overrides")
     if not isinstance(axes, dict):
         raise ConfigurationError(f"suite {path.name}: axes must map names to keys and values, not {axes!r}")
-    suite = Suite(
+    return Suite(
         path.stem,
-        str(content.get("description", "")),
+        "",
         _layers(path, content.get("base", []), "base"),
         {str(delta): _layers(path, layers, f"delta {delta}") for delta, layers in deltas.items()},
         {str(axis): _axis(path, axis, given, deltas) for axis, given in axes.items()},
         _strings(path, content.get("seed_keys", ["seed_everything"]), "seed_keys"),
-        figures,
-        _strings(path, content.get("curves", ["val/accuracy"]), "curves"),
-        _of(path, Plot, content, "plots"),
-        _claims(path, content),
     )
-    return _checked(suite)
 
 
-def _checked(suite: Suite) -> Suite:
-    """Return a suite whose plots and claims are of its own axes and settings."""
+def _check(suite: Suite) -> None:
+    """Refuse plots and claims of other axes and settings than the suite's own."""
     settings = [*{run.setting: None for run in suite.runs()}]
-    for one in (*suite.plots, *suite.claims):
-        place = f"suite {suite.name}: {one.name if isinstance(one, Plot) else one.claim!r}"
-        if isinstance(one, Order):
-            _refuse_unknown([one.higher, one.lower], settings, f"{place}: unknown setting")
+    for plot in suite.plots:  # over an axis or a metric
+        _refuse_unknown([plot.lines], [*suite.axes, "run"], f"suite {suite.name}: {plot.name!r}: unknown axis")
+    for claim in suite.claims:
+        place = f"suite {suite.name}: {claim.claim!r}"
+        if isinstance(claim, Order):
+            _refuse_unknown([claim.higher, claim.lower], settings, f"{place}: unknown setting")
         else:
-            axes = [one.lines] if isinstance(one, Plot) else [one.lines, one.x]  # a plot may be over a metric
-            _refuse_unknown(axes, [*suite.axes, *(["run"] if isinstance(one, Plot) else [])], f"{place}: unknown axis")
-    return suite
-
-
-def _claims(path: Path, content: Mapping[str, Any]) -> tuple[Claim, ...]:
-    return tuple(claim for key, kind in CLAIMS.items() for claim in _of(path, kind, content, key))
+            _refuse_unknown([claim.lines, claim.x], suite.axes, f"{place}: unknown axis")
 
 
 def _of(path: Path, kind: Callable[..., Part], content: Mapping[str, Any], key: str) -> tuple[Part, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks.claims import interval
 from benchmarks.folder import Folder
 from benchmarks.machine import in_words
-from benchmarks.report import table, write
+from benchmarks.report import table
 from benchmarks.suite import Run, Suite
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
@@ -113,15 +112,6 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}
         rows += [{**described, "seed": str(run.seed), **row} for row in own]
     return rows
-
-
-def write_csv(rows: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Write rows with a column for every key, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*dict.fromkeys(key for row in rows for key in row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
 
 
 def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) -> None:

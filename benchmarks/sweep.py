@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,7 @@ from tying.errors import ConfigurationError
 
 POLL = 0.5  # seconds between looks at what other processes do
 TELL = 30.0  # seconds between lines on the progress, where nothing else happens
+tell = partial(print, flush=True)
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Sweep:
         overrides: what all runs have on top of the suite.
         data: arguments that say where the data is on this machine; no part of what makes a run the run it is.
         label: of the data.
-        tell: what to do with a line on the progress.
     """
 
     suite: Suite
@@ -56,11 +56,9 @@ class Sweep:
     overrides: Sequence[str] = ()
     data: Sequence[str] = ()
     label: str = "configured"
-    tell: Callable[[str], object] = field(default_factory=lambda: partial(print, flush=True))
-
-    def __post_init__(self) -> None:
-        self._data_keys: dict[str, str] = {}  # what stands for the data's content, by setting
-        self._seconds: list[float] = []  # of the runs done here
+    # what stands for the data's content, by setting; and the seconds of runs done here
+    _data_keys: dict[str, str] = field(default_factory=dict, init=False)
+    _seconds: list[float] = field(default_factory=list, init=False)
 
     @property
     def name(self) -> str:
@@ -148,10 +146,10 @@ class Sweep:
                         complete += 1
                     elif state == "complete":
                         failed[run.name] = self.folder(run).conflict(self.definition(run))
-                        self.tell(f"conflict: {failed[run.name]}")
+                        tell(f"conflict: {failed[run.name]}")
                     elif state == "damaged":
                         failed[run.name] = f"{self.folder(run).damage()}. Remove the run's folder to do it again"
-                        self.tell(f"damaged: {run.name}: {failed[run.name]}")
+                        tell(f"damaged: {run.name}: {failed[run.name]}")
                     elif state == "running":
                         elsewhere.append(run)
                         continue
@@ -175,7 +173,7 @@ class Sweep:
                     told = time.monotonic()
                     others = f", {len(elsewhere)} by other processes" if elsewhere else ""
                     left = self._left(waiting, working, jobs)
-                    self.tell(f"[{complete}/{len(self.runs)}] {len(working)} running{others}{left}")
+                    tell(f"[{complete}/{len(self.runs)}] {len(working)} running{others}{left}")
         finally:
             for left_over in working:
                 left_over.process.kill()
@@ -213,8 +211,8 @@ class Sweep:
                 ", killed by a signal (of a lack of memory?)" if (job.process.exitcode or 0) < 0 else ""
             )
             self._mark(folder, job.process.pid, told)
-        last = folder.last_attempt()
-        return told + (f"; see {last / 'log.txt'}" if last and (last / "log.txt").exists() else "")
+        log = folder.last_of("log.txt")
+        return told + (f"; see {log}" if log else "")
 
     def _mark(self, folder: Folder, pid: int | None, error: str) -> None:
         """Mark the attempt of a process that could not do so itself."""
@@ -225,12 +223,12 @@ class Sweep:
 
     def _tell_of(self, run: Run, error: str, count: str, left: str) -> None:
         if error:
-            self.tell(f"{count} failed: {run.name}: {error}{left}")
+            tell(f"{count} failed: {run.name}: {error}{left}")
             return
         result = self.folder(run).result()
         metrics = result["metrics"]
         shown = next((name for name in metrics if name.startswith("test/acc")), next(reversed(metrics)))
-        self.tell(f"{count} {run.name}: {shown} {metrics[shown]:.4g}, {result['seconds']['training']:.0f} s{left}")
+        tell(f"{count} {run.name}: {shown} {metrics[shown]:.4g}, {result['seconds']['training']:.0f} s{left}")
 
     def _left(self, waiting: Sequence[Run], working: Sequence[Working], jobs: int) -> str:
         """Return an estimate of the time left, as words."""
@@ -245,9 +243,8 @@ class Sweep:
 
     def _progress(self, job: Working) -> tuple[float, float]:
         """Return how much of its training a run has done, and how much of it in this attempt."""
-        last = self.folder(job.run).last_attempt()
-        path = None if last is None else last / "progress.json"
-        if not (path and path.exists()):
+        path = self.folder(job.run).last_of("progress.json")
+        if path is None:
             return 0.0, 0.0
         progress = read_json(path, "share", "begun at")
         return progress["share"], progress["share"] - progress["begun at"]

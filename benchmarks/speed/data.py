@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.report import table
-from benchmarks.speed.timing import race
+from benchmarks.speed.timing import Step, race
 from tying.data import CIFAR10
 from tying.data.sample import FILE
 
@@ -21,7 +20,7 @@ BATCH = 128
 WORKERS = 2
 
 
-def per_image(folder: Path) -> Callable[[], int]:
+def per_image(folder: Path) -> Step:
     """Return an epoch over the embedded sample's files as torchvision's examples read them."""
     with tarfile.open(str(resources.files("tying.data").joinpath(FILE))) as tar:
         tar.extractall(folder, filter="data")
@@ -36,7 +35,7 @@ def per_image(folder: Path) -> Callable[[], int]:
     return lambda: sum(1 for _ in loader)
 
 
-def whole_tensors() -> Callable[[], int]:
+def whole_tensors() -> Step:
     """Return an epoch of the same images as :class:`tying.data.CIFAR10` yields them."""
     data = CIFAR10(batch_size=BATCH, validation=0.0)
     data.setup("fit")
@@ -48,12 +47,8 @@ def measure() -> str:
     """Run the measurement, and return its table as Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         peer, ours = f"ImageFolder, per-image transforms, {WORKERS} workers", "tying.data.CIFAR10, in memory"
-        result = race({peer: per_image(Path(folder)), ours: whole_tensors()}, races=5, rounds=2)
-    rows = [[side, f"{1e3 * result.median(side):.0f}", result.told(peer, side)] for side in (peer, ours)]
-    return "\n".join(
-        [
-            f"An epoch of the 5,000 images of the embedded sample in augmented, normalised batches of {BATCH}:",
-            "",
-            table(["side", "ms", "times faster"], rows),
-        ]
-    )
+        sides = {peer: per_image(Path(folder)), ours: whole_tensors()}
+        result = race(sides, races=5, rounds=2)
+    rows = [[side, f"{1e3 * result.median(side):.0f}", result.told(peer, side)] for side in sides]
+    told = f"An epoch of the 5,000 images of the embedded sample in augmented, normalised batches of {BATCH}:"
+    return f"{told}\n\n{table(['side', 'ms', 'times faster'], rows)}"

@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from typing_extensions import override
 
 from benchmarks.report import table
-from benchmarks.speed.timing import time_of
+from benchmarks.speed.timing import Race, Step, race
 from tying.callbacks import ResidualMerging
 from tying.depth import Merge, StochasticDepth, Swapout, apply_merge
 from tying.models import ResNet
@@ -63,7 +63,7 @@ def peers() -> dict[str, ResNet]:
     return {f"DropPath of timm {version('timm')}": around(layers.DropPath)}
 
 
-def step_of(net: nn.Module, dtype: torch.dtype = torch.float32) -> Callable[[], None]:
+def step_of(net: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
     """Return a training step of a network, in mixed precision for another dtype."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     x, y = batch()
@@ -85,25 +85,15 @@ def batch() -> tuple[Tensor, Tensor]:
     return x, torch.randint(10, (BATCH,), generator=generator)
 
 
-def means(steps: dict[str, Callable[[], None]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
     """Return mean seconds of each step, in turns, for each of ten blocks of rounds: what is drawn varies."""
-    for step in steps.values():
-        step()
-    found: dict[str, list[float]] = {side: [] for side in steps}
-    for _ in range(BLOCKS):
-        times: dict[str, list[float]] = {side: [] for side in steps}
-        for _ in range(rounds):
-            for side, step in steps.items():
-                times[side].append(time_of(step))
-        for side in steps:
-            found[side].append(statistics.fmean(times[side]))
-    return found
+    return race(steps, BLOCKS, rounds, statistics.fmean)
 
 
-def told(found: dict[str, list[float]], side: str, peer: str) -> str:
+def told(found: Race, side: str, peer: str) -> str:
     """Return the ratio of mean times, and of the blocks' the smallest and the largest."""
-    ratios = [a / b for a, b in zip(found[side], found[peer], strict=True)]
-    return f"{sum(found[side]) / sum(found[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    ratios = found.ratios(side, peer)
+    return f"{sum(found.seconds[side]) / sum(found.seconds[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def held(net: nn.Module) -> float:
@@ -144,9 +134,9 @@ def measure() -> str:
     rows = [
         [
             side,
-            f"{1e3 * statistics.fmean(found[side]):.0f}",
+            f"{1e3 * statistics.fmean(found.seconds[side]):.0f}",
             told(found, side, "plain"),
-            told(mixed, side, "plain") if side in mixed else "–",
+            told(mixed, side, "plain") if side in mixed.seconds else "–",
             f"{memory[side]:.0f}",
         ]
         for side in sides
@@ -155,15 +145,12 @@ def measure() -> str:
     for keep in KEEPS:
         modes = {mode: step_of(network(StochasticDepth(keep, mode), linear=False)) for mode in ("row", "subset")}
         by_keep.append([f"{keep:g}", told(means(modes, rounds=2), "subset", "row")])
-    return "\n".join(
+    return "\n\n".join(
         [
             f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; mean of "
             f"{BLOCKS * ROUNDS} interleaved steps (extremes of {BLOCKS} parts); in bf16, of {3 * BLOCKS}:",
-            "",
             table(["side", "ms", "/ plain", "/ plain, bf16", "MiB held for backward"], rows),
-            "",
             "Rows chosen and computed, over rows masked, at one keep in all blocks:",
-            "",
             table(["keep", "subset / row"], by_keep),
         ]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.report import table
-from benchmarks.speed.timing import race
+from benchmarks.speed.soft import pairs_of_weights
+from benchmarks.speed.timing import Step, passes, race, with_extremes
 from tying import resolve
 from tying.callbacks import ResidualMerging
 from tying.depth import Swapout
@@ -27,7 +28,6 @@ WIDTHS = (256, 512, 1024, 2048)
 NUMBERS = (8, 16, 32, 64, 128)
 DEPTHS = (8, 14, 26, 50)
 RATIOS = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,8 @@ class Growth:
     sizes: tuple[float, ...]
     build: Callable[[float], Step]
 
-    def measure(self) -> list[list[float]]:
-        """Return the seconds at each size, race by race."""
-        result = race({str(size): self.build(size) for size in self.sizes}, races=RACES, rounds=ROUNDS)
-        return [[*own] for own in zip(*result.seconds.values(), strict=True)]
 
-
-def slope(sizes: tuple[float, ...], seconds: list[float]) -> float:
+def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """Return the exponent of the power law that fits best, by least squares of logarithms.
 
     Example:
@@ -66,29 +61,14 @@ def slope(sizes: tuple[float, ...], seconds: list[float]) -> float:
 
 def pull(pairs: int, width: int) -> Step:
     """Return the fused gradient of a soft tie of that many pairs of square weights."""
-    model = nn.ModuleDict(
-        {side: nn.ParameterList(nn.Parameter(torch.randn(width, width)) for _ in range(pairs)) for side in "ab"}
-    )
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    penalty = TyingPenalty(resolve(model, ["a.{i} ~ b.{i}"]))
+    penalty = TyingPenalty(resolve(pairs_of_weights(pairs, width), ["a.{i} ~ b.{i}"]))
     return lambda: penalty.add_gradients_(1e-3)
 
 
 def matching(ties: int) -> Step:
     """Return what finds that many ties in a model of as many pairs of parameters."""
-    model = nn.ModuleDict({s: nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(ties)) for s in "ab"})
+    model = pairs_of_weights(ties, 1)
     return lambda: resolve(model, ["a.{i} ~ b.{i}"])
-
-
-def passes(model: nn.Module, x: torch.Tensor) -> Step:
-    """Return a forward and backward pass."""
-
-    def run() -> None:
-        model.zero_grad()
-        model(x).sum().backward()
-
-    return run
 
 
 def tied_layers(depth: int) -> Step:
@@ -131,17 +111,14 @@ def measure() -> tuple[str, Figure]:
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     rows = []
     for growth, axes in zip(chosen, figure.subplots(2, (len(chosen) + 1) // 2).flat, strict=True):
-        races = growth.measure()
-        seconds = [statistics.median(own) for own in zip(*races, strict=True)]
-        slopes = sorted(slope(growth.sizes, own) for own in races)
-        fitted = statistics.median(slopes)
-        told = f"{fitted:.2f} ({slopes[0]:.2f}–{slopes[-1]:.2f})"
-        first, last = (f"{1e3 * one:.3g}" for one in (seconds[0], seconds[-1]))
+        result = race({str(size): growth.build(size) for size in growth.sizes}, races=RACES, rounds=ROUNDS)
+        milliseconds = [1e3 * result.median(str(size)) for size in growth.sizes]
+        slopes = [slope(growth.sizes, own) for own in zip(*result.seconds.values(), strict=True)]
         span = f"{growth.sizes[0]:.3g} to {growth.sizes[-1]:.3g}"
-        rows.append([growth.cost, growth.over, span, f"{first} to {last}", told, f"{growth.expected:g}"])
-        milliseconds = 1e3 * np.array(seconds)
+        times = f"{milliseconds[0]:.3g} to {milliseconds[-1]:.3g}"
+        rows.append([growth.cost, growth.over, span, times, with_extremes(slopes), f"{growth.expected:g}"])
         line = milliseconds[-1] * (np.array(growth.sizes) / growth.sizes[-1]) ** growth.expected
-        axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {fitted:.2f}")
+        axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {statistics.median(slopes):.2f}")
         axes.loglog(growth.sizes, line, linestyle="--", color="gray", label=f"expected, slope {growth.expected:g}")
         axes.set(title=growth.cost, xlabel=growth.over, ylabel="ms")
         axes.legend(loc="best", fontsize="x-small")

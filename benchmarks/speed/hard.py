@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.perform import stored_bytes
 from benchmarks.report import table
-from benchmarks.speed.timing import median_interval, pairs, time_of
+from benchmarks.speed.timing import Step, median_interval, pairs, time_of
 from tying.hard import tie
 from tying.models import Autoencoder
 
@@ -44,9 +45,14 @@ def transposed() -> tuple[nn.Module, nn.Module]:
     return ours, ByHand(copy.deepcopy(ours))
 
 
+def eight_layers() -> nn.Sequential:
+    """Return a stack of layers."""
+    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
+
+
 def plain() -> tuple[nn.Module, nn.Module]:
     """Return a stack of layers with one weight, by us and by hand."""
-    ours, by_hand = (nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))) for _ in range(2))
+    ours, by_hand = eight_layers(), eight_layers()
     tie(ours, ["*.weight"])
     for layer in by_hand:
         assert isinstance(layer, nn.Linear)
@@ -54,8 +60,8 @@ def plain() -> tuple[nn.Module, nn.Module]:
     return ours, by_hand
 
 
-def step(model: nn.Module, width: int) -> Callable[[], None]:
-    """Return a training step of a model on random input."""
+def step(model: nn.Module, width: int) -> tuple[Step, torch.optim.Optimizer]:
+    """Return a training step of a model on random input, and its optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     x = torch.randn(BATCH, width)
 
@@ -64,18 +70,14 @@ def step(model: nn.Module, width: int) -> Callable[[], None]:
         F.mse_loss(model(x), x).backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
 
-    return run
+    return run, optimizer
 
 
 def memory(model: nn.Module, width: int) -> int:
     """Return the bytes of gradients and of AdamW's state after a step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    x = torch.randn(BATCH, width)
-    F.mse_loss(model(x), x).backward()  # type: ignore[no-untyped-call]  # torch's
-    optimizer.step()
-    held = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    run, optimizer = step(model, width)
+    run()
+    return stored_bytes([[parameter.grad for parameter in model.parameters()], optimizer.state_dict()])
 
 
 def measure() -> str:
@@ -83,41 +85,27 @@ def measure() -> str:
     rows, saved = [], []
     networks: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], int, Callable[[], nn.Module]]] = {
         f"autoencoder {'–'.join(map(str, SIZES))}, transposed": (transposed, SIZES[0], lambda: Autoencoder(SIZES)),
-        "8 linear layers of 1024, plain": (
-            plain,
-            1024,
-            lambda: nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))),
-        ),
+        "8 linear layers of 1024, plain": (plain, 1024, eight_layers),
     }
     for name, (make, width, untied) in networks.items():
         ratios, seconds = [], []
         for _ in range(ROUNDS):  # anew, since where tensors lie in memory makes a difference of its own
             ours, by_hand = make()
-            steps = step(ours, width), step(by_hand, width)
-            ratios += pairs(*steps, count=PAIRS // ROUNDS)
-            seconds.append(time_of(steps[1]))
+            (step_of_ours, _), (step_by_hand, _) = step(ours, width), step(by_hand, width)
+            ratios += pairs(step_of_ours, step_by_hand, count=PAIRS // ROUNDS)
+            seconds.append(time_of(step_by_hand))
         median, low, high = median_interval(ratios)
         rows.append([name, f"{1e3 * statistics.median(seconds):.0f}", f"{median:.4f}", f"{low:.4f}–{high:.4f}"])
         whole, own = memory(untied(), width), memory(ours, width)
         parameters = [sum(p.numel() for p in model.parameters()) for model in (untied(), ours)]
-        saved.append(
-            [
-                name,
-                f"{whole / 2**20:.1f}",
-                f"{own / 2**20:.1f}",
-                f"{1 - own / whole:.4f}",
-                f"{1 - parameters[1] / parameters[0]:.4f}",
-            ]
-        )
-    return "\n".join(
+        shares = [f"{1 - own / whole:.4f}", f"{1 - parameters[1] / parameters[0]:.4f}"]
+        saved.append([name, f"{whole / 2**20:.1f}", f"{own / 2**20:.1f}", *shares])
+    return "\n\n".join(
         [
             f"A training step (AdamW, batch {BATCH}) with our tie over one with a tie written by hand; {PAIRS} pairs "
             "of steps, side by side:",
-            "",
             table(["network", "ms by hand", "median ratio", "95 % interval"], rows),
-            "",
             "Memory of gradients and optimizer, MiB:",
-            "",
             table(["network", "untied", "tied", "saved", "share of parameters tied"], saved),
         ]
     )

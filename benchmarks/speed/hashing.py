@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from benchmarks.perform import stored_bytes
 from benchmarks.report import table
-from benchmarks.speed.timing import median_interval, pairs, time_of
+from benchmarks.speed.timing import Step, median_interval, pairs, passes, time_of
 from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
 
@@ -43,77 +44,56 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
     return layer
 
 
-def step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Return a forward and backward pass, to weights and input."""
-    leaf = x.clone().requires_grad_()
-
-    def run() -> None:
-        leaf.grad = None
-        layer.zero_grad()
-        layer(leaf).sum().backward()
-
-    return run
-
-
-def compare(layer: nn.Module, dense: nn.Module, x: Tensor) -> tuple[float, str, str]:
-    """Return milliseconds of the dense layer's pass, and the ratio of the other's to it with its 95 % interval."""
-    steps = step(layer, x), step(dense, x)
+def compare(hashed: Step, dense: Step) -> tuple[float, str, str]:
+    """Return milliseconds of a dense layer's pass, and the ratio of the other's to it with its 95 % interval."""
     for _ in range(5):  # until memory has been asked for
-        steps[0]()
-    median, low, high = median_interval(pairs(*steps, count=PAIRS))
-    return 1e3 * time_of(steps[1]), f"{median:.3f}", f"{low:.3f}–{high:.3f}"
+        hashed()
+    median, low, high = median_interval(pairs(hashed, dense, count=PAIRS))
+    return 1e3 * time_of(dense), f"{median:.3f}", f"{low:.3f}–{high:.3f}"
 
 
 def linear() -> list[list[str]]:
     """Return the rows of linear layers."""
     rows = []
     for (inputs, outputs), batches in LINEAR.items():
+        hashed = partial(HashedLinear, inputs, outputs)
         made = {
-            "uniform, ratio 0.1, stored": HashedLinear(inputs, outputs, table_ratio=0.1, index="stored"),
-            "uniform, ratio 0.1, computed": HashedLinear(inputs, outputs, table_ratio=0.1, index="computed"),
-            "uniform, ratio 0.01, stored": HashedLinear(inputs, outputs, table_ratio=0.01, index="stored"),
-            "uniform, ratio 0.5, stored": HashedLinear(inputs, outputs, table_ratio=0.5, index="stored"),
-            "uniform with sign, ratio 0.1, stored": HashedLinear(inputs, outputs, table_ratio=0.1, sign=True),
-            "blocks of 32, ratio 0.1, computed": HashedLinear(
-                inputs, outputs, table_ratio=0.1, hash=BlockHash(), index="computed"
-            ),
-            "modulus, ratio 0.1": HashedLinear(inputs, outputs, table_ratio=0.1, hash=ModulusHash()),
-            "modulus, ratio 0.01": HashedLinear(inputs, outputs, table_ratio=0.01, hash=ModulusHash()),
+            "uniform, ratio 0.1, stored": hashed(table_ratio=0.1, index="stored"),
+            "uniform, ratio 0.1, computed": hashed(table_ratio=0.1, index="computed"),
+            "uniform, ratio 0.01, stored": hashed(table_ratio=0.01, index="stored"),
+            "uniform, ratio 0.5, stored": hashed(table_ratio=0.5, index="stored"),
+            "uniform with sign, ratio 0.1, stored": hashed(table_ratio=0.1, sign=True),
+            "blocks of 32, ratio 0.1, computed": hashed(table_ratio=0.1, hash=BlockHash(), index="computed"),
+            "modulus, ratio 0.1": hashed(table_ratio=0.1, hash=ModulusHash()),
+            "modulus, ratio 0.01": hashed(table_ratio=0.01, hash=ModulusHash()),
             "clustered, 32 values": clustered(inputs, outputs),
             "naive table[index], ratio 0.1": Naive(inputs, outputs, 0.1),
         }
         dense = nn.Linear(inputs, outputs)
         for batch in batches:
-            x = torch.randn(batch, inputs)
+            x = torch.randn(batch, inputs, requires_grad=True)
             for name, layer in made.items():
-                milliseconds, ratio, interval = compare(layer, dense, x)
+                milliseconds, ratio, interval = compare(passes(layer, x), passes(dense, x))
                 rows.append([f"{inputs}×{outputs}, {batch}", name, f"{milliseconds:.1f}", ratio, interval])
     return rows
 
 
 def convolutions() -> list[list[str]]:
     """Return the row of ResNet-20's convolutions, one after another, at batch 128."""
-    hashed, dense, inputs = [], [], []
+    hashed, dense = [], []
     for into, out, stride, size, count in CONVOLUTIONS:
         for _ in range(count):
-            hashed.append(HashedConv2d(into, out, 3, stride, padding=1, bias=False, table_ratio=0.1))
-            dense.append(nn.Conv2d(into, out, 3, stride, padding=1, bias=False))
-            inputs.append(torch.randn(128, into, size, size, requires_grad=True))
+            x = torch.randn(128, into, size, size, requires_grad=True)
+            hashed.append(passes(HashedConv2d(into, out, 3, stride, padding=1, bias=False, table_ratio=0.1), x))
+            dense.append(passes(nn.Conv2d(into, out, 3, stride, padding=1, bias=False), x))
 
-    def run(layers: list[nn.Module]) -> Callable[[], None]:
-        def every() -> None:
-            for layer, x in zip(layers, inputs, strict=True):
-                layer.zero_grad()
-                x.grad = None
-                layer(x).sum().backward()
+    def run(every: list[Step]) -> None:
+        for one in every:
+            one()
 
-        return every
-
-    steps = run([*hashed]), run([*dense])
-    median, low, high = median_interval(pairs(*steps, count=PAIRS))
+    milliseconds, ratio, interval = compare(partial(run, hashed), partial(run, dense))
     name = "uniform, ratio 0.1, stored"
-    milliseconds = f"{1e3 * time_of(steps[1]):.0f}"
-    return [["ResNet-20's convolutions, 128", name, milliseconds, f"{median:.3f}", f"{low:.3f}–{high:.3f}"]]
+    return [["ResNet-20's convolutions, 128", name, f"{milliseconds:.0f}", ratio, interval]]
 
 
 def memory() -> list[list[str]]:
@@ -126,20 +106,14 @@ def memory() -> list[list[str]]:
             nn.Linear(2000, 2000, bias=False),
         ):
             optimizer = torch.optim.AdamW(layer.parameters())
-            step(layer, torch.randn(8, 2000))()
+            passes(layer, torch.randn(8, 2000))()
             optimizer.step()
-            states = [value for state in optimizer.state.values() for value in state.values()]
-            gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-            trained = [*layer.parameters(), *gradients, *states]
-            held.append([_bytes(trained), _bytes(_others(layer)), _bytes(layer.state_dict().values())])
+            trained = [[(p, p.grad) for p in layer.parameters()], optimizer.state_dict()]
+            held.append([stored_bytes(one) for one in (trained, _others(layer), layer.state_dict())])
         ours, theirs = held
         share = [f"{ours[i] / theirs[i]:.4f}" for i in (0, 2)]
         rows.append([f"uniform, ratio 0.1, {index}", share[0], share[1], f"{ours[1] / 2**20:.1f}"])
     return rows
-
-
-def _bytes(tensors: object) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)  # type: ignore[attr-defined]  # an iterable of tensors
 
 
 def _others(layer: nn.Module) -> list[Tensor]:
@@ -150,15 +124,12 @@ def _others(layer: nn.Module) -> list[Tensor]:
 def measure() -> str:
     """Run the measurements, and return their results as Markdown."""
     heading = ["layer, batch", "hash", "ms dense", "ratio to dense", "95 % interval"]
-    return "\n".join(
+    return "\n\n".join(
         [
             f"Forward and backward of a hashed layer over those of the dense layer of its shape; {PAIRS} pairs, side "
             "by side:",
-            "",
             table(heading, linear() + convolutions()),
-            "",
             "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:",
-            "",
             table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory()),
         ]
     )

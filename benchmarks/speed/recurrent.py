@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from benchmarks.report import table
-from benchmarks.speed.timing import race
+from benchmarks.speed.timing import passes, race
 from tying.depth import HyperLSTM, PassthroughGRU, ZoneoutLSTM
 
 BATCH, STEPS, INPUTS, SIZE = 100, 784, 1, 256
@@ -31,18 +29,6 @@ class Loop(nn.Module):
         return torch.stack(outputs), None
 
 
-def step_of(net: nn.Module) -> Callable[[], None]:
-    """Return a forward and a backward pass."""
-    x = torch.randn(STEPS, BATCH, INPUTS, generator=torch.Generator().manual_seed(0))
-
-    def step() -> None:
-        net.zero_grad(set_to_none=True)
-        outputs, _ = net(x)
-        outputs.sum().backward()
-
-    return step
-
-
 def measure() -> str:
     """Run all measurements, and return their table as Markdown."""
     torch.manual_seed(0)
@@ -55,7 +41,8 @@ def measure() -> str:
         f"passthrough GRU, rank {RANK}": PassthroughGRU(INPUTS, SIZE, RANK),
         "LSTM by a hypernetwork of 32 units": HyperLSTM(INPUTS, SIZE),
     }
-    result = race({side: step_of(net) for side, net in nets.items()}, races=5, rounds=3)
+    x = torch.randn(STEPS, BATCH, INPUTS, generator=torch.Generator().manual_seed(0))
+    result = race({side: passes(net, x) for side, net in nets.items()}, races=5, rounds=3)
     rows = [
         [
             side,
@@ -66,11 +53,9 @@ def measure() -> str:
         ]
         for side, net in nets.items()
     ]
-    return "\n".join(
-        [
-            f"Forward and backward, batch {BATCH}, {STEPS} steps of {INPUTS} input, {SIZE} units, fp32; median of 5 "
-            "races (extremes):",
-            "",
-            table(["side", "parameters", "ms", "/ torch's LSTM", "/ loop"], rows),
-        ]
+    what = (
+        f"Forward and backward, batch {BATCH}, {STEPS} steps of {INPUTS} input, {SIZE} units, fp32; median of 5 races "
+        "(extremes):"
     )
+    heading = ["side", "parameters", "ms", "/ torch's LSTM", "/ loop"]
+    return f"{what}\n\n{table(heading, rows)}"

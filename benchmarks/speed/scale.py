@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from benchmarks.report import ROOT, table
-from benchmarks.speed.timing import Race, race
+from benchmarks.speed.timing import Race, Step, race, with_extremes
 from tying import resolve
 from tying.errors import ConfigurationError
 from tying.names import count_parameters
@@ -103,8 +102,7 @@ def efficiency() -> list[list[str]]:
     for family, configs in FAMILIES.items():
         found = [(train(configs, 1), train(configs, 2)) for _ in range(ROUNDS)]
         one, two = (statistics.median(pair[side]["seconds"] for pair in found) for side in (0, 1))
-        shares = sorted(alone["seconds"] / both["seconds"] for alone, both in found)
-        told = f"{statistics.median(shares):.2f} ({shares[0]:.2f}–{shares[-1]:.2f})"
+        told = with_extremes([alone["seconds"] / both["seconds"] for alone, both in found])
         rows.append([family, f"{1e3 * one:.0f}", f"{1e3 * two:.0f}", told, f"{found[0][0]['bytes'] / 1024:.0f}"])
     return rows
 
@@ -125,7 +123,7 @@ def constants() -> Race:
         for weight, to in zip(weights, target, strict=True):
             to.copy_(weight.detach())
 
-    sides: dict[str, Callable[[], object]] = {
+    sides: dict[str, Step] = {
         "copy": copy,
         "soft": lambda: tied.add_gradients_(1e-3),
         "anchor": lambda: pull.add_gradients_(1e-3),
@@ -163,20 +161,16 @@ def measure() -> str:
     """Run all measurements, and return their tables as Markdown."""
     found = constants()
     by_devices = [f"{what}, {number} devices" for number in DEVICES for what in ("GiB held", "GiB exchanged", "ms")]
-    return "\n".join(
+    return "\n\n".join(
         [
             f"Steps of ResNet-20 through `tying fit`, of one process and of two by DDP, each with a thread and {BATCH} "
             f"images of its own; median of {ROUNDS} runs of {STEPS} steps (extremes):",
-            "",
             table(["family", "ms, one", "ms, two", "efficiency", "KiB exchanged"], efficiency()),
-            "",
             f"A model of {MODEL / 1e9:g} B fp32 weights, fully sharded (FSDP2) over so many devices, reckoned: weights "
             "held on each, without gradients and optimizer states; sent and received by each in a step, two "
             "all-gathers and a reduce-scatter; and what a pull takes, as a multiple of a copy of the weights, which is "
             f"measured here, on {WEIGHTS / 2**20:.0f} Mi of them, times that of a copy at {BANDWIDTH / 1e12:g} TB/s:",
-            "",
             table(["tie", "/ copy", *by_devices], reckoned(found)),
-            "",
             "Pulls are reckoned for pairs that are sharded alike; a transpose between them would exchange weights. "
             "Today the callbacks refuse FSDP: hard ties are made in `configure_model`, before sharding, within one "
             "sharded group; pulls are not made there.",

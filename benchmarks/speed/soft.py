@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import ROOT, table
-from benchmarks.speed.timing import race
+from benchmarks.speed.timing import Step, race, time_of
 from tying import resolve
 from tying.callbacks import SoftTying
 from tying.callbacks.base import callbacks_of
@@ -23,17 +22,17 @@ MIXTURE_WEIGHTS, COMPONENTS = 10_000_000, 17
 TIGHT = 0.003
 
 
-def pairs() -> nn.ModuleDict:
-    """Return a model of two lists of square weights, with gradients."""
+def pairs_of_weights(count: int, side: int) -> nn.ModuleDict:
+    """Return a model of two lists, ``a`` and ``b``, of square weights, with gradients."""
     model = nn.ModuleDict(
-        {side: nn.ParameterList([nn.Parameter(torch.randn(SIDE, SIDE)) for _ in range(PAIRS)]) for side in "ab"}
+        {part: nn.ParameterList(nn.Parameter(torch.randn(side, side)) for _ in range(count)) for part in "ab"}
     )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return model
 
 
-def by_autograd(model: nn.ModuleDict, transposed: bool = False) -> Callable[[], None]:
+def by_autograd(model: nn.ModuleDict, transposed: bool = False) -> Step:
     """Return what one would write by hand: the penalty in the loss."""
     a, b = ([*side.parameters()] for side in (model["a"], model["b"]))
 
@@ -45,18 +44,14 @@ def by_autograd(model: nn.ModuleDict, transposed: bool = False) -> Callable[[], 
     return run
 
 
-def by_copying(words: int) -> Callable[[], None]:
+def by_copying(words: int) -> Step:
     """Return the memory bandwidth's own measure: as many words read and written as a plain copy can."""
     source = torch.randn(words // 2)
     target = torch.empty_like(source)
-
-    def run() -> None:
-        target.copy_(source)
-
-    return run
+    return lambda: target.copy_(source)
 
 
-def by_adding(model: nn.ModuleDict) -> Callable[[], None]:
+def by_adding(model: nn.ModuleDict) -> Step:
     """Return the fewest operations that read both weights, and read and write both gradients."""
     weights = [parameter.detach() for parameter in model.parameters()]
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -68,7 +63,7 @@ def by_adding(model: nn.ModuleDict) -> Callable[[], None]:
     return run
 
 
-def resnet_step() -> tuple[Callable[[], None], Callable[[], None]]:
+def resnet_step() -> tuple[Step, Step]:
     """Return a training step at batch 128 of what ``configs/soft.yaml`` trains, and what its callback adds to it."""
     cli = parse([f"--config={ROOT / 'configs' / name}.yaml" for name in ("base", "soft")])
     [callback] = [callback for callback in callbacks_of(cli.trainer) if isinstance(callback, SoftTying)]
@@ -92,20 +87,16 @@ def resnet_step() -> tuple[Callable[[], None], Callable[[], None]]:
     return step, pull
 
 
-def matching() -> list[tuple[str, float]]:
-    """Return the seconds that it takes to match 5,000 ties in a model of 10,000 parameters, best of three."""
-    model = nn.ModuleDict({s: nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(5000)]) for s in "ab"})
+def matching() -> list[str]:
+    """Return, in words, the seconds that it takes to match 5,000 ties in 10,000 parameters, best of three."""
+    model = pairs_of_weights(5000, 1)
     found = []
     for label, ties in [
         ("5,000 literal ties", [f"a.{i} ~ b.{i}" for i in range(5000)]),
         ("one pattern that binds 5,000", ["a.{i} ~ b.{i}"]),
     ]:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            resolve(model, ties)
-            times.append(time.perf_counter() - start)
-        found.append((label, min(times)))
+        seconds = min(time_of(partial(resolve, model, ties)) for _ in range(3))
+        found.append(f"Matching {label} in a model of 10,000 parameters takes {seconds:.2f} s.")
     return found
 
 
@@ -133,7 +124,7 @@ def mixture(std: float | None = None) -> tuple[str, str, float]:
 
 def measure() -> str:
     """Run all measurements, and return their tables as Markdown."""
-    model = pairs()
+    model = pairs_of_weights(PAIRS, SIDE)
     plain = TyingPenalty(resolve(model, ["a.{i} ~ b.{i}"]))
     transposed = TyingPenalty(resolve(model, ["a.{i} ~ b.{i} | o i -> i o"]))
     words = 6 * PAIRS * SIDE**2
@@ -142,7 +133,7 @@ def measure() -> str:
         "two in-place additions a pair",
         "autograd, penalty in the loss",
     )
-    sides: dict[str, Callable[[], object]] = {
+    sides: dict[str, Step] = {
         bound: by_copying(words),
         adding: by_adding(model),
         "gradient": lambda: plain.add_gradients_(1e-3),
@@ -160,28 +151,22 @@ def measure() -> str:
     faster = result.told(autograd, "gradient")
     faster_transposed = result.told("autograd, transposed pairs", "gradient, transposed pairs")
     step, pull = resnet_step()
-    step()
     shares = race({"step": step, "pull": pull}, races=7, rounds=10)
     percent = sorted(100 * ratio for ratio in shares.ratios("pull", "step"))
     share = f"{percent[len(percent) // 2]:.2f} % ({percent[0]:.2f}–{percent[-1]:.2f})"
     ratio, extremes, seconds = mixture()
     tight = mixture(TIGHT)
-    lines = [
+    paragraphs = [
         f"{PAIRS} pairs of {SIDE}×{SIDE} weights, 14.0 M on each side, fp32; median of 7 races (extremes):",
-        "",
         table(["side", "ms", "/ copy", "/ additions"], rows),
-        "",
-        f"The fused gradient is {faster} times faster than autograd; for transposed pairs, {faster_transposed} times.",
+        f"The fused gradient is {faster} times faster than autograd; for transposed pairs, {faster_transposed} times.\n"
         "A copy of as many words measures memory bandwidth; the two additions are the least that touches these six.",
-        "",
-        f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} of a training",
+        f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} of a training\n"
         f"step at batch 128 ({1e3 * shares.median('step'):.0f} ms).",
-        "",
         f"The mixture prior, value and gradient, of {MIXTURE_WEIGHTS / 1e6:.0f} M weights and {COMPONENTS} components "
         f"takes {1e3 * seconds:.0f} ms, {ratio} times ({extremes}) as long as {COMPONENTS} passes of `torch.exp` over "
         f"as many numbers, {CPU_CHUNK:,} at a time; with components as tight as they become, of standard deviation "
         f"{TIGHT}, {tight[0]} times ({tight[1]}).",
-        "",
-        *(f"Matching {label} in a model of 10,000 parameters takes {seconds:.2f} s." for label, seconds in matching()),
+        "\n".join(matching()),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)

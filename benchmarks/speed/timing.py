@@ -13,16 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Race:
-    """Best seconds of each side, one per race."""
+    """Seconds of each side, one per race."""
 
     seconds: dict[str, list[float]]
 
     def median(self, side: str) -> float:
-        """Return the median over races of a side's best time, in seconds."""
+        """Return the median over races of a side's time, in seconds."""
         return statistics.median(self.seconds[side])
 
     def ratios(self, side: str, peer: str) -> list[float]:
@@ -31,12 +34,16 @@ class Race:
 
     def told(self, side: str, peer: str) -> str:
         """Return the median ratio and, in brackets, the smallest and the largest."""
-        ratios = self.ratios(side, peer)
-        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        return with_extremes(self.ratios(side, peer))
 
 
-def race(sides: Mapping[str, Callable[[], object]], races: int = 7, rounds: int = 10) -> Race:
-    """Time each side ``races × rounds`` times, in turns.
+def race(
+    sides: Mapping[str, Step],
+    races: int = 7,
+    rounds: int = 10,
+    keep: Callable[[Sequence[float]], float] = min,
+) -> Race:
+    """Time each side ``races × rounds`` times, in turns, and keep one of its times of each race: by default, the best.
 
     Example:
         >>> result = race({"short": lambda: sum(range(10)), "long": lambda: sum(range(10000))}, races=3)
@@ -47,16 +54,40 @@ def race(sides: Mapping[str, Callable[[], object]], races: int = 7, rounds: int 
         run()
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(races):
-        best = dict.fromkeys(sides, float("inf"))
+        times: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, run in sides.items():
-                best[side] = min(best[side], time_of(run))
+                times[side].append(time_of(run))
         for side in sides:
-            seconds[side].append(best[side])
+            seconds[side].append(keep(times[side]))
     return Race(seconds)
 
 
-def time_of(run: Callable[[], object]) -> float:
+def with_extremes(values: Sequence[float]) -> str:
+    """Return the median and, in brackets, the smallest and the largest.
+
+    Example:
+        >>> with_extremes([3.0, 1.0, 2.0])
+        '2.00 (1.00–3.00)'
+    """
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def passes(model: nn.Module, x: Tensor) -> Step:
+    """Return a forward and backward pass of a network: to its weights and, where they want gradients, its inputs."""
+
+    def run() -> None:
+        x.grad = None
+        model.zero_grad()
+        outputs = model(x)
+        if isinstance(outputs, tuple):  # of a recurrent network: its outputs and its last state
+            outputs, _ = outputs
+        outputs.sum().backward()
+
+    return run
+
+
+def time_of(run: Step) -> float:
     """Return the seconds that one run takes."""
     _synchronize()
     start = time.perf_counter()
@@ -70,17 +101,14 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def pairs(one: Callable[[], object], other: Callable[[], object], count: int = 200) -> list[float]:
+def pairs(one: Step, other: Step, count: int) -> list[float]:
     """Return time of ``one`` over time of ``other``, measured side by side, in alternating order, ``count`` times."""
     one(), other()
     ratios = []
     for number in range(count):
-        if number % 2:
-            first = time_of(one)
-            ratios.append(first / time_of(other))
-        else:
-            second = time_of(other)
-            ratios.append(time_of(one) / second)
+        order = (one, other) if number % 2 else (other, one)
+        seconds = {side: time_of(side) for side in order}
+        ratios.append(seconds[one] / seconds[other])
     return ratios
 
 
