@@ -14,11 +14,11 @@ import yaml
 from torch import Tensor
 
 from tying.atomic import atomically
-from tying.callbacks import WeightClustering
-from tying.callbacks.base import ChangesModel, callbacks_of
+from tying.callbacks.base import callbacks_of
 from tying.checkpoints import read
 from tying.errors import ConfigurationError
 from tying.hard import bake
+from tying.inspection import load_weights
 from tying.names import unwrapped
 
 SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's config.yaml; the rest are arguments of `fit`
@@ -83,15 +83,7 @@ def _computed(
             arguments.append(f"--config={kept}")
         trainer, model = load(arguments)
     model.configure_model()
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, ChangesModel):
-            callback.apply(model)
-        elif isinstance(callback, WeightClustering):
-            callback.prepare(model, weights)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigurationError(f"{path} does not fit the model of {', '.join(configs)}: {error}") from None
+    load_weights(model, callbacks_of(trainer), weights, f"--config {', '.join(configs)}: {path}")
     return bake(model)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from tying.callbacks import HardTying, WeightClustering
 from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before
@@ -44,9 +45,7 @@ def inspect(
     callbacks = _in_force(model, callbacks)
     changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
     if checkpoint is not None:
-        for change in changing:
-            change.apply(model)
-        _load_weights(model, callbacks, checkpoint, weights_only)
+        load_weights(model, callbacks, _weights(checkpoint, weights_only), f"ckpt_path: {checkpoint}")
     groups = _tied(model, callbacks)
     if groups or not changing:
         print_summary(model, groups, max_rows=None)
@@ -124,16 +123,27 @@ def _used_again(model: pl.LightningModule) -> dict[str, list[str]]:
     return found
 
 
-def _load_weights(
-    model: pl.LightningModule, callbacks: Sequence[pl.Callback], path: Path, weights_only: bool | None
-) -> None:
+def _weights(path: Path, weights_only: bool | None) -> dict[str, Tensor]:
     content = read(path, "ckpt_path") if weights_only else torch.load(path, "cpu", weights_only=weights_only)
     if not isinstance(content, dict) or not isinstance(state_dict := content.get("state_dict"), dict):
         raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of Lightning: it has no state_dict")
+    return state_dict
+
+
+def load_weights(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, Tensor], asker: str
+) -> None:
+    """Let callbacks change a model as training would have, and load its weights from then.
+
+    Raises:
+        ConfigurationError: they do not fit.
+    """
     try:
         for callback in callbacks:
-            if isinstance(callback, WeightClustering):
-                callback.prepare(model, state_dict)
-        model.load_state_dict(state_dict)
+            if isinstance(callback, ChangesModel):
+                callback.apply(model)
+            elif isinstance(callback, WeightClustering):
+                callback.prepare(model, weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ConfigurationError(f"ckpt_path: {path} does not fit the model: {error}") from None
+        raise ConfigurationError(f"{asker} does not fit the model: {error}") from None
