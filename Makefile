@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+SUITE := -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 .PHONY: install test test-slow test-oldest test-newest survival fuzz lint demo docs speed clean
 
@@ -10,17 +11,20 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# in each of the two processes
+test test-oldest test-newest: export OMP_NUM_THREADS = 1
+
 test: install lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python $(SUITE)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest -m "not slow" -W default  # old versions warn of one another
+	.venv-oldest/bin/python $(SUITE) -W default  # old versions warn of one another
 
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest -m "not slow"
+	.venv-newest/bin/python $(SUITE)
 
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
