@@ -14,6 +14,7 @@ from tying.callbacks import (
     TemplateWeights,
     TyingMonitor,
     TyingSummary,
+    WeightClustering,
 )
 from tying.hard import audit, tied
 from tying.mixins import HardTyingMixin
@@ -216,11 +217,18 @@ def test_parametrizations_are_all_or_none():
         LowRankWeights(["encoder.0.weight"], rank=2).apply(model)
 
 
-def test_sharding_strategies_are_refused():
+@pytest.mark.parametrize(
+    ("callback", "told"),
+    [
+        (HardTying(TIES), "HardTying does not support Sharded: change the model in configure_model"),
+        (WeightClustering(["**.weight"], 2), "WeightClustering does not go with Sharded, which would keep the dense"),
+    ],
+)
+def test_sharding_strategies_are_refused(callback, told):
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.strategy.__class__ = type("Sharded", (pl.strategies.FSDPStrategy,), {})
-    with pytest.raises(ValueError, match="HardTying does not support Sharded: change the model in configure_model"):
-        HardTying(TIES).setup(trainer, Toy(), "fit")
+    with pytest.raises(ValueError, match=told):
+        callback.setup(trainer, Toy(), "fit")
 
 
 def test_soft_ties_read_hard_ones_as_they_lie():

@@ -20,6 +20,8 @@ from tying.callbacks.finite import Watching
 from tying.errors import ConfigurationError
 from tying.ties import Tie, TiedGroup
 
+SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # they split weights over processes
+
 
 class ChangesModel(Watching):
     """A callback that changes the model before the optimizers are made.
@@ -32,7 +34,7 @@ class ChangesModel(Watching):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         kind = type(self).__name__
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, "
                 "before it is sharded, and shard tied modules together, as tying.hard.audit says"
@@ -156,7 +158,10 @@ def refuse_copies(trainer: pl.Trainer, asker: str, why: str, processes: bool = T
         why: what the copies would keep.
         processes: whether other processes would not make the same change themselves.
     """
-    averaging = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-    if averaging or (processes and trainer.world_size > 1):
-        what = type(averaging[0]).__name__ if averaging else "several processes"
+    holders: list[object] = [
+        c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | StochasticWeightAveraging)
+    ]
+    holders += [trainer.strategy] if processes and isinstance(trainer.strategy, SHARDING) else []
+    if holders or (processes and trainer.world_size > 1):
+        what = type(holders[0]).__name__ if holders else "several processes"
         raise ConfigurationError(f"{asker} does not go with {what}, which would keep {why}")

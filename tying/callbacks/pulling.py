@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
@@ -20,7 +19,7 @@ from torch.utils.data import DistributedSampler, Sampler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import callbacks_of
+from tying.callbacks.base import SHARDING, callbacks_of
 from tying.callbacks.finite import Watching
 from tying.errors import ConfigurationError, listed, nearest
 from tying.soft import Schedule, TyingPenalty
@@ -131,7 +130,7 @@ class Pulling(Watching):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
                 "it compares over processes: use one device or strategy 'ddp'"
