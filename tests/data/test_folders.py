@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -150,6 +151,12 @@ def test_class_missing_empty_or_unknown(folder):
         file.unlink()
     (folder / "cifar" / "test" / "cat").rename(folder / "cifar" / "test" / "kitten")
     with pytest.raises(ConfigurationError, match=r"missing or empty: cat, dog; not expected: kitten"):
+        ready(folder)
+
+
+def test_a_split_that_is_missing_is_named(folder, store):
+    shutil.rmtree(folder / "cifar" / "test")
+    with pytest.raises(ConfigurationError, match=r"must hold test/<class>/ .* missing or empty: airplane"):
         ready(folder)
 
 

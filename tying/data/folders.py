@@ -186,6 +186,6 @@ def _unzipped(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 def _top(path: Path) -> Path | None:
     for top in [path, *sorted(child for child in path.iterdir() if child.is_dir())] if path.is_dir() else []:
-        if all((top / split).is_dir() for split in SPLITS):
+        if any((top / split).is_dir() for split in SPLITS):
             return top
     return None
