@@ -10,7 +10,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
 from tying import ConfigurationError
-from tying.depth import Residual, StochasticDepth, Sum, Swapout, apply_merge, remove_merge
+from tying.depth import Recurrent, Residual, StochasticDepth, Sum, Swapout, apply_merge, remove_merge
 from tying.models import ResNet
 
 
@@ -256,3 +256,9 @@ def test_a_merge_is_not_applied_twice():
         apply_merge(built, "0", StochasticDepth(0.5))
     with pytest.raises(ConfigurationError, match=r"keep needs a tying\.depth\.Merge, which Identity is not"):
         apply_merge(ResNet(depth=8), "layer1.*", nn.Identity(), keep=0.5)
+
+
+def test_blocks_that_are_used_again_within_others():
+    model = nn.Sequential(Recurrent(Recurrent(Residual(nn.Linear(3, 3)), steps=2), steps=3))
+    assert apply_merge(model, "0", StochasticDepth(0.5)) == 6
+    assert all(isinstance(block.merge, StochasticDepth) for again in model[0].blocks for block in again.blocks)

@@ -168,9 +168,9 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
             close = nearest(pattern.text, names)
             raise ConfigurationError(f"blocks: pattern {pattern.text!r} matches no module.{close}")
         matched |= own
-    again = {name: m for name, m in names.items() if name in matched and isinstance(m, Recurrent)}
-    for name, recurrent in again.items():
-        matched |= {f"{name}.blocks.{step}" for step in range(len(recurrent.blocks))}
+    for name, module in names.items():  # parents first: a block may be recurrent itself
+        if name in matched and isinstance(module, Recurrent):
+            matched |= {f"{name}.blocks.{step}" for step in range(len(module.blocks))}
     found = {name: m for name, m in names.items() if name in matched and not isinstance(m, Recurrent)}
     kinds = merged_kinds()
     known = {*kinds, *kinds.values()}
