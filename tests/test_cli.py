@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -35,6 +36,21 @@ SMALL = [
 ]
 SMALL += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 TIES8 = "--trainer.callbacks.ties=[network.layer1.*.branch.conv*.weight]"
+
+FULL = """
+import resource
+
+import lightning.pytorch as pl
+
+
+class FullAfter(pl.Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+"""
 
 
 def errors(capsys, *args):
@@ -584,6 +600,22 @@ def test_a_disk_that_is_full(checkpoint, capsys, monkeypatch):
     assert "--out: a.pt cannot be written: [Errno 28]" in errors(capsys, "bake", f"--ckpt={checkpoint}", "--out=a.pt")
     assert Path("a.pt").read_text() == "what was there"
     assert not list(Path().glob(".a.pt*"))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_whose_disk_is_full_goes_on_where_there_is_room(capsys, caplog):
+    run = ["fit", BASE, SOFT, TIES8, *SMALL, "--trainer.limit_train_batches=35", "--trainer.log_every_n_steps=35"]
+    more = "--config=more.yaml"  # checkpoints after 20 steps and after 35, of which the second does not fit
+    Path("more.yaml").write_text("trainer: {callbacks+: [{class_path: full_here.FullAfter, init_args: {step: 30}}]}")
+    Path("full_here.py").write_text(FULL)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        told = errors(capsys, *run, more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Choose a folder with room and rights" in told
+    main([*run, "--ckpt_path=last"])
+    assert "going on from runs/soft/version_0/checkpoints/interrupted.ckpt" in caplog.text
 
 
 def test_configurations_that_are_no_text(checkpoint, capsys):
