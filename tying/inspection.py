@@ -138,12 +138,12 @@ def load_weights(
     Raises:
         ConfigurationError: they do not fit.
     """
+    for callback in callbacks:
+        if isinstance(callback, ChangesModel):
+            callback.apply(model)
+        elif isinstance(callback, WeightClustering):
+            callback.prepare(model, weights)
     try:
-        for callback in callbacks:
-            if isinstance(callback, ChangesModel):
-                callback.apply(model)
-            elif isinstance(callback, WeightClustering):
-                callback.prepare(model, weights)
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ConfigurationError(f"{asker} does not fit the model: {error}") from None

@@ -277,3 +277,12 @@ def test_two_in_one_run():
     model = Blocks()
     train(model, [first, second])
     assert keeps(model) == [0.75, 0.5, 0.75, 0.5]
+
+
+def test_a_class_of_ones_own_with_other_arguments():
+    class Mine(ResidualMerging):
+        def __init__(self, blocks, keep):
+            super().__init__(blocks, StochasticDepth(keep))
+
+    model = nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2)))
+    assert Mine("*", 0.5).apply(model) == Mine("*", 0.5).apply(model) == 2

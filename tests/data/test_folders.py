@@ -157,7 +157,7 @@ def test_class_missing_empty_or_unknown(folder):
 def test_a_split_that_is_missing_is_named(folder, store):
     shutil.rmtree(folder / "cifar" / "test")
     with pytest.raises(ConfigurationError, match=r"must hold test/<class>/ .* missing or empty: airplane"):
-        ready(folder)
+        ready(folder / "cifar", source="folder")
 
 
 def test_image_of_another_size_or_broken(folder):
@@ -339,3 +339,8 @@ def test_cache_root_follows_the_environment(monkeypatch):
     monkeypatch.delenv("TYING_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache.cache_root() == Path("/x/tying")
+
+
+def test_another_folder_beside_does_not_stand_in_the_way(folder):
+    (folder / "apps" / "test").mkdir(parents=True)
+    assert len(ready(folder)._splits["fit"][1]) == 30

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from toys import Toy, batches, same, train
 
@@ -420,6 +421,14 @@ def test_embeddings_hold_no_index():
 def test_a_recurrent_hash_needs_equal_layers(layers, scope, told):
     with pytest.raises(ValueError, match=told):
         hash_weights(nn.Sequential(*layers), ["*.weight"], hash=RecurrentHash(layers=2), scope=scope)
+
+
+def test_a_table_that_is_parametrized_is_reported():
+    model = network()
+    hash_weights(model, ["0.weight"], 0.1)
+    weight_norm(model[0], "table", dim=None)
+    assert [one.table_size for one in report(model).weights] == [20]
+    hash_weights(model, ["2.weight"], 0.1)
 
 
 def test_a_map_as_a_parametrization_is_reported():

@@ -71,7 +71,13 @@ class BoundaryPlot(pl.Callback):
 
     @override
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         assert self._last is not None
         self._sum = self._sum + self._last.sum(dim=(0, 1))

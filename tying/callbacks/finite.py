@@ -220,14 +220,18 @@ class Watching(pl.Callback):
             self._watch.look_at_gradients({name: weight for name, weight in held if id(weight) in own}, scaled)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step != self._steps_seen:
             self._steps_seen = trainer.global_step
             self._watch.look(self._held_in(pl_module))
             self._watch.tell(self.groups, wait=False)
 
     @override
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.training:
             self._watch.look(self._held_in(pl_module))
         self._watch.tell(self.groups)

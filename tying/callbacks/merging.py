@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel, arguments_of
+from tying.callbacks.base import ChangesModel
 from tying.depth import Merge, apply_merge
 from tying.depth.merging import put_merges, residual_blocks
 from tying.errors import ConfigurationError
@@ -128,14 +128,18 @@ class ResidualMerging(ChangesModel):
     def _mark(self) -> str:
         """What makes the callback equal to another."""
         own = {key: value for key, value in vars(self.merge).items() if not key.startswith("_") and key != "training"}
-        return f"{type(self.merge).__qualname__} {own} {arguments_of(self)}"
+        return (
+            f"{self.blocks} {type(self.merge).__qualname__} {own} {self.merge!r} {self.keep_schedule} {self.schedule}"
+        )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._merges = self._merges_of(pl_module)
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.schedule is not None:
             steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
             count = steps if self.schedule.unit == "step" else trainer.current_epoch

@@ -47,7 +47,9 @@ class TyingMonitor(pl.Callback):
             self.steps, self.history = [], {}
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
         groups = [group for _, group in tied_groups(trainer)]
         if not (groups and new_step and trainer._logger_connector.should_update_logs):

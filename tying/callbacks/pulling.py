@@ -219,7 +219,9 @@ class Pulling(Watching):
         """Do what a step of an optimizer brings, which holds the parameters of these learning rates."""
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._micro_batches or not trainer._logger_connector.should_update_logs:
             return
         pl_module.log(f"{self._prefix}/strength", _product(self._used, self.strength))

@@ -50,7 +50,13 @@ class Unrolling(pl.Callback):
     @override
     @torch.no_grad()
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         x, y = batch
         steps = {module: module.steps for module in pl_module.modules() if isinstance(module, Recurrent)}

@@ -87,12 +87,9 @@ def load_folder(path: Path, classes: Sequence[str], size: tuple[int, int]) -> di
 def _key(path: Path) -> str:
     if path.is_dir():
         digest = hashlib.sha256()
-        top = _top(path)
-        for file in sorted(top.rglob("*")) if top else ():
-            if file.suffix.lower() in SUFFIXES and not file.is_dir():
-                content = file.read_bytes()
-                digest.update(f"{file.relative_to(top)}:{len(content)}:".encode())  # type: ignore[arg-type]  # has files
-                digest.update(content)
+        for split, kind, name, content in files(path):
+            digest.update(f"{split}/{kind}/{name}:{len(content)}:".encode())
+            digest.update(content)
     else:
         with path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256")
@@ -136,9 +133,9 @@ def decode(path: Path, classes: Sequence[str], size: tuple[int, int], show_progr
 def files(path: Path) -> Iterator[Named]:
     """Yield the images of ``.../{train,test}/<class>/<file>`` below a folder, or in a tar or zip file."""
     if path.is_dir():
-        top = _top(path)
-        for split in SPLITS if top else ():
-            for file in sorted((top / split).glob("*/*")):  # type: ignore[operator]  # a path: the loop runs
+        top = _top(path) or path
+        for split in SPLITS:
+            for file in sorted((top / split).glob("*/*")):
                 if file.suffix.lower() in SUFFIXES and not file.is_dir():
                     yield split, file.parent.name, file.name, file.read_bytes()
         return
@@ -186,6 +183,6 @@ def _unzipped(packed: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 
 def _top(path: Path) -> Path | None:
     for top in [path, *sorted(child for child in path.iterdir() if child.is_dir())] if path.is_dir() else []:
-        if any((top / split).is_dir() for split in SPLITS):
+        if all((top / split).is_dir() for split in SPLITS):
             return top
     return None

@@ -33,7 +33,9 @@ class Place:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter there."""
-        return self.holder.get_parameter(self.original)
+        parameter = self.holder._parameters[self.original]  # many are asked for: get_parameter looks further
+        assert parameter is not None
+        return parameter
 
     @property
     def relation(self) -> Relation | None:
@@ -73,5 +75,6 @@ def check_free(name: str, places: Mapping[str, Place], because: str = "") -> Non
     place = places[name]
     if place.holder is not place.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    if aliases := [other for other, one in places.items() if one.parameter is place.parameter and other != name]:
+    weight = place.parameter
+    if aliases := [other for other, one in places.items() if one.parameter is weight and other != name]:
         raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}{because}: untie them, or choose others")

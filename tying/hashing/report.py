@@ -81,7 +81,8 @@ def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Paramet
     for name, one in computed_weights(model).items():
         *_, last = one.steps
         if isinstance(last, VirtualWeight):
-            table, *_ = one.originals
+            held, *_ = one.prefixes  # a table may be parametrized in its turn
+            table = one.owner.get_parameter(f"{held}original") if held.endswith(".") else getattr(one.owner, held)
             yield name, last, table
 
 
