@@ -429,6 +429,8 @@ def test_a_table_that_is_parametrized_is_reported():
     weight_norm(model[0], "table", dim=None)
     assert [one.table_size for one in report(model).weights] == [20]
     hash_weights(model, ["2.weight"], 0.1)
+    weight_norm(model[2], "table", dim=None)
+    assert [(one.table_size, one.holder) for one in report(model).weights] == [(20, "0.weight"), (30, "2.weight")]
 
 
 def test_a_map_as_a_parametrization_is_reported():

@@ -89,7 +89,7 @@ def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Paramet
 def tables_in(model: nn.Module, names: Container[str] | None = None) -> list[dict[str, VirtualWeight]]:
     """Return for each table of a model the maps from it to its weights, by name; of these names, or all."""
     tables: dict[int, dict[str, VirtualWeight]] = {}
-    for name, virtual, table in hashed_in(model):
+    for name, virtual, table in [*hashed_in(model)]:  # all at once: one that is computed must live to be told apart
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
     return [*tables.values()]
