@@ -141,14 +141,13 @@ class HashedLinear(Hashed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         virtual = self.virtual
         if virtual.structure is not None:
-            output = virtual.structure.linear(input, virtual.scaled(self.table))
-        elif (seed := virtual.fusible_seed(self.table)) is not None:
+            return virtual.structure.linear(input, virtual.scaled(self.table), self.bias)
+        if (seed := virtual.fusible_seed(self.table)) is not None:
             from tying.hashing.kernels import fused_linear
 
             output = fused_linear(input, virtual.scaled(self.table), self.out_features, virtual.first, seed)
-        else:
-            return F.linear(input, self.weight, self.bias)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+            return output if self.bias is None else output + self.bias.to(output.dtype)
+        return F.linear(input, self.weight, self.bias)
 
 
 class HashedConv2d(Hashed, nn.Conv2d):
@@ -210,8 +209,7 @@ class HashedConv2d(Hashed, nn.Conv2d):
             dense: Tensor = self._conv_forward(input, self.weight, self.bias)
             return dense
         table = self.virtual.scaled(self.table)
-        output: Tensor = structure.convolve(table, lambda kernels: self._conv_forward(input, kernels, None))
-        return output if self.bias is None else output + self.bias.to(output.dtype).view(-1, 1, 1)
+        return structure.convolve(table, self.bias, lambda kernels: self._conv_forward(input, kernels, None))
 
 
 class HashedEmbedding(Hashed, nn.Embedding):

@@ -186,12 +186,13 @@ class ToeplitzHash(Hash):
         """Return the matrix: what the layer makes of each unit vector."""
         return self.linear(torch.eye(self.features[1], dtype=table.dtype, device=table.device), table).T
 
-    def linear(self, x: Tensor, table: Tensor) -> Tensor:
-        """Return the flattened convolution of flattened images (..., in_channels · height · width)."""
+    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the flattened convolution of flattened images (..., in_channels · height · width), plus a bias."""
         images = x.reshape(-1, self.in_channels, *both(self.input_size))
         kernel = table.view(self.out_channels, self.in_channels, *both(self.kernel_size))
         stride, padding, dilation = both(self.stride), both(self.padding), both(self.dilation)
-        return F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], -1)
+        output = F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], -1)
+        return output if bias is None else output + bias.to(output.dtype)
 
     @override
     def check_shape(self, shape: Sequence[int]) -> None:

@@ -28,8 +28,8 @@ class Structure(Protocol):
     def weight(self, table: Tensor) -> Tensor:
         """Return the weight."""
 
-    def linear(self, x: Tensor, table: Tensor) -> Tensor:
-        """Return ``x Wᵀ``."""
+    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x Wᵀ + b``."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +64,32 @@ class RepeatedRows:
         """Return the weight, of ``shape``."""
         return repeat_to(self.rows(table), self.shape[0], 0).view(self.shape)
 
-    def linear(self, x: Tensor, table: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, for x (..., width)."""
+    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x Wᵀ + b``, for x (..., width)."""
         if self.width <= self.size:
-            return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1)
+            return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1, bias)
         turns = -(-self.width // self.size)
         padded = F.pad(x, (0, turns * self.size - self.width))
         folded = padded.view(*x.shape[:-1], turns, self.size).sum(dim=-2)
         turned = lookup(table, Slots(self.distinct * self.size, self._turned)).view(self.distinct, self.size)
-        return repeat_to(F.linear(folded, turned), self.shape[0], -1)
+        return repeat_to(F.linear(folded, turned), self.shape[0], -1, bias)
 
     def _turned(self, numbers: Tensor) -> Tensor:
         """Return the entries of the table as it begins with each distinct row's first weight."""
         return (self.first + self.width * (numbers // self.size) + numbers) % self.size
 
-    def convolve(self, table: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
+    def convolve(self, table: Tensor, bias: Tensor | None, convolution: Callable[[Tensor], Tensor]) -> Tensor:
         """Return a convolution's output, (..., channels, *size), from that of its distinct kernels."""
         kernels = self.rows(table).view(-1, *self.shape[1:])
-        return repeat_to(convolution(kernels), self.shape[0], 1 - len(self.shape))
+        return repeat_to(convolution(kernels), self.shape[0], 1 - len(self.shape), bias)
 
     def rows(self, table: Tensor) -> Tensor:
         """Return the distinct rows, (distinct, width)."""
         count = self.distinct * self.width
         turns = -(-(self.first + count) // self.size)
         whole = table if turns == 1 else table.repeat(turns)
-        return whole[self.first : self.first + count].view(self.distinct, self.width)
+        used = whole if len(whole) == count else whole[self.first : self.first + count]
+        return used.view(self.distinct, self.width)
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ class Blocks:
         slots = Slots(count, self._entries, quickly=self._runs if aligned else None)
         return lookup(table, slots).view(self.shape)
 
-    def linear(self, x: Tensor, table: Tensor) -> Tensor:
-        """Return ``x Wᵀ``, for x (..., width)."""
-        return F.linear(x, self.weight(table))
+    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x Wᵀ + b``, for x (..., width)."""
+        return F.linear(x, self.weight(table), bias)
 
     def _entries(self, numbers: Tensor) -> Tensor:
         ids = numbers + self.first
@@ -129,14 +130,19 @@ class Blocks:
         return (self.starts(blocks)[..., None] + torch.arange(self.block)).flatten(1)
 
 
-def repeat_to(x: Tensor, count: int, dim: int) -> Tensor:
-    """Repeat a tensor along a dimension to a length."""
-    held = x.shape[dim]
-    if held == count:
+def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Tensor:
+    """Repeat a tensor along a dimension to a length; add a bias, one number for each place along it."""
+    held, dim = x.shape[dim], dim % x.ndim
+    if held == count and bias is None:
         return x
-    turns, dim = -(-count // held), dim % x.ndim
-    repeated = x.unsqueeze(dim).expand(*x.shape[:dim], turns, *x.shape[dim:]).flatten(dim, dim + 1)
-    return repeated.narrow(dim, 0, count)
+    turns = -(-count // held)
+    repeated = x.unsqueeze(dim).expand(*x.shape[:dim], turns, *x.shape[dim:])
+    if bias is not None:  # while it is repeated: a pass over the output less
+        bias, rest = bias.to(x.dtype), turns * held - count
+        padded = F.pad(bias, (0, rest)) if rest else bias
+        repeated = repeated + padded.view(turns, held, *[1] * (x.ndim - dim - 1))
+    flat = repeated.flatten(dim, dim + 1)
+    return flat if turns * held == count else flat.narrow(dim, 0, count)
 
 
 def both(size: Size) -> tuple[int, int]:
