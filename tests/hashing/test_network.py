@@ -377,6 +377,24 @@ def test_two_tables_of_one_module_take_plain_weights():
     lstm = nn.LSTM(4, 4)
     hash_weights(lstm, ["weight_*"], 0.2, scope="network")
     load_plain(lstm, bake(lstm))
+    assert [kind.__name__ for kind in type(lstm).__mro__[:2]] == ["HashedLSTM", "LSTM"]
+
+
+def test_equal_layers_keep_connections_of_their_own():
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    hash_weights(model, ["*.weight"], 0.5, hash=ModulusHash(), density=0.5)
+    first, second = (layer.weight != 0 for layer in model)
+    assert 0.3 < (first == second).double().mean() < 0.7  # of 400 coins
+
+
+def test_resetting_a_layer_of_a_common_table_gives_the_spread_of_a_dense_one():
+    model = nn.Sequential(nn.Linear(500, 50), nn.Linear(50, 50))
+    hash_weights(model, ["*.weight"], 0.5, scope="network")
+    for layer in model:
+        layer.reset_parameters()
+        bound = layer.in_features**-0.5
+        assert 0.95 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6)
+        assert layer.bias.abs().max() <= bound
 
 
 HALVES = {"first": ["encoder.**.weight"], "second": ["decoder.**.weight"]}

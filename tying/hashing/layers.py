@@ -50,8 +50,9 @@ def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: 
     else:
         names = f"{name}_table", f"{name}_virtual"
         computes = {**getattr(kind, "computes", {}), name: names}
-        content = {"computes": computes, name: computed_weight(*names)}
-        module.__class__ = type(f"Hashed{kind.__name__}", (kind,), content)
+        plain = next(one for one in kind.__mro__ if "computes" not in vars(one))
+        content = {"computes": computes, **{weight: computed_weight(*both) for weight, both in computes.items()}}
+        module.__class__ = type(f"Hashed{plain.__name__.removeprefix('Hashed')}", (plain,), content)
     items = [(names[0], table) if held == name else (held, parameter) for held, parameter in module._parameters.items()]
     module._parameters = dict(items)
     module.register_module(names[1], virtual)
@@ -84,10 +85,11 @@ class Hashed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table and the bias as the dense layer would draw its own."""
-        fan_in = self.virtual.shape[1:].numel()
-        for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        """Draw the table and the bias as the dense layer would draw its own; weights are the table times its scale."""
+        bound = 1 / math.sqrt(self.virtual.shape[1:].numel())
+        nn.init.uniform_(self.table, -bound / self.virtual.scale, bound / self.virtual.scale)
+        if (bias := self._parameters.get("bias")) is not None:
+            nn.init.uniform_(bias, -bound, bound)
 
 
 class HashedLinear(Hashed, nn.Linear):
@@ -255,7 +257,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
     @override
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.table)
+        nn.init.normal_(self.table, std=1 / self.virtual.scale)
 
     @override
     def forward(self, input: Tensor) -> Tensor:

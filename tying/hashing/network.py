@@ -85,17 +85,19 @@ def hash_weights(
         check_hashable(name, places)
     hash.check_layers([weight.shape for weight in chosen.values()], scope)
 
-    def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0) -> _Plan:
+    def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0, salt: int = 0) -> _Plan:
         owner = places[name].owner
         special = of_rows(owner, index) if type(owner) is nn.Embedding else {"index": index}
-        options = {"sign": sign, "density": density, "first": first, "scale": scale, **special}
+        options = {"sign": sign, "density": density, "salt": salt, "first": first, "scale": scale, **special}
         return _Plan(name, chosen[name], VirtualWeight(chosen[name].shape, size, own, **options))
 
     groups: list[list[_Plan]] = []  # those of one table
     if scope == "layer":
         for name, weight in chosen.items():
-            own = hash.seeded(zlib.crc32(name.encode()))
-            groups.append([make(name, own, table_entries(weight.numel(), table_ratio, own))])
+            salt = zlib.crc32(name.encode())
+            own = hash.seeded(salt)
+            size = table_entries(weight.numel(), table_ratio, own)
+            groups.append([make(name, own, size, salt=salt if own is hash else 0)])
     else:
         (source, weight), *others = chosen.items()
         for name, other in others:

@@ -71,6 +71,7 @@ class VirtualWeight(nn.Module):
         hash: h.
         sign: multiply by ξ = ±1.
         density: fraction of weights that are kept; the others are zero. The table has the same size.
+        salt: sets the draws of kept weights apart from those of other weights with the same hash.
         index: keep it (4 bytes a weight), compute it anew each time, or do without by the hash's structure.
         first: identifier of the first weight.
         scale: a constant factor on all weights.
@@ -95,6 +96,7 @@ class VirtualWeight(nn.Module):
         *,
         sign: bool = False,
         density: float = 1.0,
+        salt: int = 0,
         index: Index = "auto",
         first: int = 0,
         scale: float = 1.0,
@@ -106,7 +108,8 @@ class VirtualWeight(nn.Module):
         if not 0 < density <= 1:
             raise ConfigurationError(f"density is in (0, 1], not {density}")
         self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
-        self.sign, self.density, self.first, self.scale, self.zero_row = sign, density, first, scale, zero_row
+        self.sign, self.density, self.salt = sign, density, salt
+        self.first, self.scale, self.zero_row = first, scale, zero_row
         hash.check_shape(self.shape)
         structure = hash.structure(self.shape, table_size, first) if self._as_they_are else None
         if index == "structured" and structure is None:
@@ -237,6 +240,7 @@ class VirtualWeight(nn.Module):
         count = self.shape.numel()
         told = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
         told += ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
+        told += f", salt {self.salt}" * (self.density < 1 and self.salt != 0)
         return told + f", row {self.zero_row} zero" * (self.zero_row is not None)
 
     @property
@@ -263,7 +267,7 @@ class VirtualWeight(nn.Module):
     def _slot(self, ids: Tensor) -> Tensor:
         slot = self.hash.slot(ids, self.table_size, *([] if self.drawn is None else [self.drawn]))
         if self.density < 1:
-            kept = mix(ids, getattr(self.hash, "seed", 0) ^ _DENSITY) < int(self.density * 2**32)
+            kept = mix(ids, getattr(self.hash, "seed", 0) ^ self.salt ^ _DENSITY) < int(self.density * 2**32)
             slot = torch.where(kept, slot, -1)
         if self.zero_row is not None:
             slot = torch.where((ids - self.first) // self.shape[1:].numel() == self.zero_row, -1, slot)
