@@ -3,6 +3,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from toys import TIES, Toy, batches, same, train
 
@@ -15,6 +16,7 @@ from tying.callbacks import (
     TyingMonitor,
     TyingSummary,
     WeightClustering,
+    WeightHashing,
 )
 from tying.hard import audit, tied
 from tying.mixins import HardTyingMixin
@@ -238,6 +240,78 @@ def test_soft_ties_read_hard_ones_as_they_lie():
     train(model, [HardTying(TIES[:1]), soft], max_epochs=1)
     assert torch.equal(model.extra.weight, model.decoder[2].weight)
     assert torch.equal(model.extra.weight, model.encoder[0].weight.T)
+
+
+class Unfrozen(Toy):
+    """Two layers that are frozen until the second epoch, and whose gradient is 1."""
+
+    def __init__(self):
+        super().__init__(optimizer=lambda parameters: torch.optim.SGD([p for p in parameters if p.requires_grad], 0.1))
+        self.pair = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2))
+
+    def loss(self, batch):
+        return super().loss(batch) + next(self.pair.parameters()).sum()
+
+
+class Unfreeze(BaseFinetuning):
+    def freeze_before_training(self, model):
+        self.freeze(model.pair)
+
+    def finetune_function(self, model, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(model.pair, optimizer, lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: HardTying(["pair.0.weight ~ pair.1.weight"]),
+        lambda: WeightHashing(["pair.*.weight"], 0.5, scope="network", scaled=False),
+    ],
+    ids=["tied", "hashed"],
+)
+def test_layers_that_are_unfrozen_together_are_stepped_once(make, tmp_path):
+    model = Unfrozen()
+    before = copy.deepcopy(model)
+    make().apply(before)
+    trainer = train(model, [make(), Unfreeze()], max_epochs=3, default_root_dir=tmp_path)
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [8, 1]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    if isinstance(make(), HardTying):
+        torch.testing.assert_close(before.pair[0].weight - model.pair[1].weight, torch.full((3, 3), 2.0))
+    where = {"ckpt_path": tmp_path / "a.ckpt", "default_root_dir": tmp_path}
+    trainer = train(Unfrozen(), [make(), Unfreeze()], max_epochs=4, **where)
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [8, 1]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_weights_that_several_optimizers_hold():
+    class Add(pl.Callback):
+        def on_train_epoch_start(self, trainer, model):
+            if trainer.current_epoch == 1:
+                for optimizer in trainer.optimizers:
+                    optimizer.add_param_group({"params": [*model.pair.parameters()]})
+
+    class Two(Unfrozen):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.encoder, self.decoder)]
+
+    with pytest.raises(ValueError, match=r"'pair\.0\.weight' stands 2 times in the optimizers"):
+        train(Two(), [HardTying(["pair.0.weight ~ pair.1.weight"]), Add()], max_epochs=2)
+
+
+def test_a_table_that_modules_share_is_stepped_once():
+    model = Toy(lambda _: torch.optim.SGD([*model.encoder.parameters(), *model.decoder.parameters()], lr=0.1))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        trainer = train(model, [WeightHashing(["*.0.weight"], 0.5, scope="network")], max_epochs=1)
+    [group] = trainer.optimizers[0].param_groups
+    assert len(group["params"]) == len({*group["params"]})
 
 
 def test_ties_on_the_meta_device():

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.call import _call_configure_model
 from torch import nn
@@ -30,9 +31,12 @@ class ChangesModel(Watching):
         ConfigurationError: a callback that averages weights stands before it, or the strategy splits weights.
     """
 
+    _held_by_optimizers = 0
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._held_by_optimizers = 0
         kind = type(self).__name__
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
@@ -45,6 +49,24 @@ class ChangesModel(Watching):
         # layers that configure_model makes must be there; Lightning calls it again, which it must stand
         _call_configure_model(trainer)
         self.apply(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        drop_repeats(trainer)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        held = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        if held != self._held_by_optimizers:  # something has added a parameter group
+            self._held_by_optimizers = held
+            drop_repeats(trainer)
+            self.check_optimizers(trainer)
+
+    def check_optimizers(self, trainer: pl.Trainer) -> None:
+        """Raise a ConfigurationError where optimizers hold a weight several times."""
 
     def is_applied(self, model: nn.Module) -> bool:
         """Tell whether the model is changed already, by this callback or one that does the same."""
@@ -128,6 +150,16 @@ def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
         if isinstance(callback, TyingCallback)
         for group in callback.groups
     ]
+
+
+def drop_repeats(trainer: pl.Trainer) -> None:
+    """Let each parameter group hold a weight once, though modules whose parameters it was made of share it."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BaseFinetuning):  # it keeps the names in groups, by which a resumed run makes them
+            groups += [group for held in callback._internal_optimizer_metadata.values() for group in held]
+    for group in groups:
+        group["params"] = [*dict.fromkeys(group["params"])]
 
 
 def refuse_older(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:

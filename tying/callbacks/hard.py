@@ -62,20 +62,25 @@ class HardTying(TyingCallback, ChangesModel):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
         names = {name for group in self._groups for name in group.names}
         self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
-        trained = [id(p) for optimizer in trainer.optimizers for held in optimizer.param_groups for p in held["params"]]
+        self.check_optimizers(trainer)
+        super().on_fit_start(trainer, pl_module)
         for group in self._groups:
             weight = group.parameters[0]
-            if trained.count(id(weight)) > 1:
-                raise ConfigurationError(
-                    f"{group.names[0]!r} stands {trained.count(id(weight))} times in the optimizers, and would be "
-                    "stepped and decayed as often: build them from self.parameters(), which yields each weight once"
-                )
             if weight.requires_grad:
                 members = zip(group.names, group.relations, strict=True)
                 refuse_older(trainer, pl_module, {name: relation(weight).shape for name, relation in members})
+
+    @override
+    def check_optimizers(self, trainer: pl.Trainer) -> None:
+        trained = [id(p) for optimizer in trainer.optimizers for held in optimizer.param_groups for p in held["params"]]
+        for group in self._groups:
+            if (times := trained.count(id(group.parameters[0]))) > 1:
+                raise ConfigurationError(
+                    f"{group.names[0]!r} stands {times} times in the optimizers, and would be stepped and decayed as "
+                    "often: build them from self.parameters(), which yields each weight once"
+                )
 
     @override
     def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
