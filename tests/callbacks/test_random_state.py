@@ -67,6 +67,35 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(stop, tmp_path):
     torch.load(tmp_path / "a.ckpt", weights_only=True)
 
 
+def test_a_test_leaves_the_seed_of_the_next_fit_alone(tmp_path):
+    class First(Toy):
+        def on_train_batch_start(self, *_):
+            self.drawn = draws()
+
+        def test_step(self, batch, batch_idx):
+            pass
+
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    train(Toy(), [RandomState()], max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    drawn = []
+    for tests in (True, False):
+        model = First()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            limit_train_batches=1,
+            callbacks=[RandomState()],
+            log_every_n_steps=1,
+            **quiet,
+        )
+        if tests:
+            trainer.test(model, batches(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+        pl.seed_everything(7, verbose=False)
+        trainer.fit(model, batches())
+        drawn.append(model.drawn)
+    assert drawn[0] == drawn[1]
+
+
 def test_another_number_of_processes_warns(tmp_path):
     callback = RandomState()
     trainer = train(Toy(), [callback], max_epochs=1)

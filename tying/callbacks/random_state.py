@@ -30,6 +30,10 @@ class RandomState(pl.Callback):
         self._restored: dict[str, Any] | None = None
 
     @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restored = None  # what an evaluation has read; a checkpoint to go on from is restored after this
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"processes": of_all_processes(generator_states())}
 
