@@ -263,13 +263,27 @@ def _check(suite: Suite) -> None:
     """Refuse plots and claims of other axes and settings than the suite's own."""
     settings = [*{run.setting: None for run in suite.runs()}]
     for plot in suite.plots:  # over an axis or a metric
-        _refuse_unknown([plot.lines], [*suite.axes, "run"], f"suite {suite.name}: {plot.name!r}: unknown axis")
+        place = f"suite {suite.name}: {plot.name!r}"
+        _refuse_unknown([plot.lines], [*suite.axes, "run"], f"{place}: unknown axis")
+        _refuse_words(suite, plot.x, place)
     for claim in suite.claims:
         place = f"suite {suite.name}: {claim.claim!r}"
         if isinstance(claim, Order):
             _refuse_unknown([claim.higher, claim.lower], settings, f"{place}: unknown setting")
         else:
             _refuse_unknown([claim.lines, claim.x], suite.axes, f"{place}: unknown axis")
+            _refuse_words(suite, claim.x, place)
+
+
+def _refuse_words(suite: Suite, x: str, place: str) -> None:
+    """Refuse an axis as x whose values are no numbers, as the rows of results have them."""
+    for value in suite.axes[x].values if x in suite.axes else ():
+        try:
+            float(str(value))
+        except ValueError:
+            raise ConfigurationError(
+                f"{place}: x must be an axis of numbers, but {x} has the value {value!r}; such an axis can be its lines"
+            ) from None
 
 
 def _of(path: Path, kind: Callable[..., Part], content: Mapping[str, Any], key: str) -> tuple[Part, ...]:

@@ -167,6 +167,21 @@ def test_claims_are_of_the_suites_own_axes_and_settings(claims, told, tmp_path):
         load(written(tmp_path, **claims))
 
 
+@pytest.mark.parametrize(
+    ("values", "wrong"), [(["linear", "forgy"], "'linear'"), ([True, False], "True"), ([1, None], "None")]
+)
+@pytest.mark.parametrize("key", ["plots", "trends", "peaks"])
+def test_an_axis_of_words_is_no_x(key, values, wrong, tmp_path):
+    """What would not be found out before all runs were done."""
+    axes = {"init": {"key": "model.init", "values": values}, "lr": {"key": "model.lr", "values": [0.1, "1e-3"]}}
+    named = {"name": "p"} if key == "plots" else {"claim": "p", **({"sign": 1} if key == "trends" else {})}
+    with pytest.raises(
+        ConfigurationError, match=f"mine: 'p': x must be an axis of numbers, but init has the value {wrong}"
+    ):
+        load(written(tmp_path, axes=axes, **{key: [{**named, "x": "init", "y": "m", "lines": "lr"}]}))
+    assert load(written(tmp_path, axes=axes, **{key: [{**named, "x": "lr", "y": "m", "lines": "init"}]}))
+
+
 @pytest.mark.parametrize("name", [name for name in suites() if not load(name).home])
 def test_every_configuration_can_be_made(name, tmp_path):
     settings = {run.delta: run for run in load(name).runs()}
