@@ -181,11 +181,12 @@ def of_all_lines(told: Sequence[Sequence[str]], agrees: str) -> str:
     if all(int(line[1]) < 2 for line in told):
         return "undecided, for want of seeds"
     found = Counter(line[-1] for line in told)
-    if found[agrees] == len(told):
-        return "reproduced"
-    if found[agrees]:
-        return f"not reproduced (on {found[agrees]} of {len(told)} lines)"
-    return "undecided" if found["undecided"] == len(told) else "not reproduced"
+    some = f"{found[agrees]} of {len(told)} lines" if found[agrees] else ""
+    if found[agrees] + found["undecided"] < len(told):
+        return "not reproduced" + (some and f" (as claimed on {some})")
+    if found["undecided"]:
+        return f"reproduced on {some}, undecided on the others" if some else "undecided"
+    return "reproduced"
 
 
 def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:

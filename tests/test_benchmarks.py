@@ -176,7 +176,7 @@ RESULT = """| run  | n | accuracy |
 
 Command: `python -m benchmarks run x`.
 
-Claim: soft ties help: not reproduced (on 1 of 2 lines).
+Claim: soft ties help: reproduced on 1 of 2 lines, undecided on the others.
 """
 
 
@@ -185,7 +185,7 @@ def test_paste_of_a_figure_and_a_verdict(tmp_path):
     page = "Soft: <!-- cell x :: soft :: accuracy -->?<!-- end -->, <!-- claim x :: soft ties help --><!-- end -->."
     pasted = report.paste(page)
     assert "accuracy -->0.5<!-- end -->, " in pasted
-    assert "help -->not reproduced (on 1 of 2 lines)<!-- end -->." in pasted
+    assert "help -->reproduced on 1 of 2 lines, undecided on the others<!-- end -->." in pasted
     assert report.paste(pasted) == pasted
     assert "-->`python -m benchmarks run x`<!--" in report.paste("<!-- command x --><!-- end -->")
     with pytest.raises(ValueError, match=r"x\.md has no cell 'soft :: acuracy'\. .*: soft :: accuracy"):

@@ -6,7 +6,16 @@ from itertools import pairwise, permutations, product
 import pytest
 
 from benchmarks import experiment
-from benchmarks.claims import Order, Peak, Trend, interval, probability_by_chance, rank_correlation, verdicts
+from benchmarks.claims import (
+    Order,
+    Peak,
+    Trend,
+    interval,
+    of_all_lines,
+    probability_by_chance,
+    rank_correlation,
+    verdicts,
+)
 from benchmarks.figures import Plot, draw, final
 from benchmarks.suite import load
 from tying.hashing import UniformHash
@@ -45,8 +54,23 @@ def test_a_trend_on_some_lines_and_against():
     values |= {("b", x, seed): -x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
     values |= {("c", x, seed): (x - 0.5) * (seed - 1) for x in (0.1, 1.0, 2.0) for seed in range(3)}
     verdict, told = RISING.judge(rows(values))
-    assert verdict.startswith("rises: not reproduced (on 1 of 3 lines)")
+    assert verdict.startswith("rises: not reproduced (as claimed on 1 of 3 lines), and confounded")
     assert [line[5] for line in told] == ["as claimed", "the opposite", "undecided"]
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("yes yes", "reproduced"),
+        ("yes yes yes undecided", "reproduced on 3 of 4 lines, undecided on the others"),
+        ("undecided undecided", "undecided"),
+        ("yes no undecided", "not reproduced (as claimed on 1 of 3 lines)"),
+        ("no undecided", "not reproduced"),
+        ("no no", "not reproduced"),
+    ],
+)
+def test_a_verdict_of_all_lines(says, told):
+    assert of_all_lines([["line", "3", one] for one in says.split()], "yes") == told
 
 
 def test_the_spread_at_one_end_does_not_rule():
@@ -101,7 +125,7 @@ def test_a_peak_is_inside_or_at_an_end():
         }
     )
     verdict, told = PEAK.judge(found)
-    assert verdict == "best inside: not reproduced (on 1 of 3 lines)."
+    assert verdict == "best inside: not reproduced (as claimed on 1 of 3 lines)."
     assert [line[-1] for line in told] == ["inside", "at an end", "undecided"]
     assert told[0][:4] == ["ratio a", "3", "1", "+2.0000"]
     assert told[1][5] == "-1.0000"
