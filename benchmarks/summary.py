@@ -108,7 +108,8 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         result = folder.result()
         sizes = {"parameters": result["parameters"]["unique"], "bytes": result["parameters"].get("bytes", "")}
         costs = {**sizes, "seconds / epoch": result["seconds"]["epoch"], "peak memory": result["peak_memory"]}
-        own[-1] |= {name: str(value) for name, value in {**result["metrics"], **costs}.items() if name not in own[-1]}
+        came_to = {**result["metrics"], **costs}  # also metrics that the last epoch has not logged, '' in the CSV
+        own[-1] |= {name: str(value) for name, value in came_to.items() if not own[-1].get(name)}
         described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}
         rows += [{**described, "seed": str(run.seed), **row} for row in own]
     return rows

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import experiment
 from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
-from benchmarks.summary import spread, summarize
+from benchmarks.summary import curves, spread, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
@@ -98,6 +98,16 @@ def test_spread_by_hand():
     assert spread([1.0, 2.0, 3.0]) == "2.0000 ± 1.0000"
     assert spread([-0.5]) == "-0.5000"
     assert spread([]) == "–"
+
+
+def test_what_the_last_epoch_has_not_logged_is_what_came_out(tmp_path):
+    run, *_ = SUITE.runs()
+    write(tmp_path, run, 0.5, **{"val/loss": 0.25, "train/loss": 1.0})
+    (tmp_path / run.name / "metrics.csv").write_text("epoch,val/loss,train/loss\n0,0.25,2.0\n1,,1.0\n")
+    first, last = curves([run], tmp_path)
+    assert (first["val/loss"], last["val/loss"], last["train/loss"]) == ("0.25", "0.25", "1.0")
+    assert "test/accuracy" not in first
+    assert last["test/accuracy"] == "0.5"
 
 
 def test_results_of_other_versions_are_not_mixed(tmp_path):
