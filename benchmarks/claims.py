@@ -15,16 +15,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import ClassVar
 
 from scipy.stats import norm as normal
 from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 
-from benchmarks.figures import Row, final, lines_of
+from benchmarks.figures import Row, final, lines_of, moments
 from benchmarks.report import table
 
 LEVEL = 0.025  # of a trend that is there by chance, on either side
@@ -59,13 +59,13 @@ class Trend:
         """Return a verdict, and a table's rows: for each line the change, the rank correlation and what it says.
 
         The probability is that of a correlation as large, in the direction of the one that is found, by chance. With
-        one seed, nothing can be said.
+        one seed, or a value that is not finite, nothing can be said.
         """
         told = []
         for line, points in lines_of(rows, self.lines).items():
             whole = by_seed(points, self.x, self.y)
-            if len(whole) < 2:
-                told.append([f"{self.lines} {line}", str(len(whole)), "–", "–", "–", "undecided"])
+            if blank := unsaid(len(whole), (y for own in whole for _, y in own)):
+                told.append([f"{self.lines} {line}", str(len(whole)), *3 * [blank], "undecided"])
                 continue
             change = fmean(own[-1][1] - own[0][1] for own in whole)
             correlation = fmean(rank_correlation(own) for own in whole)
@@ -111,13 +111,13 @@ class Peak:
     def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
         """Return a verdict, and a table's rows: for each line the inner value, its gains over both ends, what they say.
 
-        With one seed, or without inner values, nothing can be said.
+        With one seed, without inner values, or with a value that is not finite, nothing can be said.
         """
         told = []
         for line, points in lines_of(rows, self.lines).items():
             whole = [own for own in by_seed(points, self.x, self.y) if len(own) > 2]
-            if len(whole) < 2:
-                told.append([f"{self.lines} {line}", "0", "–", "–", "–", "–", "–", "undecided"])
+            if blank := unsaid(len(whole), (y for own in whole for _, y in own)):
+                told.append([f"{self.lines} {line}", str(len(whole)), *5 * [blank], "undecided"])
                 continue
             chosen = [inner_best([other for other in whole if other is not own]) for own in whole]
             over_first = [own[best][1] - own[0][1] for best, own in zip(chosen, whole, strict=True)]
@@ -154,7 +154,10 @@ class Order:
     head: ClassVar = ("settings", "n", "difference", "95 % interval", "says")
 
     def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
-        """Return a verdict, and a table's row: the difference and what it says. With one seed, nothing can be said."""
+        """Return a verdict, and a table's row: the difference and what it says.
+
+        With one seed, or a value that is not finite, nothing can be said.
+        """
         over = self.over or self.y
         found = final(rows)
         above = {row["seed"]: float(row[self.y]) for row in found if row["run"] == self.higher and row.get(self.y)}
@@ -163,9 +166,10 @@ class Order:
         low, high = interval(gains)
         says = "as claimed" if low > 0 else "the opposite" if high < 0 else "undecided"
         verdict = {"as claimed": "reproduced", "the opposite": "not reproduced"}.get(says, says)
-        mean, span = (f"{fmean(gains):+.4f}", f"{low:+.4f} to {high:+.4f}") if len(gains) > 1 else ("–", "–")
+        blank = unsaid(len(gains), gains)
+        cells = 2 * [blank] if blank else [f"{fmean(gains):+.4f}", f"{low:+.4f} to {high:+.4f}"]
         what = f"{self.higher} − {self.lower}" if self.higher != self.lower else f"{self.y} − {over}"
-        return f"{self.claim}: {verdict}.", [[what, str(len(gains)), mean, span, says]]
+        return f"{self.claim}: {verdict}.", [[what, str(len(gains)), *cells, says]]
 
 
 Claim = Trend | Peak | Order
@@ -187,6 +191,16 @@ def of_all_lines(told: Sequence[Sequence[str]], agrees: str) -> str:
     if found["undecided"]:
         return f"reproduced on {some}, undecided on the others" if some else "undecided"
     return "reproduced"
+
+
+def unsaid(seeds: int, values: Iterable[float]) -> str:
+    """Return what stands in a table where nothing can be said: "–" for want of seeds, "nan" if a value is not finite.
+
+    Example:
+        >>> unsaid(1, [0.5]), unsaid(2, [0.5, float("inf")]), unsaid(2, [0.5, 0.6])
+        ('–', 'nan', '')
+    """
+    return "–" if seeds < 2 else "" if all(map(math.isfinite, values)) else "nan"
 
 
 def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:
@@ -250,6 +264,8 @@ def probability_by_chance(correlation: float, count: int, seeds: int) -> float:
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95 % interval of a mean, by Student's t; of values that do not vary, nothing is known.
 
+    Where one is not finite, both bounds are nan.
+
     Example:
         >>> [round(bound, 3) for bound in interval([1.0, 2.0, 3.0])]
         [-0.484, 4.484]
@@ -258,8 +274,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     if len({*values}) < 2:
         return -math.inf, math.inf
-    half = float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+    mean, deviation = moments(values)
+    half = float(student_t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 def verdicts(claims: Sequence[Claim], rows: Sequence[Row]) -> str:

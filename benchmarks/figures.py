@@ -10,6 +10,7 @@ A suite's file may say::
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,23 @@ def final(rows: Sequence[Row]) -> list[Row]:
     return [*last.values()]
 
 
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation: of one value, 0; where one is not finite, nan both.
+
+    Example:
+        >>> moments([1.0, 2.0, 3.0]), moments([1.0, float("inf")])
+        ((2.0, 1.0), (nan, nan))
+    """
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+
 def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     """Write a PNG: over an axis, means with standard deviations; over a metric, a point for each run.
 
-    With ``lines="run"`` each setting is one point, of mean x and mean y, that bears its name.
+    With ``lines="run"`` each setting is one point, of mean x and mean y, that bears its name. Where a value is not
+    finite, there is no point.
     """
     figure = Figure(figsize=(7, 5) if plot.lines == "run" else (5, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -75,16 +89,15 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
                 points.setdefault(float(row[plot.x]), []).append(float(row[y]))
         if plot.lines == "run" and points:
             pairs = [(x, value) for x, values in points.items() for value in values]
-            points = {fmean(x for x, _ in pairs): [value for _, value in pairs]}
+            points = {moments([x for x, _ in pairs])[0]: [value for _, value in pairs]}
         xs = sorted(points)
-        means = [fmean(points[x]) for x in xs]
-        spreads = [stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
+        means, spreads = [[moments(points[x])[at] for x in xs] for at in (0, 1)]
         label = (line if plot.lines == "run" else f"{plot.lines} {line}") + (f", {y}" if len(metrics) > 1 else "")
         axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
-        if plot.lines == "run" and points:
+        if plot.lines == "run" and points and math.isfinite(xs[0] + means[0]):
             names.append((label, xs[0], means[0]))
     if plot.log:
-        every = {float(row[plot.x]) for row in final(rows) if row.get(plot.x)}
+        every = {x for row in final(rows) if row.get(plot.x) and math.isfinite(x := float(row[plot.x]))}
         if 0 in every and len(every) > 1:
             axes.set_xscale("symlog", linthresh=min(every - {0}))
         else:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.claims import interval
+from benchmarks.figures import moments
 from benchmarks.folder import Folder
 from benchmarks.machine import in_words
 from benchmarks.report import table
@@ -72,28 +74,33 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation.
+    """Return mean ± standard deviation; nan both where a value is not finite.
 
     Example:
-        >>> spread([0.5, 0.7]), spread([0.25]), spread([])
-        ('0.6000 ± 0.1414', '0.2500', '–')
+        >>> spread([0.5, 0.7]), spread([0.25]), spread([]), spread([0.5, float("inf")])
+        ('0.6000 ± 0.1414', '0.2500', '–', 'nan ± nan')
     """
-    if not values:
-        return "–"
-    mean = f"{fmean(values):.4f}"
-    return f"{mean} ± {stdev(values):.4f}" if len(values) > 1 else mean
+    if len(values) < 2:
+        return f"{values[0]:.4f}" if values else "–"
+    mean, deviation = moments(values)
+    return f"{mean:.4f} ± {deviation:.4f}"
 
 
 def difference(values: Sequence[float]) -> str:
-    """Return the mean of differences and its 95 % interval, by Student's t.
+    """Return the mean of differences and its 95 % interval, by Student's t; nan where one is not finite.
 
     Example:
-        >>> difference([0.1, 0.2, 0.3]), difference([0.25]), difference([])
-        ('+0.2000 (-0.0484 to +0.4484)', '+0.2500', '–')
+        >>> difference([0.1, 0.2, 0.3]), difference([0.25]), difference([]), difference([0.1, float("nan")])
+        ('+0.2000 (-0.0484 to +0.4484)', '+0.2500', '–', 'nan')
     """
+    if not values:
+        return "–"
+    mean, _ = moments(values)
+    if math.isnan(mean):
+        return "nan"
     low, high = interval(values)
     bounds = f" ({low:+.4f} to {high:+.4f})" if len(values) > 1 else ""
-    return f"{fmean(values):+.4f}{bounds}" if values else "–"
+    return f"{mean:+.4f}{bounds}"
 
 
 def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
@@ -128,7 +135,7 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
                 epochs = points.setdefault(row["run"], {})
                 epochs.setdefault(int(row["epoch"]), []).append(float(row[metric]))
         for setting, epochs in points.items():
-            means = [fmean(values) for values in epochs.values()]
+            means = [moments(values)[0] for values in epochs.values()]
             style = {"color": f"C{settings[setting] % 10}", "linestyle": STYLES[settings[setting] // 10 % len(STYLES)]}
             [lines[setting]] = axes.plot([*epochs], means, marker=".", **style)
         axes.set(xlabel="epoch", ylabel=metric)

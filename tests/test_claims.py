@@ -16,7 +16,7 @@ from benchmarks.claims import (
     rank_correlation,
     verdicts,
 )
-from benchmarks.figures import Plot, draw, final
+from benchmarks.figures import Plot, draw, final, moments
 from benchmarks.suite import load
 from tying.hashing import UniformHash
 from tying.hashing.virtual import table_entries
@@ -114,6 +114,22 @@ def test_one_seed_decides_nothing():
 PEAK = Peak("best inside", "alpha", "test/accuracy", "ratio")
 
 
+@pytest.mark.parametrize("broken", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_nothing_is_said_of_what_is_not_finite(at, broken):
+    values = {(line, x, seed): x + 0.01 * x * seed for line in "ab" for x in (0, 1, 2) for seed in range(3)}
+    found = rows(values | {("a", at, 0): broken})
+    for claim in (RISING, PEAK):
+        verdict, told = claim.judge([row for row in found if row["ratio"] == "a"])
+        assert verdict in ("rises: undecided.", "best inside: undecided.")
+        assert {*told[0][2:-1]} == {"nan"}
+    whole = "rises: reproduced on 1 of 2 lines, undecided on the others, and confounded: by capacity."
+    assert RISING.judge(found)[0] == whole
+    verdict, [line] = Order("b beats a", "test/accuracy", f"b,{at}", f"a,{at}").judge(found)
+    assert (verdict, line[1:]) == ("b beats a: undecided.", ["3", "nan", "nan", "undecided"])
+    assert all(map(math.isnan, interval([0.5, float(broken)])))
+
+
 def test_a_peak_is_inside_or_at_an_end():
     heights = {"a": (0.0, 2.0, 1.0, 0.5), "b": (0.0, 2.0, 1.0, 3.0), "c": (0.0, 2.0, 1.0, 2.0)}
     found = rows(
@@ -173,6 +189,18 @@ def test_pictures(x, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     draw(Plot("p", x, ["test/accuracy", "tying/entropy"], "ratio"), found, tmp_path / "both.png")
     assert (tmp_path / "both.png").read_bytes() != (tmp_path / "p.png").read_bytes()
+
+
+@pytest.mark.parametrize("x", ["alpha", "tying/entropy"])
+@pytest.mark.parametrize("lines", ["ratio", "run"])
+def test_pictures_of_what_is_not_finite(lines, x, tmp_path):
+    found = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
+    broken = {"test/accuracy": "-inf", "tying/entropy": "nan"}
+    found[:2] = [found[0] | broken | {"test/accuracy": "inf"}, found[1] | broken]
+    for log in (True, False):
+        draw(Plot("p", x, "test/accuracy", lines, log=log), found, tmp_path / "p.png")
+        assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert moments([0.5]) == (0.5, 0.0)
 
 
 def test_a_suite_like_another_has_its_runs():

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import experiment
 from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
-from benchmarks.summary import curves, spread, summarize
+from benchmarks.summary import curves, plot, spread, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
@@ -98,6 +98,17 @@ def test_spread_by_hand():
     assert spread([1.0, 2.0, 3.0]) == "2.0000 ± 1.0000"
     assert spread([-0.5]) == "-0.5000"
     assert spread([]) == "–"
+
+
+def test_a_run_that_diverged_loses_no_table(tmp_path):
+    runs = SUITE.runs(seeds=2)
+    for run in runs:
+        diverged = (run.delta, run.seed, run.values["lr"]) == ("soft", 0, 1)
+        write(tmp_path, run, float("nan" if diverged else "0.5"), **{"tying/gap": float("inf" if diverged else "0.25")})
+        (tmp_path / run.name / "metrics.csv").write_text(f"epoch,tying/gap\n0,{'-inf' if run.seed else 'inf'}\n")
+    [row] = [line for line in summarize(SUITE, runs, tmp_path).splitlines() if line.startswith("| soft, lr=1")]
+    assert [cell.strip() for cell in row.split("|")][2:6] == ["2", "nan ± nan", "nan ± nan", "nan"]
+    plot(curves(runs, tmp_path), ["tying/gap"], tmp_path / "p.png")
 
 
 def test_what_the_last_epoch_has_not_logged_is_what_came_out(tmp_path):
