@@ -213,6 +213,15 @@ def test_all_that_does_not_pair_is_told_at_once():
         assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("update", ["gradient", "decoupled"])
+def test_the_stability_bound_is_of_the_strength_for_each_example(update):
+    pair = Coupling("encoder.0.bias", "decoder.0.bias", alpha=0.1, examples=500, update=update)
+    train(Toy(lambda parameters: SGD(parameters, lr=0.1)), [pair], max_epochs=1)
+    pair = Coupling("encoder.0.bias", "decoder.0.bias", alpha=0.1, examples=1, update=update)
+    with pytest.warns(UserWarning, match="past the stability bound"):
+        train(Toy(lambda parameters: SGD(parameters, lr=0.1)), [pair], max_epochs=1, limit_train_batches=1)
+
+
 def test_a_sampler_of_a_subset_counts():
     dataset = batches(10, 4).dataset
     loader = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(range(20)))

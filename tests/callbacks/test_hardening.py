@@ -153,6 +153,27 @@ def test_a_source_that_nobody_trained_takes_a_members_place():
     assert len(held) == 4
 
 
+@pytest.mark.parametrize("update", ["gradient", "decoupled", "proximal"])
+def test_an_optimizer_that_is_left_with_nothing(update):
+    class Two(Toy):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            first, second = self.encoder[0].bias, self.decoder[0].bias
+            return [torch.optim.SGD([one], lr=0.1) for one in (first, second)]
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    model = Two()
+    callback = SoftTying(["encoder.0.bias ~ decoder.0.bias"], strength=1.0, update=update, harden_below=0.99)
+    trainer = train(model, [callback], max_epochs=3)
+    assert not trainer.optimizers[1].param_groups[0]["params"]
+
+
 def test_callbacks_that_share_weights_are_refused():
     with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying ties too"):
         train(Toy(), [strongly(), SoftTying(TIES[:1], name="other")])

@@ -230,6 +230,94 @@ def test_testing_with_another_trainer_keeps_the_count():
 
 
 @pytest.mark.parametrize("update", UPDATES)
+def test_a_module_that_steps_every_second_batch(update):
+    """As Lightning's documentation has it: its closure zeroes the gradients of the batch before."""
+
+    class EverySecond(Toy):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            if batch_idx % 2:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+    ours, reference = EverySecond().double(), EverySecond(penalty=by_hand).double()
+    train(ours, [SoftTying(TIES, strength=STRENGTH, update=update)], gradient_clip_val=0.02)
+    train(reference, gradient_clip_val=0.02)
+    if update == "gradient":
+        assert largest_difference(ours, reference) < 1e-10
+    assert not same(ours, Toy().double())
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_accumulation_over_batches_without_a_loss(accumulate):
+    class None0(Skips):
+        skipped = (0, 3)
+
+    ours, reference = None0().double(), None0(penalty=by_hand).double()
+    train(ours, [SoftTying(TIES, strength=STRENGTH)], accumulate_grad_batches=accumulate)
+    train(reference, accumulate_grad_batches=accumulate)
+    assert largest_difference(ours, reference) < 1e-10
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_hooks_are_gone_after_an_error(update):
+    class Keeps(Toy):
+        def configure_optimizers(self):
+            self.kept = getattr(self, "kept", None) or super().configure_optimizers()
+            return self.kept
+
+        def training_step(self, batch, batch_idx):
+            if self.trainer.callbacks and batch_idx == 2:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    model = Keeps()
+    with pytest.raises(ZeroDivisionError):
+        train(model, [SoftTying(TIES, update=update)])
+    assert not model.kept._optimizer_step_post_hooks
+
+
+class ByHand(Toy):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def test_an_optimizer_that_lightning_does_not_step():
+    model, plain, callback = ByHand(), ByHand(), SoftTying(TIES, strength=STRENGTH)
+    train(plain)
+    with pytest.warns(UserWarning, match="stepped past Lightning.*use update='decoupled' or 'proximal'") as caught:
+        train(model, [callback])
+    assert len([w for w in caught if "past Lightning" in str(w.message)]) == 1
+    assert same(model, plain)
+    assert callback.state_dict() == {"steps": {}}
+    train(ByHand(), [callback := SoftTying(TIES, strength=STRENGTH, update="decoupled")])
+    assert callback.state_dict() == {"steps": {0: 50}}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_optimizers_that_are_made_anew_while_training(update):
+    class Anew(Toy):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1 and self.renews:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    models = []
+    for renews in (True, False):
+        model = Anew(lambda parameters: SGD(parameters, lr=0.1)).double()
+        model.renews = renews
+        callback = SoftTying(TIES, strength=STRENGTH, update=update)
+        train(model, [callback], max_epochs=3)
+        assert callback.state_dict() == {"steps": {0: 30}}
+        models.append(model)
+    assert same(*models)
+
+
+@pytest.mark.parametrize("update", UPDATES)
 def test_unsupported_strategies_are_refused(update, monkeypatch):
     callback = SoftTying(TIES, update=update)
 

@@ -81,7 +81,8 @@ class Pulling(Watching):
         self._window = 1.0  # share of a full accumulation window that the current step holds
         self._used = 0.0  # the factor on all strengths at the last step
         self._hooks: list[RemovableHandle] = []
-        self._warned = False
+        self._announced = False  # by Lightning: the step that comes
+        self._warned = self._passed = False  # of an unstable step; of one that was not announced
 
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
         """Return what to lower; called when training starts."""
@@ -142,13 +143,17 @@ class Pulling(Watching):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pulls = self.find_pulls(trainer, pl_module)
         self.rewatch()
-        self._micro_batches, self._warned = 0, False
+        self._micro_batches, self._announced, self._warned, self._passed = 0, False, False, False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         groups = [group for pull in self._pulls for group in pull.penalty.groups]
         idle = [group.names[0] for group in groups if trained.isdisjoint(group.parameters)]
         unfreezes = any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer))  # adds them later
         if idle and not unfreezes:
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
+        self._hook_into(trainer, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
+    def _hook_into(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
         for index, optimizer in enumerate(trainer.optimizers):
             searches = isinstance(optimizer, LBFGS) and optimizer.param_groups[0]["line_search_fn"]
@@ -162,7 +167,11 @@ class Pulling(Watching):
                     pull.penalty.check_rates(_learning_rates(optimizer))
             hook = partial(self._after_step, trainer, pl_module, index)
             self._hooks.append(optimizer.register_step_post_hook(hook))
-        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        if pl_module.automatic_optimization:  # what was summed since the last step is gone, if it was not stepped
+            self._micro_batches = 0
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -173,7 +182,10 @@ class Pulling(Watching):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        self._window = 1.0
+        refs = [hook.hooks_dict_ref() for hook in self._hooks]
+        if refs and not any(ref is optimizer._optimizer_step_post_hooks for ref in refs):
+            self._hook_into(trainer, pl_module)  # it was made while training
+        self._announced, self._window = True, 1.0
         if pl_module.automatic_optimization:
             self._window = self._micro_batches / trainer.accumulate_grad_batches
         self._micro_batches = 0
@@ -181,7 +193,7 @@ class Pulling(Watching):
             index = next(i for i, other in enumerate(trainer.optimizers) if other is optimizer)
             factor, rates = self._factor_now(trainer, index), _learning_rates(optimizer)
             if isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups):
-                self._warn_if_unstable(factor, rates)
+                self._warn_if_unstable(factor * self._share, rates)
             self.add_gradients(factor * self._share * self._window, _loss_scale(trainer, optimizer), rates)
 
     def add_gradients(self, factor: float, scale: float, rates: Rates) -> None:
@@ -198,6 +210,17 @@ class Pulling(Watching):
     def _after_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer, *_: Any
     ) -> None:
+        announced, self._announced = self._announced, False
+        if self.update == "gradient" and not announced:
+            if not self._passed:
+                self._passed = True
+                warnings.warn(
+                    f"{type(self).__name__}: an optimizer was stepped past Lightning, which leaves no time to add to "
+                    "gradients: nothing is pulled. Take it from self.optimizers() as it comes, or use "
+                    "update='decoupled' or 'proximal'",
+                    stacklevel=2,
+                )
+            return
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
@@ -237,6 +260,10 @@ class Pulling(Watching):
         return torch.stack([s * penalty() for (penalty, _), s in zip(self._pulls, strengths, strict=True)]).sum()
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()  # Lightning skips the teardown then
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove_hooks()
 
@@ -255,7 +282,7 @@ class Pulling(Watching):
         """
         for penalty, strength in self._pulls:
             largest = max(map(len, penalty.groups), default=1)
-            steepest = max(rates.values()) * factor * strength * penalty.penalty.curvature
+            steepest = max(rates.values(), default=0.0) * factor * strength * penalty.penalty.curvature
             if self._warned or steepest <= 2 / largest:
                 continue
             for group in penalty.groups:
