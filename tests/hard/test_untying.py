@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torch.optim.swa_utils import AveragedModel
 
 from tying import Tie, resolve
@@ -95,6 +96,39 @@ def test_what_is_gone_is_left_alone():
     assert untie(model) == 1
     assert model[0].weight is not model[1].weight
     assert audit(model).problems == ()
+
+
+@pytest.mark.parametrize("outputs", [3, 4], ids=["square", "oblong"])
+def test_removing_the_parametrization_leaves_the_source_alone(outputs):
+    """As what exports models does."""
+    model = nn.Sequential(linear(3, outputs), linear(outputs, 3))
+    tie(model, [TRANSPOSED])
+    own, source, x = model[0].weight.detach().clone(), model[0].weight, torch.randn(2, 3)
+    before = model(x)
+    remove_parametrizations(model[1], "weight")
+    assert model[0].weight is source
+    assert torch.equal(source, own)
+    assert torch.equal(model(x), before)
+    assert audit(model).problems
+    tie(model, [TRANSPOSED])
+    assert audit(model).problems == ()
+
+
+def test_what_others_add_to_a_related_weight_computes_it_too():
+    model = nn.Sequential(linear(3, 4), linear(4, 3))
+    tie(model, [TRANSPOSED])
+
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+        def right_inverse(self, weight):
+            return weight / 2
+
+    register_parametrization(model[1], "weight", Double())
+    assert torch.equal(model[1].weight, 2 * model[0].weight.T)
+    model[1].weight = torch.ones(3, 4)
+    assert torch.equal(model[0].weight, torch.full((4, 3), 0.5))
 
 
 @pytest.mark.parametrize(("norm", "parted"), [("weight_norm", 0), ("spectral_norm", 1)])

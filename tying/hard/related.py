@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
@@ -39,6 +40,27 @@ class Related(nn.Module):
         return str(self.relation)
 
 
+class RelatedList(ParametrizationList):
+    """Holds a related weight's source, which torch must not write into when somebody removes the parametrization.
+
+    Were ``is_tensor`` true, torch would lay out the source as the weight, for all others that hold it, too.
+    """
+
+    @override
+    def forward(self) -> Tensor:
+        weight = self.original
+        for step in self:
+            weight = step(weight)
+        return weight
+
+    @override
+    def right_inverse(self, value: Tensor) -> None:
+        for step in reversed(self):
+            value = step.right_inverse(value)  # type: ignore[operator]  # a method
+        with torch.no_grad():
+            self.original.copy_(value)
+
+
 def own_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own, which a deepcopy would share.
 
@@ -58,7 +80,8 @@ def relate(module: nn.Module, name: str, source: nn.Parameter, relation: Relatio
     setattr(module, name, nn.Parameter(own.detach().clone(), own.requires_grad))  # registering writes into it
     parametrization = Related(relation, names[names.index(name) + 1 :])
     parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    module.get_submodule(f"parametrizations.{name}").original = source
+    held: ParametrizationList = getattr(module.parametrizations, name)
+    held.__class__, held.original, held.is_tensor = RelatedList, source, False
     # parametrize has given the module a class of its own, but a second parameter of it finds the hooks in place
     if len(related(module)) == 1:
         module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
@@ -67,10 +90,11 @@ def relate(module: nn.Module, name: str, source: nn.Parameter, relation: Relatio
 
 def unrelate(module: nn.Module, name: str) -> None:
     """Make a parameter of ``module`` its own again, with the values it has, where it stood."""
-    held = module.get_submodule(f"parametrizations.{name}")
+    held: ParametrizationList = getattr(module.parametrizations, name)
     source = held.get_parameter("original")
     following = related(module)[name].following
-    held.original = nn.Parameter(source.detach().clone(), source.requires_grad)  # removing writes into it
+    held.original = nn.Parameter(source.detach().clone(), source.requires_grad)
+    held.is_tensor = True  # removing writes into it, and keeps it a parameter
     own_class(module)
     parametrize.remove_parametrizations(module, name)
     for behind in following:
