@@ -103,6 +103,28 @@ def test_full_rank_is_the_full_matrix(kind):
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("plus", [False, True], ids=["", "plus diagonal"])
+@pytest.mark.parametrize("rank", [0, 1], ids=["zero", "deficient"])
+def test_a_weight_of_less_than_the_rank_trains(rank, plus):
+    """Factors that are both zero would be a saddle; rows of zeros and a one would see one input alone."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(6, rank, dtype=torch.float64) @ torch.randn(rank, 6, dtype=torch.float64))
+    before, state = layer.weight.detach().clone(), torch.get_rng_state()
+    parametrize.register_parametrization(layer, "weight", LowRankPlusDiagonal(3) if plus else LowRank(3))
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert layer.parametrizations.weight.original1.abs().min() > 0
+    optimizer, x = torch.optim.SGD(layer.parameters(), 0.1), torch.randn(8, 6, dtype=torch.float64)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (layer(x) - x).square().mean().backward()
+        optimizer.step()
+    for factor, dim in ((layer.parametrizations.weight.original0, 0), (layer.parametrizations.weight.original1, 1)):
+        assert factor.grad.norm(dim=dim).min() > 0
+
+
 def test_identity_factor_and_rank_zero():
     left, diagonal = torch.randn(4, 4), torch.randn(4)
     assert torch.equal(low_rank_plus_diagonal(left, torch.eye(4), torch.zeros(4)), left)

@@ -40,6 +40,9 @@ def low_rank_plus_diagonal(left: Tensor, right: Tensor, diagonal: Tensor) -> Ten
 def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the factors (n, d) and (d, m) of the nearest matrix of a rank, by singular values, equally scaled.
 
+    For a singular value of zero, the row is one of a new layer, and the column alone is zero: both of zero would never
+    train.
+
     Example:
         >>> left, right = factorize(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), rank=1)
         >>> (left @ right).abs()
@@ -47,8 +50,14 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
                 [0., 0.]])
     """
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
-    root = s[:rank].sqrt()
-    factors = u[:, :rank] * root, root[:, None] * v[:rank]
+    dead = (s <= s.amax() * torch.finfo(s.dtype).eps * max(weight.shape))[:rank]
+    root, generator = (
+        s[:rank].sqrt(),
+        torch.Generator().manual_seed(0),
+    )  # loading a weight must draw nothing from others
+    new = torch.randn(v[:rank].shape, generator=generator, dtype=s.dtype, device="cpu").to(s.device)
+    right = torch.where(dead[:, None], new * weight.shape[1] ** -0.5, root[:, None] * v[:rank])
+    factors = u[:, :rank] * root.masked_fill(dead, 0), right
     return factors[0].to(weight.dtype).contiguous(), factors[1].to(weight.dtype).contiguous()
 
 
