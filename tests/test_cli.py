@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 from toys import TIES, Toy, batches, same
 
@@ -141,6 +142,83 @@ def test_last_is_the_newest_checkpoint_in_every_subcommand(capsys, caplog):
         with pytest.raises(SystemExit):
             main([subcommand, BASE, *options, "--ckpt_path=last", "--trainer.logger.name=other"])
         assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in capsys.readouterr().err
+
+
+class Elsewhere(Logger):
+    """As that of Weights & Biases: without a directory for all runs."""
+
+    name, version, save_dir = "project", "a1b2", "runs"
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass
+
+
+TINY = [
+    "--seed_everything=0",
+    "--model=Autoencoder",
+    "--model.sizes=[3072, 2]",
+    "--data=CIFAR10",
+    "--trainer.enable_progress_bar=false",
+]
+TINY += ["--trainer.accelerator=cpu", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+TINY += ["--trainer.num_sanity_val_steps=0", "--trainer.log_every_n_steps=1", "--trainer.default_root_dir=runs"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The '.*' does not have many workers")
+@pytest.mark.parametrize(
+    ("where", "more"),
+    [
+        (
+            "mine",
+            ["--trainer.logger=false", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=mine"],
+        ),
+        ("runs/project/a1b2/checkpoints", [f"--trainer.logger={__name__}.Elsewhere"]),
+        ("runs/checkpoints", ["--trainer.logger=false"]),
+    ],
+)
+def test_last_is_found_wherever_runs_save(where, more, caplog, capsys):
+    main(["fit", *TINY, *more, "--trainer.max_epochs=1", "--ckpt_path=last"])
+    assert "training begins anew" in caplog.text
+    [checkpoint] = Path(where).iterdir()
+    main(["validate", *TINY, *more, "--ckpt_path=last"])
+    assert re.search(f"taking the weights of .*{where}/{checkpoint.name}", caplog.text)
+    main(["inspect", *TINY, *more, "--ckpt_path=last"])
+    assert "No tied weights" in capsys.readouterr().out
+    main(["fit", *TINY, *more, "--trainer.max_epochs=2", "--ckpt_path=last"])
+    assert re.search(f"going on from .*{where}/{checkpoint.name}", caplog.text)
+
+
+def test_last_never_begins_anew_for_what_it_does_not_see(capsys):
+    more = [
+        "--trainer.logger=false",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.dirpath=memory://mine",
+    ]
+    told = errors(capsys, "fit", *TINY, *more, "--ckpt_path=last")
+    assert "no run in runs or memory://mine has a checkpoint (only folders of this machine are searched); give" in told
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_leaves_the_model_as_it_is_configured(capsys):
+    """Whatever arguments of the module it holds: from Python without, and from the command line with the class."""
+    folder = "--trainer.default_root_dir=runs"
+    model = [BASE, f"--config={ROOT / 'configs' / 'autoencoder.yaml'}", "--model.sizes=[3072, 2]", folder]
+    few = [option for option in SMALL if "depth" not in option]
+    main(["fit", *model, *few])
+    [path] = Path("runs").glob("autoencoder/*/checkpoints/*.ckpt")
+    main(["test", *model, "--trainer.limit_test_batches=1", f"--ckpt_path={path}"])
+    main(["inspect", *model, f"--ckpt_path={path}"])
+    assert "test/loss" in capsys.readouterr().out
+    for written in (path, Path("python.ckpt")):
+        content = torch.load(path, weights_only=True)
+        content["hyper_parameters"] = {"num_classes": 10, "lr": 0.1}
+        torch.save(content, "python.ckpt")
+        main(["fit", *model, *few, "--model.lr=0.5", "--trainer.max_epochs=2", f"--ckpt_path={written}"])
+        newest = max(Path("runs").glob("autoencoder/*/checkpoints/*.ckpt"), key=lambda one: one.stat().st_mtime_ns)
+        assert torch.load(newest, weights_only=True)["hyper_parameters"]["lr"] == 0.5
 
 
 TWENTY = sorted(random.Random(0).choices(range(1, 16), k=20))

@@ -90,20 +90,16 @@ class TyingCLI(LightningCLI):
             if not zipfile.is_zipfile(path):
                 raise ConfigurationError(f"ckpt_path: {path} is not a checkpoint, or is truncated")
 
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Leave the model as it is configured: Lightning would let a checkpoint's own arguments override that."""
+
     def before_fit(self) -> None:
         """Let ``--ckpt_path last`` mean the newest checkpoint of any earlier run of this name; without one, begin anew.
 
         Lightning itself looks only where this run will write, which is a new directory for each run.
         """
-        if self.config_init.fit.ckpt_path == "last":
-            found = self._newest()
-            self.config_init.fit.ckpt_path = None if found is None else str(found)
-            where = getattr(self.trainer.logger, "root_dir", None)
-            rank_zero_info(f"going on from {found}" if found else f"no earlier run is in {where}: training begins anew")
-
-    def _newest(self) -> Path | None:
-        warnings.filterwarnings("ignore", "The dirpath has changed")  # each run has a directory of its own
-        return newest_checkpoint(self.trainer)
+        self._find_last("fit")
 
     def before_validate(self) -> None:
         """Let ``--ckpt_path last`` mean the newest checkpoint of any run of this name, of which there must be one."""
@@ -119,18 +115,32 @@ class TyingCLI(LightningCLI):
 
     def _find_last(self, subcommand: str) -> None:
         config = self.config_init[subcommand]
-        if config.ckpt_path == "last":
-            if (found := self._newest()) is None:
-                where = getattr(self.trainer.logger, "root_dir", None)
-                raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint; give its path")
-            config.ckpt_path = str(found)
-            rank_zero_info(f"taking the weights of {found}")
+        if config.ckpt_path != "last":
+            return
+        warnings.filterwarnings("ignore", "The dirpath has changed")  # each run has a directory of its own
+        found, where = newest_checkpoint(self.trainer), " or ".join(_places(self.trainer))
+        unseen = " (only folders of this machine are searched)" if "://" in where else ""  # nor does Lightning see it
+        if found is None and (unseen or subcommand != "fit"):
+            raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}; give its path")
+        config.ckpt_path = None if found is None else str(found)
+        if found is None:
+            rank_zero_info(f"no earlier run is in {where}: training begins anew")
+        else:
+            rank_zero_info(f"{'going on from' if subcommand == 'fit' else 'taking the weights of'} {found}")
 
 
 def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """Return the newest checkpoint beside the trainer's log directory, in any version of it."""
-    root = getattr(trainer.logger, "root_dir", None)
-    return newest_intact(Path(root).glob("*/checkpoints/*.ckpt")) if root else None
+    """Return the newest checkpoint of any run of this name, or in a folder that a callback is told to save in."""
+    return newest_intact(path for place, files in _places(trainer).items() for path in Path(place).glob(files))
+
+
+def _places(trainer: pl.Trainer) -> dict[str, str]:
+    """Return in which folders runs of this name leave checkpoints, where Lightning puts them, and their paths there."""
+    own = {str(trainer.default_root_dir): "checkpoints/*.ckpt"}
+    if logger := trainer.logger:
+        own = {os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)): "*/checkpoints/*.ckpt"}
+    told = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return own | {str(folder): "*.ckpt" for folder in told if folder}
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
