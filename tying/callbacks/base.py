@@ -103,8 +103,10 @@ class TyingCallback(pl.Callback):
 
 def arguments_of(callback: pl.Callback) -> str:
     """Return a callback as it was constructed, by which another one of the same arguments is known."""
-    names = [name for name in signature(type(callback).__init__).parameters if name != "self"]
-    return f"{type(callback).__name__}({', '.join(f'{name}={getattr(callback, name)!r}' for name in names)})"
+    # those of all its classes: a subclass may hand on others than it takes, or keep none
+    names = dict.fromkeys(name for kind in type(callback).__mro__ for name in signature(kind).parameters)
+    held = [f"{name}={getattr(callback, name)!r}" for name in names if hasattr(callback, name)]
+    return f"{type(callback).__name__}({', '.join(held)})"
 
 
 def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> str:
