@@ -16,13 +16,14 @@ def test_logs_the_largest_gap_and_plots(tmp_path):
     model, monitor = Toy(), TyingMonitor()
     logger = CSVLogger(tmp_path, name="run", version=0)
     train(model, [SoftTying(TIES), monitor], logger=logger, max_epochs=2, log_every_n_steps=5)
-    gaps = {" ~ ".join(group.names): gap(group.tensors()) for group in resolve(model, TIES)}
+    gaps = {f"SoftTying: {' ~ '.join(group.names)}": gap(group.tensors()) for group in resolve(model, TIES)}
     with open(tmp_path / "run" / "version_0" / "metrics.csv") as file:
         logged = [float(row["tying/gap"]) for row in csv.DictReader(file) if row["tying/gap"]]
     assert len(logged) == 4
     assert logged[-1] == pytest.approx(max(gaps.values()), rel=1e-6)
     assert monitor.steps == [5, 10, 15, 20]
-    assert {name: history[-1] for name, history in monitor.history.items()} == pytest.approx(gaps)
+    assert all([step for step, _ in history] == monitor.steps for history in monitor.history.values())
+    assert {name: history[-1][1] for name, history in monitor.history.items()} == pytest.approx(gaps)
     with Image.open(tmp_path / "run" / "version_0" / "tying_gap.png") as image:
         assert image.size[0] > 100
     assert [path.name for path in (tmp_path / "run" / "version_0").glob("*.png")] == ["tying_gap.png"]
@@ -60,6 +61,25 @@ def test_groups_that_start_with_the_same_weight(tmp_path):
     trainer = train(model, [*callbacks, TyingMonitor()], max_epochs=1, default_root_dir=tmp_path)
     gaps = [gap(group.tensors()) for callback in callbacks for group in callback.groups]
     assert float(trainer.callback_metrics["tying/gap"]) == pytest.approx(max(gaps), rel=1e-6)
+
+
+def test_two_callbacks_that_pull_the_same_weights(tmp_path):
+    monitor = TyingMonitor()
+    train(Toy(), [SoftTying(TIES[:1]), SoftTying(TIES[:1], name="b"), monitor], max_epochs=1, default_root_dir=tmp_path)
+    assert [name.split(":")[0] for name in monitor.history] == ["SoftTying"] * 2 + ["SoftTying b"] * 2
+    assert [len(history) for history in monitor.history.values()] == [10] * 4
+    assert (tmp_path / "tying_gap.png").exists()
+
+
+def test_groups_that_harden_keep_their_lines(tmp_path):
+    model, monitor = Toy(), TyingMonitor(max_lines=2)
+    with torch.no_grad():
+        model.encoder[0].weight.copy_(model.decoder[2].weight.T)  # hardens first, and then is the last of the groups
+    trainer = train(
+        model, [SoftTying(TIES, strength=1e-3, harden_below=0.3), monitor], max_epochs=3, default_root_dir=tmp_path
+    )
+    assert float(trainer.callback_metrics["tying/hardened"]) in (1, 2)
+    assert [[step for step, _ in history] for history in monitor.history.values()] == [[*range(1, 31)]] * 2
 
 
 def test_other_callbacks_may_have_groups_too(tmp_path):

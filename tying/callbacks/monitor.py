@@ -31,15 +31,16 @@ class TyingMonitor(pl.Callback):
         super().__init__()
         self.max_lines = max_lines
         self.steps: list[int] = []
-        self.history: dict[str, list[float]] = {}  # by the names of a group's first two weights
+        # steps and gaps, by the callback and the names of a group's first two weights
+        self.history: dict[str, list[tuple[int, float]]] = {}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": list(self.steps), "history": {name: list(gaps) for name, gaps in self.history.items()}}
+        return {"steps": list(self.steps), "gaps": {name: list(gaps) for name, gaps in self.history.items()}}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self.history = state_dict["steps"], state_dict["history"]
+        self.steps, self.history = state_dict["steps"], state_dict.get("gaps", {})
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -51,29 +52,31 @@ class TyingMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
-        groups = [group for _, group in tied_groups(trainer)]
+        groups = tied_groups(trainer)
         if not (groups and new_step and trainer._logger_connector.should_update_logs):
             return
-        gaps = [gap(group.tensors()) for group in groups]
+        gaps = [gap(group.tensors()) for _, group in groups]
         pl_module.log("tying/gap", max(gaps))
         self.steps.append(trainer.global_step)
-        for group, apart in [*zip(groups, gaps, strict=True)][: self.max_lines]:
-            self.history.setdefault(" ~ ".join(group.names[:2]), []).append(apart)
+        for (owner, group), apart in zip(groups, gaps, strict=True):
+            line = f"{owner}: {' ~ '.join(group.names[:2])}"
+            if line in self.history or len(self.history) < self.max_lines:
+                self.history.setdefault(line, []).append((trainer.global_step, apart))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (folder := picture_folder(trainer)) and self.steps:
-            plot_gaps(self.steps, self.history, folder / "tying_gap.png")
+            plot_gaps(self.history, folder / "tying_gap.png")
 
 
-def plot_gaps(steps: list[int], history: dict[str, list[float]], path: Path) -> None:
+def plot_gaps(history: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Write a PNG with one line per group to ``path``, whole or not at all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean")
     for name, gaps in history.items():
-        axes.plot(steps[-len(gaps) :], gaps, label=name, marker="." if len(gaps) < 20 else None)
+        axes.plot(*zip(*gaps, strict=True), label=name, marker="." if len(gaps) < 20 else None)
     axes.set_ylim(bottom=0)
     axes.legend(loc="best", fontsize="x-small")
     save_figure(figure, path)
