@@ -205,6 +205,57 @@ def test_a_part_tells_of_ties_made_above():
         untie(model["net"])
 
 
+@pytest.mark.parametrize("ties", [["0.weight ~ 1.weight"], [TRANSPOSED]], ids=["plain", "related"])
+@pytest.mark.parametrize("outside", [False, True], ids=["in the model", "beside it"])
+def test_a_copy_of_a_part_stays_guarded(ties, outside):
+    """As of a teacher that follows an encoder (BYOL)."""
+    model = nn.ModuleDict({"encoder": pairs(1), "head": pairs(1)})
+    tie(model, [Tie.parse(f"encoder.{each}".replace("~ ", "~ encoder.")) for each in ties])
+    teacher = copy.deepcopy(model["encoder"])
+    whole = nn.ModuleDict({"student": model, "teacher": teacher}) if outside else model
+    whole["teacher"] = teacher
+    if not outside:
+        assert len(tied(model)) == 2
+    tie(model, ["head.0.weight ~ head.1.weight"])
+    assert {group.names[0].removeprefix("student.") for group in tied(whole)} == {
+        "encoder.0.weight",
+        "head.0.weight",
+        "teacher.0.weight",
+    }
+    unequal = {key: torch.randn_like(value) for key, value in whole.state_dict().items()}
+    equal = {**whole.state_dict(), "teacher.0.weight": torch.ones(2, 2)}
+    with pytest.raises(ValueError, match=r"'teacher\.0\.weight' and 'teacher\.1\.weight' are tied, but differ"):
+        whole.load_state_dict(equal)
+    assert "teacher.1.weight" in load_plain(whole, unequal, "mean")
+    whole.load_state_dict({key: value.clone() for key, value in whole.state_dict().items()}, assign=True)
+    assert len(tied(whole)) == 3
+    assert untie(whole, ["teacher.1.weight"]) == 1
+    assert len(tied(whole)) == 2
+    assert untie(whole) == 2
+    whole.load_state_dict(unequal)
+
+
+def test_a_part_of_two_names_is_covered_by_its_models_record():
+    model = nn.ModuleDict({"part": pairs(1)})
+    tie(model, ["part.0.weight ~ part.1.weight"])
+    whole = nn.ModuleDict({"first": model["part"], "model": model})
+    assert [group.names for group in tied(whole)] == [("model.part.0.weight", "model.part.1.weight")]
+    assert untie(whole) == 1
+
+
+def test_what_a_tied_wrapper_wraps_is_guarded():
+    model = pairs(1)
+    wrapper = torch.compile(model, backend="eager")
+    tie(wrapper, ["0.weight ~ 1.weight"])
+    assert len(tied(wrapper)) == 1
+    with pytest.raises(ValueError, match="are tied, but differ"):
+        model.load_state_dict(pairs(1).state_dict())
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model[0].weight is model[1].weight
+    assert untie(wrapper) == 1
+    model.load_state_dict(pairs(1).state_dict())
+
+
 def test_loading_casts():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
     lower_rank(model, ["1.weight"], 4)

@@ -69,30 +69,68 @@ def record_of(model: nn.Module) -> Record:
 
 def shared_in(model: nn.Module) -> list[Shared]:
     """Return what has been tied in a model, or in a part of it; also from a module that holds it."""
-    modules = {clean_name(path): module for path, module in model.named_modules()}
-    own = [shared.within(path) for path, module in modules.items() for shared in record_of(module).groups]
-    return own + [shared.within(path) for path, module in modules.items() for shared in tied_above(model, module)]
+    records = [(clean_name(path), record_of(module)) for path, module in model.named_modules()]
+    own = [shared.within(path) for path, record in records for shared in record.groups]
+    return own + [guard.whole for guard in loose(model)]
 
 
-def tied_above(model: nn.Module, module: nn.Module) -> list[Shared]:
-    """Return what is guarded in a part of a model by a record that is not in the model."""
-    within = {record_of(part).token for part in model.modules() if RECORD in part.__dict__}
-    guards: dict[str, list[Shared]] = module.__dict__.get(GUARD, {})
-    return [shared for token, held in guards.items() if token not in within for shared in held]
+@dataclass(frozen=True)
+class Guard:
+    """What a part of a model guards.
+
+    Attributes:
+        path: of the part.
+        part: whose ``state_dict`` is guarded.
+        token: of the record that it was guarded for.
+        shared: with names relative to the part.
+    """
+
+    path: str
+    part: nn.Module
+    token: str
+    shared: Shared
+
+    @property
+    def whole(self) -> Shared:
+        """What it guards, with names as the model sees them."""
+        return self.shared.within(self.path)
+
+
+def loose(model: nn.Module) -> list[Guard]:
+    """Return the guards in a model whose ties no record in it holds: of a model above, or copied with a part."""
+    parts = dict(model.named_modules())
+    held = {(part, record_of(module).token, shared) for module in parts.values() for part, shared in _guarding(module)}
+    guards = [
+        Guard(clean_name(path), part, token, shared)
+        for path, part in parts.items()
+        for token, own in part.__dict__.get(GUARD, {}).items()
+        for shared in own
+    ]
+    return [guard for guard in guards if (guard.part, guard.token, guard.shared) not in held]
+
+
+def tokens_in(model: nn.Module) -> set[str]:
+    """Return the tokens of the records in a model."""
+    return {record_of(module).token for module in model.modules() if RECORD in module.__dict__}
 
 
 def keep(model: nn.Module, record: Record) -> None:
     """Keep a record in a model, and guard what it holds: also where only a part of the model is loaded."""
+    for part, _ in _guarding(model):
+        part.__dict__.get(GUARD, {}).pop(record.token, None)
     model.__dict__[RECORD] = record
-    modules = {clean_name(path): module for path, module in model.named_modules()}
-    for module in modules.values():
-        module.__dict__.get(GUARD, {}).pop(record.token, None)
     _hook(model)
-    for shared in record.groups:
-        if (path := shared.module) and path in modules:
-            guards = modules[path].__dict__.setdefault(GUARD, {})
-            guards.setdefault(record.token, []).append(shared.below(path))
-            _hook(modules[path])
+    for part, shared in _guarding(model):
+        part.__dict__.setdefault(GUARD, {}).setdefault(record.token, []).append(shared)
+        _hook(part)
+
+
+def _guarding(model: nn.Module) -> list[tuple[nn.Module, Shared]]:
+    """Return the parts that guard what the record of a model holds, and what each guards."""
+    groups = record_of(model).groups
+    parts = {clean_name(path): part for path, part in model.named_modules()} if groups else {}
+    found = [(parts.get(shared.module, model), shared.below(shared.module)) for shared in groups]
+    return [(part, shared) for part, shared in found if part is not model]
 
 
 def join(shared: Shared, source: nn.Parameter, places: dict[str, Place]) -> None:

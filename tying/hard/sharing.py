@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.errors import ConfigurationError, listed
-from tying.hard.guard import RECORD, Shared, join, keep, record_of, shared_in, tie_again, tied_above
+from tying.hard.guard import GUARD, RECORD, Shared, join, keep, loose, record_of, shared_in, tie_again, tokens_in
 from tying.hard.places import Place, places_of
 from tying.hard.related import unrelate
 from tying.hard.states import check_alike
@@ -113,9 +113,13 @@ def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
         >>> untie(model), model[0].weight is model[1].weight
         (1, False)
     """
-    if above := [name for part in model.modules() for shared in tied_above(model, part) for name in shared.names]:
+    known, guards, count = tokens_in(model), loose(model), 0
+    if above := [name for guard in guards if guard.token not in known for name in guard.whole.names]:
         raise ConfigurationError(f"{listed(above)}: tied in a model of which this is a part; untie that one")
-    count = 0
+    for guard in guards:  # the others came with copies of a part
+        if names is None or not {*names}.isdisjoint(guard.whole.names):
+            count += _release(guard.whole, places_of(model))
+            guard.part.__dict__[GUARD][guard.token].remove(guard.shared)
     for path, module in [*model.named_modules()]:
         if RECORD not in module.__dict__:
             continue
