@@ -53,6 +53,7 @@ class Tie:
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):  # type: ignore[unreachable]  # not for those who check types
             raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML and its kin give lists, which have no hash
         for pattern in (self.source, *([] if self.target is None else [self.target]), *self.exclude):
             if not pattern or set(pattern) & set("~|=,: \t\n"):
                 raise ConfigurationError(

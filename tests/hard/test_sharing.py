@@ -147,6 +147,12 @@ def test_recurrent_weights_stay_where_the_module_looks_for_them():
     assert torch.equal(model["a"](x)[0], model["b"](x)[0])
 
 
+def test_exclude_may_be_a_list():
+    model = linears(a=(3, 3), b=(3, 3))
+    assert len(tie(model, [Tie("[ab]", exclude=["*.bias"])])) == 1
+    assert model["a"].bias is not model["b"].bias
+
+
 def test_tying_twice_changes_nothing():
     model = Toy()
     groups = tie(model, TIES)
