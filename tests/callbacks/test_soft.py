@@ -8,7 +8,7 @@ from torch.optim import SGD, AdamW
 from toys import STRENGTH, TIES, Toy, batches, by_hand, largest_difference, same, train
 
 from tying import ConfigurationError, Tie, resolve
-from tying.callbacks import SoftTying
+from tying.callbacks import AnchorTying, SoftTying
 from tying.soft import Huber, Penalty, Schedule, TyingPenalty, gap
 
 CLIPS = [None, 0.02]
@@ -202,6 +202,20 @@ def test_logs_penalty_and_strength_on_logging_steps_only(monkeypatch):
     assert len(computed) == 2
     trainer = train(Toy(), [SoftTying(TIES, strength=STRENGTH, name="mirror")], max_epochs=1)
     assert {"tying/mirror/penalty", "tying/mirror/strength"} <= set(trainer.callback_metrics)
+
+
+def test_callbacks_of_several_classes_log_apart():
+    def logged(*callbacks):
+        metrics = train(Toy(), callbacks, max_epochs=1).callback_metrics
+        return {name.removesuffix("/penalty"): float(metrics[name]) for name in metrics if name.endswith("/penalty")}
+
+    def anchor(name=None):
+        return AnchorTying(["encoder.**"], 0.5, name=name)
+
+    assert [*logged(SoftTying(TIES), anchor())] == ["tying/SoftTying", "tying/AnchorTying"]
+    both = logged(SoftTying(TIES, name="x"), anchor("x"), anchor("y"))
+    assert [*both] == ["tying/SoftTying/x", "tying/AnchorTying/x", "tying/y"]
+    assert both["tying/AnchorTying/x"] == both["tying/y"] != both["tying/SoftTying/x"]
 
 
 class Crash(Exception):

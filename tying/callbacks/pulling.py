@@ -48,7 +48,8 @@ class Pulling(Watching):
 
     Logs ``tying/strength``, as the last step used it, and ``tying/penalty`` (that strength · Ω, where it is finite).
     In a shortened last accumulation window the added gradient shrinks like the loss, which Lightning divides by the
-    full window; the other two updates follow the learning rate alone.
+    full window; the other two updates follow the learning rate alone. Where callbacks of several classes share a name,
+    or have none, each logs under its class: ``tying/SoftTying/penalty``.
 
     Args:
         strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``.
@@ -80,6 +81,7 @@ class Pulling(Watching):
         self._micro_batches = 0  # since the last step
         self._window = 1.0  # share of a full accumulation window that the current step holds
         self._used = 0.0  # the factor on all strengths at the last step
+        self._kind = ""  # its class, where others would log under the same name
         self._hooks: list[RemovableHandle] = []
         self._announced = False  # by Lightning: the step that comes
         self._warned = self._passed = False  # of an unstable step; of one that was not announced
@@ -113,7 +115,7 @@ class Pulling(Watching):
 
     @property
     def _prefix(self) -> str:
-        return f"tying/{self.name}" if self.name else "tying"
+        return "/".join(filter(None, ("tying", self._kind, self.name)))
 
     @property
     @override
@@ -141,6 +143,8 @@ class Pulling(Watching):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        alike = [one for one in callbacks_of(trainer) if isinstance(one, Pulling) and one.name == self.name]
+        self._kind = type(self).__name__ if len(alike) > 1 else ""
         self._pulls = self.find_pulls(trainer, pl_module)
         self.rewatch()
         self._micro_batches, self._announced, self._warned, self._passed = 0, False, False, False
