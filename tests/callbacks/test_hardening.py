@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
+from torch.nn.utils import prune
 from toys import TIES, Toy, same, train
 
-from tying import resolve
+from tying import ConfigurationError, resolve
 from tying.callbacks import SoftTying, TyingMonitor, TyingSummary
 from tying.hard import audit, tied
 from tying.hard.states import merge_states
@@ -177,6 +178,31 @@ def test_an_optimizer_that_is_left_with_nothing(update):
 def test_callbacks_that_share_weights_are_refused():
     with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying ties too"):
         train(Toy(), [strongly(), SoftTying(TIES[:1], name="other")])
+
+
+def pruning(parameters=None):
+    return ModelPruning("l1_unstructured", parameters_to_prune=parameters, parameter_names=["weight"], amount=0.5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_pruned_weights_are_refused(order):
+    with pytest.raises(ConfigurationError, match=r"could not make '.*weight' one with another once ModelPruning has"):
+        train(Toy(), [pruning(), strongly()][::order])
+    model = Toy()
+    model.extra = torch.nn.Linear(6, 6)
+    train(model, [pruning([(model.extra, "weight")]), strongly()][::order])
+    assert tied(model)
+
+
+def test_weights_that_something_has_pruned_are_told():
+    class Prunes(Toy):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                prune.identity(self.decoder[2], "weight")
+
+    told = r"'decoder\.2\.weight' cannot be tied to 'encoder\.0\.weight': it is no parameter of the model any more"
+    with pytest.raises(ConfigurationError, match=told):
+        train(Prunes(), [SoftTying(TIES[:1], strength=0.1, update="proximal", harden_below=0.5)], max_epochs=9)
 
 
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -118,6 +119,13 @@ class SoftTying(Pulling, TyingCallback):
             return
         ours = {id(p): name for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
         for callback in callbacks_of(trainer):
+            if isinstance(callback, ModelPruning):
+                pruned = (id(getattr(module, name, None)) for module, name in callback._parameters_to_prune)
+                if found := [ours[weight] for weight in pruned if weight in ours]:
+                    raise ConfigurationError(
+                        f"harden_below could not make {found[0]!r} one with another once ModelPruning has pruned it: "
+                        "prune other weights, or in a run after this, or leave harden_below out"
+                    )
             both = [ours[id(parameter)] for parameter in held_by(callback) if id(parameter) in ours]
             if both and callback is not self:
                 raise ConfigurationError(

@@ -199,6 +199,10 @@ def _plan(group: TiedGroup, places: dict[str, Place], before: Mapping[str, objec
     for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
         told = f"{name!r} cannot be tied to {named!r}" if name != named else f"{name!r} cannot be tied"
         check_alike(parameter, first, told)
+        if name not in places:
+            raise ConfigurationError(
+                f"{told}: it is no parameter of the model any more: something has pruned, parametrized or removed it"
+            )
         own = places[name].relation
         if own is None:
             raise ConfigurationError(f"{told}: it is parametrized: it is computed from other weights")
