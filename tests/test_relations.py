@@ -82,3 +82,9 @@ def test_one_sided_axes_are_named():
 def test_shapes_that_do_not_meet(pattern, source, target):
     with pytest.raises(ConfigurationError, match=r"\(.*\).*\(.*\)"):
         bind(pattern, source, target)
+
+
+def test_relations_agree_whatever_new_tensors_are():
+    with torch.device("meta"):
+        assert not bind("o i -> i o", (2, 3), (3, 2)).agrees_with(bind("o i -> (o i)", (2, 3), (6,)), (2, 3))
+        assert bind("a b -> b a", (2, 3), (3, 2)).agrees_with(bind("o i -> i o", (2, 3), (3, 2)), (2, 3))

@@ -77,7 +77,7 @@ class Relation:
         """Tell whether both maps do the same to every tensor of ``shape``, entry by entry."""
         if self == other:
             return True
-        positions = torch.arange(math.prod(shape)).reshape(tuple(shape))
+        positions = torch.arange(math.prod(shape), device="cpu").reshape(tuple(shape))
         return torch.equal(self(positions), other(positions))
 
     def __str__(self) -> str:

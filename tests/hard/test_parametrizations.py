@@ -19,6 +19,7 @@ from tying.hard import (
     layer_similarity,
     load_plain,
     plot_similarity,
+    share_templates,
 )
 from tying.hard.generated import generate
 from tying.hard.low_rank import low_rank_plus_diagonal
@@ -39,7 +40,7 @@ def is_low_rank_plus_diagonal(layer):
 
 def is_mixture(layer):
     templates = layer.parametrizations.weight[0].bank.templates
-    return rank_of(torch.stack([*templates, layer.weight]).flatten(1)) == len(templates)
+    return rank_of(torch.stack([*templates, layer.weight.flatten()])) == len(templates)
 
 
 def is_generated(layer):
@@ -172,7 +173,7 @@ def test_as_many_templates_as_layers_is_the_unshared_net():
     bank, model = mixed(3, 3)
     with torch.no_grad():
         for k, (layer, own) in enumerate(zip(model, free, strict=True)):
-            bank.templates[k] = own.weight
+            bank.templates[k] = own.weight.flatten()
             layer.bias.copy_(own.bias)
             layer.parametrizations.weight.original.copy_(torch.eye(3)[k])
     x = torch.randn(5, 4)
@@ -180,7 +181,7 @@ def test_as_many_templates_as_layers_is_the_unshared_net():
     for net in (model, free):
         net(x).square().sum().backward()
     for k, own in enumerate(free):
-        torch.testing.assert_close(bank.templates.grad[k], own.weight.grad)
+        torch.testing.assert_close(bank.templates.grad[k], own.weight.grad.flatten())
 
 
 def test_similarity_is_symmetric_and_blind_to_scale():
@@ -307,3 +308,53 @@ def test_generated_kernels_have_kaimings_variance():
     generate_weights(model, ["*.weight"], embedding=64)
     for layer, inputs in zip(model, (16, 64), strict=True):
         assert float(layer.weight.detach().std()) == pytest.approx((2 / (9 * inputs)) ** 0.5, rel=0.25)
+
+
+KERNELS = {
+    "templates": lambda model: share_templates(model, ["*.weight"], 2),
+    "generated": lambda model: generate_weights(model, ["*.weight"], 4, 2, 2),
+}
+
+
+def kernels():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+
+
+@pytest.mark.parametrize("share", KERNELS.values(), ids=KERNELS)
+def test_shared_kernels_take_a_memory_format(share):
+    model, x = kernels(), torch.randn(1, 4, 5, 5)
+    share(model)
+    before = model(x)
+    torch.testing.assert_close(model.to(memory_format=torch.channels_last)(x), before)
+
+
+@pytest.mark.parametrize("share", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("model", ["cpu", "meta"])
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_shared_kernels_lie_where_the_weights_do(share, model, default):
+    net = kernels().to(model)
+    with torch.device(default):
+        share(net)
+    assert {parameter.device.type for parameter in net.parameters()} == {model}
+
+
+@pytest.mark.parametrize("share", KERNELS.values(), ids=KERNELS)
+def test_shared_kernels_under_another_default_dtype(share):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = kernels()
+        share(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("share", KERNELS.values(), ids=KERNELS)
+def test_kernels_of_two_types_share_nothing(share):
+    model = kernels()
+    model[1].bfloat16()
+    with pytest.raises(
+        ValueError, match=r"'1\.weight': it is torch.bfloat16 on cpu, and what it would share is torch.f"
+    ):
+        share(model)
+    assert not any(parametrize.is_parametrized(layer) for layer in model)

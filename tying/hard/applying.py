@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from tying.errors import ConfigurationError
@@ -35,6 +36,12 @@ def parametrize_all(
         check_free(name, places, ", which would not follow it")
         try:
             made[name] = make(name, weight)
+            for shared in made[name].parameters():
+                if (shared.dtype, shared.device) != (weight.dtype, weight.device):
+                    raise ConfigurationError(
+                        f"it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
+                        f"{shared.device}: leave it out, and let it share with its like"
+                    )
             made[name].right_inverse(weight.detach())  # type: ignore[operator]  # a method
         except ConfigurationError as error:
             raise ConfigurationError(f"{name!r}: {error}") from None
@@ -42,6 +49,23 @@ def parametrize_all(
         own_class(places[name].owner)
         register_parametrization(places[name].owner, places[name].attribute, parametrization)
     return list(made)
+
+
+def nearest_combination(columns: Tensor, targets: Tensor) -> Tensor:
+    """Return the coefficients with which columns come nearest to targets, by least squares.
+
+    Args:
+        columns: (n, k).
+        targets: (n, m).
+
+    Returns:
+        (k, m), in single precision or better.
+    """
+    precise = torch.promote_types(targets.dtype, torch.float32)
+    if targets.is_meta:  # torch has no least squares there
+        return targets.new_empty(columns.shape[1], targets.shape[1], dtype=precise)
+    solution: Tensor = torch.linalg.lstsq(columns.to(precise), targets.to(precise)).solution
+    return solution
 
 
 def are_computed(model: nn.Module, names: Sequence[str]) -> bool:

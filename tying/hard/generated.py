@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hard.applying import parametrize_all
+from tying.hard.applying import nearest_combination, parametrize_all
 from tying.hard.places import places_of
 
 
@@ -89,9 +89,8 @@ class HyperWeight(nn.Module):
             at_zero = self(self.inner.new_zeros(1, 1, count)).flatten()
             basis = self(torch.eye(count, dtype=self.inner.dtype, device=self.inner.device).view(count, 1, count))
         slopes = basis.reshape(count, -1) - at_zero
-        precise = torch.promote_types(kernel.dtype, torch.float32)
-        solution: Tensor = torch.linalg.lstsq(slopes.T.to(precise), (tiles - at_zero).T.to(precise)).solution
-        return solution.T.reshape(rows, columns, count).to(kernel.dtype)
+        nearest = nearest_combination(slopes.T, (tiles - at_zero).T)
+        return nearest.T.reshape(rows, columns, count).to(kernel.dtype)
 
     @override
     def extra_repr(self) -> str:
@@ -127,7 +126,8 @@ def generate_weights(
                 f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: leave it out"
             )
         if not made:
-            made.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
+            with torch.device("cpu"):  # as the weight may be, whatever new tensors are
+                made.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
         return made[0]
 
     names = parametrize_all(model, parameters, make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from typing_extensions import override
 
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError
-from tying.hard.applying import parametrize_all
+from tying.hard.applying import nearest_combination, parametrize_all
 from tying.names import clean_name
 
 
@@ -61,7 +62,7 @@ class TemplateBank(nn.Module):
 
     Example:
         >>> tuple(TemplateBank(2, (8, 4, 3, 3)).templates.shape)
-        (2, 8, 4, 3, 3)
+        (2, 288)
 
     Source: P. Savarese and M. Maire, Learning implicitly recurrent CNNs through parameter sharing, 2019.
     """
@@ -72,18 +73,18 @@ class TemplateBank(nn.Module):
             raise ConfigurationError(
                 f"a bank needs 1 template or more of 2 dimensions or more, not {templates} of {tuple(shape)}"
             )
-        self.templates = nn.Parameter(torch.empty(templates, *shape))
-        for template in self.templates:
-            nn.init.kaiming_normal_(template)
+        self.shape = (*shape,)  # not the parameter's: a memory format is for as many dimensions as a weight has
+        self.templates = nn.Parameter(torch.empty(templates, math.prod(shape)))
+        for template in self.templates.data:
+            nn.init.kaiming_normal_(template.view(self.shape))
 
     @override
     def forward(self, coefficients: Tensor) -> Tensor:
-        return mix(self.templates, coefficients)
+        return mix(self.templates, coefficients).view(self.shape)
 
     @override
     def extra_repr(self) -> str:
-        count, *shape = self.templates.shape
-        return f"templates={count}, shape={tuple(shape)}"
+        return f"templates={len(self.templates)}, shape={self.shape}"
 
 
 class TemplateMixture(nn.Module):
@@ -118,21 +119,18 @@ class TemplateMixture(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the coefficients of the nearest mixture."""
-        templates = self.bank.templates.detach()
-        if weight.shape != templates.shape[1:]:
+        if weight.shape != self.bank.shape:
             raise ConfigurationError(
-                f"templates of shape {tuple(templates.shape[1:])} do not fit a weight of shape {tuple(weight.shape)}"
+                f"templates of shape {self.bank.shape} do not fit a weight of shape {tuple(weight.shape)}"
             )
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        columns = templates.flatten(1).T.to(precise)
-        solution: Tensor = torch.linalg.lstsq(columns, weight.detach().flatten().to(precise)[:, None]).solution
-        return solution.flatten().to(weight.dtype)
+        nearest = nearest_combination(self.bank.templates.detach().T, weight.detach().flatten()[:, None])
+        return nearest.flatten().to(weight.dtype)
 
 
 def share_templates(model: nn.Module, parameters: Sequence[str], templates: int) -> dict[str, TemplateBank]:
     """Let weights of a model be mixtures of a few templates; weights of equal shape share a bank.
 
-    Coefficients begin as rows of a semi-orthogonal matrix, of length 1, so that weights have their usual variance.
+    Coefficients begin as rows of a semi-orthogonal matrix, of length 1, so that weights have Kaiming's variance.
 
     Args:
         model: changed in place.
@@ -155,14 +153,15 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
     def make(name: str, weight: nn.Parameter) -> TemplateMixture:
         shape = tuple(weight.shape)
         if shape not in banks:
-            banks[shape] = TemplateBank(templates, shape).to(weight)
+            with torch.device("cpu"):  # as the weight may be, whatever new tensors are
+                banks[shape] = TemplateBank(templates, shape).to(weight)
         return TemplateMixture(banks[shape])
 
     names = parametrize_all(model, parameters, make)
     found = mixtures(model)
     for bank in banks.values():
         own = [held for held, other in found.values() if other is bank]
-        rows = nn.init.orthogonal_(torch.empty(len(own), templates))
+        rows = nn.init.orthogonal_(torch.empty(len(own), templates, dtype=torch.float32, device="cpu"))
         with torch.no_grad():
             for held, row in zip(own, rows, strict=True):
                 held.get_parameter("original").copy_(row / row.norm())
