@@ -9,7 +9,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW
 from toys import STRENGTH, TIES, Toy, batches, by_hand, largest_difference, same, train
 
 from tying import ConfigurationError
-from tying.callbacks import SoftTying
+from tying.callbacks import AnchorTying, Coupling, MixtureTying, SoftTying
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 UPDATES = ["gradient", "decoupled", "proximal"]
@@ -326,6 +326,32 @@ def test_unsupported_strategies_are_refused(update, monkeypatch):
 
     with pytest.raises(ConfigurationError, match=r"SoftTying does not support FSDPStrategy.*'ddp'"):
         callback.setup(Trainer(), Toy(), "fit")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SoftTying(["late.0.weight ~ late.1.weight"], strength=0.5),
+        lambda: Coupling("late.0", "late.1", 0.5, examples=2),
+        lambda: AnchorTying(["late.**"], 0.1),
+        lambda: MixtureTying(["late.*.weight"], examples=2, start_epoch=1),
+    ],
+    ids=["SoftTying", "Coupling", "AnchorTying", "MixtureTying"],
+)
+def test_layers_that_the_module_makes_in_its_setup(make, tmp_path):
+    class Late(Toy):
+        def setup(self, stage):
+            if not hasattr(self, "late"):
+                self.late = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(2))
+
+        def loss(self, batch):
+            return super().loss(batch) + sum(layer.weight.square().sum() for layer in self.late)
+
+    callback = make()
+    train(Late(), [callback], max_epochs=2, default_root_dir=tmp_path)
+    assert len({*callback.pulled}) >= 2
+    with pytest.raises(ConfigurationError, match="'late"):
+        train(Toy(), [make()], max_epochs=2, default_root_dir=tmp_path)
 
 
 def test_hooks_are_gone_after_training():

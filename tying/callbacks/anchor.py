@@ -77,7 +77,6 @@ class AnchorTying(Pulling):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's anchors are restored after this
             self._anchors = {}
-            select(pl_module, self.parameters)
 
     @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:

@@ -107,7 +107,6 @@ class MixtureTying(Pulling):
         refuse_copies(trainer, "MixtureTying", "weights that are not quantised", processes=False)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's state is restored after this
             self.prior, self._optimizer, self._saved = None, None, {}
-            select(pl_module, self.parameters)
 
     @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
