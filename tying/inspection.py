@@ -7,10 +7,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tying.callbacks import HardTying, WeightClustering
-from tying.callbacks.base import ChangesModel, TyingCallback, averaging_before
+from tying.callbacks import WeightClustering
+from tying.callbacks.base import ChangesModel, Choosing, TyingCallback, averaging_before
 from tying.callbacks.summary import print_summary
 from tying.checkpoints import read
 from tying.depth import Merge
@@ -46,16 +46,8 @@ def inspect(
     changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
     if checkpoint is not None:
         load_weights(model, callbacks, _weights(checkpoint, weights_only), f"ckpt_path: {checkpoint}")
-    groups = _tied(model, callbacks)
-    if groups or not changing:
-        print_summary(model, groups, max_rows=None)
     before = dict(model.named_parameters())
-    wrong = [averaging_before(callback, callbacks) for callback in changing]
-    for change in changing:
-        change.apply(model)
-        if told := change.told(model):
-            print(f"{type(change).__name__}: {told}")
-    held = {id(parameter) for _, group in groups for parameter in group.parameters}
+    held = _met(model, callbacks)
     after = dict(model.named_parameters())  # what is computed has another name now
     free = [clean_name(name) for name, parameter in before.items() if name in after and id(parameter) not in held]
     print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
@@ -70,7 +62,8 @@ def inspect(
         raise ConfigurationError("plot: no weight of the model is hashed")
     if changing:
         print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {audited.counts()}")
-    for line in [*(f"Problem: {problem}." for problem in wrong if problem), *audited.remarks()]:
+    wrong = [f"Problem: {problem}." for one in changing if (problem := averaging_before(one, callbacks))]
+    for line in [*wrong, *audited.remarks()]:
         print(line)
 
 
@@ -84,32 +77,60 @@ def _in_force(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> li
     return [*(callback for callback in callbacks if type(callback) not in replaced), *own]
 
 
-def _tied(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[tuple[str, TiedGroup]]:
-    """Return the groups of all callbacks that tie, each with the kind of its callback; print what ties match."""
-    groups: list[tuple[str, TiedGroup]] = []
+def _met(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set[int]:
+    """Let callbacks meet the model as in training, where pulls come last; print what they do to which weights.
+
+    Returns:
+        the identities of all weights that they hold.
+
+    Raises:
+        ConfigurationError: some do not fit; all of these are told.
+    """
+    held: list[tuple[pl.Callback, nn.Parameter]] = []
+    pulled: list[tuple[str, TiedGroup]] = []
     errors: list[str] = []
-    for callback in callbacks:
-        if not isinstance(callback, TyingCallback):
-            continue
+    for callback in sorted(callbacks, key=lambda one: not isinstance(one, ChangesModel)):
         kind = type(callback).__name__
-        if isinstance(callback, HardTying) and callback.is_applied(model):  # by the model itself
-            groups += [(kind, group) for group in callback.apply(model)]
-            continue
-        found = resolve_each(model, callback.ties)
-        for tie, result in zip(callback.ties, found, strict=True):
-            if not isinstance(result, ConfigurationError):
-                weights, count = sum(map(len, result)), len(result)
-                print(f"{kind}: '{tie}' matches {weights} weights in {count} group{'s' * (count > 1)}")
-        wrong = [str(result) for result in found if isinstance(result, ConfigurationError)]
         try:
-            tied = [] if wrong else resolve(model, callback.ties)
-            callback.check(tied)
-            groups += [(kind, group) for group in tied]
+            groups = [(kind, group) for group in _tied(model, callback)] if isinstance(callback, TyingCallback) else []
+            held += [(callback, weight) for _, group in groups for weight in group.parameters]
+            if isinstance(callback, ChangesModel):
+                if groups:
+                    print_summary(model, groups, max_rows=None)  # before they are one: with their gaps
+                callback.apply(model)
+                if told := callback.told(model):
+                    print(f"{kind}: {told}")
+            else:
+                pulled += groups
+            if isinstance(callback, Choosing) and (chosen := callback.choose(model)):
+                held += [(callback, weight) for weight in chosen.values()]
+                print(f"{kind}: {len(chosen)} weights: {listed(chosen)}")
         except ConfigurationError as error:
-            wrong.append(str(error))
-        errors += wrong
+            errors.append(str(error))
     if errors:
         raise ConfigurationError("; ".join(errors))
+    for callback in callbacks:
+        if isinstance(callback, Choosing):
+            callback.refuse(model, held)
+    if pulled or not any(isinstance(callback, ChangesModel) for callback in callbacks):
+        print_summary(model, pulled, max_rows=None)
+    return {id(weight) for _, weight in held}
+
+
+def _tied(model: pl.LightningModule, callback: TyingCallback) -> Sequence[TiedGroup]:
+    """Return the groups that a callback ties; print what its ties match."""
+    if isinstance(callback, ChangesModel) and callback.is_applied(model):  # by the model itself
+        callback.apply(model)
+        return callback.groups
+    found = resolve_each(model, callback.ties)
+    for tie, result in zip(callback.ties, found, strict=True):
+        if not isinstance(result, ConfigurationError):
+            weights, count = sum(map(len, result)), len(result)
+            print(f"{type(callback).__name__}: '{tie}' matches {weights} weights in {count} group{'s' * (count > 1)}")
+    if wrong := [str(result) for result in found if isinstance(result, ConfigurationError)]:
+        raise ConfigurationError("; ".join(wrong))
+    groups = resolve(model, callback.ties)
+    callback.check(groups)
     return groups
 
 

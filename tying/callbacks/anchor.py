@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tying.callbacks.base import Choosing
 from tying.callbacks.pulling import Pull, Pulling, Update
 from tying.checkpoints import saved_weights
 from tying.errors import ConfigurationError, listed, nearest
@@ -20,7 +21,7 @@ from tying.selection import select
 from tying.soft import anchored
 
 
-class AnchorTying(Pulling):
+class AnchorTying(Pulling, Choosing):
     """Pull weights to an anchor, ``strength/2 ‖w − w⁰‖²``, and all others to zero, ``head_strength/2 ‖w‖²``.
 
     This is soft tying of each weight with a constant; :class:`tying.callbacks.pulling.Pulling` says what each update
@@ -79,7 +80,7 @@ class AnchorTying(Pulling):
             self._anchors = {}
 
     @override
-    def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
+    def choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = select(model, self.parameters)
         if self.anchor != "initial":
             places = places_of(model)
@@ -89,7 +90,12 @@ class AnchorTying(Pulling):
                     f"{listed(other)}: tied through a relation; anchor the source of the tie instead"
                 )
             self._anchors = anchors_of(Path(self.anchor), found)
-        elif not self._anchors:
+        return found
+
+    @override
+    def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
+        found = self.choose(model)
+        if not self._anchors:
             self._anchors = {name: weight.detach().clone() for name, weight in found.items()}
         elif missing := found.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,21 @@ class TyingCallback(pl.Callback):
 
     def check(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback could not tie these groups."""
+
+
+class Choosing(pl.Callback):
+    """A callback that acts on weights which patterns name, without ties; training and ``inspect`` ask it alike."""
+
+    def choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the weights that it is to act on, by name.
+
+        Raises:
+            ConfigurationError: a pattern matches nothing, or it could not act on what a pattern matches.
+        """
+        raise NotImplementedError
+
+    def refuse(self, model: nn.Module, held: Iterable[tuple[pl.Callback, nn.Parameter]]) -> None:
+        """Raise a ConfigurationError if it could not act on weights that other callbacks hold."""
 
 
 def arguments_of(callback: pl.Callback) -> str:

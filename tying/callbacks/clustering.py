@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import arguments_of, callbacks_of, held_by, refuse_copies
+from tying.callbacks.base import Choosing, arguments_of, callbacks_of, held_by, refuse_copies
 from tying.callbacks.finite import Watching, kept_for
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
@@ -46,7 +46,7 @@ class BeforeEpoch:
         return epoch < self.epoch
 
 
-class WeightClustering(Watching):
+class WeightClustering(Watching, Choosing):
     """Let weights be entries of a codebook each, from an epoch on; see :func:`tying.hashing.cluster_weight`.
 
     Assignments are frozen; the codebook is trained, by the sum of its weights' gradients, or their mean. Zeros stay
@@ -131,16 +131,25 @@ class WeightClustering(Watching):
         return record[arguments_of(self)]
 
     @override
+    def choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        names = self._find(model)
+        named = ((name.removesuffix("_orig"), weight) for name, weight in model.named_parameters())  # what is pruned
+        return {name: weight for name, weight in named if name in names}
+
+    @override
+    def refuse(self, model: nn.Module, held: Iterable[tuple[pl.Callback, nn.Parameter]]) -> None:
+        own = {id(weight): name for name, weight in self.choose(model).items()}
+        for other, weight in held:
+            if other is not self and id(weight) in own:
+                raise ConfigurationError(
+                    f"{own[id(weight)]!r} is tied by {type(other).__name__}: it cannot be clustered too"
+                )
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if searching := [type(optimizer).__name__ for optimizer in trainer.optimizers if isinstance(optimizer, LBFGS)]:
             raise ConfigurationError(f"{searching[0]} keeps its weights to itself: it cannot take codebooks instead")
-        named = ((name.removesuffix("_orig"), parameter) for name, parameter in pl_module.named_parameters())
-        own = {id(parameter): name for name, parameter in named if name in self.names}  # _orig: what is pruned
-        for callback in callbacks_of(trainer):
-            if both := [own[id(parameter)] for parameter in held_by(callback) if id(parameter) in own]:
-                raise ConfigurationError(
-                    f"{both[0]!r} is tied by {type(callback).__name__}: it cannot be clustered too"
-                )
+        self.refuse(pl_module, ((one, weight) for one in callbacks_of(trainer) for weight in held_by(one)))
         if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
             for name in self.names:
                 _prune_again(pl_module, name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.atomic import save_figure
-from tying.callbacks.base import picture_folder, refuse_copies
+from tying.callbacks.base import Choosing, picture_folder, refuse_copies
 from tying.callbacks.pulling import Pull, Pulling, labelled_examples
 from tying.errors import ConfigurationError, listed
 from tying.hashing.packing import sizes
@@ -24,7 +24,7 @@ from tying.soft.plots import mixture_figure
 from tying.soft.pull import Rates
 
 
-class MixtureTying(Pulling):
+class MixtureTying(Pulling, Choosing):
     """Draw weights to a few values by a mixture of Gaussians that is learned with them; make them equal at the end.
 
     From ``start_epoch`` on, the gradient of ``strength / examples`` times :class:`tying.soft.GaussianMixturePrior` is
@@ -109,8 +109,12 @@ class MixtureTying(Pulling):
             self.prior, self._optimizer, self._saved = None, None, {}
 
     @override
+    def choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return select(model, self.parameters)
+
+    @override
     def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
-        self._weights, self._value = select(model, self.parameters), None
+        self._weights, self._value = self.choose(model), None
         trained = {id(weight) for weight in self._weights.values() if weight.requires_grad}
         held = [{id(p) for one in o.param_groups for p in one["params"]} for o in trainer.optimizers]
         if not trained or not any(trained <= own for own in held):

@@ -1,0 +1,81 @@
+"""What a configuration ties, without training: what training accepts, and nothing else."""
+
+import warnings
+
+import pytest
+from toys import Toy, train
+
+from tying.callbacks import (
+    AnchorTying,
+    HardTying,
+    LowRankWeights,
+    MixtureTying,
+    SoftTying,
+    WeightClustering,
+    WeightHashing,
+)
+from tying.errors import ConfigurationError
+from tying.inspection import inspect
+
+A, B = "encoder.0.bias", "decoder.0.bias"
+V, W = "encoder.0.weight", "decoder.2.weight"
+TIE = f"{V} ~ {W} | o i -> i o"
+
+
+def hashed():
+    return WeightHashing([V, W], table_ratio=0.5)
+
+
+def error_of(call, *args, **kwargs):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is never trained long enough
+            call(*args, **kwargs)
+    except ConfigurationError as error:
+        return str(error)
+
+
+CASES = {
+    "soft of tables": lambda: [hashed(), SoftTying(["encoder.0.table ~ decoder.2.table"])],
+    "soft of tables, listed first": lambda: [SoftTying(["encoder.0.table ~ decoder.2.table"]), hashed()],
+    "anchored tables": lambda: [AnchorTying(["encoder.0.table"], 0.1), hashed()],
+    "mixture of tables": lambda: [MixtureTying(["*coder.*.table"]), hashed()],
+    "hard of tables": lambda: [hashed(), HardTying(["encoder.0.table ~ decoder.2.table"])],
+    "hard, then hashed": lambda: [HardTying([f"{A} ~ {B}"]), hashed()],
+    "hard and soft": lambda: [HardTying([TIE]), SoftTying([f"{A} ~ {B}"])],
+    "clustered beside": lambda: [SoftTying([f"{A} ~ {B}"]), WeightClustering([V], clusters=2)],
+    "soft of hashed": lambda: [hashed(), SoftTying([TIE])],
+    "soft of low rank": lambda: [LowRankWeights([V], rank=1), SoftTying([TIE])],
+    "hard and soft of one": lambda: [HardTying([TIE]), SoftTying([TIE])],
+    "hard and clustered": lambda: [HardTying([TIE]), WeightClustering([V], clusters=2)],
+    "clustered and hard": lambda: [WeightClustering([V], clusters=2), HardTying([TIE])],
+    "clustered and soft": lambda: [WeightClustering([V], clusters=2), SoftTying([TIE])],
+    "clustered and anchored": lambda: [AnchorTying(["encoder.**"], 0.1), WeightClustering([V], clusters=2)],
+    "anchor of nothing": lambda: [AnchorTying(["encodr.*"], 0.1)],
+    "anchor in no file": lambda: [AnchorTying(["encoder.**"], 0.1, anchor="none.ckpt")],
+    "mixture of nothing": lambda: [MixtureTying(["encodr.*"])],
+    "clusters of nothing": lambda: [WeightClustering(["encodr.*"])],
+    "clusters of few": lambda: [WeightClustering([V], clusters=100)],
+}
+FIT = [*CASES][:8]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inspect_says_what_training_says(case):
+    told = error_of(inspect, Toy(), CASES[case]())
+    trained = error_of(train, Toy(), CASES[case](), max_steps=1)
+    assert (told is None) == (trained is None) == (case in FIT), (told, trained)
+    if not case.startswith("clustered and"):  # there, in words of their own
+        assert told == trained
+
+
+def test_every_callback_that_does_not_fit_is_told():
+    with pytest.raises(ConfigurationError, match=r"'encodr.\*' matches no .*; .*'decodr.\*' matches no"):
+        inspect(Toy(), [AnchorTying(["encodr.*"], 0.1), MixtureTying(["decodr.*"])])
+
+
+def test_the_weights_of_every_callback_are_told(capsys):
+    inspect(Toy(), [AnchorTying(["encoder.*.weight"], 0.1), HardTying([f"{A} ~ {B}"]), LowRankWeights([W], rank=1)])
+    told = capsys.readouterr().out
+    assert "AnchorTying: 2 weights: encoder.0.weight, encoder.2.weight" in told
+    assert "Not matched by any tie: 3: encoder.2.bias, decoder.0.weight, decoder.2.bias" in told
