@@ -146,6 +146,19 @@ def test_sampled_predictions():
     assert not sampled(model, x, samples=1).spread.any()
 
 
+def test_sampled_passes_in_half_precision_add_up():
+    torch.manual_seed(0)
+    net = nn.Sequential(Residual(nn.Linear(6, 6), merge=Swapout(0.5, 0.5)), nn.Linear(6, 3)).bfloat16()
+    x = torch.randn(4, 6, dtype=torch.bfloat16)
+    torch.manual_seed(5)
+    mean, spread = sampled(net, x, samples=300)
+    torch.manual_seed(5)
+    with torch.no_grad(), sampling(net):
+        passes = torch.stack([net(x).double().softmax(dim=-1) for _ in range(300)])
+    torch.testing.assert_close(mean.double(), passes.mean(dim=0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(spread.double(), passes.std(dim=0), rtol=1e-4, atol=1e-6)
+
+
 def test_a_model_whose_merges_were_removed_is_merged_again():
     model = Blocks()
     for _ in range(2):

@@ -123,6 +123,15 @@ def test_starting_over_within_an_epoch_takes_another_order():
     assert [batch.labels.tolist() for batch in one] == first
 
 
+def test_all_epochs_as_the_first():
+    own, epochs = loader(same=True), []
+    for epoch in range(2):
+        own.batch_sampler.sampler.set_epoch(epoch)
+        epochs.append(list(own))
+    for first, again in zip(*epochs, strict=True):
+        assert all(torch.equal(*parts) for parts in zip(first, again, strict=True))
+
+
 def test_offsets_and_flips_cover_their_range():
     many = [batch for epoch in range(20) for batch in _epoch(epoch)]
     offsets, flips = torch.cat([b.offsets for b in many]), torch.cat([b.flips for b in many])

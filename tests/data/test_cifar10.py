@@ -14,6 +14,15 @@ from torchvision.datasets import CIFAR10 as Official
 from tying import ConfigurationError
 from tying.data import CIFAR10
 from tying.data.sample import CLASSES, FILE, PER_CLASS, cut_sample, load_sample
+from tying.models import MLP, Classifier
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
 
 
 @pytest.fixture
@@ -134,13 +143,7 @@ def test_lightning_sets_epochs_and_goes_on_mid_epoch(stop, tmp_path):
                 raise Interrupted
 
     def run(model, ckpt_path=None, **arguments):
-        quiet = {
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-        }
-        trainer = pl.Trainer(accelerator="cpu", **quiet, **arguments)
+        trainer = pl.Trainer(**QUIET, **arguments)
         trainer.fit(model, CIFAR10(batch_size=450, validation=0.0), ckpt_path=ckpt_path)
 
     whole, first, second = Model(), Model(), Model()
@@ -151,6 +154,44 @@ def test_lightning_sets_epochs_and_goes_on_mid_epoch(stop, tmp_path):
         run(first, max_epochs=2, callbacks=[Interrupt()])
     run(second, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     assert first.seen + second.seen == whole.seen
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("32-true", torch.float32),
+        ("64-true", torch.float64),
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("bf16-mixed", torch.float32),
+    ],
+)
+def test_images_are_of_the_trainers_precision(precision, dtype):
+    seen = []
+
+    class Model(Classifier):
+        def forward(self, x):
+            seen.append(x.dtype)
+            return super().forward(x)
+
+    trainer = pl.Trainer(precision=precision, max_steps=2, limit_val_batches=1, **QUIET)
+    trainer.fit(Model(MLP([3072, 10])), CIFAR10(batch_size=50))
+    assert {*seen} == {dtype}
+
+
+def test_overfitting_sees_the_same_batches_again():
+    seen = []
+
+    class Model(Classifier):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    trainer = pl.Trainer(overfit_batches=2, max_epochs=2, **QUIET)
+    trainer.fit(Model(MLP([3072, 10])), CIFAR10(batch_size=50))
+    assert len(seen) == 4
+    assert all(torch.equal(seen[i], seen[i + 2]) for i in range(2))
+    assert not torch.equal(seen[0], seen[1])
 
 
 def test_sample():

@@ -254,6 +254,7 @@ def test_broken_images(folder, change, told):
 
 def test_what_is_no_file(folder):
     (folder / "cifar" / "train" / "cat" / "folder.png").mkdir()
+    (folder / "cifar" / "train" / "cat" / "._0.png").write_bytes(b"macOS puts these beside files")
     assert len(ready(folder)._splits["fit"][1]) == 30
     (folder / "cifar" / "train" / "cat" / "link.png").symlink_to("nowhere")
     with pytest.raises(ConfigurationError, match=r"data cannot be read: .*link.png"):

@@ -88,6 +88,20 @@ def test_a_file_that_unpacks_to_more_than_it_says(root):
     tracemalloc.stop()
 
 
+def test_what_is_missing_is_downloaded(root, monkeypatch):
+    def download(folder, download):
+        assert download
+        (root / "MNIST" / "raw" / name).write_bytes(content)
+
+    monkeypatch.setattr("tying.data.mnist.Official", download)
+    first = next((root / "MNIST" / "raw").iterdir())
+    name, content = first.name, first.read_bytes()
+    first.unlink()  # as after a download that was interrupted
+    assert ready(root, download=True)._splits
+    monkeypatch.setattr("tying.data.mnist.Official", None)
+    assert ready(root, download=True)._splits  # all is there
+
+
 def test_broken_files_are_named(root):
     labels = "train-labels-idx1-ubyte"
     replace(root, labels, lambda content: content[:4] + (59).to_bytes(4, "big") + content[8:-1])

@@ -278,6 +278,19 @@ def test_auto_falls_back_to_rows():
     assert torch.equal(*plain)
 
 
+def test_statistics_of_all_processes_take_all_rows():
+    def synchronized(mode):
+        own = block(StochasticDepth(0.3, mode), norm=True)
+        own.branch = nn.SyncBatchNorm.convert_sync_batchnorm(own.branch)
+        return own
+
+    for seed in range(3):
+        assert torch.equal(*(at(seed, lambda mode=mode: synchronized(mode)(X)) for mode in ("auto", "row")))
+    with pytest.raises(ConfigurationError, match=r"mode='subset' does not go with SyncBatchNorm.*use mode='row'"):
+        synchronized("subset")(X)
+    assert synchronized("subset").eval()(X).shape == X.shape
+
+
 def test_derivatives_by_functions_of_torch():
     own = block(StochasticDepth(0.0))
     parameters = dict(own.named_parameters())

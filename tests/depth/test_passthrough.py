@@ -130,6 +130,14 @@ def test_autocast(diagonal):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+def test_a_highway_under_autocast():
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(8, 8), PassthroughHighway(8, 2)), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(x)
+    torch.testing.assert_close(low.float(), net(x), rtol=0.05, atol=0.05)
+
+
 def test_each_input_matrix_begins_by_glorot():
     weight = PassthroughGRU(1, 500, rank=1).layers[0].input.weight
     bound = (6 / 501) ** 0.5

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from tying import ConfigurationError, resolve
-from tying.soft import L1, L2, Huber, Penalty, TyingPenalty, pull
+from tying.soft import L1, L2, Huber, Penalty, TyingPenalty, anchored, pull
 
 PATTERNS = {
     "plain": (None, (6, 4), (6, 4)),
@@ -140,6 +140,14 @@ def test_scalars_and_channels_last():
 def test_the_penalty_holds_no_parameters():
     _, groups = model_of("plain")
     assert list(TyingPenalty(groups).parameters()) == []
+
+
+def test_an_anchor_does_not_follow_its_weight():
+    layer = nn.Linear(2, 2)
+    penalty = anchored(dict(layer.named_parameters()), layer.state_dict())
+    with torch.no_grad():
+        layer.weight += 1
+    assert float(penalty().detach()) == pytest.approx(2.0)
 
 
 def test_no_groups_no_penalty():

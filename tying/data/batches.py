@@ -98,6 +98,7 @@ class BatchLoader(ResumableLoader):
         pad: the largest shift of a crop, in pixels.
         flip: mirror every second image, on average, when augmenting.
         seed: of order and augmentation.
+        same: let all epochs be as the first.
         rank: this process, of ``world``.
         world: number of processes.
 
@@ -116,6 +117,7 @@ class BatchLoader(ResumableLoader):
     pad: int = 4
     flip: bool = True
     seed: int = 0
+    same: bool = False
     rank: int = 0
     world: int = 1
 
@@ -133,7 +135,7 @@ class BatchLoader(ResumableLoader):
 
     def __iter__(self) -> Iterator[RawBatch]:
         joint = self.world * self.batch_size
-        key = (self.seed, self._place["epoch"], self._place["cycle"])
+        key = (self.seed, 0, 0) if self.same else (self.seed, self._place["epoch"], self._place["cycle"])
         order = torch.arange(len(self.labels))
         if self.train:
             order = torch.randperm(len(self.labels), generator=_generator(*key))

@@ -136,14 +136,14 @@ def files(path: Path) -> Iterator[Named]:
         top = _top(path) or path
         for split in SPLITS:
             for file in sorted((top / split).glob("*/*")):
-                if file.suffix.lower() in SUFFIXES and not file.is_dir():
+                if _is_image(file.name) and not file.is_dir():
                     yield split, file.parent.name, file.name, file.read_bytes()
         return
     total = 0
     for name, size, read in _zipped(path) if path.name.lower().endswith(".zip") else _tarred(path):
         total += size
         parts = PurePosixPath(name).parts
-        wanted = len(parts) >= 3 and parts[-3] in SPLITS and parts[-1].lower().endswith(SUFFIXES)
+        wanted = len(parts) >= 3 and parts[-3] in SPLITS and _is_image(parts[-1])
         if total > LARGEST_TOTAL:
             raise ConfigurationError(
                 f"{path} unpacks to more than {LARGEST_TOTAL:,} bytes: not an archive of small images"
@@ -152,6 +152,10 @@ def files(path: Path) -> Iterator[Named]:
             raise ConfigurationError(f"{name} in {path} unpacks to {size:,} bytes: not a small image")
         if wanted:
             yield parts[-3], parts[-2], parts[-1], read()
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith("._")  # what macOS puts beside files
 
 
 def _tarred(path: Path) -> Iterator[Packed]:

@@ -163,6 +163,7 @@ class Images(pl.LightningDataModule):
             pad=self.pad,
             flip=self.flip,
             seed=self.seed,
+            same=bool(getattr(self.trainer, "overfit_batches", 0)),
             rank=self.trainer.global_rank if self.trainer else 0,
             world=world,
         )
@@ -178,7 +179,10 @@ class Images(pl.LightningDataModule):
             return {part: self.on_after_batch_transfer(content, dataloader_idx) for part, content in batch.items()}
         if not isinstance(batch, RawBatch):
             return batch
-        return normalize(batch.augmented(self.pad), self.mean, self.std), batch.labels
+        images = normalize(batch.augmented(self.pad), self.mean, self.std)
+        if self.trainer:  # Lightning has converted what it saw: integers
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, batch.labels
 
 
 def _key(splits: dict[str, Split]) -> str:

@@ -63,7 +63,8 @@ class MNIST(Images):
 
     @override
     def prepare_data(self) -> None:
-        if self.download and not (self.root / "MNIST" / "raw").exists():
+        raw = self.root / "MNIST" / "raw"
+        if self.download and not all(_found(raw / name) for prefix in FILES.values() for name in _names(prefix)):
             try:
                 Official(str(self.root), download=True)
             except (OSError, RuntimeError) as error:
@@ -74,8 +75,7 @@ class MNIST(Images):
         raw = self.root / "MNIST" / "raw"
         splits: dict[str, Split] = {}
         for split, prefix in FILES.items():
-            images = read_idx(raw / f"{prefix}-images-idx3-ubyte")
-            labels = read_idx(raw / f"{prefix}-labels-idx1-ubyte")
+            images, labels = (read_idx(raw / name) for name in _names(prefix))
             if len(images) != len(labels):
                 raise ConfigurationError(f"MNIST in {raw}: {split} has {len(images)} images but {len(labels)} labels")
             if images.shape[1:] != (28, 28):
@@ -98,15 +98,14 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         ConfigurationError: the file is missing, truncated, corrupted or of another kind.
     """
-    packed = path.with_name(path.name + ".gz")
-    found = next((file for file in (path, packed) if file.exists()), None)
+    found = _found(path)
     if found is None:
         raise ConfigurationError(
-            f"no {path.name} or {packed.name} in {path.parent}. Set root to the folder that holds MNIST/raw, or "
+            f"no {path.name} or {path.name}.gz in {path.parent}. Set root to the folder that holds MNIST/raw, or "
             "download: true to fetch it"
         )
     try:
-        with gzip.open(found) if found == packed else found.open("rb") as stream:
+        with found.open("rb") if found == path else gzip.open(found) as stream:
             head = stream.read(4)
             if len(head) < 4:
                 raise EOFError("it ends within its head")
@@ -123,3 +122,13 @@ def read_idx(path: Path) -> Tensor:
         there = f"{len(content):,}" if len(content) < count else f"more than {count:,}"
         raise ConfigurationError(f"{found} is truncated or corrupted: {there} bytes, not {count:,} entries for {told}")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)
+
+
+def _names(prefix: str) -> tuple[str, str]:
+    """Return the names of the files of a split's images and labels."""
+    return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+
+
+def _found(path: Path) -> Path | None:
+    """Return the file itself, or packed, where there is one."""
+    return next((file for file in (path, path.with_name(path.name + ".gz")) if file.exists()), None)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
+from types import SimpleNamespace
 
 
 class ResumableLoader:
     """A loader whose place is saved: the epoch, how often it was started over within it, and the next batch.
 
-    Lightning sets the epoch through ``sampler``. A subclass that is iterated makes the batches of the numbers that
-    :meth:`_numbers` yields, and no others.
+    Lightning sets the epoch through ``batch_sampler``. A subclass that is iterated makes the batches of the numbers
+    that :meth:`_numbers` yields, and no others.
     """
-
-    batch_sampler = None  # Lightning looks here before it looks at `sampler`
 
     def __init__(self) -> None:
         self._place = {"epoch": 0, "cycle": 0, "batch": 0}
         self._resumed = False
 
     @property
-    def sampler(self) -> Self:
-        """Where Lightning looks for ``set_epoch``."""
-        return self
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for ``set_epoch``: a loader with a ``sampler`` is rebuilt for ``overfit_batches``."""
+        return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration, which begins with its first batch; a restored place in it stays."""

@@ -195,4 +195,4 @@ class PassthroughHighway(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         f = torch.tanh(self.transform(x) + self.transform_bias)
-        return torch.lerp(x, f, torch.sigmoid(self.gate(x) + self.gate_bias))
+        return x + (f - x) * torch.sigmoid(self.gate(x) + self.gate_bias)  # lerp does not promote types

@@ -79,7 +79,8 @@ def sampled(model: nn.Module, x: Tensor, samples: int) -> Sampled:
     mean = squares = torch.zeros(())
     with sampling(model):
         for number in range(1, samples + 1):
-            drawn = model(x).softmax(dim=-1)
+            logits = model(x)
+            drawn = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
             before = mean
             mean = mean + (drawn - mean) / number
             squares = squares + (drawn - before) * (drawn - mean)

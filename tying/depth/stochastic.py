@@ -38,13 +38,13 @@ def stochastic_depth(
         mode: ``"batch"``: one draw, for all samples, and all processes; F is not computed for b = 0. ``"row"``: one for
             each sample; F is computed for all. ``"subset"``: one for each sample; F is computed for those with b = 1,
             and its batch statistics are theirs. ``"auto"``: subset up to the keep at which it stops paying, then
-            row, as also where subset could not be.
+            row, as also where subset could not be, or statistics are those of all processes (SyncBatchNorm).
         scale: ``"test"``: as above, and as published; ``"train"``: b / keep in training, and x + F in evaluation.
         training: draw, or take the mean.
 
     Raises:
         ConfigurationError: for ``"subset"``, if the branch cannot be computed for some samples, or one is kept alone
-            and the branch has batch normalisation.
+            and the branch has batch normalisation, or that of all processes.
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
@@ -63,8 +63,12 @@ def stochastic_depth(
         return _rows(x, branch, mask, dim, factor)
     if not isinstance(branch, Branch):
         raise ConfigurationError("mode='subset' needs a branch that can be computed for some samples: use Residual")
+    if _normalizes(branch, nn.SyncBatchNorm):  # a process that keeps no row would leave the others waiting
+        if mode == "auto":
+            return _rows(x, branch, mask, dim, factor)
+        raise ConfigurationError("mode='subset' does not go with SyncBatchNorm, which waits for all: use mode='row'")
     rows = mask.nonzero().flatten()
-    if len(rows) == 1 and any(_uses_batch_statistics(part) for module in branch.modules for part in module.modules()):
+    if len(rows) == 1 and _normalizes(branch, nn.modules.batchnorm._BatchNorm):
         if mode == "auto":
             return _rows(x, branch, mask, dim, factor)
         raise ConfigurationError(
@@ -80,8 +84,9 @@ def _rows(x: Tensor, branch: Callable[[], Tensor], mask: Tensor, dim: int, facto
     return torch.add(x, masked, alpha=factor)
 
 
-def _uses_batch_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+def _normalizes(branch: Branch, kind: type[nn.Module]) -> bool:
+    """Tell whether a branch uses batch statistics, by a layer of a kind."""
+    return any(isinstance(part, kind) and part.training for module in branch.modules for part in module.modules())
 
 
 class StochasticDepth(Merge):

@@ -32,6 +32,9 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor])
     plain = Relation()
     groups = []
     for name, weight in weights.items():
-        constant = nn.Parameter(anchors[name].to(weight), requires_grad=False)
+        constant = anchors[name].detach().to(weight)
+        if constant.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
+            constant = constant.clone()  # as of a state_dict, which would follow its weight
+        constant = nn.Parameter(constant, requires_grad=False)
         groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (plain, plain)))
     return TyingPenalty(groups)
