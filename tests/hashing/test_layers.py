@@ -412,6 +412,33 @@ def test_a_hash_of_ones_own_needs_one_method_of_two_arguments():
     assert Halves().index(3, 2).tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("parent", [ModulusHash, BlockHash, UniformHash])
+def test_another_slot_than_the_parents_is_nowhere_the_parents(parent):
+    class Strided(parent):
+        def slot(self, ids, table_size, drawn=None):
+            return (ids * 7 + 3) % table_size
+
+    own, table = Strided(), torch.arange(64.0)
+    expected = own.index(4096, 64).view(64, 64).float()
+    for index in ("auto", "stored", "computed"):
+        virtual = VirtualWeight((64, 64), 64, own, index=index)
+        assert torch.equal(virtual(table), expected)
+        assert torch.equal(virtual.entries().float(), expected)
+    assert own.probabilities(4096, 64) is None
+
+
+def test_a_hash_is_known_by_all_that_its_tensors_hold():
+    class Own(Hash):
+        def __init__(self, entries):
+            self.entries = entries
+
+    one = torch.arange(2000)
+    other = one.clone()
+    other[1000] = 0
+    assert repr(Own(one)) == repr(Own(one.clone()))
+    assert len({repr(Own(entries)) for entries in (one, other, one.int(), one.view(2, -1))}) == 4
+
+
 def test_arguments_stand_in_the_order_of_the_papers():
     assert DirichletHash(0.1, 7) == DirichletHash(alpha=0.1, seed=7)
     assert NeighborhoodHash(2, 7) == NeighborhoodHash(radius=2, seed=7)

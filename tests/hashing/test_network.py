@@ -14,9 +14,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 from toys import Toy, batches, same, train
 
+from tying import ConfigurationError
 from tying.callbacks import HardTying, LowRankWeights, WeightHashing
 from tying.hard import audit, bake, load_plain, tie, tied
 from tying.hashing import (
+    BlockHash,
     DirichletHash,
     HashedLinear,
     IdentityHash,
@@ -457,3 +459,77 @@ def test_a_map_as_a_parametrization_is_reported():
     [one] = report(model).weights
     assert (one.name, one.shape, one.table_size) == ("0.weight", (10, 20), 9)
     assert {name: counts.tolist() for name, counts in table_loads(model).items()} == {"0.weight": [23, 23] + [22] * 7}
+
+
+RESET = {
+    "Conv1d": lambda: nn.Conv1d(4, 4, 3),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(4, 4, 3),
+    "EmbeddingBag": lambda: nn.EmbeddingBag(9, 4),
+    "LSTM": lambda: nn.LSTM(3, 4),
+    "subclass": lambda: type("Own", (nn.Linear,), {})(30, 40),
+}
+
+
+@pytest.mark.parametrize("kind", RESET)
+def test_any_module_is_reset_as_the_plain_one(kind):
+    plain, hashed = RESET[kind](), RESET[kind]().to("meta")
+    hash_weights(hashed, ["**"], 0.5)
+    hashed.to_empty(device="cpu")
+    for parameter in hashed.parameters():
+        nn.init.constant_(parameter, math.nan)
+    torch.manual_seed(0)
+    hashed.reset_parameters()
+    assert hashed.state_dict().keys() >= {name for name, _ in hashed.named_parameters()}
+    drawn = bake(hashed)
+    for name, weight in plain.named_parameters():
+        assert drawn[name].isfinite().all()
+        if weight.numel() > 100:
+            assert float(drawn[name].std()) == pytest.approx(float(weight.detach().std()), rel=0.1)
+
+
+def test_padding_rows_of_ones_own_embeddings_stay_zero():
+    class Own(nn.Embedding):
+        pass
+
+    model = nn.Sequential(Own(9, 4, padding_idx=2))
+    hash_weights(model, ["**"], 0.5)
+    assert not model[0](torch.tensor([2])).any()
+    assert model[0](torch.tensor([3])).any()
+    for layer in (Own(9, 4, sparse=True), nn.EmbeddingBag(9, 4, sparse=True)):
+        with pytest.raises(ConfigurationError, match="belongs to an embedding with sparse, which a hashed one lacks"):
+            hash_weights(nn.Sequential(layer), ["**"], 0.5)
+
+
+@pytest.mark.parametrize("scope", ["layer", "network"])
+@pytest.mark.parametrize("hash", [UniformHash(), DirichletHash(0.5), ModulusHash(), XXHash(), BlockHash(4)], ids=repr)
+@pytest.mark.parametrize("index", ["stored", "computed"])
+def test_another_default_device(hash, scope, index):
+    """As Lightning has it in ``configure_model``; nothing can be read from this one."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.device("meta"):
+        hash_weights(model, ["*.weight"], 0.5, hash, scope, index=index)
+        model(torch.zeros(2, 8, device="cpu")).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("hash", [UniformHash(), ModulusHash(), BlockHash(4)], ids=repr)
+def test_functions_of_torch(hash):
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).double() for _ in range(3)]
+    for model in models:
+        hash_weights(model, ["*.weight"], 0.5, hash)
+    parameters, _ = torch.func.stack_module_state(models)
+    x = torch.randn(2, 8, dtype=torch.float64)
+
+    def loss(own):
+        return torch.func.functional_call(models[0], own, (x,)).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(parameters)
+    for number, model in enumerate(models):
+        model(x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name][number], parameter.grad)
+    own, table = models[0][0].virtual, models[0][0].table.detach()
+    cubes = torch.func.jacrev(torch.func.jacrev(lambda entries: own(entries).pow(3).sum()))(table)
+    uses = torch.zeros_like(table).index_add_(0, own.entries().flatten(), torch.ones(48, dtype=torch.float64))
+    torch.testing.assert_close(cubes, torch.diag(6 * table * uses))

@@ -43,7 +43,7 @@ def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
     """
     shift = alpha + 1 - 1 / 3  # d
     slope = 1 / math.sqrt(9 * shift)  # c
-    drawn = torch.full((count,), math.nan, dtype=torch.float64)
+    drawn = torch.full((count,), math.nan, dtype=torch.float64, device="cpu")
     for attempt in range(64):
         todo = drawn.isnan().nonzero().flatten()
         if not len(todo):
@@ -55,7 +55,7 @@ def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
         accepted = (root > 0) & (third.log() < normal**2 / 2 + shift * (1 - cube + cube.log()))
         drawn[todo] = torch.where(accepted, (shift * cube).log(), math.nan)
     assert not drawn.isnan().any()
-    return drawn + _uniform(torch.arange(count), seed, 3).log() / alpha
+    return drawn + _uniform(torch.arange(count, device="cpu"), seed, 3).log() / alpha
 
 
 def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:

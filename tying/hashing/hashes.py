@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -34,8 +35,14 @@ class Hash:
 
     takes_vectors: ClassVar[bool] = False  # biases and norms too, and each weight as it is, without a scale
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for known in ("structure", "probabilities"):  # of a parent's slots, not of another
+            if "slot" in vars(cls) and known not in vars(cls):
+                setattr(cls, known, getattr(Hash, known))
+
     def __repr__(self) -> str:  # by which checkpoints know the hash
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={_told(value)}' for name, value in vars(self).items())})"
 
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         """Return the table entry of each identifier; −1 is a weight that is zero.
@@ -62,7 +69,7 @@ class Hash:
         """Return the table entries of identifiers 0 to count − 1."""
         self.check(count, table_size)
         drawn = self.draw(table_size)
-        return self.slot(torch.arange(count), table_size, *([] if drawn is None else [drawn]))
+        return self.slot(torch.arange(count, device="cpu"), table_size, *([] if drawn is None else [drawn]))
 
     def seeded(self, salt: int) -> Self:
         """Return this hash with other draws; the same one where it draws nothing."""
@@ -99,6 +106,15 @@ class Hash:
             first: identifier of the layer's first weight.
         """
         return None
+
+
+def _told(value: object) -> str:
+    """Return what tells a value from others: a tensor is abbreviated by torch."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    content = value.detach().cpu().contiguous()
+    checksum = zlib.crc32(content.view(-1).view(torch.uint8).numpy().tobytes())
+    return f"{content.dtype} {tuple(content.shape)} of checksum {checksum:08x}"
 
 
 @dataclass(frozen=True)
@@ -140,6 +156,6 @@ class ModulusHash(Hash):
     @override
     def probabilities(self, count: int, table_size: int) -> Tensor:
         whole, rest = divmod(count, table_size)
-        loads = torch.full((table_size,), float(whole), dtype=torch.float64)
+        loads = torch.full((table_size,), float(whole), dtype=torch.float64, device="cpu")
         loads[:rest] += 1
         return loads / count

@@ -37,7 +37,7 @@ def _product(  # type: ignore[no-untyped-def]  # Triton's language
     x, table, y, batch, inner, outer, inner_stride, outer_stride, first, low_key, high_key, size, tile: tl.constexpr
 ):
     """y[b, o] = Σ_i x[b, i] · t[h(first + i · inner_stride + o · outer_stride)]: forward, and gradient of the input."""
-    b = tl.program_id(0) * tile + tl.arange(0, tile)
+    b = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products may be 2³¹ and more
     o = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros((tile, tile), dtype=tl.float32)
     for begin in range(0, inner, tile):
@@ -55,7 +55,7 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton's language
     x, upstream, sums, batch, inputs, outputs, first, low_key, high_key, size, tile: tl.constexpr
 ):
     """sums[h(first + o · inputs + i)] += Σ_b upstream[b, o] · x[b, i]."""
-    o = tl.program_id(0) * tile + tl.arange(0, tile)
+    o = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products may be 2³¹ and more
     i = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros((tile, tile), dtype=tl.float32)
     for begin in range(0, batch, tile):

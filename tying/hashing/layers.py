@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -51,12 +51,42 @@ def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: 
         names = f"{name}_table", f"{name}_virtual"
         computes = {**getattr(kind, "computes", {}), name: names}
         plain = next(one for one in kind.__mro__ if "computes" not in vars(one))
-        content = {"computes": computes, **{weight: computed_weight(*both) for weight, both in computes.items()}}
+        content: dict[str, Any] = {
+            "computes": computes,
+            **{weight: computed_weight(*both) for weight, both in computes.items()},
+        }
+        for reset in ("reset_parameters", "_reset_parameters"):
+            if hasattr(plain, reset):
+                content[reset] = _resetting(reset)
         module.__class__ = type(f"Hashed{plain.__name__.removeprefix('Hashed')}", (plain,), content)
     items = [(names[0], table) if held == name else (held, parameter) for held, parameter in module._parameters.items()]
     module._parameters = dict(items)
     module.register_module(names[1], virtual)
     return names[0]
+
+
+def _resetting(reset: str) -> Callable[[nn.Module], None]:
+    """Return the method that draws tables, and all else, as the plain module's method of that name draws weights."""
+
+    @torch.no_grad()
+    def draw(module: nn.Module) -> None:
+        hashed: Any = type(module)
+        plain = hashed.__bases__[0]
+        computes = {name: both for name, both in hashed.computes.items() if name not in getattr(plain, "computes", {})}
+        parts = {name: (getattr(module, held), getattr(module, own)) for name, (held, own) in computes.items()}
+        weights = {name: nn.Parameter(table.new_empty(own.shape)) for name, (table, own) in parts.items()}
+        module.__class__ = plain
+        module._parameters |= weights
+        try:
+            getattr(module, reset)()
+        finally:
+            for name in weights:
+                del module._parameters[name]
+            module.__class__ = hashed
+        for name, (table, own) in parts.items():
+            table.copy_(own.drawn_from(weights[name].flatten() / own.scale))
+
+    return draw
 
 
 class Hashed(nn.Module):
@@ -278,15 +308,17 @@ def check_hashable(name: str, places: Mapping[str, Place]) -> None:
     place = places[name]
     if not place.parameter.numel():
         raise ConfigurationError(f"{name!r} has no entries to hash")
-    if type(place.owner) is nn.Embedding:
-        odd = [option for option in ("max_norm", "sparse", "scale_grad_by_freq") if getattr(place.owner, option)]
-        if odd:
+    if isinstance(place.owner, nn.Embedding | nn.EmbeddingBag):
+        exact = type(place.owner) is nn.Embedding  # which becomes a layer of ours
+        lacking = ("max_norm", "sparse", "scale_grad_by_freq") if exact else ("sparse",)
+        if odd := [option for option in lacking if getattr(place.owner, option)]:
             raise ConfigurationError(f"{name!r} belongs to an embedding with {odd[0]}, which a hashed one lacks")
 
 
-def of_rows(embedding: nn.Embedding, index: Index) -> dict[str, Any]:
+def of_rows(embedding: nn.Embedding | nn.EmbeddingBag, index: Index) -> dict[str, Any]:
     """Return what sets the virtual weight of an embedding apart: only the rows that are looked up are computed."""
-    return {"index": "computed" if index == "auto" else index, "zero_row": embedding.padding_idx}
+    computed = index == "auto" and type(embedding) is nn.Embedding
+    return {"index": "computed" if computed else index, "zero_row": embedding.padding_idx}
 
 
 LAYERS: dict[type[nn.Module], type[Hashed]] = {

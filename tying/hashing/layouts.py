@@ -62,7 +62,7 @@ class BlockHash(SeededHash):
 
     @override
     def probabilities(self, count: int, table_size: int) -> Tensor:
-        covering = torch.arange(1, table_size + 1, dtype=torch.float64)
+        covering = torch.arange(1, table_size + 1, dtype=torch.float64, device="cpu")
         covering = torch.minimum(covering, covering.flip(0)).clamp(max=min(self.block, table_size - self.block + 1))
         return covering / covering.sum()
 

@@ -44,13 +44,13 @@ class Slots:
             if self.kept is not None:
                 yield within, self.kept[: 2 * half].view(2, half)[:, within].long()
             elif self.quickly is not None and within.stop - first == CHUNK:
-                yield within, self.quickly(torch.tensor([[first], [half + first]]))
+                yield within, self.quickly(_on_cpu([[first], [half + first]]))
             else:
-                yield within, self.compute(torch.tensor([[0], [half]]) + torch.arange(first, within.stop))
+                yield within, self.compute(_on_cpu([[0], [half]]) + torch.arange(first, within.stop, device="cpu"))
 
     def last(self) -> Tensor:
         """Return the entry of the last weight, (1,)."""
-        return self.compute(torch.tensor([self.count - 1])) if self.kept is None else self.kept[-1:].long()
+        return self.compute(_on_cpu([self.count - 1])) if self.kept is None else self.kept[-1:].long()
 
 
 def lookup(table: Tensor, slots: Slots) -> Tensor:
@@ -97,6 +97,11 @@ def scatter(values: Tensor, slots: Slots, size: int) -> Tensor:
     return sums.sum(dim=0)
 
 
+def _on_cpu(numbers: list[Any]) -> Tensor:
+    """Return numbers on the CPU, whatever the default device."""
+    return torch.tensor(numbers, device="cpu")
+
+
 def _in_halves(tensor: Tensor) -> bool:
     """Tell whether chunks are looked up one after another: a compiler fuses the whole, and a GPU is wide enough."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -105,14 +110,24 @@ def _in_halves(tensor: Tensor) -> bool:
 class _Lookup(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, table: Tensor, slots: Slots) -> Tensor:
-        ctx.slots, ctx.size, ctx.dtype = slots, len(table), table.dtype
+    def forward(table: Tensor, slots: Slots) -> Tensor:
         return gather(table, slots)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Slots], output: Tensor) -> None:
+        table, ctx.slots = inputs
+        ctx.size, ctx.dtype = len(table), table.dtype
 
     @staticmethod
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Scatter.apply(grad, ctx.slots, ctx.size).to(ctx.dtype), None
+
+    @staticmethod
+    @override
+    def vmap(info: Any, in_dims: tuple[int, None], table: Tensor, slots: Slots) -> tuple[Tensor, int]:
+        return table.movedim(in_dims[0], 0).index_select(1, slots.whole(table.device)), 0
 
 
 class _Scatter(torch.autograd.Function):
@@ -120,11 +135,23 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, values: Tensor, slots: Slots, size: int) -> Tensor:
-        ctx.slots, ctx.dtype = slots, values.dtype
+    def forward(values: Tensor, slots: Slots, size: int) -> Tensor:
         return scatter(values, slots, size)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Slots, int], output: Tensor) -> None:
+        values, ctx.slots, _ = inputs
+        ctx.dtype = values.dtype
 
     @staticmethod
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return lookup(grad, ctx.slots).to(ctx.dtype), None, None
+
+    @staticmethod
+    @override
+    def vmap(info: Any, in_dims: tuple[int, None, None], values: Tensor, slots: Slots, size: int) -> tuple[Tensor, int]:
+        values = values.movedim(in_dims[0], 0)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return values.new_zeros(len(values), size).index_add_(1, slots.whole(values.device), values), 0

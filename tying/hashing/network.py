@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,9 @@ def hash_weights(
 
     def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0, salt: int = 0) -> _Plan:
         owner = places[name].owner
-        special = of_rows(owner, index) if type(owner) is nn.Embedding else {"index": index}
+        special: dict[str, Any] = {"index": index}
+        if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and places[name].attribute == "weight":
+            special = of_rows(owner, index)
         options = {"sign": sign, "density": density, "salt": salt, "first": first, "scale": scale, **special}
         return _Plan(name, chosen[name], VirtualWeight(chosen[name].shape, size, own, **options))
 
@@ -167,7 +169,4 @@ def _table(group: Sequence[_Plan], init: Init) -> Tensor:
         return first.new_empty(virtual.table_size)
     if init == "mean":
         return virtual.joint_inverse([(one.virtual, one.weight) for one in group], first.new_zeros(virtual.table_size))
-    pool = torch.cat([one.weight.flatten() / one.virtual.scale for one in group])
-    if virtual.hash.takes_vectors:
-        return pool[: virtual.table_size]
-    return pool[torch.randperm(len(pool))[: virtual.table_size].to(pool.device)]
+    return virtual.drawn_from(torch.cat([one.weight.flatten() / one.virtual.scale for one in group]))

@@ -137,5 +137,7 @@ def distinct_rows(virtual: VirtualWeight) -> int:
         125
     """
     rows = virtual.extended_entries().view(virtual.shape[0], -1)
-    keys = mix(torch.arange(rows.shape[1]), 0) * 2 + 1  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
+    keys = (
+        mix(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1
+    )  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
     return len(torch.unique((mix(rows, 0) * keys).sum(dim=1)))

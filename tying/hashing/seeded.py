@@ -51,7 +51,7 @@ class UniformHash(SeededHash):
 
     @override
     def probabilities(self, count: int, table_size: int) -> Tensor:
-        return torch.full((table_size,), 1 / table_size, dtype=torch.float64)
+        return torch.full((table_size,), 1 / table_size, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,8 @@ class XXHash(UniformHash):
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         return xxh32(ids, self.seed) % table_size
+
+    probabilities = UniformHash.probabilities
 
     @override
     def sign(self, ids: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ class Blocks:
 
     def _runs(self, begin: Tensor) -> Tensor:
         """Return the entries of runs of ``CHUNK`` weights, each a whole number of blocks."""
-        blocks = (begin + self.first) // self.block + torch.arange(CHUNK // self.block)
-        return (self.starts(blocks)[..., None] + torch.arange(self.block)).flatten(1)
+        blocks = (begin + self.first) // self.block + torch.arange(CHUNK // self.block, device=begin.device)
+        return (self.starts(blocks)[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
 
 
 def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Tensor:

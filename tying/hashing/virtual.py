@@ -161,6 +161,16 @@ class VirtualWeight(nn.Module):
         sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
         return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 
+    def drawn_from(self, pool: Tensor) -> Tensor:
+        """Return a table whose entries are drawn from numbers, or for a hash that takes vectors are these."""
+        if self.hash.takes_vectors:
+            return pool[: self.table_size]
+        if len(pool) < self.table_size:  # one of several weights that share it
+            drawn = torch.randint(len(pool), (self.table_size,), device="cpu")
+        else:
+            drawn = torch.randperm(len(pool), device="cpu")[: self.table_size]
+        return pool[drawn.to(pool.device)]
+
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return for each entry of the table the sum of a weight's entries, signs and scale undone, and its uses."""
         if weight.shape != self.shape:
@@ -301,12 +311,12 @@ class VirtualWeight(nn.Module):
         """Return what computes the entries of two runs of weights in one pass, where torch can compile it."""
 
         def runs(starts: Tensor) -> Tensor:
-            return self._entries(starts + torch.arange(self.first, self.first + CHUNK))
+            return self._entries(starts + torch.arange(self.first, self.first + CHUNK, device="cpu"))
 
         own = FunctionType(runs.__code__.replace(), runs.__globals__, closure=runs.__closure__)
         compiled: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True)
         try:
-            compiled(torch.tensor([[0], [CHUNK]]))
+            compiled(torch.tensor([[0], [CHUNK]], device="cpu"))
         except Exception as error:  # no compiler on this machine, or a hash that torch cannot compile
             warnings.warn(f"{self.hash} is computed without compilation, hence slowly: {error}", stacklevel=2)
             return None
