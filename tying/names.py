@@ -94,11 +94,11 @@ def computed_in(module: nn.Module) -> list[Computed]:
     return found
 
 
-def computed_weights(model: nn.Module) -> dict[str, Computed]:
-    """Return the weights that a model computes, by clean names."""
+def computed_weights(model: nn.Module, aliases: bool = False) -> dict[str, Computed]:
+    """Return the weights that a model computes, by clean names: the first of each, or all."""
     return {
         clean_name(f"{path}.{one.name}".lstrip(".")): one
-        for path, module in model.named_modules()
+        for path, module in model.named_modules(remove_duplicate=not aliases)
         for one in computed_in(module)
     }
 
@@ -184,7 +184,7 @@ class Names:
     @cached_property
     def computed(self) -> list[str]:
         """Names of weights that are computed, and have no parameter of that name."""
-        return [name for name in computed_weights(self._model) if name not in self.parameters]
+        return [name for name in computed_weights(self._model, aliases=True) if name not in self.parameters]
 
     @cached_property
     def plain(self) -> dict[int, str]:

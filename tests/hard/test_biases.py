@@ -9,7 +9,7 @@ from torch import nn
 from toys import Toy, train
 
 from tying.callbacks import UntiedBiases
-from tying.hard import tie, untie_biases
+from tying.hard import lower_rank, tie, untie_biases
 
 
 class Convolutions(nn.Sequential):
@@ -17,6 +17,11 @@ class Convolutions(nn.Sequential):
         super().__init__(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
         if spare:
             self[2].spare = nn.Conv2d(1, 1, 1)
+
+
+def lowered(model: nn.Module) -> nn.Module:
+    lower_rank(model, ["0.weight"], 1)
+    return model
 
 
 def test_starts_as_the_tied_bias_and_its_gradient_sums_to_the_tied_ones():
@@ -32,6 +37,13 @@ def test_starts_as_the_tied_bias_and_its_gradient_sums_to_the_tied_ones():
         one(x).square().sum().backward()
     torch.testing.assert_close(free[3].bias.grad.sum((1, 2)), model[3].bias.grad, rtol=0, atol=1e-12)
     torch.testing.assert_close(free[3].weight.grad, model[3].weight.grad, rtol=0, atol=1e-12)
+
+
+def test_outputs_keep_the_dtype_of_autocast():
+    model, x = Convolutions()[:1], torch.randn(1, 2, 6, 5)
+    untie_biases(model, ["0.bias"], x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
 
 
 class Twice(nn.Module):
@@ -63,6 +75,7 @@ def test_dimensions_copies_and_other_sizes(kind, size):
         (Convolutions, ["0.bias", "1.bias"], "1.bias: only biases of"),
         (lambda: Convolutions(spare=True), ["0.bias", "2.spare.bias"], "'2.spare.bias': .* not at all; one size"),
         (lambda: Convolutions(spare=True), ["nothing"], "nothing"),
+        (lambda: lowered(Convolutions()), ["0.bias"], "0.bias: of layers that are parametrized; untie biases before"),
     ],
 )
 def test_mistakes_change_nothing(make, patterns, told):

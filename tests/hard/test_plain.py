@@ -7,7 +7,9 @@ import torch
 from survival import ROWS, TIES, Net, assert_shared, batch, made
 from torch import nn
 
-from tying.hard import audit, bake, load_plain, tie, untie
+from tying.hard import audit, bake, load_plain, lower_rank, share_templates, tie, untie
+from tying.hard.applying import are_computed
+from tying.hashing import hash_weights
 
 
 def unequal():
@@ -144,6 +146,55 @@ def test_tied_linear_autoencoder_is_principal_component_analysis():
     torch.testing.assert_close(loss().detach(), s[3:].square().sum(), rtol=1e-9, atol=0)
     torch.testing.assert_close(w @ w.T, v[:3].T @ v[:3], rtol=0, atol=1e-6)
     torch.testing.assert_close(w.T @ w, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+class Twice(nn.Module):
+    """Holds its layers under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.net = nn.Sequential(*self.layers)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+CHANGES = {
+    "low rank": lambda model, names: lower_rank(model, names, 2),
+    "templates": lambda model, names: share_templates(model, names, 2),
+    "hashed": lambda model, names: hash_weights(model, names, 0.5),
+    "by others": lambda model, names: [nn.utils.parametrizations.weight_norm(layer) for layer in model.layers],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("names", ["layers.*.weight", "net.*.weight"])
+def test_layers_of_two_names(change, names):
+    model, plain, x = Twice(), Twice(), torch.randn(2, 4)
+    change(model, [names])
+    assert are_computed(model, ["layers.0.weight", "net.0.weight"])
+    plain.load_state_dict(bake(model))
+    torch.testing.assert_close(plain(x), model(x))
+    assert load_plain(model, plain.state_dict()) == []
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_templates_of_layers_of_two_names():
+    assert [*share_templates(Twice(), ["net.*.weight"], 2)] == ["net.0.weight", "net.1.weight"]
+
+
+def test_extra_state_stays():
+    class Noting(nn.Linear):
+        def get_extra_state(self):
+            return {"note": 1}
+
+        def set_extra_state(self, state):
+            assert state == {"note": 1}
+
+    model = nn.Sequential(Noting(3, 3), Noting(3, 3))
+    tie(model, ["0.weight ~ 1.weight"])
+    nn.Sequential(Noting(3, 3), Noting(3, 3)).load_state_dict(bake(model))
 
 
 def test_outputs_are_those_of_the_baked_model():

@@ -70,4 +70,4 @@ def nearest_combination(columns: Tensor, targets: Tensor) -> Tensor:
 
 def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
     """Tell whether these weights of a model, at least one, are computed."""
-    return bool(names) and computed_weights(model).keys() >= {*names}
+    return bool(names) and computed_weights(model, aliases=True).keys() >= {*names}

@@ -140,7 +140,8 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
     if computed := [*computed_by_others(model)]:
         yield (
             f"{listed(computed)}: computed from other parameters. A model that does not compute them loads "
-            "tying.hard.bake(model) only; if by a parametrization, pickling the model refuses"
+            "tying.hard.bake(model) only; if by a parametrization, or in a class that hash_weights makes, pickling the "
+            "model refuses"
         )
     apart = []
     for names, how in groups.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
@@ -22,7 +23,7 @@ class _UntiedBias(nn.modules.conv._ConvNd):
         output: Tensor = self._conv_forward(input, self.weight, None)
         if output.shape[-self.bias.ndim :] != self.bias.shape:
             raise ValueError(f"biases for {tuple(self.bias.shape)} do not fit an output of {tuple(output.shape)}")
-        return output + self.bias
+        return output + self.bias.to(output.dtype)  # which autocast may have lowered
 
 
 class _UntiedBias1d(_UntiedBias, nn.Conv1d):
@@ -58,7 +59,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
 
     Raises:
         ConfigurationError: a pattern matches nothing, or something else than the bias of a convolution that ``example``
-            passes, with outputs of one size; or a bias is tied. Nothing is changed.
+            passes, with outputs of one size; or a bias is tied, or its layer parametrized. Nothing is changed.
 
     Example:
         >>> import torch
@@ -70,6 +71,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     convolutions have such biases.
     """
     chosen, places = select(model, parameters), places_of(model)
+    if computed := [name for name in chosen if is_parametrized(places[name].owner)]:
+        raise ConfigurationError(f"{listed(computed)}: of layers that are parametrized; untie biases before that")
     others = [name for name in chosen if type(places[name].owner) not in _UNTIED or places[name].attribute != "bias"]
     if others:
         raise ConfigurationError(

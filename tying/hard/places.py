@@ -75,6 +75,6 @@ def check_free(name: str, places: Mapping[str, Place], because: str = "") -> Non
     place = places[name]
     if place.holder is not place.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = place.parameter
-    if aliases := [other for other, one in places.items() if one.parameter is weight and other != name]:
+    weight = place.parameter  # another name of its module is no tie
+    if aliases := [other for other, one in places.items() if one.parameter is weight and one != place]:
         raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}{because}: untie them, or choose others")

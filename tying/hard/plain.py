@@ -19,9 +19,10 @@ Unequal = Literal["error", "source", "mean"]
 def bake(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict that the untied model loads without this package.
 
-    Every tensor is a contiguous copy of its own on the CPU, so that any format can hold it, safetensors too. What is
-    parametrized is computed, whoever has parametrized it. These are weights alone: what a model does with them
-    otherwise than a plain one, such as a merge that scales branches at test time, is not in them.
+    Every tensor is a contiguous copy of its own on the CPU, so that any format can hold it, safetensors too; extra
+    state of modules that is no tensor stays as it is. What is parametrized is computed, whoever has parametrized it.
+    These are weights alone: what a model does with them otherwise than a plain one, such as a merge that scales
+    branches at test time, is not in them.
 
     Example:
         >>> from tying.hard import tie
@@ -38,8 +39,9 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        for key, value in whole.items()
         if isinstance(value, Tensor)
+        else value
+        for key, value in whole.items()
     }
 
 
@@ -81,7 +83,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
         differing += [name for name, _ in known]
     own = model.state_dict()
     clean = {unwrapped(real): value for real, value in own.items()}
-    assigned = []
+    assigned: dict[Computed, Tensor] = {}
     for key, one in computed_by_others(model).items():
         if key not in reconciled:
             continue
@@ -93,13 +95,13 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
                     f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
                 )
             inverse = step.right_inverse(inverse)  # type: ignore[operator]  # a method
-        assigned.append((one, weight))
+        assigned[one] = weight
         hidden = tuple(_hidden({key: one}))
         reconciled |= {name: value for name, value in clean.items() if name.startswith(hidden)}
     keys = {unwrapped(real): real for real in own}
     model.load_state_dict({keys.get(key, key): value for key, value in reconciled.items()})
     sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by the one parameter they are computed from
-    for one, weight in assigned:
+    for one, weight in assigned.items():
         if len(one.steps) == len(one.originals) == 1 and hasattr(one.steps[0], "joint_inverse"):
             sharing.setdefault(one.originals[0], []).append((one.steps[0], weight))
         else:
@@ -112,7 +114,8 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 
 def computed_by_others(model: nn.Module) -> dict[str, Computed]:
     """Return, by key, all weights that something else than a tie computes."""
-    return {key: one for key, one in computed_weights(model).items() if one.name not in related(one.owner)}
+    computed = computed_weights(model, aliases=True)
+    return {key: one for key, one in computed.items() if one.name not in related(one.owner)}
 
 
 def _hidden(computed: Mapping[str, Computed]) -> list[str]:

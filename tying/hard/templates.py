@@ -148,16 +148,18 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
         >>> len(share_templates(model, ["*.weight"], templates=2)), sum(p.numel() for p in model.parameters())
         (4, 168)
     """
-    banks: dict[tuple[int, ...], TemplateBank] = {}
+    banks: dict[tuple[int, ...], TemplateBank] = {}  # by shape
+    chosen: dict[str, TemplateBank] = {}
 
     def make(name: str, weight: nn.Parameter) -> TemplateMixture:
         shape = tuple(weight.shape)
         if shape not in banks:
             with torch.device("cpu"):  # as the weight may be, whatever new tensors are
                 banks[shape] = TemplateBank(templates, shape).to(weight)
-        return TemplateMixture(banks[shape])
+        chosen[name] = banks[shape]
+        return TemplateMixture(chosen[name])
 
-    names = parametrize_all(model, parameters, make)
+    parametrize_all(model, parameters, make)
     found = mixtures(model)
     for bank in banks.values():
         own = [held for held, other in found.values() if other is bank]
@@ -165,7 +167,7 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
         with torch.no_grad():
             for held, row in zip(own, rows, strict=True):
                 held.get_parameter("original").copy_(row / row.norm())
-    return {name: bank for name, (_, bank) in found.items() if name in names}
+    return chosen
 
 
 def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateBank]]:
