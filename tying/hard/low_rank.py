@@ -51,10 +51,8 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     dead = (s <= s.amax() * torch.finfo(s.dtype).eps * max(weight.shape))[:rank]
-    root, generator = (
-        s[:rank].sqrt(),
-        torch.Generator().manual_seed(0),
-    )  # loading a weight must draw nothing from others
+    root = s[:rank].sqrt()
+    generator = torch.Generator().manual_seed(0)  # loading a weight must leave others' draws alone
     new = torch.randn(v[:rank].shape, generator=generator, dtype=s.dtype, device="cpu").to(s.device)
     right = torch.where(dead[:, None], new * weight.shape[1] ** -0.5, root[:, None] * v[:rank])
     factors = u[:, :rank] * root.masked_fill(dead, 0), right
