@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -15,7 +17,10 @@ from benchmarks.speed.timing import Step, median_interval, pairs, passes, time_o
 from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
 
-PAIRS = 40
+ROUNDS, PAIRS = (
+    4,
+    15,
+)  # times that all layers are measured in turn, lest a busy minute meet one; each with so many pairs
 LINEAR = {(2000, 2000): (128, 512), (3072, 2000): (128,)}
 # ResNet-20's convolutions: channels in, channels out, stride, size of the image, how many of them
 CONVOLUTIONS = [(16, 16, 1, 32, 6), (16, 32, 2, 32, 1), (32, 32, 1, 16, 5), (32, 64, 2, 16, 1), (64, 64, 1, 8, 5)]
@@ -44,12 +49,26 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
     return layer
 
 
-def compare(hashed: Step, dense: Step) -> tuple[float, str, str]:
-    """Return milliseconds of a dense layer's pass, and the ratio of the other's to it with its 95 % interval."""
-    for _ in range(5):  # until memory has been asked for
-        hashed()
-    median, low, high = median_interval(pairs(hashed, dense, count=PAIRS))
-    return 1e3 * time_of(dense), f"{median:.3f}", f"{low:.3f}–{high:.3f}"
+def compare(made: Mapping[str, Callable[[], Step]], dense: Step) -> list[list[str]]:
+    """Return for each name milliseconds of a dense layer's pass, and the ratio to it with its 95 % interval."""
+    ratios: dict[str, list[float]] = {name: [] for name in made}
+    seconds = []
+    for _ in range(ROUNDS):
+        for name, make in made.items():
+            hashed = make()  # when its turn comes: other layers' memory slows it down
+            for _ in range(5):  # until memory has been asked for
+                hashed()
+            ratios[name] += pairs(hashed, dense, count=PAIRS)
+            seconds.append(time_of(dense))
+    rows = []
+    for name, measured in ratios.items():
+        median, low, high = median_interval(measured)
+        rows.append([name, f"{1e3 * statistics.median(seconds):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
+    return rows
+
+
+def _made(make: Callable[[], nn.Module], x: Tensor) -> Step:
+    return passes(make(), x)
 
 
 def linear() -> list[list[str]]:
@@ -57,24 +76,24 @@ def linear() -> list[list[str]]:
     rows = []
     for (inputs, outputs), batches in LINEAR.items():
         hashed = partial(HashedLinear, inputs, outputs)
-        made = {
-            "uniform, ratio 0.1, stored": hashed(table_ratio=0.1, index="stored"),
-            "uniform, ratio 0.1, computed": hashed(table_ratio=0.1, index="computed"),
-            "uniform, ratio 0.01, stored": hashed(table_ratio=0.01, index="stored"),
-            "uniform, ratio 0.5, stored": hashed(table_ratio=0.5, index="stored"),
-            "uniform with sign, ratio 0.1, stored": hashed(table_ratio=0.1, sign=True),
-            "blocks of 32, ratio 0.1, computed": hashed(table_ratio=0.1, hash=BlockHash(), index="computed"),
-            "modulus, ratio 0.1": hashed(table_ratio=0.1, hash=ModulusHash()),
-            "modulus, ratio 0.01": hashed(table_ratio=0.01, hash=ModulusHash()),
-            "clustered, 32 values": clustered(inputs, outputs),
-            "naive table[index], ratio 0.1": Naive(inputs, outputs, 0.1),
+        made: dict[str, Callable[[], nn.Module]] = {
+            "uniform, ratio 0.1, stored": partial(hashed, table_ratio=0.1, index="stored"),
+            "uniform, ratio 0.1, computed": partial(hashed, table_ratio=0.1, index="computed"),
+            "uniform, ratio 0.01, stored": partial(hashed, table_ratio=0.01, index="stored"),
+            "uniform, ratio 0.5, stored": partial(hashed, table_ratio=0.5, index="stored"),
+            "uniform with sign, ratio 0.1, stored": partial(hashed, table_ratio=0.1, sign=True),
+            "blocks of 32, ratio 0.1, computed": partial(hashed, table_ratio=0.1, hash=BlockHash(), index="computed"),
+            "modulus, ratio 0.1": partial(hashed, table_ratio=0.1, hash=ModulusHash()),
+            "modulus, ratio 0.01": partial(hashed, table_ratio=0.01, hash=ModulusHash()),
+            "plain, a hundredth of the outputs": partial(nn.Linear, inputs, outputs // 100),
+            "clustered, 32 values": partial(clustered, inputs, outputs),
+            "naive table[index], ratio 0.1": partial(Naive, inputs, outputs, 0.1),
         }
         dense = nn.Linear(inputs, outputs)
         for batch in batches:
             x = torch.randn(batch, inputs, requires_grad=True)
-            for name, layer in made.items():
-                milliseconds, ratio, interval = compare(passes(layer, x), passes(dense, x))
-                rows.append([f"{inputs}×{outputs}, {batch}", name, f"{milliseconds:.1f}", ratio, interval])
+            steps = {name: partial(_made, make, x) for name, make in made.items()}
+            rows += [[f"{inputs}×{outputs}, {batch}", *row] for row in compare(steps, passes(dense, x))]
     return rows
 
 
@@ -91,9 +110,8 @@ def convolutions() -> list[list[str]]:
         for one in every:
             one()
 
-    milliseconds, ratio, interval = compare(partial(run, hashed), partial(run, dense))
-    name = "uniform, ratio 0.1, stored"
-    return [["ResNet-20's convolutions, 128", name, f"{milliseconds:.0f}", ratio, interval]]
+    made = {"uniform, ratio 0.1, stored": lambda: partial(run, hashed)}
+    return [["ResNet-20's convolutions, 128", *row] for row in compare(made, partial(run, dense))]
 
 
 def memory() -> list[list[str]]:
@@ -126,8 +144,8 @@ def measure() -> str:
     heading = ["layer, batch", "hash", "ms dense", "ratio to dense", "95 % interval"]
     return "\n\n".join(
         [
-            f"Forward and backward of a hashed layer over those of the dense layer of its shape; {PAIRS} pairs, side "
-            "by side:",
+            f"Forward and backward of a hashed layer over those of the dense layer of its shape; {ROUNDS * PAIRS} "
+            f"pairs, side by side, in {ROUNDS} rounds over all layers:",
             table(heading, linear() + convolutions()),
             "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:",
             table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory()),

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 CHUNK = 1 << 17  # entries whose index is computed at a time: it stays in the cache
+FEW = 1 << 16  # weights up to which one thread is as fast as two, and torch's own lookup faster than chunks
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Slots:
         compute: returns the entries (int64) of weights of given numbers (int64, of any shape).
         kept: all entries, int32; where they are kept.
         quickly: the same as compute, for two runs of ``CHUNK`` weights that begin at given numbers, (2, 1); compiled.
+        read: returns a table's entries for all weights; compiled.
     """
 
     count: int
     compute: Callable[[Tensor], Tensor]
     kept: Tensor | None = None
     quickly: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None
 
     def whole(self, device: torch.device) -> Tensor:
         """Return all entries."""
@@ -36,13 +39,16 @@ class Slots:
     def halves(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield chunks of both halves of the weights, side by side: which of half, and their entries, int64 (2, …).
 
-        Halves are looked up, and summed, by two threads; a last weight of an odd number is left over.
+        Halves are looked up, and summed, by two threads; a last weight of an odd number is left over. A chunk may be
+        overwritten by the next.
         """
         half = self.count // 2
+        wide = None if self.kept is None else torch.empty(2, min(CHUNK, half), dtype=torch.int64, device="cpu")
         for first in range(0, half, CHUNK):
             within = slice(first, min(first + CHUNK, half))
-            if self.kept is not None:
-                yield within, self.kept[: 2 * half].view(2, half)[:, within].long()
+            if self.kept is not None and wide is not None:
+                index = self.kept[: 2 * half].view(2, half)[:, within]
+                yield within, wide[:, : index.shape[1]].copy_(index)
             elif self.quickly is not None and within.stop - first == CHUNK:
                 yield within, self.quickly(_on_cpu([[first], [half + first]]))
             else:
@@ -63,6 +69,9 @@ def lookup(table: Tensor, slots: Slots) -> Tensor:
     Returns:
         (N,); its gradient adds up in the table, in float32 at least.
     """
+    exact = table.dtype in (torch.float32, torch.float64)
+    if slots.kept is not None and slots.count <= FEW and exact and not _in_order(table):
+        return table.index_select(0, slots.kept)
     result: Tensor = _Lookup.apply(table, slots)
     return result
 
@@ -71,6 +80,8 @@ def gather(table: Tensor, slots: Slots) -> Tensor:
     """Return ``table[slot]``."""
     if not _in_halves(table):
         return table.index_select(0, slots.whole(table.device))
+    if slots.read is not None:
+        return slots.read(table.detach())  # whether it is trained is nothing to compile anew for
     weight, half = table.new_empty(slots.count), slots.count // 2
     both, tables = weight[: 2 * half].view(2, half), table.expand(2, -1)
     for within, index in slots.halves():
@@ -83,7 +94,7 @@ def gather(table: Tensor, slots: Slots) -> Tensor:
 def scatter(values: Tensor, slots: Slots, size: int) -> Tensor:
     """Return the sum of the values of each entry's weights; (size,)."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+    if _in_order(values):
         index = slots.whole(values.device).long()
         return values.new_zeros(size).index_put_((index,), values, accumulate=True)
     if not _in_halves(values):
@@ -100,6 +111,11 @@ def scatter(values: Tensor, slots: Slots, size: int) -> Tensor:
 def _on_cpu(numbers: list[Any]) -> Tensor:
     """Return numbers on the CPU, whatever the default device."""
     return torch.tensor(numbers, device="cpu")
+
+
+def _in_order(tensor: Tensor) -> bool:
+    """Tell whether sums are to be taken in the same order each time, where torch's own are not."""
+    return tensor.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
 def _in_halves(tensor: Tensor) -> bool:

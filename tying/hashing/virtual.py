@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
-from types import FunctionType
 from typing import Any, Literal, Self
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, nearest
+from tying.hashing.compilation import compiled
 from tying.hashing.hashes import Hash
 from tying.hashing.lookup import CHUNK, Slots, lookup, scatter
 from tying.hashing.mixing import mix
@@ -122,7 +120,7 @@ class VirtualWeight(nn.Module):
         self.zeros = self._check_slots() if self.structure is None else self.structure.zeros
         self._kept: Tensor | None = None
         self._keep(torch.device("cpu"))
-        self._quickly: Callable[[Tensor], Tensor] | None = None
+        self._compiled: Slots | None = None
         self._may_compile = index == "computed" and self.shape.numel() >= COMPILED
 
     @override
@@ -176,7 +174,7 @@ class VirtualWeight(nn.Module):
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
-        sums, uses = (scatter(values, self._computing, self._size) for values in (flat, torch.ones_like(flat)))
+        sums, uses = (scatter(values, self._computing(), self._size) for values in (flat, torch.ones_like(flat)))
         if not self.sign:
             return sums[:size], uses[:size]
         return sums[:size] - sums[size : 2 * size], uses[:size] + uses[size : 2 * size]
@@ -232,8 +230,8 @@ class VirtualWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied or pickled: the index is computed anew."""
         kept = None if self._kept is None else self._kept.device
-        compiles = self._may_compile or self._quickly is not None
-        return {**self.__dict__, "_kept": kept, "_quickly": None, "_may_compile": compiles}
+        compiles = self._may_compile or self._compiled is not None
+        return {**self.__dict__, "_kept": kept, "_compiled": None, "_may_compile": compiles}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -290,37 +288,24 @@ class VirtualWeight(nn.Module):
             entries = slot + (self.hash.sign(ids) < 0) * self.table_size
         return torch.where(slot < 0, self._size - 1, entries) if self.zeros else entries
 
-    @property
+    def _numbered(self, numbers: Tensor) -> Tensor:
+        return self._entries(numbers + self.first)
+
     def _computing(self) -> Slots:
-        return Slots(self.shape.numel(), lambda numbers: self._entries(numbers + self.first))
+        return Slots(self.shape.numel(), self._numbered)
 
     def _slots(self, device: torch.device) -> Slots:
         if self.index == "computed":
             if self._may_compile and device.type == "cpu" and not torch.compiler.is_compiling():
-                self._quickly, self._may_compile = self._compiled(), False
-            return replace(self._computing, quickly=self._quickly)
+                self._compiled, self._may_compile = compiled(self._computing(), self._size, str(self.hash)), False
+            return self._compiled or self._computing()
         if self._kept is None or self._kept.device != device:
             self._keep(device)
-        return replace(self._computing, kept=self._kept)
+        return Slots(self.shape.numel(), self._numbered, self._kept)
 
     def _keep(self, device: torch.device) -> None:
         if self.index == "stored":
             self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
-
-    def _compiled(self) -> Callable[[Tensor], Tensor] | None:
-        """Return what computes the entries of two runs of weights in one pass, where torch can compile it."""
-
-        def runs(starts: Tensor) -> Tensor:
-            return self._entries(starts + torch.arange(self.first, self.first + CHUNK, device="cpu"))
-
-        own = FunctionType(runs.__code__.replace(), runs.__globals__, closure=runs.__closure__)
-        compiled: Callable[[Tensor], Tensor] = torch.compile(own, fullgraph=True)
-        try:
-            compiled(torch.tensor([[0], [CHUNK]], device="cpu"))
-        except Exception as error:  # no compiler on this machine, or a hash that torch cannot compile
-            warnings.warn(f"{self.hash} is computed without compilation, hence slowly: {error}", stacklevel=2)
-            return None
-        return compiled
 
     def _ids(self, device: torch.device) -> Iterator[Tensor]:
         """Yield the identifiers of all weights, in chunks."""
