@@ -188,8 +188,13 @@ def test_density_leaves_the_table_its_size():
     assert torch.equal(layer.weight == 0, layer.virtual.entries() < 0)
 
 
+FEW = pytest.mark.parametrize("few", [0, 1 << 20])  # looked up in chunks, or by torch
+
+
+@FEW
 @pytest.mark.parametrize("index", ["stored", "computed"])
-def test_second_derivatives(index):
+def test_second_derivatives(index, few, monkeypatch):
+    monkeypatch.setattr("tying.hashing.lookup.FEW", few)
     layer = HashedLinear(4, 3, False, 0.4, UniformHash(1), sign=True, index=index, dtype=torch.float64)
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
@@ -201,8 +206,10 @@ def test_second_derivatives(index):
     assert torch.autograd.gradgradcheck(compute, (table, x))
 
 
+@FEW
 @pytest.mark.parametrize("index", ["stored", "computed"])
-def test_long_tables_add_up_in_chunks(index, monkeypatch):
+def test_long_tables_add_up_in_chunks(index, few, monkeypatch):
+    monkeypatch.setattr("tying.hashing.lookup.FEW", few)
     monkeypatch.setattr("tying.hashing.lookup.CHUNK", 7)
     monkeypatch.setattr("tying.hashing.virtual.CHUNK", 7)
     layer = HashedLinear(11, 9, False, 0.2, UniformHash(1), index=index, dtype=torch.float64)
@@ -212,6 +219,38 @@ def test_long_tables_add_up_in_chunks(index, monkeypatch):
     [grad] = torch.autograd.grad((layer.weight * upstream).sum(), layer.table)
     expected = torch.zeros_like(layer.table).index_add_(0, torch.tensor(slots), upstream.flatten())
     torch.testing.assert_close(grad, expected.detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "hash", [UniformHash(1), XXHash(1), DirichletHash(0.5, 1), NeighborhoodHash(3, 1)], ids=lambda h: type(h).__name__
+)
+def test_compiled_entries_are_those_of_the_hash(hash, dtype, monkeypatch):
+    monkeypatch.setattr("tying.hashing.virtual.COMPILED", 1)
+    computed, stored = (
+        HashedLinear(601, 499, False, 0.1, hash, sign=True, density=0.9, index=index, dtype=dtype)
+        for index in ("computed", "stored")
+    )
+    stored.load_state_dict(computed.state_dict())
+    assert torch.equal(computed.weight, stored.weight)
+    assert computed.virtual._compiled.read is not None
+    upstream = torch.randn(499, 601, dtype=dtype)
+    grads = [torch.autograd.grad(layer.weight, layer.table, upstream)[0] for layer in (computed, stored)]
+    torch.testing.assert_close(*grads)
+    assert torch.equal(copy.deepcopy(computed).weight, stored.weight)
+
+
+def test_what_torch_cannot_compile_is_computed_slowly(monkeypatch):
+    class Listed(Hash):
+        def slot(self, ids, table_size, drawn=None):
+            return torch.tensor([number % table_size for number in ids.flatten().tolist()]).view(ids.shape)
+
+    monkeypatch.setattr("tying.hashing.virtual.COMPILED", 1)
+    layer = HashedLinear(6, 4, False, 0.25, Listed(), index="computed")
+    with pytest.warns(UserWarning, match=r"Listed\(\) is computed without compilation, hence slowly: "):
+        weight = layer.weight
+    assert torch.equal(weight, layer.table[torch.arange(24) % 6].view(4, 6))
 
 
 def test_gradients_add_up_in_float32():

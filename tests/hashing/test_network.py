@@ -512,8 +512,10 @@ def test_another_default_device(hash, scope, index):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("few", [0, 1 << 20])
 @pytest.mark.parametrize("hash", [UniformHash(), ModulusHash(), BlockHash(4)], ids=repr)
-def test_functions_of_torch(hash):
+def test_functions_of_torch(hash, few, monkeypatch):
+    monkeypatch.setattr("tying.hashing.lookup.FEW", few)
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).double() for _ in range(3)]
     for model in models:

@@ -152,7 +152,7 @@ class Classification(pl.LightningModule):
                 f"num_classes is {classes}, and the network returns {logits.shape[-1]} logits a sample"
             )
         accuracy = cast(MulticlassAccuracy, self.accuracy[metric])
-        accuracy(logits, y)
+        accuracy.update(logits, y)
         self.log(f"{place}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
