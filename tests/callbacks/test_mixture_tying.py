@@ -56,7 +56,7 @@ def test_it_equals_the_prior_in_the_loss(accumulate):
     ours, reference = Toy(adam).double(), ByHand()
     own = callback()
     arguments = {"precision": "64-true", "accumulate_grad_batches": accumulate, "max_epochs": 3}
-    own._finish = lambda trainer: vars(own).update(_optimizer=None) or {}  # compare before they are quantised
+    own._finish = lambda trainer, model: vars(own).update(_optimizer=None) or {}  # compare before they are quantised
     train(ours, [own], **arguments)
     train(reference, **arguments)
     torch.testing.assert_close(values(ours), values(reference), rtol=0, atol=1e-10)
@@ -196,7 +196,7 @@ def test_frozen_weights_stay_until_the_end():
     model = Toy(adam)
     model.encoder.requires_grad_(False)
     own, before = callback(), values(model.encoder).clone()
-    own._finish = lambda trainer: vars(own).update(_optimizer=None) or {}
+    own._finish = lambda trainer, model: vars(own).update(_optimizer=None) or {}
     train(model, [own], max_epochs=2)
     assert torch.equal(values(model.encoder), before)
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from tying.atomic import save_figure
 from tying.callbacks.base import Choosing, picture_folder, refuse_copies
+from tying.callbacks.batch_norms import estimate_batch_norms
 from tying.callbacks.pulling import Pull, Pulling, labelled_examples
 from tying.errors import ConfigurationError, listed
 from tying.hashing.packing import sizes
@@ -31,7 +32,8 @@ class MixtureTying(Pulling, Choosing):
     added to those of the weights, before clipping and the optimizer's step; the mixture has an Adam of its own. At
     the end of the last epoch components are merged, and each weight becomes the mean of its component: tests thereafter
     are those of the quantised network, and so are checkpoints that are saved when training epochs end (those that
-    Lightning saves after a validation within, or not in every, epoch are older).
+    Lightning saves after a validation within, or not in every, epoch are older). Statistics of batch norms are those
+    of other weights then, and are estimated anew.
 
     Logs ``tying/strength`` and ``tying/penalty``; at the end ``tying/distinct`` values, the share of weights that is
     not zero, ``tying/nonzero``, and by how much indices and a codebook are smaller, ``tying/compression`` (bits of a
@@ -47,6 +49,8 @@ class MixtureTying(Pulling, Choosing):
         examples: number of training examples; that of the training data by default.
         rates: Adam's learning rates of means, log standard deviations and proportions.
         name: tells several of a class apart.
+        batch_norms: estimate the statistics of batch norms for the quantised weights, by an epoch without training:
+            the model is called on each batch, or its first element.
 
     Raises:
         ConfigurationError: an argument is out of range, a pattern matches nothing, or not one optimizer trains the
@@ -70,6 +74,7 @@ class MixtureTying(Pulling, Choosing):
         examples: int | None = None,
         rates: tuple[float, float, float] = (1e-4, 3e-3, 3e-3),
         name: str | None = None,
+        batch_norms: bool = True,
     ) -> None:
         super().__init__(strength, "gradient", None, name)
         GaussianMixturePrior(components, zero_weight)  # raises where it could not be
@@ -81,6 +86,7 @@ class MixtureTying(Pulling, Choosing):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
         self.parameters, self.components, self.zero_weight = parameters, components, zero_weight
         self.start_epoch, self.examples, self.rates = start_epoch, examples, rates
+        self.batch_norms = batch_norms
         self.prior: GaussianMixturePrior | None = None
         self._weights: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None  # while the prior learns: until components are merged
@@ -205,7 +211,7 @@ class MixtureTying(Pulling, Choosing):
         ends = 0 < epochs <= progress.processed or 0 < steps <= trainer.global_step
         ends |= trainer.should_stop and trainer.fit_loop._can_stop_early
         if self._optimizer is not None and ends:
-            for name, value in self._finish(trainer).items():
+            for name, value in self._finish(trainer, pl_module).items():
                 pl_module.log(f"{self._prefix}/{name}", value)
 
     @override
@@ -217,10 +223,10 @@ class MixtureTying(Pulling, Choosing):
                 "not",
                 stacklevel=2,
             )
-            self._finish(trainer)
+            self._finish(trainer, pl_module)
 
     @torch.no_grad()
-    def _finish(self, trainer: pl.Trainer) -> dict[str, float]:
+    def _finish(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]:
         """Draw the mixture, merge its components and quantise the weights; return what that makes of them."""
         assert self.prior is not None
         self._draw(trainer, "mixture_end")
@@ -230,6 +236,8 @@ class MixtureTying(Pulling, Choosing):
             assignments.append(self.prior.assign(weight))
             weight.copy_(self.prior.all_means().to(weight)[assignments[-1]])
         self._optimizer = None
+        if self.batch_norms:
+            estimate_batch_norms(trainer, model, "MixtureTying")
         used, numbered = torch.unique(torch.cat([one.flatten() for one in assignments]), return_inverse=True)
         zeros = int(0 in used)  # the component at zero is no entry of the codebook
         entries = torch.split(numbered - zeros, [one.numel() for one in assignments])
