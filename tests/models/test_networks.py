@@ -47,12 +47,3 @@ def test_mlp():
     torch.testing.assert_close(mlp(x), mlp[3](torch.relu(mlp[1](x.flatten(1)))))
     with pytest.raises(ConfigurationError, match="sizes must hold"):
         MLP([3])
-
-
-def test_dropout_stands_before_each_layer():
-    net = MLP([6, 5, 4, 2], dropout=0.25)
-    assert [type(layer).__name__ for layer in net] == ["Flatten", *["Dropout", "Linear", "ReLU"] * 3][:-1]
-    assert {layer.p for layer in net if isinstance(layer, nn.Dropout)} == {0.25}
-    for wrong in (-0.1, 1.0):
-        with pytest.raises(ConfigurationError, match=f"dropout is a probability below 1, not {wrong}"):
-            MLP([6, 2], dropout=wrong)

@@ -20,7 +20,6 @@ class MLP(nn.Sequential):
         sizes: units of each layer, from input to output.
         activation: ``"relu"`` or ``"elu"``.
         norm: an activation and batch normalisation after each layer, the last one too, as in ArbNets.
-        dropout: probability that an input, or a hidden unit, is dropped in training.
 
     Shape: (batch, ...) with ``sizes[0]`` entries a sample, to (batch, ``sizes[-1]``).
 
@@ -30,16 +29,10 @@ class MLP(nn.Sequential):
         torch.Size([5, 2])
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        activation: Literal["relu", "elu"] = "relu",
-        norm: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], activation: Literal["relu", "elu"] = "relu", norm: bool = False) -> None:
         if activation not in ACTIVATIONS:
             raise ConfigurationError(f"activation is {' or '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
-        super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm, dropout))
+        super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm))
 
 
 class GRU(nn.GRU):
@@ -55,23 +48,17 @@ class GRU(nn.GRU):
         super().__init__(input_size, hidden_size, num_layers, dropout=dropout)
 
 
-def stack(
-    sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: bool = False, dropout: float = 0.0
-) -> list[nn.Module]:
+def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: bool = False) -> list[nn.Module]:
     """Return linear layers from ``sizes[0]`` to ``sizes[-1]`` units, with activations between them.
 
-    With ``norm`` each layer, the last one too, is followed by an activation and by batch normalisation;
-    with ``dropout`` what each layer takes is dropped at that probability.
+    With ``norm`` each layer, the last one too, is followed by an activation and by batch normalisation.
 
     Raises:
-        ConfigurationError: fewer than two sizes, or no probability below 1.
+        ConfigurationError: fewer than two sizes.
     """
     if len(sizes) < 2:
         raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {[*sizes]}")
-    if not 0 <= dropout < 1:
-        raise ConfigurationError(f"dropout is a probability below 1, not {dropout}")
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
-        layers += [nn.Dropout(dropout)] if dropout else []
         layers += [nn.Linear(inputs, outputs), activation(), *([nn.BatchNorm1d(outputs)] if norm else [])]
     return layers if norm else layers[:-1]
