@@ -85,7 +85,7 @@ def linear() -> list[list[str]]:
             "blocks of 32, ratio 0.1, computed": partial(hashed, table_ratio=0.1, hash=BlockHash(), index="computed"),
             "modulus, ratio 0.1": partial(hashed, table_ratio=0.1, hash=ModulusHash()),
             "modulus, ratio 0.01": partial(hashed, table_ratio=0.01, hash=ModulusHash()),
-            "plain, a hundredth of the outputs": partial(nn.Linear, inputs, outputs // 100),
+            "plain, a hundredth of the outputs": partial(nn.Linear, inputs, max(1, outputs // 100)),
             "clustered, 32 values": partial(clustered, inputs, outputs),
             "naive table[index], ratio 0.1": partial(Naive, inputs, outputs, 0.1),
         }
