@@ -267,8 +267,11 @@ class Trained(pl.LightningModule):
         real, fake = torch.ones_like(noise), self.net.generator(noise).detach()
         return F.softplus(-self.net.discriminator(real)).mean() + F.softplus(self.net.discriminator(fake)).mean()
 
-    def predict_step(self, batch, batch_idx):
+    def forward(self, batch):
         return output_of(self.net, self.batch)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
 
     def configure_optimizers(self):
         if self.automatic_optimization:

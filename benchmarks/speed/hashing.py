@@ -17,10 +17,8 @@ from benchmarks.speed.timing import Step, median_interval, pairs, passes, time_o
 from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
 
-ROUNDS, PAIRS = (
-    4,
-    15,
-)  # times that all layers are measured in turn, lest a busy minute meet one; each with so many pairs
+ROUNDS = 4  # in which all layers are measured in turn, lest a busy minute meet one of them
+PAIRS = 15
 LINEAR = {(2000, 2000): (128, 512), (3072, 2000): (128,)}
 # ResNet-20's convolutions: channels in, channels out, stride, size of the image, how many of them
 CONVOLUTIONS = [(16, 16, 1, 32, 6), (16, 32, 2, 32, 1), (32, 32, 1, 16, 5), (32, 64, 2, 16, 1), (64, 64, 1, 8, 5)]

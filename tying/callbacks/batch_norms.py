@@ -67,7 +67,7 @@ def _inputs(trainer: pl.Trainer, loader: Any) -> Iterator[Tensor]:
         moved: Any = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
         x = moved[0] if isinstance(moved, tuple | list) else moved
         if not isinstance(x, Tensor):
-            raise TypeError(f"they are of {type(moved).__name__}")
+            raise TypeError(f"batches are of {type(moved).__name__}")
         yield x
 
 

@@ -33,8 +33,11 @@ def compiled(slots: Slots, size: int, name: str) -> Slots:
 
     quickly, read_all = _compiled(runs), _compiled(read)
     try:
-        quickly(torch.tensor([[0], [CHUNK]], device="cpu"))
-        read_all(torch.zeros(size, device="cpu"))
+        with torch._dynamo.error_on_graph_break(
+            True
+        ):  # unlike `fullgraph=True`, it does not trace what a hash does for each number
+            quickly(torch.tensor([[0], [CHUNK]], device="cpu"))
+            read_all(torch.zeros(size, device="cpu"))
     except Exception as error:
         warnings.warn(f"{name} is computed without compilation, hence slowly: {error}", stacklevel=2)
         return slots
@@ -44,4 +47,4 @@ def compiled(slots: Slots, size: int, name: str) -> Slots:
 def _compiled(function: Any) -> Any:
     """Compile a function with code of its own, lest torch count it among the variants of another hash's."""
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own)
