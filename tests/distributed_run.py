@@ -137,6 +137,42 @@ def main(out: Path, world: int) -> None:
         torch.save(bake(model), out / f"{world}-{rank}-{number}.pt")
 
 
+class Normed(Toy):
+    """Measures what its first layer returns, on a path that no weight learns from."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = torch.nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.norm(self.encoder[0](x.double()))
+
+    def loss(self, batch):
+        return super().loss(batch) + 0.0 * self(batch[0]).sum()
+
+
+def normed(out: Path, world: int) -> None:
+    """Train a mixture, at whose end batch norms are estimated anew; save the statistics of each rank."""
+    model = Normed(optimizer).double()
+    trainer = train(
+        model,
+        [callback("mixture")],
+        default_root_dir=out / "logs",
+        data=batches(count=10 * world, size=8 // world, world=world),
+        use_distributed_sampler=False,
+        strategy="ddp" if world > 1 else "auto",
+        devices=world,
+        max_epochs=2,
+    )
+    hidden = [model.encoder[0](x.double()) for [x] in trainer.train_dataloader]
+    own = {
+        "mean": torch.stack([x.mean(0) for x in hidden]).mean(0),
+        "variance": torch.stack([x.var(0) for x in hidden]).mean(0),
+        **dict(model.norm.named_buffers()),
+    }
+    torch.save(own, out / f"normed-{world}-{trainer.global_rank}.pt")
+
+
 class Noisy(Toy):
     """Classifies CIFAR-10 through dropout, so that every step draws from the process's own generator."""
 
@@ -202,5 +238,6 @@ def resume(out: Path, world: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    normed(Path(sys.argv[1]), int(sys.argv[2]))
     resume(Path(sys.argv[1]), int(sys.argv[2]))
     torch.distributed.barrier()

@@ -80,7 +80,9 @@ def test_batches_that_the_model_is_not_called_on():
         model, own = Named(), callback(examples=8, batch_norms=estimates)
         torch.manual_seed(3)
         if estimates:
-            told = r"keep the statistics of the weights before, .* \(they are of dict\); see torch\.optim\.swa_utils\."
+            told = (
+                r"keep the statistics of the weights before, .* \(batches are of dict\); see torch\.optim\.swa_utils\."
+            )
             with pytest.warns(UserWarning, match=told):
                 train(model, [own], data=data, max_epochs=2)
         else:

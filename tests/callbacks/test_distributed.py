@@ -27,6 +27,7 @@ def weights(tmp_path_factory):
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     distributed_run.main(out, 1)
+    distributed_run.normed(out, 1)
     assert len(list(out.glob("2-*.pt"))) == 2 * len(distributed_run.CASES), done.stderr[-3000:]
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
@@ -42,6 +43,15 @@ def test_two_processes_equal_one_on_the_joint_batch(weights, case):
 def test_the_cases_differ(weights):
     ends = [weights[f"1-0-{case}"]["encoder.0.weight"] for case in range(len(distributed_run.CASES))]
     assert all(not torch.equal(a, b) for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_batch_norms_have_the_mean_of_the_processes_statistics(weights):
+    one, first, second = (weights[f"normed-{name}"] for name in ["1-0", "2-0", "2-1"])
+    torch.testing.assert_close(first["running_mean"], one["running_mean"], rtol=0, atol=1e-10)
+    for found, expected in [("running_mean", "mean"), ("running_var", "variance")]:
+        assert torch.equal(first[found], second[found])
+        assert not torch.equal(first[expected], second[expected])
+        torch.testing.assert_close(first[found], (first[expected] + second[expected]) / 2, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["boundary", "middle", "language"])
