@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import hashed_by_loops
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from tying.hard import bake
@@ -28,6 +29,7 @@ from tying.hashing import (
     VirtualWeight,
     XXHash,
 )
+from tying.hashing.lookup import CHUNK
 from tying.hashing.structure import RepeatedRows
 
 HASHES = [
@@ -234,6 +236,40 @@ def test_compiled_entries_are_those_of_the_hash(monkeypatch):
     upstream = torch.randn(499, 601)
     grads = [torch.autograd.grad(layer.weight, layer.table, upstream)[0] for layer in (computed, stored)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A layer whose entries are to be computed by compiled code."""
+    monkeypatch.setattr("tying.hashing.virtual.COMPILED", 1)
+    return HashedLinear(601, 499, False, 0.1, XXHash(1), index="computed")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("before", [False, True], ids=["at first", "afterwards"])
+def test_compiled_entries_are_left_out_of_traces(computed, before):
+    x = torch.randn(2, 601)
+    if before:
+        computed(x)
+    expected = F.linear(x, computed.table[computed.virtual.entries()])
+    torch.testing.assert_close(torch.jit.trace(computed, x)(x), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert computed(mode.from_tensor(x)).shape == (2, 499)
+    torch.testing.assert_close(torch.compile(computed, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_where_compilation_is_off_entries_are_computed_in_chunks(computed, monkeypatch):
+    asked, numbered = [], VirtualWeight._numbered
+
+    def record(self, numbers):
+        asked.append(numbers.numel())
+        return numbered(self, numbers)
+
+    monkeypatch.setattr(VirtualWeight, "_numbered", record)
+    with torch.compiler.set_stance("force_eager"):
+        weight = computed.weight
+    assert max(asked) <= 2 * CHUNK < weight.numel()
 
 
 def test_what_torch_cannot_compile_is_computed_slowly(monkeypatch):

@@ -50,7 +50,8 @@ class MixtureTying(Pulling, Choosing):
         rates: Adam's learning rates of means, log standard deviations and proportions.
         name: tells several of a class apart.
         batch_norms: estimate the statistics of batch norms for the quantised weights, by an epoch without training:
-            the model is called on each batch, or its first element.
+            the model is called on each batch, or its first element; those that it does not call then keep theirs, which
+            a warning tells.
 
     Raises:
         ConfigurationError: an argument is out of range, a pattern matches nothing, or not one optimizer trains the

@@ -40,9 +40,9 @@ class ResumableLoader:
     def _numbers(self, count: int) -> Iterator[int]:
         """Yield the numbers of an epoch's batches, from the first, or a restored one; the place is that of the next."""
         if not self._resumed:
-            self._place["batch"] = 0
+            self._place = {**self._place, "batch": 0}
         self._resumed = False
         for number in range(self._place["batch"], count):
-            self._place["batch"] = number + 1
+            self._place = {**self._place, "batch": number + 1}  # not in place: a copy's place is its own
             yield number
         self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from tying.hashing.lookup import CHUNK, Slots
+from tying.hashing.lookup import CHUNK, Slots, gather
 
 
 def compiled(slots: Slots, size: int, name: str) -> Slots:
@@ -29,6 +30,8 @@ def compiled(slots: Slots, size: int, name: str) -> Slots:
         return slots.compute(starts + torch.arange(CHUNK, device="cpu"))
 
     def read(table: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # where compilation is off after all: by chunks, not a whole index
+            return gather(table, slots)
         return table[slots.compute(torch.arange(slots.count, device="cpu"))]
 
     quickly, read_all = _compiled(runs), _compiled(read)
@@ -42,6 +45,13 @@ def compiled(slots: Slots, size: int, name: str) -> Slots:
         warnings.warn(f"{name} is computed without compilation, hence slowly: {error}", stacklevel=2)
         return slots
     return replace(slots, quickly=quickly, read=read_all)
+
+
+def traced() -> bool:
+    """Tell whether operations are recorded, or done on tensors without numbers, which compiled code cannot be."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _compiled(function: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, nearest
-from tying.hashing.compilation import compiled
+from tying.hashing.compilation import compiled, traced
 from tying.hashing.hashes import Hash
 from tying.hashing.lookup import CHUNK, Slots, lookup, scatter
 from tying.hashing.mixing import mix
@@ -296,7 +296,9 @@ class VirtualWeight(nn.Module):
 
     def _slots(self, device: torch.device) -> Slots:
         if self.index == "computed":
-            if self._may_compile and device.type == "cpu" and not torch.compiler.is_compiling():
+            if device.type != "cpu" or traced():
+                return self._computing()
+            if self._may_compile:
                 self._compiled, self._may_compile = compiled(self._computing(), self._size, str(self.hash)), False
             return self._compiled or self._computing()
         if self._kept is None or self._kept.device != device:
