@@ -151,9 +151,18 @@ class Normed(Toy):
         return super().loss(batch) + 0.0 * self(batch[0]).sum()
 
 
-def normed(out: Path, world: int) -> None:
+class Failing(Normed):
+    """Cannot be called in the last of two processes, but for training."""
+
+    def forward(self, x):
+        if os.environ.get("RANK") == "1" and not torch.is_grad_enabled():
+            raise ValueError("not here")
+        return super().forward(x)
+
+
+def normed(out: Path, world: int, kind: type[Normed]) -> None:
     """Train a mixture, at whose end batch norms are estimated anew; save the statistics of each rank."""
-    model = Normed(optimizer).double()
+    model = kind(optimizer).double()
     trainer = train(
         model,
         [callback("mixture")],
@@ -170,7 +179,7 @@ def normed(out: Path, world: int) -> None:
         "variance": torch.stack([x.var(0) for x in hidden]).mean(0),
         **dict(model.norm.named_buffers()),
     }
-    torch.save(own, out / f"normed-{world}-{trainer.global_rank}.pt")
+    torch.save(own, out / f"{kind.__name__}-{world}-{trainer.global_rank}.pt")
 
 
 class Noisy(Toy):
@@ -238,6 +247,7 @@ def resume(out: Path, world: int) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
-    normed(Path(sys.argv[1]), int(sys.argv[2]))
+    normed(Path(sys.argv[1]), int(sys.argv[2]), Normed)
+    normed(Path(sys.argv[1]), int(sys.argv[2]), Failing)
     resume(Path(sys.argv[1]), int(sys.argv[2]))
     torch.distributed.barrier()

@@ -27,7 +27,7 @@ def weights(tmp_path_factory):
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
     distributed_run.main(out, 1)
-    distributed_run.normed(out, 1)
+    distributed_run.normed(out, 1, distributed_run.Normed)
     assert len(list(out.glob("2-*.pt"))) == 2 * len(distributed_run.CASES), done.stderr[-3000:]
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
@@ -46,12 +46,17 @@ def test_the_cases_differ(weights):
 
 
 def test_batch_norms_have_the_mean_of_the_processes_statistics(weights):
-    one, first, second = (weights[f"normed-{name}"] for name in ["1-0", "2-0", "2-1"])
+    one, first, second = (weights[f"Normed-{name}"] for name in ["1-0", "2-0", "2-1"])
     torch.testing.assert_close(first["running_mean"], one["running_mean"], rtol=0, atol=1e-10)
     for found, expected in [("running_mean", "mean"), ("running_var", "variance")]:
         assert torch.equal(first[found], second[found])
         assert not torch.equal(first[expected], second[expected])
         torch.testing.assert_close(first[found], (first[expected] + second[expected]) / 2, rtol=0, atol=1e-10)
+
+
+def test_where_one_process_fails_all_keep_their_statistics(weights):
+    for rank in (0, 1):
+        assert int(weights[f"Failing-2-{rank}"]["num_batches_tracked"]) == 20  # those of training
 
 
 @pytest.mark.parametrize("name", ["boundary", "middle", "language"])
