@@ -36,9 +36,8 @@ def compiled(slots: Slots, size: int, name: str) -> Slots:
 
     quickly, read_all = _compiled(runs), _compiled(read)
     try:
-        with torch._dynamo.error_on_graph_break(
-            True
-        ):  # unlike `fullgraph=True`, it does not trace what a hash does for each number
+        # unlike `fullgraph=True`, this does not trace what a hash does in Python for each number
+        with torch._dynamo.error_on_graph_break(True):
             quickly(torch.tensor([[0], [CHUNK]], device="cpu"))
             read_all(torch.zeros(size, device="cpu"))
     except Exception as error:
