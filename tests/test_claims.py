@@ -19,7 +19,7 @@ from benchmarks.claims import (
 from benchmarks.figures import Plot, draw, final, moments
 from benchmarks.suite import load
 from tying.hashing import UniformHash
-from tying.hashing.virtual import table_entries
+from tying.hashing.entries import table_entries
 
 
 def rows(values):

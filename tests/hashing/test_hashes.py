@@ -26,8 +26,8 @@ from tying.hashing import (
     loads,
 )
 from tying.hashing.dirichlet import log_gammas
+from tying.hashing.entries import table_entries
 from tying.hashing.mixing import mix, xxh32
-from tying.hashing.virtual import table_entries
 
 # written down once: they hold every hash to what it was, on every machine and in every release
 GOLDEN = [

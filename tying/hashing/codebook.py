@@ -12,9 +12,9 @@ from torch.nn.utils import prune
 
 from tying.errors import ConfigurationError
 from tying.hard.places import Place, places_of
-from tying.hashing.layers import check_hashable, hash_attribute
 from tying.hashing.layouts import CodebookHash
 from tying.hashing.loads import loads
+from tying.hashing.replacement import check_hashable, hash_attribute
 from tying.hashing.virtual import VirtualWeight
 
 Start = Literal["linear", "density", "forgy"]

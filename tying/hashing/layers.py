@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
-from tying.hard.places import Place, check_free
+from tying.hashing.entries import table_entries
 from tying.hashing.hashes import Hash
 from tying.hashing.seeded import UniformHash
 from tying.hashing.structure import RepeatedRows, Size
-from tying.hashing.virtual import Index, VirtualWeight, table_entries
+from tying.hashing.virtual import Index, VirtualWeight
 
 Device = torch.device | str | None
 Dense = nn.Linear | nn.Conv2d | nn.Embedding
@@ -37,56 +35,13 @@ def computed_weight(table: str, virtual: str) -> property:
     return property(read, write, doc="The virtual weight.")
 
 
-def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: nn.Parameter) -> str:
-    """Put a table in the place of a weight of any module; return the table's name.
-
-    Linear, convolution and embedding layers become hashed ones. Any other module gets a class of its own, as torch's
-    parametrizations give it one, whose weight is a property.
-    """
-    kind = type(module)
-    if name == "weight" and kind in LAYERS:
-        module.__class__ = LAYERS[kind]
-        names = "table", "virtual"
-    else:
-        names = f"{name}_table", f"{name}_virtual"
-        computes = {**getattr(kind, "computes", {}), name: names}
-        plain = next(one for one in kind.__mro__ if "computes" not in vars(one))
-        content: dict[str, Any] = {
-            "computes": computes,
-            **{weight: computed_weight(*both) for weight, both in computes.items()},
-        }
-        for reset in ("reset_parameters", "_reset_parameters"):
-            if hasattr(plain, reset):
-                content[reset] = _resetting(reset)
-        module.__class__ = type(f"Hashed{plain.__name__.removeprefix('Hashed')}", (plain,), content)
-    items = [(names[0], table) if held == name else (held, parameter) for held, parameter in module._parameters.items()]
+def put_table(
+    module: nn.Module, weight: str, names: tuple[str, str], table: nn.Parameter, virtual: VirtualWeight
+) -> None:
+    """Put a table, and the map from it, under these names in the place of a weight."""
+    items = [(names[0], table) if held == weight else (held, one) for held, one in module._parameters.items()]
     module._parameters = dict(items)
     module.register_module(names[1], virtual)
-    return names[0]
-
-
-def _resetting(reset: str) -> Callable[[nn.Module], None]:
-    """Return the method that draws tables, and all else, as the plain module's method of that name draws weights."""
-
-    @torch.no_grad()
-    def draw(module: nn.Module) -> None:
-        hashed: Any = type(module)
-        plain = hashed.__bases__[0]
-        computes = {name: both for name, both in hashed.computes.items() if name not in getattr(plain, "computes", {})}
-        parts = {name: (getattr(module, held), getattr(module, own)) for name, (held, own) in computes.items()}
-        weights = {name: nn.Parameter(table.new_empty(own.shape)) for name, (table, own) in parts.items()}
-        module.__class__ = plain
-        module._parameters |= weights
-        try:
-            getattr(module, reset)()
-        finally:
-            for name in weights:
-                del module._parameters[name]
-            module.__class__ = hashed
-        for name, (table, own) in parts.items():
-            table.copy_(own.drawn_from(weights[name].flatten() / own.scale))
-
-    return draw
 
 
 class Hashed(nn.Module):
@@ -108,8 +63,8 @@ class Hashed(nn.Module):
         shape = dense.weight.shape
         size = table_entries(shape.numel(), ratio, arguments["hash"])
         virtual = VirtualWeight(shape, size, **arguments)
-        hash_attribute(dense, "weight", virtual, nn.Parameter(torch.empty(size, **options)))
         self.__dict__.update(dense.__dict__)
+        put_table(self, "weight", ("table", "virtual"), nn.Parameter(torch.empty(size, **options)), virtual)
         if self._parameters.get("bias") is not None:
             self._parameters["bias"] = nn.Parameter(torch.empty(shape[0], **options))
         self.reset_parameters()
@@ -294,35 +249,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
         return self.virtual.rows(self.table, input)
 
 
-def check_hashable(name: str, places: Mapping[str, Place]) -> None:
-    """Raise where a weight cannot be replaced by a table.
-
-    Args:
-        name: of the weight.
-        places: of the whole model's weights.
-
-    Raises:
-        ConfigurationError: it is parametrized, or tied, or its embedding has an option that a hashed one lacks.
-    """
-    check_free(name, places)
-    place = places[name]
-    if not place.parameter.numel():
-        raise ConfigurationError(f"{name!r} has no entries to hash")
-    if isinstance(place.owner, nn.Embedding | nn.EmbeddingBag):
-        exact = type(place.owner) is nn.Embedding  # which becomes a layer of ours
-        lacking = ("max_norm", "sparse", "scale_grad_by_freq") if exact else ("sparse",)
-        if odd := [option for option in lacking if getattr(place.owner, option)]:
-            raise ConfigurationError(f"{name!r} belongs to an embedding with {odd[0]}, which a hashed one lacks")
-
-
 def of_rows(embedding: nn.Embedding | nn.EmbeddingBag, index: Index) -> dict[str, Any]:
     """Return what sets the virtual weight of an embedding apart: only the rows that are looked up are computed."""
     computed = index == "auto" and type(embedding) is nn.Embedding
     return {"index": "computed" if computed else index, "zero_row": embedding.padding_idx}
-
-
-LAYERS: dict[type[nn.Module], type[Hashed]] = {
-    nn.Linear: HashedLinear,
-    nn.Conv2d: HashedConv2d,
-    nn.Embedding: HashedEmbedding,
-}

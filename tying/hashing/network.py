@@ -14,11 +14,13 @@ from tying.errors import ConfigurationError
 from tying.hard import tie
 from tying.hard.places import places_of
 from tying.hard.states import check_alike
+from tying.hashing.entries import table_entries
 from tying.hashing.hashes import Hash
-from tying.hashing.layers import check_hashable, hash_attribute, of_rows
+from tying.hashing.layers import of_rows
+from tying.hashing.replacement import check_hashable, hash_attribute
 from tying.hashing.report import HashReport, report
 from tying.hashing.seeded import UniformHash
-from tying.hashing.virtual import Index, VirtualWeight, table_entries
+from tying.hashing.virtual import Index, VirtualWeight
 from tying.names import computed_in
 from tying.selection import select
 from tying.ties import Tie

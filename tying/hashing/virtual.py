@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, nearest
 from tying.hashing.compilation import compiled, traced
+from tying.hashing.entries import Entries
 from tying.hashing.hashes import Hash
-from tying.hashing.lookup import CHUNK, Slots, lookup, scatter
-from tying.hashing.mixing import mix
+from tying.hashing.lookup import Slots, lookup, scatter
 from tying.hashing.seeded import UniformHash
 
 Index = Literal["auto", "stored", "computed", "structured"]
@@ -25,40 +23,9 @@ INDEXES = ("auto", "stored", "computed", "structured")
 KEPT = 1 << 24  # weights up to which "auto" keeps an index
 FUSED = ("cuda",)  # devices for which Triton fuses layers
 COMPILED = 1 << 20  # weights from which on computing entries is worth compiling
-_DENSITY = 0x44454E53  # sets the draws of kept connections apart from those of slots
 
 
-def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
-    """Return how many entries a table has for ``count`` weights: ``ceil(ratio · count)``.
-
-    A float that is the nearest to k / count means k. Without a ratio it is what the hash fixes, or a tenth.
-
-    Raises:
-        ConfigurationError: the ratio is not in (0, 1], or not what the hash fixes.
-
-    Example:
-        >>> from tying.hashing import UniformHash
-        >>> table_entries(25, 0.1, UniformHash()), table_entries(6, 5 / 6, UniformHash())
-        (3, 5)
-    """
-    if not isinstance(hash, Hash):
-        raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
-    if not count:
-        raise ConfigurationError("a weight of no entries cannot be hashed")
-    fixed = hash.table_size(count)
-    if ratio is None:
-        ratio = 0.1 if fixed is None else fixed / count
-    if not 0 < ratio <= 1:
-        raise ConfigurationError(f"table_ratio is in (0, 1], not {ratio}")
-    exact = Fraction(ratio) * count
-    size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
-    if fixed not in (None, size):
-        raise ConfigurationError(f"{hash} needs a table of {fixed} entries, table_ratio={fixed}/{count}, not {ratio}")
-    hash.check(count, size)
-    return size
-
-
-class VirtualWeight(nn.Module):
+class VirtualWeight(Entries):
     """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization.
 
     Its state is the hash's description, and what the hash has drawn in floating point; never the index.
@@ -100,15 +67,10 @@ class VirtualWeight(nn.Module):
         scale: float = 1.0,
         zero_row: int | None = None,
     ) -> None:
-        super().__init__()
         if index not in INDEXES:
             raise ConfigurationError(f"index is one of {', '.join(INDEXES)}, not {index!r}.{nearest(index, INDEXES)}")
-        if not 0 < density <= 1:
-            raise ConfigurationError(f"density is in (0, 1], not {density}")
-        self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
-        self.sign, self.density, self.salt = sign, density, salt
-        self.first, self.scale, self.zero_row = first, scale, zero_row
-        hash.check_shape(self.shape)
+        super().__init__(shape, table_size, hash, sign=sign, density=density, salt=salt, first=first, zero_row=zero_row)
+        self.scale = scale
         structure = hash.structure(self.shape, table_size, first) if self._as_they_are else None
         if index == "structured" and structure is None:
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
@@ -116,7 +78,6 @@ class VirtualWeight(nn.Module):
         if index == "auto":
             index = "structured" if self.structure else "stored" if self.shape.numel() <= KEPT else "computed"
         self.index = index
-        self.drawn = hash.draw(table_size)
         self.zeros = self._check_slots() if self.structure is None else self.structure.zeros
         self._kept: Tensor | None = None
         self._keep(torch.device("cpu"))
@@ -179,14 +140,6 @@ class VirtualWeight(nn.Module):
             return sums[:size], uses[:size]
         return sums[:size] - sums[size : 2 * size], uses[:size] + uses[size : 2 * size]
 
-    def entries(self) -> Tensor:
-        """Return the table entry of each weight, −1 where it is zero; int64, of the weight's shape."""
-        return torch.cat([self._slot(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
-
-    def extended_entries(self) -> Tensor:
-        """Return the same, with entries that are negated beyond the others and those that are zero last."""
-        return torch.cat([self._entries(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
-
     def fusible_seed(self, table: Tensor) -> int | None:
         """Return the seed for :func:`tying.hashing.kernels.fused_linear`, where the layer of a table may be fused."""
         if self.index != "computed" or table.device.type not in FUSED or table.dtype == torch.float64:
@@ -243,24 +196,6 @@ class VirtualWeight(nn.Module):
     def extra_repr(self) -> str:
         return f"{self._described}, index={self.index!r}"
 
-    @property
-    def _described(self) -> str:
-        count = self.shape.numel()
-        told = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
-        told += ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
-        told += f", salt {self.salt}" * (self.density < 1 and self.salt != 0)
-        return told + f", row {self.zero_row} zero" * (self.zero_row is not None)
-
-    @property
-    def _as_they_are(self) -> bool:
-        """Whether weights are the entries that the hash says: none is negated, or zero for another reason."""
-        return not self.sign and self.density == 1 and self.zero_row is None
-
-    @property
-    def _size(self) -> int:
-        """Of the extended table: its entries, where signs are drawn their negatives, and where there are any a zero."""
-        return self.table_size * (1 + self.sign) + self.zeros
-
     def scaled(self, table: Tensor) -> Tensor:
         """Return a table times the scale."""
         return table if self.scale == 1 else table * self.scale
@@ -271,25 +206,6 @@ class VirtualWeight(nn.Module):
         parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
         weight = lookup(torch.cat(parts) if len(parts) > 1 else scaled, slots)
         return weight if few else self.scaled(weight)
-
-    def _slot(self, ids: Tensor) -> Tensor:
-        slot = self.hash.slot(ids, self.table_size, *([] if self.drawn is None else [self.drawn]))
-        if self.density < 1:
-            kept = mix(ids, getattr(self.hash, "seed", 0) ^ self.salt ^ _DENSITY) < int(self.density * 2**32)
-            slot = torch.where(kept, slot, -1)
-        if self.zero_row is not None:
-            slot = torch.where((ids - self.first) // self.shape[1:].numel() == self.zero_row, -1, slot)
-        return slot
-
-    def _entries(self, ids: Tensor) -> Tensor:
-        """Return where weights of these identifiers are in the extended table."""
-        entries = slot = self._slot(ids)
-        if self.sign:
-            entries = slot + (self.hash.sign(ids) < 0) * self.table_size
-        return torch.where(slot < 0, self._size - 1, entries) if self.zeros else entries
-
-    def _numbered(self, numbers: Tensor) -> Tensor:
-        return self._entries(numbers + self.first)
 
     def _computing(self) -> Slots:
         return Slots(self.shape.numel(), self._numbered)
@@ -308,23 +224,3 @@ class VirtualWeight(nn.Module):
     def _keep(self, device: torch.device) -> None:
         if self.index == "stored":
             self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
-
-    def _ids(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield the identifiers of all weights, in chunks."""
-        end = self.first + self.shape.numel()
-        for begin in range(self.first, end, CHUNK):
-            yield torch.arange(begin, min(begin + CHUNK, end), device=device)
-
-    def _check_slots(self) -> bool:
-        """Tell whether some weights are zero; raise where the hash leaves the table."""
-        zeros = False
-        for ids in self._ids(torch.device("cpu")):
-            slot = self._slot(ids)
-            low, high = map(int, slot.aminmax())
-            if low < -1 or high >= self.table_size or slot.is_floating_point():
-                raise ConfigurationError(
-                    f"{self.hash}.slot returned {slot.dtype} from {low} to {high}: integers in [-1, {self.table_size}) "
-                    "are needed"
-                )
-            zeros |= low < 0
-        return zeros
