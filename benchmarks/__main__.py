@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from benchmarks import evidence, experiment, hybrid_toy
 from benchmarks.archive import pack, unpack
+from benchmarks.declared import suites
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.speed import FAMILIES as SPEED
-from benchmarks.suite import suites
 from benchmarks.sweep import Sweep
 from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.claims import verdicts
+from benchmarks.declared import load, suites
 from benchmarks.figures import draw as draw_plot
 from benchmarks.figures import final
-from benchmarks.folder import complete_below, read_json, write_json
+from benchmarks.folder import complete_below
+from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine
 from benchmarks.report import write_csv
-from benchmarks.suite import load, suites
 from benchmarks.summary import curves, plot, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError

@@ -14,11 +14,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.inference import moments
 from tying.atomic import save_figure
 
 Row = Mapping[str, str]
@@ -58,18 +58,6 @@ def final(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         last[row["run"], row["seed"]] = row
     return [*last.values()]
-
-
-def moments(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and standard deviation: of one value, 0; where one is not finite, nan both.
-
-    Example:
-        >>> moments([1.0, 2.0, 3.0]), moments([1.0, float("inf")])
-        ((2.0, 1.0), (nan, nan))
-    """
-    if not all(map(math.isfinite, values)):
-        return math.nan, math.nan
-    return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.claims import interval
+from benchmarks.inference import interval
 from benchmarks.report import table
 from tying.soft import coupling_strength
 

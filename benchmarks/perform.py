@@ -27,7 +27,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from benchmarks.folder import HEARTBEAT, Folder, read_json, touch, write_json
+from benchmarks.folder import HEARTBEAT, Folder, touch
+from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine, peak_memory
 from benchmarks.report import write, write_csv
 from benchmarks.suite import Run

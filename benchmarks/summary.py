@@ -12,9 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.claims import interval
-from benchmarks.figures import moments
 from benchmarks.folder import Folder
+from benchmarks.inference import interval, moments
 from benchmarks.machine import in_words
 from benchmarks.report import table
 from benchmarks.suite import Run, Suite

@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.folder import Folder, read_json, write_json
+from benchmarks.folder import Folder
+from benchmarks.json_files import read_json, write_json
 from benchmarks.perform import arguments, in_a_line, work
 from benchmarks.suite import Run, Suite
 from tying.cli import parse

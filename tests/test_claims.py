@@ -10,14 +10,12 @@ from benchmarks.claims import (
     Order,
     Peak,
     Trend,
-    interval,
     of_all_lines,
-    probability_by_chance,
-    rank_correlation,
     verdicts,
 )
-from benchmarks.figures import Plot, draw, final, moments
-from benchmarks.suite import load
+from benchmarks.declared import load
+from benchmarks.figures import Plot, draw, final
+from benchmarks.inference import interval, moments, probability_by_chance, rank_correlation
 from tying.hashing import UniformHash
 from tying.hashing.entries import table_entries
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import folder as module
-from benchmarks.folder import Folder, is_alive, this_process, write_json
+from benchmarks.folder import Folder, is_alive, this_process
+from benchmarks.json_files import write_json
 
 RESULT = {**dict.fromkeys(module.RESULT, 0), "metrics": {"accuracy": 0.5}}
 

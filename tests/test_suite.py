@@ -4,10 +4,10 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
-from benchmarks import suite as module
-from benchmarks.folder import same
+from benchmarks import declared as module
+from benchmarks.declared import load, suites
+from benchmarks.json_files import same
 from benchmarks.perform import arguments
-from benchmarks.suite import load, suites
 from tying import ConfigurationError
 from tying.cli import parse
 

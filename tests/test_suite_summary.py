@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import experiment
-from benchmarks.folder import FILES, Folder, write_json
+from benchmarks.folder import FILES, Folder
+from benchmarks.json_files import write_json
 from benchmarks.suite import Axis, Suite
 from benchmarks.summary import curves, plot, spread, summarize
 from benchmarks.sweep import Sweep

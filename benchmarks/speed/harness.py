@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiment import draw, prepare, quietly, report
-from benchmarks.folder import FILES, Folder, write_json
+from benchmarks.folder import FILES, Folder
+from benchmarks.json_files import write_json
 from benchmarks.machine import supports_bf16
 from benchmarks.perform import arguments, begin, finish
 from benchmarks.report import table
