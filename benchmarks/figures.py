@@ -61,29 +61,29 @@ def final(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG: over an axis, means with standard deviations; over a metric, a point for each run.
+    """Write a PNG: a point for each setting, of mean x and mean y over its seeds, with both standard deviations.
 
-    With ``lines="run"`` each setting is one point, of mean x and mean y, that bears its name. Where a value is not
-    finite, there is no point.
+    Lines go through points in order of x. With ``lines="run"`` each point bears its setting's name instead. Where a
+    value is not finite, there is no point.
     """
     figure = Figure(figsize=(7, 5) if plot.lines == "run" else (5, 3.8), layout="constrained")
     axes = figure.subplots()
     metrics = [plot.y] if isinstance(plot.y, str) else plot.y
     names: list[tuple[str, float, float]] = []
     for (line, found), y in itertools.product(lines_of(rows, plot.lines).items(), metrics):
-        points: dict[float, list[float]] = {}
+        points: dict[str, list[tuple[float, float]]] = {}  # by setting
         for row in found:
             if row.get(plot.x) and row.get(y):
-                points.setdefault(float(row[plot.x]), []).append(float(row[y]))
-        if plot.lines == "run" and points:
-            pairs = [(x, value) for x, values in points.items() for value in values]
-            points = {moments([x for x, _ in pairs])[0]: [value for _, value in pairs]}
-        xs = sorted(points)
-        means, spreads = [[moments(points[x])[at] for x in xs] for at in (0, 1)]
+                points.setdefault(row["run"], []).append((float(row[plot.x]), float(row[y])))
+        if not points:
+            continue
+        settings = sorted([moments(values) for values in zip(*pairs, strict=True)] for pairs in points.values())
+        (xs, x_spreads), (ys, y_spreads) = (zip(*side, strict=True) for side in zip(*settings, strict=True))
         label = (line if plot.lines == "run" else f"{plot.lines} {line}") + (f", {y}" if len(metrics) > 1 else "")
-        axes.errorbar(xs, means, yerr=spreads, label=label, marker=".", capsize=2)
-        if plot.lines == "run" and points and math.isfinite(xs[0] + means[0]):
-            names.append((label, xs[0], means[0]))
+        across = x_spreads if any(x_spreads) else None
+        axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=label, marker=".", capsize=2)
+        if plot.lines == "run" and math.isfinite(xs[0] + ys[0]):
+            names.append((label, xs[0], ys[0]))
     if plot.log:
         every = {x for row in final(rows) if row.get(plot.x) and math.isfinite(x := float(row[plot.x]))}
         if 0 in every and len(every) > 1:

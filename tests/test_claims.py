@@ -4,6 +4,7 @@ import math
 from itertools import pairwise, permutations, product
 
 import pytest
+from matplotlib.axes import Axes
 
 from benchmarks import experiment
 from benchmarks.claims import (
@@ -187,6 +188,18 @@ def test_pictures(x, tmp_path):
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     draw(Plot("p", x, ["test/accuracy", "tying/entropy"], "ratio"), found, tmp_path / "both.png")
     assert (tmp_path / "both.png").read_bytes() != (tmp_path / "p.png").read_bytes()
+
+
+def test_a_picture_over_a_metric_has_a_point_for_each_setting(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(Axes, "errorbar", lambda self, xs, ys, **options: drawn.update(xs=xs, ys=ys, **options))
+    found = rows({("a", x, seed): (1 - x) / 2 + seed / 4 for x in (0.0, 1.0) for seed in range(2)})
+    found = [row | {"tying/entropy": row["test/accuracy"]} for row in found]
+    draw(Plot("p", "tying/entropy", "test/accuracy", "ratio"), found, tmp_path / "p.png")
+    assert drawn["xs"] == drawn["ys"] == (0.125, 0.625)
+    assert drawn["xerr"] == drawn["yerr"] == pytest.approx((0.03125**0.5, 0.03125**0.5))
+    draw(Plot("p", "alpha", "test/accuracy", "ratio"), found, tmp_path / "p.png")
+    assert (drawn["xs"], drawn["ys"], drawn["xerr"]) == ((0.0, 1.0), (0.625, 0.125), None)
 
 
 @pytest.mark.parametrize("x", ["alpha", "tying/entropy"])
