@@ -263,6 +263,40 @@ def test_training_resumes_bitwise(scope, tmp_path):
     assert not same(whole, half)
 
 
+class Within(nn.Linear):
+    """A layer whose own weight comes first, and is loaded last."""
+
+    def __init__(self):
+        super().__init__(4, 5)
+        self.inner = nn.Linear(5, 6)
+
+
+@pytest.mark.parametrize("index", ["stored", "computed"])
+@pytest.mark.parametrize("make", [Within, lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 4))])
+def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_all(make, index, tmp_path):
+    model, other, third = (make() for _ in range(3))
+    for one in (model, other, third):
+        hash_weights(one, ["**.weight"], 0.5, DirichletHash(0.5, 1), scope="network", index=index)
+    virtuals = [one for one in model.modules() if isinstance(one, VirtualWeight)]
+    size = virtuals[0].table_size
+    virtuals[0].common.load(DirichletHash(0.5, 2).draw(size))  # as another machine might have drawn it, and much more
+    torch.save(model.state_dict(), tmp_path / "a.ckpt")
+    states = [one.get_extra_state() for one in virtuals]
+    drawn = [len(state) - 4 - int.from_bytes(bytes(state[:4].tolist()), "little") for state in states]
+    assert sorted(drawn) == [0] * (len(virtuals) - 1) + [4 * size]  # bytes, after what describes each
+
+    def weights(one):
+        return [layer.weight for layer in one.modules() if hasattr(layer, "weight")]
+
+    other.load_state_dict(torch.load(tmp_path / "a.ckpt"))
+    assert all(map(torch.equal, weights(other), weights(model)))
+    copied = copy.deepcopy(other)
+    assert all(map(torch.equal, weights(copied), weights(model)))
+    copied.load_state_dict(third.state_dict())  # what its layers have in common is not the original's
+    assert all(map(torch.equal, weights(copied), weights(third)))
+    assert all(map(torch.equal, weights(other), weights(model)))
+
+
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_weight_averaging_leaves_hashes_alone():
     model = Toy()

@@ -47,6 +47,22 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     return size
 
 
+class Drawn:
+    """What a hash has drawn for a table, in all weights that share it.
+
+    Attributes:
+        values: ``None`` where it draws nothing.
+        version: how often others were loaded.
+    """
+
+    def __init__(self, values: Tensor | None) -> None:
+        self.values, self.version = values, 0
+
+    def load(self, values: Tensor) -> None:
+        """Take what the hash has drawn elsewhere."""
+        self.values, self.version = values, self.version + 1
+
+
 class Entries(nn.Module):
     """Which entry of a table each weight is, ``h(i)`` with its sign, for a weight of some shape.
 
@@ -59,6 +75,7 @@ class Entries(nn.Module):
         salt: sets the draws of kept weights apart from those of other weights with the same hash.
         first: identifier of the first weight.
         zero_row: a row that is zero: an embedding's padding.
+        common: what the hash has drawn for another weight of the table.
 
     Raises:
         ConfigurationError: the density is out of range, or the hash does not fit.
@@ -75,6 +92,7 @@ class Entries(nn.Module):
         salt: int,
         first: int,
         zero_row: int | None,
+        common: Drawn | None,
     ) -> None:
         super().__init__()
         if not 0 < density <= 1:
@@ -83,8 +101,21 @@ class Entries(nn.Module):
         self.sign, self.density, self.salt = sign, density, salt
         self.first, self.zero_row = first, zero_row
         hash.check_shape(self.shape)
-        self.drawn = hash.draw(table_size)
-        self.zeros = False
+        self.common = common or Drawn(hash.draw(table_size))
+        self.draws = common is None
+        self._zeros, self._checked = False, -1
+
+    @property
+    def drawn(self) -> Tensor | None:
+        """What the hash has drawn."""
+        return self.common.values
+
+    @property
+    def zeros(self) -> bool:
+        """Whether some weights are zero."""
+        if self._checked != self.common.version:
+            self.check_slots()
+        return self._zeros
 
     def entries(self) -> Tensor:
         """Return the table entry of each weight, −1 where it is zero; int64, of the weight's shape."""
@@ -137,8 +168,12 @@ class Entries(nn.Module):
         for begin in range(self.first, end, CHUNK):
             yield torch.arange(begin, min(begin + CHUNK, end), device=device)
 
-    def _check_slots(self) -> bool:
-        """Tell whether some weights are zero; raise where the hash leaves the table."""
+    def check_slots(self) -> None:
+        """See whether some weights are zero.
+
+        Raises:
+            ConfigurationError: the hash leaves the table.
+        """
         zeros = False
         for ids in self._ids(torch.device("cpu")):
             slot = self._slot(ids)
@@ -149,4 +184,4 @@ class Entries(nn.Module):
                     "are needed"
                 )
             zeros |= low < 0
-        return zeros
+        self._zeros, self._checked = zeros, self.common.version

@@ -87,12 +87,12 @@ def hash_weights(
         check_hashable(name, places)
     hash.check_layers([weight.shape for weight in chosen.values()], scope)
 
-    def make(name: str, own: Hash, size: int, first: int = 0, scale: float = 1.0, salt: int = 0) -> _Plan:
+    def make(name: str, own: Hash, size: int, salt: int = 0, **of_network: Any) -> _Plan:
         owner = places[name].owner
         special: dict[str, Any] = {"index": index}
         if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and places[name].attribute == "weight":
             special = of_rows(owner, index)
-        options = {"sign": sign, "density": density, "salt": salt, "first": first, "scale": scale, **special}
+        options = {"sign": sign, "density": density, "salt": salt, **of_network, **special}
         return _Plan(name, chosen[name], VirtualWeight(chosen[name].shape, size, own, **options))
 
     groups: list[list[_Plan]] = []  # those of one table
@@ -109,10 +109,11 @@ def hash_weights(
         size = table_entries(sum(weight.numel() for weight in chosen.values()), table_ratio, hash)
         scales = _scales(chosen) if scaled and not hash.takes_vectors else dict.fromkeys(chosen, 1.0)
         groups.append([])
-        first = 0
+        first, common = 0, None
         for name, weight in chosen.items():
-            groups[0].append(make(name, hash, size, first, scales[name]))
+            groups[0].append(make(name, hash, size, first=first, scale=scales[name], common=common))
             first += weight.numel()
+            common = groups[0][0].virtual.common
     tables = [_table(group, init) for group in groups]
     names = []  # of the tables
     for group, table in zip(groups, tables, strict=True):

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, nearest
 from tying.hashing.compilation import compiled, traced
-from tying.hashing.entries import Entries
+from tying.hashing.entries import Drawn, Entries
 from tying.hashing.hashes import Hash
 from tying.hashing.lookup import Slots, lookup, scatter
 from tying.hashing.seeded import UniformHash
@@ -41,6 +41,7 @@ class VirtualWeight(Entries):
         first: identifier of the first weight.
         scale: a constant factor on all weights.
         zero_row: a row that is zero: an embedding's padding.
+        common: what the hash has drawn for another weight of the table, ``virtual.common``, which that one saves.
 
     Raises:
         ConfigurationError: an argument is out of range, the hash does not fit or leaves the table, or has no
@@ -66,10 +67,12 @@ class VirtualWeight(Entries):
         first: int = 0,
         scale: float = 1.0,
         zero_row: int | None = None,
+        common: Drawn | None = None,
     ) -> None:
         if index not in INDEXES:
             raise ConfigurationError(f"index is one of {', '.join(INDEXES)}, not {index!r}.{nearest(index, INDEXES)}")
-        super().__init__(shape, table_size, hash, sign=sign, density=density, salt=salt, first=first, zero_row=zero_row)
+        options: dict[str, Any] = {"sign": sign, "density": density, "salt": salt, "first": first, "zero_row": zero_row}
+        super().__init__(shape, table_size, hash, **options, common=common)
         self.scale = scale
         structure = hash.structure(self.shape, table_size, first) if self._as_they_are else None
         if index == "structured" and structure is None:
@@ -78,8 +81,12 @@ class VirtualWeight(Entries):
         if index == "auto":
             index = "structured" if self.structure else "stored" if self.shape.numel() <= KEPT else "computed"
         self.index = index
-        self.zeros = self._check_slots() if self.structure is None else self.structure.zeros
+        if self.structure is None:
+            self.check_slots()
+        else:
+            self._zeros, self._checked = self.structure.zeros, self.common.version
         self._kept: Tensor | None = None
+        self._kept_version = self.common.version
         self._keep(torch.device("cpu"))
         self._compiled: Slots | None = None
         self._may_compile = index == "computed" and self.shape.numel() >= COMPILED
@@ -153,7 +160,7 @@ class VirtualWeight(Entries):
     @override
     def get_extra_state(self) -> Tensor:
         told = json.dumps({"described": self._described, "scale": self.scale}).encode()
-        drawn = b"" if self.drawn is None else self.drawn.cpu().numpy().tobytes()
+        drawn = b"" if self.drawn is None or not self.draws else self.drawn.cpu().numpy().tobytes()
         return torch.frombuffer(bytearray(len(told).to_bytes(4, "little") + told + drawn), dtype=torch.uint8)
 
     @override
@@ -164,19 +171,20 @@ class VirtualWeight(Entries):
         if told["described"] != self._described:
             raise ConfigurationError(f"this weight is {self._described}; in the checkpoint it is {told['described']}")
         self.scale = told["scale"]
-        if self.drawn is not None:
+        if self.drawn is not None and len(content) > length:
             drawn = torch.frombuffer(bytearray(content[length:]), dtype=self.drawn.dtype).to(self.drawn.device)
             if not torch.equal(drawn, self.drawn):
-                self.drawn = drawn
-                self.zeros = self._check_slots()
-                self._keep(drawn.device)
+                self.common.load(drawn)
+        if self._kept is not None and self._kept_version != self.common.version:
+            self._keep(self._kept.device)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         device = fn(torch.empty(0, device="cpu" if self._kept is None else self._kept.device)).device
         if device.type != "meta":  # there it has no values
-            self.drawn = None if self.drawn is None else self.drawn.to(device)
+            if self.drawn is not None:
+                self.common.values = self.drawn.to(device)
             self._keep(device)
         return self
 
@@ -217,10 +225,11 @@ class VirtualWeight(Entries):
             if self._may_compile:
                 self._compiled, self._may_compile = compiled(self._computing(), self._size, str(self.hash)), False
             return self._compiled or self._computing()
-        if self._kept is None or self._kept.device != device:
+        if self._kept is None or self._kept.device != device or self._kept_version != self.common.version:
             self._keep(device)
         return Slots(self.shape.numel(), self._numbered, self._kept)
 
     def _keep(self, device: torch.device) -> None:
         if self.index == "stored":
             self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
+            self._kept_version = self.common.version
