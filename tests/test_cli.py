@@ -355,9 +355,9 @@ def test_inspect_tells_what_a_hash_does(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
     told = capsys.readouterr().out
     assert told.count("198,800 weights of 3 tensors in 19,880 entries") == 1
-    assert "one table of 19,880, entropy 9.8975 of 9.8975 nats" in told
-    assert "network.1.weight (200, 784): in it, structured" in told
-    assert "network.7.weight (10, 200): " in told
+    assert "table of 19,880: entropy of loads 9.8975, of probabilities 9.8975, at most 9.8975 nats" in told
+    assert "\n  network.1.weight (200, 784), structured" in told
+    assert "\n  network.7.weight (10, 200), structured" in told
 
 
 HASHED = """
@@ -378,7 +378,8 @@ def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
     main(["inspect", "--config=hashed.yaml", "--plot=loads.png"])
     told = capsys.readouterr().out
     assert "Hashed: 80 weights of 1 tensors in 20 entries" in told
-    assert "network.weight (10, 8): table of 20, entropy 2.9957 of 2.9957 nats, structured; only 5 of 10 units" in told
+    assert "table of 20: entropy of loads 2.9957, of probabilities 2.9957, at most 2.9957 nats" in told
+    assert "  network.weight (10, 8), structured; only 5 of 10 units are distinct" in told
     assert Path("loads.png").read_bytes().startswith(b"\x89PNG")
     assert "plot: no weight of the model is hashed" in errors(capsys, "inspect", BASE, "--plot=loads.png")
 

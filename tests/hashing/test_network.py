@@ -307,6 +307,20 @@ def test_weight_averaging_leaves_hashes_alone():
     assert torch.equal(model.encoder[0].virtual.drawn, fresh.encoder[0].virtual.drawn)
 
 
+def test_each_table_has_two_panels(tmp_path, monkeypatch):
+    model = nn.Sequential(*(nn.Linear(6, 5 + i) for i in range(4)))
+    hash_weights(model, ["*.weight"], 0.5)
+    drawn = []
+    monkeypatch.setattr("tying.hashing.plots.save_figure", lambda figure, path: drawn.append(figure))
+    plot_loads(model, tmp_path / "p.png")
+    panels = [one for one in drawn[0].axes if one.get_label() != "<colorbar>"]
+    assert len(panels) == 8
+    assert [one.get_title(loc="left") for one in panels[::2]] == [f"{i}.weight" for i in range(4)]
+    for panel, counts in zip(panels[1::2], table_loads(model).values(), strict=True):
+        assert sum(bar.get_height() for bar in panel.patches) == len(counts)
+        assert panel.get_title(loc="right").startswith(f"entropy {entropy(counts):.3f}, ")
+
+
 @pytest.mark.parametrize("scope", ["layer", "network"])
 def test_loads_are_plotted(scope, tmp_path):
     model = Toy()

@@ -36,18 +36,25 @@ def plot_loads(model: nn.Module, path: Path) -> None:
 
 
 def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
-    """Write a PNG with a column for each title: loads, (table_size,), as a heat map and as a histogram."""
+    """Write a PNG with two panels for each title: loads, (table_size,), as a heat map and as a histogram."""
     from matplotlib.figure import Figure
 
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    figure = Figure(figsize=(3.2 * len(counts), 5.6), layout="constrained")
-    rows = figure.subplots(2, len(counts), squeeze=False)
-    for (title, own), heat, bars in zip(counts.items(), *rows, strict=True):
+    across = min(len(counts), 3)
+    down = math.ceil(len(counts) / across)
+    figure = Figure(figsize=(6.8 * across, 2.9 * down), layout="constrained")
+    panels = figure.subplots(down, 2 * across, squeeze=False).flatten()
+    for unused in panels[2 * len(counts) :]:
+        unused.remove()
+    for (title, own), heat, bars in zip(counts.items(), panels[::2], panels[1::2], strict=False):
         side = math.ceil(math.sqrt(len(own)))
         square = F.pad(own.float(), (0, side * side - len(own)), value=math.nan).view(side, side)
         figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
-        heat.set(title=f"{title}\nentropy {entropy(own):.3f} of {math.log(len(own)):.3f} nats", xticks=[], yticks=[])
+        heat.set(xticks=[], yticks=[])
+        heat.set_title(title, fontsize="small", loc="left")
         bars.hist(own.numpy(), bins=min(50, int(own.max()) + 1))
         bars.set(xlabel="weights that use an entry", ylabel="entries")
+        told = f"entropy {entropy(own):.3f}, at most {math.log(len(own)):.3f} nats"
+        bars.set_title(told, fontsize="small", loc="right")
     save_figure(figure, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -59,15 +58,12 @@ class HashReport:
 
     def __str__(self) -> str:
         lines = [f"{self.virtual:,} weights of {len(self.weights)} tensors in {self.stored:,} entries"]
-        sharing = Counter(one.holder for one in self.weights)
         for one in self.weights:
-            generating = "" if one.generating is None else f" of {one.generating:.4f}"
-            table = f"table of {one.table_size:,}, entropy {one.realised:.4f}{generating} nats"
-            if sharing[one.holder] > 1:
-                if one.name == one.holder:
-                    lines.append(f"one {table}")
-                table = "in it"
-            line = f"{one.name} {one.shape}: {table}, {one.index}"
+            if one.name == one.holder:
+                generating = "" if one.generating is None else f", of probabilities {one.generating:.4f}"
+                entropies = f"of loads {one.realised:.4f}{generating}, at most {math.log(one.table_size):.4f} nats"
+                lines.append(f"table of {one.table_size:,}: entropy {entropies}")
+            line = f"  {one.name} {one.shape}, {one.index}"
             if one.units < one.shape[0]:
                 line += f"; only {one.units} of {one.shape[0]} units are distinct"
             lines.append(line)
@@ -112,7 +108,8 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         >>> from tying.hashing import HashedLinear, ModulusHash
         >>> print(report(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash()))))
         16 weights of 1 tensors in 4 entries
-        0.weight (4, 4): table of 4, entropy 1.3863 of 1.3863 nats, structured; only 1 of 4 units are distinct
+        table of 4: entropy of loads 1.3863, of probabilities 1.3863, at most 1.3863 nats
+          0.weight (4, 4), structured; only 1 of 4 units are distinct
     """
     weights = []
     for group in tables_in(model, names):

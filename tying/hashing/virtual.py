@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, Self
 
@@ -177,6 +177,13 @@ class VirtualWeight(Entries):
                 self.common.load(drawn)
         if self._kept is not None and self._kept_version != self.common.version:
             self._keep(self._kept.device)
+
+    @override
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{prefix.removesuffix('.')!r}: {error}") from None
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
