@@ -9,7 +9,8 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback
-from tying.callbacks.pulling import Pull, Pulling, Update, labelled_examples
+from tying.callbacks.examples import labelled_examples
+from tying.callbacks.pulling import Pull, Pulling, Update
 from tying.errors import ConfigurationError, listed
 from tying.names import clean_name
 from tying.selection import resolve

@@ -16,7 +16,8 @@ from typing_extensions import override
 from tying.atomic import save_figure
 from tying.callbacks.base import Choosing, picture_folder, refuse_copies
 from tying.callbacks.batch_norms import estimate_batch_norms
-from tying.callbacks.pulling import Pull, Pulling, labelled_examples
+from tying.callbacks.examples import labelled_examples
+from tying.callbacks.pulling import Pull, Pulling
 from tying.errors import ConfigurationError, listed
 from tying.hashing.packing import sizes
 from tying.selection import select

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
-from torch.utils.data import DistributedSampler, Sampler
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -280,52 +277,10 @@ class Pulling(Watching):
         return self.schedule(self._steps[index] if self.schedule.unit == "step" else trainer.current_epoch)
 
     def _warn_if_unstable(self, factor: float, rates: Rates) -> None:
-        """Warn, once, where an explicit step would overshoot ever further: lr · strength · curvature > 2 / m.
-
-        With a single member that moves, 2 / (m − 1).
-        """
         for penalty, strength in self._pulls:
-            largest = max(map(len, penalty.groups), default=1)
-            steepest = max(rates.values(), default=0.0) * factor * strength * penalty.penalty.curvature
-            if self._warned or steepest <= 2 / largest:
-                continue
-            for group in penalty.groups:
-                moving = [rates[p] for p in group.parameters if p.requires_grad and rates.get(p)]
-                among = len(group) - (len(moving) == 1)
-                rate = max(moving, default=0.0)
-                if rate * factor * strength * penalty.penalty.curvature > 2 / among:
-                    self._warned = True
-                    bound = f"2/{'m' if among == len(group) else '(m − 1)'} = {2 / among:.3g}"
-                    warnings.warn(
-                        f"lr · strength = {rate * factor * strength:.3g} is past the stability bound {bound} of the "
-                        f"group of {group.names[0]!r}: its weights will oscillate apart. Lower the strength, or use "
-                        "update='proximal', which is stable at any strength",
-                        stacklevel=2,
-                    )
-                    return
-
-
-def labelled_examples(trainer: pl.Trainer) -> int:
-    """Return the number of labelled examples that a trainer's training data has.
-
-    Raises:
-        ConfigurationError: it is not known.
-    """
-    loaders: Any = trainer.train_dataloader
-    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
-    if isinstance(loaders, Mapping):
-        loaders = loaders.get("labelled")
-    one = loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
-    sampler = getattr(one, "sampler", None)
-    try:
-        if isinstance(sampler, Sampler) and not isinstance(sampler, DistributedSampler):  # of a subset, say
-            return len(sampler)  # type: ignore[arg-type]  # what has none raises
-        return len(one.dataset)
-    except (AttributeError, TypeError):
-        raise ConfigurationError(
-            "the number of labelled examples is not known, since the training data is neither one loader of a data set "
-            "that has a length, nor a dictionary whose loader 'labelled' is such: give it as examples"
-        ) from None
+            if not self._warned and (told := penalty.overshooting(factor * strength, rates)):
+                self._warned = True
+                warnings.warn(told, stacklevel=2)
 
 
 def _product(factor: float, strength: float) -> float:

@@ -97,6 +97,27 @@ class TyingPenalty(nn.Module):
         for speeds in {tuple(_rate(parameter, rates) for parameter in group.parameters) for group in self.groups}:
             self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
 
+    def overshooting(self, s: float, rates: Rates) -> str:
+        """Return, in words, what explicit steps by ``s ∂Ω`` would move ever further apart, if anything.
+
+        That is a group of m members with rate · s · curvature > 2 / m; with a single member that moves, 2 / (m − 1).
+        """
+        largest = max(map(len, self.groups), default=1)
+        if max(rates.values(), default=0.0) * s * self.penalty.curvature <= 2 / largest:
+            return ""
+        for group in self.groups:
+            moving = [speed for parameter in group.parameters if (speed := _rate(parameter, rates))]
+            among = len(group) - (len(moving) == 1)
+            step = max(moving, default=0.0) * s
+            if step * self.penalty.curvature > 2 / among:
+                bound = f"2/{'m' if among == len(group) else '(m − 1)'} = {2 / among:.3g}"
+                return (
+                    f"lr · strength = {step:.3g} is past the stability bound {bound} of the group of "
+                    f"{group.names[0]!r}: its weights will oscillate apart. Lower the strength, or use "
+                    "update='proximal', which is stable at any strength"
+                )
+        return ""
+
     def _add_(self, scale: float, rates: Rates | None, receiver: Callable[[nn.Parameter], Tensor]) -> None:
         if scale == 0:
             return
