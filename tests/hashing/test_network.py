@@ -263,6 +263,16 @@ def test_training_resumes_bitwise(scope, tmp_path):
     assert not same(whole, half)
 
 
+def test_a_checkpoint_of_another_hash_is_refused_by_the_layers_name():
+    model, other = network(), network()
+    hash_weights(model, ["0.weight", "3.weight"], 0.5)
+    hash_weights(other, ["0.weight", "3.weight"], 0.5, UniformHash(3))
+    with pytest.raises(
+        ConfigurationError, match=r"^'0\.virtual': this weight is 200 weights .*; in the checkpoint it is "
+    ):
+        other.load_state_dict(model.state_dict())
+
+
 class Within(nn.Linear):
     """A layer whose own weight comes first, and is loaded last."""
 
