@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from tying import ConfigurationError
 from tying.hard import bake
 from tying.hashing import (
     BlockHash,
@@ -356,7 +357,8 @@ def test_a_checkpoint_holds_table_and_description(hash):
     torch.save(layer.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert set(state) == {"table", "bias", "virtual._extra_state"}
+    draws = isinstance(hash, DirichletHash | CodebookHash)
+    assert set(state) == {"table", "bias", "virtual._extra_state", *["virtual.drawn"] * draws}
     other = HashedLinear(6, 4, table_ratio=len(layer.table) / 24, hash=hash, sign=True)
     other.load_state_dict(state)
     assert torch.equal(other.weight, layer.weight)
@@ -364,10 +366,38 @@ def test_a_checkpoint_holds_table_and_description(hash):
 
 def test_what_was_drawn_in_floating_point_is_the_checkpoints():
     layer, other = (HashedLinear(30, 20, table_ratio=0.1, hash=DirichletHash(0.5, 1)) for _ in range(2))
-    layer.virtual.common.load(DirichletHash(0.5, 2).draw(60))  # as another machine might have drawn it, and much more
+    layer.virtual._take(DirichletHash(0.5, 2).draw(60))  # as another machine might have drawn it, and much more
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.virtual.entries(), layer.virtual.entries())
     assert torch.equal(other.weight, layer.weight)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    layer = nn.Sequential(HashedLinear(30, 20, table_ratio=0.1, hash=DirichletHash(0.5, 1)))
+    state = layer.state_dict()
+    with pytest.raises(ConfigurationError, match=r"'0.virtual': .* truncated or corrupted"):
+        layer.load_state_dict({**state, "0.virtual._extra_state": state["0.virtual._extra_state"][:-3]})
+    told = r"'0.virtual': what its hash draws is torch.int32 of shape \(60,\); in the checkpoint it is .* \(59,\)"
+    with pytest.raises(ConfigurationError, match=told):
+        layer.load_state_dict({**state, "0.virtual.drawn": state["0.virtual.drawn"][:-1]})
+    del state["0.virtual.drawn"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.virtual.drawn"'):
+        layer.load_state_dict(state)
+    assert layer.load_state_dict(state, strict=False).missing_keys == ["0.virtual.drawn"]
+    uniform = HashedLinear(30, 20, table_ratio=0.1)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "virtual.drawn"'):
+        uniform.load_state_dict({**uniform.state_dict(), "virtual.drawn": torch.zeros(60)})
+
+
+def test_what_was_drawn_elsewhere_is_compiled_and_exported():
+    layer, other = (HashedEmbedding(9, 3, table_ratio=0.5, hash=DirichletHash(0.5, 1)) for _ in range(2))
+    drawn = layer.virtual.drawn.clone()
+    drawn[1] += 1  # as another machine might have rounded it
+    layer.virtual._take(drawn)
+    other.load_state_dict(layer.state_dict())
+    chosen = torch.tensor([1])
+    assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(chosen), layer(chosen))
+    assert torch.equal(torch.export.export(other, (chosen,)).module()(chosen), layer(chosen))
 
 
 class Stripes(Hash):

@@ -33,6 +33,7 @@ from tying.hashing import (
     report,
     table_loads,
 )
+from tying.hashing.entries import Drawn
 from tying.hashing.virtual import VirtualWeight
 from tying.mixins import WeightHashingMixin
 from tying.names import count_parameters
@@ -283,28 +284,41 @@ class Within(nn.Linear):
 
 @pytest.mark.parametrize("index", ["stored", "computed"])
 @pytest.mark.parametrize("make", [Within, lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 4))])
-def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_all(make, index, tmp_path):
+def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_each(make, index, tmp_path):
     model, other, third = (make() for _ in range(3))
     for one in (model, other, third):
         hash_weights(one, ["**.weight"], 0.5, DirichletHash(0.5, 1), scope="network", index=index)
     virtuals = [one for one in model.modules() if isinstance(one, VirtualWeight)]
     size = virtuals[0].table_size
-    virtuals[0].common.load(DirichletHash(0.5, 2).draw(size))  # as another machine might have drawn it, and much more
+    other_draw = Drawn(DirichletHash(0.5, 2).draw(size))  # as another machine might have drawn it, and much more
+    for one in virtuals:
+        one.common = other_draw
+        one._keep(torch.device("cpu"))
     torch.save(model.state_dict(), tmp_path / "a.ckpt")
-    states = [one.get_extra_state() for one in virtuals]
-    drawn = [len(state) - 4 - int.from_bytes(bytes(state[:4].tolist()), "little") for state in states]
-    assert sorted(drawn) == [0] * (len(virtuals) - 1) + [4 * size]  # bytes, after what describes each
+    state = torch.load(tmp_path / "a.ckpt")
+    drawn = {name: value for name, value in state.items() if name.endswith(".drawn")}
+    assert len(drawn) == len(virtuals)  # each is loaded by itself
+    assert len({value.untyped_storage().data_ptr() for value in drawn.values()}) == 1
 
     def weights(one):
         return [layer.weight for layer in one.modules() if hasattr(layer, "weight")]
 
-    other.load_state_dict(torch.load(tmp_path / "a.ckpt"))
+    other.load_state_dict(state)
     assert all(map(torch.equal, weights(other), weights(model)))
+    assert len({id(one.common) for one in other.modules() if isinstance(one, VirtualWeight)}) == 1
     copied = copy.deepcopy(other)
     assert all(map(torch.equal, weights(copied), weights(model)))
     copied.load_state_dict(third.state_dict())  # what its layers have in common is not the original's
     assert all(map(torch.equal, weights(copied), weights(third)))
     assert all(map(torch.equal, weights(other), weights(model)))
+    last = "inner" if make is Within else "2"
+    third.get_submodule(last).load_state_dict(other.get_submodule(last).state_dict())  # a part, with the table
+    assert torch.equal(third.get_submodule(last).weight, model.get_submodule(last).weight)
+    entries = [
+        [layer.virtual.entries() for layer in one.modules() if hasattr(layer, "virtual")] for one in (third, model)
+    ]
+    others = [torch.equal(*both) for both in zip(*entries, strict=True)]
+    assert others == [False] * (len(others) - 1) + [True]
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")

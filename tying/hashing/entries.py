@@ -48,19 +48,23 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
 
 
 class Drawn:
-    """What a hash has drawn for a table, in all weights that share it.
+    """What a hash has drawn for a table, for all weights that share it: in memory, and in checkpoints, once.
 
     Attributes:
         values: ``None`` where it draws nothing.
-        version: how often others were loaded.
     """
 
     def __init__(self, values: Tensor | None) -> None:
-        self.values, self.version = values, 0
+        self.values = values
+        self._loaded: Drawn | None = None
 
-    def load(self, values: Tensor) -> None:
-        """Take what the hash has drawn elsewhere."""
-        self.values, self.version = values, self.version + 1
+    def loaded(self, values: Tensor) -> Drawn:
+        """Return that of weights which have loaded these values: the same one for all of them."""
+        if self.values is not None and torch.equal(values, self.values):
+            return self
+        if self._loaded is None or self._loaded.loaded(values) is not self._loaded:
+            self._loaded = Drawn(values)
+        return self._loaded
 
 
 class Entries(nn.Module):
@@ -102,20 +106,12 @@ class Entries(nn.Module):
         self.first, self.zero_row = first, zero_row
         hash.check_shape(self.shape)
         self.common = common or Drawn(hash.draw(table_size))
-        self.draws = common is None
-        self._zeros, self._checked = False, -1
+        self.zeros = False  # whether some weights are
 
     @property
     def drawn(self) -> Tensor | None:
         """What the hash has drawn."""
         return self.common.values
-
-    @property
-    def zeros(self) -> bool:
-        """Whether some weights are zero."""
-        if self._checked != self.common.version:
-            self.check_slots()
-        return self._zeros
 
     def entries(self) -> Tensor:
         """Return the table entry of each weight, −1 where it is zero; int64, of the weight's shape."""
@@ -184,4 +180,4 @@ class Entries(nn.Module):
                     "are needed"
                 )
             zeros |= low < 0
-        self._zeros, self._checked = zeros, self.common.version
+        self.zeros = zeros

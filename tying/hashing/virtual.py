@@ -41,7 +41,7 @@ class VirtualWeight(Entries):
         first: identifier of the first weight.
         scale: a constant factor on all weights.
         zero_row: a row that is zero: an embedding's padding.
-        common: what the hash has drawn for another weight of the table, ``virtual.common``, which that one saves.
+        common: what the hash has drawn for another weight of the table, ``virtual.common``.
 
     Raises:
         ConfigurationError: an argument is out of range, the hash does not fit or leaves the table, or has no
@@ -84,9 +84,8 @@ class VirtualWeight(Entries):
         if self.structure is None:
             self.check_slots()
         else:
-            self._zeros, self._checked = self.structure.zeros, self.common.version
+            self.zeros = self.structure.zeros
         self._kept: Tensor | None = None
-        self._kept_version = self.common.version
         self._keep(torch.device("cpu"))
         self._compiled: Slots | None = None
         self._may_compile = index == "computed" and self.shape.numel() >= COMPILED
@@ -160,30 +159,62 @@ class VirtualWeight(Entries):
     @override
     def get_extra_state(self) -> Tensor:
         told = json.dumps({"described": self._described, "scale": self.scale}).encode()
-        drawn = b"" if self.drawn is None or not self.draws else self.drawn.cpu().numpy().tobytes()
-        return torch.frombuffer(bytearray(len(told).to_bytes(4, "little") + told + drawn), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(told), dtype=torch.uint8)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        content = bytes(state.cpu().numpy().tobytes())
-        length = 4 + int.from_bytes(content[:4], "little")
-        told = json.loads(content[4:length])
+        try:
+            told = json.loads(bytes(state.cpu().numpy().tobytes()))
+        except ValueError:
+            raise ConfigurationError("its description in the checkpoint is truncated or corrupted") from None
         if told["described"] != self._described:
             raise ConfigurationError(f"this weight is {self._described}; in the checkpoint it is {told['described']}")
         self.scale = told["scale"]
-        if self.drawn is not None and len(content) > length:
-            drawn = torch.frombuffer(bytearray(content[length:]), dtype=self.drawn.dtype).to(self.drawn.device)
-            if not torch.equal(drawn, self.drawn):
-                self.common.load(drawn)
-        if self._kept is not None and self._kept_version != self.common.version:
-            self._keep(self._kept.device)
 
     @override
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.drawn is not None:  # no buffer, which processes would send to each other at every step
+            destination[f"{prefix}drawn"] = self.drawn
+
+    @override
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}drawn"
+        reported = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         try:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
+            super()._load_from_state_dict(state_dict, prefix, *reported)
+            if self.drawn is None:
+                return
+            if key in state_dict:
+                self._take(state_dict[key])
+            elif strict:
+                missing_keys.append(key)
         except ConfigurationError as error:
             raise ConfigurationError(f"{prefix.removesuffix('.')!r}: {error}") from None
+        unexpected_keys[:] = [one for one in unexpected_keys if one != key]
+
+    def _take(self, drawn: Tensor) -> None:
+        """Take what the hash has drawn elsewhere."""
+        assert self.drawn is not None
+        if (drawn.shape, drawn.dtype) != (self.drawn.shape, self.drawn.dtype):
+            told = [f"{one.dtype} of shape {tuple(one.shape)}" for one in (self.drawn, drawn)]
+            raise ConfigurationError(f"what its hash draws is {told[0]}; in the checkpoint it is {told[1]}")
+        common = self.common
+        if not drawn.is_meta:
+            self.common = common.loaded(drawn.to(self.drawn.device))
+        if self.common is not common:
+            self.check_slots()
+            if self._kept is not None:
+                self._keep(self._kept.device)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -232,11 +263,10 @@ class VirtualWeight(Entries):
             if self._may_compile:
                 self._compiled, self._may_compile = compiled(self._computing(), self._size, str(self.hash)), False
             return self._compiled or self._computing()
-        if self._kept is None or self._kept.device != device or self._kept_version != self.common.version:
+        if self._kept is None or self._kept.device != device:
             self._keep(device)
         return Slots(self.shape.numel(), self._numbered, self._kept)
 
     def _keep(self, device: torch.device) -> None:
         if self.index == "stored":
             self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
-            self._kept_version = self.common.version
