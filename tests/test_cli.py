@@ -382,6 +382,7 @@ def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
     assert "  network.weight (10, 8), structured; only 5 of 10 units are distinct" in told
     assert Path("loads.png").read_bytes().startswith(b"\x89PNG")
     assert "plot: no weight of the model is hashed" in errors(capsys, "inspect", BASE, "--plot=loads.png")
+    assert "plot: . is a folder; give a file's name" in errors(capsys, "inspect", "--config=hashed.yaml", "--plot=.")
 
 
 def test_inspect_tells_every_tie_that_does_not_fit(capsys):

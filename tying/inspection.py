@@ -41,6 +41,8 @@ def inspect(
     Raises:
         ConfigurationError: ties do not fit the model; those that do are printed first.
     """
+    if plot is not None and plot.is_dir():
+        raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
     model.configure_model()
     callbacks = _in_force(model, callbacks)
     changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]

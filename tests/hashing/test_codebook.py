@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import Toy, same, train
 
+from tying import ConfigurationError
 from tying.callbacks import AnchorTying, BeforeEpoch, HardTying, SoftTying, WeightClustering, WeightHashing
 from tying.hard import bake
 from tying.hashing import (
@@ -144,6 +145,7 @@ def test_files(tmp_path):
         cluster_weight(model, "0.weight", 2)
 
 
+@pytest.mark.filterwarnings("ignore:WeightClustering begins in epoch")
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("stop", [1, 3])
 def test_training_resumes_bitwise(kind, stop, tmp_path):
@@ -228,6 +230,13 @@ def test_mistakes(make, told):
         make()
 
 
+def test_a_name_of_no_module_is_told():
+    with pytest.raises(
+        ConfigurationError, match=r"'nett\.weight' is no parameter of the model, which has no module 'nett'"
+    ):
+        cluster_weight(Toy(), "nett.weight", 2)
+
+
 def test_several_clusterings_of_one_model(tmp_path):
     def callbacks():
         return [
@@ -249,6 +258,83 @@ def test_several_clusterings_of_one_model(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+def test_a_compiled_part_resumes_after_clustering(tmp_path):
+    def compiled():
+        model = Toy()
+        model.decoder = torch.compile(model.decoder, backend="eager")
+        return model
+
+    def clustering():
+        return [WeightClustering(["decoder.*.weight"], 4, start_epoch=1)]
+
+    model = compiled()
+    train(model, clustering(), max_epochs=2).save_checkpoint(tmp_path / "a.ckpt")
+    whole, resumed = compiled(), compiled()
+    train(whole, clustering(), max_epochs=4)
+    train(resumed, clustering(), max_epochs=4, ckpt_path=tmp_path / "a.ckpt")
+    assert same(resumed, whole)
+    assert resumed.state_dict()["decoder._orig_mod.0.table"].shape == (4,)
+
+
+class Owner(nn.Module):
+    """A module with a table of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.table = nn.Parameter(torch.randn(6, 6) / 6), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        return x @ self.weight + self.table.sum(dim=0)
+
+
+@pytest.mark.filterwarnings("ignore:WeightClustering begins in epoch")
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_table_of_the_models_own_is_no_codebook(stop, tmp_path):
+    def made():
+        model = Toy()
+        torch.manual_seed(0)
+        model.decoder.append(Owner())
+        return model
+
+    def clustering():
+        return [WeightClustering(["decoder.3.weight"], 4, start_epoch=1)]
+
+    train(made(), clustering(), max_epochs=stop).save_checkpoint(tmp_path / "a.ckpt")
+    whole, resumed = made(), made()
+    train(whole, clustering(), max_epochs=3)
+    train(resumed, clustering(), max_epochs=3, ckpt_path=tmp_path / "a.ckpt")
+    assert same(resumed, whole)
+    assert len(resumed.decoder[3].weight.unique()) == 4
+
+
+def test_training_that_ends_before_clustering_begins_is_told():
+    with pytest.warns(UserWarning, match="begins in epoch 9, and training ends before: max_epochs is 2"):
+        train(Toy(), [WeightClustering(["encoder.*.weight"], 4, start_epoch=9)], max_epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda fields: fields.pop("gaps"), "missing 1 required positional argument: 'gaps'"),
+        (lambda fields: fields.update(indices=fields["indices"][:1]), "indices of 1 bytes, where 3 are due"),
+        (lambda fields: fields.update(shape=(2, 2)), "index"),
+    ],
+)
+def test_damaged_files_are_told(change, told, tmp_path):
+    layer = nn.Sequential(nn.Linear(4, 3))
+    cluster_weight(layer, "0.weight", 4)
+    save_packed(layer, tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt")
+    change(content["weights"]["0.weight"])
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ConfigurationError, match=rf"a.pt is damaged: .*{told}"):
+        load_packed(tmp_path / "a.pt")
+    torch.save({**content, "weights": [1]}, tmp_path / "a.pt")
+    with pytest.raises(ConfigurationError, match="is damaged"):
+        load_packed(tmp_path / "a.pt")
+
+
 def test_few_weights_left_are_entries_of_their_own():
     layer = nn.Linear(4, 3)
     with torch.no_grad():
@@ -264,6 +350,7 @@ def test_few_weights_left_are_entries_of_their_own():
 
 
 @pytest.mark.filterwarnings("ignore:.*pruning.*")
+@pytest.mark.filterwarnings("ignore:WeightClustering begins in epoch")
 def test_zeros_of_pruning_outlive_a_resume(tmp_path):
     def callbacks():
         pruning = ModelPruning("l1_unstructured", amount=0.5, apply_pruning=BeforeEpoch(1), parameter_names=["weight"])

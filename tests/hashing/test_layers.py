@@ -372,6 +372,35 @@ def test_what_was_drawn_in_floating_point_is_the_checkpoints():
     assert torch.equal(other.weight, layer.weight)
 
 
+BAND = ToeplitzHash(1, 1, input_size=(1, 4), kernel_size=(1, 3), padding=(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (8, 2), (16,)])
+def test_inputs_of_another_width_are_refused(shape):
+    for layer in (HashedLinear(4, 4, hash=BAND), HashedLinear(4, 4, hash=ModulusHash())):
+        with pytest.raises(ConfigurationError, match=f"this layer takes 4 features, not {shape[-1]}"):
+            layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (3, 4), (4,), (2, 3, 4)])
+def test_empty_batches_and_others(shape):
+    x = torch.randn(shape)
+    layer, stored = (HashedLinear(4, 4, hash=BAND, index=index) for index in ("structured", "stored"))
+    stored.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), stored(x))
+
+
+def test_mistakes_of_types():
+    with pytest.raises(IndexError, match=r"rows are chosen by integers, not by torch.float32"):
+        HashedEmbedding(9, 3)(torch.tensor([1.7]))
+    with pytest.raises(ConfigurationError, match=r"seed must be an integer, not 1.5"):
+        HashedLinear(4, 4, hash=UniformHash(1.5))
+    with pytest.raises(ConfigurationError, match=r"IdentityHash\(\).slot returned torch.int64 from 3 to 3"):
+        VirtualWeight((2, 2), 2, IdentityHash())
+    with pytest.raises(ConfigurationError, match="a weight of no entries cannot be hashed"):
+        VirtualWeight((0, 2), 2, UniformHash())
+
+
 def test_what_does_not_fit_is_refused_by_name():
     layer = nn.Sequential(HashedLinear(30, 20, table_ratio=0.1, hash=DirichletHash(0.5, 1)))
     state = layer.state_dict()

@@ -321,6 +321,33 @@ def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_each(make, ind
     assert others == [False] * (len(others) - 1) + [True]
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_copied(kind):
+    layer = kind(4, 5)
+    hash_weights(layer, ["weight*"], 0.5)
+    x = torch.randn(3, 2, 4)
+    for _ in range(2):  # before and after the first pass
+        other = copy.deepcopy(layer)
+        assert torch.equal(other(x)[0], layer(x)[0])
+        for one in (other, layer):
+            one.zero_grad()
+            one(x)[0].sum().backward()
+        assert torch.equal(other.weight_hh_l0_table.grad, layer.weight_hh_l0_table.grad)
+    with torch.no_grad():
+        other.weight_ih_l0_table.zero_()
+    assert not torch.equal(other(x)[0], layer(x)[0])
+
+
+def test_weights_that_are_not_initialised_are_told():
+    with pytest.raises(ConfigurationError, match=r"0\.weight: not initialised yet; call the model on a batch first"):
+        hash_weights(nn.Sequential(nn.LazyLinear(4)), ["*.weight"], 0.5)
+
+
+def test_a_table_without_uses_has_no_entropy():
+    told = str(report(nn.Sequential(HashedLinear(16, 1, table_ratio=0.25, density=0.05))))
+    assert "entropy of loads 0.0000, of probabilities 1.3863" in told
+
+
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_weight_averaging_leaves_hashes_alone():
     model = Toy()

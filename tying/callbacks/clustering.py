@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from tying.errors import ConfigurationError
 from tying.hard.places import places_of
 from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, clustered_size
+from tying.hashing.replacement import table_names
 from tying.selection import select
 
 
@@ -150,6 +152,12 @@ class WeightClustering(Watching, Choosing):
         if searching := [type(optimizer).__name__ for optimizer in trainer.optimizers if isinstance(optimizer, LBFGS)]:
             raise ConfigurationError(f"{searching[0]} keeps its weights to itself: it cannot take codebooks instead")
         self.refuse(pl_module, ((one, weight) for one in callbacks_of(trainer) for weight in held_by(one)))
+        if 0 <= (trainer.max_epochs or -1) <= self.start_epoch and not self._is_done(pl_module):
+            warnings.warn(
+                f"WeightClustering begins in epoch {self.start_epoch}, and training ends before: max_epochs is "
+                f"{trainer.max_epochs}",
+                stacklevel=2,
+            )
         if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
             for name in self.names:
                 _prune_again(pl_module, name)
@@ -219,13 +227,14 @@ def _take_codebooks(
 ) -> None:
     """Give a model the codebooks that a state dict has, before their values are loaded."""
     done = clustered(model)
+    places = {module: f"{prefix}{place}." if place else prefix for place, module in model.named_modules()}
     for name in names:
         path, _dot, attribute = name.rpartition(".")
-        owner, begins = model.get_submodule(path), f"{prefix}{path}.".lstrip(".")
-        keys = [begins + end for end in ("table", f"{attribute}_table")]
-        table = next((state_dict[key] for key in keys if key in state_dict), None)
-        if table is not None and name not in done:
-            put_codebook(owner, attribute, torch.zeros(owner.get_parameter(attribute).numel()).long(), table)
+        owner = model.get_submodule(path)
+        table, virtual = (places[owner] + own for own in table_names(type(owner), attribute))
+        if f"{virtual}.drawn" in state_dict and name not in done:
+            nowhere = torch.zeros(owner.get_parameter(attribute).numel()).long()
+            put_codebook(owner, attribute, nowhere, state_dict[table])
 
 
 def _prune_again(model: nn.Module, name: str) -> None:

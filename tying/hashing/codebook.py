@@ -116,7 +116,10 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         (torch.Size([4]), 4)
     """
     path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ConfigurationError(f"{name!r} is no parameter of the model, which has no module {path!r}") from None
     if prune.is_pruned(module) and f"{attribute}_orig" in module._parameters:
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
     check_clusterable(name, places_of(model), clusters)

@@ -99,6 +99,8 @@ class Entries(nn.Module):
         common: Drawn | None,
     ) -> None:
         super().__init__()
+        if not math.prod(shape):
+            raise ConfigurationError("a weight of no entries cannot be hashed")
         if not 0 < density <= 1:
             raise ConfigurationError(f"density is in (0, 1], not {density}")
         self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
@@ -164,14 +166,15 @@ class Entries(nn.Module):
         for begin in range(self.first, end, CHUNK):
             yield torch.arange(begin, min(begin + CHUNK, end), device=device)
 
-    def check_slots(self) -> None:
-        """See whether some weights are zero.
+    def check_slots(self, whole: bool = True) -> None:
+        """See whether some weights are zero: of all, or of the first and the last.
 
         Raises:
             ConfigurationError: the hash leaves the table.
         """
         zeros = False
-        for ids in self._ids(torch.device("cpu")):
+        ends = (self.first, self.first + self.shape.numel() - 1)
+        for ids in self._ids(torch.device("cpu")) if whole else map(torch.tensor, ends):
             slot = self._slot(ids)
             low, high = map(int, slot.aminmax())
             if low < -1 or high >= self.table_size or slot.is_floating_point():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.errors import ConfigurationError
 from tying.hashing.entries import table_entries
 from tying.hashing.hashes import Hash
 from tying.hashing.seeded import UniformHash
@@ -128,6 +129,8 @@ class HashedLinear(Hashed, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         virtual = self.virtual
         if virtual.structure is not None:
+            if input.shape[-1] != self.in_features:
+                raise ConfigurationError(f"this layer takes {self.in_features} features, not {input.shape[-1]}")
             return virtual.structure.linear(input, virtual.scaled(self.table), self.bias)
         if (seed := virtual.fusible_seed(self.table)) is not None:
             from tying.hashing.kernels import fused_linear

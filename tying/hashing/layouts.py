@@ -188,10 +188,10 @@ class ToeplitzHash(Hash):
 
     def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the flattened convolution of flattened images (..., in_channels · height · width), plus a bias."""
-        images = x.reshape(-1, self.in_channels, *both(self.input_size))
+        images = x.reshape(math.prod(x.shape[:-1]), self.in_channels, *both(self.input_size))
         kernel = table.view(self.out_channels, self.in_channels, *both(self.kernel_size))
         stride, padding, dilation = both(self.stride), both(self.padding), both(self.dilation)
-        output = F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], -1)
+        output = F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], self.features[0])
         return output if bias is None else output + bias.to(output.dtype)
 
     @override

@@ -28,11 +28,13 @@ def entropy(loads: Tensor) -> float:
     """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n where all are alike, 0 where one has all.
 
     Args:
-        loads: (table_size,), not negative; need not sum to one.
+        loads: (table_size,), not negative; need not sum to one. Of none, 0.
 
     Example:
         >>> round(entropy(torch.ones(1000)), 2)
         6.91
     """
+    if not loads.any():
+        return 0.0
     shares = loads.double() / loads.sum()
     return float(-torch.special.xlogy(shares, shares).sum()) + 0.0

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
 from tying.hard import tie
 from tying.hard.places import places_of
 from tying.hard.states import check_alike
@@ -65,7 +66,8 @@ def hash_weights(
 
     Raises:
         ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
-            already, weights of one table differ in dtype or device, or the hash does not fit; nothing is changed.
+            already, weights of one table differ in dtype, device or whether
+            they are trained, or the hash does not fit; nothing is changed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
@@ -81,6 +83,8 @@ def hash_weights(
     for name in found:
         if any(places[name].attribute in one.prefixes for one in computed_in(places[name].owner)):
             raise ConfigurationError(f"{name!r} is the table of a hashed layer already")
+    if lazy := [name for name, weight in found.items() if is_lazy(weight)]:
+        raise ConfigurationError(f"{listed(lazy)}: not initialised yet; call the model on a batch first")
     if not chosen:
         raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
     for name in chosen:

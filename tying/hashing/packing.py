@@ -133,10 +133,15 @@ def huffman_bits(symbols: Tensor) -> int:
 
 def unpacked(one: Packed) -> Tensor:
     """Return the weight; float32."""
+    bits = index_bits(len(one.codebook))
+    for what, length in {"indices": bits * one.counts[0], "gaps": GAP_BITS * one.counts[1]}.items():
+        held, due = len(getattr(one, what)), math.ceil(length / 8)
+        if held != due:
+            raise ConfigurationError(f"{what} of {held} bytes, where {due} are due")
     gaps = _unpack(one.gaps, one.counts[1], GAP_BITS)
     at = torch.where(gaps == FAR, FAR, gaps + 1).cumsum(0)[gaps != FAR] - 1
     weight = torch.zeros(math.prod(one.shape))
-    weight[at] = one.codebook[_unpack(one.indices, one.counts[0], index_bits(len(one.codebook)))]
+    weight[at] = one.codebook[_unpack(one.indices, one.counts[0], bits)]
     return weight.view(one.shape)
 
 
@@ -176,17 +181,21 @@ def save_packed(model: nn.Module, path: Path | str) -> int:
 def load_packed(path: Path | str) -> dict[str, Tensor]:
     """Return the weights in a file of :func:`save_packed`, by name, as a plain state dict holds them.
 
-    These are the clustered ones alone; ``model.load_state_dict(weights, strict=False)`` leaves others as they are.
+    These are the clustered ones alone, in float32; ``model.load_state_dict(weights, strict=False)`` leaves others as
+    they are, and tells by ``unexpected_keys`` which of these the model has no place for.
 
     Raises:
-        ConfigurationError: it is no such file, or one of another version.
+        ConfigurationError: it is no such file, one of another version, or a damaged one.
     """
     content = read(path, "packed weights")
     if not isinstance(content, Mapping) or "version" not in content or "weights" not in content:
         raise ConfigurationError(f"{path} holds no packed weights")
     if content["version"] != VERSION:
         raise ConfigurationError(f"{path} is of version {content['version']}; this package reads version {VERSION}")
-    return {name: unpacked(Packed(**fields)) for name, fields in content["weights"].items()}
+    try:
+        return {name: unpacked(Packed(**fields)) for name, fields in content["weights"].items()}
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"{path} is damaged: {error}") from None
 
 
 def clustered_size(model: nn.Module, names: Sequence[str]) -> tuple[int, int]:

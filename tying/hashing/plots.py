@@ -26,13 +26,13 @@ def table_loads(model: nn.Module) -> dict[str, Tensor]:
     return {next(iter(group)): loads_of(group) for group in tables_in(model)}
 
 
-def plot_loads(model: nn.Module, path: Path) -> None:
+def plot_loads(model: nn.Module, path: Path | str) -> None:
     """Write a PNG with the loads of each table of a model: as a heat map of its entries, and as a histogram.
 
     Raises:
         ConfigurationError: no weight is hashed.
     """
-    draw_loads(table_loads(model), path)
+    draw_loads(table_loads(model), Path(path))
 
 
 def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:

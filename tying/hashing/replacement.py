@@ -20,6 +20,12 @@ LAYERS: dict[type[nn.Module], type[Hashed]] = {
 }
 
 
+def table_names(kind: type[nn.Module], weight: str) -> tuple[str, str]:
+    """Return the names of a weight's table, and of the map from it, in what becomes of a module of this class."""
+    layer = kind in LAYERS and weight == "weight"
+    return ("table", "virtual") if layer else (f"{weight}_table", f"{weight}_virtual")
+
+
 def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: nn.Parameter) -> str:
     """Put a table in the place of a weight of any module; return the table's name.
 
@@ -27,11 +33,10 @@ def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: 
     parametrizations give it one, whose weight is a property.
     """
     kind = type(module)
-    if name == "weight" and kind in LAYERS:
+    names = table_names(kind, name)
+    if names == ("table", "virtual"):
         module.__class__ = LAYERS[kind]
-        names = "table", "virtual"
     else:
-        names = f"{name}_table", f"{name}_virtual"
         computes = {**getattr(kind, "computes", {}), name: names}
         plain = next(one for one in kind.__mro__ if "computes" not in vars(one))
         content: dict[str, Any] = {
@@ -41,6 +46,8 @@ def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: 
         for reset in ("reset_parameters", "_reset_parameters"):
             if hasattr(plain, reset):
                 content[reset] = _resetting(reset)
+        if issubclass(plain, nn.RNNBase):  # whose copies hold what is computed, too: as numbers, without a graph
+            content["__getstate__"] = torch.no_grad()(plain.__getstate__)
         module.__class__ = type(f"Hashed{plain.__name__.removeprefix('Hashed')}", (plain,), content)
     put_table(module, name, names, table, virtual)
     return names[0]

@@ -26,6 +26,12 @@ class SeededHash(Hash):
     seed: int
 
     @override
+    def check(self, count: int, table_size: int) -> None:
+        super().check(count, table_size)
+        if not isinstance(self.seed, int):
+            raise ConfigurationError(f"seed must be an integer, not {self.seed!r}")
+
+    @override
     def seeded(self, salt: int) -> Self:
         salted: Self = replace(self, seed=self.seed ^ salt)  # type: ignore[type-var]  # subclasses are dataclasses
         return salted

@@ -81,9 +81,8 @@ class VirtualWeight(Entries):
         if index == "auto":
             index = "structured" if self.structure else "stored" if self.shape.numel() <= KEPT else "computed"
         self.index = index
-        if self.structure is None:
-            self.check_slots()
-        else:
+        self.check_slots(whole=self.structure is None)
+        if self.structure is not None:
             self.zeros = self.structure.zeros
         self._kept: Tensor | None = None
         self._keep(torch.device("cpu"))
@@ -104,8 +103,10 @@ class VirtualWeight(Entries):
             chosen: integers in [0, rows), of any shape.
 
         Raises:
-            IndexError: one is not.
+            IndexError: one is not, or they are no integers.
         """
+        if chosen.is_floating_point() or chosen.dtype == torch.bool:
+            raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
         if chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling():
             least, largest = map(int, chosen.aminmax())
             if least < 0 or largest >= self.shape[0]:
