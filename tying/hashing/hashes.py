@@ -58,7 +58,7 @@ class Hash:
         raise NotImplementedError
 
     def draw(self, table_size: int) -> Tensor | None:
-        """Return what floating point may draw differently elsewhere, hence is saved with a model's weights."""
+        """Return what is saved with a model's weights, since it could be drawn differently elsewhere."""
         return None
 
     def sign(self, ids: Tensor) -> Tensor:

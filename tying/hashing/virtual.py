@@ -28,7 +28,8 @@ COMPILED = 1 << 20  # weights from which on computing entries is worth compiling
 class VirtualWeight(Entries):
     """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization.
 
-    Its state is the hash's description, and what the hash has drawn in floating point; never the index.
+    Its state is the hash's description, and what the hash has drawn: a clustering's assignments, say. An index that can
+    be computed is never saved.
 
     Args:
         shape: of the weight.
