@@ -60,11 +60,14 @@ class Drawn:
 
     def loaded(self, values: Tensor) -> Drawn:
         """Return that of weights which have loaded these values: the same one for all of them."""
-        if self.values is not None and torch.equal(values, self.values):
+        if self._is(values):
             return self
-        if self._loaded is None or self._loaded.loaded(values) is not self._loaded:
+        if self._loaded is None or not self._loaded._is(values):
             self._loaded = Drawn(values)
         return self._loaded
+
+    def _is(self, values: Tensor) -> bool:
+        return self.values is not None and self.values.device == values.device and torch.equal(self.values, values)
 
 
 class Entries(nn.Module):
