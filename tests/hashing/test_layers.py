@@ -418,6 +418,21 @@ def test_what_does_not_fit_is_refused_by_name():
         uniform.load_state_dict({**uniform.state_dict(), "virtual.drawn": torch.zeros(60)})
 
 
+def test_what_is_loaded_is_copied_and_what_is_refused_is_not_taken():
+    layer, other = (HashedLinear(6, 4, table_ratio=0.25, hash=CodebookHash(torch.arange(24) % n)) for n in (6, 5))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    other.load_state_dict(state)
+    state["virtual.drawn"].zero_()
+    assert torch.equal(copy.deepcopy(other).weight, layer.weight)
+    with pytest.raises(ConfigurationError, match=r"'virtual': .* from 6 to 6: integers in \[-1, 6\) are needed"):
+        other.load_state_dict({**state, "virtual.drawn": state["virtual.drawn"] + 6})
+    assert torch.equal(copy.deepcopy(other).weight, layer.weight)
+    empty = {name: value.to("meta") for name, value in state.items()}
+    other.load_state_dict(empty, assign=True)
+    assert other.table.is_meta
+    assert torch.equal(other.virtual.drawn, layer.virtual.drawn)
+
+
 def test_what_was_drawn_elsewhere_is_compiled_and_exported():
     layer, other = (HashedEmbedding(9, 3, table_ratio=0.5, hash=DirichletHash(0.5, 1)) for _ in range(2))
     drawn = layer.virtual.drawn.clone()

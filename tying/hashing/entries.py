@@ -63,7 +63,7 @@ class Drawn:
         if self._is(values):
             return self
         if self._loaded is None or not self._loaded._is(values):
-            self._loaded = Drawn(values)
+            self._loaded = Drawn(values.clone())  # what it came in may be changed
         return self._loaded
 
     def _is(self, values: Tensor) -> bool:

@@ -165,6 +165,8 @@ class VirtualWeight(Entries):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
+        if state.is_meta:  # and has no values
+            return
         try:
             told = json.loads(bytes(state.cpu().numpy().tobytes()))
         except ValueError:
@@ -211,12 +213,16 @@ class VirtualWeight(Entries):
             told = [f"{one.dtype} of shape {tuple(one.shape)}" for one in (self.drawn, drawn)]
             raise ConfigurationError(f"what its hash draws is {told[0]}; in the checkpoint it is {told[1]}")
         common = self.common
-        if not drawn.is_meta:
-            self.common = common.loaded(drawn.to(self.drawn.device))
-        if self.common is not common:
+        if drawn.is_meta or (loaded := common.loaded(drawn.to(self.drawn.device))) is common:
+            return
+        self.common = loaded
+        try:
             self.check_slots()
-            if self._kept is not None:
-                self._keep(self._kept.device)
+        except ConfigurationError:
+            self.common = common
+            raise
+        if self._kept is not None:
+            self._keep(self._kept.device)
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
