@@ -227,7 +227,8 @@ class VirtualWeight(Entries):
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        device = fn(torch.empty(0, device="cpu" if self._kept is None else self._kept.device)).device
+        held = self.drawn if self._kept is None else self._kept
+        device = fn(torch.empty(0, device="cpu" if held is None else held.device)).device
         if device.type != "meta":  # there it has no values
             if self.drawn is not None:
                 self.common.values = self.drawn.to(device)
