@@ -214,3 +214,12 @@ def refuse_copies(trainer: pl.Trainer, asker: str, why: str, processes: bool = T
     if holders or (processes and trainer.world_size > 1):
         what = type(holders[0]).__name__ if holders else "several processes"
         raise ConfigurationError(f"{asker} does not go with {what}, which would keep {why}")
+
+
+def warn_if_too_late(trainer: pl.Trainer, who: str, start_epoch: int) -> None:
+    """Warn where training ends before the epoch in which a callback begins."""
+    if 0 <= (trainer.max_epochs or -1) <= start_epoch:
+        warnings.warn(
+            f"{who} begins in epoch {start_epoch}, and training ends before: max_epochs is {trainer.max_epochs}",
+            stacklevel=3,
+        )

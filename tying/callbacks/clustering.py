@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,14 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import Choosing, arguments_of, callbacks_of, held_by, refuse_copies
+from tying.callbacks.base import (
+    Choosing,
+    arguments_of,
+    callbacks_of,
+    held_by,
+    refuse_copies,
+    warn_if_too_late,
+)
 from tying.callbacks.finite import Watching, kept_for
 from tying.errors import ConfigurationError
 from tying.hard.places import places_of
@@ -152,12 +158,8 @@ class WeightClustering(Watching, Choosing):
         if searching := [type(optimizer).__name__ for optimizer in trainer.optimizers if isinstance(optimizer, LBFGS)]:
             raise ConfigurationError(f"{searching[0]} keeps its weights to itself: it cannot take codebooks instead")
         self.refuse(pl_module, ((one, weight) for one in callbacks_of(trainer) for weight in held_by(one)))
-        if 0 <= (trainer.max_epochs or -1) <= self.start_epoch and not self._is_done(pl_module):
-            warnings.warn(
-                f"WeightClustering begins in epoch {self.start_epoch}, and training ends before: max_epochs is "
-                f"{trainer.max_epochs}",
-                stacklevel=2,
-            )
+        if not self._is_done(pl_module):
+            warn_if_too_late(trainer, "WeightClustering", self.start_epoch)
         if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
             for name in self.names:
                 _prune_again(pl_module, name)

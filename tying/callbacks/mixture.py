@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.atomic import save_figure
-from tying.callbacks.base import Choosing, picture_folder, refuse_copies
+from tying.callbacks.base import Choosing, picture_folder, refuse_copies, warn_if_too_late
 from tying.callbacks.batch_norms import estimate_batch_norms
 from tying.callbacks.examples import labelled_examples
 from tying.callbacks.pulling import Pull, Pulling
@@ -139,12 +139,7 @@ class MixtureTying(Pulling, Choosing):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._share = 1 / (self.examples or labelled_examples(trainer))
-        if 0 <= (trainer.max_epochs or -1) <= self.start_epoch:
-            warnings.warn(
-                f"MixtureTying begins in epoch {self.start_epoch}, and training ends before: max_epochs is "
-                f"{trainer.max_epochs}",
-                stacklevel=2,
-            )
+        warn_if_too_late(trainer, "MixtureTying", self.start_epoch)
 
     @override
     def on_train_batch_start(
