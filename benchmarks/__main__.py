@@ -17,8 +17,8 @@ from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.speed import FAMILIES as SPEED
 from benchmarks.sweep import Sweep
-from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
+from tying.files import save_figure
 
 REPORT = Path("runs/report.html")
 COMPUTED = {"hybrid-toy": hybrid_toy.report}  # experiments without a network to train

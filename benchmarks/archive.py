@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.folder import FILES, complete_below
-from tying.atomic import atomically
 from tying.errors import ConfigurationError
+from tying.files import atomically
 
 KEPT = ("result.json", *FILES)
 

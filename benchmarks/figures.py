@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.inference import moments
-from tying.atomic import save_figure
+from tying.files import save_figure
 
 Row = Mapping[str, str]
 

@@ -7,8 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tying.atomic import atomically
 from tying.errors import ConfigurationError
+from tying.files import atomically
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

@@ -34,11 +34,11 @@ from benchmarks.report import write, write_csv
 from benchmarks.suite import Run
 from tying.callbacks import RandomState
 from tying.callbacks.base import callbacks_of
-from tying.checkpoints import newest_intact
 from tying.cli import parse
+from tying.cli.errors import explain
 from tying.errors import ConfigurationError
-from tying.explanation import explain
-from tying.names import count_parameters
+from tying.files import newest_intact
+from tying.weights.derived import count_parameters
 
 LONGEST = 2000  # characters of an error: a pipe holds it
 

@@ -17,8 +17,8 @@ from benchmarks.inference import interval, moments
 from benchmarks.machine import in_words
 from benchmarks.report import table
 from benchmarks.suite import Run, Suite
-from tying.atomic import save_figure
 from tying.errors import ConfigurationError, listed, nearest
+from tying.files import save_figure
 
 STYLES = ("-", "--", ":")
 

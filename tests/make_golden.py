@@ -4,6 +4,7 @@
 from the middle of a run, and in `ends.pt` the weights at that run's end. `packed.pt`: clustered weights.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -18,7 +18,7 @@ from benchmarks.declared import load
 from benchmarks.figures import Plot, draw, final
 from benchmarks.inference import interval, moments, probability_by_chance, rank_correlation
 from tying.hashing import UniformHash
-from tying.hashing.entries import table_entries
+from tying.hashing.parametrization import table_entries
 
 
 def rows(values):

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from toys import TIES, Toy, batches, same
 
 from tying.callbacks import SoftTying
-from tying.checkpoints import newest_intact
 from tying.cli import main, parse
+from tying.files import newest_intact
 from tying.models import Autoencoder, Classifier, ResNet
 
 ROOT = Path(__file__).parents[1]

@@ -31,8 +31,8 @@ from tying.hashing import (
     UniformHash,
     XXHash,
 )
-from tying.patterns import Pattern
-from tying.relations import bind
+from tying.selection.patterns import Pattern
+from tying.selection.relation import bind
 
 SHARE = float(os.environ.get("FUZZ", "0.002"))  # of the cases of `make fuzz`
 CASES = {}

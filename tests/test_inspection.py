@@ -14,8 +14,8 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
+from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError
-from tying.inspection import inspect
 
 A, B = "encoder.0.bias", "decoder.0.bias"
 V, W = "encoder.0.weight", "decoder.2.weight"

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from tying.depth import fractal_join, skip_forward, stochastic_depth, swapout
-from tying.hard.generated import generate
+from tying.hard.hypernetwork import generate
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 from tying.hard.templates import mix
 from tying.hashing import CodebookHash, ModulusHash, UniformHash, VirtualWeight

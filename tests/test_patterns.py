@@ -1,7 +1,7 @@
 import pytest
 
 from tying import ConfigurationError
-from tying.patterns import Pattern, mirror_ranks
+from tying.selection.patterns import Pattern, mirror_ranks
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tying import ConfigurationError
-from tying.relations import Relation, bind, check
+from tying.selection.relation import Relation, bind, check
 
 PATTERNS = [
     ("o i -> i o", (3, 5), (5, 3)),

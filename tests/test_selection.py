@@ -8,7 +8,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from tying import ConfigurationError, Tie, resolve
 from tying.models import Autoencoder, ResNet
-from tying.selection import resolve_each
+from tying.selection.resolve import resolve_each
 
 
 def names(model, *ties):

@@ -36,3 +36,59 @@ def listed(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise unless an argument is one of the given choices.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        choices: the valid values.
+
+    Raises:
+        ConfigurationError: the value is another one; the message lists the choices and the nearest of them.
+
+    Example:
+        >>> check_choice("init", "sorce", ("source", "mean"))
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: init must be 'source' or 'mean', not 'sorce'. Nearest existing names: source.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        *first, last = map(repr, choices)
+        close = nearest(value, choices) if isinstance(value, str) else ""
+        hint = f".{close}".removesuffix(".")
+        raise ConfigurationError(
+            f"{name} must be {' or '.join(filter(None, (', '.join(first), last)))}, not {value!r}{hint}"
+        )
+
+
+def check_range(name: str, value: float, interval: str) -> None:
+    """Raise unless an argument lies in an interval.
+
+    Args:
+        name: of the argument.
+        value: of the argument.
+        interval: in mathematical notation: ``"[0, 1]"``, ``"(0, 1]"``, ``"[1, inf)"``; ``inf]`` admits infinity.
+
+    Raises:
+        ConfigurationError: the value is outside, NaN, or not a number.
+
+    Example:
+        >>> check_range("keep", 1.5, "[0, 1]")
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: keep must be in [0, 1], not 1.5
+        >>> check_range("samples", 0, "[1, inf)")
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: samples must be 1 or more, not 0
+    """
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    is_number = isinstance(value, int | float)
+    inside = is_number and (low <= value if interval[0] == "[" else low < value)
+    if not (inside and (value <= high if interval[-1] == "]" else value < high)):
+        bound = f"in {interval}"
+        if high == float("inf"):
+            bound = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
+            bound += " and finite" * (is_number and value == high)
+        raise ConfigurationError(f"{name} must be {bound}, not {value!r}")

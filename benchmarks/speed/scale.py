@@ -21,8 +21,8 @@ from benchmarks.report import ROOT, table
 from benchmarks.speed.timing import Race, Step, race, with_extremes
 from tying import resolve
 from tying.errors import ConfigurationError
-from tying.names import count_parameters
 from tying.soft import TyingPenalty, anchored
+from tying.weights.derived import count_parameters
 
 FAMILIES = {  # configurations on top of base.yaml
     "untied": [],

@@ -55,7 +55,7 @@ def test_at_one_the_classifier_knows_nothing_of_the_unlabelled_data():
     assert not same(models[0].autoencoder, models[1].autoencoder)
 
 
-class Shared(HybridClassifier):
+class TieRecord(HybridClassifier):
     """One encoder, in both models."""
 
     def training_step(self, batch, batch_idx):
@@ -72,7 +72,7 @@ class Shared(HybridClassifier):
 def test_at_zero_it_is_one_encoder_at_half_the_learning_rate():
     coupled = hybrid()
     torch.manual_seed(0)
-    shared = Shared(MLP([6, 5]), MLP([5, 3]), MLP([5, 6]), **{**coupled.hparams, "reconstruction": 1.0}).double()
+    shared = TieRecord(MLP([6, 5]), MLP([5, 3]), MLP([5, 6]), **{**coupled.hparams, "reconstruction": 1.0}).double()
     train(coupled, [Coupling(**PAIR, alpha=0.0)], data=data())
     train(shared, data=data())
     for a, b in zip(coupled.classifier.parameters(), shared.classifier.parameters(), strict=True):

@@ -19,7 +19,7 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.callbacks.finite import FiniteWatch, Look
+from tying.callbacks.finite_check import FiniteCheck, Look
 from tying.errors import NonFiniteError
 
 BIASES = ["encoder.0.bias ~ decoder.0.bias"]
@@ -134,7 +134,7 @@ def test_a_callback_goes_on_after_it(tmp_path):
 
 
 def test_a_scaler_that_skips_a_step_is_no_fault():
-    watch, weight = FiniteWatch("SoftTying"), nn.Parameter(torch.ones(2))
+    watch, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), math.inf)
     watch.look_at_gradients({"a": weight}, scaled=True)
     watch.look({"a": weight})
@@ -194,18 +194,18 @@ def test_no_checkpoint_holds_it_whoever_saves(tmp_path):
 
 
 def test_float64_is_no_overflow():
-    watch = FiniteWatch("SoftTying")
+    watch = FiniteCheck("SoftTying")
     watch.check({"a": nn.Parameter(torch.tensor([1e300, 1e308, 1e308], dtype=torch.float64))})
 
 
 def test_a_large_half_is_no_overflow():
-    watch = FiniteWatch("SoftTying")
+    watch = FiniteCheck("SoftTying")
     half, empty = torch.full((4096,), 6e4, dtype=torch.float16), torch.empty(0)
     watch.look({name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()})
     watch.tell()
 
 
 def test_what_is_not_trained_is_left_alone():
-    watch = FiniteWatch("AnchorTying")
+    watch = FiniteCheck("AnchorTying")
     watch.look({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
     watch.tell()

@@ -4,7 +4,7 @@ import torch
 from toys import Toy, train
 
 from tying.callbacks import LowRankWeights, WeightClustering, WeightHashing
-from tying.callbacks.base import arguments_of
+from tying.callbacks.transform import arguments_of
 
 NAME = "encoder.0.weight"
 

@@ -104,7 +104,7 @@ def test_explicit_tie_in_one_step_at_one_over_m():
     assert gap([*model.lone]) < 1e-15
 
 
-class Shared(pl.LightningModule):
+class TieRecord(pl.LightningModule):
     """A chain of m equal square layers: separate weights, or one that is used m times."""
 
     def __init__(self, m, share, lr, momentum):
@@ -127,7 +127,7 @@ class Shared(pl.LightningModule):
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("m", [2, 3])
 def test_infinite_proximal_equals_one_shared_weight_at_lr_over_m(m, momentum):
-    separate, shared = Shared(m, False, 0.3, momentum), Shared(m, True, 0.3 / m, momentum)
+    separate, shared = TieRecord(m, False, 0.3, momentum), TieRecord(m, True, 0.3 / m, momentum)
     train(separate, [SoftTying(["layers.*"], strength=math.inf, update="proximal")])
     train(shared)
     for layer in separate.layers:
@@ -295,7 +295,7 @@ def test_ties_that_do_not_fit_stop_the_fit():
     with pytest.raises(ConfigurationError, match="Nearest existing names"):
         train(model, [SoftTying(["encodr.0.weight ~ decoder.2.weight"])])
     with pytest.raises(ConfigurationError, match="takes pairs"):
-        train(Shared(3, False, 0.1, 0.0), [SoftTying(["layers.*"], penalty=Huber())])
+        train(TieRecord(3, False, 0.1, 0.0), [SoftTying(["layers.*"], penalty=Huber())])
     assert same(model, Toy())
 
 

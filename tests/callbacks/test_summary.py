@@ -6,7 +6,7 @@ from toys import TIES, Toy, train
 
 from tying import resolve
 from tying.callbacks import SoftTying, TyingSummary
-from tying.callbacks.summary import summary_lines, summary_table
+from tying.callbacks.observers.summary import summary_lines, summary_table
 from tying.soft import gap
 
 

@@ -17,8 +17,8 @@ from tying.depth import (
     keep_schedule,
     stochastic_depth,
 )
-from tying.depth.branch import Branch, left_out
 from tying.depth.draws import draw, keep_mask
+from tying.depth.merge import Branch, skip_branch
 
 X = torch.randn(6, 5, dtype=torch.float64)
 
@@ -227,7 +227,7 @@ def test_one_row_alone_has_no_batch_statistics():
 
 
 def test_auto_is_subset_or_row():
-    from tying.depth.stochastic import BREAK_EVEN
+    from tying.depth.stochastic_depth import BREAK_EVEN
 
     low, high = BREAK_EVEN - 0.1, (1 + BREAK_EVEN) / 2
     for keep, mode in ((low, "subset"), (high, "row")):
@@ -305,14 +305,14 @@ def test_left_out_gives_zero_gradients_and_something_to_overwrite():
     layer = nn.Linear(5, 5).double()
     frozen = nn.Linear(5, 5).double().requires_grad_(False)
     x = X.clone().requires_grad_()
-    out = left_out(x.relu(), Branch(nn.Sequential(layer, frozen), [(x, 0)], [layer, frozen]))
+    out = skip_branch(x.relu(), Branch(nn.Sequential(layer, frozen), [(x, 0)], [layer, frozen]))
     out.relu_().sum().backward()
     assert torch.equal(x.grad, (X > 0).double())
     assert torch.equal(layer.weight.grad, torch.zeros(5, 5, dtype=torch.float64))
     assert frozen.weight.grad is None
     with torch.no_grad():
-        assert left_out(x, Branch(layer, [(x, 0)], [layer])) is not x
-        assert torch.equal(left_out(x, lambda: x), x)
+        assert skip_branch(x, Branch(layer, [(x, 0)], [layer])) is not x
+        assert torch.equal(skip_branch(x, lambda: x), x)
 
 
 def test_skipped_steps_still_decay_and_keep_momentum():

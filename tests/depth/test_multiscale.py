@@ -7,7 +7,7 @@ import torch
 
 from tying import ConfigurationError
 from tying.depth import HMLSTM, HMState, hm_update
-from tying.depth.multiscale import _Boundary
+from tying.depth.rnn.hm_lstm import _Boundary
 
 D = torch.float64
 

@@ -21,7 +21,7 @@ from tying.hard import (
     plot_similarity,
     share_templates,
 )
-from tying.hard.generated import generate
+from tying.hard.hypernetwork import generate
 from tying.hard.low_rank import low_rank_plus_diagonal
 
 

@@ -8,8 +8,8 @@ from survival import ROWS, TIES, Net, assert_shared, batch, made
 from torch import nn
 
 from tying.hard import audit, bake, load_plain, lower_rank, share_templates, tie, untie
-from tying.hard.applying import are_computed
 from tying.hashing import hash_weights
+from tying.weights.derived import are_computed
 
 
 def unequal():

@@ -25,9 +25,9 @@ from tying.hashing import (
     entropy,
     loads,
 )
-from tying.hashing.dirichlet import log_gammas
-from tying.hashing.entries import table_entries
-from tying.hashing.mixing import mix, xxh32
+from tying.hashing.hashes import log_gammas
+from tying.hashing.integers import hash32, xxh32
+from tying.hashing.parametrization import table_entries
 
 # written down once: they hold every hash to what it was, on every machine and in every release
 GOLDEN = [
@@ -85,7 +85,7 @@ def test_uniform_draws_are_uniform_and_independent_of_the_seed(size, seed):
 
 def test_identifiers_beyond_32_bits_are_mixed_too():
     low = torch.arange(1000)
-    assert float((mix(low, 0) == mix(low + (1 << 32), 0)).double().mean()) < 0.01
+    assert float((hash32(low, 0) == hash32(low + (1 << 32), 0)).double().mean()) < 0.01
 
 
 @pytest.mark.parametrize("hash", [UniformHash(3), XXHash(3), DirichletHash(0.3, 3)])

@@ -30,8 +30,8 @@ from tying.hashing import (
     VirtualWeight,
     XXHash,
 )
-from tying.hashing.lookup import CHUNK
-from tying.hashing.structure import RepeatedRows
+from tying.hashing.fast_paths import RepeatedRows
+from tying.hashing.gather import CHUNK
 
 HASHES = [
     IdentityHash(),
@@ -197,7 +197,7 @@ FEW = pytest.mark.parametrize("few", [0, 1 << 20])  # looked up in chunks, or by
 @FEW
 @pytest.mark.parametrize("index", ["stored", "computed"])
 def test_second_derivatives(index, few, monkeypatch):
-    monkeypatch.setattr("tying.hashing.lookup.FEW", few)
+    monkeypatch.setattr("tying.hashing.gather.FEW", few)
     layer = HashedLinear(4, 3, False, 0.4, UniformHash(1), sign=True, index=index, dtype=torch.float64)
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
@@ -212,8 +212,8 @@ def test_second_derivatives(index, few, monkeypatch):
 @FEW
 @pytest.mark.parametrize("index", ["stored", "computed"])
 def test_long_tables_add_up_in_chunks(index, few, monkeypatch):
-    monkeypatch.setattr("tying.hashing.lookup.FEW", few)
-    monkeypatch.setattr("tying.hashing.lookup.CHUNK", 7)
+    monkeypatch.setattr("tying.hashing.gather.FEW", few)
+    monkeypatch.setattr("tying.hashing.gather.CHUNK", 7)
     monkeypatch.setattr("tying.hashing.entries.CHUNK", 7)
     layer = HashedLinear(11, 9, False, 0.2, UniformHash(1), index=index, dtype=torch.float64)
     weight, slots, _ = hashed_by_loops(layer)
@@ -226,7 +226,7 @@ def test_long_tables_add_up_in_chunks(index, few, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*CUDA")
 def test_compiled_entries_are_those_of_the_hash(monkeypatch):
-    monkeypatch.setattr("tying.hashing.virtual.COMPILED", 1)
+    monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
     computed, stored = (
         HashedLinear(601, 499, False, 0.1, XXHash(1), sign=True, density=0.9, index=index)
         for index in ("computed", "stored")
@@ -242,7 +242,7 @@ def test_compiled_entries_are_those_of_the_hash(monkeypatch):
 @pytest.fixture
 def computed(monkeypatch):
     """A layer whose entries are to be computed by compiled code."""
-    monkeypatch.setattr("tying.hashing.virtual.COMPILED", 1)
+    monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
     return HashedLinear(601, 499, False, 0.1, XXHash(1), index="computed")
 
 
@@ -278,7 +278,7 @@ def test_what_torch_cannot_compile_is_computed_slowly(monkeypatch):
         def slot(self, ids, table_size, drawn=None):
             return torch.tensor([number % table_size for number in ids.flatten().tolist()]).view(ids.shape)
 
-    monkeypatch.setattr("tying.hashing.virtual.COMPILED", 1)
+    monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
     layer = HashedLinear(6, 4, False, 0.25, Listed(), index="computed")
     with pytest.warns(UserWarning, match=r"Listed\(\) is computed without compilation, hence slowly: "):
         weight = layer.weight

@@ -33,10 +33,9 @@ from tying.hashing import (
     report,
     table_loads,
 )
-from tying.hashing.entries import Drawn
-from tying.hashing.virtual import VirtualWeight
+from tying.hashing.parametrization import HashState, VirtualWeight
 from tying.mixins import WeightHashingMixin
-from tying.names import count_parameters
+from tying.weights.derived import count_parameters
 
 
 def network(**options):
@@ -290,7 +289,7 @@ def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_each(make, ind
         hash_weights(one, ["**.weight"], 0.5, DirichletHash(0.5, 1), scope="network", index=index)
     virtuals = [one for one in model.modules() if isinstance(one, VirtualWeight)]
     size = virtuals[0].table_size
-    other_draw = Drawn(DirichletHash(0.5, 2).draw(size))  # as another machine might have drawn it, and much more
+    other_draw = HashState(DirichletHash(0.5, 2).draw(size))  # as another machine might have drawn it, and much more
     for one in virtuals:
         one.common = other_draw
         one._keep(torch.device("cpu"))
@@ -614,7 +613,7 @@ def test_another_default_device(hash, scope, index):
 @pytest.mark.parametrize("few", [0, 1 << 20])
 @pytest.mark.parametrize("hash", [UniformHash(), ModulusHash(), BlockHash(4)], ids=repr)
 def test_functions_of_torch(hash, few, monkeypatch):
-    monkeypatch.setattr("tying.hashing.lookup.FEW", few)
+    monkeypatch.setattr("tying.hashing.gather.FEW", few)
     torch.manual_seed(0)
     models = [nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).double() for _ in range(3)]
     for model in models:

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import Choosing
-from tying.callbacks.pulling import Pull, Pulling, Update
-from tying.checkpoints import saved_weights
+from tying.callbacks.penalty import Pull, Pulling, Update
 from tying.errors import ConfigurationError, listed, nearest
-from tying.hard.places import places_of
-from tying.names import clean_name
-from tying.selection import select
+from tying.files import saved_weights
+from tying.selection.index import clean_name
+from tying.selection.resolve import select
 from tying.soft import anchored
+from tying.weights.derived import locate_parameters
 
 
 class AnchorTying(Pulling, Choosing):
     """Pull weights to an anchor, ``strength/2 ‖w − w⁰‖²``, and all others to zero, ``head_strength/2 ‖w‖²``.
 
-    This is soft tying of each weight with a constant; :class:`tying.callbacks.pulling.Pulling` says what each update
+    This is soft tying of each weight with a constant; :class:`tying.callbacks.penalty.Pulling` says what each update
     does, and what is logged. An anchor of initial weights is kept in checkpoints; one from a file is read again.
 
     Args:
@@ -83,7 +83,7 @@ class AnchorTying(Pulling, Choosing):
     def choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found = select(model, self.parameters)
         if self.anchor != "initial":
-            places = places_of(model)
+            places = locate_parameters(model)
             relations = {name: places[name].relation for name in found if name in places}
             if other := [name for name, relation in relations.items() if relation is not None and relation.steps]:
                 raise ConfigurationError(

@@ -18,21 +18,15 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import (
-    Choosing,
-    arguments_of,
-    callbacks_of,
-    held_by,
-    refuse_copies,
-    warn_if_too_late,
-)
-from tying.callbacks.finite import Watching, kept_for
+from tying.callbacks.base import Choosing, callbacks_of, held_by, reject_copies, warn_if_too_late
+from tying.callbacks.finite_check import Watching, kept_for
+from tying.callbacks.transform import arguments_of
 from tying.errors import ConfigurationError
-from tying.hard.places import places_of
+from tying.hashing.apply import table_names
 from tying.hashing.codebook import check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, clustered_size
-from tying.hashing.replacement import table_names
-from tying.selection import select
+from tying.selection.resolve import select
+from tying.weights.derived import locate_parameters
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class WeightClustering(Watching, Choosing):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_copies(trainer, "WeightClustering", "the dense weights")
+        reject_copies(trainer, "WeightClustering", "the dense weights")
         _call_configure_model(trainer)  # layers that it makes must be there; Lightning calls it again
         for callback in callbacks_of(trainer):
             if isinstance(callback, ModelPruning):
@@ -132,7 +126,7 @@ class WeightClustering(Watching, Choosing):
             names = [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]
             if not names:
                 raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
-            places = places_of(model)
+            places = locate_parameters(model)
             for name in names:
                 check_clusterable(name, places, self.clusters)
             record[arguments_of(self)] = names

@@ -9,13 +9,13 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback
-from tying.callbacks.examples import labelled_examples
-from tying.callbacks.pulling import Pull, Pulling, Update
+from tying.callbacks.examples import num_train_samples
+from tying.callbacks.penalty import Pull, Pulling, Update
 from tying.errors import ConfigurationError, listed
-from tying.names import clean_name
-from tying.selection import resolve
+from tying.selection.index import clean_name
+from tying.selection.resolve import resolve
+from tying.selection.tie import Tie
 from tying.soft import TyingPenalty, coupling_strength
-from tying.ties import Tie
 
 
 class Coupling(Pulling, TyingCallback):
@@ -23,7 +23,7 @@ class Coupling(Pulling, TyingCallback):
 
     The loss is to be a mean over labelled examples: the prior, which stands against a sum over them, is divided by
     their number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
-    does the same; :class:`tying.callbacks.pulling.Pulling` says what each update does.
+    does the same; :class:`tying.callbacks.penalty.Pulling` says what each update does.
 
     Args:
         first: a module, or a pattern of parameters: of the discriminative model.
@@ -75,7 +75,7 @@ class Coupling(Pulling, TyingCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if 0 < self.strength < math.inf:
-            self._share = 1 / (self.examples or labelled_examples(trainer))  # the data is there only now
+            self._share = 1 / (self.examples or num_train_samples(trainer))  # the data is there only now
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch.utils.data import DistributedSampler, Sampler
 from tying.errors import ConfigurationError
 
 
-def labelled_examples(trainer: pl.Trainer) -> int:
+def num_train_samples(trainer: pl.Trainer) -> int:
     """Return the number of labelled examples that a trainer's training data has.
 
     Raises:

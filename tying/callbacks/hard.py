@@ -10,14 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel, TyingCallback, refuse_older
+from tying.callbacks.base import TyingCallback
+from tying.callbacks.transform import ChangesModel, check_optimizer_current
 from tying.errors import ConfigurationError, listed
 from tying.hard import tie, tied
-from tying.hard.guard import record_of, shared_in
-from tying.hard.states import are_alike
-from tying.selection import resolve
+from tying.selection.resolve import resolve
+from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
-from tying.ties import Tie, TiedGroup, parse_ties
+from tying.weights.optimizers import are_alike
+from tying.weights.record import record_in, tie_records
 
 
 class HardTying(TyingCallback, ChangesModel):
@@ -70,7 +71,9 @@ class HardTying(TyingCallback, ChangesModel):
             weight = group.parameters[0]
             if weight.requires_grad:
                 members = zip(group.names, group.relations, strict=True)
-                refuse_older(trainer, pl_module, {name: relation(weight).shape for name, relation in members})
+                check_optimizer_current(
+                    trainer, pl_module, {name: relation(weight).shape for name, relation in members}
+                )
 
     @override
     def check_optimizers(self, trainer: pl.Trainer) -> None:
@@ -88,12 +91,12 @@ class HardTying(TyingCallback, ChangesModel):
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
-        return record_of(model).ties.keys() >= {*self.ties}
+        return record_in(model).ties.keys() >= {*self.ties}
 
     @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:
         whole = not any(parameter.is_meta for parameter in model.parameters())
-        gaps = [] if shared_in(model) or not whole else [gap(group.tensors()) for group in resolve(model, self.ties)]
+        gaps = [] if tie_records(model) or not whole else [gap(group.tensors()) for group in resolve(model, self.ties)]
         if differing := sum(apart > 0 for apart in gaps):
             kept = "that of its source" if self.init == "source" else "their mean"
             rank_zero_info(

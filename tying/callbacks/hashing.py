@@ -10,10 +10,10 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
-from tying.callbacks.parametrizing import Parametrizing
+from tying.callbacks.transform import Parametrizing
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
-from tying.hashing.network import check_choices
-from tying.hashing.plots import draw_loads
+from tying.hashing.apply import check_choices
+from tying.hashing.report import draw_loads
 
 
 class WeightHashing(Parametrizing):

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import ChangesModel
+from tying.callbacks.transform import ChangesModel
 from tying.depth import Merge, apply_merge
-from tying.depth.merging import put_merges, residual_blocks
+from tying.depth.apply import put_merges, residual_blocks
 from tying.errors import ConfigurationError
 from tying.soft import Schedule
 

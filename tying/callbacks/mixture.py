@@ -13,17 +13,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.atomic import save_figure
-from tying.callbacks.base import Choosing, picture_folder, refuse_copies, warn_if_too_late
+from tying.callbacks.base import Choosing, picture_folder, reject_copies, warn_if_too_late
 from tying.callbacks.batch_norms import estimate_batch_norms
-from tying.callbacks.examples import labelled_examples
-from tying.callbacks.pulling import Pull, Pulling
+from tying.callbacks.examples import num_train_samples
+from tying.callbacks.penalty import Pull, Pulling
 from tying.errors import ConfigurationError, listed
+from tying.files import save_figure
 from tying.hashing.packing import sizes
-from tying.selection import select
+from tying.selection.resolve import select
 from tying.soft import GaussianMixturePrior
+from tying.soft.group_penalty import Rates
 from tying.soft.plots import mixture_figure
-from tying.soft.pull import Rates
 
 
 class MixtureTying(Pulling, Choosing):
@@ -112,7 +112,7 @@ class MixtureTying(Pulling, Choosing):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        refuse_copies(trainer, "MixtureTying", "weights that are not quantised", processes=False)
+        reject_copies(trainer, "MixtureTying", "weights that are not quantised", processes=False)
         if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's state is restored after this
             self.prior, self._optimizer, self._saved = None, None, {}
 
@@ -138,7 +138,7 @@ class MixtureTying(Pulling, Choosing):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._share = 1 / (self.examples or labelled_examples(trainer))
+        self._share = 1 / (self.examples or num_train_samples(trainer))
         warn_if_too_late(trainer, "MixtureTying", self.start_epoch)
 
     @override

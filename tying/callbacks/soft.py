@@ -10,16 +10,16 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, callbacks_of, held_by, refuse_copies
-from tying.callbacks.pulling import Pull, Pulling, Update
+from tying.callbacks.base import TyingCallback, callbacks_of, held_by, reject_copies
+from tying.callbacks.penalty import Pull, Pulling, Update
 from tying.errors import ConfigurationError, listed
 from tying.hard import untie
-from tying.hard.sharing import Init, merge, plan
-from tying.hard.states import merge_states
-from tying.selection import resolve
+from tying.selection.resolve import resolve
+from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Penalty, Schedule, TyingPenalty, gap
-from tying.soft.pull import penalty_of
-from tying.ties import Tie, TiedGroup, parse_ties
+from tying.soft.group_penalty import as_penalty
+from tying.weights.optimizers import merge_optimizer_state
+from tying.weights.tie import Init, plan, tie_groups
 
 
 class SoftTying(Pulling, TyingCallback):
@@ -59,7 +59,7 @@ class SoftTying(Pulling, TyingCallback):
     ) -> None:
         self.ties = parse_ties(ties)
         super().__init__(strength, update, schedule, name)
-        self.penalty = penalty_of(penalty)
+        self.penalty = as_penalty(penalty)
         if update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
         if harden_below is not None and not 0 < harden_below <= 1:
@@ -92,7 +92,7 @@ class SoftTying(Pulling, TyingCallback):
         super().setup(trainer, pl_module, stage)
         if self.harden_below is not None:
             remedy = "the weights apart: train on with HardTying from a checkpoint instead"
-            refuse_copies(trainer, "harden_below", remedy)
+            reject_copies(trainer, "harden_below", remedy)
         own = {id(parameter) for parameter in pl_module.parameters()}
         if self._hardened and trainer.ckpt_path is not None:  # it may be of a time when they were apart
             untie(pl_module, {name for group in self._hardened for name in group.names})
@@ -149,8 +149,8 @@ class SoftTying(Pulling, TyingCallback):
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
         """Let each group be one weight, also for the optimizers."""
         for group in groups:
-            self._hardened += merge(model, [group], init)
-            merge_states(trainer.optimizers, group)
+            self._hardened += tie_groups(model, [group], init)
+            merge_optimizer_state(trainer.optimizers, group)
 
     def _pulling(self, groups: Sequence[TiedGroup]) -> list[Pull]:
         return [Pull(TyingPenalty(groups, self.penalty), self.strength)]

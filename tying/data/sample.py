@@ -13,9 +13,9 @@ from collections import defaultdict
 from importlib import resources
 from pathlib import Path
 
-from tying.atomic import atomically
 from tying.data.cache import Split
 from tying.data.folders import decode, files
+from tying.files import atomically
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PER_CLASS = {"train": 500, "test": 100}

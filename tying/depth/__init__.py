@@ -1,17 +1,16 @@
 """Layers that are shared or skipped."""
 
+from tying.depth.apply import apply_merge, keep_schedule, remove_merge
 from tying.depth.fractal import FractalBlock, fractal_join
-from tying.depth.hypernetwork import HyperLSTM, HyperLSTMCell, HyperState
-from tying.depth.merging import apply_merge, keep_schedule, remove_merge
-from tying.depth.multiscale import HMLSTM, HMOutput, HMState, hm_update
-from tying.depth.passthrough import PassthroughGRU, PassthroughHighway, StateMatrix
+from tying.depth.merge import FeedForward, Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
-from tying.depth.residual import FeedForward, Merge, Residual, Sum
+from tying.depth.rnn.hm_lstm import HMLSTM, HMOutput, HMState, hm_update
+from tying.depth.rnn.hyper_lstm import HyperLSTM, HyperLSTMCell, HyperState
+from tying.depth.rnn.passthrough import PassthroughGRU, PassthroughHighway, StateMatrix
+from tying.depth.rnn.zoneout import ZoneoutLSTM, ZoneoutLSTMCell, zoned_lstm
 from tying.depth.sampling import Sampled, sampled, sampling
-from tying.depth.stochastic import StochasticDepth, stochastic_depth
-from tying.depth.units import SkipForward, Swapout, skip_forward, swapout
-from tying.depth.zoned import zoned_lstm
-from tying.depth.zoneout import ZoneoutLSTM, ZoneoutLSTMCell
+from tying.depth.stochastic_depth import StochasticDepth, stochastic_depth
+from tying.depth.swapout import SkipForward, Swapout, skip_forward, swapout
 
 __all__ = [
     "HMLSTM",

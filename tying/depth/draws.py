@@ -45,16 +45,18 @@ def draw(keep: float) -> bool:
     Processes may have consumed different amounts of randomness; what they compute stays alike nevertheless.
     """
     drawn = torch.rand((), dtype=torch.float64)
-    share_first(drawn)
+    broadcast_rank0(drawn)
     return bool(drawn < keep)
 
 
-apart: ContextVar[bool] = ContextVar("apart", default=False)  # processes draw on their own, as they need not agree
+per_rank_rng: ContextVar[bool] = ContextVar(
+    "apart", default=False
+)  # processes draw on their own, as they need not agree
 
 
-def share_first(drawn: Tensor) -> None:
+def broadcast_rank0(drawn: Tensor) -> None:
     """Overwrite a tensor on the CPU with that of the first process, if there are several that are to agree."""
-    if apart.get():
+    if per_rank_rng.get():
         return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(drawn, src=0, group=_group_for_draws())

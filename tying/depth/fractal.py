@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.branch import Branch, left_out
-from tying.depth.draws import share_first
+from tying.depth.draws import broadcast_rank0
+from tying.depth.merge import Branch, skip_branch
 from tying.errors import ConfigurationError
 
 
@@ -36,7 +36,7 @@ def draw_paths(count: int, drop: float) -> list[int]:
         [0, 1, 2]
     """
     drawn = torch.rand(count + 1, dtype=torch.float64)
-    share_first(drawn)
+    broadcast_rank0(drawn)
     kept = [place for place in range(count) if drawn[place] >= drop]
     return kept or [min(int(drawn[count] * count), count - 1)]
 
@@ -50,7 +50,7 @@ def draw_column(columns: int, share: float) -> int | None:
         (True, 0)
     """
     drawn = torch.rand(2, dtype=torch.float64)
-    share_first(drawn)
+    broadcast_rank0(drawn)
     return min(int(drawn[1] * columns), columns - 1) if drawn[0] < share else None
 
 
@@ -113,7 +113,7 @@ class FractalBlock(nn.Module):
         plan = _Plan(self, column)
         out = plan.join(plan.columns_from(_Value(lambda: x), 0))()
         unused = [layer for layer in plan.layers if layer not in plan.used]
-        return left_out(out, Branch(nn.Identity(), [(out, 0)], unused)) if unused and self.training else out
+        return skip_branch(out, Branch(nn.Identity(), [(out, 0)], unused)) if unused and self.training else out
 
     @override
     def extra_repr(self) -> str:

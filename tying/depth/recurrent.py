@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
-from tying.depth.branch import Branch, left_out
+from tying.depth.merge import Branch, skip_branch
 from tying.errors import ConfigurationError, listed
 from tying.hard import tie
 
@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
                 )
             x = out
         unused = self.blocks[self.steps :]
-        return left_out(x, Branch(nn.Identity(), [(x, 0)], [*unused])) if unused and self.training else x
+        return skip_branch(x, Branch(nn.Identity(), [(x, 0)], [*unused])) if unused and self.training else x
 
     @override
     def extra_repr(self) -> str:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tying.depth.draws import apart
-from tying.depth.residual import Merge
+from tying.depth.draws import per_rank_rng
+from tying.depth.merge import Merge
 from tying.errors import ConfigurationError
 
 
@@ -40,7 +40,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
         (True, False)
     """
     modes = {module: module.training for module in model.modules()}
-    token = apart.set(True)
+    token = per_rank_rng.set(True)
     try:
         model.eval()
         for module in modes:
@@ -48,7 +48,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
                 module.train()
         yield
     finally:
-        apart.reset(token)
+        per_rank_rng.reset(token)
         for module, mode in modes.items():
             module.training = mode
 

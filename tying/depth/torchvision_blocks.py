@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from typing_extensions import override
 
-from tying.depth.branch import Branch
+from tying.depth.merge import Branch
 
 
 def _merged(block: Any, x: Tensor, layers: list[tuple[nn.Module, nn.Module]]) -> Tensor:

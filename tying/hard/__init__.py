@@ -1,12 +1,12 @@
 """Weights that are equal, of low rank, mixed from templates, or generated: fewer parameters than entries."""
 
-from tying.hard.audit import TieReport, audit
-from tying.hard.biases import untie_biases
-from tying.hard.generated import HyperWeight, generate_weights
+from tying.hard.hypernetwork import HyperWeight, generate_weights
 from tying.hard.low_rank import LowRank, LowRankPlusDiagonal, lower_rank
-from tying.hard.plain import bake, load_plain
-from tying.hard.sharing import tie, tied, untie
 from tying.hard.templates import TemplateBank, TemplateMixture, fold, layer_similarity, plot_similarity, share_templates
+from tying.hard.untied_bias import untie_biases
+from tying.weights.report import TieReport, audit
+from tying.weights.state_dict import bake, load_plain
+from tying.weights.tie import tie, tied, untie
 
 __all__ = [
     "HyperWeight",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hard.applying import parametrize_all
+from tying.weights.derived import parametrize_all
 
 SWEEPS = 50  # between factors and diagonal, to find both for a given weight
 

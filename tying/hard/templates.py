@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
-from tying.atomic import save_figure
 from tying.errors import ConfigurationError
-from tying.hard.applying import nearest_combination, parametrize_all
-from tying.names import clean_name
+from tying.files import save_figure
+from tying.hard.least_squares import least_squares
+from tying.selection.index import clean_name
+from tying.weights.derived import parametrize_all
 
 
 def mix(templates: Tensor, coefficients: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class TemplateMixture(nn.Module):
             raise ConfigurationError(
                 f"templates of shape {self.bank.shape} do not fit a weight of shape {tuple(weight.shape)}"
             )
-        nearest = nearest_combination(self.bank.templates.detach().T, weight.detach().flatten()[:, None])
+        nearest = least_squares(self.bank.templates.detach().T, weight.detach().flatten()[:, None])
         return nearest.flatten().to(weight.dtype)
 
 

@@ -1,16 +1,25 @@
 """Weights that share the entries of a table: hashes, layers, and what a hash does."""
 
+from tying.hashing.apply import hash_weights
 from tying.hashing.codebook import cluster, cluster_weight, compression_rate
-from tying.hashing.hashes import Hash, IdentityHash, ModulusHash
+from tying.hashing.hashes import (
+    BlockHash,
+    CodebookHash,
+    DirichletHash,
+    Hash,
+    IdentityHash,
+    ModulusHash,
+    NeighborhoodHash,
+    RecurrentHash,
+    SeededHash,
+    ToeplitzHash,
+    UniformHash,
+    XXHash,
+)
 from tying.hashing.layers import HashedConv2d, HashedEmbedding, HashedLinear
-from tying.hashing.layouts import BlockHash, CodebookHash, RecurrentHash, ToeplitzHash
-from tying.hashing.loads import entropy, loads
-from tying.hashing.network import hash_weights
 from tying.hashing.packing import load_packed, save_packed
-from tying.hashing.plots import plot_loads, table_loads
-from tying.hashing.report import HashedWeight, HashReport, report
-from tying.hashing.seeded import DirichletHash, NeighborhoodHash, SeededHash, UniformHash, XXHash
-from tying.hashing.virtual import VirtualWeight
+from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.report import HashedWeight, HashReport, entropy, loads, plot_loads, report, table_loads
 
 __all__ = [
     "BlockHash",

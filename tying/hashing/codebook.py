@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from tying.errors import ConfigurationError
-from tying.hard.places import Place, places_of
-from tying.hashing.layouts import CodebookHash
-from tying.hashing.loads import loads
-from tying.hashing.replacement import check_hashable, hash_attribute
-from tying.hashing.virtual import VirtualWeight
+from tying.hashing.apply import check_hashable, hash_attribute
+from tying.hashing.hashes import CodebookHash
+from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.report import loads
+from tying.weights.derived import ParameterLocation, locate_parameters
 
 Start = Literal["linear", "density", "forgy"]
 
@@ -122,7 +122,7 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         raise ConfigurationError(f"{name!r} is no parameter of the model, which has no module {path!r}") from None
     if prune.is_pruned(module) and f"{attribute}_orig" in module._parameters:
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
-    check_clusterable(name, places_of(model), clusters)
+    check_clusterable(name, locate_parameters(model), clusters)
     flat = module.get_parameter(attribute).detach().flatten()
     left = flat[flat != 0]
     centroids, labels = flat.new_zeros(1), left.long()
@@ -138,7 +138,7 @@ def uses_of(virtual: VirtualWeight) -> Tensor:
     return loads(virtual.entries(), virtual.table_size).clamp(min=1)
 
 
-def check_clusterable(name: str, places: Mapping[str, Place], clusters: int) -> None:
+def check_clusterable(name: str, places: Mapping[str, ParameterLocation], clusters: int) -> None:
     """Raise where a weight cannot be clustered, as :func:`cluster_weight` says.
 
     Args:

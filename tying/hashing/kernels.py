@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from tying.hashing.mixing import keys_of
+from tying.hashing.integers import splitmix64
 
 TILE = 32  # rows and columns of a tile; of the batch too
 
@@ -91,7 +91,7 @@ class FusedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             sums = torch.zeros(len(table), dtype=torch.float32, device=table.device)
             grid = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
-            _gradient[grid](x, upstream, sums, batch, inputs, outputs, first, *keys_of(seed), len(table), TILE)
+            _gradient[grid](x, upstream, sums, batch, inputs, outputs, first, *splitmix64(seed), len(table), TILE)
             entries = sums.to(table.dtype)
         return into, entries, None, None, None
 
@@ -118,5 +118,5 @@ def _multiply(
 ) -> Tensor:
     y = x.new_empty(len(x), outer)
     grid = triton.cdiv(len(x), TILE), triton.cdiv(outer, TILE)
-    _product[grid](x, table, y, len(x), inner, outer, *strides, first, *keys_of(seed), len(table), TILE)
+    _product[grid](x, table, y, len(x), inner, outer, *strides, first, *splitmix64(seed), len(table), TILE)
     return y

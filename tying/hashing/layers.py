@@ -11,11 +11,9 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hashing.entries import table_entries
-from tying.hashing.hashes import Hash
-from tying.hashing.seeded import UniformHash
-from tying.hashing.structure import RepeatedRows, Size
-from tying.hashing.virtual import Index, VirtualWeight
+from tying.hashing.fast_paths import RepeatedRows, Size
+from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.parametrization import Index, VirtualWeight, table_entries
 
 Device = torch.device | str | None
 Dense = nn.Linear | nn.Conv2d | nn.Embedding

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tying.atomic import atomically
-from tying.checkpoints import read
 from tying.errors import ConfigurationError, listed
-from tying.hashing.layouts import CodebookHash
+from tying.files import atomically, read
+from tying.hashing.hashes import CodebookHash
+from tying.hashing.parametrization import VirtualWeight
 from tying.hashing.report import hashed_in
-from tying.hashing.virtual import VirtualWeight
 
 VERSION = 1  # of packed files
 GAP_BITS = 5

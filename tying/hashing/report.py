@@ -1,18 +1,55 @@
-"""What hashing has made of a model's weights."""
+"""Report how hashed weights use their tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tying.hashing.loads import entropy, loads
-from tying.hashing.mixing import mix
-from tying.hashing.virtual import VirtualWeight
-from tying.names import computed_weights
+from tying.errors import ConfigurationError
+from tying.files import save_figure
+from tying.hashing.integers import hash32
+from tying.hashing.parametrization import VirtualWeight
+from tying.weights.derived import derived_weights
+
+
+def loads(index: Tensor, table_size: int) -> Tensor:
+    """Return how many weights use each entry; zero weights (−1) use none.
+
+    Args:
+        index: integers in [−1, table_size), of any shape.
+        table_size: number of entries.
+
+    Returns:
+        int64, (table_size,).
+
+    Example:
+        >>> loads(torch.tensor([0, 2, 2, -1]), table_size=3).tolist()
+        [1, 0, 2]
+    """
+    used = index[index >= 0]
+    return torch.bincount(used.flatten(), minlength=table_size)
+
+
+def entropy(loads: Tensor) -> float:
+    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n where all are alike, 0 where one has all.
+
+    Args:
+        loads: (table_size,), not negative; need not sum to one. Of none, 0.
+
+    Example:
+        >>> round(entropy(torch.ones(1000)), 2)
+        6.91
+    """
+    if not loads.any():
+        return 0.0
+    shares = loads.double() / loads.sum()
+    return float(-torch.special.xlogy(shares, shares).sum()) + 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +111,7 @@ class HashReport:
 
 def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Parameter]]:
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
-    for name, one in computed_weights(model).items():
+    for name, one in derived_weights(model).items():
         *_, last = one.steps
         if isinstance(last, VirtualWeight):
             held, *_ = one.prefixes  # a table may be parametrized in its turn
@@ -135,6 +172,51 @@ def distinct_rows(virtual: VirtualWeight) -> int:
     """
     rows = virtual.extended_entries().view(virtual.shape[0], -1)
     keys = (
-        mix(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1
+        hash32(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1
     )  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
-    return len(torch.unique((mix(rows, 0) * keys).sum(dim=1)))
+    return len(torch.unique((hash32(rows, 0) * keys).sum(dim=1)))
+
+
+def table_loads(model: nn.Module) -> dict[str, Tensor]:
+    """Return how many weights use each entry of each table of a model, by the name of the first weight that does.
+
+    Example:
+        >>> from tying.hashing import HashedLinear, ModulusHash
+        >>> table_loads(nn.Sequential(HashedLinear(5, 2, table_ratio=0.3, hash=ModulusHash())))
+        {'0.weight': tensor([4, 3, 3])}
+    """
+    return {next(iter(group)): loads_of(group) for group in tables_in(model)}
+
+
+def plot_loads(model: nn.Module, path: Path | str) -> None:
+    """Write a PNG with the loads of each table of a model: as a heat map of its entries, and as a histogram.
+
+    Raises:
+        ConfigurationError: no weight is hashed.
+    """
+    draw_loads(table_loads(model), Path(path))
+
+
+def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
+    """Write a PNG with two panels for each title: loads, (table_size,), as a heat map and as a histogram."""
+    from matplotlib.figure import Figure
+
+    if not counts:
+        raise ConfigurationError("no weight of the model is hashed")
+    across = min(len(counts), 3)
+    down = math.ceil(len(counts) / across)
+    figure = Figure(figsize=(6.8 * across, 2.9 * down), layout="constrained")
+    panels = figure.subplots(down, 2 * across, squeeze=False).flatten()
+    for unused in panels[2 * len(counts) :]:
+        unused.remove()
+    for (title, own), heat, bars in zip(counts.items(), panels[::2], panels[1::2], strict=False):
+        side = math.ceil(math.sqrt(len(own)))
+        square = F.pad(own.float(), (0, side * side - len(own)), value=math.nan).view(side, side)
+        figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
+        heat.set(xticks=[], yticks=[])
+        heat.set_title(title, fontsize="small", loc="left")
+        bars.hist(own.numpy(), bins=min(50, int(own.max()) + 1))
+        bars.set(xlabel="weights that use an entry", ylabel="entries")
+        told = f"entropy {entropy(own):.3f}, at most {math.log(len(own)):.3f} nats"
+        bars.set_title(told, fontsize="small", loc="right")
+    save_figure(figure, path)

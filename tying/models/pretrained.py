@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from tying.checkpoints import saved_weights
 from tying.errors import ConfigurationError, listed, nearest
-from tying.names import clean_name, covers
-from tying.patterns import Pattern
+from tying.files import saved_weights
+from tying.selection.index import clean_name, covers
+from tying.selection.patterns import Pattern
 
 
 def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = ()) -> list[str]:

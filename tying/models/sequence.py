@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.checkpoints import of_all_processes
+from tying.callbacks.random_state import all_gather_object
 from tying.depth import HMLSTM, HMState
 from tying.errors import ConfigurationError
 from tying.models.classifier import Classification
@@ -149,7 +149,7 @@ class SequenceModel(Classification):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if (state := self._carried.get("train")) is not None:
-            checkpoint["carried_states"] = of_all_processes([leaf.cpu() for leaf in _leaves(state)])
+            checkpoint["carried_states"] = all_gather_object([leaf.cpu() for leaf in _leaves(state)])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

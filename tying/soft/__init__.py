@@ -2,11 +2,10 @@
 
 from tying.soft.anchor import anchored
 from tying.soft.coupling import coupling_strength
-from tying.soft.distance import gap
 from tying.soft.gaussians import mixture_nll, responsibilities
+from tying.soft.group_penalty import TyingPenalty, gap
 from tying.soft.mixture import GaussianMixturePrior
 from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
-from tying.soft.pull import TyingPenalty
 from tying.soft.schedule import Schedule
 
 __all__ = [

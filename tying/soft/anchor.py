@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tying.relations import Relation
-from tying.soft.pull import TyingPenalty
-from tying.ties import TiedGroup
+from tying.selection.relation import Relation
+from tying.selection.tie import TiedGroup
+from tying.soft.group_penalty import TyingPenalty
 
 
 def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor]) -> TyingPenalty:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tying.errors import ConfigurationError
 from tying.soft.proximal import prox_pair, prox_sorted, prox_to_constants
+from tying.torch_workarounds import foreach_add, foreach_add_, foreach_sub
 
 
 def l2(tensors: Sequence[Tensor]) -> Tensor:
@@ -29,7 +30,7 @@ def l2(tensors: Sequence[Tensor]) -> Tensor:
 
     Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, 2016, section 7.9.
     """
-    mean = mean_of(tensors)
+    mean = group_mean(tensors)
     return 0.5 * len(tensors) * torch.stack([(w - mean).square().sum() for w in tensors]).sum()
 
 
@@ -138,7 +139,7 @@ class L2(Penalty):
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return ``m (w_i − w̄)`` for each tensor."""
-        mean = mean_of(tensors)
+        mean = group_mean(tensors)
         return [len(tensors) * (w - mean) for w in tensors]
 
     def add_gradient_(
@@ -146,17 +147,17 @@ class L2(Penalty):
     ) -> None:
         """Add ``scale_i m (w_i − w̄)`` in place with fused operations: each tensor is read and written once."""
         m, (first, *others) = len(tensors), tensors
-        apart = torch._foreach_sub(others[0], first)
+        apart = foreach_sub(others[0], first)
         if m == 2:  # one difference serves both
             pulls = zip(into, [apart, apart], [-scales[0], scales[1]], strict=True)
         else:
             for other in others[1:]:
-                torch._foreach_add_(apart, torch._foreach_sub(other, first))
-            mean = torch._foreach_add(first, apart, alpha=1 / m)
-            pulls = zip(into, (torch._foreach_sub(w, mean) for w in tensors), [m * s for s in scales], strict=True)
+                foreach_add_(apart, foreach_sub(other, first))
+            mean = foreach_add(first, apart, alpha=1 / m)
+            pulls = zip(into, (foreach_sub(w, mean) for w in tensors), [m * s for s in scales], strict=True)
         for receivers, deviations, scale in pulls:
             if scale:
-                torch._foreach_add_(cast(list[Tensor], receivers), deviations, alpha=scale)
+                foreach_add_(cast(list[Tensor], receivers), deviations, alpha=scale)
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
         """Return ``c + b_i (w_i − c)``, where ``b_i = 1/(1 + m s r_i)`` and c is the mean of all w weighted by b."""
@@ -249,7 +250,7 @@ class Huber(Penalty):
         return prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
 
 
-def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+def group_mean(tensors: Sequence[Tensor]) -> Tensor:
     """Return the mean, relative to the first tensor: equal tensors have exactly their own value as mean."""
     first, *others = tensors
     return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)

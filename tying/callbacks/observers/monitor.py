@@ -1,0 +1,82 @@
+"""Log and plot how far tied weights are apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from tying.callbacks.base import picture_folder, tied_groups
+from tying.files import save_figure
+from tying.soft import gap
+
+
+class TyingMonitor(pl.Callback):
+    """Log ``tying/gap``, the largest gap of all tied groups, and plot the gaps when training ends.
+
+    The gap of a group is ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``; see :func:`tying.soft.gap`. It is logged at the trainer's
+    ``log_every_n_steps``, to whatever logger is attached. The plot is ``tying_gap.png`` in the logger's directory.
+
+    Args:
+        max_lines: how many groups the plot shows.
+
+    Example:
+        >>> TyingMonitor(max_lines=4).history
+        {}
+    """
+
+    def __init__(self, max_lines: int = 12) -> None:
+        super().__init__()
+        self.max_lines = max_lines
+        self.steps: list[int] = []
+        # steps and gaps, by the callback and the names of a group's first two weights
+        self.history: dict[str, list[tuple[int, float]]] = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": list(self.steps), "gaps": {name: list(gaps) for name, gaps in self.history.items()}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.history = state_dict["steps"], state_dict.get("gaps", {})
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's history is restored after this
+            self.steps, self.history = [], {}
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
+        groups = tied_groups(trainer)
+        if not (groups and new_step and trainer._logger_connector.should_update_logs):
+            return
+        gaps = [gap(group.tensors()) for _, group in groups]
+        pl_module.log("tying/gap", max(gaps))
+        self.steps.append(trainer.global_step)
+        for (owner, group), apart in zip(groups, gaps, strict=True):
+            line = f"{owner}: {' ~ '.join(group.names[:2])}"
+            if line in self.history or len(self.history) < self.max_lines:
+                self.history.setdefault(line, []).append((trainer.global_step, apart))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (folder := picture_folder(trainer)) and self.steps:
+            plot_gaps(self.history, folder / "tying_gap.png")
+
+
+def plot_gaps(history: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    """Write a PNG with one line per group to ``path``, whole or not at all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean")
+    for name, gaps in history.items():
+        axes.plot(*zip(*gaps, strict=True), label=name, marker="." if len(gaps) < 20 else None)
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", fontsize="x-small")
+    save_figure(figure, path)

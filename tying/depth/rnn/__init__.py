@@ -1,0 +1,1 @@
+"""Recurrent networks that skip, share or generate over time."""

@@ -1,0 +1,198 @@
+"""Passthrough networks: large recurrent states with low-rank transition matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tying.depth.rnn.sequences import check_state, steps_first
+from tying.errors import ConfigurationError
+from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
+
+
+class StateMatrix(nn.Module):
+    """The map ``h ↦ h Wᵀ`` with ``W = P Q + diag(s)``, computed by its factors; begins by Glorot, and s near 0.
+
+    Args:
+        size: n, of the state.
+        rank: d; 0 for the diagonal alone.
+        diagonal: whether there is s.
+
+    Shape: (..., n) to (..., n).
+
+    Raises:
+        ConfigurationError: the rank is negative or over the size, or there is neither rank nor diagonal.
+
+    Example:
+        >>> sum(p.numel() for p in StateMatrix(size=128, rank=24).parameters())
+        6272
+    """
+
+    def __init__(self, size: int, rank: int, diagonal: bool = True) -> None:
+        super().__init__()
+        if rank < 0 or (rank == 0 and not diagonal):
+            raise ConfigurationError(f"rank must be 1 or more, or 0 with a diagonal, not {rank}")
+        if rank > size:
+            raise ConfigurationError(
+                f"rank={rank} is over the size {size}: its factors would have {2 * size * rank:,} entries, and a full "
+                f"matrix has {size * size:,}"
+            )
+        self.left = nn.Parameter(torch.empty(size, rank))  # P
+        self.right = nn.Parameter(torch.empty(rank, size))  # Q
+        if rank:
+            nn.init.xavier_uniform_(self.left)
+            nn.init.xavier_uniform_(self.right)
+        self.diagonal = nn.Parameter(torch.empty(size).uniform_(-0.01, 0.01)) if diagonal else None  # s
+
+    @property
+    def weight(self) -> Tensor:
+        """W, as a matrix."""
+        if self.diagonal is None:
+            return low_rank(self.left, self.right)
+        return low_rank_plus_diagonal(self.left, self.right, self.diagonal)
+
+    @override
+    def forward(self, h: Tensor) -> Tensor:
+        product = h @ self.right.t() @ self.left.t()
+        return product if self.diagonal is None else torch.addcmul(product, h, self.diagonal.to(product.dtype))
+
+    @override
+    def extra_repr(self) -> str:
+        size, rank = self.left.shape
+        return f"size={size}, rank={rank}, diagonal={self.diagonal is not None}"
+
+
+class PassthroughGRULayer(nn.Module):
+    """One layer of :class:`PassthroughGRU`.
+
+    Args:
+        inputs: size of the input.
+        size: n, of the state.
+        rank: d.
+        diagonal: whether matrices have a diagonal.
+        shared_projection: whether the three matrices have one Q.
+        update_bias: where the bias of u begins.
+
+    Shape: inputs (steps, batch, inputs) and state (batch, n), to outputs (steps, batch, n).
+    """
+
+    def __init__(
+        self, inputs: int, size: int, rank: int, diagonal: bool, shared_projection: bool, update_bias: float
+    ) -> None:
+        super().__init__()
+        self.input = nn.Linear(inputs, 3 * size)  # of u, r and m
+        for weight in self.input.weight.detach().chunk(3):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.input.bias)
+        nn.init.constant_(self.input.bias[:size], update_bias)
+        self.update, self.reset, self.candidate = (StateMatrix(size, rank, diagonal) for _ in range(3))
+        if shared_projection:
+            self.reset.right = self.candidate.right = self.update.right
+
+    @override
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        outputs = []
+        projected = self.input(x)  # of all steps at once
+        h = h.to(projected.dtype)  # of autocast, where it is on
+        for u, r, m in (step.chunk(3, dim=1) for step in projected):
+            u = torch.sigmoid(u + self.update(h))
+            r = torch.sigmoid(r + self.reset(h))
+            m = torch.tanh(m + self.candidate(h * r))
+            h = torch.lerp(m, h, u)
+            outputs.append(h)
+        return torch.stack(outputs)
+
+
+class PassthroughGRU(nn.Module):
+    """A gated recurrent unit whose square matrices are of low rank, perhaps plus a diagonal.
+
+    ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and
+    ``h' = (1 − u) ⊙ m + u ⊙ h``, each U being a :class:`StateMatrix`. (``nn.GRU`` resets after the product instead.)
+
+    Args:
+        input_size: of the input.
+        hidden_size: n, of the state.
+        rank: d, of the square matrices; 0 for their diagonals alone.
+        diagonal: whether they have a diagonal.
+        num_layers: layers, each on the outputs of the one below.
+        batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
+        shared_projection: whether the three matrices of a layer project the state by the same Q.
+        update_bias: where the bias of u begins: above 0, to carry the state on.
+
+    Shape: (steps, batch, inputs) and, if given, states (layers, batch, n), to outputs (steps, batch, n) and states.
+
+    Raises:
+        ConfigurationError: as :class:`StateMatrix`; an empty sequence, or states of another shape.
+
+    Example:
+        >>> outputs, state = PassthroughGRU(1, 128, rank=24)(torch.zeros(5, 2, 1))
+        >>> outputs.shape, state.shape
+        (torch.Size([5, 2, 128]), torch.Size([1, 2, 128]))
+
+    Source: A. V. Miceli Barone, Low-rank passthrough neural networks, 2016.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        rank: int,
+        diagonal: bool = True,
+        num_layers: int = 1,
+        batch_first: bool = False,
+        shared_projection: bool = False,
+        update_bias: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ConfigurationError(f"num_layers must be 1 or more, not {num_layers}")
+        self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
+        self.layers = nn.ModuleList(
+            PassthroughGRULayer(
+                hidden_size if layer else input_size, hidden_size, rank, diagonal, shared_projection, update_bias
+            )
+            for layer in range(num_layers)
+        )
+
+    @override
+    def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = steps_first(x, self.input_size, self.batch_first)
+        expected = len(self.layers), x.shape[1], self.hidden_size
+        states = x.new_zeros(expected) if hx is None else hx
+        check_state([states], (expected,))
+        last = []
+        for layer, h in zip(self.layers, states, strict=True):
+            x = layer(x, h)
+            last.append(x[-1])
+        return x.transpose(0, 1) if self.batch_first else x, torch.stack(last)
+
+
+class PassthroughHighway(nn.Module):
+    """A highway block of low rank: ``y = f(x) ⊙ τ(x) + x ⊙ (1 − τ(x))``, ``f = tanh(W x + b)``, ``τ = σ(U x + c)``.
+
+    Args:
+        size: n.
+        rank: d, of W and U, each a :class:`StateMatrix`.
+        diagonal: whether they have a diagonal.
+        carry_bias: where −c begins: above 0, to carry the input on.
+
+    Shape: (..., n) to (..., n).
+
+    Example:
+        >>> PassthroughHighway(64, rank=4)(torch.zeros(2, 64)).shape
+        torch.Size([2, 64])
+
+    Source: A. V. Miceli Barone, Low-rank passthrough neural networks, 2016.
+    """
+
+    def __init__(self, size: int, rank: int, diagonal: bool = True, carry_bias: float = 1.0) -> None:
+        super().__init__()
+        self.transform, self.gate = StateMatrix(size, rank, diagonal), StateMatrix(size, rank, diagonal)
+        self.transform_bias = nn.Parameter(torch.zeros(size))
+        self.gate_bias = nn.Parameter(torch.full((size,), -carry_bias))
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        f = torch.tanh(self.transform(x) + self.transform_bias)
+        return x + (f - x) * torch.sigmoid(self.gate(x) + self.gate_bias)  # lerp does not promote types

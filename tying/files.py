@@ -1,0 +1,108 @@
+"""Files: written whole or not at all, and checkpoints read safely."""
+
+from __future__ import annotations
+
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from tying.errors import ConfigurationError
+from tying.selection.index import clean_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # which takes long to import
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Give a name aside to write to, which replaces ``path`` at the end and is removed after an error.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "made" / "figure.csv"
+        >>> with atomically(path) as aside:
+        ...     _ = aside.write_text("1,2")
+        >>> path.read_text(), len(list(path.parent.iterdir()))
+        ('1,2', 1)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    with atomically(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def read(path: str | Path, context: str) -> Any:
+    """Return what a file of torch holds, on the CPU, if that is whole and nothing but tensors and plain types.
+
+    Args:
+        path: of the file.
+        context: what needs it, for errors.
+
+    Raises:
+        ConfigurationError: there is no such file, it is truncated or corrupted, or it holds other objects.
+    """
+    check_whole(path, context)
+    try:
+        return torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{context}: {path} is no checkpoint of tensors and plain types, or is truncated (of one that holds other "
+            f"objects, save the state dict alone): {error}"
+        ) from None
+
+
+def check_whole(path: str | Path, context: str) -> None:
+    """Raise where a file of torch is not there, or not what was written: torch itself reads past flipped bits.
+
+    Raises:
+        ConfigurationError: that is so.
+    """
+    if not Path(path).is_file():
+        raise ConfigurationError(f"{context}: there is no file {path}")
+    if zipfile.is_zipfile(path) and not _is_whole(Path(path)):
+        raise ConfigurationError(f"{context}: {path} is corrupted: its checksums are wrong")
+
+
+def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint of Lightning's, or of a state dict in a file, by clean name, on the CPU.
+
+    Args:
+        path: of the file.
+        context: what needs it, for errors.
+
+    Raises:
+        ConfigurationError: there is no such file, it is corrupted, or holds other objects than tensors and plain types.
+    """
+    content = read(path, context)
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
+    """Return the newest checkpoint that is whole: a kill truncates one where temporary files lie on another disk."""
+    newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next(filter(_is_whole, newest_first), None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False

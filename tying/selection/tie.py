@@ -1,0 +1,115 @@
+"""Ties: names that belong together, and the tensors they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from tying.errors import ConfigurationError
+from tying.selection.relation import Relation
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Weights that belong together, by name.
+
+    Args:
+        source: a pattern of parameter or module names. ``*``, ``?`` and ``[...]`` match within one dotted part,
+            ``**`` any number of parts, ``{i}`` captures text. A pattern that matches no parameter may name modules:
+            every parameter below them is then tied by its relative name.
+        target: a pattern of the partners, one group per value of the captures it shares with ``source``. ``{-i}``
+            pairs in mirrored order: the first with the last. ``None``: all that ``source`` matches is one group,
+            or one per value of its captures.
+        relation: an invertible einops pattern from the source's layout to the target's, such as ``"o i -> i o"``.
+        exclude: patterns of parameters or modules to leave out.
+
+    Example:
+        >>> Tie.parse("encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o")
+        Tie(source='encoder.{i}.weight', target='decoder.{-i}.weight', relation='o i -> i o', exclude=())
+    """
+
+    source: str
+    target: str | None = None
+    relation: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Tie:
+        """Read the string form ``"source ~ target | relation"``, whose last two parts are optional.
+
+        Raises:
+            ConfigurationError: a part is missing or stands twice.
+        """
+        names, bar, relation = text.partition("|")
+        source, tilde, target = names.partition("~")
+        parts = [source, *[target] * bool(tilde), *[relation] * bool(bar)]
+        if "|" in relation or "~" in target + relation or not all(part.strip() for part in parts):
+            raise ConfigurationError(f"tie {text!r} must have the form 'source ~ target | relation'")
+        return cls(source.strip(), target.strip() or None, relation.strip() or None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):  # type: ignore[unreachable]  # not for those who check types
+            raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML and its kin give lists, which have no hash
+        for pattern in (self.source, *([] if self.target is None else [self.target]), *self.exclude):
+            if not pattern or set(pattern) & set("~|=,: \t\n"):
+                raise ConfigurationError(
+                    f"{pattern!r} is not a pattern of names. A tie is Tie(source, target, relation), or the "
+                    "string 'source ~ target | relation'"
+                )
+
+    def __str__(self) -> str:
+        target = f" ~ {self.target}" if self.target else ""
+        return f"{self.source}{target}" + (f" | {self.relation}" if self.relation else "")
+
+
+@dataclass(frozen=True, eq=False)
+class TiedGroup:
+    """Distinct tensors that belong together; the first is the source, whose layout all others are read in.
+
+    Attributes:
+        names: one name per tensor, relative to the model.
+        parameters: the tensors as the model holds them.
+        relations: the map from the source's layout to each tensor's own.
+        shared: the tensors are one parameter, which ``parameters`` holds for each name.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    relations: tuple[Relation, ...]
+    shared: bool = False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def relation(self) -> str | None:
+        """The relation as written, ``None`` where all layouts are equal; several are joined by ``"; "``."""
+        return "; ".join(dict.fromkeys(str(relation) for relation in self.relations if relation.steps)) or None
+
+    @cached_property
+    def to_source(self) -> tuple[Relation, ...]:
+        """The map from each tensor's own layout to the source's."""
+        return tuple(relation.inverse() for relation in self.relations)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the group's tensors, attached to the graph, in the source's layout."""
+        if self.shared:
+            return [*self.parameters]
+        return [read(parameter) for read, parameter in zip(self.to_source, self.parameters, strict=True)]
+
+
+def parse_ties(ties: Sequence[Tie | str]) -> list[Tie]:
+    """Return ties, with those in string form read.
+
+    Raises:
+        ConfigurationError: there are none, or a string is malformed.
+    """
+    if isinstance(ties, str | Tie):
+        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
+    if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
+        raise ConfigurationError(f"ties must be a list of at least one Tie or string, not {ties!r}")
+    return [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]

@@ -1,0 +1,1 @@
+"""Weights that are shared or computed, in any module."""
