@@ -56,7 +56,7 @@ def class_aliases(owner: str) -> Callable[[T], T]:
             return property(read, write, doc=f"Former name of ``{current}``.")
 
         def rename_overrides(subclass: type, **options: Any) -> None:
-            super(cls, subclass).__init_subclass__(**options)
+            super(cls, subclass).__init_subclass__(**options)  # type: ignore[arg-type]  # a class
             for former, current in ALIASES[owner].items():
                 if former in vars(subclass):
                     _warn(owner, former, current)
