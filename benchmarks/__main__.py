@@ -16,6 +16,7 @@ from benchmarks.declared import suites
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.speed import FAMILIES as SPEED
+from benchmarks.speed import against
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError, listed, nearest
 from tying.files import save_figure
@@ -49,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the suite demo under runs/demo, in bfloat16 where that is fast")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
+    speed.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout, in turns")
+    speed.add_argument("--turns", type=int, default=5, help="measurements of each checkout, with --against")
     restore = commands.add_parser("restore", help="put a suite's kept runs where runs are, to go on from them")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
@@ -91,6 +94,8 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
         print(f"Written: {REPORT}")
     elif known.command == "run" and known.suite in COMPUTED:
         _present(known.suite, *COMPUTED[known.suite](), f"run {known.suite}", known.save)
+    elif known.command == "speed" and known.against:
+        print(against.compare(known.against.resolve(), known.family or [*against.SHORTER], known.turns))
     elif known.command == "speed":
         for family in known.family or SPEED:
             if family not in SPEED:

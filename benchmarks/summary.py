@@ -192,7 +192,9 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
     told = [*([suite.description] if suite.description else []), f"Data: {' and '.join(sorted(data))}."]
     if len(data) > 1:
         told.append("The runs used different data: their figures cannot be compared.")
-    told.append("Mean ± standard deviation over n seeds. Differences are paired by seed, with 95 % confidence intervals.")
+    told.append(
+        "Mean ± standard deviation over n seeds. Differences are paired by seed, with 95 % confidence intervals."
+    )
     told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
     missing: dict[str, list[str]] = {}
     for name, state in states.items():
