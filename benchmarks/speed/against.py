@@ -24,13 +24,14 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def ratios(text: str) -> dict[str, float]:
-    """Return the ratio to its peer in each row of a family's Markdown tables, by the row's label.
+    r"""Return the ratio to its peer in each row of a family's Markdown tables, by the row's label.
 
     Example:
-        >>> ratios("| side | ms | / copy |\\n|---|--:|--:|\\n| proximal | 15.0 | 1.91 (1.83–3.65) |")
+        >>> ratios("| side | ms | / copy |\n|---|--:|--:|\n| proximal | 15.0 | 1.91 (1.83–3.65) |")
         {'proximal, / copy': 1.91}
     """
-    found, heading = {}, []
+    found: dict[str, float] = {}
+    heading: list[str] = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("|"):
