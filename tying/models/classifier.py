@@ -20,6 +20,14 @@ from tying.depth import Sampled, sampled
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.models.pretrained import load_pretrained
 
+RANGES = {
+    "lr": "[0, inf]",
+    "momentum": "[0, 1)",
+    "weight_decay": "[0, inf]",
+    "warmup": "[0, 1]",
+    "test_samples": "[1, inf)",
+}
+
 
 class SingleStep(pl.LightningModule):
     """A LightningModule that trains, validates and tests by the same method, :meth:`step`."""
@@ -89,15 +97,12 @@ class Classification(SingleStep):
         test_samples: int = 1,
     ) -> None:
         super().__init__()
-        check_range("test_samples", test_samples, "[1, inf)")
-        check_choice("optimizer", optimizer, ("sgd", "adamw"))
-        check_choice("schedule", schedule, ("cosine", "step", "constant", "plateau"))
-        check_range("lr", lr, "[0, inf]")
-        check_range("weight_decay", weight_decay, "[0, inf]")
-        check_range("momentum", momentum, "[0, 1)")
-        check_range("warmup", warmup, "[0, 1]")
         drops = list(drops)
         self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
+        check_choice("optimizer", optimizer, ("sgd", "adamw"))
+        check_choice("schedule", schedule, ("cosine", "step", "constant", "plateau"))
+        for name, interval in RANGES.items():
+            check_range(name, self.hparams[name], interval)
         self.count_accuracy(("train", "val", "test", *(["test/sampled"] if test_samples > 1 else [])))
 
     def count_accuracy(self, places: Iterable[str]) -> None:
@@ -115,8 +120,7 @@ class Classification(SingleStep):
 
     def laid_out_input(self, x: Tensor) -> Tensor:
         """Return a batch of inputs in the memory format that ``channels_last`` asks for."""
-        images = self.hparams["channels_last"] and x.ndim == 4
-        return x.contiguous(memory_format=torch.channels_last) if images else x
+        return x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] and x.ndim == 4 else x
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -133,8 +137,7 @@ class Classification(SingleStep):
         Labels are smoothed where ``place`` begins with "train".
         """
         training = place.startswith("train")
-        smoothing = self.hparams["label_smoothing"] if training else 0.0
-        loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"] if training else 0.0)
         self.log(f"{place}/loss", loss, sync_dist=not training)
         self.log_accuracy(place, logits, y)
         return loss
@@ -186,8 +189,8 @@ class Classification(SingleStep):
                 "a learning rate's schedule needs an end: set the trainer's max_epochs or max_steps"
             )
         options = {name: hparams[name] for name in ("warmup", "schedule", "drops")}
-        scheduler = LambdaLR(optimizer, partial(learning_rate_factor, total=int(steps), **options))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        factor = partial(learning_rate_factor, total=int(steps), **options)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 class Classifier(Classification):
@@ -235,6 +238,4 @@ def learning_rate_factor(step: int, total: int, warmup: float, schedule: str, dr
         return (step + 1) / rising
     if schedule == "cosine":
         return (1 + math.cos(math.pi * min((step - rising) / max(1, total - rising), 1.0))) / 2
-    if schedule == "step":
-        return 0.1 ** sum(step >= drop * total for drop in drops)
-    return 1.0
+    return 0.1 ** sum(step >= drop * total for drop in drops) if schedule == "step" else 1.0

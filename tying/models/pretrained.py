@@ -45,10 +45,11 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
             f"pretrained: {path} lacks {listed(missing)}: list in fresh what shall not be loaded."
             f"{nearest(missing[0], saved)}"
         )
-    if wrong := [name for name, value in wanted.items() if saved[name].shape != value.shape]:
-        shapes = (
-            f"{name!r} is {tuple(saved[name].shape)} there and {tuple(wanted[name].shape)} here" for name in wrong
-        )
-        raise ConfigurationError(f"pretrained: {path}: {listed(shapes)}: list in fresh what shall not be loaded")
+    if wrong := [
+        f"{name!r} is {tuple(saved[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in wanted.items()
+        if saved[name].shape != value.shape
+    ]:
+        raise ConfigurationError(f"pretrained: {path}: {listed(wrong)}: list in fresh what shall not be loaded")
     model.load_state_dict({name: saved[clean_name(name)] for name in state if clean_name(name) in wanted}, strict=False)
     return [*wanted]

@@ -187,5 +187,5 @@ class HMNetwork(nn.Module):
     def forward(self, x: Tensor, state: HMState | None = None) -> tuple[Tensor, HMState]:
         output = self.recurrent(x, state)
         gates = torch.sigmoid(self.gate(output.hidden.flatten(2)))
-        gated = (gates.unsqueeze(3) * output.hidden).flatten(2)
-        return torch.relu(self.out(gated)), cast(HMState, output.state)
+        gated = gates.unsqueeze(3) * output.hidden
+        return torch.relu(self.out(gated.flatten(2))), cast(HMState, output.state)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,7 @@ CPU_BATCH = 2**19  # entries: the differences of a batch fit the cache
 DEVICE_BATCH = 2**26  # entries: few kernel launches, and a bounded buffer
 PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 Rates = Mapping[nn.Parameter, float]
-Lane = tuple[
-    Sequence[Tensor], Sequence[Tensor | None]
-]  # of one group: its tensors, and where their gradients are added
+Lane = Sequence[Any]  # the m tensors of a group; then the m tensors to which their gradients are added, or None
 
 
 class TyingPenalty(nn.Module):
@@ -75,7 +75,7 @@ class TyingPenalty(nn.Module):
     @torch.no_grad()
     def add_gradients_(self, strength: float, rates: Rates | None = None) -> None:
         """Add ``strength · ∂Ω`` (times the rate) to the gradients, which are created where they are missing."""
-        self._add_(strength, rates, _gradient_of)
+        self._add_(strength, rates, gradient_of)
 
     @torch.no_grad()
     def pull_(self, s: float, rates: Rates | None = None) -> None:
@@ -136,25 +136,21 @@ class TyingPenalty(nn.Module):
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
-                receivers: list[Tensor | None] = [None] * len(group)
+                views: list[Tensor | None] = [None] * len(group)
                 for i, parameter in enumerate(group.parameters):
                     if speeds[i]:
                         target = receiver(parameter)
                         view = group.to_source[i](target)
-                        if (
-                            view is not target
-                            and view.untyped_storage().data_ptr() != target.untyped_storage().data_ptr()
-                        ):
-                            view = torch.zeros_like(view)  # the relation copies: add to the target afterwards
+                        if view.data_ptr() != target.data_ptr():  # the relation copies: add to the target afterwards
+                            view = torch.zeros_like(view)
                             copies.append((target, group.relations[i], view))
-                        receivers[i] = view
-                lanes.setdefault(speeds, []).append((group.tensors(), receivers))
+                        views[i] = view
+                lanes.setdefault(speeds, []).append([*group.tensors(), *views])
         for speeds, alike in lanes.items():
             for batch in _batches(alike):
-                weights, receivers_of = (
-                    [[*column] for column in zip(*rows, strict=True)] for rows in zip(*batch, strict=True)
-                )
-                self.penalty.add_gradient_(weights, receivers_of, [scale * speed for speed in speeds])
+                columns = [[*column] for column in zip(*batch, strict=True)]
+                weights, receivers = columns[: len(speeds)], columns[len(speeds) :]
+                self.penalty.add_gradient_(weights, receivers, [scale * speed for speed in speeds])
         for target, relation, gradient in copies:
             target.add_(relation(gradient))
 
@@ -183,7 +179,12 @@ def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
     )
 
 
-def _gradient_of(parameter: nn.Parameter) -> Tensor:
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter, which is created if it is missing.
+
+    Raises:
+        ConfigurationError: it is sparse.
+    """
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     if parameter.grad.is_sparse:
@@ -198,11 +199,11 @@ def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
     """Split and collect groups of equal size into batches whose differences fit a processor's cache."""
     batch: list[Lane] = []
     filled = 0
-    for weights, receivers in lanes:
-        limit = CPU_BATCH if weights[0].device.type == "cpu" else DEVICE_BATCH
-        for piece in _pieces(weights, receivers, limit):
+    for lane in lanes:
+        limit = CPU_BATCH if lane[0].device.type == "cpu" else DEVICE_BATCH
+        for piece in _pieces(lane, limit):
             batch.append(piece)
-            filled += piece[0][0].numel()
+            filled += piece[0].numel()
             if filled >= limit:
                 yield batch
                 batch, filled = [], 0
@@ -210,19 +211,15 @@ def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
         yield batch
 
 
-def _pieces(weights: Sequence[Tensor], receivers: Sequence[Tensor | None], limit: int) -> Iterable[Lane]:
+def _pieces(lane: Lane, limit: int) -> Iterable[Lane]:
     """Split one group into pieces of about ``limit`` entries: flat if all is contiguous, else along dimension 0."""
-    size = weights[0].numel()
-    if size <= limit or not weights[0].dim():
-        yield weights, receivers
-        return
-    if all(tensor.is_contiguous() for tensor in [*weights, *receivers] if tensor is not None):
-        weights = [weight.view(-1) for weight in weights]
-        receivers = [None if into is None else into.view(-1) for into in receivers]
-    rows = max(1, limit * weights[0].shape[0] // size)
-    cut_receivers = [torch.split(into, rows) if into is not None else None for into in receivers]
-    for index, pieces in enumerate(zip(*(torch.split(weight, rows) for weight in weights), strict=True)):
-        yield pieces, [cut[index] if cut is not None else None for cut in cut_receivers]
+    weight = lane[0]
+    if weight.numel() <= limit or not weight.dim():
+        return [lane]
+    flat = all(tensor is None or tensor.is_contiguous() for tensor in lane)
+    rows = limit if flat else max(1, limit * weight.shape[0] // weight.numel())
+    splits = (repeat(None) if t is None else torch.split(t.view(-1) if flat else t, rows) for t in lane)
+    return zip(*splits, strict=False)
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_range
+from tying.soft.group_penalty import gradient_of
+from tying.torch_workarounds import foreach_add_
 
 CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
 DEVICE_CHUNK = 1 << 20
@@ -108,15 +110,13 @@ class GaussianMixturePrior(nn.Module):
             scale: a further factor on the gradients of the weights alone.
         """
         mixture = [part.detach() for part in self.mixture()]
-        total, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
+        into_mixture = [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
+        total = torch.zeros(())
         for weight in weights:
-            if weight.grad is None and weight.requires_grad:
-                weight.grad = torch.zeros_like(weight)
-            into = weight.grad if weight.requires_grad and weight.grad is not None else torch.zeros_like(weight)
-            value, gradients = _evaluate(weight.detach(), mixture, into=into, scale=strength * scale)
+            into = gradient_of(weight) if weight.requires_grad else torch.zeros_like(weight)
+            value, gradients = _evaluate(weight.detach(), mixture, into, scale=strength * scale)
             total = total + value
-            for total_gradient, gradient in zip(into_mixture, gradients, strict=True):
-                total_gradient += gradient
+            foreach_add_(into_mixture, [*gradients])
         with torch.enable_grad():
             hyper = self.hyper_penalty()
             pairs = [(part, g) for part, g in zip(self.mixture(), into_mixture, strict=True) if part.requires_grad]

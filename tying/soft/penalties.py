@@ -224,13 +224,11 @@ class Huber(Penalty):
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; see :func:`huber`."""
-        a, b = tensors
-        return huber(a, b, self.delta)
+        return huber(tensors[0], tensors[1], self.delta)
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return ``±clamp(a − b, −δ, δ)``."""
-        a, b = tensors
-        pull = (a - b).clamp(-self.delta, self.delta)
+        pull = (tensors[0] - tensors[1]).clamp(-self.delta, self.delta)
         return [pull, -pull]
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
@@ -249,12 +247,10 @@ def group_mean(tensors: Sequence[Tensor]) -> Tensor:
 def _prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[float]) -> list[Tensor]:
     """Move two tensors, in proportion to their rates, until they differ by ``difference``."""
     (a, b), (rate_a, rate_b) = tensors, rates
-    if not rate_a + rate_b:
-        return [a, b]
-    if not rate_a:
-        return [a, a - difference]
-    moved = a - rate_a / (rate_a + rate_b) * (a - b - difference) if rate_b else b + difference
-    return [moved, moved - difference if rate_b else b]
+    if not (rate_a and rate_b):  # one of them is a constant, or both
+        return [b + difference if rate_a else a, a - difference if rate_b else b]
+    moved = a - rate_a / (rate_a + rate_b) * (a - b - difference)
+    return [moved, moved - difference]
 
 
 def _prox_sorted(w: Tensor, step: float) -> Tensor:
@@ -274,8 +270,8 @@ def _prox_sorted(w: Tensor, step: float) -> Tensor:
     for a in range(1, p + 1):
         b = torch.arange(a, p + 1, dtype=w.dtype, device=w.device)
         means = (w[..., a - 1 :] - base).cumsum(dim=-1) / (b - a + 1) - step * (a + b - p - 1)
-        smallest_beyond = means.flip(-1).cummin(dim=-1).values.flip(-1)
-        v[..., a - 1 :] = torch.maximum(v[..., a - 1 :], smallest_beyond)
+        smallest = means.flip(-1).cummin(dim=-1).values.flip(-1)  # of all b from k on
+        v[..., a - 1 :] = torch.maximum(v[..., a - 1 :], smallest)
     return base + v
 
 

@@ -31,8 +31,7 @@ def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = ""
     axes = figure.add_subplot(xlabel="weight", ylabel="weights", title=title, yscale="log", ylim=(0.5, 2.0 * len(flat)))
     axes.hist(flat.numpy(), bins=edges.tolist(), color="0.75", label="weights")
     axes.plot(middle, expected.sum(dim=0), color="C3", label="mixture")
-    for component in expected:
-        axes.plot(middle, component, color="C0", linewidth=0.6)
+    axes.plot(middle, expected.T, color="C0", linewidth=0.6)  # each component
     axes.plot(means, torch.full_like(means, 0.7), "k|", label="means")
     axes.legend(loc="best", fontsize="x-small")
     return figure
