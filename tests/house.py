@@ -49,6 +49,46 @@ def functions(tree):
             yield node.name, node.end_lineno - node.lineno + 1
 
 
+def imports(tree):
+    """Yield the names of the modules that are imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def private_names(tree):
+    """Yield the private names that are read, written, imported or named to ``getattr`` and its like."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.FunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and "attr" in node.func.id:
+            names = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+        yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
+
+
+def private_definitions(tree):
+    """Yield the private names that are defined: functions, classes, variables and attributes of ``self`` or ``cls``."""
+    for node in ast.walk(tree):
+        name = ""
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name):
+            name = node.attr if node.value.id in ("self", "cls") else ""
+        if name.startswith("_"):
+            yield name
+
+
 def lines(folder):
     return sum(len(path.read_text().splitlines()) for path in folder.rglob("*.py"))
 

@@ -18,7 +18,7 @@ def _warn(owner: str, former: str, current: str) -> None:
 
 
 def module_aliases(module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module, which finds its former names."""
+    """Return a module's ``__getattr__``, which looks up its former names."""
 
     def find(name: str) -> Any:
         if name not in ALIASES[module]:
@@ -30,7 +30,7 @@ def module_aliases(module: str) -> Callable[[str], Any]:
 
 
 def class_aliases(owner: str) -> Callable[[T], T]:
-    """Return a class decorator that lets former names be read, written, and overridden by subclasses.
+    """Return a class decorator with which former names can be read, written, and overridden by subclasses.
 
     Example:
         >>> ALIASES["Shelf"] = {"volumes": "books"}
@@ -43,24 +43,23 @@ def class_aliases(owner: str) -> Callable[[T], T]:
         (3, 'Shelf.volumes is now called books')
     """
 
+    def alias(former: str, current: str) -> property:
+        def read(instance: Any) -> Any:
+            _warn(owner, former, current)
+            return getattr(instance, current)
+
+        def write(instance: Any, value: Any) -> None:
+            _warn(owner, former, current)
+            setattr(instance, current, value)
+
+        return property(read, write, doc=f"Former name of ``{current}``.")
+
     def decorate(cls: T) -> T:
-        def alias(former: str, current: str) -> property:
-            def read(self: Any) -> Any:
-                _warn(owner, former, current)
-                return getattr(self, current)
-
-            def write(self: Any, value: Any) -> None:
-                _warn(owner, former, current)
-                setattr(self, current, value)
-
-            return property(read, write, doc=f"Former name of ``{current}``.")
-
         def rename_overrides(subclass: type, **options: Any) -> None:
             super(cls, subclass).__init_subclass__(**options)  # type: ignore[arg-type]  # a class
-            for former, current in ALIASES[owner].items():
-                if former in vars(subclass):
-                    _warn(owner, former, current)
-                    setattr(subclass, current, vars(subclass)[former])
+            for former in ALIASES[owner].keys() & vars(subclass).keys():
+                _warn(owner, former, ALIASES[owner][former])
+                setattr(subclass, ALIASES[owner][former], vars(subclass)[former])
 
         for former, current in ALIASES[owner].items():
             setattr(cls, former, alias(former, current))

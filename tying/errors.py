@@ -1,4 +1,4 @@
-"""Mistakes in what was asked for, and what has gone wrong in training."""
+"""Errors of configuration and of training, and checks of arguments that raise them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from difflib import get_close_matches
 
 
 class ConfigurationError(ValueError):
-    """A mistake in a tie, an argument or a data path: the command line prints it without a traceback."""
+    """A mistake in a tie, an argument or a data path. The command line prints it without a traceback."""
 
 
 class NonFiniteError(ArithmeticError):
-    """Weights that are tied have become NaN or infinite; the command line prints it without a traceback."""
+    """Tied weights have become NaN or infinite. The command line prints it without a traceback."""
 
 
 def nearest(name: str, existing: Iterable[str]) -> str:
@@ -27,7 +27,7 @@ def nearest(name: str, existing: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:
-    """Return names with commas between them, the first ``limit`` of them and how many more there are.
+    """Return the first ``limit`` names, separated by commas, and the number of others.
 
     Example:
         >>> listed(["a", "b", "c"], limit=2)
@@ -47,21 +47,18 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         choices: the valid values.
 
     Raises:
-        ConfigurationError: the value is another one; the message lists the choices and the nearest of them.
+        ConfigurationError: the value is no choice; the message lists the choices and names the nearest.
 
     Example:
         >>> check_choice("init", "sorce", ("source", "mean"))
         Traceback (most recent call last):
         tying.errors.ConfigurationError: init must be 'source' or 'mean', not 'sorce'. Nearest existing names: source.
     """
-    choices = tuple(choices)
+    *others, last = choices = [*choices]
     if value not in choices:
-        *first, last = map(repr, choices)
+        expected = f"{', '.join(map(repr, others))} or {last!r}" if others else repr(last)
         close = nearest(value, choices) if isinstance(value, str) else ""
-        hint = f".{close}".removesuffix(".")
-        raise ConfigurationError(
-            f"{name} must be {' or '.join(filter(None, (', '.join(first), last)))}, not {value!r}{hint}"
-        )
+        raise ConfigurationError(f"{name} must be {expected}, not {value!r}{close and '.' + close}")
 
 
 def check_range(name: str, value: float, interval: str) -> None:

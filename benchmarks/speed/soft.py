@@ -15,7 +15,7 @@ from tying.callbacks import SoftTying
 from tying.callbacks.base import callbacks_of
 from tying.cli import parse
 from tying.soft import GaussianMixturePrior, TyingPenalty
-from tying.soft.gaussians import CPU_CHUNK
+from tying.soft.mixture import CPU_CHUNK
 
 PAIRS, SIDE = 52, 519  # 52 pairs of 519 × 519: 14.0 million weights on each side
 MIXTURE_WEIGHTS, COMPONENTS = 10_000_000, 17

@@ -176,10 +176,10 @@ class Endless:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: Coupling("a", "b", -0.1), "alpha is from 0, one model, to 1, .* not -0.1"),
+        (lambda: Coupling("a", "b", -0.1), r"alpha must be in \[0, 1\], not -0.1"),
         (lambda: Coupling("a", "b", 1.1), "not 1.1"),
         (lambda: Coupling("a", "b", math.nan), "not nan"),
-        (lambda: Coupling("a", "b", 0.5, exponent=0.0), "exponent must be above 0 and finite, not 0.0"),
+        (lambda: Coupling("a", "b", 0.5, exponent=0.0), "exponent must be above 0, not 0.0"),
         (lambda: Coupling("a", "b", 0.5, examples=0), "examples must be 1 or more, not 0"),
         (lambda: Coupling("a", "b", 0.0, update="gradient"), "alpha=0 makes both models one, which needs update='proximal', not 'gradient'"),
         (lambda: train(Toy(), [Coupling("encoder.0.bias", "decoder.0.bias", 0.5)], data=Endless(), limit_train_batches=2), "number of labelled examples is not known, .*: give it as examples"),

@@ -54,7 +54,10 @@ def test_what_does_not_fit_is_told_and_nothing_is_written(pretrained, tmp_path):
     _, path = pretrained
     for wrong, told in [
         ({"network": network(3)}, r"'network.2.3.weight' is \(2, 8\) there and \(3, 8\) here, 'network.2.3.bias'"),
-        ({"network": nn.Sequential(*network(), MLP([2, 2]))}, "lacks network.3.1.weight, .* name what shall not"),
+        (
+            {"network": nn.Sequential(*network(), MLP([2, 2]))},
+            "lacks network.3.1.weight, .* list in fresh what shall not",
+        ),
         ({"fresh": ["network.2.9"]}, "fresh: 'network.2.9' matches nothing. Nearest"),
         ({"pretrained": str(tmp_path / "none.ckpt")}, "pretrained: there is no "),
         ({"pretrained": None, "fresh": ["network"]}, "without pretrained: every weight begins anew"),

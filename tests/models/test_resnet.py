@@ -89,7 +89,7 @@ def test_shared_stages_are_those_of_a_hard_tie():
         ({"width": 0}, "width is a multiple of 1/16, such as 0.5, 1 or 2, not 0"),
         ({"width": 0.3}, "width is a multiple of 1/16.*not 0.3"),
         ({"width": float("inf")}, "width is a multiple of 1/16.*not inf"),
-        ({"shortcut": "none"}, "shortcut is 'pad', 'pool', 'project', not 'none'"),
+        ({"shortcut": "none"}, "shortcut must be 'pad', 'pool' or 'project', not 'none'"),
         ({"depth": 8, "shared": True}, "needs two blocks a stage: a depth of 14 or more, not 8"),
     ],
 )

@@ -173,7 +173,7 @@ def test_slopes_of_a_multiscale_network(path):
 
 def test_mistakes():
     for options, told in (
-        ({"task": "translation"}, "task is 'classification' or 'language'"),
+        ({"task": "translation"}, "task must be 'classification' or 'language'"),
         ({"embedding": 3}, "needs task='language'"),
         ({"embedding": 0, "task": "language"}, "a size of 1 or more, not 0"),
         ({"test_samples": 2}, "tests by one pass"),

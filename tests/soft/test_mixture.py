@@ -236,12 +236,12 @@ def test_a_merged_prior_is_saved_and_loaded():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"components": 1}, "components must be 2 or more, one of them at zero, not 1"),
-        ({"zero_weight": 1.0}, "zero_weight is a proportion, above 0 and below 1, not 1.0"),
+        ({"components": 1}, "components must be 2 or more, not 1"),
+        ({"zero_weight": 1.0}, r"zero_weight must be in \(0, 1\), not 1.0"),
         ({"low": 1.0, "high": 1.0}, "low must be below high, not 1.0 and 1.0"),
         ({"std": 0.0}, "std must be above 0, not 0.0"),
-        ({"gamma": (1.0, 0.1)}, r"gamma is \(a, b\) with a above 1 and b above 0, not \(1.0, 0.1\)"),
-        ({"zero_gamma": (5.0, 0.0)}, r"zero_gamma is \(a, b\)"),
+        ({"gamma": (1.0, 0.1)}, "a of gamma must be above 1, not 1.0"),
+        ({"zero_gamma": (5.0, 0.0)}, "b of zero_gamma must be above 0, not 0.0"),
     ],
 )
 def test_mistakes(options, told):

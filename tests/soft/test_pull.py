@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from tying import ConfigurationError, resolve
-from tying.soft import L1, L2, Huber, Penalty, TyingPenalty, anchored, pull
+from tying.soft import L1, L2, Huber, Penalty, TyingPenalty, anchored, group_penalty
 
 PATTERNS = {
     "plain": (None, (6, 4), (6, 4)),
@@ -120,7 +120,7 @@ def test_batches_do_not_change_the_numbers(kind, limit, monkeypatch):
     )
     groups += resolve(model, ["b0 ~ b1"])
     expected = [L2().gradient([w.detach() for w in group.tensors()]) for group in groups]
-    monkeypatch.setattr(pull, "CPU_BATCH", limit)
+    monkeypatch.setattr(group_penalty, "CPU_BATCH", limit)
     TyingPenalty(groups).add_gradients_(1.0)
     for group, gradients in zip(groups, expected, strict=True):
         for p, to_source, gradient in zip(group.parameters, group.to_source, gradients, strict=True):
@@ -181,3 +181,13 @@ def test_a_penalty_of_ones_own():
     d = (model["w0"] - model["w1"].T).detach()
     torch.testing.assert_close(model["w0"].grad, 8 * d**3)
     torch.testing.assert_close(model["w1"].grad, -8 * d.T**3)
+
+
+def test_strength_is_carried_and_not_used():
+    w = [torch.nn.Parameter(torch.tensor([value])) for value in (0.0, 2.0)]
+    penalty = anchored({"w": w[0]}, {"w": w[1].detach()}, strength=3.0)
+    assert penalty.strength == 3.0
+    assert TyingPenalty([]).strength == 1.0
+    assert penalty().item() == 2.0
+    penalty.pull_(0.5)
+    assert w[0].item() == 1.0

@@ -1,20 +1,20 @@
-"""An autoencoder of two mirrored stacks, so that ties have something to hold."""
+"""An autoencoder of two mirrored stacks, whose layers can be tied in pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.models.classifier import SingleStep
 from tying.models.networks import stack
 
 
-class Autoencoder(pl.LightningModule):
+class Autoencoder(SingleStep):
     """Linear layers with ReLUs down to a code and, mirrored, back up; trained on the mean squared error.
 
     The layers are ``encoder.0``, ``encoder.2``, ... and ``decoder.0``, ``decoder.2``, ..., so that
@@ -39,22 +39,10 @@ class Autoencoder(pl.LightningModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        reconstruction: Tensor = self.decoder(self.encoder(x.flatten(1)))
-        return reconstruction.view(x.shape)
+        return cast(Tensor, self.decoder(self.encoder(x.flatten(1)))).view(x.shape)
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._loss(batch, "train")
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._loss(batch, "val")
-
-    @override
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._loss(batch, "test")
-
-    def _loss(self, batch: Any, stage: str) -> Tensor:
+    def step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
         x = batch[0] if isinstance(batch, list | tuple) else batch
         loss = F.mse_loss(self(x), x)
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=stage != "train")

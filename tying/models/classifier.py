@@ -1,4 +1,4 @@
-"""A LightningModule that trains any network to classify."""
+"""LightningModules that train networks to classify, and their base."""
 
 from __future__ import annotations
 
@@ -12,17 +12,51 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from tying.depth import Sampled, sampled
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice, check_range
 from tying.models.pretrained import load_pretrained
 
+RANGES = {
+    "lr": "[0, inf]",
+    "momentum": "[0, 1)",
+    "weight_decay": "[0, inf]",
+    "warmup": "[0, 1]",
+    "test_samples": "[1, inf)",
+}
 
-class Classification(pl.LightningModule):
-    """Trains on the cross entropy of :meth:`logits`, which a subclass gives, and logs loss and accuracy.
+
+class SingleStep(pl.LightningModule):
+    """A LightningModule that trains, validates and tests by the same method, :meth:`step`."""
+
+    def step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, and log it.
+
+        Args:
+            stage: ``"train"``, ``"val"`` or ``"test"``.
+            batch: from the stage's loader.
+            batch_idx: the number of the batch.
+        """
+        raise NotImplementedError
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step("train", batch, batch_idx)
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.step("val", batch, batch_idx)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.step("test", batch, batch_idx)
+
+
+class Classification(SingleStep):
+    """Train on the cross entropy of :meth:`logits`, which a subclass defines, and log loss and accuracy.
 
     Args:
         num_classes: number of classes.
@@ -63,107 +97,89 @@ class Classification(pl.LightningModule):
         test_samples: int = 1,
     ) -> None:
         super().__init__()
-        if test_samples < 1:
-            raise ConfigurationError(f"test_samples must be 1 or more, not {test_samples}")
-        if optimizer not in ("sgd", "adamw") or schedule not in ("cosine", "step", "constant", "plateau"):
-            raise ConfigurationError(
-                "optimizer is 'sgd' or 'adamw' and schedule 'cosine', 'step', 'constant' or 'plateau', "
-                f"not {optimizer!r} and {schedule!r}"
-            )
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1 or not 0 <= warmup <= 1:
-            raise ConfigurationError(
-                "lr and weight_decay must be 0 or more, momentum from 0 to below 1 and warmup from 0 to 1, "
-                f"not {lr}, {weight_decay}, {momentum} and {warmup}"
-            )
         drops = list(drops)
         self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
-        stages = ("fit", "val", "test", *(["sampled"] if test_samples > 1 else []))
-        self.count_accuracy(stages)
+        check_choice("optimizer", optimizer, ("sgd", "adamw"))
+        check_choice("schedule", schedule, ("cosine", "step", "constant", "plateau"))
+        for name, interval in RANGES.items():
+            check_range(name, self.hparams[name], interval)
+        self.count_accuracy(("train", "val", "test", *(["test/sampled"] if test_samples > 1 else [])))
 
-    def count_accuracy(self, metrics: Iterable[str]) -> None:
-        """Begin to count the accuracies of these names, for :meth:`log_accuracy`."""
+    def count_accuracy(self, places: Iterable[str]) -> None:
+        """Create the accuracies that :meth:`log_accuracy` updates."""
         classes = self.hparams["num_classes"]
-        self.accuracy = nn.ModuleDict({metric: MulticlassAccuracy(classes, average="micro") for metric in metrics})
+        self.accuracy = nn.ModuleDict({f"{p}/accuracy": MulticlassAccuracy(classes, average="micro") for p in places})
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of inputs."""
         raise NotImplementedError
 
     def laid_out(self, module: nn.Module) -> nn.Module:
-        """Return a module in the memory format that was asked for."""
+        """Return a module in the memory format that ``channels_last`` asks for."""
         return module.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else module
 
     def laid_out_input(self, x: Tensor) -> Tensor:
-        """Return a batch of inputs in the memory format that was asked for."""
-        images = self.hparams["channels_last"] and x.ndim == 4
-        return x.contiguous(memory_format=torch.channels_last) if images else x
+        """Return a batch of inputs in the memory format that ``channels_last`` asks for."""
+        return x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] and x.ndim == 4 else x
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         return self.logits(self.laid_out_input(x))
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch["labelled"] if isinstance(batch, dict) else batch
-        logits = self(x)
-        loss = self.training_loss(logits, y)
-        self.log("train/loss", loss)
-        self.log_accuracy("train", "fit", logits, y)
+        return self.log_loss(stage, self(x), y)
+
+    def log_loss(self, place: str, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the mean cross entropy; log it and the accuracy as ``<place>/loss`` and ``<place>/accuracy``.
+
+        Labels are smoothed where ``place`` begins with "train".
+        """
+        training = place.startswith("train")
+        loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"] if training else 0.0)
+        self.log(f"{place}/loss", loss, sync_dist=not training)
+        self.log_accuracy(place, logits, y)
         return loss
 
-    def training_loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the mean cross entropy, its labels smoothed as asked for."""
-        return F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", batch, batch_idx)
+    def log_accuracy(self, place: str, logits: Tensor, y: Tensor) -> None:
+        """Count a batch, and log ``<place>/accuracy`` at the end of the epoch."""
+        classes = self.hparams["num_classes"]
+        if logits.shape[-1] != classes:
+            raise ConfigurationError(
+                f"num_classes is {classes}, and the network returns {logits.shape[-1]} logits a sample"
+            )
+        accuracy = cast(MulticlassAccuracy, self.accuracy[f"{place}/accuracy"])
+        accuracy.update(logits, y)
+        self.log(f"{place}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", batch, batch_idx)
+        super().test_step(batch, batch_idx)
         if self.hparams["test_samples"] > 1:
             x, y = batch
-            mean, spread = sampled(self, x, self.hparams["test_samples"])
-            certain = torch.finfo(mean.dtype).tiny  # the loss of a class that no pass finds possible is finite
-            self.log("test/sampled/loss", F.nll_loss(mean.clamp_min(certain).log(), y), sync_dist=True)
-            self.log("test/spread", spread.gather(1, mean.argmax(dim=1, keepdim=True)).mean(), sync_dist=True)
-            self.log_accuracy("test/sampled", "sampled", mean, y)
+            mean, std = sampled(self, x, self.hparams["test_samples"])
+            smallest = torch.finfo(mean.dtype).tiny  # keeps the loss finite where no pass gives a class a probability
+            self.log("test/sampled/loss", F.nll_loss(mean.clamp_min(smallest).log(), y), sync_dist=True)
+            self.log("test/spread", std.gather(1, mean.argmax(dim=1, keepdim=True)).mean(), sync_dist=True)
+            self.log_accuracy("test/sampled", mean, y)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | Sampled:
         x = batch[0] if isinstance(batch, list | tuple) else batch
         if self.hparams["test_samples"] > 1:
             return sampled(self, x, self.hparams["test_samples"])
-        probabilities: Tensor = self(x).softmax(dim=-1)
-        return probabilities
-
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        logits = self(x)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, y), sync_dist=True)
-        self.log_accuracy(stage, stage, logits, y)
-
-    def log_accuracy(self, place: str, metric: str, logits: Tensor, y: Tensor) -> None:
-        """Count a batch in one of ``accuracy``, and log it as ``<place>/accuracy`` at the end of the epoch."""
-        if logits.shape[-1] != self.hparams["num_classes"]:
-            classes = self.hparams["num_classes"]
-            raise ConfigurationError(
-                f"num_classes is {classes}, and the network returns {logits.shape[-1]} logits a sample"
-            )
-        accuracy = cast(MulticlassAccuracy, self.accuracy[metric])
-        accuracy.update(logits, y)
-        self.log(f"{place}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        return cast(Tensor, self(x).softmax(dim=-1))
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         hparams = self.hparams
         lr, momentum, decay = hparams["lr"], hparams["momentum"], hparams["weight_decay"]
-        optimizer: torch.optim.Optimizer
-        if hparams["optimizer"] == "sgd":
-            optimizer = torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=momentum > 0)
-        else:
-            optimizer = torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
+        optimizer = (
+            torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=momentum > 0)
+            if hparams["optimizer"] == "sgd"
+            else torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
+        )
         if hparams["schedule"] == "plateau":
             plateau = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3, threshold=0.0)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "train/accuracy"}}
@@ -172,15 +188,9 @@ class Classification(pl.LightningModule):
             raise ConfigurationError(
                 "a learning rate's schedule needs an end: set the trainer's max_epochs or max_steps"
             )
-        factor = partial(
-            learning_rate_factor,
-            total=int(steps),
-            warmup=hparams["warmup"],
-            schedule=hparams["schedule"],
-            drops=hparams["drops"],
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        options = {name: hparams[name] for name in ("warmup", "schedule", "drops")}
+        factor = partial(learning_rate_factor, total=int(steps), **options)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
 class Classifier(Classification):
@@ -213,8 +223,7 @@ class Classifier(Classification):
 
     @override
     def logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x)
-        return logits
+        return cast(Tensor, self.network(x))
 
 
 def learning_rate_factor(step: int, total: int, warmup: float, schedule: str, drops: Sequence[float] = ()) -> float:
@@ -228,8 +237,5 @@ def learning_rate_factor(step: int, total: int, warmup: float, schedule: str, dr
     if step < rising:
         return (step + 1) / rising
     if schedule == "cosine":
-        progress = (step - rising) / max(1, total - rising)
-        return (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    if schedule == "step":
-        return 0.1 ** sum(step >= drop * total for drop in drops)
-    return 1.0
+        return (1 + math.cos(math.pi * min((step - rising) / max(1, total - rising), 1.0))) / 2
+    return 0.1 ** sum(step >= drop * total for drop in drops) if schedule == "step" else 1.0

@@ -1,4 +1,4 @@
-"""A classifier for each of several domains, whose inputs differ and whose classes are the same."""
+"""One classifier for each of several domains with different inputs and the same classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
@@ -16,10 +15,10 @@ from tying.models.classifier import Classification
 
 
 class DomainClassifiers(Classification):
-    """Train a network for each domain, all of one kind, that begin alike: ``networks.<domain>``.
+    """Train one network for each domain: copies of one network, with the same initial weights, ``networks.<domain>``.
 
-    The loss is the sum of the domains' mean cross entropies. The networks know nothing of each other, unless a tie
-    pulls them together.
+    The loss is the sum of the domains' mean cross entropies. The networks are independent, unless a tie pulls them
+    together.
 
     Args:
         network: of the first domain, copied for the others; maps inputs to logits.
@@ -50,29 +49,24 @@ class DomainClassifiers(Classification):
             raise ConfigurationError(f"domains are distinct names, one at least, not {list(domains)}")
         self.domains = list(domains)
         networks = [network, *(copy.deepcopy(network) for _ in self.domains[1:])]
-        self.networks = nn.ModuleDict(
-            {domain: self.laid_out(one) for domain, one in zip(self.domains, networks, strict=True)}
-        )
-        self.count_accuracy(f"{stage}_{domain}" for stage in ("fit", "val", "test") for domain in self.domains)
+        self.networks = nn.ModuleDict(dict(zip(self.domains, map(self.laid_out, networks), strict=True)))
+        self.count_accuracy(f"{stage}/{domain}" for stage in ("train", "val", "test") for domain in self.domains)
 
     @override
     def forward(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         return {domain: self.networks[domain](self.laid_out_input(images)) for domain, images in x.items()}
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        losses = []
-        for domain, logits, y in self._classified(batch):
-            losses.append(self.training_loss(logits, y))
-            self.log(f"train/{domain}/loss", losses[-1])
-            self.log_accuracy(f"train/{domain}", f"fit_{domain}", logits, y)
+    def step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
+        if not isinstance(batch, dict) or batch.keys() != {*self.domains}:
+            kind = listed(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
+            raise ConfigurationError(
+                f"DomainClassifiers trains on dictionaries of batches of {listed(map(repr, self.domains))}, not on "
+                f"{kind}: set its domains to those of the data, or give a CombinedLoader of a dictionary of loaders"
+            )
+        logits = self({domain: x for domain, (x, _) in batch.items()})
+        losses = [self.log_loss(f"{stage}/{domain}", logits[domain], y) for domain, (_, y) in batch.items()]
         return torch.stack(losses).sum()
-
-    @override
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
-        for domain, logits, y in self._classified(batch):
-            self.log(f"{stage}/{domain}/loss", F.cross_entropy(logits, y), sync_dist=True)
-            self.log_accuracy(f"{stage}/{domain}", f"{stage}_{domain}", logits, y)
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
@@ -80,13 +74,3 @@ class DomainClassifiers(Classification):
         domain = ([*loaders] if isinstance(loaders, Mapping) else self.domains)[dataloader_idx]
         probabilities = self({domain: batch[0] if isinstance(batch, list | tuple) else batch})[domain].softmax(dim=-1)
         return cast(Tensor, probabilities)
-
-    def _classified(self, batch: Any) -> list[tuple[str, Tensor, Tensor]]:
-        if not isinstance(batch, dict) or batch.keys() != {*self.domains}:
-            found = listed(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
-            raise ConfigurationError(
-                f"DomainClassifiers trains on dictionaries of batches of {listed(map(repr, self.domains))}, not on "
-                f"{found}: set its domains to those of the data, or give a CombinedLoader of a dictionary of loaders"
-            )
-        logits = self({domain: x for domain, (x, _) in batch.items()})
-        return [(domain, logits[domain], y) for domain, (_, y) in batch.items()]

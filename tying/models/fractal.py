@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth import FractalBlock
 from tying.depth.fractal import draw_column
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_range
 
 
 class FractalNet(nn.Module):
@@ -58,14 +59,12 @@ class FractalNet(nn.Module):
         rates = [*dropout] or [0.0] * len(widths)
         if not widths or len(rates) != len(widths):
             raise ConfigurationError(f"{len(rates)} dropout rates for {len(widths)} blocks: one each, or none")
-        if not 0 <= global_share <= 1:
-            raise ConfigurationError(f"global_share is a share, from 0 to 1, not {global_share}")
+        check_range("global_share", global_share, "[0, 1]")
         if column is not None and not 0 <= column < columns:
             raise ConfigurationError(f"columns are 0 to {columns - 1}, not {column}")
-        inputs = [in_channels, *widths[:-1]]
         self.blocks = nn.ModuleList(
             FractalBlock(columns, partial(_layer, rate), before, width, drop_path)
-            for before, width, rate in zip(inputs, widths, rates, strict=True)
+            for before, width, rate in zip([in_channels, *widths[:-1]], widths, rates, strict=True)
         )
         self.pool = nn.MaxPool2d(2)
         self.head = nn.Linear(widths[-1], num_classes)
@@ -77,8 +76,7 @@ class FractalNet(nn.Module):
         column = draw_column(self.columns, self.global_share) if self.training else self.column
         for block in self.blocks:
             x = self.pool(block(x, column))
-        logits: Tensor = self.head(x.mean(dim=(2, 3)))
-        return logits
+        return cast(Tensor, self.head(x.mean(dim=(2, 3))))
 
 
 def _layer(dropout: float, inputs: int, outputs: int) -> nn.Module:

@@ -1,26 +1,25 @@
-"""Two models on the same images: one of their labels, one of the images themselves."""
+"""A classifier and an autoencoder of the same images."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_range
 from tying.models.classifier import Classification
 
 
 class HybridClassifier(Classification):
-    """Train a classifier on labelled images, and an autoencoder on all, from encoders of one kind that begin alike.
+    """Train a classifier on labelled images and an autoencoder on all, with encoders of the same initial weights.
 
     The loss is the mean cross entropy of the labelled images, plus ``reconstruction`` times the mean squared error of
-    all. The encoders, ``classifier.encoder`` and ``autoencoder.encoder``, know nothing of each other, unless
+    all. The encoders, ``classifier.encoder`` and ``autoencoder.encoder``, are independent, unless
     :class:`tying.callbacks.Coupling` or another tie pulls them together. Predictions are the classifier's.
 
     Args:
@@ -47,22 +46,19 @@ class HybridClassifier(Classification):
     def __init__(
         self, encoder: nn.Module, head: nn.Module, decoder: nn.Module, reconstruction: float = 1.0, **options: Any
     ) -> None:
-        if not 0 <= reconstruction < float("inf"):
-            raise ConfigurationError(f"reconstruction must be 0 or more, not {reconstruction}")
+        check_range("reconstruction", reconstruction, "[0, inf)")
         super().__init__(**options)
-        twin = copy.deepcopy(encoder)
         self.classifier = self.laid_out(nn.Sequential(OrderedDict(encoder=encoder, head=head)))
-        self.autoencoder = self.laid_out(nn.Sequential(OrderedDict(encoder=twin, decoder=decoder)))
+        self.autoencoder = self.laid_out(nn.Sequential(OrderedDict(encoder=copy.deepcopy(encoder), decoder=decoder)))
 
     @override
     def logits(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(x)
-        return logits
+        return cast(Tensor, self.classifier(x))
 
     @override
     def on_train_start(self) -> None:
         loaders = self.trainer.train_dataloader
-        parts = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+        parts = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
         if not (isinstance(parts, dict) and {"labelled", "unlabelled"} <= parts.keys()):
             raise ConfigurationError(
                 "HybridClassifier trains on batches of a labelled and an unlabelled part: set the data's labelled to "

@@ -1,4 +1,4 @@
-"""Networks of linear layers, and one of torch's that configurations cannot make."""
+"""Small networks that configurations can name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
@@ -30,8 +30,7 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, sizes: Sequence[int], activation: Literal["relu", "elu"] = "relu", norm: bool = False) -> None:
-        if activation not in ACTIVATIONS:
-            raise ConfigurationError(f"activation is {' or '.join(map(repr, ACTIVATIONS))}, not {activation!r}")
+        check_choice("activation", activation, ACTIVATIONS)
         super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm))
 
 

@@ -1,4 +1,4 @@
-"""Models that begin with the weights of another training run."""
+"""Load the weights of another training run into a new model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tying.selection.patterns import Pattern
 
 
 def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = ()) -> list[str]:
-    """Give a model the weights and buffers that a checkpoint has under their names; return these names.
+    """Load the weights and buffers of a model from a checkpoint, by name; return their names.
 
     Args:
         model: whose tensors are written.
-        path: a checkpoint of Lightning's, or a state dict in a file; what the model does not have is left alone.
+        path: a checkpoint of Lightning's, or a file with a state dict; tensors that the model lacks are ignored.
         fresh: patterns of parameters, buffers or modules that stay as they are: a new head.
 
     Raises:
@@ -33,20 +33,23 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
         ['weight']
     """
     state = model.state_dict()
-    own = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    current = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     patterns = [Pattern(text) for text in fresh]
     for pattern in patterns:
-        if not any(covers(pattern, name) for name in own):
-            raise ConfigurationError(f"fresh: {pattern.text!r} matches nothing.{nearest(pattern.text, own)}")
-    wanted = {name: value for name, value in own.items() if not any(covers(pattern, name) for pattern in patterns)}
+        if not any(covers(pattern, name) for name in current):
+            raise ConfigurationError(f"fresh: {pattern.text!r} matches nothing.{nearest(pattern.text, current)}")
+    wanted = {name: value for name, value in current.items() if not any(covers(pattern, name) for pattern in patterns)}
     saved = saved_weights(path, "pretrained")
     if missing := [name for name in wanted if name not in saved]:
         raise ConfigurationError(
-            f"pretrained: {path} lacks {listed(missing)}: name what shall not be loaded in fresh."
+            f"pretrained: {path} lacks {listed(missing)}: list in fresh what shall not be loaded."
             f"{nearest(missing[0], saved)}"
         )
-    if wrong := [name for name, value in wanted.items() if saved[name].shape != value.shape]:
-        told = (f"{name!r} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here" for name in wrong)
-        raise ConfigurationError(f"pretrained: {path}: {listed(told)}: name what shall not be loaded in fresh")
+    if wrong := [
+        f"{name!r} is {tuple(saved[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in wanted.items()
+        if saved[name].shape != value.shape
+    ]:
+        raise ConfigurationError(f"pretrained: {path}: {listed(wrong)}: list in fresh what shall not be loaded")
     model.load_state_dict({name: saved[clean_name(name)] for name in state if clean_name(name) in wanted}, strict=False)
     return [*wanted]

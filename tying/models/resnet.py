@@ -1,17 +1,17 @@
-"""Residual networks for small images, whose blocks may be skipped, swapped, or one."""
+"""Residual networks for small images, with a choice of merges, and with blocks that may share weights."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.depth import Recurrent, Residual
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice
 
 Shortcut = Literal["pad", "pool", "project"]
 
@@ -72,49 +72,41 @@ class ResNet(nn.Module):
             raise ConfigurationError(f"a ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), not {depth}")
         if not (width > 0 and float(16 * width).is_integer()):
             raise ConfigurationError(f"a ResNet's width is a multiple of 1/16, such as 0.5, 1 or 2, not {width}")
-        if shortcut not in get_args(Shortcut):
-            raise ConfigurationError(f"shortcut is {', '.join(map(repr, get_args(Shortcut)))}, not {shortcut!r}")
+        check_choice("shortcut", shortcut, get_args(Shortcut))
         if shared and blocks < 2:
             raise ConfigurationError(f"shared=True needs two blocks a stage: a depth of 14 or more, not {depth}")
         channels = [int(16 * width) * factor for factor in (1, 2, 4)]
         stem = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         after = {} if preactivation else {"norm": nn.BatchNorm2d(channels[0]), "activation": nn.ReLU()}
         self.stem = nn.Sequential(OrderedDict(conv=stem, **after))
-        previous = channels[0]
-        for stage, (width_of, stride) in enumerate(zip(channels, (1, 2, 2), strict=True), start=1):
-            parts = [_block(previous, width_of, stride, preactivation, shortcut)]
-            parts += [_block(width_of, width_of, 1, preactivation, shortcut) for _ in range(blocks - 1)]
-            setattr(self, f"layer{stage}", nn.Sequential(*parts))
-            previous = width_of
+        for stage, (inputs, outputs) in enumerate(pairwise([channels[0], *channels]), start=1):
+            first = _block(inputs, outputs, 1 if stage == 1 else 2, preactivation, shortcut)
+            others = (_block(outputs, outputs, 1, preactivation, shortcut) for _ in range(blocks - 1))
+            setattr(self, f"layer{stage}", nn.Sequential(first, *others))
         last = OrderedDict(norm=nn.BatchNorm2d(channels[2]), activation=nn.ReLU())
         self.norm = nn.Sequential(last) if preactivation else nn.Identity()
         self.head = nn.Linear(channels[2], num_classes)
-        for module in self.modules():
+        for module in [*self.modules()]:
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if merge is not None:
-            for block in (module for module in self.modules() if isinstance(module, Residual)):
-                block.merge = copy.deepcopy(merge)
+            elif isinstance(module, Residual) and merge is not None:
+                module.merge = copy.deepcopy(merge)
         if shared:
             for stage in (1, 2, 3):
-                self._share(f"layer{stage}", per_step_norm)
-
-    def _share(self, stage: str, per_step_norm: bool) -> None:
-        blocks = [*self.get_submodule(stage).children()]
-        alike = [block for block in blocks if isinstance(block.get_submodule("shortcut"), nn.Identity)]
-        recurrent = Recurrent(alike[0], len(alike), per_step_norm)
-        setattr(self, stage, nn.Sequential(*blocks[: len(blocks) - len(alike)], recurrent))
+                layers = [*self.get_submodule(f"layer{stage}").children()]
+                start = 0 if stage == 1 else 1  # of the blocks that keep the shape of their input
+                recurrent = Recurrent(layers[start], blocks - start, per_step_norm)
+                setattr(self, f"layer{stage}", nn.Sequential(*layers[:start], recurrent))
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
         x = self.layer3(self.layer2(self.layer1(self.stem(x))))
-        logits: Tensor = self.head(self.norm(x).mean(dim=(2, 3)))
-        return logits
+        return cast(Tensor, self.head(self.norm(x).mean(dim=(2, 3))))
 
 
-class PadShortcut(nn.Module):
-    """A shortcut without parameters to a smaller image of more channels: subsampled, and filled up with zeros.
+class PadShortcut(nn.Sequential):
+    """A shortcut without parameters to a smaller image of more channels: subsample, and pad with channels of zeros.
 
     Args:
         extra_channels: how many channels of zeros to add.
@@ -125,35 +117,22 @@ class PadShortcut(nn.Module):
     """
 
     def __init__(self, extra_channels: int, stride: int, pool: bool = False) -> None:
-        super().__init__()
-        self.extra_channels = extra_channels
-        self.stride = stride
-        self.pool = pool
-
-    def extra_repr(self) -> str:
-        """Return what the module's repr shows."""
-        return f"extra_channels={self.extra_channels}, stride={self.stride}, pool={self.pool}"
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the padded, smaller input."""
-        small = F.avg_pool2d(x, self.stride, ceil_mode=True) if self.pool else x[:, :, :: self.stride, :: self.stride]
-        return F.pad(small, (0, 0, 0, 0, 0, self.extra_channels))
+        subsample = nn.AvgPool2d(stride if pool else 1, stride, ceil_mode=True)
+        super().__init__(subsample, nn.ConstantPad3d((0, 0, 0, 0, 0, extra_channels), 0.0))
 
 
 def _block(inputs: int, outputs: int, stride: int, preactivation: bool, shortcut: Shortcut) -> Residual:
     conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
     norm1, norm2 = nn.BatchNorm2d(inputs if preactivation else outputs), nn.BatchNorm2d(outputs)
+    branch = OrderedDict(conv1=conv1, norm1=norm1, activation=nn.ReLU(), conv2=conv2, norm2=norm2)
     if preactivation:
-        parts = OrderedDict(
+        branch = OrderedDict(
             norm1=norm1, activation1=nn.ReLU(), conv1=conv1, norm2=norm2, activation2=nn.ReLU(), conv2=conv2
         )
-    else:
-        parts = OrderedDict(conv1=conv1, norm1=norm1, activation=nn.ReLU(), conv2=conv2, norm2=norm2)
-    way: nn.Module | None = None
-    if stride > 1 or inputs != outputs:
-        way = PadShortcut(outputs - inputs, stride, pool=shortcut == "pool")
-        if shortcut == "project":
-            way = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-    return Residual(nn.Sequential(parts), way, activation=None if preactivation else nn.ReLU())
+    change: nn.Module | None = None
+    if stride > 1 and shortcut == "project":
+        change = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    elif stride > 1:
+        change = PadShortcut(outputs - inputs, stride, pool=shortcut == "pool")
+    return Residual(nn.Sequential(branch), change, activation=None if preactivation else nn.ReLU())

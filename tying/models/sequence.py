@@ -1,9 +1,9 @@
-"""Recurrent networks that classify sequences, or tell what comes next."""
+"""Recurrent networks that classify sequences or predict the next character."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from tying.callbacks.random_state import all_gather_object
 from tying.depth import HMLSTM, HMState
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice
 from tying.models.classifier import Classification
 
 Task = Literal["classification", "language"]
 
 
 class SequenceModel(Classification):
-    """Train a recurrent network to classify sequences, or as a language model, to tell the next character.
+    """Train a recurrent network to classify sequences or, as a language model, to predict the next character.
 
     ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features), and perhaps a state, it
     returns outputs (steps, batch, size) and a state. Parts are ``embedding`` (of a language model), ``network`` and
@@ -63,8 +63,7 @@ class SequenceModel(Classification):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if task not in ("classification", "language"):
-            raise ConfigurationError(f"task is 'classification' or 'language', not {task!r}")
+        check_choice("task", task, get_args(Task))
         if embedding is not None and (task != "language" or embedding < 1):
             raise ConfigurationError(
                 f"an embedding is of characters: it needs task='language', and a size of 1 or more, not {embedding}"
@@ -77,8 +76,7 @@ class SequenceModel(Classification):
             raise ConfigurationError("SequenceModel tests by one pass: leave test_samples at 1")
         self.task = task
         classes = self.hparams["num_classes"]
-        width = size if embedding is None else embedding
-        self.embedding = nn.Embedding(classes, width) if task == "language" else nn.Identity()
+        self.embedding = nn.Embedding(classes, embedding or size) if task == "language" else nn.Identity()
         self.network = network
         self.head = nn.Linear(size, classes)
         self._carried: dict[str, Any] = {}  # states by stage
@@ -87,13 +85,13 @@ class SequenceModel(Classification):
     def run(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return logits, and the state after the last step."""
         steps = self.embedding(x.t()) if self.task == "language" else x.transpose(0, 1)
-        found = self.network(steps, *([] if state is None else [state]))
-        if not isinstance(found, tuple) or len(found) != 2:
+        result = self.network(steps, *([] if state is None else [state]))
+        if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
                 f"{type(self.network).__name__} returns no pair of outputs and a state, as nn.LSTM does; for an "
                 "HMLSTM, take tying.models.HMNetwork"
             )
-        outputs, state = found
+        outputs, state = result
         if outputs.shape[-1] != self.head.in_features:
             raise ConfigurationError(f"size={self.head.in_features}, and the network's outputs are {outputs.shape[-1]}")
         return self.head(outputs.transpose(0, 1) if self.task == "language" else outputs[-1]), state
@@ -112,28 +110,16 @@ class SequenceModel(Classification):
             )
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step("train", "fit", batch, batch_idx)
-
-    @override
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> None:
-        self._step(stage, stage, batch, batch_idx)
-
-    def _step(self, stage: str, metric: str, batch: Any, batch_idx: int) -> Tensor:
+    def step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         logits, y = self._run_on(stage, x, batch_idx).flatten(0, -2), y.flatten()
-        entropy = F.cross_entropy(logits, y)
-        smoothed = stage == "train" and self.hparams["label_smoothing"] > 0
-        loss = self.training_loss(logits, y) if smoothed else entropy
-        self.log(f"{stage}/loss", loss, sync_dist=stage != "train")
         if self.task == "language":
-            bits = entropy.detach() / math.log(2)
+            bits = F.cross_entropy(logits.detach(), y) / math.log(2)
             self.log(f"{stage}/bits", bits, on_step=False, on_epoch=True, sync_dist=True, prog_bar=True)
-        self.log_accuracy(stage, metric, logits, y)
-        return loss
+        return self.log_loss(stage, logits, y)
 
     def _run_on(self, stage: str, x: Tensor, batch_idx: int) -> Tensor:
-        """Return logits; a language model goes on from the state of the batch before, if there is one in the epoch."""
+        """Return logits; a language model starts from the state of the epoch's previous batch, if there is one."""
         carried = self._carried.get(stage) if batch_idx else None
         fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
         logits, state = self.run(x, carried if fits else None)
@@ -199,7 +185,7 @@ class HMNetwork(nn.Module):
 
     @override
     def forward(self, x: Tensor, state: HMState | None = None) -> tuple[Tensor, HMState]:
-        found = self.recurrent(x, state)
-        gates = torch.sigmoid(self.gate(found.hidden.flatten(2)))
-        mixed = (gates.unsqueeze(3) * found.hidden).flatten(2)
-        return torch.relu(self.out(mixed)), cast(HMState, found.state)
+        output = self.recurrent(x, state)
+        gates = torch.sigmoid(self.gate(output.hidden.flatten(2)))
+        gated = gates.unsqueeze(3) * output.hidden
+        return torch.relu(self.out(gated.flatten(2))), cast(HMState, output.state)

@@ -1,4 +1,4 @@
-"""Who belongs together: from name patterns to groups of tensors."""
+"""Select weights that belong together: from name patterns to groups of tensors."""
 
 from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve, select

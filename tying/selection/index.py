@@ -1,9 +1,9 @@
-"""The parameters and modules of a model by name, as a pattern finds them."""
+"""The parameters and modules of a model by name, and the patterns that match them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,7 +45,15 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Match:
-    """A weight found by a pattern, itself or below a module of which it is ``relative``; and its parameter's layout."""
+    """A weight that a pattern matches.
+
+    Attributes:
+        captures: what the pattern captures of its name, or of the name of the module above it.
+        relative: its name below the module that the pattern matches; empty where it matches the weight itself.
+        name: its clean name.
+        parameter: the parameter behind it.
+        layout: the map from the parameter to the weight.
+    """
 
     captures: Captures
     relative: str
@@ -64,79 +72,83 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = {clean_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-        self._model = model
+        # parents before children, the model itself first
+        self.modules = {clean_name(n): module for n, module in model.named_modules(remove_duplicate=False)}
 
     @cached_property
     def layouts(self) -> dict[str, Relation]:
-        """The map from a parameter to the weight of this name, where that is another layout of it."""
-        found = {}
-        for path, module in self._model.named_modules(remove_duplicate=False):
-            if isinstance(module, ParametrizationList) and len(module) == 1:
-                relation = getattr(module[0], "relation", None)
-                if isinstance(relation, Relation):
-                    found[clean_name(f"{path}.original")] = relation
-        return found
-
-    @cached_property
-    def computed(self) -> list[str]:
-        """Names of weights that are computed, and have no parameter of that name."""
-        names = [
-            clean_name(f"{path}.{name}".lstrip("."))
-            for path, module in self._model.named_modules(remove_duplicate=False)
-            for name in (*getattr(module, "parametrizations", ()), *getattr(type(module), "computes", ()))
-        ]
-        return [name for name in names if name not in self.parameters]
+        """The map from a parameter to the weight of this name, where the weight is another layout of it."""
+        return {
+            clean_name(f"{path}.original"): relation
+            for path, module in self.modules.items()
+            if isinstance(module, ParametrizationList)
+            and len(module) == 1
+            and isinstance(relation := getattr(module[0], "relation", None), Relation)
+        }
 
     @cached_property
     def plain(self) -> dict[int, str]:
-        """The first name under which each parameter has its own layout, by identity."""
-        found: dict[int, str] = {}
-        for name, parameter in self.parameters.items():
-            if name not in self.layouts:
-                found.setdefault(id(parameter), name)
-        return found
-
-    @cached_property
-    def modules(self) -> list[str]:
-        """Clean names of all modules, parents before children."""
-        return [clean_name(name) for name, _ in self._model.named_modules(remove_duplicate=False) if name]
+        """The first name under which each parameter has the layout of its weight, by identity."""
+        names = reversed(self.parameters.items())  # the first name comes last, and stays
+        return {id(parameter): name for name, parameter in names if name not in self.layouts}
 
     def find(self, text: str, exclude: Sequence[str], context: str) -> list[Match]:
-        """Return what the pattern ``text`` matches, parameters before modules, less what ``exclude`` covers."""
+        """Return the weights that a pattern matches, less those that others exclude.
+
+        Args:
+            text: a pattern. If it matches no weight, the weights below the modules that it matches are found.
+            exclude: patterns of weights or modules.
+            context: what the pattern is part of; errors begin with it.
+
+        Raises:
+            ConfigurationError: a pattern matches nothing, or nothing is left.
+        """
         pattern = Pattern(text)
         matches = [
-            Match(captures, "", name, self.parameters[name], self.layouts.get(name, Relation()))
+            self._match(captures, name)
             for name in ([text] if pattern.literal and text in self.parameters else self.parameters)
             if (captures := pattern.match(name)) is not None
-        ] or list(self._below_modules(pattern))
+        ] or self._below_modules(pattern)
         if not matches:
-            known = nearest(text, dict.fromkeys([*self.parameters, *self.modules]))
-            if computed := [name for name in self.computed if pattern.match(name) is not None]:
-                known = f" {computed[0]!r} is computed from others: hash or parametrize it, or tie it, but not both."
-            raise ConfigurationError(f"{context}: pattern {text!r} matches no parameter or module.{known}")
-        excluded = [Pattern(pattern) for pattern in exclude]
-        for pattern in excluded:
-            if not any(covers(pattern, name) for name in self.parameters):
-                raise ConfigurationError(
-                    f"{context}: exclude pattern {pattern.text!r} covers no parameter."
-                    + nearest(pattern.text, dict.fromkeys([*self.parameters, *self.modules]))
-                )
-        kept = [match for match in matches if not any(covers(pattern, match.name) for pattern in excluded)]
-        if not kept:
+            hint = self._derived(pattern) or self._near(text)
+            raise ConfigurationError(f"{context}: pattern {text!r} matches no parameter or module.{hint}")
+        for other in map(Pattern, exclude):
+            if not any(covers(other, name) for name in self.parameters):
+                hint = self._near(other.text)
+                raise ConfigurationError(f"{context}: exclude pattern {other.text!r} covers no parameter.{hint}")
+            matches = [match for match in matches if not covers(other, match.name)]
+        if not matches:
             raise ConfigurationError(f"{context}: exclude={list(exclude)} leaves nothing of {text!r}")
-        return kept
+        return matches
 
-    def _below_modules(self, pattern: Pattern) -> Iterable[Match]:
-        found: dict[str, Captures] = {}
-        for name in dict.fromkeys(self.modules):
-            captures = pattern.match(name)
-            if captures is not None and not any(parent in found for parent in _parents(name)):
-                found[name] = captures
-        for name, parameter in self.parameters.items():
-            for module in _parents(name):
-                if module in found:
-                    relative, layout = name[len(module) + 1 :], self.layouts.get(name, Relation())
-                    yield Match(found[module], relative, name, parameter, layout)
+    def _match(self, captures: Captures, name: str, relative: str = "") -> Match:
+        return Match(captures, relative, name, self.parameters[name], self.layouts.get(name, Relation()))
+
+    def _below_modules(self, pattern: Pattern) -> list[Match]:
+        outermost: dict[str, Captures] = {}
+        for name in filter(None, self.modules):
+            if (captures := pattern.match(name)) is not None and outermost.keys().isdisjoint(_parents(name)):
+                outermost[name] = captures
+        return [
+            self._match(outermost[module], name, name.removeprefix(f"{module}."))
+            for name in self.parameters
+            for module in _parents(name)
+            if module in outermost
+        ]
+
+    def _near(self, text: str) -> str:
+        return nearest(text, [*self.parameters, *self.modules])
+
+    def _derived(self, pattern: Pattern) -> str:
+        """Return a sentence on the first weight that matches and is computed, and so has no parameter of its name."""
+        names = (
+            clean_name(f"{path}.{name}".lstrip("."))
+            for path, module in self.modules.items()
+            for name in (*getattr(module, "parametrizations", ()), *getattr(type(module), "computes", ()))
+        )
+        computed = next((n for n in names if n not in self.parameters and pattern.match(n) is not None), None)
+        hint = f" {computed!r} is computed from others: hash or parametrize it, or tie it, but not both."
+        return hint if computed else ""
 
 
 def _parents(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Name patterns: shell wildcards within a dotted part, ``**`` across parts, and captures."""
+"""Patterns of dotted names: shell wildcards within a part, ``**`` across parts, and captures."""
 
 from __future__ import annotations
 
@@ -49,29 +49,26 @@ class Pattern:
         """Return the captures of a match with the whole of ``name``, or ``None``."""
         if self.literal:
             return () if name == self.text else None
-        found = self._regex.fullmatch(name)
-        return tuple((capture, found[capture]) for capture in self.captures) if found else None
+        match = self._regex.fullmatch(f"{name}.")
+        return tuple((capture, match[capture]) for capture in self.captures) if match else None
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        split = self.text.split(".")
-        parts = [part for part, before in zip(split, ["", *split], strict=False) if (part, before) != ("**", "**")]
+        """The expression that matches a name followed by a dot, so that every part of the name ends with one."""
+        parts = self.text.split(".")
         if not all(parts):
             raise ConfigurationError(f"pattern {self.text!r} has an empty part between its dots")
-        seen: set[str] = set()
+        captured: set[str] = set()
         regex = ""
-        for position, part in enumerate(parts):
-            first, last = position == 0, position == len(parts) - 1
-            if part == "**":
-                # each "**" owns the dot on one side of it, so that zero parts leave no dot behind
-                regex += r"(?:[^.]+(?:\.[^.]+)*)" if first and last else r"(?:\.[^.]+)*" if last else r"(?:[^.]+\.)*"
-                continue
-            regex += self._translate(part, seen)
-            if not last and not (position == len(parts) - 2 and parts[-1] == "**"):
-                regex += r"\."
+        for part, before in zip(parts, ["", *parts], strict=False):
+            if part != "**":
+                regex += self._translate(part, captured) + r"\."
+            elif before != "**":  # a second one adds nothing but time
+                regex += r"(?:[^.]+\.)*"
         return re.compile(regex)
 
-    def _translate(self, part: str, seen: set[str]) -> str:
+    def _translate(self, part: str, captured: set[str]) -> str:
+        """Return the expression of one part, and add its captures to those of the parts before it."""
         if "**" in part:
             raise ConfigurationError(f"pattern {self.text!r}: '**' must be a whole part between dots")
         regex = ""
@@ -79,10 +76,10 @@ class Pattern:
             if name := token["name"]:
                 if bool(token["mirror"]) != (name in self.mirrored):
                     raise ConfigurationError(f"pattern {self.text!r} has both {{{name}}} and {{-{name}}}")
-                regex += f"(?P={name})" if name in seen else f"(?P<{name}>[^.]+)"
-                seen.add(name)
+                regex += f"(?P={name})" if name in captured else f"(?P<{name}>[^.]+)"
+                captured.add(name)
             elif token["set"]:
-                # the standard library knows the rules of a shell's sets; none of them may match a dot
+                # fnmatch knows the rules of a shell's sets; the lookahead keeps them from matching a dot
                 regex += r"(?!\.)" + translate(token["set"]).removeprefix("(?s:")[:-3]
             elif token["char"] in "{}[]":
                 raise ConfigurationError(
@@ -99,16 +96,12 @@ def mirror_ranks(matches: list[Captures], capture: str, within: Sequence[str] = 
     Values are ranked in numeric order if all are integers, else in the order given; among all matches, or among
     those that agree on the captures ``within``.
     """
-    siblings: dict[tuple[str, ...], dict[str, None]] = {}
-    place: dict[Captures, tuple[tuple[str, ...], str]] = {}
-    for captures in matches:
-        values = dict(captures)
-        key = tuple(values[other] for other in within)
-        place[captures] = key, values[capture]
-        siblings.setdefault(key, {})[values[capture]] = None
+    siblings = {captures: tuple(dict(captures)[other] for other in within) for captures in matches}
     ranks: dict[tuple[str, ...], dict[str, int]] = {}
-    for key, found in siblings.items():
-        integers = all(re.fullmatch(r"\d+", value) for value in found)
-        ranked = sorted(found, key=int) if integers else list(found)
-        ranks[key] = {value: rank for rank, value in enumerate(ranked)}
-    return {captures: (ranks[key][value], len(ranks[key])) for captures, (key, value) in place.items()}
+    for captures, key in siblings.items():
+        values = ranks.setdefault(key, {})
+        values.setdefault(dict(captures)[capture], len(values))
+    for key, values in ranks.items():
+        if all(re.fullmatch(r"\d+", value) for value in values):
+            ranks[key] = {value: rank for rank, value in enumerate(sorted(values, key=int))}
+    return {captures: (ranks[key][dict(captures)[capture]], len(ranks[key])) for captures, key in siblings.items()}

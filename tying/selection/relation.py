@@ -1,14 +1,13 @@
-"""How one tensor's layout maps to another's, by einops patterns, and back.
+"""Maps between the layouts of two tensors, written as einops patterns.
 
-A relation such as ``"o i -> i o"`` reads from the source's layout to the target's. It only ever moves entries
-about, so that it can be inverted, composed and compared exactly.
+A relation such as ``"o i -> i o"`` maps the source's layout to the target's. It only rearranges entries, so it can
+be inverted, composed and compared exactly.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tying.errors import ConfigurationError
 
-Shape = Sequence[int]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Step:
 
     def inverse(self) -> Step:
         """Return the step that undoes this one."""
-        left, right = self.pattern.split(" -> ")
-        return Step(f"{right} -> {left}", self.axes)
+        return Step(" -> ".join(reversed(self.pattern.split(" -> "))), self.axes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Relation:
     steps: tuple[Step, ...] = ()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Lay ``tensor`` out as the target: a view where torch allows one, else a copy."""
+        """Return ``tensor`` in the target's layout: a view where torch allows one, else a copy."""
         for step in self.steps:
             tensor = step(tensor)
         return tensor
@@ -65,19 +63,15 @@ class Relation:
 
     def then(self, following: Relation) -> Relation:
         """Return the composition: this map first, ``following`` after it."""
-        steps = list(self.steps)
-        for step in following.steps:
-            if steps and steps[-1] == step.inverse():
-                steps.pop()
-            else:
-                steps.append(step)
-        return Relation(tuple(steps))
+        if self.steps and following.steps and self.steps[-1] == following.steps[0].inverse():
+            return Relation(self.steps[:-1]).then(Relation(following.steps[1:]))
+        return Relation(self.steps + following.steps)
 
     def agrees_with(self, other: Relation, shape: Shape) -> bool:
-        """Tell whether both maps do the same to every tensor of ``shape``, entry by entry."""
+        """Return whether both maps move each entry of a tensor of ``shape`` to the same position."""
         if self == other:
             return True
-        positions = torch.arange(math.prod(shape), device="cpu").reshape(tuple(shape))
+        positions = torch.arange(math.prod(shape), device="cpu").reshape(shape)
         return torch.equal(self(positions), other(positions))
 
     def __str__(self) -> str:
@@ -95,11 +89,10 @@ def check(pattern: str) -> None:
         Traceback (most recent call last):
         tying.errors.ConfigurationError: relation 'o i -> o' cannot be inverted: axes i stand on one side only...
     """
-    sides = pattern.split("->")
-    if len(sides) != 2:
-        raise ConfigurationError(f"relation {pattern!r} must have the form 'source axes -> target axes'")
     try:
-        left, right = (ParsedExpression(side) for side in sides)
+        left, right = map(ParsedExpression, pattern.split("->"))
+    except ValueError:  # another number of sides
+        raise ConfigurationError(f"relation {pattern!r} must have the form 'source axes -> target axes'") from None
     except EinopsError as error:
         raise ConfigurationError(f"relation {pattern!r} is not an einops pattern: {error}") from None
     if left.has_non_unitary_anonymous_axes or right.has_non_unitary_anonymous_axes:
@@ -107,7 +100,7 @@ def check(pattern: str) -> None:
             f"relation {pattern!r} cannot be inverted: a number other than 1 repeats entries; name the axis"
         )
     if reserved := {str(axis) for axis in left.identifiers if re.fullmatch(r"tensor|pattern|ellipsis\d+", str(axis))}:
-        raise ConfigurationError(f"relation {pattern!r}: call axis {reserved.pop()!r} something else")
+        raise ConfigurationError(f"relation {pattern!r}: axis {reserved.pop()!r} needs another name")
     if one_sided := left.identifiers ^ right.identifiers:
         axes = ", ".join(sorted(one_sided)).replace("…", "...")
         raise ConfigurationError(
@@ -134,13 +127,14 @@ def bind(pattern: str | None, source: Shape, target: Shape) -> Relation:
         Traceback (most recent call last):
         tying.errors.ConfigurationError: relation 'o i -> i o' does not map shape (4, 6) to shape (6, 5)
     """
-    source, target = tuple(source), tuple(target)
     if pattern is None:
         if source != target:
             raise ConfigurationError(f"shapes {source} and {target} differ and no relation is given")
         return Relation()
     check(pattern)
-    left, right = (" ".join(side.split()) for side in _expand_ellipsis(pattern, len(source)).split("->"))
+    others = sum(dimension != "…" for dimension in ParsedExpression(pattern.split("->")[0]).composition)
+    ellipsis = " ".join(f"ellipsis{k}" for k in range(len(source) - others))  # its axes, by name
+    left, right = (" ".join(side.split()) for side in pattern.replace("...", f" {ellipsis} ").split("->"))
     axes = [cast(list[list[str]], ParsedExpression(side).composition) for side in (left, right)]
     fits = [len(side) for side in axes] == [len(source), len(target)]
     sizes = _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)]) if fits else None
@@ -149,32 +143,14 @@ def bind(pattern: str | None, source: Shape, target: Shape) -> Relation:
     return Relation() if left == right else Relation((Step(f"{left} -> {right}", tuple(sorted(sizes.items()))),))
 
 
-def _expand_ellipsis(pattern: str, dimensions: int) -> str:
-    """Write ``...`` out as as many named axes as a source of that many dimensions leaves for it."""
-    if "..." not in pattern:
-        return pattern
-    named = ParsedExpression(pattern.split("->")[0])
-    covered = sum(dimension != "…" for dimension in named.composition)
-    axes = " ".join(f"ellipsis{k}" for k in range(dimensions - covered))
-    return pattern.replace("...", f" {axes} ")
-
-
 def _solve_axes(dimensions: list[tuple[list[str], int]]) -> dict[str, int] | None:
-    """Find the size of each axis from products of axes of known size; ``None`` if there is no unique one."""
+    """Find the size of each axis from products of axes of known size; ``None`` if there is no unique solution."""
     sizes: dict[str, int] = {}
-    pending = dimensions
-    while pending:
-        unsolved = []
-        for axes, size in pending:
+    for _ in dimensions:  # a pass solves one more dimension, or there is none that can be solved
+        for axes, size in dimensions:
             unknown = [axis for axis in axes if axis not in sizes]
             known = math.prod(sizes[axis] for axis in axes if axis in sizes)
-            if len(unknown) > 1:
-                unsolved.append((axes, size))
-            elif len(unknown) == 1 and known and size % known == 0:
+            if len(unknown) == 1 and known and size % known == 0:
                 sizes[unknown[0]] = size // known
-            elif unknown or known != size:
-                return None
-        if len(unsolved) == len(pending):
-            return None
-        pending = unsolved
-    return sizes
+    solved = all(math.prod(sizes.get(axis, -1) for axis in axes) == size for axes, size in dimensions)
+    return sizes if solved and sizes.keys() >= {axis for axes, _ in dimensions for axis in axes} else None

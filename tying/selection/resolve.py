@@ -1,9 +1,10 @@
-"""From name patterns to groups of named tensors: who belongs together."""
+"""Resolve name patterns to groups of tensors that belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -16,10 +17,10 @@ from tying.selection.tie import Tie, TiedGroup
 
 
 def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
-    """Return the groups of tensors in ``model`` that ``ties`` put together.
+    """Return the groups of tensors that ties put together.
 
-    Aliases of one tensor count once. A tie is an equivalence: groups that share a tensor are merged. Names are
-    those seen without the wrappers of compilation, activation checkpointing and parametrization.
+    Aliases of a tensor count once. A tie is an equivalence: groups that share a tensor become one. Names are those
+    without the wrappers of compilation, activation checkpointing and parametrization.
 
     Args:
         model: the module whose names the patterns match.
@@ -39,15 +40,11 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
     """
     if isinstance(ties, str | Tie):
         raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
-    names = Names(model)
-    merged: dict[int, _Group] = {}  # by identity of each tensor: the group that holds it
-    for tie in ties:
-        _add(tie, names, merged)
-    return _ordered(merged)
+    return _resolve(Names(model), ties)
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters that a list of patterns names; a leading ``!`` leaves out. Aliases count once.
+    """Return the parameters that a list of patterns names; a leading ``!`` excludes. Aliases count once.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or nothing is left.
@@ -57,37 +54,31 @@ def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
         >>> list(select(model, ["*.weight", "!0"]))
         ['1.weight']
     """
-    if isinstance(patterns, str) or not patterns:
-        raise ConfigurationError(f"parameters must be a list of patterns, not {patterns!r}")
+    if isinstance(patterns, str) or all(pattern.startswith("!") for pattern in patterns):
+        raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
     names = Names(model)
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for pattern in patterns:
-        if not pattern.startswith("!"):
-            for match in names.find(pattern, exclude, f"parameters {list(patterns)}"):
-                found.setdefault(id(match.parameter), (match.name, match.parameter))
-    if not found:
-        raise ConfigurationError(f"parameters {list(patterns)} name only what to leave out")
-    return dict(found.values())
+    include = [pattern for pattern in patterns if not pattern.startswith("!")]
+    matches = [match for pattern in include for match in names.find(pattern, exclude, f"parameters {list(patterns)}")]
+    first_names = {id(match.parameter): match.name for match in reversed(matches)}
+    return {first_names[id(match.parameter)]: match.parameter for match in matches}
 
 
 def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedGroup] | ConfigurationError]:
-    """Return what each tie would put together alone: its groups, or what is wrong with it.
+    """Resolve each tie without the others: return its groups, or the error that it raises.
 
     Example:
         >>> resolve_each(nn.Linear(2, 2), ["weigth"])
         [ConfigurationError("tie 'weigth': pattern 'weigth' matches no parameter or module. Nearest ...")]
     """
     names = Names(model)
-    found: list[list[TiedGroup] | ConfigurationError] = []
+    results: list[list[TiedGroup] | ConfigurationError] = []
     for tie in ties:
-        merged: dict[int, _Group] = {}
         try:
-            _add(tie, names, merged)
-            found.append(_ordered(merged))
+            results.append(_resolve(names, [tie]))
         except ConfigurationError as error:
-            found.append(error)
-    return found
+            results.append(error)
+    return results
 
 
 Member = tuple[str, nn.Parameter, Relation]
@@ -96,102 +87,92 @@ Member = tuple[str, nn.Parameter, Relation]
 @dataclass
 class _Group:
     members: dict[int, Member]  # by identity of the parameter, the source first
-    created: int = 0
+    age: int = 0
 
 
-def _add(tie: Tie | str, names: Names, merged: dict[int, _Group]) -> None:
-    tie = Tie.parse(tie) if isinstance(tie, str) else tie
-    for members in _groups_of(tie, names):
-        _merge(members, merged, tie)
-
-
-def _ordered(merged: dict[int, _Group]) -> list[TiedGroup]:
-    unique = {id(group): group for group in merged.values()}
-    ordered = sorted(unique.values(), key=lambda group: group.created)
-    columns = (zip(*group.members.values(), strict=True) for group in ordered)
-    return [TiedGroup(names, parameters, relations) for names, parameters, relations in columns]
+def _resolve(names: Names, ties: Sequence[Tie | str]) -> list[TiedGroup]:
+    groups: dict[int, _Group] = {}  # by identity of each parameter: the group that holds it
+    for tie in ties:
+        tie = Tie.parse(tie) if isinstance(tie, str) else tie
+        for members in _groups_of(tie, names):
+            _unite(members, groups, tie)
+    # in the order in which they were made
+    columns = {id(group): zip(*group.members.values(), strict=True) for group in groups.values()}
+    return [TiedGroup(names, parameters, relations) for names, parameters, relations in columns.values()]
 
 
 def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
     """Yield the members of each group that one tie makes, the source first."""
-    source = Pattern(tie.source)
-    if tie.target is None:
-        if tie.relation or source.mirrored:
-            what = f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}"
-            raise ConfigurationError(f"tie '{tie}': {what} needs a target")
-        sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), source.captures, ())
-        targets: dict[tuple[object, ...], list[Match]] = {}
-    else:
+    source, target = Pattern(tie.source), Pattern(tie.target or "")
+    shared, mirrored = source.captures, source.mirrored
+    if tie.target is not None:
         if tie.relation:
             check(tie.relation)
-        target = Pattern(tie.target)
         if alone := [capture for capture in target.captures if capture not in source.captures]:
             raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} stands only in the target {tie.target!r}")
         if alone := [capture for capture in source.mirrored if capture not in target.captures]:
             raise ConfigurationError(
                 f"tie '{tie}': mirrored capture {{-{alone[0]}}} needs {{{alone[0]}}} in the target"
             )
-        shared = tuple(capture for capture in source.captures if capture in target.captures)
-        mirrored = tuple(source.mirrored ^ target.mirrored)
-        sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), shared, mirrored)
+        shared, mirrored = target.captures, source.mirrored ^ target.mirrored
+    elif tie.relation or mirrored:
+        what = f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}"
+        raise ConfigurationError(f"tie '{tie}': {what} needs a target")
+    sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), shared, mirrored)
+    targets: dict[tuple[object, ...], list[Match]] = {}
+    if tie.target is not None:
         targets = _by_binding(names.find(tie.target, tie.exclude, f"tie '{tie}'"), shared, mirrored, backwards=True)
-        for found, others, pattern in [(sources, targets, tie.target), (targets, sources, tie.source)]:
-            for binding in found:
-                if binding not in others:
-                    name = found[binding][0].name
-                    partners = [match.name for matches in others.values() for match in matches]
-                    raise ConfigurationError(
-                        f"tie '{tie}': {name!r} has no partner among what {pattern!r} matches: {listed(partners)}."
-                        + nearest(name, partners)
-                    )
+        for side, others, pattern in [(sources, targets, tie.target), (targets, sources, tie.source)]:
+            if alone := [matches[0].name for binding, matches in side.items() if binding not in others]:
+                partners = [match.name for matches in others.values() for match in matches]
+                raise ConfigurationError(
+                    f"tie '{tie}': {alone[0]!r} has no partner among what {pattern!r} matches: {listed(partners)}."
+                    + nearest(alone[0], partners)
+                )
     for binding, matches in sources.items():
         yield _members(tie, matches, targets.get(binding, []), names.plain)
 
 
 def _by_binding(
-    matches: list[Match], shared: Sequence[str], mirrored: Sequence[str], backwards: bool = False
+    matches: list[Match], shared: Sequence[str], mirrored: Iterable[str], backwards: bool = False
 ) -> dict[tuple[object, ...], list[Match]]:
-    """Sort matches by the values of the shared captures; a mirrored one counts by rank, from one end or the other."""
-    distinct = list(dict.fromkeys(match.captures for match in matches))
+    """Group matches by the values of the shared captures; of a mirrored one its rank counts, from either end."""
     plain = [capture for capture in shared if capture not in mirrored]
-    ranks = {capture: mirror_ranks(distinct, capture, within=plain) for capture in mirrored}
-    found: dict[tuple[object, ...], list[Match]] = {}
+    ranks = {capture: mirror_ranks([match.captures for match in matches], capture, plain) for capture in mirrored}
+    bindings: dict[tuple[object, ...], list[Match]] = {}
     for match in matches:
-        binding: list[object] = [match.relative]
-        for capture in shared:
-            if capture in ranks:
-                rank, count = ranks[capture][match.captures]
-                binding.append(count - 1 - rank if backwards else rank)
-            else:
-                binding.append(dict(match.captures)[capture])
-        found.setdefault(tuple(binding), []).append(match)
-    return found
+        values: dict[str, object] = dict(match.captures)
+        for capture in mirrored:
+            rank, count = ranks[capture][match.captures]
+            values[capture] = count - 1 - rank if backwards else rank
+        bindings.setdefault((match.relative, *(values[capture] for capture in shared)), []).append(match)
+    return bindings
 
 
 def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[int, str]) -> dict[int, Member]:
+    """Return the members of one group by identity; ``names`` holds the name of each parameter in its own layout."""
     first = sources[0]
-    members: dict[int, Member] = {}
-    if lazy := next((match.name for match in [*sources, *targets] if is_lazy(match.parameter)), None):
+    matches = [*sources, *targets]
+    if lazy := next((match.name for match in matches if is_lazy(match.parameter)), None):
         raise ConfigurationError(f"tie '{tie}': {lazy!r} has no shape yet. Let the model see a batch first")
-    for match, pattern in [*((m, None) for m in sources), *((m, tie.relation) for m in targets)]:
+    members: dict[int, Member] = {}
+    for position, match in enumerate(matches):
         try:
-            relation = bind(pattern, first.shape, match.shape)
+            relation = bind(tie.relation if position >= len(sources) else None, first.shape, match.shape)
         except ConfigurationError as error:
-            shapes = first.shape, match.shape
-            hint = "name a relation, or exclude one of them"
-            if shapes[0] == shapes[1][::-1] != shapes[1]:
-                hint = "the relation 'o i -> i o' would fit"
+            transposed = first.shape == match.shape[::-1] != match.shape
+            hint = "the relation 'o i -> i o' would fit" if transposed else "name a relation, or exclude one of them"
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None
-        # between the parameters themselves: a weight may be another layout of its own already
+        # between the parameters, whose layouts may differ from those of their weights
         between = first.layout.then(relation).then(match.layout.inverse())
         name = names.get(id(match.parameter), match.name) if match.layout.steps else match.name
         _, _, known = members.setdefault(id(match.parameter), (name, match.parameter, between))
         if not known.agrees_with(between, first.parameter.shape):
             raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(between)!r}")
     if len(members) == 1:
-        same = [match.name for match in [*sources, *targets] if match.name != first.name]
+        same = [match.name for match in matches if match.name != first.name]
         what = f"{same[0]!r} is already the same tensor as {first.name!r}" if same else f"only {first.name!r} is in it"
         raise ConfigurationError(
             f"tie '{tie}' would tie a weight to itself: {what}. Name two different tensors, exclude this one, or "
@@ -200,31 +181,24 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
     return members
 
 
-def _merge(members: dict[int, Member], merged: dict[int, _Group], tie: Tie) -> None:
-    """Join ``members`` with the groups that hold any of them, in the layout of the oldest of these."""
-    held = {id(group): group for key in members if (group := merged.get(key))}
-    if not held:
-        group = _Group(members, created=len(merged))
-        merged.update(dict.fromkeys(members, group))
+def _unite(members: dict[int, Member], groups: dict[int, _Group], tie: Tie) -> None:
+    """Add a group to those that share a parameter with it, in the layout of the oldest of these."""
+    touching = {id(group): group for key in members if (group := groups.get(key))}
+    if not touching:
+        groups.update(dict.fromkeys(members, _Group(members, age=len(groups))))
         return
-    oldest, *younger = sorted(held.values(), key=lambda group: group.created)
-    _absorb(oldest, members, merged, tie)
-    for group in younger:
-        _absorb(oldest, group.members, merged, tie)
-
-
-def _absorb(group: _Group, members: dict[int, Member], merged: dict[int, _Group], tie: Tie) -> None:
-    """Add ``members`` to ``group``, with which they share at least one tensor."""
-    name, source, _ = next(iter(group.members.values()))
-    shared = next(key for key in members if key in group.members)
-    # from the group's layout to that of `members`
-    between = group.members[shared][2].then(members[shared][2].inverse())
-    for key, (member, parameter, relation) in members.items():
-        composed = between.then(relation)
-        known = group.members.setdefault(key, (member, parameter, composed))[2]
-        if not known.agrees_with(composed, source.shape):
-            raise ConfigurationError(
-                f"tie '{tie}' disagrees with an earlier one: {name!r} would reach {member!r} "
-                f"both by {str(known) or 'equality'!r} and by {str(composed) or 'equality'!r}"
-            )
-        merged[key] = group
+    oldest, *younger = sorted(touching.values(), key=attrgetter("age"))
+    name, source, _ = next(iter(oldest.members.values()))
+    for others in (members, *(group.members for group in younger)):
+        shared = next(key for key in others if key in oldest.members)
+        # from the layout of the oldest group to that of the others
+        between = oldest.members[shared][2].then(others[shared][2].inverse())
+        for key, (member, parameter, relation) in others.items():
+            composed = between.then(relation)
+            _, _, known = oldest.members.setdefault(key, (member, parameter, composed))
+            if not known.agrees_with(composed, source.shape):
+                raise ConfigurationError(
+                    f"tie '{tie}' disagrees with an earlier one: {name!r} would reach {member!r} "
+                    f"both by {str(known) or 'equality'!r} and by {str(composed) or 'equality'!r}"
+                )
+            groups[key] = oldest

@@ -1,4 +1,4 @@
-"""Ties: names that belong together, and the tensors they stand for."""
+"""Ties between weights by name, and the groups of tensors that they resolve to."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Tie:
 
     @classmethod
     def parse(cls, text: str) -> Tie:
-        """Read the string form ``"source ~ target | relation"``, whose last two parts are optional.
+        """Parse the string form ``"source ~ target | relation"``, whose last two parts are optional.
 
         Raises:
             ConfigurationError: a part is missing or stands twice.
@@ -51,9 +51,9 @@ class Tie:
         return cls(source.strip(), target.strip() or None, relation.strip() or None)
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):  # type: ignore[unreachable]  # not for those who check types
+        if isinstance(self.exclude, str):  # type: ignore[unreachable]  # where types are not checked
             raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
-        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML and its kin give lists, which have no hash
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML gives lists, which have no hash
         for pattern in (self.source, *([] if self.target is None else [self.target]), *self.exclude):
             if not pattern or set(pattern) & set("~|=,: \t\n"):
                 raise ConfigurationError(
@@ -62,19 +62,19 @@ class Tie:
                 )
 
     def __str__(self) -> str:
-        target = f" ~ {self.target}" if self.target else ""
-        return f"{self.source}{target}" + (f" | {self.relation}" if self.relation else "")
+        relation = f" | {self.relation}" if self.relation else ""
+        return f"{self.source} ~ {self.target}{relation}" if self.target else f"{self.source}{relation}"
 
 
 @dataclass(frozen=True, eq=False)
 class TiedGroup:
-    """Distinct tensors that belong together; the first is the source, whose layout all others are read in.
+    """Distinct tensors that belong together; the first is the source, in whose layout the others are read.
 
     Attributes:
         names: one name per tensor, relative to the model.
         parameters: the tensors as the model holds them.
-        relations: the map from the source's layout to each tensor's own.
-        shared: the tensors are one parameter, which ``parameters`` holds for each name.
+        relations: the map from the source's layout to that of each tensor.
+        shared: the tensors are one parameter, which ``parameters`` repeats for each name.
     """
 
     names: tuple[str, ...]
@@ -87,12 +87,12 @@ class TiedGroup:
 
     @property
     def relation(self) -> str | None:
-        """The relation as written, ``None`` where all layouts are equal; several are joined by ``"; "``."""
+        """The relation as written, ``None`` if all layouts are equal; several are joined by ``"; "``."""
         return "; ".join(dict.fromkeys(str(relation) for relation in self.relations if relation.steps)) or None
 
     @cached_property
     def to_source(self) -> tuple[Relation, ...]:
-        """The map from each tensor's own layout to the source's."""
+        """The map from the layout of each tensor to the source's."""
         return tuple(relation.inverse() for relation in self.relations)
 
     def tensors(self) -> list[Tensor]:
@@ -103,13 +103,16 @@ class TiedGroup:
 
 
 def parse_ties(ties: Sequence[Tie | str]) -> list[Tie]:
-    """Return ties, with those in string form read.
+    """Return ties, with strings parsed.
 
     Raises:
-        ConfigurationError: there are none, or a string is malformed.
+        ConfigurationError: the list is empty or no list, or a string is malformed.
     """
-    if isinstance(ties, str | Tie):
-        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
     if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
-        raise ConfigurationError(f"ties must be a list of at least one Tie or string, not {ties!r}")
+        hint = (
+            f"; write [{str(ties)!r}]"
+            if isinstance(ties, Tie | str)
+            else f" of at least one Tie or string, not {ties!r}"
+        )
+        raise ConfigurationError(f"ties must be a list{hint}")
     return [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]

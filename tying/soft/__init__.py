@@ -1,10 +1,9 @@
-"""Weights that are pulled together."""
+"""Penalties and priors that pull weights towards each other."""
 
 from tying.soft.anchor import anchored
 from tying.soft.coupling import coupling_strength
-from tying.soft.gaussians import mixture_nll, responsibilities
 from tying.soft.group_penalty import TyingPenalty, gap
-from tying.soft.mixture import GaussianMixturePrior
+from tying.soft.mixture import GaussianMixturePrior, mixture_nll, responsibilities
 from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
 from tying.soft.schedule import Schedule
 

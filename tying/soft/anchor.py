@@ -1,4 +1,4 @@
-"""Weights pulled to constants."""
+"""Penalties that pull weights to constants."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from tying.selection.tie import TiedGroup
 from tying.soft.group_penalty import TyingPenalty
 
 
-def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor]) -> TyingPenalty:
+def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor], strength: float = 1.0) -> TyingPenalty:
     """Return the penalty ``½ Σ ‖w − w⁰‖²``: soft tying of each weight with a constant.
 
     Args:
         weights: w, by name.
         anchors: w⁰, by the same names.
+        strength: see :class:`TyingPenalty`.
 
     Example:
         >>> import torch
@@ -29,12 +30,11 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor])
     Source: X. Li, Y. Grandvalet and F. Davoine, Explicit inductive bias for transfer learning with convolutional
     networks, 2018.
     """
-    plain = Relation()
     groups = []
     for name, weight in weights.items():
         constant = anchors[name].detach().to(weight)
-        if constant.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
-            constant = constant.clone()  # as of a state_dict, which would follow its weight
+        if constant.data_ptr() == weight.data_ptr():
+            constant = constant.clone()  # a state_dict's tensor, which changes with its weight
         constant = nn.Parameter(constant, requires_grad=False)
-        groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (plain, plain)))
-    return TyingPenalty(groups)
+        groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (Relation(), Relation())))
+    return TyingPenalty(groups, strength=strength)

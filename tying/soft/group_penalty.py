@@ -1,9 +1,11 @@
-"""A penalty applied to the groups of a model: as a value, a gradient, an explicit step or a proximal step."""
+"""A penalty on the groups of a model: as a value, a gradient, an explicit step or a proximal step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +15,24 @@ from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
 from tying.soft.penalties import L1, L2, Penalty, group_mean
 
-CPU_BATCH = 2**19  # entries: the differences of a batch stay in cache between being made and being used
-DEVICE_BATCH = 2**26  # entries: few kernel launches, a bounded buffer
+CPU_BATCH = 2**19  # entries: the differences of a batch fit the cache
+DEVICE_BATCH = 2**26  # entries: few kernel launches, and a bounded buffer
 PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 Rates = Mapping[nn.Parameter, float]
+Lane = Sequence[Any]  # the m tensors of a group; then the m tensors to which their gradients are added, or None
 
 
 class TyingPenalty(nn.Module):
-    """The penalty Ω of all groups of a model, without its strength, and the ways to lower it.
+    """The penalty Ω of all groups of a model, and three ways to lower it.
 
-    The three in-place methods move members that require a gradient; ``rates`` narrows that to the parameters it
-    holds, each moving at its own rate (a learning rate, say). All other members stay, as constants.
+    The in-place methods move members that require a gradient; with ``rates``, only the parameters in it, each at its
+    rate (a learning rate, for example). All other members are constants.
 
     Args:
         groups: tied groups, from :func:`tying.resolve`.
-        penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` or a :class:`Penalty` of your own.
+        penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` or an instance of a subclass of :class:`Penalty`.
+        strength: the factor on Ω with which a callback lowers this penalty. The methods here do not use it: their
+            values and steps are those of Ω alone, times the factor that they are given.
 
     Raises:
         ConfigurationError: the penalty is unknown, or takes only pairs and a group is larger.
@@ -47,10 +52,11 @@ class TyingPenalty(nn.Module):
         (2.0, 2.0)
     """
 
-    def __init__(self, groups: Sequence[TiedGroup], penalty: str | Penalty = "l2") -> None:
+    def __init__(self, groups: Sequence[TiedGroup], penalty: str | Penalty = "l2", strength: float = 1.0) -> None:
         super().__init__()
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
+        self.strength = strength
         for group in self.groups:
             if self.penalty.pairs_only and len(group) > 2:
                 raise ConfigurationError(
@@ -59,14 +65,17 @@ class TyingPenalty(nn.Module):
                 )
 
     def forward(self) -> Tensor:
-        """Return Ω summed over all groups: a scalar, differentiable, in float32 of weights in half precision."""
-        values = [self.penalty.value([_widened(tensor) for tensor in group.tensors()]) for group in self.groups]
+        """Return Ω summed over all groups: a differentiable scalar, in float32 if weights have half precision."""
+        values = [
+            self.penalty.value([w.to(torch.promote_types(w.dtype, torch.float32)) for w in group.tensors()])
+            for group in self.groups
+        ]
         return torch.stack(values).sum() if values else torch.zeros(())
 
     @torch.no_grad()
     def add_gradients_(self, strength: float, rates: Rates | None = None) -> None:
-        """Add ``strength · ∂Ω`` (times the rate) to the gradients, which are created where there are none."""
-        self._add_(strength, rates, _gradient_of)
+        """Add ``strength · ∂Ω`` (times the rate) to the gradients, which are created where they are missing."""
+        self._add_(strength, rates, gradient_of)
 
     @torch.no_grad()
     def pull_(self, s: float, rates: Rates | None = None) -> None:
@@ -79,75 +88,71 @@ class TyingPenalty(nn.Module):
         if s == 0:
             return
         for group in self.groups:
-            speeds = [_rate(parameter, rates) for parameter in group.parameters]
+            speeds = _rates(group, rates)
             if any(speeds):
                 values = self.penalty.prox(group.tensors(), s, speeds)
-                members = zip(group.parameters, group.relations, values, speeds, strict=True)
-                for parameter, relation, value, speed in members:
+                for parameter, relation, value, speed in zip(
+                    group.parameters, group.relations, values, speeds, strict=True
+                ):
                     if speed:
                         parameter.copy_(relation(value))
 
     def check_rates(self, rates: Rates) -> None:
-        """Raise, before any weight moves, if the penalty has no proximal step for these rates.
+        """Raise an error if the penalty has no proximal step for these rates; no weight moves.
 
         Raises:
             ConfigurationError: the rates within a group differ where the penalty needs one rate.
         """
-        for speeds in {tuple(_rate(parameter, rates) for parameter in group.parameters) for group in self.groups}:
+        for speeds in {_rates(group, rates) for group in self.groups}:
             self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
 
-    def stability_warning(self, s: float, rates: Rates) -> str:
-        """Return, in words, what explicit steps by ``s ∂Ω`` would move ever further apart, if anything.
+    def stability_warning(self, step: float, rates: Rates) -> str | None:
+        """Describe the first group for which explicit steps ``w ← w − step · rate · ∂Ω`` diverge, or return ``None``.
 
-        That is a group of m members with rate · s · curvature > 2 / m; with a single member that moves, 2 / (m − 1).
+        A group of m members diverges when ``rate · step · curvature > 2 / m``; if a single member moves, when it is
+        above ``2 / (m − 1)``.
         """
         largest = max(map(len, self.groups), default=1)
-        if max(rates.values(), default=0.0) * s * self.penalty.curvature <= 2 / largest:
-            return ""
+        if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / largest:
+            return None
         for group in self.groups:
-            moving = [speed for parameter in group.parameters if (speed := _rate(parameter, rates))]
-            among = len(group) - (len(moving) == 1)
-            step = max(moving, default=0.0) * s
-            if step * self.penalty.curvature > 2 / among:
-                bound = f"2/{'m' if among == len(group) else '(m − 1)'} = {2 / among:.3g}"
+            speeds = _rates(group, rates)
+            single = sum(map(bool, speeds)) == 1
+            bound = 2 / (len(group) - single)
+            if max(speeds) * step * self.penalty.curvature > bound:
                 return (
-                    f"lr · strength = {step:.3g} is past the stability bound {bound} of the group of "
-                    f"{group.names[0]!r}: its weights will oscillate apart. Lower the strength, or use "
-                    "update='proximal', which is stable at any strength"
+                    f"lr · strength = {max(speeds) * step:.3g} is past the stability bound "
+                    f"2/{'(m − 1)' if single else 'm'} = {bound:.3g} of the group of {group.names[0]!r}: its weights "
+                    "will oscillate apart. Lower the strength, or use update='proximal', which is stable at any "
+                    "strength"
                 )
-        return ""
+        return None
 
     def _add_(self, scale: float, rates: Rates | None, receiver: Callable[[nn.Parameter], Tensor]) -> None:
         if scale == 0:
             return
         lanes: dict[tuple[float, ...], list[Lane]] = {}
-        collected: list[tuple[Tensor, Relation, Tensor]] = []
+        copies: list[tuple[Tensor, Relation, Tensor]] = []
         for group in self.groups:
-            speeds = tuple(_rate(parameter, rates) for parameter in group.parameters)
-            if not any(speeds):
-                continue
-            receivers: list[Tensor | None] = []
-            members = zip(group.parameters, group.to_source, group.relations, speeds, strict=True)
-            for parameter, to_source, relation, speed in members:
-                into = None
-                if speed:
-                    received = receiver(parameter)
-                    into = to_source(received)
-                    if not _shares_storage(into, received):  # this relation copies: collect now, lay out afterwards
-                        into = torch.zeros_like(into)
-                        collected.append((received, relation, into))
-                receivers.append(into)
-            lanes.setdefault(speeds, []).append((group.tensors(), receivers))
+            speeds = _rates(group, rates)
+            if any(speeds):
+                views: list[Tensor | None] = [None] * len(group)
+                for i, parameter in enumerate(group.parameters):
+                    if speeds[i]:
+                        target = receiver(parameter)
+                        view = group.to_source[i](target)
+                        if view.data_ptr() != target.data_ptr():  # the relation copies: add to the target afterwards
+                            view = torch.zeros_like(view)
+                            copies.append((target, group.relations[i], view))
+                        views[i] = view
+                lanes.setdefault(speeds, []).append([*group.tensors(), *views])
         for speeds, alike in lanes.items():
             for batch in _batches(alike):
-                weights = [[*column] for column in zip(*(weights for weights, _ in batch), strict=True)]
-                into_of = [[*column] for column in zip(*(receivers for _, receivers in batch), strict=True)]
-                self.penalty.add_gradient_(weights, into_of, [scale * speed for speed in speeds])
-        for received, relation, into in collected:
-            received.add_(relation(into))
-
-
-Lane = tuple[Sequence[Tensor], Sequence[Tensor | None]]  # one group: its tensors, and where their gradients go
+                columns = [[*column] for column in zip(*batch, strict=True)]
+                weights, receivers = columns[: len(speeds)], columns[len(speeds) :]
+                self.penalty.add_gradient_(weights, receivers, [scale * speed for speed in speeds])
+        for target, relation, gradient in copies:
+            target.add_(relation(gradient))
 
 
 def as_penalty(penalty: str | Penalty) -> Penalty:
@@ -159,44 +164,46 @@ def as_penalty(penalty: str | Penalty) -> Penalty:
     if isinstance(penalty, Penalty):
         return penalty
     if penalty not in PENALTIES:
-        known = ", ".join(map(repr, PENALTIES))
         raise ConfigurationError(
-            f"unknown penalty {penalty!r}: use {known}, Huber(delta) or a subclass of tying.soft.Penalty."
-            + nearest(str(penalty), PENALTIES)
+            f"unknown penalty {penalty!r}: use {', '.join(map(repr, PENALTIES))}, Huber(delta) or a subclass of "
+            f"tying.soft.Penalty.{nearest(str(penalty), PENALTIES)}"
         )
     return PENALTIES[penalty]
 
 
-def _rate(parameter: nn.Parameter, rates: Rates | None) -> float:
-    if not parameter.requires_grad:
-        return 0.0
-    return 1.0 if rates is None else rates.get(parameter, 0.0)
+def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
+    """Return the rate of each member of a group; 0 of constants."""
+    return tuple(
+        (1.0 if rates is None else rates.get(parameter, 0.0)) if parameter.requires_grad else 0.0
+        for parameter in group.parameters
+    )
 
 
-def _gradient_of(parameter: nn.Parameter) -> Tensor:
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Return the gradient of a parameter, which is created if it is missing.
+
+    Raises:
+        ConfigurationError: it is sparse.
+    """
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     if parameter.grad.is_sparse:
         raise ConfigurationError(
-            f"a tied weight of shape {tuple(parameter.shape)} has sparse gradients, to which no dense pull can be "
-            "added: use sparse=False, or update='decoupled' or 'proximal'"
+            f"a tied weight of shape {tuple(parameter.shape)} has sparse gradients, and the penalty's are dense: "
+            "use sparse=False, or update='decoupled' or 'proximal'"
         )
     return parameter.grad
 
 
-def _shares_storage(a: Tensor, b: Tensor) -> bool:
-    return a is b or a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
 def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
-    """Cut and collect groups of equal size into batches whose differences stay in a processor's cache."""
+    """Split and collect groups of equal size into batches whose differences fit a processor's cache."""
     batch: list[Lane] = []
-    filled, limit = 0, 0
-    for weights, receivers in lanes:
-        limit = CPU_BATCH if weights[0].device.type == "cpu" else DEVICE_BATCH
-        for piece in _pieces(weights, receivers, limit):
+    filled = 0
+    for lane in lanes:
+        limit = CPU_BATCH if lane[0].device.type == "cpu" else DEVICE_BATCH
+        for piece in _pieces(lane, limit):
             batch.append(piece)
-            filled += piece[0][0].numel()
+            filled += piece[0].numel()
             if filled >= limit:
                 yield batch
                 batch, filled = [], 0
@@ -204,26 +211,18 @@ def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
         yield batch
 
 
-def _pieces(weights: Sequence[Tensor], receivers: Sequence[Tensor | None], limit: int) -> Iterable[Lane]:
-    """Cut one group along its first dimension, or flat where memory allows, into pieces of about ``limit`` entries."""
-    size = weights[0].numel()
-    if size <= limit or not weights[0].dim():
-        yield weights, receivers
-        return
-    if all(tensor.is_contiguous() for tensor in [*weights, *receivers] if tensor is not None):
-        weights = [weight.view(-1) for weight in weights]
-        receivers = [None if into is None else into.view(-1) for into in receivers]
-    rows = max(1, limit * weights[0].shape[0] // size)
-    cut_receivers = [torch.split(into, rows) if into is not None else None for into in receivers]
-    for index, pieces in enumerate(zip(*(torch.split(weight, rows) for weight in weights), strict=True)):
-        yield pieces, [cut[index] if cut is not None else None for cut in cut_receivers]
+def _pieces(lane: Lane, limit: int) -> Iterable[Lane]:
+    """Split one group into pieces of about ``limit`` entries: flat if all is contiguous, else along dimension 0."""
+    weight = lane[0]
+    if weight.numel() <= limit or not weight.dim():
+        return [lane]
+    flat = all(tensor is None or tensor.is_contiguous() for tensor in lane)
+    rows = limit if flat else max(1, limit * weight.shape[0] // weight.numel())
+    splits = (repeat(None) if t is None else torch.split(t.view(-1) if flat else t, rows) for t in lane)
+    return zip(*splits, strict=False)
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, if its own type could not hold a sum of squares."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
+@torch.no_grad()
 def gap(tensors: Sequence[Tensor]) -> float:
     """Return ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``: 0 for equal tensors, 1 for opposite ones.
 
@@ -231,9 +230,8 @@ def gap(tensors: Sequence[Tensor]) -> float:
         >>> gap([torch.tensor([1.0]), torch.tensor([-1.0])])
         1.0
     """
-    with torch.no_grad():
-        tensors = [w.detach().double() for w in tensors]
-        mean = group_mean(tensors)
-        apart = sum(float((w - mean).square().sum()) for w in tensors)
-        size = sum(float(w.square().sum()) for w in tensors)
+    tensors = [w.double() for w in tensors]
+    mean = group_mean(tensors)
+    apart = sum(float((w - mean).square().sum()) for w in tensors)
+    size = sum(float(w.square().sum()) for w in tensors)
     return math.sqrt(apart / size) if apart else 0.0

@@ -1,17 +1,24 @@
-"""A mixture of Gaussians as the prior of weights: they gather around a few values, which are learned with them."""
+"""Mixtures of Gaussians as the prior of weights, which gather around a few learned values."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
-from tying.soft.gaussians import chunk_of, divergences, evaluate, log_joint, mixture_nll
+from tying.errors import ConfigurationError, check_range
+from tying.soft.group_penalty import gradient_of
+from tying.torch_workarounds import foreach_add_
+
+CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
+DEVICE_CHUNK = 1 << 20
+NEGLIGIBLE = -60.0  # a share of e⁻⁶⁰ changes nothing, and anything below would soon be subnormal, which is slow
+
 
 Gamma = tuple[float, float]
 
@@ -56,17 +63,14 @@ class GaussianMixturePrior(nn.Module):
         gamma: Gamma = (250.0, 0.1),
     ) -> None:
         super().__init__()
-        if components < 2:
-            raise ConfigurationError(f"components must be 2 or more, one of them at zero, not {components}")
-        if not 0 < zero_weight < 1:
-            raise ConfigurationError(f"zero_weight is a proportion, above 0 and below 1, not {zero_weight}")
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        check_range("components", components, "[2, inf)")
+        check_range("zero_weight", zero_weight, "(0, 1)")
+        check_range("std", 1.0 if std is None else std, "(0, inf)")
+        if not -math.inf < low < high < math.inf:
             raise ConfigurationError(f"low must be below high, not {low} and {high}")
-        if std is not None and not 0 < std < math.inf:
-            raise ConfigurationError(f"std must be above 0, not {std}")
         for name, (a, b) in {"zero_gamma": zero_gamma, "gamma": gamma}.items():
-            if not (1 < a < math.inf and 0 < b < math.inf):
-                raise ConfigurationError(f"{name} is (a, b) with a above 1 and b above 0, not {(a, b)}")
+            check_range(f"a of {name}", a, "(1, inf)")
+            check_range(f"b of {name}", b, "(0, inf)")
         free = components - 1
         self.zero_weight, self.zero_gamma, self.gamma = zero_weight, tuple(zero_gamma), tuple(gamma)
         apart = (high - low) / max(1, free - 1)
@@ -74,6 +78,7 @@ class GaussianMixturePrior(nn.Module):
         self.means = nn.Parameter(torch.linspace(low, high, free))  # μ_1, …
         self.log_stds = nn.Parameter(torch.tensor(stds).log())  # ξ_0, ξ_1, …
         self.logits = nn.Parameter(torch.zeros(free))  # η_1, …
+        self.register_load_state_dict_pre_hook(_fit_components)  # type: ignore[no-untyped-call]  # torch's
 
     @override
     def forward(self, weights: Tensor) -> Tensor:
@@ -92,10 +97,7 @@ class GaussianMixturePrior(nn.Module):
     def hyper_penalty(self) -> Tensor:
         """Return ``Σ_j (1 − a) log λ_j + b λ_j``."""
         log_precisions = -2 * self.log_stds
-        a, b = (
-            torch.tensor([zero, *[other] * len(self.means)]).to(log_precisions)
-            for zero, other in zip(self.zero_gamma, self.gamma, strict=True)
-        )
+        a, b = torch.tensor([self.zero_gamma, *[self.gamma] * len(self.means)]).to(log_precisions).unbind(1)
         return ((1 - a) * log_precisions + b * log_precisions.exp()).sum()
 
     def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
@@ -108,21 +110,17 @@ class GaussianMixturePrior(nn.Module):
             scale: a further factor on the gradients of the weights alone.
         """
         mixture = [part.detach() for part in self.mixture()]
-        total, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
+        into_mixture = [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
+        total = torch.zeros(())
         for weight in weights:
-            if weight.grad is None and weight.requires_grad:
-                weight.grad = torch.zeros_like(weight)
-            into = weight.grad if weight.requires_grad and weight.grad is not None else torch.zeros_like(weight)
-            value, gradients = evaluate(weight.detach(), mixture, into=into, scale=strength * scale)
+            into = gradient_of(weight) if weight.requires_grad else torch.zeros_like(weight)
+            value, gradients = _evaluate(weight.detach(), mixture, into, scale=strength * scale)
             total = total + value
-            for kept, gradient in zip(into_mixture, gradients, strict=True):
-                kept += gradient
+            foreach_add_(into_mixture, [*gradients])
         with torch.enable_grad():
-            own, hyper = self.mixture(), self.hyper_penalty()
-            learned = [
-                (part, strength * g.to(part)) for part, g in zip(own, into_mixture, strict=True) if part.requires_grad
-            ]
-            torch.autograd.backward([part for part, _ in learned], [g for _, g in learned])
+            hyper = self.hyper_penalty()
+            pairs = [(part, g) for part, g in zip(self.mixture(), into_mixture, strict=True) if part.requires_grad]
+            torch.autograd.backward([part for part, _ in pairs], [strength * g.to(part) for part, g in pairs])
             (strength * hyper).backward()  # type: ignore[no-untyped-call]  # torch's
         return total + hyper.detach()
 
@@ -139,27 +137,27 @@ class GaussianMixturePrior(nn.Module):
             average: what of the spreads is averaged: the paper's variances, or its authors' code's precisions.
         """
         means, log_stds, log_proportions = (part.double() for part in self.mixture())
-        near = divergences(means, log_stds) < threshold
+        variances = (2 * log_stds).exp()
+        distances = (means[:, None] - means).square()
+        # KL(i‖j) = log(σ_j/σ_i) + (σ_i² + (μ_i − μ_j)²)/(2σ_j²) − ½
+        near = log_stds - log_stds[:, None] + (variances[:, None] + distances) / (2 * variances) - 0.5 < threshold
         near |= near.T.clone()
-        for _ in range(len(near)):  # chains
+        for _ in range(len(near)):  # follow chains of pairs
             near |= (near.double() @ near.double()) > 0
-        groups = [row.nonzero().flatten() for row in torch.unique(near, dim=0)]
-        groups.sort(key=lambda group: int(group[0]))
         shares = log_proportions.exp()
+        power = -1 if average == "precision" else 1
         merged = []
-        for group in groups:
+        for group in torch.unique(near, dim=0).flip(0):  # masks, in the order of their first components
             share = shares[group] / shares[group].sum()
-            spread = (share * (2 * log_stds[group]).exp()).sum()
-            if average == "precision":
-                spread = 1 / (share * (-2 * log_stds[group]).exp()).sum()
-            mean = (share * means[group]).sum() if group[0] else means.new_zeros(())
-            merged.append((mean, spread.log() / 2, shares[group].sum()))
+            variance = (share * (2 * power * log_stds[group]).exp()).sum() ** power
+            mean = means.new_zeros(()) if group[0] else (share * means[group]).sum()
+            merged.append((mean, variance.log() / 2, shares[group].sum()))
         columns = [torch.stack(column).to(self.means) for column in zip(*merged, strict=True)]
         self.zero_weight = min(float(columns[2][0]), 1 - 1e-12)
         self.means = nn.Parameter(columns[0][1:])
         self.log_stds = nn.Parameter(columns[1])
         self.logits = nn.Parameter(columns[2][1:].log())
-        return len(groups)
+        return len(merged)
 
     @torch.no_grad()
     def assign(self, weights: Tensor) -> Tensor:
@@ -188,21 +186,12 @@ class GaussianMixturePrior(nn.Module):
 
     def _most_responsible(self, weights: Tensor) -> Tensor:
         mixture = self.mixture()
-        flat = weights.flatten()
-        parts = [log_joint(part, *mixture).argmax(dim=0) for part in torch.split(flat, chunk_of(flat))]
-        return torch.cat(parts).view(weights.shape) if parts else flat.long().view(weights.shape)
+        parts = torch.split(weights.flatten(), _chunk_size(weights))
+        return torch.cat([_log_joint(part, *mixture).argmax(dim=0) for part in parts]).view(weights.shape)
 
     @override
     def extra_repr(self) -> str:
         return f"components={len(self.log_stds)}, zero_weight={self.zero_weight:.6g}"
-
-    @override
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("means", "log_stds", "logits"):
-            held, loaded = getattr(self, name), state_dict.get(f"{prefix}{name}")
-            if loaded is not None and loaded.shape != held.shape:  # merging leaves fewer components
-                setattr(self, name, nn.Parameter(held.new_empty(loaded.shape)))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -211,3 +200,113 @@ class GaussianMixturePrior(nn.Module):
     @override
     def set_extra_state(self, state: Tensor) -> None:
         self.zero_weight = float(state)
+
+
+def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
+    """Return ``−Σ_i log Σ_j π_j N(w_i; μ_j, σ_j²)``, differentiable once in everything.
+
+    Args:
+        weights: of any shape.
+        means: μ, (J,).
+        log_stds: ξ = log σ, (J,).
+        log_proportions: log π, (J,).
+
+    Returns:
+        A scalar, in the weights' precision, of float32 at least.
+
+    Example:
+        >>> round(mixture_nll(torch.zeros(2), *torch.zeros(3, 1)).item(), 4)  # −2 log N(0; 0, 1)
+        1.8379
+
+    Source: S. J. Nowlan and G. E. Hinton, Simplifying neural networks by soft weight-sharing, 1992.
+    """
+    return cast(Tensor, _MixtureNLL.apply(weights, means, log_stds, log_proportions))
+
+
+def responsibilities(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
+    """Return how probably each component has drawn each weight, (J, N); see :func:`mixture_nll`."""
+    return _log_joint(weights.flatten(), means, log_stds, log_proportions).softmax(dim=0)
+
+
+class _MixtureNLL(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, weights: Tensor, *mixture: Tensor) -> Tensor:
+        gradient = torch.zeros_like(weights, memory_format=torch.contiguous_format)
+        value, others = _evaluate(weights, mixture, into=gradient, scale=1.0)
+        ctx.save_for_backward(gradient, *(g.to(like) for g, like in zip(others, mixture, strict=True)))
+        return value.to(torch.promote_types(weights.dtype, torch.float32))
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("mixture_nll has no second derivative: write it with torch.logsumexp where you need one")
+        return tuple((upstream * gradient).to(gradient) for gradient in ctx.saved_tensors)
+
+
+def _fit_components(prior: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a prior the number of components that a state dict has; merging may have left fewer."""
+    for name, parameter in prior.named_parameters():
+        loaded = state_dict.get(f"{prefix}{name}", parameter)
+        if loaded.shape != parameter.shape:
+            setattr(prior, name, nn.Parameter(parameter.new_empty(loaded.shape)))
+
+
+def _evaluate(
+    weights: Tensor, mixture: Sequence[Tensor], into: Tensor, scale: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return Ω, and its gradients in the mixture's three parts; add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
+
+    The parts are those of :func:`mixture_nll`: means, log standard deviations and log proportions.
+
+    With the responsibilities r: ``∂Ω/∂w_i = Σ_j r_ij (w_i − μ_j)/σ_j²``, ``∂Ω/∂μ_j = Σ_i r_ij (μ_j − w_i)/σ_j²``,
+    ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from those of
+    r, r w and r w².
+    """
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)
+    precisions = (-2 * log_stds).exp()
+    pulls = torch.stack([torch.ones_like(means), precisions, precisions * means])
+    chunk = _chunk_size(weights)
+    count, longest = len(means), min(chunk, max(1, weights.numel()))
+    sums = torch.zeros(count, 3, dtype=torch.float64, device=weights.device)
+    total = torch.zeros((), dtype=torch.float64, device=weights.device)
+    buffer, moments = means.new_empty(count, longest), means.new_empty(3, longest)
+    in_place = weights.is_contiguous() and into.is_contiguous()
+    gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    pieces = (torch.split(flat, chunk) for flat in (weights.reshape(-1), gradient.view(-1)))
+    for part, received in zip(*pieces, strict=True):
+        w = part.to(dtype)
+        density = _log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
+        largest = density.amax(dim=0, keepdim=True)
+        density.sub_(largest).clamp_(min=NEGLIGIBLE).exp_()
+        shares, steepness, target = pulls @ density
+        inverse, first, second = moments[:, : len(w)]
+        torch.reciprocal(shares, out=inverse)
+        torch.mul(inverse, w, out=first)
+        torch.mul(first, w, out=second)
+        sums += density @ moments[:, : len(w)].T
+        received.add_(steepness.mul_(w).sub_(target).mul_(inverse), alpha=scale)
+        total -= shares.log_().add_(largest[0]).sum()
+    if not in_place:
+        into.add_(gradient)
+    responsible, first, second = sums.unbind(1)
+    means, precisions = means.double(), precisions.double()
+    scatter = second - 2 * means * first + means.square() * responsible
+    return total, (precisions * (means * responsible - first), responsible - precisions * scatter, -responsible)
+
+
+def _log_joint(
+    weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Return ``log π_j N(w_i; μ_j, σ_j²)``, (J, N)."""
+    narrow = (-log_stds).exp() / math.sqrt(2)
+    constants = log_proportions - log_stds - 0.5 * math.log(2 * math.pi)
+    scaled = torch.addcmul(-(narrow * means)[:, None], narrow[:, None], weights, out=out)
+    return torch.addcmul(constants[:, None], scaled, scaled, value=-1, out=out)
+
+
+def _chunk_size(weights: Tensor) -> int:
+    """Return how many weights to look at together."""
+    return CPU_CHUNK if weights.device.type == "cpu" else DEVICE_CHUNK

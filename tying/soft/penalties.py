@@ -1,4 +1,4 @@
-"""Penalties that pull a group of tensors together: value, gradient and proximal step of each.
+"""Penalties on the differences within a group of tensors: value, gradient and proximal step of each.
 
 For a group of m tensors in one layout the penalty is ``Ω = Σ_{i<j} ρ(w_i − w_j)``, summed over entries.
 """
@@ -13,8 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tying.errors import ConfigurationError
-from tying.soft.proximal import prox_pair, prox_sorted, prox_to_constants
+from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import foreach_add, foreach_add_, foreach_sub
 
 
@@ -68,14 +67,13 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
 
 
 class Penalty:
-    """A penalty on a group of tensors in one layout. Subclass it and write ``value``; the rest can follow.
+    """A penalty on a group of tensors in one layout. A subclass must define ``value``.
 
-    The gradient falls back on autograd. ``prox`` is needed for proximal updates only.
+    The default gradient is that of autograd. ``prox`` is needed for proximal updates only.
 
     Attributes:
-        curvature: the largest second derivative of ρ, from which the stability bound of explicit steps follows;
-            0: no bound is known.
-        pairs_only: whether groups of more than two are refused.
+        curvature: the largest second derivative of ρ, which bounds the size of explicit steps; 0 if unknown.
+        pairs_only: whether groups of more than two raise an error.
 
     Example:
         >>> class LogCosh(Penalty):
@@ -103,17 +101,15 @@ class Penalty:
     def add_gradient_(
         self, tensors: Sequence[list[Tensor]], into: Sequence[list[Tensor | None]], scales: Sequence[float]
     ) -> None:
-        """Add ``scale_i · ∂Ω/∂w_i`` in place, for several groups of m at once.
+        """Add ``scale_i · ∂Ω/∂w_i`` in place, for several groups of m tensors at once.
 
         Args:
             tensors: the i-th list holds the i-th tensor of every group.
-            into: where their gradients are added; ``None``, alike for all groups, where the scale is 0.
+            into: the tensors to which their gradients are added; ``None``, in all groups, where the scale is 0.
             scales: one factor for each of the m positions.
         """
-        for position in range(len(tensors[0])):
-            gradients = self.gradient([column[position] for column in tensors])
-            for gradient, receivers, scale in zip(gradients, into, scales, strict=True):
-                receiver = receivers[position]
+        for group, receivers in zip(zip(*tensors, strict=True), zip(*into, strict=True), strict=True):
+            for receiver, gradient, scale in zip(receivers, self.gradient(group), scales, strict=True):
                 if receiver is not None:
                     receiver.add_(gradient, alpha=scale)
 
@@ -161,12 +157,10 @@ class L2(Penalty):
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
         """Return ``c + b_i (w_i − c)``, where ``b_i = 1/(1 + m s r_i)`` and c is the mean of all w weighted by b."""
-        m = len(tensors)
-        b = [1 / (1 + m * strength * rate) if rate else 1.0 for rate in rates]
+        b = [1 / (1 + len(tensors) * strength * rate) if rate else 1.0 for rate in rates]
         weights = b if any(b) else [1 / rate for rate in rates]  # the limit of b, up to a factor, as s → ∞
-        share = [weight / sum(weights) for weight in weights]
-        first = share.index(max(share))  # exactly c, where all others' shares are 0
-        others = [(p, w) for i, (p, w) in enumerate(zip(share, tensors, strict=True)) if i != first]
+        first = weights.index(max(weights))  # it is exactly c if all other weights are 0
+        others = [(p / sum(weights), w) for i, (p, w) in enumerate(zip(weights, tensors, strict=True)) if i != first]
         c = tensors[first] + sum(p * (w - tensors[first]) for p, w in others)
         return [c + b_i * (w - c) if b_i != 1 else w for b_i, w in zip(b, tensors, strict=True)]
 
@@ -193,24 +187,21 @@ class L1(Penalty):
         """
         if len(tensors) == 2:
             d = tensors[0] - tensors[1]
-            return prox_pair(tensors, d.sign() * (d.abs() - strength * sum(rates)).clamp(min=0), rates)
+            return _prox_pair(tensors, d.sign() * (d.abs() - strength * sum(rates)).clamp(min=0), rates)
         moving = [i for i, rate in enumerate(rates) if rate]
         if len({rates[i] for i in moving}) > 1:
             raise ConfigurationError(
                 "the proximal step of 'l1' on a group of more than two needs one learning rate for all of its "
                 f"members, not {sorted(set(rates))}: use update='decoupled', or one parameter group for them"
             )
-        result = [*tensors]
         if not moving:
-            return result
+            return [*tensors]
         step = strength * rates[moving[0]]
         constants = [w for w, rate in zip(tensors, rates, strict=True) if not rate]
         ordered, order = torch.stack([tensors[i] for i in moving], dim=-1).sort(dim=-1)
-        pulled = prox_to_constants(prox_sorted(ordered, step), constants, step)
-        moved = torch.empty_like(ordered).scatter_(-1, order, pulled)
-        for i, values in zip(moving, moved.unbind(-1), strict=True):
-            result[i] = values
-        return result
+        pulled = _prox_to_constants(_prox_sorted(ordered, step), constants, step)
+        moved = iter(torch.empty_like(ordered).scatter_(-1, order, pulled).unbind(-1))
+        return [next(moved) if rate else w for w, rate in zip(tensors, rates, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -229,28 +220,66 @@ class Huber(Penalty):
     pairs_only = True
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.delta) and self.delta > 0):
-            raise ConfigurationError(f"Huber's delta must be finite and above 0, not {self.delta}")
+        check_range("Huber's delta", self.delta, "(0, inf)")
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; see :func:`huber`."""
-        a, b = tensors
-        return huber(a, b, self.delta)
+        return huber(tensors[0], tensors[1], self.delta)
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return ``±clamp(a − b, −δ, δ)``."""
-        a, b = tensors
-        pull = (a - b).clamp(-self.delta, self.delta)
+        pull = (tensors[0] - tensors[1]).clamp(-self.delta, self.delta)
         return [pull, -pull]
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
         """Return the proximal step: the difference shrinks by ``1/(1 + t)``, or by tδ where it is large."""
         d, t = tensors[0] - tensors[1], strength * sum(rates) if any(rates) else 0.0
         far = d - d.sign() * t * self.delta if math.isfinite(t) else d
-        return prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
+        return _prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
 
 
 def group_mean(tensors: Sequence[Tensor]) -> Tensor:
     """Return the mean, relative to the first tensor: equal tensors have exactly their own value as mean."""
     first, *others = tensors
     return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)
+
+
+def _prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[float]) -> list[Tensor]:
+    """Move two tensors, in proportion to their rates, until they differ by ``difference``."""
+    (a, b), (rate_a, rate_b) = tensors, rates
+    if not (rate_a and rate_b):  # one of them is a constant, or both
+        return [b + difference if rate_a else a, a - difference if rate_b else b]
+    moved = a - rate_a / (rate_a + rate_b) * (a - b - difference)
+    return [moved, moved - difference]
+
+
+def _prox_sorted(w: Tensor, step: float) -> Tensor:
+    """Return ``argmin_v ½‖v − w‖² + t Σ_{i<j} |v_i − v_j|`` along the last dimension, where w is sorted.
+
+    Sorted values keep their order, so the penalty is linear in them: its step shifts w_k by ``−t (2k − p − 1)``, and
+    isotonic regression makes the result monotone again: ``v_k = max_{a≤k} min_{b≥k} mean(shifted w_a..w_b)``.
+
+    Source: R. E. Barlow, D. J. Bartholomew, J. M. Bremner and H. D. Brunk, Statistical inference under order
+    restrictions, 1972.
+    """
+    p = w.shape[-1]
+    base = w[..., :1]  # means are relative to the smallest value, so that equal values stay exactly equal
+    if math.isinf(step):
+        return base + (w - base).mean(dim=-1, keepdim=True).expand_as(w)
+    v = torch.full_like(w, -math.inf)
+    for a in range(1, p + 1):
+        b = torch.arange(a, p + 1, dtype=w.dtype, device=w.device)
+        means = (w[..., a - 1 :] - base).cumsum(dim=-1) / (b - a + 1) - step * (a + b - p - 1)
+        smallest = means.flip(-1).cummin(dim=-1).values.flip(-1)  # of all b from k on
+        v[..., a - 1 :] = torch.maximum(v[..., a - 1 :], smallest)
+    return base + v
+
+
+def _prox_to_constants(z: Tensor, constants: list[Tensor], step: float) -> Tensor:
+    """Return ``argmin_v ½ (v − z)² + t Σ_l |v − f_l|``: the median of the f_l and of ``z + t (k − 2j)``, j = 0..k."""
+    k = len(constants)
+    if not k:
+        return z
+    shifts = [step * (k - 2 * j) if k != 2 * j else 0.0 for j in range(k + 1)]
+    candidates = [f.unsqueeze(-1).expand_as(z) for f in constants] + [z + shift for shift in shifts]
+    return torch.stack(candidates).median(dim=0).values

@@ -1,4 +1,4 @@
-"""Weights and the mixture that is their prior, as a picture."""
+"""A picture of weights and of the mixture that is their prior."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BINS = 200
 
 @torch.no_grad()
 def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = "") -> Figure:
-    """Return a figure: a histogram of weights, and over it how many the mixture expects in each bin.
+    """Return a histogram of weights, with the number that the mixture expects in each bin.
 
     Args:
         weights: of any shape.
@@ -31,8 +31,7 @@ def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = ""
     axes = figure.add_subplot(xlabel="weight", ylabel="weights", title=title, yscale="log", ylim=(0.5, 2.0 * len(flat)))
     axes.hist(flat.numpy(), bins=edges.tolist(), color="0.75", label="weights")
     axes.plot(middle, expected.sum(dim=0), color="C3", label="mixture")
-    for own in expected:
-        axes.plot(middle, own, color="C0", linewidth=0.6)
+    axes.plot(middle, expected.T, color="C0", linewidth=0.6)  # each component
     axes.plot(means, torch.full_like(means, 0.7), "k|", label="means")
     axes.legend(loc="best", fontsize="x-small")
     return figure

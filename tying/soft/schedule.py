@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice, check_range
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Schedule:
         return self.start + (self.end - self.start) * progress
 
     def __post_init__(self) -> None:
-        if not all(math.isfinite(factor) and factor >= 0 for factor in (self.start, self.end)):
-            raise ConfigurationError(f"a schedule's start and end must be finite and not negative: {self}")
+        check_range("a schedule's start", self.start, "[0, inf)")
+        check_range("a schedule's end", self.end, "[0, inf)")
+        check_choice("a schedule's shape", self.shape, ("linear", "cosine"))
+        check_choice("a schedule's unit", self.unit, ("step", "epoch"))
         if self.length < 0 or (self.length == 0 and self.start != self.end):
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
-        if self.shape not in ("linear", "cosine") or self.unit not in ("step", "epoch"):
-            raise ConfigurationError(f"a schedule has shape 'linear' or 'cosine' and unit 'step' or 'epoch': {self}")
