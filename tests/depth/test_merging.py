@@ -185,9 +185,9 @@ def test_one_sequence_alone():
             "'stem.conv' is a Conv2d of torch, 'stem.norm' is a BatchNorm2d of torch.*whose branch and shortcut cannot be told",
         ),
         ("layer*", {}, "'layer1' is a Sequential of torch.*Write such a block as tying.depth.Residual"),
-        ("layer*.*", {"keep": "half"}, "keep is a number, or one for each block, not 'half'"),
+        ("layer*.*", {"keep": "half"}, "keep must be a number, one for each block, 'linear' or 'uniform', not 'half'"),
         ("layer*.*", {"keep": [0.5, 0.5]}, "2 keeps for 3 blocks: layer1.0, layer2.0, layer3.0"),
-        ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, "keep is a probability, from 0 to 1, not 1.5"),
+        ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, r"keep must be in \[0, 1\], not 1\.5"),
     ],
 )
 def test_mistakes_change_nothing(blocks, arguments, told):
@@ -199,7 +199,10 @@ def test_mistakes_change_nothing(blocks, arguments, told):
 
 @pytest.mark.parametrize(
     ("merge", "told"),
-    [(StochasticDepth, "not the class StochasticDepth"), (lambda x, branch: x, "merge is a module, called as merge")],
+    [
+        (StochasticDepth, "not the class StochasticDepth"),
+        (lambda x, branch: x, "merge must be a module, called as merge"),
+    ],
 )
 def test_a_merge_is_a_module(merge, told):
     with pytest.raises(ConfigurationError, match=told):

@@ -1,4 +1,4 @@
-"""torchvision's residual blocks with merges; see :mod:`tying.depth.blocks`."""
+"""torchvision's residual blocks with merges."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tying.depth.merge import Branch
 
 
 def _merged(block: Any, x: Tensor, layers: list[tuple[nn.Module, nn.Module]]) -> Tensor:
-    """Return what a block makes of x, by a branch of convolutions and their norms, with ReLUs between these layers."""
+    """Return the output of a block whose branch has these convolutions and norms, with ReLUs between the layers."""
 
     def compute(x: Tensor) -> Tensor:
         for number, (conv, norm) in enumerate(layers):
             x = norm(conv(block.relu(x) if number else x))
         return x
 
-    branch = Branch(compute, [(x, 0)], [part for layer in layers for part in layer])
+    branch = Branch(compute, [(x, 0)], [module for layer in layers for module in layer])
     out: Tensor = block.relu(block.merge(x if block.downsample is None else block.downsample(x), branch))
     return out
 
@@ -44,4 +44,4 @@ class MergedBottleneck(Bottleneck):  # type: ignore[misc]  # likewise
         return _merged(self, x, [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)])
 
 
-KINDS: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: MergedBasicBlock, Bottleneck: MergedBottleneck}
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: MergedBasicBlock, Bottleneck: MergedBottleneck}
