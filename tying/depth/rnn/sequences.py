@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,12 +10,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tying.errors import ConfigurationError
 
+Shape = tuple[int, ...]
+
 
 def steps_first(x: Any, features: int, batch_first: bool = False) -> Tensor:
     """Return sequences as (steps, batch, features).
 
     Raises:
-        ConfigurationError: x is no such tensor, or has no steps.
+        ConfigurationError: x has another shape, has no steps, or is a packed sequence.
 
     Example:
         >>> import torch
@@ -32,16 +35,24 @@ def steps_first(x: Any, features: int, batch_first: bool = False) -> Tensor:
     return steps
 
 
-def check_state(found: Any, expected: tuple[tuple[int, ...], ...]) -> None:
-    """Check the shapes of a state's parts.
+def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: Shape) -> list[Tensor]:
+    """Return the parts of a state, or zeros of the same shapes in x's dtype and device where no state is given.
 
     Raises:
-        ConfigurationError: they are others.
+        ConfigurationError: the parts have other shapes.
+
+    Example:
+        >>> import torch
+        >>> [part.shape for part in initial_state(torch.zeros(5, 2, 3), None, (1, 2, 4), (1, 2, 4))]
+        [torch.Size([1, 2, 4]), torch.Size([1, 2, 4])]
     """
-    shapes = tuple(tuple(part.shape) for part in found)
-    if shapes != expected:
-        raise ConfigurationError(f"states are {_listed(expected)}, not {_listed(shapes)}")
+    parts = [x.new_zeros(shape) for shape in shapes] if state is None else [*state]
+    check_shapes("states", parts, *shapes)
+    return parts
 
 
-def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return ", ".join(map(str, shapes))
+def check_shapes(name: str, tensors: Sequence[Tensor], *shapes: Shape) -> None:
+    """Raise a ConfigurationError that names the tensors unless they have these shapes."""
+    actual = tuple(tuple(tensor.shape) for tensor in tensors)
+    if actual != shapes:
+        raise ConfigurationError(f"{name} are {', '.join(map(str, shapes))}, not {', '.join(map(str, actual))}")
