@@ -107,18 +107,22 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
     Raises:
         ConfigurationError: a block has a merge already. The model is unchanged then.
     """
-    if merged := [f"{name} ({type(block.merge).__name__})" for name, block in blocks.items() if _is_merged(block)]:
+    merged = [
+        f"{name} ({type(block.merge).__name__})"
+        for name, block in blocks.items()
+        if "_merge_before" in block.__dict__ or (isinstance(block, Residual) and type(block.merge) is not Sum)
+    ]
+    if merged:
         raise ConfigurationError(
             f"{listed(merged)}: merged already: leave out merge= where the model creates its blocks, or remove what "
             "apply_merge or ResidualMerging applied by remove_merge"
         )
     copies = [copy.deepcopy(merge) for merge in merges]
+    classes = _merged_classes()
     for block, merge in zip(blocks.values(), copies, strict=True):
         merge.train(block.training)
-        if isinstance(block, Residual):
-            block.__dict__["_merge_before"] = block.merge  # past nn.Module, which would register a submodule
-        else:
-            swap_class(block, _merged_classes()[type(block)])
+        block.__dict__["_merge_before"] = getattr(block, "merge", None)  # past nn.Module: it is no submodule
+        swap_class(block, classes.get(type(block), type(block)))
         block.merge = merge
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
@@ -143,11 +147,12 @@ def remove_merge(model: nn.Module) -> int:
         if "_nested_before" in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop("_nested_before")
         if "_merge_before" in module.__dict__:
-            module.merge = module.__dict__.pop("_merge_before")
-            count += 1
-        elif type(module) in plain_classes:
-            del module.merge
-            swap_class(module, plain_classes[type(module)])
+            swap_class(module, plain_classes.get(type(module), type(module)))
+            merge = module.__dict__.pop("_merge_before")
+            if merge is None:
+                del module.merge
+            else:
+                module.merge = merge
             count += 1
     return count
 
@@ -160,13 +165,6 @@ def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
         classes |= CLASSES
     return classes
-
-
-def _is_merged(block: nn.Module) -> bool:
-    """Return whether a block has a merge; a plain sum, as built, may be replaced."""
-    if isinstance(block, Residual):
-        return type(block.merge) is not Sum or "_merge_before" in block.__dict__
-    return type(block) in _merged_classes().values()
 
 
 def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -193,8 +191,7 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         if name in names and isinstance(module, Recurrent):
             names |= {f"{name}.blocks.{step}" for step in range(len(module.blocks))}
     blocks = {name: m for name, m in modules.items() if name in names and not isinstance(m, Recurrent)}
-    classes = _merged_classes()
-    known = (Residual, *classes, *classes.values())
+    known = {cls for pair in _merged_classes().items() for cls in pair}
     others = [
         f"{name!r} is a {type(block).__name__} of {type(block).__module__.split('.')[0]}"
         for name, block in blocks.items()

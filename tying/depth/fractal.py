@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -106,63 +107,46 @@ class FractalBlock(nn.Module):
         """
         if column is not None and not 0 <= column < len(self.columns):
             raise ConfigurationError(f"columns are 0 to {len(self.columns) - 1}, not {column}")
-        plan = _Plan(self, column)
-        out = plan.join_columns(0, plan.columns_from(0, _Lazy(lambda: x)))()
-        unused = [layer for layer in plan.layers if layer not in plan.used]
+        columns = [[*column_layers.children()] for column_layers in self.columns]
+        steps = len(columns[-1])  # of the deepest column, which ends a layer in each
+        layers: list[tuple[nn.Module, _Node]] = []
+        inputs = [_Node(lambda: x)] * len(columns)  # of the next layer of each column
+        for step in range(1, steps + 1):  # all draws are made before anything is computed
+            first = next(number for number, layers_ in enumerate(columns) if step * len(layers_) % steps == 0)
+            ending = [layers_[step * len(layers_) // steps - 1] for layers_ in columns[first:]]
+            outputs = [_Node(layer, [z]) for layer, z in zip(ending, inputs[first:], strict=True)]
+            layers += zip(ending, outputs, strict=True)
+            inputs[first:] = [_Node(lambda *kept: fractal_join(kept), self._kept(outputs, first, column))] * len(
+                outputs
+            )
+        out = inputs[0]()
+        unused = [layer for layer, node in layers if node.output is None]
         if not unused or not self.training:
             return out
         return zero_gradients(out, (parameter for layer in unused for parameter in layer.parameters()))
+
+    def _kept(self, outputs: list[_Node], first: int, column: int | None) -> list[_Node]:
+        """Return the inputs of a join, of column ``first`` and all deeper columns, that are not dropped."""
+        if column is not None:  # if it is shallower than the first, nothing reads this join
+            return [output for number, output in enumerate(outputs, first) if number == column]
+        if self.training and self.drop_path and len(outputs) > 1:
+            return [outputs[path] for path in draw_paths(len(outputs), self.drop_path)]
+        return outputs
 
     @override
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}"
 
 
-class _Lazy:
-    """A tensor that is computed when it is first read."""
+@dataclass(eq=False)
+class _Node:
+    """A layer or a join, whose output is computed from other nodes when it is first read."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self.compute = compute
-        self.value: Tensor | None = None
+    compute: Callable[..., Tensor]
+    inputs: Sequence[_Node] = ()
+    output: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        if self.value is None:
-            self.value = self.compute()
-        return self.value
-
-
-class _Plan:
-    """The layers and joins of one forward pass: every draw is made before anything is computed."""
-
-    def __init__(self, block: FractalBlock, column: int | None) -> None:
-        self.block, self.column = block, column
-        columns = [[*column.children()] for column in block.columns]
-        self.queues = [iter(column) for column in columns]
-        self.layers = [layer for column in columns for layer in column]
-        self.used: set[nn.Module] = set()
-
-    def columns_from(self, first: int, z: _Lazy) -> list[_Lazy]:
-        """Return the outputs at input z of column ``first`` and of all deeper columns."""
-        outputs = [self._apply(next(self.queues[first]), z)]
-        if first + 1 < len(self.queues):
-            middle = self.join_columns(first + 1, self.columns_from(first + 1, z))
-            outputs += self.columns_from(first + 1, middle)
-        return outputs
-
-    def join_columns(self, first: int, outputs: list[_Lazy]) -> _Lazy:
-        """Return the join of the outputs of column ``first`` and all deeper columns, some of which are dropped."""
-        if self.column is not None:  # if it is not among them, nothing reads this join
-            kept = [output for column, output in enumerate(outputs, first) if column == self.column]
-        elif self.block.training and self.block.drop_path and len(outputs) > 1:
-            kept = [outputs[path] for path in draw_paths(len(outputs), self.block.drop_path)]
-        else:
-            kept = outputs
-        return _Lazy(lambda: fractal_join([output() for output in kept]))
-
-    def _apply(self, layer: nn.Module, z: _Lazy) -> _Lazy:
-        def compute() -> Tensor:
-            self.used.add(layer)
-            out: Tensor = layer(z())
-            return out
-
-        return _Lazy(compute)
+        if self.output is None:
+            self.output = self.compute(*(node() for node in self.inputs))
+        return self.output

@@ -46,11 +46,6 @@ class Branch:
             return self.compute(*(x for x, _ in self.inputs))
         return self.compute(*(x if x is None or dim is None else take_rows(x, rows, dim) for x, dim in self.inputs))
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Yield the parameters of F."""
-        for module in self.modules:
-            yield from module.parameters()
-
 
 def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
@@ -76,7 +71,8 @@ def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
 
 def skip_branch(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
     """Return a copy of the shortcut x; the parameters of a :class:`Branch` get a gradient of zero."""
-    return zero_gradients(x, branch.parameters() if isinstance(branch, Branch) else ())
+    modules = branch.modules if isinstance(branch, Branch) else ()
+    return zero_gradients(x, (parameter for module in modules for parameter in module.parameters()))
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -221,5 +217,5 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the block."""
-        merged: Tensor = self.merge(self.shortcut(x), Branch(self.branch, [(x, 0)], [self.branch]))
+        merged = self.merge(self.shortcut(x), Branch(self.branch, [(x, 0)], [self.branch]))
         return cast(Tensor, self.activation(merged))

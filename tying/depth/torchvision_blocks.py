@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -20,8 +20,8 @@ def _merged(block: Any, x: Tensor, layers: list[tuple[nn.Module, nn.Module]]) ->
         return x
 
     branch = Branch(compute, [(x, 0)], [module for layer in layers for module in layer])
-    out: Tensor = block.relu(block.merge(x if block.downsample is None else block.downsample(x), branch))
-    return out
+    shortcut = x if block.downsample is None else block.downsample(x)
+    return cast(Tensor, block.relu(block.merge(shortcut, branch)))
 
 
 class MergedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types

@@ -170,8 +170,8 @@ class HMLSTM(nn.Module):
             for layer in range(layers):
                 z_below = z[layer - 1] if layer else always
                 z_before = z[layer] if layer < layers - 1 else never
-                below = z_below * self.below[layer](h[layer - 1]) if layer else projected
-                total = self.across[layer](h[layer]) + below
+                total = self.across[layer](h[layer])
+                total = total + (z_below * self.below[layer](h[layer - 1]) if layer else projected)
                 if layer < layers - 1:
                     total = total + z_before * self.above[layer](h[layer + 1])
                 f, i, o, g = total[:, : 4 * self.hidden_size].chunk(4, dim=1)

@@ -33,8 +33,7 @@ class StateMatrix(nn.Module):
 
     def __init__(self, size: int, rank: int, diagonal: bool = True) -> None:
         super().__init__()
-        if rank < 0 or (rank == 0 and not diagonal):
-            raise ConfigurationError(f"rank must be 1 or more, or 0 with a diagonal, not {rank}")
+        check_range("rank", rank, "[0, inf)" if diagonal else "[1, inf)")
         if rank > size:
             raise ConfigurationError(
                 f"rank={rank} is over the size {size}: its factors would have {2 * size * rank:,} entries, and a full "

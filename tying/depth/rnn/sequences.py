@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -13,7 +12,7 @@ from tying.errors import ConfigurationError
 Shape = tuple[int, ...]
 
 
-def steps_first(x: Any, features: int, batch_first: bool = False) -> Tensor:
+def steps_first(x: Tensor | PackedSequence, features: int, batch_first: bool = False) -> Tensor:
     """Return sequences as (steps, batch, features).
 
     Raises:
@@ -31,8 +30,7 @@ def steps_first(x: Any, features: int, batch_first: bool = False) -> Tensor:
         raise ConfigurationError(f"inputs are ({axes}, {features}), not {tuple(x.shape)}")
     if not x.shape[1 if batch_first else 0]:
         raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
-    steps: Tensor = x.transpose(0, 1) if batch_first else x
-    return steps
+    return x.transpose(0, 1) if batch_first else x
 
 
 def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: Shape) -> list[Tensor]:
