@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,4 @@ def _cpu_group(world: object) -> dist.ProcessGroup:
 
     There is one for each world, which may be destroyed and created again.
     """
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))

@@ -96,7 +96,9 @@ class _ZeroGradients(torch.autograd.Function):
 
 @class_aliases("tying.depth.Merge")
 class Merge(nn.Module):
-    """Base class of merges: a module without parameters, called as ``merge(x, branch)``.
+    """Base class of merges, which combine the shortcut x of a residual block with its branch.
+
+    A subclass defines ``forward(x, branch)``: ``branch()`` computes the branch, a tensor of x's shape.
 
     Args:
         probabilities: keep probabilities by name; each becomes an attribute.
@@ -116,10 +118,6 @@ class Merge(nn.Module):
         for name, keep in probabilities.items():
             check_range(name, keep, "[0, 1]")
             setattr(self, name, float(keep))
-
-    def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-        """Combine the shortcut x with the branch, which ``branch()`` computes."""
-        raise NotImplementedError
 
     def keep_prob(self, name: str) -> float:
         """Return the current value of a keep probability, ``1 − (1 − keep) · drop_scale``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -168,10 +167,19 @@ class _ZoneoutRates(nn.Module):
             check_range(name, rate, "[0, 1]")
             setattr(self, name, float(rate))
 
-    def _draw_keeps(self, shape: tuple[int, ...], device: torch.device) -> list[Keep]:
-        """Return k_c and k_h: random masks in training, their probabilities in evaluation or if they are 0 or 1."""
-        keeps = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
-        return [keep_mask(keep, shape, device) if self.training and 0 < keep < 1 else keep for keep in keeps]
+    def _draw_keeps(self, shape: tuple[int, ...], device: torch.device, present: Tensor | None = None) -> list[Keep]:
+        """Return k_c and k_h: random masks in training, their probabilities in evaluation or if they are 0 or 1.
+
+        Args:
+            shape: (steps, batch, size).
+            device: device of the masks.
+            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+        """
+        probabilities = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        keeps = [keep_mask(p, shape, device) if self.training and 0 < p < 1 else p for p in probabilities]
+        if present is None:
+            return keeps
+        return [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
 
     @override
     def extra_repr(self) -> str:
@@ -215,8 +223,9 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
-            size = self.input_size
-            raise ConfigurationError(f"inputs are (batch, {size}) or ({size},), not {tuple(input.shape)}")
+            raise ConfigurationError(
+                f"inputs are (batch, {self.input_size}) or ({self.input_size},), not {tuple(input.shape)}"
+            )
         shape = (*input.shape[:-1], self.hidden_size)
         h, c = (part.reshape(-1, self.hidden_size) for part in initial_state(input, hx, shape, shape))
         bias = self.bias_ih + self.bias_hh if self.bias else None
@@ -316,22 +325,13 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
             x = F.dropout(x, self.dropout, self.training and layer > 0)
             outputs = []
             for reverse, (weights, h, c) in enumerate(islice(rows, directions)):
-                out, *end = self._run_direction(x, h, c, weights, present, bool(reverse))
-                outputs.append(out)
+                weight_ih, weight_hh, *biases = weights
+                mask = present.flip(0) if reverse and present is not None else present
+                keeps = self._draw_keeps((len(x), *h.shape), h.device, mask)
+                bias = biases[0] + biases[1] if biases else None
+                out, *end = zoned_lstm(x.flip(0) if reverse else x, h, c, weight_ih, weight_hh, bias, *keeps)
+                outputs.append(out.flip(0) if reverse else out)
                 ends.append(end)
             x = torch.cat(outputs, dim=2) if self.bidirectional else outputs[0]
         h, c = (torch.stack(states) for states in zip(*ends, strict=True))
         return x, (h, c)
-
-    def _run_direction(
-        self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], present: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return outputs, last hidden state and last cell of one layer in one direction."""
-        weight_ih, weight_hh, *biases = weights
-        keeps = self._draw_keeps((len(x), *h.shape), h.device)
-        if present is not None:
-            present = present.flip(0) if reverse else present
-            keeps = [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
-        x = x.flip(0) if reverse else x
-        outputs, h, c = zoned_lstm(x, h, c, weight_ih, weight_hh, biases[0] + biases[1] if biases else None, *keeps)
-        return outputs.flip(0) if reverse else outputs, h, c
