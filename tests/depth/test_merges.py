@@ -11,6 +11,7 @@ from tying import ConfigurationError
 from tying.depth import (
     FeedForward,
     Residual,
+    Sampled,
     SkipForward,
     StochasticDepth,
     Sum,
@@ -402,6 +403,29 @@ def test_merges_of_other_probabilities():
     assert merge.keep_prob("keep") == 0.75
     merge.drop_scale = 0.0
     assert torch.equal(merge(X, lambda: X), 2 * X)
+
+
+def test_former_names_work_and_warn():
+    merge = Swapout(0.4, 0.8)
+    with pytest.warns(DeprecationWarning, match=r"Merge\.keeps is now called prob_names"):
+        assert merge.keeps == ("keep_skip", "keep_branch")
+    with pytest.warns(DeprecationWarning, match=r"Merge\.kept is now called keep_prob"):
+        assert merge.kept("keep_skip") == 0.4
+    with pytest.warns(DeprecationWarning, match=r"Merge\.with_share is now called scaled"):
+        assert merge.with_share(0.5).keep_skip == 0.7
+    with pytest.warns(DeprecationWarning, match=r"Merge\.share is now called drop_scale"):
+        merge.share = 0.5
+    with pytest.warns(DeprecationWarning, match=r"Merge\.share is now called drop_scale"):
+        assert merge.share == merge.drop_scale == 0.5
+    with pytest.warns(DeprecationWarning, match=r"Merge\.kept is now called keep_prob"):
+
+        class Always(StochasticDepth):
+            def kept(self, name):
+                return 1.0
+
+    assert torch.equal(Always(0.5).eval()(X, lambda: X), X + X)
+    with pytest.warns(DeprecationWarning, match=r"Sampled\.spread is now called std"):
+        assert torch.equal(Sampled(X, X + 1).spread, X + 1)
 
 
 @pytest.mark.parametrize(

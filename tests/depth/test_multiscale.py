@@ -7,7 +7,7 @@ import torch
 
 from tying import ConfigurationError
 from tying.depth import HMLSTM, HMState, hm_update
-from tying.depth.rnn.hm_lstm import _Boundary
+from tying.depth.rnn.hm_lstm import detect_boundary
 
 D = torch.float64
 
@@ -143,12 +143,12 @@ def test_the_slope_changes_gradients_and_no_value():
 
 def test_a_boundarys_value_and_gradient_by_hand():
     x = torch.tensor([-3.0, -0.4, 0.0, 0.4, 3.0], dtype=D, requires_grad=True)
-    z = _Boundary.apply(x, 2.0, False)
+    z = detect_boundary(x, 2.0, False)
     assert z.tolist() == [0, 0, 0, 1, 1]
     z.sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
     torch.manual_seed(0)
-    drawn = _Boundary.apply(torch.full((20000,), 0.25), 2.0, True)
+    drawn = detect_boundary(torch.full((20000,), 0.25), 2.0, True)
     assert abs(float(drawn.mean()) - 0.75) < 5 * math.sqrt(0.75 * 0.25 / 20000)
 
 

@@ -42,15 +42,15 @@ def draw_paths(count: int, drop: float) -> list[int]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
-def draw_column(columns: int, share: float) -> int | None:
-    """Return a uniformly drawn column with probability ``share``, and ``None`` otherwise; the same in all processes.
+def draw_column(columns: int, probability: float) -> int | None:
+    """Return a uniformly drawn column with this probability, and ``None`` otherwise; the same in all processes.
 
     Example:
-        >>> draw_column(3, share=0.0) is None, draw_column(1, share=1.0)
+        >>> draw_column(3, probability=0.0) is None, draw_column(1, probability=1.0)
         (True, 0)
     """
     numbers = agreed_rand(2)
-    return min(int(numbers[1] * columns), columns - 1) if numbers[0] < share else None
+    return min(int(numbers[1] * columns), columns - 1) if numbers[0] < probability else None
 
 
 class FractalBlock(nn.Module):

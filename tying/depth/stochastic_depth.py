@@ -70,13 +70,13 @@ def stochastic_depth(
     return torch.add(x, masked, alpha=factor)
 
 
-def _subset_obstacle(branch: Branch, kept: int, count: int) -> str | None:
-    """Describe what prevents computing a branch for the kept ones of ``count`` samples alone, or return None."""
+def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
+    """Describe what prevents computing a branch for the selected ones of ``count`` samples only, or return None."""
     parts = (part for module in branch.modules for part in module.modules())
     norms = [part for part in parts if isinstance(part, BATCH_NORMS) and part.training]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # others would wait for a process that keeps none
         return "does not go with SyncBatchNorm, which waits for all processes: use mode='row'"
-    if norms and kept == 1:
+    if norms and selected == 1:
         return (
             f"kept one of {count} samples for a branch with batch normalisation, which needs the statistics of "
             "several: use mode='row', larger batches, or drop an incomplete last batch"

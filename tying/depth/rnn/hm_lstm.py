@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -72,27 +72,22 @@ def hm_update(
     return copied * h + (1 - copied) * (o * torch.tanh(cell)), cell
 
 
-class _Boundary(torch.autograd.Function):
-    """Whether x is positive, or a draw below the hard sigmoid ``clamp((a x + 1) / 2, 0, 1)``, whose gradient it has."""
+def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
+    """Return 1 at boundaries and 0 elsewhere, with the gradient of the hard sigmoid ``clamp((a x + 1) / 2, 0, 1)``.
 
-    generate_vmap_rule = True
+    Args:
+        x: the detector, any shape; positive at a boundary.
+        slope: a.
+        sample: draw each boundary with the probability that the hard sigmoid gives.
 
-    @staticmethod
-    def forward(x: Tensor, slope: float, sample: bool) -> Tensor:
-        if sample:
-            return (torch.rand_like(x) < ((slope * x + 1) / 2)).to(x.dtype)
-        return (x > 0).to(x.dtype)  # where the hard sigmoid is above 1/2, at every slope
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.slope = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        [x] = ctx.saved_tensors
-        inside = (ctx.slope * x).abs() < 1
-        return gradients[0] * inside * (ctx.slope / 2), None, None
+    Example:
+        >>> detect_boundary(torch.tensor([-3.0, 0.4]), slope=2.0, sample=False)
+        tensor([0., 1.])
+    """
+    probability = (slope * x + 1) / 2  # clamped by the comparison
+    boundary = (torch.rand_like(x) < probability if sample else x > 0).to(x.dtype)
+    inside = (slope * x).abs() < 1
+    return boundary + torch.where(inside, probability - probability.detach(), 0)  # straight-through: adds zeros
 
 
 class HMLSTM(nn.Module):
@@ -178,8 +173,8 @@ class HMLSTM(nn.Module):
                 gates = torch.sigmoid(f), torch.sigmoid(i), torch.sigmoid(o), torch.tanh(g)
                 h[layer], c[layer] = hm_update(h[layer], c[layer], gates, z_before, z_below)
                 if layer < layers - 1:
-                    detected = _Boundary.apply(total[:, -1:], self.slope, sample)
-                    z[layer] = detected if boundaries is None else boundaries[t, :, layer : layer + 1]
+                    given = None if boundaries is None else boundaries[t, :, layer : layer + 1]
+                    z[layer] = detect_boundary(total[:, -1:], self.slope, sample) if given is None else given
             hidden.append(torch.stack(h, dim=1))
             marks.append(torch.cat(z, dim=1))
         last = HMState(torch.stack(h), torch.stack(c), torch.stack(z))
