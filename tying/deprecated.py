@@ -10,7 +10,15 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=type)
 
 # by module or class: former name to current name
-ALIASES: dict[str, dict[str, str]] = {}
+ALIASES: dict[str, dict[str, str]] = {
+    "tying.depth.Merge": {
+        "keeps": "prob_names",
+        "kept": "keep_prob",
+        "share": "drop_scale",
+        "with_share": "scaled",
+    },
+    "tying.depth.Sampled": {"spread": "std"},
+}
 
 
 def _warn(owner: str, former: str, current: str) -> None:

@@ -79,7 +79,7 @@ def test_what_is_dropped_over_time(tmp_path):
 
     class Watches(Blocks):
         def training_step(self, batch, batch_idx):
-            seen.append([block.merge.kept("keep") for block in self.blocks])
+            seen.append([block.merge.keep_prob("keep") for block in self.blocks])
             return super().training_step(batch, batch_idx)
 
     def merging():
@@ -96,7 +96,7 @@ def test_what_is_dropped_over_time(tmp_path):
     seen.clear()
     trainer = train(model := Watches(), [fading], max_epochs=2)
     assert [one[0] for one in seen] == [0.5] * 10 + [0.625] * 10
-    model.test_step = lambda batch, batch_idx: seen.append([block.merge.kept("keep") for block in model.blocks])
+    model.test_step = lambda batch, batch_idx: seen.append([block.merge.keep_prob("keep") for block in model.blocks])
     trainer.test(model, [torch.zeros(2, 6)], verbose=False)
     assert seen[-1] == [1.0] * 4
 
@@ -141,9 +141,9 @@ def test_sampled_predictions():
     with torch.no_grad(), sampling(model):
         passes = torch.stack([model(x).softmax(dim=-1) for _ in range(8)])
     torch.testing.assert_close(several.mean, passes.mean(dim=0))
-    torch.testing.assert_close(several.spread, passes.std(dim=0))
+    torch.testing.assert_close(several.std, passes.std(dim=0))
     assert float(spread.max()) > 0
-    assert not sampled(model, x, samples=1).spread.any()
+    assert not sampled(model, x, samples=1).std.any()
 
 
 def test_sampled_passes_in_half_precision_add_up():
@@ -212,7 +212,7 @@ def test_steps_are_those_of_each_optimizer():
             return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.blocks, self.encoder)]
 
         def training_step(self, batch, batch_idx):
-            seen.append(self.blocks[0].merge.share)
+            seen.append(self.blocks[0].merge.drop_scale)
             self.manual_backward(self.loss(batch))
             for optimizer in self.optimizers():
                 optimizer.step()

@@ -118,5 +118,5 @@ def test_what_is_dropped_is_not_computed_and_has_a_zero_gradient():
 def test_mistakes():
     with pytest.raises(ConfigurationError, match="columns must be 1 or more"):
         FractalBlock(0, nn.Linear, 2, 2)
-    with pytest.raises(ConfigurationError, match=r"drop_path is a probability, from 0 to 1, not 1\.5"):
+    with pytest.raises(ConfigurationError, match=r"drop_path must be in \[0, 1\], not 1\.5"):
         FractalBlock(2, nn.Linear, 2, 2, drop_path=1.5)

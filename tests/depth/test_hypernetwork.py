@@ -133,7 +133,11 @@ def test_mistakes():
     with pytest.raises(ConfigurationError, match="empty sequence"):
         net(torch.zeros(0, 2, 3))
     state = net(torch.zeros(1, 2, 3))[1]
-    with pytest.raises(ConfigurationError, match=r"states are \(3, 5\), \(3, 5\), \(3, 4\), \(3, 4\), not \(2, 5\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"states are \(1, 3, 5\), \(1, 3, 5\), \(1, 3, 4\), \(1, 3, 4\), not \(1, 2, 5\)"
+    ):
         net(torch.zeros(1, 3, 3), state)
-    with pytest.raises(ConfigurationError, match=r"states are of 1 layers, not \[2, 2, 2, 2\]"):
+    with pytest.raises(
+        ConfigurationError, match=r"states are \(1, 2, 5\), .* not \(2, 2, 5\), \(2, 2, 5\), \(2, 2, 4\), \(2, 2, 4\)"
+    ):
         net(torch.zeros(1, 2, 3), [torch.cat((part, part)) for part in state])

@@ -1,6 +1,7 @@
 """Merges given their draws, at their limits, and on average."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tying import ConfigurationError
 from tying.depth import (
     FeedForward,
     Residual,
+    Sampled,
     SkipForward,
     StochasticDepth,
     Sum,
@@ -102,7 +104,7 @@ def test_the_table_of_swapout_given_the_masks():
         """With these masks in place of draws, in order."""
         given = iter(masks)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tying.depth.units.keep_mask", lambda *_: next(given))
+            patch.setattr(sys.modules["tying.depth.swapout"], "keep_mask", lambda *_: next(given))
             return merge(X, lambda: f)
 
     assert torch.equal(merged(Swapout(1.0, 1.0)), X + f)  # residual
@@ -392,29 +394,52 @@ def test_keeps_by_depth():
 
 
 def test_merges_of_other_probabilities():
-    assert StochasticDepth(0.5, "row").with_keep(0.9).kept("keep") == 0.9
-    assert Swapout(0.4, 0.8).with_keep(0.5).kept("keep_skip") == 0.5
-    shared = Swapout(0.4, 0.8).with_share(0.5)
-    assert (shared.kept("keep_skip"), shared.kept("keep_branch")) == (0.7, 0.9)
+    assert StochasticDepth(0.5, "row").with_keep(0.9).keep_prob("keep") == 0.9
+    assert Swapout(0.4, 0.8).with_keep(0.5).keep_prob("keep_skip") == 0.5
+    shared = Swapout(0.4, 0.8).scaled(0.5)
+    assert (shared.keep_prob("keep_skip"), shared.keep_prob("keep_branch")) == (0.7, 0.9)
     merge = StochasticDepth(0.5)
-    merge.share = 0.5
-    assert merge.kept("keep") == 0.75
-    merge.share = 0.0
+    merge.drop_scale = 0.5
+    assert merge.keep_prob("keep") == 0.75
+    merge.drop_scale = 0.0
     assert torch.equal(merge(X, lambda: X), 2 * X)
+
+
+def test_former_names_work_and_warn():
+    merge = Swapout(0.4, 0.8)
+    with pytest.warns(DeprecationWarning, match=r"Merge\.keeps is now called prob_names"):
+        assert merge.keeps == ("keep_skip", "keep_branch")
+    with pytest.warns(DeprecationWarning, match=r"Merge\.kept is now called keep_prob"):
+        assert merge.kept("keep_skip") == 0.4
+    with pytest.warns(DeprecationWarning, match=r"Merge\.with_share is now called scaled"):
+        assert merge.with_share(0.5).keep_skip == 0.7
+    with pytest.warns(DeprecationWarning, match=r"Merge\.share is now called drop_scale"):
+        merge.share = 0.5
+    with pytest.warns(DeprecationWarning, match=r"Merge\.share is now called drop_scale"):
+        assert merge.share == merge.drop_scale == 0.5
+    with pytest.warns(DeprecationWarning, match=r"Merge\.kept is now called keep_prob"):
+
+        class Always(StochasticDepth):
+            def kept(self, name):
+                return 1.0
+
+    assert torch.equal(Always(0.5).eval()(X, lambda: X), X + X)
+    with pytest.warns(DeprecationWarning, match=r"Sampled\.spread is now called std"):
+        assert torch.equal(Sampled(X, X + 1).spread, X + 1)
 
 
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: StochasticDepth(1.5), "keep is a probability, from 0 to 1, not 1.5"),
-        (lambda: Swapout(0.5, -0.1), "keep_branch is a probability, from 0 to 1, not -0.1"),
-        (lambda: SkipForward(math.nan), "keep is a probability, from 0 to 1, not nan"),
-        (lambda: StochasticDepth(0.5, "rows"), "unknown mode 'rows': use 'batch', 'row', 'subset', 'auto'. Nearest"),
-        (lambda: StochasticDepth(0.5, scale="tests"), "unknown scale 'tests'"),
+        (lambda: StochasticDepth(1.5), r"keep must be in \[0, 1\], not 1\.5"),
+        (lambda: Swapout(0.5, -0.1), r"keep_branch must be in \[0, 1\], not -0\.1"),
+        (lambda: SkipForward(math.nan), r"keep must be in \[0, 1\], not nan"),
+        (lambda: StochasticDepth(0.5, "rows"), "mode must be 'batch', 'row', 'subset' or 'auto', not 'rows'. Nearest"),
+        (lambda: StochasticDepth(0.5, scale="tests"), "scale must be 'test' or 'train', not 'tests'"),
         (lambda: Sum().with_keep(0.5), "Sum keeps everything"),
         (lambda: Swapout(0.5, 0.5).with_keep(2), "not 2"),
         (lambda: keep_schedule(1, 0.5, 0), "count must be 1 or more"),
-        (lambda: keep_schedule(1, -0.5, 2), "probabilities, from 0 to 1, not 1 and -0.5"),
+        (lambda: keep_schedule(1, -0.5, 2), r"last must be in \[0, 1\], not -0\.5"),
     ],
 )
 def test_mistakes(make, told):

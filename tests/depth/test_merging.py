@@ -10,7 +10,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
 from tying import ConfigurationError
-from tying.depth import Recurrent, Residual, StochasticDepth, Sum, Swapout, apply_merge, remove_merge
+from tying.depth import Recurrent, Residual, StochasticDepth, Sum, Swapout, apply_merge, keep_schedule, remove_merge
 from tying.models import ResNet
 
 
@@ -92,6 +92,34 @@ def test_keeps_by_block():
     remove_merge(model)
     apply_merge(model, "layer*.*", StochasticDepth(0.5), keep=0.8)
     assert model.layer1[0].merge.keep == 0.8
+
+
+@pytest.mark.parametrize("merge", [StochasticDepth(0.5), StochasticDepth(0.1), Swapout(0.4, 0.8)], ids=repr)
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_linear_keeps_are_those_of_the_formula_and_of_the_schedule(merge, count):
+    model = nn.Sequential(*(Residual(nn.Linear(2, 2)) for _ in range(count)))
+    assert apply_merge(model, "*", merge, keep="linear") == count
+    for name in merge.prob_names:
+        p, keeps = getattr(merge, name), [getattr(block.merge, name) for block in model]
+        assert keeps == [1 - (1 - p) * (n / count) for n in range(1, count + 1)]  # bitwise
+        assert keeps == pytest.approx(keep_schedule(1 - (1 - p) / count, p, count), abs=1e-15)
+
+
+def test_uniform_is_the_merge_itself():
+    class Average(nn.Module):
+        def forward(self, x, branch):
+            return (x + branch()) / 2
+
+    for merge in (Swapout(0.4, 0.8), Sum(), Average()):
+        for keep in ("uniform", None):
+            model = nn.Sequential(*(Residual(nn.Linear(2, 2)) for _ in range(2)))
+            apply_merge(model, "*", merge, keep)
+            assert [repr(block.merge) for block in model] == [repr(merge)] * 2
+    model = nn.Sequential(Residual(nn.Linear(2, 2)))
+    apply_merge(model, "*", Sum(), keep="linear")
+    assert model[0].merge.prob_names == ()
+    with pytest.raises(ConfigurationError, match="Average is not"):
+        apply_merge(nn.Sequential(Residual(nn.Linear(2, 2))), "*", Average(), keep="linear")
 
 
 def test_a_merge_of_ones_own():
@@ -185,9 +213,9 @@ def test_one_sequence_alone():
             "'stem.conv' is a Conv2d of torch, 'stem.norm' is a BatchNorm2d of torch.*whose branch and shortcut cannot be told",
         ),
         ("layer*", {}, "'layer1' is a Sequential of torch.*Write such a block as tying.depth.Residual"),
-        ("layer*.*", {"keep": "half"}, "keep is a number, or one for each block, not 'half'"),
+        ("layer*.*", {"keep": "half"}, "keep must be a number, one for each block, 'linear' or 'uniform', not 'half'"),
         ("layer*.*", {"keep": [0.5, 0.5]}, "2 keeps for 3 blocks: layer1.0, layer2.0, layer3.0"),
-        ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, "keep is a probability, from 0 to 1, not 1.5"),
+        ("layer*.*", {"keep": [0.5, 0.5, 1.5]}, r"keep must be in \[0, 1\], not 1\.5"),
     ],
 )
 def test_mistakes_change_nothing(blocks, arguments, told):
@@ -199,7 +227,10 @@ def test_mistakes_change_nothing(blocks, arguments, told):
 
 @pytest.mark.parametrize(
     ("merge", "told"),
-    [(StochasticDepth, "not the class StochasticDepth"), (lambda x, branch: x, "merge is a module, called as merge")],
+    [
+        (StochasticDepth, "not the class StochasticDepth"),
+        (lambda x, branch: x, "merge must be a module, called as merge"),
+    ],
 )
 def test_a_merge_is_a_module(merge, told):
     with pytest.raises(ConfigurationError, match=told):

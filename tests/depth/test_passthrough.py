@@ -107,8 +107,8 @@ def test_a_highway_by_hand():
     ("make", "told"),
     [
         (lambda: PassthroughGRU(3, 4, rank=5), "rank=5 is over the size 4: its factors would have 40 entries, .* has 16"),
-        (lambda: PassthroughGRU(3, 4, rank=-1), "rank must be 1 or more, or 0 with a diagonal, not -1"),
-        (lambda: StateMatrix(4, 0, diagonal=False), "rank must be 1 or more, or 0 with a diagonal, not 0"),
+        (lambda: PassthroughGRU(3, 4, rank=-1), "rank must be 0 or more, not -1"),
+        (lambda: StateMatrix(4, 0, diagonal=False), "rank must be 1 or more, not 0"),
         (lambda: PassthroughGRU(3, 4, rank=2, num_layers=0), "num_layers must be 1 or more"),
         (lambda: PassthroughGRU(3, 4, rank=2)(torch.zeros(0, 2, 3)), "an empty sequence has no steps"),
         (lambda: PassthroughGRU(3, 4, rank=2)(torch.zeros(1, 2, 3), torch.zeros(1, 3, 4)), r"states are \(1, 2, 4\), not"),

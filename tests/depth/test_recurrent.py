@@ -114,5 +114,5 @@ def test_mistakes():
         Recurrent(nn.Linear(2, 2), 2).steps = 0
     with pytest.raises(ConfigurationError, match="steps must be an integer, 1 or more, not 0"):
         Recurrent(nn.Linear(2, 2), 0)
-    with pytest.raises(ConfigurationError, match=r"must keep the shape of its input: it makes \(2, 3\) of \(2, 4\)"):
+    with pytest.raises(ConfigurationError, match=r"must keep the shape of its input: it returns \(2, 3\) for \(2, 4\)"):
         Recurrent(nn.Linear(4, 3), 1)(torch.zeros(2, 4))

@@ -196,7 +196,7 @@ def test_copies_keys_and_reprs():
 @pytest.mark.parametrize("name", ["zoneout_cell", "zoneout_hidden"])
 def test_mistakes(kind, name):
     for wrong in (-0.1, 1.1, math.nan):
-        with pytest.raises(ConfigurationError, match=f"{name} is the probability of keeping the old value"):
+        with pytest.raises(ConfigurationError, match=rf"{name} must be in \[0, 1\], not"):
             kind(3, 4, **{name: wrong})
 
 

@@ -67,7 +67,7 @@ def test_twenty_layers():
         ({"dropout": (0.1,)}, "1 dropout rates for 2 blocks"),
         ({"global_share": 2.0}, "global_share must be in \\[0, 1\\]"),
         ({"column": 3}, "columns are 0 to 2, not 3"),
-        ({"drop_path": -1.0}, "drop_path is a probability"),
+        ({"drop_path": -1.0}, "drop_path must be in"),
     ],
 )
 def test_mistakes(options, told):

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from tying.callbacks.transform import ChangesModel
 from tying.depth import Merge, apply_merge
-from tying.depth.apply import put_merges, residual_blocks
+from tying.depth.apply import residual_blocks
 from tying.errors import ConfigurationError
 from tying.soft import Schedule
 
@@ -104,11 +104,7 @@ class ResidualMerging(ChangesModel):
         found = residual_blocks(model, self.blocks)
         if self.is_applied(model):
             return len(found)
-        if self.keep_schedule == "linear" and isinstance(self.merge, Merge):
-            put_merges(model, found, [self.merge.with_share(n / len(found)) for n in range(1, len(found) + 1)])
-        else:
-            keeps = None if isinstance(self.keep_schedule, str) else self.keep_schedule
-            apply_merge(model, self.blocks, self.merge, keeps)
+        apply_merge(model, self.blocks, self.merge, self.keep_schedule)
         for block in found.values():
             block.__dict__["_merged_by"] = self._mark
         self._set_share(model, self._last_share)  # as it will be at the end, wherever the model is loaded
@@ -145,11 +141,11 @@ class ResidualMerging(ChangesModel):
             count = steps if self.schedule.unit == "step" else trainer.current_epoch
             share = self.schedule(count)
             for merge in self._merges:
-                merge.share = share
+                merge.drop_scale = share
 
     def _set_share(self, model: nn.Module, share: float) -> None:
         for merge in self._merges_of(model):
-            merge.share = share
+            merge.drop_scale = share
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:
         found = [block.merge for block in residual_blocks(model, self.blocks).values()]

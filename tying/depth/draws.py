@@ -1,75 +1,73 @@
-"""Random decisions, from torch's global generator: activation checkpointing draws them again, and compilation anew."""
+"""Random decisions, drawn from torch's global generator.
+
+Activation checkpointing therefore repeats the draws of the forward pass, and compiled code draws anew in each step.
+"""
 
 from __future__ import annotations
 
 import math
 from contextvars import ContextVar
+from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LEVELS = 2**16  # a probability is a multiple of 1 / LEVELS
+LEVELS = 2**16  # probabilities are rounded to multiples of 1 / LEVELS
+per_rank_rng: ContextVar[bool] = ContextVar("per_rank_rng", default=False)  # whether processes may draw differently
 
 
 def keep_mask(keep: float, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Return independent draws, each true with probability ``keep``, rounded to a multiple of 2⁻¹⁶.
+    """Return a mask of independent draws, each true with probability ``keep``, rounded to a multiple of 2⁻¹⁶.
 
     Args:
-        keep: from 0 to 1.
+        keep: the probability, in [0, 1].
         shape: of the mask.
-        device: where to draw it.
+        device: of the mask.
 
     Returns:
-        bool. Each random 64-bit integer makes four entries, which takes a quarter of the time of ``torch.bernoulli``.
+        A bool tensor. Each random 64-bit integer yields four entries, which takes a quarter of the time of
+        ``torch.bernoulli``.
 
     Example:
         >>> keep_mask(1.0, (2, 2)).tolist()
         [[True, True], [True, True]]
     """
-    below = round(keep * LEVELS)
-    if below in (0, LEVELS):
-        return torch.full(shape, below > 0, dtype=torch.bool, device=device)
+    threshold = round(keep * LEVELS)
+    if threshold in (0, LEVELS):
+        return torch.full(shape, threshold > 0, dtype=torch.bool, device=device)
     count = math.prod(shape)
-    if torch.compiler.is_compiling():  # which takes no in-place draws
+    if torch.compiler.is_compiling():  # the compiler does not support in-place draws
         words = torch.randint(-(2**31), 2**31 - 1, ((count + 1) // 2,), dtype=torch.int32, device=device)
     else:
         words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return (words.view(torch.int16)[:count] < below - LEVELS // 2).view(shape)
+    return (words.view(torch.int16)[:count] < threshold - LEVELS // 2).view(shape)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; a decision in Python is no part of a graph
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; a decision in Python cannot be part of a graph
 def draw(keep: float) -> bool:
-    """Return true with probability ``keep``: one draw, and in all processes that of the first.
+    """Return true with probability ``keep``, the same in all processes."""
+    return bool(agreed_rand() < keep)
 
-    Processes may have consumed different amounts of randomness; what they compute stays alike nevertheless.
+
+def agreed_rand(*shape: int) -> Tensor:
+    """Return uniform random numbers (float64) of the first process in all processes.
+
+    The processes may have consumed different amounts of randomness; they must take the same decisions nevertheless.
+    Within ``per_rank_rng``, each process returns numbers of its own.
     """
-    drawn = torch.rand((), dtype=torch.float64)
-    broadcast_rank0(drawn)
-    return bool(drawn < keep)
+    numbers = torch.rand(shape, dtype=torch.float64)
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if distributed and not per_rank_rng.get():
+        dist.broadcast(numbers, src=0, group=_cpu_group(dist.group.WORLD))
+    return numbers
 
 
-per_rank_rng: ContextVar[bool] = ContextVar(
-    "apart", default=False
-)  # processes draw on their own, as they need not agree
+@lru_cache(maxsize=1)
+def _cpu_group(world: object) -> dist.ProcessGroup:
+    """Return a process group for tensors on the CPU, separate from the group that reduces gradients.
 
-
-def broadcast_rank0(drawn: Tensor) -> None:
-    """Overwrite a tensor on the CPU with that of the first process, if there are several that are to agree."""
-    if per_rank_rng.get():
-        return
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(drawn, src=0, group=_group_for_draws())
-
-
-_made: list[tuple[object, dist.ProcessGroup]] = []  # for which world: it may be destroyed, and made again
-
-
-def _group_for_draws() -> dist.ProcessGroup:
-    """Return a group of all processes for tensors on the CPU, apart from the one whose gradients are on their way."""
-    world = dist.group.WORLD
-    if not _made or _made[0][0] is not world:
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        _made[:] = [(world, group)]
-    return _made[0][1]
+    There is one for each world, which may be destroyed and created again.
+    """
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))

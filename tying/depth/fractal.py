@@ -1,20 +1,21 @@
-"""Fractal blocks: columns of many and of few layers between joins, of which some are dropped in training."""
+"""Fractal blocks: columns of different depth, joined at several points; training drops some inputs of each join."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.draws import broadcast_rank0
-from tying.depth.merge import Branch, skip_branch
-from tying.errors import ConfigurationError
+from tying.depth.draws import agreed_rand
+from tying.depth.merge import zero_gradients
+from tying.errors import ConfigurationError, check_range
 
 
 def fractal_join(inputs: Sequence[Tensor]) -> Tensor:
-    """Return the mean of the inputs that are not dropped; one alone as it is.
+    """Return the mean of the inputs that are not dropped; a single input is returned as is.
 
     Example:
         >>> fractal_join([torch.tensor([1.0]), torch.tensor([3.0])])
@@ -25,52 +26,50 @@ def fractal_join(inputs: Sequence[Tensor]) -> Tensor:
     return inputs[0] if len(inputs) == 1 else torch.stack([*inputs]).mean(dim=0)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; a decision in Python is no part of a graph
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; a decision in Python cannot be part of a graph
 def draw_paths(count: int, drop: float) -> list[int]:
-    """Return which of several inputs of a join are kept: each with probability 1 − drop, and one at least.
+    """Return the indices of the kept inputs of a join: each is kept with probability 1 − drop, and at least one is.
 
-    Where all are dropped, one of them is kept after all, each as likely as another. All processes draw alike.
+    If all are dropped, one of them, drawn uniformly, is kept after all. The draws are the same in all processes.
 
     Example:
         >>> draw_paths(3, drop=0.0)
         [0, 1, 2]
     """
-    drawn = torch.rand(count + 1, dtype=torch.float64)
-    broadcast_rank0(drawn)
-    kept = [place for place in range(count) if drawn[place] >= drop]
-    return kept or [min(int(drawn[count] * count), count - 1)]
+    numbers = agreed_rand(count + 1)
+    kept = [path for path in range(count) if numbers[path] >= drop]
+    return kept or [min(int(numbers[count] * count), count - 1)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
-def draw_column(columns: int, share: float) -> int | None:
-    """Return one of the columns, each as likely as another, in this share of draws; or none. All processes draw alike.
+def draw_column(columns: int, probability: float) -> int | None:
+    """Return a uniformly drawn column with this probability, and ``None`` otherwise; the same in all processes.
 
     Example:
-        >>> draw_column(3, share=0.0) is None, draw_column(1, share=1.0)
+        >>> draw_column(3, probability=0.0) is None, draw_column(1, probability=1.0)
         (True, 0)
     """
-    drawn = torch.rand(2, dtype=torch.float64)
-    broadcast_rank0(drawn)
-    return min(int(drawn[1] * columns), columns - 1) if drawn[0] < share else None
+    numbers = agreed_rand(2)
+    return min(int(numbers[1] * columns), columns - 1) if numbers[0] < probability else None
 
 
 class FractalBlock(nn.Module):
     """The fractal of C columns: ``f_1 = conv``, ``f_{c+1}(z) = (f_c ∘ f_c)(z) ⊕ conv(z)``; joins ⊕ that meet are one.
 
-    Column 0 is the shallowest, of one layer, and column c has 2ᶜ layers. What no kept path needs is not computed, and
-    its parameters get a gradient of zero.
+    Column 0 is the shallowest, with one layer, and column c has 2ᶜ layers. A layer that no kept path needs is not
+    computed, and its parameters get a gradient of zero.
 
     Args:
         columns: C.
-        layer: makes a layer, when called with its number of input and of output channels.
+        layer: creates a layer from its number of input channels and its number of output channels.
         inputs: channels of the block's input.
         outputs: channels after every layer.
-        drop_path: probability of dropping an input of a join in training, one mini-batch through.
+        drop_path: probability of dropping an input of a join in training, drawn once per mini-batch.
 
     Shape: (batch, inputs, ...) to (batch, outputs, ...).
 
     Raises:
-        ConfigurationError: there is no column, or ``drop_path`` is no probability.
+        ConfigurationError: ``columns`` is below 1, or ``drop_path`` is not in [0, 1].
 
     Example:
         >>> block = FractalBlock(3, nn.Linear, 4, 8)
@@ -87,10 +86,8 @@ class FractalBlock(nn.Module):
         drop_path: float = 0.15,
     ) -> None:
         super().__init__()
-        if columns < 1:
-            raise ConfigurationError(f"columns must be 1 or more, not {columns}")
-        if not 0 <= drop_path <= 1:
-            raise ConfigurationError(f"drop_path is a probability, from 0 to 1, not {drop_path}")
+        check_range("columns", columns, "[1, inf)")
+        check_range("drop_path", drop_path, "[0, 1]")
         self.columns = nn.ModuleList(
             nn.ModuleList(layer(outputs if number else inputs, outputs) for number in range(2**column))
             for column in range(columns)
@@ -103,68 +100,53 @@ class FractalBlock(nn.Module):
 
         Args:
             x: the block's input.
-            column: pass through this one alone, in training as in evaluation.
+            column: compute this column alone, in training and in evaluation.
 
         Raises:
             ConfigurationError: there is no such column.
         """
         if column is not None and not 0 <= column < len(self.columns):
             raise ConfigurationError(f"columns are 0 to {len(self.columns) - 1}, not {column}")
-        plan = _Plan(self, column)
-        out = plan.join(plan.columns_from(_Value(lambda: x), 0))()
-        unused = [layer for layer in plan.layers if layer not in plan.used]
-        return skip_branch(out, Branch(nn.Identity(), [(out, 0)], unused)) if unused and self.training else out
+        columns = [[*column_layers.children()] for column_layers in self.columns]
+        steps = len(columns[-1])  # of the deepest column, which ends a layer in each
+        layers: list[tuple[nn.Module, _Node]] = []
+        inputs = [_Node(lambda: x)] * len(columns)  # of the next layer of each column
+        for step in range(1, steps + 1):  # all draws are made before anything is computed
+            first = next(number for number, layers_ in enumerate(columns) if step * len(layers_) % steps == 0)
+            ending = [layers_[step * len(layers_) // steps - 1] for layers_ in columns[first:]]
+            outputs = [_Node(layer, [z]) for layer, z in zip(ending, inputs[first:], strict=True)]
+            layers += zip(ending, outputs, strict=True)
+            inputs[first:] = [_Node(lambda *kept: fractal_join(kept), self._kept(outputs, first, column))] * len(
+                outputs
+            )
+        out = inputs[0]()
+        unused = [layer for layer, node in layers if node.output is None]
+        if not unused or not self.training:
+            return out
+        return zero_gradients(out, (parameter for layer in unused for parameter in layer.parameters()))
+
+    def _kept(self, outputs: list[_Node], first: int, column: int | None) -> list[_Node]:
+        """Return the inputs of a join, of column ``first`` and all deeper columns, that are not dropped."""
+        if column is not None:  # if it is shallower than the first, nothing reads this join
+            return [output for number, output in enumerate(outputs, first) if number == column]
+        if self.training and self.drop_path and len(outputs) > 1:
+            return [outputs[path] for path in draw_paths(len(outputs), self.drop_path)]
+        return outputs
 
     @override
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}"
 
 
-class _Value:
-    """A tensor that is computed once, when it is first asked for."""
+@dataclass(eq=False)
+class _Node:
+    """A layer or a join, whose output is computed from other nodes when it is first read."""
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self.compute = compute
-        self.found: Tensor | None = None
+    compute: Callable[..., Tensor]
+    inputs: Sequence[_Node] = ()
+    output: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        if self.found is None:
-            self.found = self.compute()
-        return self.found
-
-
-class _Plan:
-    """Which layers and joins one pass takes: all draws are made before anything is computed."""
-
-    def __init__(self, block: FractalBlock, column: int | None) -> None:
-        self.block, self.column = block, column
-        columns = [[*column.children()] for column in block.columns]
-        self.queues = [iter(column) for column in columns]
-        self.layers = [layer for column in columns for layer in column]
-        self.used: set[nn.Module] = set()
-
-    def columns_from(self, z: _Value, shallowest: int) -> list[tuple[int, _Value]]:
-        """Return the columns from the shallowest on, each with what it computes of z."""
-        own = self._layer(next(self.queues[shallowest]), z)
-        if shallowest + 1 == len(self.queues):
-            return [(shallowest, own)]
-        middle = self.join(self.columns_from(z, shallowest + 1))
-        return [(shallowest, own), *self.columns_from(middle, shallowest + 1)]
-
-    def join(self, columns: list[tuple[int, _Value]]) -> _Value:
-        """Return the join of columns, of which some are dropped."""
-        if self.column is not None:
-            chosen = [value for number, value in columns if number == self.column]  # none: nothing asks for this join
-        elif self.block.training and self.block.drop_path and len(columns) > 1:
-            chosen = [columns[place][1] for place in draw_paths(len(columns), self.block.drop_path)]
-        else:
-            chosen = [value for _, value in columns]
-        return _Value(lambda: fractal_join([value() for value in chosen]))
-
-    def _layer(self, layer: nn.Module, z: _Value) -> _Value:
-        def compute() -> Tensor:
-            self.used.add(layer)
-            out: Tensor = layer(z())
-            return out
-
-        return _Value(compute)
+        if self.output is None:
+            self.output = self.compute(*(node() for node in self.inputs))
+        return self.output

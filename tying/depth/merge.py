@@ -1,28 +1,29 @@
-"""Merges, which combine a branch with its shortcut, and blocks made of these."""
+"""Merges, which combine a branch with its shortcut, and residual blocks made of them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from tying.deprecated import class_aliases
 from tying.depth.rows import take_rows
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_range
 
 
 @dataclass(eq=False)
 class Branch:
-    """F at an input: a callable, so that a merge may decide not to compute it.
+    """The branch F of a residual block at given inputs: a callable, so that a merge may decide not to compute it.
 
     Args:
-        compute: F, of one or more tensors.
-        inputs: these tensors, or ``None``, each with the dimension along which it holds samples; ``None`` for one that
-            is the same for all samples.
-        modules: what F consists of: a branch that is left out gives their parameters a gradient of zero.
+        compute: F, a function of one or more tensors.
+        inputs: the arguments of F, each with its dimension of samples; the dimension is ``None`` for an argument that
+            all samples share.
+        modules: the modules that F uses. If a merge skips the branch, their parameters get a gradient of zero.
 
     Example:
         >>> branch = Branch(nn.Identity(), [(torch.tensor([1.0, 2.0, 3.0]), 0)])
@@ -36,46 +37,46 @@ class Branch:
 
     @property
     def dim(self) -> int:
-        """The dimension of samples of the first input, and of the branch's output."""
+        """The dimension of samples of the first input and of the output."""
         return self.inputs[0][1] or 0
 
     def __call__(self, rows: Tensor | None = None) -> Tensor:
-        """Return F of all samples, or of those of these numbers."""
-        return self.compute(*(_chosen(x, dim, rows) for x, dim in self.inputs))
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """Yield the parameters of F."""
-        for module in self.modules:
-            yield from module.parameters()
+        """Return F of all samples, or of the samples with the given indices, int64."""
+        if rows is None:
+            return self.compute(*(x for x, _ in self.inputs))
+        return self.compute(*(x if x is None or dim is None else take_rows(x, rows, dim) for x, dim in self.inputs))
 
 
-def _chosen(x: Tensor | None, dim: int | None, rows: Tensor | None) -> Tensor | None:
-    return x if x is None or dim is None or rows is None else take_rows(x, rows, dim)
+def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
+    """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
 
+    Without it, parameters of a layer that was skipped would have no gradient: optimizers would leave out their weight
+    decay and momentum, and distributed training would wait for the missing gradients. The next layer may overwrite
+    the copy in place.
 
-def skip_branch(x: Tensor, branch: Callable[[], Tensor] | Tensor) -> Tensor:
-    """Return a copy of x, which the next layer may overwrite; a branch's parameters get a gradient of zero.
-
-    Without it they would have none, optimizers would treat a step that skips a block unlike any other, and
-    distributed training would wait for gradients that never come. In place of a branch, a tensor may be left out: a
-    shortcut, say.
+    Args:
+        x: the tensor to copy.
+        unused: parameters or other tensors; those that need no gradient are ignored.
 
     Example:
         >>> layer, x = nn.Linear(2, 2), torch.ones(1, 2)
-        >>> skip_branch(x, Branch(layer, [(x, 0)], [layer])).sum().backward()
+        >>> zero_gradients(x, layer.parameters()).sum().backward()
         >>> layer.weight.grad
         tensor([[0., 0.],
                 [0., 0.]])
     """
-    unused = branch.parameters() if isinstance(branch, Branch) else [branch] if isinstance(branch, Tensor) else []
-    if torch.is_grad_enabled() and (leaving := [tensor for tensor in unused if tensor.requires_grad]):
-        copy: Tensor = _ZeroGradients.apply(x, *leaving)
-        return copy
-    return x.clone()
+    trainable = [tensor for tensor in unused if tensor.requires_grad] if torch.is_grad_enabled() else []
+    return cast(Tensor, _ZeroGradients.apply(x, *trainable)) if trainable else x.clone()
+
+
+def skip_branch(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
+    """Return a copy of the shortcut x; the parameters of a :class:`Branch` get a gradient of zero."""
+    modules = branch.modules if isinstance(branch, Branch) else ()
+    return zero_gradients(x, (parameter for module in modules for parameter in module.parameters()))
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Copy the first input; the gradient of all others is zero."""
+    """Copy the first input; the gradients of all others are zero."""
 
     generate_vmap_rule = True
 
@@ -93,71 +94,66 @@ class _ZeroGradients(torch.autograd.Function):
         return (*gradients, *zeros)
 
 
-Own = TypeVar("Own", bound="Merge")
-
-
+@class_aliases("tying.depth.Merge")
 class Merge(nn.Module):
-    """What combines a shortcut and a branch: a module without parameters, called as ``merge(x, branch)``.
+    """Base class of merges, which combine the shortcut x of a residual block with its branch.
+
+    A subclass defines ``forward(x, branch)``: ``branch()`` computes the branch, a tensor of x's shape.
 
     Args:
-        keeps: its probabilities by name, which become attributes.
+        probabilities: keep probabilities by name; each becomes an attribute.
 
     Attributes:
-        share: factor on what is dropped: 1 − keep; schedules over training set it.
+        prob_names: names of the keep probabilities.
+        drop_scale: factor on every drop probability ``1 − keep``; schedules over training set it.
 
     Raises:
-        ConfigurationError: a probability is below 0 or above 1.
+        ConfigurationError: a probability is not in [0, 1].
     """
 
-    def __init__(self, **keeps: float) -> None:
+    def __init__(self, **probabilities: float) -> None:
         super().__init__()
-        self.keeps = tuple(keeps)
-        self.share = 1.0
-        for name, keep in keeps.items():
-            if not 0 <= keep <= 1:
-                raise ConfigurationError(f"{name} is a probability, from 0 to 1, not {keep!r}")
+        self.prob_names = tuple(probabilities)
+        self.drop_scale = 1.0
+        for name, keep in probabilities.items():
+            check_range(name, keep, "[0, 1]")
             setattr(self, name, float(keep))
 
-    def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-        """Return what becomes of the shortcut's output and the branch."""
-        raise NotImplementedError
-
-    def kept(self, name: str) -> float:
-        """Return a probability as it is now."""
+    def keep_prob(self, name: str) -> float:
+        """Return the current value of a keep probability, ``1 − (1 − keep) · drop_scale``."""
         keep: float = getattr(self, name)
-        return 1 - (1 - keep) * self.share if self.share != 1 else keep
+        return 1 - (1 - keep) * self.drop_scale if self.drop_scale != 1 else keep
 
-    def with_keep(self: Own, keep: float) -> Own:
-        """Return a copy with another probability, in place of all it has.
+    def with_keep(self, keep: float) -> Self:
+        """Return a copy in which every keep probability has this value.
 
         Raises:
-            ConfigurationError: it has none, or ``keep`` is none.
+            ConfigurationError: the merge has no keep probability, or ``keep`` is not in [0, 1].
         """
-        if not self.keeps:
+        if not self.prob_names:
             raise ConfigurationError(f"{type(self).__name__} keeps everything: it takes no keep")
-        if not 0 <= keep <= 1:
-            raise ConfigurationError(f"keep is a probability, from 0 to 1, not {keep}")
-        other = copy.deepcopy(self)
-        for name in self.keeps:
-            setattr(other, name, float(keep))
-        return other
+        check_range("keep", keep, "[0, 1]")
+        return self._with(dict.fromkeys(self.prob_names, float(keep)))
 
-    def with_share(self: Own, share: float) -> Own:
-        """Return a copy that drops this share of what it drops."""
-        other = copy.deepcopy(self)
-        for name in self.keeps:
-            setattr(other, name, 1 - (1 - getattr(self, name)) * share)
-        return other
+    def scaled(self, factor: float) -> Self:
+        """Return a copy in which each keep probability p is ``1 − (1 − p) · factor``."""
+        return self._with({name: 1 - (1 - getattr(self, name)) * factor for name in self.prob_names})
+
+    def _with(self, probabilities: dict[str, float]) -> Self:
+        merge = copy.deepcopy(self)
+        for name, keep in probabilities.items():
+            setattr(merge, name, keep)
+        return merge
 
     def extra_repr(self) -> str:
-        """Return what the module's repr shows."""
-        return ", ".join(f"{name}={getattr(self, name):g}" for name in self.keeps)
+        """Return the keep probabilities, for the module's repr."""
+        return ", ".join(f"{name}={getattr(self, name):g}" for name in self.prob_names)
 
 
 class Sum(Merge):
     """The residual merge ``x + F``.
 
-    Shape: x and the branch's output alike, any shape.
+    Shape: x and the output of the branch have the same shape.
 
     Example:
         >>> import torch
@@ -182,8 +178,8 @@ class FeedForward(Merge):
     """
 
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-        """Return the branch."""
-        return skip_branch(branch(), x)
+        """Return the branch; the shortcut gets a gradient of zero."""
+        return zero_gradients(branch(), [x])
 
 
 class Residual(nn.Module):
@@ -191,7 +187,7 @@ class Residual(nn.Module):
 
     Args:
         branch: computes F(x).
-        shortcut: what F(x) is merged with; ``None`` for x itself.
+        shortcut: computes what F(x) is merged with; ``None`` for x itself.
         merge: a module called as ``merge(shortcut, branch)``, where ``branch()`` computes F(x); ``None`` for
             :class:`Sum`.
         activation: applied to the merged output; ``None`` for none.
@@ -218,7 +214,6 @@ class Residual(nn.Module):
         self.activation = nn.Identity() if activation is None else activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output."""
-        merged: Tensor = self.merge(self.shortcut(x), Branch(self.branch, [(x, 0)], [self.branch]))
-        out: Tensor = self.activation(merged)
-        return out
+        """Return the output of the block."""
+        merged = self.merge(self.shortcut(x), Branch(self.branch, [(x, 0)], [self.branch]))
+        return cast(Tensor, self.activation(merged))

@@ -1,4 +1,4 @@
-"""A block that is used again: a residual network whose blocks are one is a recurrent network."""
+"""A block that is applied repeatedly: a residual network whose blocks share their weights is a recurrent network."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
-from tying.depth.merge import Branch, skip_branch
+from tying.depth.merge import zero_gradients
+from tying.depth.stochastic_depth import BATCH_NORMS
 from tying.errors import ConfigurationError, listed
-from tying.hard import tie
+from tying.weights.tie import tie
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class Recurrent(nn.Module):
-    """Apply a block several times: ``h_{t+1} = block(h_t)``, with weights that are one, by a hard tie of its copies.
+    """Apply a block several times, ``h_{t+1} = block(h_t)``: a hard tie makes its copies share their weights.
 
     Args:
         block: maps its input to an output of the same shape; it becomes the first of ``blocks``.
-        steps: how many times, T.
-        per_step_norm: each step has normalisation layers of its own, whose statistics are that step's; or all have the
-            first one's.
+        steps: number of applications, T.
+        per_step_norm: whether each step has its own normalisation layers, with its own statistics, or all steps use
+            those of the first.
 
-    ``steps`` may be set to another number afterwards, also to more than it was built for: then the last step's
-    normalisation layers are used further on.
+    ``steps`` may be set to another number afterwards, even above the number it was built for: further steps then use
+    the normalisation layers of the last step.
 
-    Shape: that of the block, which must not change it.
+    Shape: that of the block, whose output has the shape of its input.
 
     Raises:
-        ConfigurationError: ``steps`` is below 1; in use, the block changes the shape.
+        ConfigurationError: ``steps`` is below 1, the weights of the block are parametrized, or, in use, the block
+            changes the shape.
 
     Example:
         >>> import torch
@@ -45,16 +48,16 @@ class Recurrent(nn.Module):
     def __init__(self, block: nn.Module, steps: int, per_step_norm: bool = True) -> None:
         super().__init__()
         self.steps = steps
-        if computed := [name for name, part in block.named_modules() if isinstance(part, ParametrizationList)]:
+        if parametrized := [name for name, part in block.named_modules() if isinstance(part, ParametrizationList)]:
             raise ConfigurationError(
-                f"Recurrent takes a block whose weights are parameters, not {listed(computed)}: parametrize it when "
-                "it is recurrent"
+                f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize it "
+                "when it is recurrent"
             )
         self.blocks = nn.ModuleList([block])
         if per_step_norm:
             self.blocks += [copy.deepcopy(block) for _ in range(steps - 1)]
-            owners = {name: block.get_submodule(name.rpartition(".")[0]) for name, _ in block.named_parameters()}
-            shared = [name for name, owner in owners.items() if not isinstance(owner, NORMS)]
+            names = [name for name, _ in block.named_parameters()]
+            shared = [name for name in names if not isinstance(block.get_submodule(name.rpartition(".")[0]), NORMS)]
             if steps > 1 and shared:
                 tie(self, [f"blocks.*.{name}" for name in shared])
 
@@ -71,17 +74,17 @@ class Recurrent(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the steps make of x."""
+        """Return the output of the last step."""
         for step in range(self.steps):
             out: Tensor = self.blocks[min(step, len(self.blocks) - 1)](x)
             if out.shape != x.shape:
                 raise ConfigurationError(
-                    f"a recurrent block must keep the shape of its input: it makes {tuple(out.shape)} of "
-                    f"{tuple(x.shape)}"
+                    "a recurrent block must keep the shape of its input: "
+                    f"it returns {tuple(out.shape)} for {tuple(x.shape)}"
                 )
             x = out
         unused = self.blocks[self.steps :]
-        return skip_branch(x, Branch(nn.Identity(), [(x, 0)], [*unused])) if unused and self.training else x
+        return zero_gradients(x, unused.parameters()) if unused and self.training else x
 
     @override
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Some samples of a batch: taken out, and added in again."""
+"""Select samples of a batch, and add to selected samples."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ def take_rows(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     """Return ``x.index_select(dim, rows)``, in x's memory format.
 
     Args:
-        x: of any shape, with samples along ``dim``.
-        rows: int64, (kept,).
-        dim: of the samples.
+        x: a tensor of any shape, with samples along ``dim``.
+        rows: indices of the samples to keep, int64, (kept,).
+        dim: the dimension of samples.
 
     Example:
         >>> take_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 0])).tolist()
         [[3.0], [1.0]]
     """
-    order = _as_stored(x)
+    order = _memory_order(x)
     if x.ndim < 2 or order[0] != dim:
         return x.index_select(dim, rows)
-    stored = x.permute(order)  # contiguous: a sample is one row of a matrix, which goes several times faster
+    stored = x.permute(order)  # contiguous: a sample is one row of a matrix, which is several times faster
     taken = stored.flatten(1).index_select(0, rows)
     return taken.view(len(rows), *stored.shape[1:]).permute(_inverse(order))
 
 
 def add_rows(x: Tensor, rows: Tensor, added: Tensor, dim: int = 0, factor: float = 1.0) -> Tensor:
-    """Return ``x.index_add(dim, rows, added, alpha=factor)``, in x's memory format and the dtype both promote to.
+    """Return ``x.index_add(dim, rows, added, alpha=factor)``, in x's memory format and in the promoted dtype of both.
 
     Example:
         >>> add_rows(torch.zeros(3, 1), torch.tensor([2, 0]), torch.tensor([[1.0], [2.0]]), factor=2.0).tolist()
         [[4.0], [0.0], [2.0]]
     """
-    common = torch.promote_types(x.dtype, added.dtype)
-    x, added = x.to(common), added.to(common)
-    order = _as_stored(x)
+    dtype = torch.promote_types(x.dtype, added.dtype)
+    x, added = x.to(dtype), added.to(dtype)
+    order = _memory_order(x)
     if x.ndim < 2 or order[0] != dim:
         return x.index_add(dim, rows, added, alpha=factor)
     stored = x.permute(order)
@@ -46,7 +46,7 @@ def add_rows(x: Tensor, rows: Tensor, added: Tensor, dim: int = 0, factor: float
 
 
 class _AddRows(torch.autograd.Function):
-    """``x.index_add(0, rows, added, alpha=factor)``, without keeping what is added until the backward pass."""
+    """``x.index_add(0, rows, added, alpha=factor)``, without keeping ``added`` for the backward pass."""
 
     generate_vmap_rule = True
 
@@ -61,12 +61,11 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        [rows] = ctx.saved_tensors
-        taken = gradients[0].index_select(0, rows)
+        taken = gradients[0].index_select(0, *ctx.saved_tensors)
         return gradients[0], None, taken if ctx.factor == 1 else ctx.factor * taken, None
 
 
-def _as_stored(x: Tensor) -> list[int]:
+def _memory_order(x: Tensor) -> list[int]:
     """Return the dimensions of a tensor, outermost in memory first."""
     strides = x.stride()
     return sorted(range(x.ndim), key=lambda dim: -strides[dim])

@@ -1,4 +1,4 @@
-"""What a network with random merges says, sampled many times: the ensemble it was trained as."""
+"""Sample predictions of a network with random merges: it was trained as an ensemble."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tying.deprecated import class_aliases
 from tying.depth.draws import per_rank_rng
 from tying.depth.merge import Merge
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_range
 
 
+@class_aliases("tying.depth.Sampled")
 class Sampled(NamedTuple):
-    """Probabilities of sampled passes.
+    """Class probabilities of sampled passes.
 
     Attributes:
-        mean: over passes, (batch, classes).
-        spread: their standard deviation, (batch, classes): how much the passes disagree.
+        mean: mean over passes, (batch, classes).
+        std: standard deviation over passes, (batch, classes): how much the passes disagree.
     """
 
     mean: Tensor
-    spread: Tensor
+    std: Tensor
 
 
 @contextmanager
 def sampling(model: nn.Module) -> Iterator[None]:
-    """Let the merges of a model draw, and everything else evaluate: batch norms hold still.
+    """Set the merges of a model to training mode and all other modules to evaluation mode.
 
-    Each of several processes draws on its own: they may have different numbers of batches.
+    Merges then draw, and batch norms keep their statistics. Each process draws independently, since processes may have
+    different numbers of batches.
 
     Example:
         >>> from tying.depth import Residual, Swapout
@@ -55,9 +58,9 @@ def sampling(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def sampled(model: nn.Module, x: Tensor, samples: int) -> Sampled:
-    """Return the mean of the probabilities that a model gives in sampled passes, and their spread.
+    """Return mean and standard deviation of the class probabilities over sampled passes.
 
-    Passes follow one another: memory does not grow with their number.
+    The passes run one after another: memory does not grow with their number.
 
     Args:
         model: maps a batch of inputs to logits.
@@ -65,23 +68,25 @@ def sampled(model: nn.Module, x: Tensor, samples: int) -> Sampled:
         samples: number of passes.
 
     Raises:
-        ConfigurationError: there is no pass, or no merge that draws.
+        ConfigurationError: ``samples`` is below 1, or the model has no merge that draws.
 
     Example:
         >>> from tying.depth import Residual, Swapout
         >>> sampled(Residual(nn.Linear(3, 3), merge=Swapout(0.5, 0.5)), torch.zeros(2, 3), samples=30).mean.shape
         torch.Size([2, 3])
     """
-    if samples < 1:
-        raise ConfigurationError(f"samples must be 1 or more, not {samples}")
-    if not any(isinstance(module, Merge) and module.keeps for module in model.modules()):
-        raise ConfigurationError("samples of what? the model has no merge that draws")
+    check_range("samples", samples, "[1, inf)")
+    if not any(isinstance(module, Merge) and module.prob_names for module in model.modules()):
+        raise ConfigurationError(
+            "sampled passes differ only by stochastic merges, and the model has no merge that draws: apply one, such "
+            "as Swapout"
+        )
     mean = squares = torch.zeros(())
     with sampling(model):
-        for number in range(1, samples + 1):
+        for count in range(1, samples + 1):
             logits = model(x)
-            drawn = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
-            before = mean
-            mean = mean + (drawn - mean) / number
-            squares = squares + (drawn - before) * (drawn - mean)
+            probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+            deviation = probabilities - mean
+            mean = mean + deviation / count
+            squares = squares + deviation * (probabilities - mean)
     return Sampled(mean, (squares / max(1, samples - 1)).sqrt())

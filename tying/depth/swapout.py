@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from tying.depth.draws import keep_mask
-from tying.depth.merge import Merge, skip_branch
+from tying.depth.merge import Merge, skip_branch, zero_gradients
 
 
 def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None) -> Tensor:
@@ -19,8 +19,8 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
     Args:
         x: the shortcut.
         f: the branch, of x's shape.
-        skips: Θ₁, a bool mask of x's shape or one that broadcasts to it; ``None`` for ones.
-        branches: Θ₂, likewise.
+        skips: Θ₁, a bool mask that broadcasts to x's shape; ``None`` for ones.
+        branches: Θ₂, a bool mask likewise.
 
     Example:
         >>> on = torch.tensor([True, False])
@@ -43,17 +43,17 @@ def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
 
 
 class Swapout(Merge):
-    """The merge :func:`swapout`, with masks drawn for each unit, independently for shortcut and branch.
+    """The merge :func:`swapout`, with one draw per unit and mask: shortcut and branch are kept independently.
 
-    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``, which is not the mean of what
-    the network computes in training; :func:`tying.depth.sampled` takes that mean, of sampled passes.
+    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``. That is not the mean of the
+    network's outputs in training, which :func:`tying.depth.sampled` estimates by sampled passes.
 
     Args:
         keep_skip: probability that Θ₁ is 1.
         keep_branch: probability that Θ₂ is 1.
 
     Raises:
-        ConfigurationError: they are no probabilities.
+        ConfigurationError: a probability is not in [0, 1].
 
     Example:
         >>> Swapout(0.5, 1.0).eval()(torch.ones(2), lambda: torch.ones(2))
@@ -65,10 +65,10 @@ class Swapout(Merge):
 
     @override
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-        keep_skip, keep_branch = self.kept("keep_skip"), self.kept("keep_branch")
+        keep_skip, keep_branch = self.keep_prob("keep_skip"), self.keep_prob("keep_branch")
         if keep_branch == 0:
-            kept = skip_branch(x, branch)
-            return kept * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
+            skipped = skip_branch(x, branch)
+            return skipped * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
         f = branch()
         if self.training:
             return swapout(x, f, *(None if keep == 1 else _mask(x, keep) for keep in (keep_skip, keep_branch)))
@@ -76,15 +76,15 @@ class Swapout(Merge):
 
 
 class SkipForward(Merge):
-    """The merge :func:`skip_forward`, with a mask drawn for each unit; zoneout is the same over time.
+    """The merge :func:`skip_forward`, with one draw per unit; zoneout does the same over time.
 
     In evaluation the mask is replaced by its mean: ``keep · F + (1 − keep) · x``.
 
     Args:
-        keep: probability that a unit takes F(x); the probability of keeping the old value, zoneout, is 1 − keep.
+        keep: probability that a unit takes F(x). The zoneout probability, of keeping the old value, is 1 − keep.
 
     Raises:
-        ConfigurationError: it is no probability.
+        ConfigurationError: the probability is not in [0, 1].
 
     Example:
         >>> SkipForward(0.25).eval()(torch.zeros(2), lambda: torch.ones(2))
@@ -96,19 +96,19 @@ class SkipForward(Merge):
 
     @override
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
-        keep = self.kept("keep")
+        keep = self.keep_prob("keep")
         if keep == 0:
             return skip_branch(x, branch)
         f = branch()
         if keep == 1:
-            return skip_branch(f, x)
+            return zero_gradients(f, [x])
         if self.training:
             return skip_forward(x, f, _mask(x, keep))
         return torch.add(keep * f, x, alpha=1 - keep)
 
 
 def _mask(x: Tensor, keep: float) -> Tensor:
-    """Return a mask in x's memory format: any other takes twice the time to apply."""
+    """Return a random mask in x's memory format; another format takes twice the time to apply."""
     strides = torch.empty_like(x, dtype=torch.bool).stride()
     return keep_mask(keep, (x.numel(),), x.device).as_strided(x.shape, strides)
 
@@ -118,12 +118,11 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
         return x
     if mask.shape != x.shape:
         return x * mask
-    product: Tensor = _Masked.apply(x, mask)
-    return product
+    return cast(Tensor, _Masked.apply(x, mask))
 
 
 class _Masked(torch.autograd.Function):
-    """``x * mask``, which torch computes several times more slowly of floats and booleans than of floats alone."""
+    """``x * mask`` for a bool mask, several times as fast as torch's product of floats and booleans."""
 
     generate_vmap_rule = True
 

@@ -1,8 +1,8 @@
-"""torchvision's residual blocks with merges; see :mod:`tying.depth.blocks`."""
+"""torchvision's residual blocks with merges."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -11,37 +11,33 @@ from typing_extensions import override
 from tying.depth.merge import Branch
 
 
-def _merged(block: Any, x: Tensor, layers: list[tuple[nn.Module, nn.Module]]) -> Tensor:
-    """Return what a block makes of x, by a branch of convolutions and their norms, with ReLUs between these layers."""
+class _Merged(nn.Module):
+    """A block whose branch is ``conv1``, ``bn1``, ``conv2``, …, with ReLUs between these layers, and its merge."""
 
-    def compute(x: Tensor) -> Tensor:
-        for number, (conv, norm) in enumerate(layers):
-            x = norm(conv(block.relu(x) if number else x))
-        return x
+    merge: nn.Module
 
-    branch = Branch(compute, [(x, 0)], [part for layer in layers for part in layer])
-    out: Tensor = block.relu(block.merge(x if block.downsample is None else block.downsample(x), branch))
-    return out
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self
+        names = [(f"conv{number}", f"bn{number}") for number in (1, 2, 3) if hasattr(self, f"conv{number}")]
+        layers = [(getattr(self, conv), getattr(self, norm)) for conv, norm in names]
+
+        def compute(x: Tensor) -> Tensor:
+            for number, (conv, norm) in enumerate(layers):
+                x = norm(conv(block.relu(x) if number else x))
+            return x
+
+        branch = Branch(compute, [(x, 0)], [module for layer in layers for module in layer])
+        shortcut = x if block.downsample is None else block.downsample(x)
+        return cast(Tensor, block.relu(self.merge(shortcut, branch)))
 
 
-class MergedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types
+class MergedBasicBlock(_Merged, BasicBlock):  # type: ignore[misc]  # torchvision has no types
     """torchvision's BasicBlock with a merge."""
 
-    merge: nn.Module
 
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return _merged(self, x, [(self.conv1, self.bn1), (self.conv2, self.bn2)])
-
-
-class MergedBottleneck(Bottleneck):  # type: ignore[misc]  # likewise
+class MergedBottleneck(_Merged, Bottleneck):  # type: ignore[misc]  # likewise
     """torchvision's Bottleneck with a merge."""
 
-    merge: nn.Module
 
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        return _merged(self, x, [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)])
-
-
-KINDS: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: MergedBasicBlock, Bottleneck: MergedBottleneck}
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {BasicBlock: MergedBasicBlock, Bottleneck: MergedBottleneck}

@@ -17,6 +17,11 @@ from tying.selection.relation import Relation
 from tying.selection.resolve import select
 
 
+def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module in place: the only function of this package that does."""
+    module.__class__ = cls
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Look at a model, evaluated and without gradients, and leave it as it was: some parametrizations learn by use."""

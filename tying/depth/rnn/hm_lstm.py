@@ -1,15 +1,15 @@
-"""Hierarchical multiscale LSTMs: layers detect boundaries and copy their state between them."""
+"""Hierarchical multiscale LSTMs: layers detect boundaries, and copy their state between boundaries."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import check_state, steps_first
-from tying.errors import ConfigurationError
+from tying.depth.rnn.sequences import check_shapes, initial_state, steps_first
+from tying.errors import check_choice, check_range
 
 Boundary = Literal["step", "sample"]
 
@@ -29,12 +29,12 @@ class HMState(NamedTuple):
 
 
 class HMOutput(NamedTuple):
-    """What an :class:`HMLSTM` returns.
+    """The output of an :class:`HMLSTM`.
 
     Attributes:
         hidden: hidden states of all layers, (steps, batch, layers, size).
         boundaries: 0 or 1, of all layers but the top one, (steps, batch, layers − 1).
-        state: after the last step.
+        state: the state after the last step.
     """
 
     hidden: Tensor
@@ -47,15 +47,15 @@ def hm_update(
 ) -> tuple[Tensor, Tensor]:
     """Return a layer's next hidden state and cell.
 
-    After a boundary of its own, FLUSH: ``c = i ⊙ g``. Else, at a boundary of the layer below, UPDATE:
-    ``c = f ⊙ c + i ⊙ g``. In both, ``h = o ⊙ tanh(c)``. Else COPY: both stay.
+    If the layer had a boundary in the step before, FLUSH: ``c = i ⊙ g``. Otherwise, if the layer below has a boundary,
+    UPDATE: ``c = f ⊙ c + i ⊙ g``. In both cases ``h = o ⊙ tanh(c)``. Otherwise COPY: h and c stay the same.
 
     Args:
         h: hidden state, (batch, size).
         c: cell, (batch, size).
         gates: f, i, o and g, after their nonlinearities, each (batch, size).
-        z_before: whether the layer itself had a boundary one step before, 0 or 1, (batch, 1).
-        z_below: whether the layer below has one in this step, likewise.
+        z_before: 1 where the layer itself had a boundary in the step before, else 0, (batch, 1).
+        z_below: 1 where the layer below has a boundary in this step, else 0, (batch, 1).
 
     Example:
         >>> one, zero = torch.ones(1, 1), torch.zeros(1, 1)
@@ -72,50 +72,45 @@ def hm_update(
     return copied * h + (1 - copied) * (o * torch.tanh(cell)), cell
 
 
-class _Boundary(torch.autograd.Function):
-    """1 where a draw, or zero, is below; its gradient is that of the hard sigmoid ``clamp((a x + 1) / 2, 0, 1)``."""
+def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
+    """Return 1 at boundaries and 0 elsewhere, with the gradient of the hard sigmoid ``clamp((a x + 1) / 2, 0, 1)``.
 
-    generate_vmap_rule = True
+    Args:
+        x: the detector, any shape; positive at a boundary.
+        slope: a.
+        sample: draw each boundary with the probability that the hard sigmoid gives.
 
-    @staticmethod
-    def forward(x: Tensor, slope: float, sample: bool) -> Tensor:
-        if sample:
-            return (torch.rand_like(x) < ((slope * x + 1) / 2)).to(x.dtype)
-        return (x > 0).to(x.dtype)  # where the hard sigmoid is above 1/2, at every slope
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.slope = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        [x] = ctx.saved_tensors
-        inside = (ctx.slope * x).abs() < 1
-        return gradients[0] * inside * (ctx.slope / 2), None, None
+    Example:
+        >>> detect_boundary(torch.tensor([-3.0, 0.4]), slope=2.0, sample=False)
+        tensor([0., 1.])
+    """
+    probability = (slope * x + 1) / 2  # clamped by the comparison
+    boundary = (torch.rand_like(x) < probability if sample else x > 0).to(x.dtype)
+    inside = (slope * x).abs() < 1
+    return boundary + torch.where(inside, probability - probability.detach(), 0)  # straight-through: adds zeros
 
 
 class HMLSTM(nn.Module):
-    """The hierarchical multiscale LSTM: each layer but the top one detects boundaries of what it reads.
+    """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
-    A layer takes in what is below at a boundary below, is told by the layer above after a boundary of its own, and
-    copies its state otherwise; see :func:`hm_update`. The step function's gradient is that of a hard sigmoid of
-    ``slope`` (straight-through), which changes no value, unless boundaries are sampled.
+    A layer reads the layer below when that has a boundary, reads the layer above after a boundary of its own, and
+    copies its state otherwise; see :func:`hm_update`. The gradient of a boundary is that of a hard sigmoid of this
+    slope (straight-through estimator); the slope changes no output unless boundaries are sampled.
 
     Args:
-        input_size: of the input.
-        hidden_size: of the state of each layer.
+        input_size: size of the input.
+        hidden_size: size of the state of each layer.
         layers: number of layers, two or more.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
-        boundary: ``"step"``: there is one where its detector is above zero; ``"sample"``: in training, with the hard
-            sigmoid's probability.
-        slope: of the hard sigmoid, a; :class:`tying.callbacks.SlopeAnnealing` raises it.
+        boundary: ``"step"``: a boundary is where the detector is above zero; ``"sample"``: in training it is drawn with
+            the probability that the hard sigmoid gives.
+        slope: slope a of the hard sigmoid; :class:`tying.callbacks.SlopeAnnealing` raises it.
 
     Shape: (steps, batch, inputs) to :class:`HMOutput`.
 
     Raises:
-        ConfigurationError: fewer than two layers, a slope of 0 or less; inputs, states or boundaries of other shapes;
-            an empty sequence.
+        ConfigurationError: ``layers`` is below 2, or ``slope`` is not above 0 and finite; inputs, states or boundaries
+            have other shapes, or no steps.
 
     Example:
         >>> out = HMLSTM(4, 8)(torch.zeros(5, 2, 4))
@@ -135,21 +130,16 @@ class HMLSTM(nn.Module):
         slope: float = 1.0,
     ) -> None:
         super().__init__()
-        if layers < 2:
-            raise ConfigurationError(
-                f"layers must be 2 or more, of which all but the top find boundaries, not {layers}"
-            )
-        if boundary not in ("step", "sample"):
-            raise ConfigurationError(f"boundary is 'step' or 'sample', not {boundary!r}")
-        if not 0 < slope < float("inf"):
-            raise ConfigurationError(f"slope must be above 0, and finite, not {slope}")
+        check_range("layers", layers, "[2, inf)")  # all but the top one detect boundaries
+        check_choice("boundary", boundary, get_args(Boundary))
+        check_range("slope", slope, "(0, inf)")
         self.input_size = input_size
         self.hidden_size, self.batch_first, self.boundary, self.slope = hidden_size, batch_first, boundary, slope
-        widths = [4 * hidden_size + (layer < layers - 1) for layer in range(layers)]  # a detector, but at the top
+        widths = [4 * hidden_size + (layer < layers - 1) for layer in range(layers)]  # the last unit is the detector
         self.below = nn.ModuleList(
             nn.Linear(hidden_size if layer else input_size, width, bias=False) for layer, width in enumerate(widths)
         )
-        self.across = nn.ModuleList(nn.Linear(hidden_size, width) for width in widths)  # and the bias
+        self.across = nn.ModuleList(nn.Linear(hidden_size, width) for width in widths)  # with the bias of the gates
         self.above = nn.ModuleList(nn.Linear(hidden_size, width, bias=False) for width in widths[:-1])
 
     @override
@@ -158,44 +148,38 @@ class HMLSTM(nn.Module):
 
         Args:
             x: the input.
-            state: to go on from.
-            boundaries: given ones, in place of those that are found, (steps, batch, layers − 1).
+            state: the initial state; ``None`` for zeros.
+            boundaries: given boundaries, (steps, batch, layers − 1), to use instead of detected ones.
         """
         x = steps_first(x, self.input_size, self.batch_first)
         layers, batch = len(self.across), x.shape[1]
-        given = boundaries.transpose(0, 1) if boundaries is not None and self.batch_first else boundaries
-        if given is not None and given.shape != (len(x), batch, layers - 1):
-            raise ConfigurationError(f"boundaries are {(len(x), batch, layers - 1)}, not {tuple(given.shape)}")
-        if state is None:
-            zeros = x.new_zeros(layers, batch, self.hidden_size)
-            state = HMState(zeros, zeros, x.new_zeros(layers - 1, batch, 1))
-        check_state(state, ((layers, batch, self.hidden_size),) * 2 + ((layers - 1, batch, 1),))
-        h, c, z = ([*part] for part in state)
-        hidden, found = [], []
-        always = x.new_ones(batch, 1)
-        for t, into in enumerate(self.below[0](x)):  # of all steps at once
+        if boundaries is not None:
+            boundaries = boundaries.transpose(0, 1) if self.batch_first else boundaries
+            check_shapes("boundaries", [boundaries], (len(x), batch, layers - 1))
+        shape = (layers, batch, self.hidden_size)
+        h, c, z = ([*part] for part in initial_state(x, state, shape, shape, (layers - 1, batch, 1)))
+        hidden, marks = [], []
+        always, never = x.new_ones(batch, 1), x.new_zeros(batch, 1)
+        sample = self.boundary == "sample" and self.training
+        for t, projected in enumerate(self.below[0](x)):  # the inputs of all steps at once
             for layer in range(layers):
                 z_below = z[layer - 1] if layer else always
-                total = self.across[layer](h[layer]) + (z_below * self.below[layer](h[layer - 1]) if layer else into)
-                z_before = torch.zeros_like(always)
+                z_before = z[layer] if layer < layers - 1 else never
+                total = self.across[layer](h[layer])
+                total = total + (z_below * self.below[layer](h[layer - 1]) if layer else projected)
                 if layer < layers - 1:
-                    z_before = z[layer]
                     total = total + z_before * self.above[layer](h[layer + 1])
                 f, i, o, g = total[:, : 4 * self.hidden_size].chunk(4, dim=1)
                 gates = torch.sigmoid(f), torch.sigmoid(i), torch.sigmoid(o), torch.tanh(g)
                 h[layer], c[layer] = hm_update(h[layer], c[layer], gates, z_before, z_below)
                 if layer < layers - 1:
-                    z[layer] = self._found(total[:, -1:]) if given is None else given[t, :, layer : layer + 1]
+                    given = None if boundaries is None else boundaries[t, :, layer : layer + 1]
+                    z[layer] = detect_boundary(total[:, -1:], self.slope, sample) if given is None else given
             hidden.append(torch.stack(h, dim=1))
-            found.append(torch.cat(z, dim=1))
-        outputs, marks = torch.stack(hidden), torch.stack(found)
-        if self.batch_first:
-            outputs, marks = outputs.transpose(0, 1), marks.transpose(0, 1)
-        return HMOutput(outputs, marks, HMState(torch.stack(h), torch.stack(c), torch.stack(z)))
-
-    def _found(self, x: Tensor) -> Tensor:
-        sample = self.boundary == "sample" and self.training
-        return cast(Tensor, _Boundary.apply(x, self.slope, sample))
+            marks.append(torch.cat(z, dim=1))
+        last = HMState(torch.stack(h), torch.stack(c), torch.stack(z))
+        dim = 1 if self.batch_first else 0
+        return HMOutput(torch.stack(hidden, dim), torch.stack(marks, dim), last)
 
     @override
     def extra_repr(self) -> str:

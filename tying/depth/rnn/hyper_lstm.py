@@ -1,7 +1,8 @@
-"""HyperLSTM: a small LSTM rescales the weights of a large one at each step."""
+"""HyperLSTM: a small LSTM rescales the weights of a large LSTM at each step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -9,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import check_state, steps_first
-from tying.errors import ConfigurationError
+from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.errors import ConfigurationError, check_range
 
 
 class HyperState(NamedTuple):
-    """The state of a :class:`HyperLSTM`: of a cell without the first dimension.
+    """The state of a :class:`HyperLSTM`; that of a :class:`HyperLSTMCell` lacks the first dimension.
 
     Attributes:
         h: hidden states, (layers, batch, size).
         c: cells, (layers, batch, size).
-        hyper_h: hidden states of the small networks, (layers, batch, hyper size).
-        hyper_c: cells of the small networks, (layers, batch, hyper size).
+        hyper_h: hidden states of the small LSTMs, (layers, batch, hyper size).
+        hyper_c: cells of the small LSTMs, (layers, batch, hyper size).
     """
 
     h: Tensor
@@ -36,24 +37,25 @@ def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HyperLSTMCell(nn.LSTMCell):
-    """An LSTM whose rows of weights are rescaled at each step by what a small LSTM, ``hyper``, makes of the sequence.
+    """An LSTM cell whose weights a small LSTM, ``hyper``, rescales row by row at each step.
 
-    ``hyper`` reads ``(h_{t−1}, x_t)``; from its hidden state ``ĥ_t``, each gate y of i, f, g and o has embeddings z of
-    its own: ``y = d_h(z_h) ⊙ W_h h_{t−1} + d_x(z_x) ⊙ W_x x_t + b(z_b) + b₀``, so that ``W(z) = diag(d(z)) W``, of
-    which no copy is made. Scales d begin at 1 and shifts b(z) at 0: it begins as the LSTM of its own weights, which
-    have the names of those of ``nn.LSTMCell``. (The authors begin at 0.1, under layer normalisation.)
+    ``hyper`` reads ``(h_{t−1}, x_t)``. Its hidden state ``ĥ_t`` gives each gate y of i, f, g and o separate embeddings
+    z, and ``y = d_h(z_h) ⊙ W_h h_{t−1} + d_x(z_x) ⊙ W_x x_t + b(z_b) + b₀``: the weight is ``W(z) = diag(d(z)) W``,
+    which is never materialised. Initially the scales d are 1 and the shifts b(z) are 0, so that the cell starts as the
+    plain LSTM of its weights, which have the names of ``nn.LSTMCell``. (The authors start from 0.1, under layer
+    normalisation.)
 
     Args:
-        input_size: of the input.
-        hidden_size: of the state.
-        hyper_size: of the state of the small LSTM.
-        embedding_size: of each z.
+        input_size: size of the input.
+        hidden_size: size of the state.
+        hyper_size: size of the state of the small LSTM.
+        embedding_size: size of each z.
         bias: whether there is b₀.
 
-    Shape: inputs (batch, inputs), and perhaps a state, to :class:`HyperState`.
+    Shape: inputs (batch, inputs) and an optional state to :class:`HyperState`.
 
     Raises:
-        ConfigurationError: a size below 1, or states of other shapes.
+        ConfigurationError: a size is below 1, or an input or state has another shape.
 
     Example:
         >>> state = HyperLSTMCell(4, 8, hyper_size=3, embedding_size=2)(torch.zeros(5, 4))
@@ -66,10 +68,9 @@ class HyperLSTMCell(nn.LSTMCell):
     def __init__(
         self, input_size: int, hidden_size: int, hyper_size: int, embedding_size: int, bias: bool = True
     ) -> None:
-        sizes = {"hidden_size": hidden_size, "hyper_size": hyper_size, "embedding_size": embedding_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ConfigurationError(f"{name} must be 1 or more, not {size}")
+        check_range("hidden_size", hidden_size, "[1, inf)")
+        check_range("hyper_size", hyper_size, "[1, inf)")
+        check_range("embedding_size", embedding_size, "[1, inf)")
         super().__init__(input_size, hidden_size, bias)
         self.hyper = nn.LSTMCell(input_size + hidden_size, hyper_size)
         self.scale_embedding = nn.Linear(hyper_size, 8 * embedding_size)  # z_h of four gates, then z_x
@@ -81,12 +82,12 @@ class HyperLSTMCell(nn.LSTMCell):
     @override
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if not hasattr(self, "shift"):  # nn.LSTMCell's constructor calls this
+        if not hasattr(self, "shift"):  # the constructor of nn.LSTMCell calls this method, too
             return
         self.hyper.reset_parameters()
         nn.init.zeros_(self.scale_embedding.weight)
         nn.init.ones_(self.scale_embedding.bias)
-        mean = 1 / self.scale.shape[1]  # embeddings that begin alike would stay alike: only their sum is given
+        mean = 1 / self.scale.shape[1]  # random with a fixed sum: embeddings with equal scales would stay equal
         nn.init.normal_(self.scale, std=mean)
         with torch.no_grad():
             self.scale.add_(mean - self.scale.mean(dim=1, keepdim=True))
@@ -97,29 +98,30 @@ class HyperLSTMCell(nn.LSTMCell):
     def forward(self, input: Tensor, hx: tuple[Tensor, ...] | None = None) -> HyperState:  # type: ignore[override]
         if input.ndim != 2 or input.shape[1] != self.input_size:
             raise ConfigurationError(f"inputs are (batch, {self.input_size}), not {tuple(input.shape)}")
-        return self.run(input.unsqueeze(0), hx)[1]
+        return self.run(input.unsqueeze(0), self.initial_state(input, hx, len(input)))[1]
 
-    def run(self, x: Tensor, hx: tuple[Tensor, ...] | None = None) -> tuple[Tensor, HyperState]:
+    def initial_state(self, x: Tensor, hx: Sequence[Tensor] | None, *leading: int) -> list[Tensor]:
+        """Return the parts of a state after checking their shapes, or zeros; ``leading`` are their first dimensions."""
+        large, small = (*leading, self.hidden_size), (*leading, self.hyper.hidden_size)
+        return initial_state(x, hx, large, large, small, small)
+
+    def run(self, x: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, HyperState]:
         """Return the hidden states of all steps of (steps, batch, inputs), and the last state."""
-        if hx is None:
-            large, small = (x.new_zeros(x.shape[1], size) for size in (self.hidden_size, self.hyper.hidden_size))
-            hx = large, large, small, small
-        check_state(hx, ((x.shape[1], self.hidden_size),) * 2 + ((x.shape[1], self.hyper.hidden_size),) * 2)
-        h, c, hyper_h, hyper_c = hx
+        h, c, hyper_h, hyper_c = state
         hidden = self.hidden_size
         biases = self.bias_ih + self.bias_hh if self.bias else None
-        # what depends on inputs alone, of all steps at once
+        # the parts that depend on inputs alone, for all steps at once
         from_x = self._by_gate(F.linear(x, self.weight_ih)).unbind(1)
         to_hyper = F.linear(x, self.hyper.weight_ih[:, hidden:], self.hyper.bias_ih + self.hyper.bias_hh)
         across = torch.cat((self.hyper.weight_ih[:, :hidden], self.hyper.weight_hh), dim=1)
         outputs = []
-        for own, small in zip(from_x, to_hyper, strict=True):
+        for projected, small in zip(from_x, to_hyper, strict=True):
             gates = small + F.linear(torch.cat((h, hyper_h), dim=1), across)
             hyper_h, hyper_c = _lstm(gates.chunk(4, dim=1), hyper_c)
             scales = self._by_embedding(self.scale_embedding(hyper_h), self.scale)
             shifts = self._by_embedding(self.shift_embedding(hyper_h), self.shift)
             total = torch.addcmul(shifts, scales[:4], self._by_gate(F.linear(h, self.weight_hh)))
-            total = torch.addcmul(total, scales[4:], own)
+            total = torch.addcmul(total, scales[4:], projected)
             if biases is not None:
                 total = total + biases.view(4, 1, hidden)
             h, c = _lstm(total.unbind(0), c)
@@ -127,12 +129,12 @@ class HyperLSTMCell(nn.LSTMCell):
         return torch.stack(outputs), HyperState(h, c, hyper_h, hyper_c)
 
     def _by_gate(self, x: Tensor) -> Tensor:
-        """(…, batch, 4 · size) to (4, …, batch, size)."""
+        """Reshape (…, batch, 4 · size) to (4, …, batch, size)."""
         return x.view(*x.shape[:-1], 4, self.hidden_size).movedim(-2, 0)
 
     @staticmethod
     def _by_embedding(z: Tensor, weight: Tensor) -> Tensor:
-        """Embeddings (batch, k · embedding) by weights (k, embedding, size) to (k, batch, size)."""
+        """Multiply embeddings (batch, k · embedding) by weights (k, embedding, size) to (k, batch, size)."""
         return torch.bmm(z.view(len(z), *weight.shape[:2]).transpose(0, 1), weight)
 
     @override
@@ -144,18 +146,19 @@ class HyperLSTM(nn.Module):
     """Layers of :class:`HyperLSTMCell` over sequences.
 
     Args:
-        input_size: of the input.
-        hidden_size: of the state.
-        hyper_size: of the state of each layer's small LSTM.
-        embedding_size: of the embeddings between both.
-        num_layers: layers, each on the outputs of the one below.
+        input_size: size of the input.
+        hidden_size: size of the state.
+        hyper_size: size of the state of each layer's small LSTM.
+        embedding_size: size of the embeddings z.
+        num_layers: number of layers; each reads the outputs of the layer below.
         bias: whether there is b₀.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
 
-    Shape: (steps, batch, inputs) and, if given, a :class:`HyperState`, to outputs (steps, batch, size) and the last.
+    Shape: inputs (steps, batch, inputs) and an optional :class:`HyperState` to outputs (steps, batch, size) and the
+    last state.
 
     Raises:
-        ConfigurationError: as :class:`HyperLSTMCell`; no layer, or an empty sequence.
+        ConfigurationError: as :class:`HyperLSTMCell`; ``num_layers`` is below 1, or a sequence is empty.
 
     Example:
         >>> outputs, state = HyperLSTM(4, 8, hyper_size=3, embedding_size=2)(torch.zeros(5, 2, 4))
@@ -176,8 +179,7 @@ class HyperLSTM(nn.Module):
         batch_first: bool = False,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ConfigurationError(f"num_layers must be 1 or more, not {num_layers}")
+        check_range("num_layers", num_layers, "[1, inf)")
         self.input_size, self.batch_first = input_size, batch_first
         self.layers = nn.ModuleList(
             HyperLSTMCell(hidden_size if layer else input_size, hidden_size, hyper_size, embedding_size, bias)
@@ -187,11 +189,11 @@ class HyperLSTM(nn.Module):
     @override
     def forward(self, x: Tensor, hx: tuple[Tensor, ...] | None = None) -> tuple[Tensor, HyperState]:
         x = steps_first(x, self.input_size, self.batch_first)
-        if hx is not None and any(len(part) != len(self.layers) for part in hx):
-            raise ConfigurationError(f"states are of {len(self.layers)} layers, not {[len(part) for part in hx]}")
+        cells = cast(list[HyperLSTMCell], [*self.layers])
+        states = cells[0].initial_state(x, hx, len(cells), x.shape[1])
         last = []
-        for number, layer in enumerate(self.layers):
-            x, state = cast(HyperLSTMCell, layer).run(x, None if hx is None else tuple(part[number] for part in hx))
-            last.append(state)
+        for cell, *state in zip(cells, *states, strict=True):
+            x, end = cell.run(x, state)
+            last.append(end)
         outputs = x.transpose(0, 1) if self.batch_first else x
         return outputs, HyperState(*(torch.stack(parts) for parts in zip(*last, strict=True)))

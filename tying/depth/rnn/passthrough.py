@@ -6,23 +6,25 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import check_state, steps_first
-from tying.errors import ConfigurationError
+from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.errors import ConfigurationError, check_range
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
 
 class StateMatrix(nn.Module):
-    """The map ``h ↦ h Wᵀ`` with ``W = P Q + diag(s)``, computed by its factors; begins by Glorot, and s near 0.
+    """The map ``h ↦ h Wᵀ`` with ``W = P Q + diag(s)``, computed from its factors.
+
+    P and Q are initialised by Glorot's uniform distribution, s uniformly in [−0.01, 0.01].
 
     Args:
-        size: n, of the state.
-        rank: d; 0 for the diagonal alone.
+        size: n, size of the state.
+        rank: d, rank of P Q; 0 for the diagonal alone.
         diagonal: whether there is s.
 
     Shape: (..., n) to (..., n).
 
     Raises:
-        ConfigurationError: the rank is negative or over the size, or there is neither rank nor diagonal.
+        ConfigurationError: the rank is negative or above the size, or it is 0 without a diagonal.
 
     Example:
         >>> sum(p.numel() for p in StateMatrix(size=128, rank=24).parameters())
@@ -31,8 +33,7 @@ class StateMatrix(nn.Module):
 
     def __init__(self, size: int, rank: int, diagonal: bool = True) -> None:
         super().__init__()
-        if rank < 0 or (rank == 0 and not diagonal):
-            raise ConfigurationError(f"rank must be 1 or more, or 0 with a diagonal, not {rank}")
+        check_range("rank", rank, "[0, inf)" if diagonal else "[1, inf)")
         if rank > size:
             raise ConfigurationError(
                 f"rank={rank} is over the size {size}: its factors would have {2 * size * rank:,} entries, and a full "
@@ -47,7 +48,7 @@ class StateMatrix(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, as a matrix."""
+        """The matrix W."""
         if self.diagonal is None:
             return low_rank(self.left, self.right)
         return low_rank_plus_diagonal(self.left, self.right, self.diagonal)
@@ -68,11 +69,11 @@ class PassthroughGRULayer(nn.Module):
 
     Args:
         inputs: size of the input.
-        size: n, of the state.
-        rank: d.
-        diagonal: whether matrices have a diagonal.
-        shared_projection: whether the three matrices have one Q.
-        update_bias: where the bias of u begins.
+        size: n, size of the state.
+        rank: d, rank of the square matrices.
+        diagonal: whether the square matrices have a diagonal.
+        shared_projection: whether the three square matrices share Q.
+        update_bias: initial bias of u.
 
     Shape: inputs (steps, batch, inputs) and state (batch, n), to outputs (steps, batch, n).
     """
@@ -105,25 +106,26 @@ class PassthroughGRULayer(nn.Module):
 
 
 class PassthroughGRU(nn.Module):
-    """A gated recurrent unit whose square matrices are of low rank, perhaps plus a diagonal.
+    """A gated recurrent unit with square matrices of low rank, optionally plus a diagonal.
 
     ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and
     ``h' = (1 − u) ⊙ m + u ⊙ h``, each U being a :class:`StateMatrix`. (``nn.GRU`` resets after the product instead.)
 
     Args:
-        input_size: of the input.
-        hidden_size: n, of the state.
-        rank: d, of the square matrices; 0 for their diagonals alone.
-        diagonal: whether they have a diagonal.
-        num_layers: layers, each on the outputs of the one below.
+        input_size: size of the input.
+        hidden_size: n, size of the state.
+        rank: d, rank of the square matrices; 0 for their diagonals alone.
+        diagonal: whether the square matrices have a diagonal.
+        num_layers: number of layers; each reads the outputs of the layer below.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
-        shared_projection: whether the three matrices of a layer project the state by the same Q.
-        update_bias: where the bias of u begins: above 0, to carry the state on.
+        shared_projection: whether the three square matrices of a layer share Q.
+        update_bias: initial bias of u; above 0, the layer carries its state on at first.
 
-    Shape: (steps, batch, inputs) and, if given, states (layers, batch, n), to outputs (steps, batch, n) and states.
+    Shape: inputs (steps, batch, inputs) and optional states (layers, batch, n) to outputs (steps, batch, n) and states.
 
     Raises:
-        ConfigurationError: as :class:`StateMatrix`; an empty sequence, or states of another shape.
+        ConfigurationError: as :class:`StateMatrix`; ``num_layers`` is below 1; an input or state has another shape, or
+            no steps.
 
     Example:
         >>> outputs, state = PassthroughGRU(1, 128, rank=24)(torch.zeros(5, 2, 1))
@@ -145,8 +147,7 @@ class PassthroughGRU(nn.Module):
         update_bias: float = 1.0,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ConfigurationError(f"num_layers must be 1 or more, not {num_layers}")
+        check_range("num_layers", num_layers, "[1, inf)")
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         self.layers = nn.ModuleList(
             PassthroughGRULayer(
@@ -158,9 +159,8 @@ class PassthroughGRU(nn.Module):
     @override
     def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = steps_first(x, self.input_size, self.batch_first)
-        expected = len(self.layers), x.shape[1], self.hidden_size
-        states = x.new_zeros(expected) if hx is None else hx
-        check_state([states], (expected,))
+        shape = (len(self.layers), x.shape[1], self.hidden_size)
+        [states] = initial_state(x, None if hx is None else [hx], shape)
         last = []
         for layer, h in zip(self.layers, states, strict=True):
             x = layer(x, h)
@@ -172,10 +172,10 @@ class PassthroughHighway(nn.Module):
     """A highway block of low rank: ``y = f(x) ⊙ τ(x) + x ⊙ (1 − τ(x))``, ``f = tanh(W x + b)``, ``τ = σ(U x + c)``.
 
     Args:
-        size: n.
-        rank: d, of W and U, each a :class:`StateMatrix`.
-        diagonal: whether they have a diagonal.
-        carry_bias: where −c begins: above 0, to carry the input on.
+        size: n, size of the input.
+        rank: d, rank of W and U, each a :class:`StateMatrix`.
+        diagonal: whether W and U have a diagonal.
+        carry_bias: initial value of −c; above 0, the block carries its input on at first.
 
     Shape: (..., n) to (..., n).
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from tying.errors import ConfigurationError
 
+Shape = tuple[int, ...]
 
-def steps_first(x: Any, features: int, batch_first: bool = False) -> Tensor:
+
+def steps_first(x: Tensor | PackedSequence, features: int, batch_first: bool = False) -> Tensor:
     """Return sequences as (steps, batch, features).
 
     Raises:
-        ConfigurationError: x is no such tensor, or has no steps.
+        ConfigurationError: x has another shape, has no steps, or is a packed sequence.
 
     Example:
         >>> import torch
@@ -28,20 +30,27 @@ def steps_first(x: Any, features: int, batch_first: bool = False) -> Tensor:
         raise ConfigurationError(f"inputs are ({axes}, {features}), not {tuple(x.shape)}")
     if not x.shape[1 if batch_first else 0]:
         raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
-    steps: Tensor = x.transpose(0, 1) if batch_first else x
-    return steps
+    return x.transpose(0, 1) if batch_first else x
 
 
-def check_state(found: Any, expected: tuple[tuple[int, ...], ...]) -> None:
-    """Check the shapes of a state's parts.
+def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: Shape) -> list[Tensor]:
+    """Return the parts of a state, or zeros of the same shapes in x's dtype and device where no state is given.
 
     Raises:
-        ConfigurationError: they are others.
+        ConfigurationError: the parts have other shapes.
+
+    Example:
+        >>> import torch
+        >>> [part.shape for part in initial_state(torch.zeros(5, 2, 3), None, (1, 2, 4), (1, 2, 4))]
+        [torch.Size([1, 2, 4]), torch.Size([1, 2, 4])]
     """
-    shapes = tuple(tuple(part.shape) for part in found)
-    if shapes != expected:
-        raise ConfigurationError(f"states are {_listed(expected)}, not {_listed(shapes)}")
+    parts = [x.new_zeros(shape) for shape in shapes] if state is None else [*state]
+    check_shapes("states", parts, *shapes)
+    return parts
 
 
-def _listed(shapes: tuple[tuple[int, ...], ...]) -> str:
-    return ", ".join(map(str, shapes))
+def check_shapes(name: str, tensors: Sequence[Tensor], *shapes: Shape) -> None:
+    """Raise a ConfigurationError that names the tensors unless they have these shapes."""
+    actual = tuple(tuple(tensor.shape) for tensor in tensors)
+    if actual != shapes:
+        raise ConfigurationError(f"{name} are {', '.join(map(str, shapes))}, not {', '.join(map(str, actual))}")

@@ -1,7 +1,8 @@
-"""Zoneout: units of a recurrent network keep their previous value at random."""
+"""Zoneout: units of a recurrent network randomly keep their previous value."""
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from typing_extensions import override
 
 from tying.depth.draws import keep_mask
-from tying.depth.rnn.sequences import check_state, steps_first
-from tying.errors import ConfigurationError
+from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.errors import ConfigurationError, check_range
 
-Keep = Tensor | float  # probability of the new value; or a mask of it, true for the new value
+Keep = Tensor | float  # probability of taking the new value; or a mask, true where a unit takes it
+State = tuple[Tensor, Tensor]
 
 
 def zoned_lstm(
@@ -28,27 +30,27 @@ def zoned_lstm(
     keep_cell: Keep = 1.0,
     keep_hidden: Keep = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the outputs of an LSTM, and its last hidden state and cell, where units may keep their old values.
+    """Return the outputs, the last hidden state and the last cell of an LSTM whose units may keep their old values.
 
     With gates ``(i, f, g, o) = W_ih x_t + W_hh h_{t−1} + b``: ``c̃ = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)``,
     ``h̃ = σ(o) ⊙ tanh(c̃)``, ``c_t = k_c ⊙ c̃ + (1 − k_c) ⊙ c_{t−1}``, ``h_t = k_h ⊙ h̃ + (1 − k_h) ⊙ h_{t−1}``.
 
     Args:
         x: inputs, (steps, batch, inputs).
-        h: the first hidden state, (batch, size).
-        c: the first cell, (batch, size).
+        h: initial hidden state, (batch, size).
+        c: initial cell, (batch, size).
         weight_ih: (4 · size, inputs).
         weight_hh: (4 · size, size).
         bias: (4 · size).
-        keep_cell: k_c: a number, or a mask of (steps, batch, size) or (steps, batch, 1).
+        keep_cell: k_c, a number or a mask of shape (steps, batch, size) or (steps, batch, 1).
         keep_hidden: k_h, likewise.
 
-    Shape: outputs (steps, batch, size), hidden state and cell (batch, size). Under autocast all are of its dtype.
+    Shape: outputs (steps, batch, size), hidden state and cell (batch, size). Under autocast they have its dtype.
 
-    Its gradients have none themselves (no double backward), and ``torch.func`` does not take it.
+    There is no double backward, and ``torch.func`` does not support this function.
 
     Raises:
-        ConfigurationError: k_c or k_h asks for a gradient.
+        ConfigurationError: k_c or k_h requires a gradient.
 
     Example:
         >>> x, state = torch.zeros(5, 2, 4), torch.ones(2, 3)
@@ -58,18 +60,27 @@ def zoned_lstm(
 
     Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
     """
-    tensors = [x, h, c, weight_ih, weight_hh, *([] if bias is None else [bias])]
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # as torch's LSTM, in the lower precision throughout
-        tensors = [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
-    keeps = [_fitting(keep, tensors[0].dtype) for keep in (keep_cell, keep_hidden)]
+    tensors: list[Tensor | None] = [x, h, c, weight_ih, weight_hh, bias]
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):  # in the lower precision throughout, as torch's LSTM
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
     with torch.autocast(device, enabled=False):
-        found = _ZonedLSTM.apply(*tensors, *([None] if bias is None else []), *keeps)
-    return cast(tuple[Tensor, Tensor, Tensor], found)
+        return cast(tuple[Tensor, Tensor, Tensor], _ZonedLSTM.apply(*tensors, *keeps))
+
+
+def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float]:
+    """Return what can be indexed by the step: a mask as it is, other tensors in this dtype, a number repeated."""
+    if not isinstance(keep, Tensor):
+        return [keep] * steps
+    if keep.requires_grad:
+        raise ConfigurationError("keep_cell and keep_hidden take no gradient: give them detached")
+    return keep if keep.dtype == torch.bool else keep.to(dtype)
 
 
 class _ZonedLSTM(torch.autograd.Function):
-    """The loop over steps, and backwards: what inputs and weights need is one product each for all steps."""
+    """The loop over steps; gradients of inputs and weights are one matrix product each for all steps."""
 
     @staticmethod
     def forward(
@@ -80,8 +91,8 @@ class _ZonedLSTM(torch.autograd.Function):
         weight_ih: Tensor,
         weight_hh: Tensor,
         bias: Tensor | None,
-        keep_cell: Keep,
-        keep_hidden: Keep,
+        keep_cell: Tensor | list[float],
+        keep_hidden: Tensor | list[float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, size = len(x), *h.shape
         gates = F.linear(x, _g_and_o_swapped(weight_ih), None if bias is None else _g_and_o_swapped(bias))
@@ -96,8 +107,8 @@ class _ZonedLSTM(torch.autograd.Function):
             i, f, o, g = gate.chunk(4, dim=1)
             new = torch.addcmul(f * cells[t], i, g)
             torch.tanh(new, out=tanhs[t])
-            _keep(cells[t], new, _at(keep_cell, t), cells[t + 1])
-            _keep(hidden[t], o * tanhs[t], _at(keep_hidden, t), hidden[t + 1])
+            _zone_out(cells[t], new, keep_cell[t], cells[t + 1])
+            _zone_out(hidden[t], o * tanhs[t], keep_hidden[t], hidden[t + 1])
         ctx.save_for_backward(x, weight_ih, gates, hidden, cells, tanhs, across)
         ctx.keep_cell, ctx.keep_hidden, ctx.biased = keep_cell, keep_hidden, bias is not None
         return hidden[1:], hidden[-1].clone(), cells[-1].clone()
@@ -111,7 +122,7 @@ class _ZonedLSTM(torch.autograd.Function):
             i, f, o, g = gates[t].chunk(4, dim=1)
             d_i, d_f, d_o, d_g = into[t].chunk(4, dim=1)
             h = h + outputs[t]
-            new_h, new_c = h * _at(ctx.keep_hidden, t), c * _at(ctx.keep_cell, t)
+            new_h, new_c = h * ctx.keep_hidden[t], c * ctx.keep_cell[t]
             old_h, old_c = h - new_h, c - new_c
             torch.mul(new_h, tanhs[t], out=d_o).mul_(o).mul_(1 - o)
             new_c = torch.addcmul(new_c, new_h * o, 1 - tanhs[t].square())
@@ -128,60 +139,54 @@ class _ZonedLSTM(torch.autograd.Function):
 
 
 def _g_and_o_swapped(gates: Tensor) -> Tensor:
-    """Return a copy of what belongs to gates i, f, g, o in the order i, f, o, g, the sigmoids first; or back again."""
+    """Return a copy with gates i, f, g, o in the order i, f, o, g, the sigmoids first; or the other way round."""
     i, f, third, fourth = gates.chunk(4)
     return torch.cat([i, f, fourth, third])
 
 
-def _fitting(keep: Keep, dtype: torch.dtype) -> Keep:
-    if not isinstance(keep, Tensor) or keep.dtype == torch.bool:
-        return keep
-    if keep.requires_grad:
-        raise ConfigurationError("keep_cell and keep_hidden take no gradient: give them detached")
-    return keep.to(dtype)
-
-
-def _at(keep: Keep, t: int) -> Keep:
-    return keep[t] if isinstance(keep, Tensor) else keep
-
-
-def _keep(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
+def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
+    """Write the mean ``keep ⊙ new + (1 − keep) ⊙ old`` into ``out``."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         torch.where(keep, new, old, out=out)
     elif isinstance(keep, Tensor):
         torch.lerp(old, new, keep.expand_as(new), out=out)
-    elif keep in (0.0, 1.0):  # whatever the other one is, infinite or not a number
+    elif keep in (0.0, 1.0):  # without the other value, which may be infinite or not a number
         out.copy_(new if keep else old)
     else:
         torch.lerp(old, new, keep, out=out)
 
 
-State = tuple[Tensor, Tensor]
-
-
-class _Zoned(nn.Module):
-    """What both have in common: the probabilities that units keep their old values."""
+class _ZoneoutRates(nn.Module):
+    """Base class of both layers, with the probabilities that units keep their old values."""
 
     zoneout_cell: float
     zoneout_hidden: float
 
     def _set_rates(self, **rates: float) -> None:
         for name, rate in rates.items():
-            if not 0 <= rate <= 1:
-                raise ConfigurationError(f"{name} is the probability of keeping the old value, from 0 to 1, not {rate}")
+            check_range(name, rate, "[0, 1]")
             setattr(self, name, float(rate))
 
-    def _draw(self, shape: tuple[int, ...], device: torch.device) -> list[Keep]:
-        """Return masks of new values; in evaluation, or where nothing is random, their probabilities."""
-        news = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
-        return [keep_mask(new, shape, device) if self.training and 0 < new < 1 else new for new in news]
+    def _draw_keeps(self, shape: tuple[int, ...], device: torch.device, present: Tensor | None = None) -> list[Keep]:
+        """Return k_c and k_h: random masks in training, their probabilities in evaluation or if they are 0 or 1.
+
+        Args:
+            shape: (steps, batch, size).
+            device: device of the masks.
+            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+        """
+        probabilities = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        keeps = [keep_mask(p, shape, device) if self.training and 0 < p < 1 else p for p in probabilities]
+        if present is None:
+            return keeps
+        return [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
 
     @override
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, zoneout_cell={self.zoneout_cell:g}, zoneout_hidden={self.zoneout_hidden:g}"
 
 
-class ZoneoutLSTMCell(_Zoned, nn.LSTMCell):
+class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
     """One step of :class:`ZoneoutLSTM`, with the interface and the parameters of ``nn.LSTMCell``.
 
     Args:
@@ -194,7 +199,7 @@ class ZoneoutLSTMCell(_Zoned, nn.LSTMCell):
         zoneout_hidden: probability that a unit of the hidden state does.
 
     Raises:
-        ConfigurationError: a probability is none.
+        ConfigurationError: a probability is not in [0, 1].
 
     Example:
         >>> h, c = ZoneoutLSTMCell(4, 3, zoneout_cell=0.5)(torch.zeros(2, 4))
@@ -218,26 +223,24 @@ class ZoneoutLSTMCell(_Zoned, nn.LSTMCell):
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
-            size = self.input_size
-            raise ConfigurationError(f"inputs are (batch, {size}) or ({size},), not {tuple(input.shape)}")
-        batch = input if input.ndim == 2 else input.unsqueeze(0)
-        if hx is None:
-            h = c = batch.new_zeros(len(batch), self.hidden_size)
-        else:
-            check_state(hx, ((*input.shape[:-1], self.hidden_size),) * 2)
-            h, c = (one if input.ndim == 2 else one.unsqueeze(0) for one in hx)
-        biases = self.bias_ih + self.bias_hh if self.bias else None
-        keeps = self._draw((1, *h.shape), h.device)
-        _, h, c = zoned_lstm(batch.unsqueeze(0), h, c, self.weight_ih, self.weight_hh, biases, *keeps)
-        return (h, c) if input.ndim == 2 else (h.squeeze(0), c.squeeze(0))
+            raise ConfigurationError(
+                f"inputs are (batch, {self.input_size}) or ({self.input_size},), not {tuple(input.shape)}"
+            )
+        shape = (*input.shape[:-1], self.hidden_size)
+        h, c = (part.reshape(-1, self.hidden_size) for part in initial_state(input, hx, shape, shape))
+        bias = self.bias_ih + self.bias_hh if self.bias else None
+        keeps = self._draw_keeps((1, *h.shape), h.device)
+        x = input.reshape(1, -1, self.input_size)
+        _, h, c = zoned_lstm(x, h, c, self.weight_ih, self.weight_hh, bias, *keeps)
+        return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(_Zoned, nn.LSTM):
-    """``nn.LSTM``, its interface and its parameters' names, where units keep their old values at random.
+class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
+    """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
-    All of it but projections (``proj_size``). In evaluation, old and new values are mixed by these probabilities. The
-    outputs are hidden states after that. Its gradients have none themselves: no double backward, no ``torch.func``; and
-    ``torch.compile`` breaks its graph here.
+    Projections (``proj_size``) are not supported. In evaluation, old and new values are averaged with these
+    probabilities. The outputs are the hidden states after zoneout. There is no double backward, ``torch.func`` does not
+    support the layer, and ``torch.compile`` breaks its graph at it.
 
     Args:
         input_size: of the input.
@@ -252,10 +255,10 @@ class ZoneoutLSTM(_Zoned, nn.LSTM):
         zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
         zoneout_hidden: probability that a unit of the hidden state does.
 
-    Shape: as of ``nn.LSTM``, packed sequences and single ones included.
+    Shape: as ``nn.LSTM``, packed sequences and single ones included.
 
     Raises:
-        ConfigurationError: a probability is none; a sequence is empty.
+        ConfigurationError: a probability is not in [0, 1]; an input or state has another shape, or no steps.
 
     Example:
         >>> outputs, (h, c) = ZoneoutLSTM(4, 3, zoneout_cell=0.15, zoneout_hidden=0.15)(torch.zeros(5, 2, 4))
@@ -279,61 +282,56 @@ class ZoneoutLSTM(_Zoned, nn.LSTM):
         zoneout_cell: float = 0.0,
         zoneout_hidden: float = 0.0,
     ) -> None:
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, **factory)
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+        )
         self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
 
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
-        if alone := input.ndim == 2:
-            input, hx = input.unsqueeze(1), None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        x = steps_first(input, self.input_size, self.batch_first and not alone)
-        outputs, (h, c) = self._run(x, hx, None)
-        if alone:
+        if input.ndim == 2:  # a single sequence
+            outputs, (h, c) = self._run(
+                steps_first(input.unsqueeze(1), self.input_size),
+                None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1)),
+            )
             return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
-        return outputs.transpose(0, 1) if self.batch_first else outputs, (h, c)
+        outputs, state = self._run(steps_first(input, self.input_size, self.batch_first), hx)
+        return outputs.transpose(0, 1) if self.batch_first else outputs, state
 
     def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         padded, lengths = pad_packed_sequence(packed)
-        there = torch.arange(len(padded)).unsqueeze(1) < lengths
-        outputs, state = self._run(steps_first(padded, self.input_size), hx, there.unsqueeze(2).to(padded.device))
-        if packed.sorted_indices is not None:  # packed as the input was
+        present = (torch.arange(len(padded)).unsqueeze(1) < lengths).unsqueeze(2).to(padded.device)
+        outputs, state = self._run(steps_first(padded, self.input_size), hx, present)
+        if packed.sorted_indices is not None:  # pack the outputs in the order of the input
             outputs, lengths = outputs.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
-        found = pack_padded_sequence(outputs, lengths)
-        return PackedSequence(found.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
+        data = pack_padded_sequence(outputs, lengths).data
+        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
 
-    def _run(self, x: Tensor, hx: State | None, there: Tensor | None) -> tuple[Tensor, State]:
-        """Return outputs and states; steps that are not there, of shorter sequences, keep the state entirely."""
+    def _run(self, x: Tensor, hx: State | None, present: Tensor | None = None) -> tuple[Tensor, State]:
+        """Return outputs and last states.
+
+        Args:
+            x: inputs, (steps, batch, inputs).
+            hx: initial states, or ``None`` for zeros.
+            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+        """
         directions = 2 if self.bidirectional else 1
-        rows = self.num_layers * directions
-        h, c = (x.new_zeros(rows, x.shape[1], self.hidden_size) for _ in range(2)) if hx is None else hx
-        check_state((h, c), ((rows, x.shape[1], self.hidden_size),) * 2)
-        last = []
+        shape = (self.num_layers * directions, x.shape[1], self.hidden_size)
+        rows = zip(self.all_weights, *initial_state(x, hx, shape, shape), strict=True)
+        ends = []
         for layer in range(self.num_layers):
-            if layer:
-                x = F.dropout(x, self.dropout, self.training)
-            ways = []
-            for way in range(directions):
-                row = layer * directions + way
-                own, present = (x, there) if way == 0 else (x.flip(0), None if there is None else there.flip(0))
-                outputs, *state = self._layer(own, h[row], c[row], f"l{layer}" + "_reverse" * way, present)
-                ways.append(outputs if way == 0 else outputs.flip(0))
-                last.append(state)
-            x = torch.cat(ways, dim=2) if len(ways) > 1 else ways[0]
-        return x, (torch.stack([state[0] for state in last]), torch.stack([state[1] for state in last]))
-
-    def _layer(self, x: Tensor, h: Tensor, c: Tensor, name: str, there: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        biases = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
-        keeps = self._draw((len(x), *h.shape), h.device)
-        if there is not None:
-            keeps = [_where_there(there, keep) for keep in keeps]
-        into, across = (getattr(self, f"weight_{kind}_{name}") for kind in ("ih", "hh"))
-        return zoned_lstm(x, h, c, into, across, biases, *keeps)
-
-
-def _where_there(there: Tensor, keep: Keep) -> Tensor:
-    if isinstance(keep, Tensor):
-        return there & keep
-    return there & bool(keep) if keep in (0.0, 1.0) else there * keep
+            x = F.dropout(x, self.dropout, self.training and layer > 0)
+            outputs = []
+            for reverse, (weights, h, c) in enumerate(islice(rows, directions)):
+                weight_ih, weight_hh, *biases = weights
+                mask = present.flip(0) if reverse and present is not None else present
+                keeps = self._draw_keeps((len(x), *h.shape), h.device, mask)
+                bias = biases[0] + biases[1] if biases else None
+                out, *end = zoned_lstm(x.flip(0) if reverse else x, h, c, weight_ih, weight_hh, bias, *keeps)
+                outputs.append(out.flip(0) if reverse else out)
+                ends.append(end)
+            x = torch.cat(outputs, dim=2) if self.bidirectional else outputs[0]
+        h, c = (torch.stack(states) for states in zip(*ends, strict=True))
+        return x, (h, c)
