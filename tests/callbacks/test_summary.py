@@ -7,6 +7,7 @@ from toys import TIES, Toy, train
 from tying import resolve
 from tying.callbacks import SoftTying, TyingSummary
 from tying.callbacks.observers.summary import summary_lines, summary_table
+from tying.hashing import hash_weights
 from tying.soft import gap
 
 
@@ -38,12 +39,17 @@ def test_counts_by_hand():
     model = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False) for _ in range(4)])
     model[1].weight = model[0].weight
     groups = [("SoftTying", group) for group in resolve(model, ["0.weight ~ 2.weight"])]
+    shared = "0.weight = 1.weight (2, 2): 8 values from 4, shared, by others"
     assert summary_lines(model, groups) == [
+        shared,
         "12 unique parameters, 16 counting each use; 16 bytes saved by sharing.",
-        "Were every group one weight, 4 parameters and 16 bytes less.",
+        "Hard ties in place of soft ones would save 4 parameters and 16 bytes.",
     ]
     assert summary_lines(model, groups * 2) == summary_lines(model, groups)
-    assert summary_lines(model, []) == ["12 unique parameters, 16 counting each use; 16 bytes saved by sharing."]
+    assert summary_lines(model, []) == [
+        shared,
+        "12 unique parameters, 16 counting each use; 16 bytes saved by sharing.",
+    ]
 
 
 def test_printed_once_when_training_starts_whatever_the_order(capsys):
@@ -51,3 +57,12 @@ def test_printed_once_when_training_starts_whatever_the_order(capsys):
     assert capsys.readouterr().out.count("Tied weights") == 1
     train(Toy(), [TyingSummary()], max_epochs=1)
     assert "No tied weights." in capsys.readouterr().out
+
+
+def test_what_is_computed_is_told(capsys):
+    hash_weights(model := Toy(), ["encoder.*.weight"], 0.5, scope="network")
+    train(model, [TyingSummary()], max_epochs=1)
+    printed = capsys.readouterr().out
+    assert "No tied weights" not in printed
+    assert "encoder.0.table = encoder.2.table " in printed
+    assert "encoder.2.weight " in printed

@@ -230,10 +230,10 @@ def test_evaluation_images_are_left_as_they_are():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "achive"}, "unknown source 'achive'.*archive"),
+        ({"source": "achive"}, "source must be .*, not 'achive'.*archive"),
         ({"source": "archive"}, "needs root"),
-        ({"validation": 1.0}, "validation is a share"),
-        ({"validation": -0.1}, "validation is a share"),
+        ({"validation": 1.0}, r"validation must be in \[0, 1\)"),
+        ({"validation": -0.1}, r"validation must be in \[0, 1\)"),
         ({"batch_size": 0}, "batch_size must be 1 or more"),
     ],
 )
@@ -299,7 +299,7 @@ def test_some_classes_alone():
 
 @pytest.mark.parametrize(
     ("classes", "told"),
-    [([], "classes are distinct labels"), ([1, 1], r"not \[1, 1\]"), ([1, 10], "classes: there is no image of 10")],
+    [([], "classes must be distinct labels"), ([1, 1], r"not \[1, 1\]"), ([1, 10], "classes: there is no image of 10")],
 )
 def test_classes_that_are_not_there(classes, told):
     with pytest.raises(ValueError, match=told):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tying import ConfigurationError
-from tying.data import CIFAR10, cache, folders
+from tying.data import CIFAR10, folders
 from tying.data.sample import CLASSES
 
 
@@ -339,7 +339,7 @@ def test_labelled_out_of_range(labelled):
 def test_cache_root_follows_the_environment(monkeypatch):
     monkeypatch.delenv("TYING_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache.cache_root() == Path("/x/tying")
+    assert folders.cache_root() == Path("/x/tying")
 
 
 def test_another_folder_beside_does_not_stand_in_the_way(folder):

@@ -7,7 +7,7 @@ import torch
 
 from tying import ConfigurationError
 from tying.data import SequentialMNIST
-from tying.data.sequences import pixels_in_order
+from tying.data.mnist import pixels_in_order
 
 
 @pytest.fixture

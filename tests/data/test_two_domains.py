@@ -5,7 +5,7 @@ import torch
 
 from tying import ConfigurationError
 from tying.data import CIFAR10, TwoDomains
-from tying.data.domains import degrade
+from tying.data.cifar10 import degrade
 
 
 def test_no_image_is_in_both_domains_in_training():

@@ -1,6 +1,7 @@
 """Baking, loading plain weights, and the audit."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -201,3 +202,39 @@ def test_outputs_are_those_of_the_baked_model():
     net, plain = made("generated"), Net()
     plain.load_state_dict(bake(net))
     torch.testing.assert_close(plain(batch()), net(batch()))
+
+
+def test_audit_folds_modules_that_are_alike():
+    layer = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=8)
+    model = nn.TransformerEncoder(layer, num_layers=12, enable_nested_tensor=False)
+    tie(model, ["layers.*"])
+    [row] = audit(model).rows
+    values = sum(parameter.numel() for parameter in model.layers[0].parameters())
+    assert (row.names, row.weights) == (tuple(f"layers.{i}" for i in range(12)), 12)
+    assert (row.stored, row.used) == (values, 12 * values)
+    assert "layers.10 = layers.11 (12 weights): " in str(audit(model))
+    assert json.loads(json.dumps(audit(model).as_dict()))["rows"][0]["names"][1] == "layers.1"
+    untie(model)
+    tie(model, ["layers.[01].linear1", "layers.[01].linear2", "layers.[23].norm1.weight"])  # only parts of layers
+    names = [row.names for row in audit(model).rows]
+    assert names == [
+        ("layers.0.linear1", "layers.1.linear1"),
+        ("layers.0.linear2", "layers.1.linear2"),
+        ("layers.2.norm1.weight", "layers.3.norm1.weight"),
+    ]
+
+
+def test_audit_describes_what_is_computed():
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+        def describe(self):
+            return "half of a parameter"
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
+    lower_rank(model, ["0.weight"], 1)
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Halved())
+    low_rank, halved = audit(model).rows
+    assert (low_rank.names, low_rank.shape, low_rank.stored, low_rank.used) == (("0.weight",), (3, 4), 7, 12)
+    assert str(halved) == "1.weight (3, 4): 12 values from 12, half of a parameter"

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -361,7 +362,8 @@ def test_each_table_has_two_panels(tmp_path, monkeypatch):
     model = nn.Sequential(*(nn.Linear(6, 5 + i) for i in range(4)))
     hash_weights(model, ["*.weight"], 0.5)
     drawn = []
-    monkeypatch.setattr("tying.hashing.plots.save_figure", lambda figure, path: drawn.append(figure))
+    module = sys.modules["tying.hashing.report"]  # the package's attribute of this name is the function
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
     plot_loads(model, tmp_path / "p.png")
     panels = [one for one in drawn[0].axes if one.get_label() != "<colorbar>"]
     assert len(panels) == 8

@@ -1,4 +1,4 @@
-"""Batches of images held in memory, cut and flipped as whole tensors.
+"""Batches of images held in memory, cropped and flipped as whole tensors.
 
 Order and augmentation are functions of (seed, epoch, batch index) alone, whatever the device or number of processes.
 """
@@ -33,12 +33,6 @@ class RawBatch(NamedTuple):
     offsets: Tensor | None = None
     flips: Tensor | None = None
 
-    def augmented(self, pad: int) -> Tensor:
-        """Return the images, cut and mirrored where the batch says so; see :func:`augment`."""
-        if self.offsets is None or self.flips is None:
-            return self.images
-        return augment(self.images, self.offsets, self.flips, pad)
-
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
     """Return each image shifted and perhaps mirrored: a crop of the image padded with ``pad`` black pixels.
@@ -61,12 +55,12 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
     columns = offsets[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
     samples = torch.arange(count, device=images.device)[:, None, None] * tall
-    pixels = (samples + rows[:, :, None]) * wide + columns[:, None, :]  # numbered through the whole padded batch
+    pixels = (samples + rows[:, :, None]) * wide + columns[:, None, :]  # indices into the flattened padded batch
     return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return float images, zero mean and unit deviation by channel.
+    """Return float images with zero mean and unit deviation in each channel.
 
     Args:
         images: uint8 (batch, height, width, channels).
@@ -86,21 +80,24 @@ class BatchLoader(ResumableLoader):
     """Iterate over images in memory, a raw batch at a time.
 
     Several processes share each batch of ``world × batch_size`` samples, so that they see jointly what one process
-    sees with the larger batch. A loader that is exhausted and started over within an epoch takes another order. A
-    training run goes on with the very batch at which it was interrupted.
+    sees with the larger batch. A loader that is restarted within an epoch takes another order. A training run resumes
+    with the very batch at which it was interrupted.
 
     Args:
         images: uint8 (count, height, width, channels).
         labels: int64 (count,).
         batch_size: samples of a batch, per process.
-        train: shuffle, augment and drop an incomplete last batch; or yield everything in order, as it is.
+        train: shuffle, augment and drop an incomplete last batch; or yield all images in order, unchanged.
         augment: crop and flip when training.
         pad: the largest shift of a crop, in pixels.
         flip: mirror every second image, on average, when augmenting.
         seed: of order and augmentation.
-        same: let all epochs be as the first.
+        same: give every epoch the order and augmentation of the first.
         rank: this process, of ``world``.
         world: number of processes.
+
+    Attributes:
+        dataset: the labels, whose length is that of the data.
 
     Example:
         >>> loader = BatchLoader(torch.zeros(10, 2, 2, 1, dtype=torch.uint8), torch.arange(10), 4, train=False)
@@ -123,34 +120,28 @@ class BatchLoader(ResumableLoader):
 
     def __post_init__(self) -> None:
         super().__init__()
-
-    @property
-    def dataset(self) -> Tensor:
-        """What has the length of the data."""
-        return self.labels
+        self.dataset = self.labels
+        self._joint = self.world * self.batch_size
 
     def __len__(self) -> int:
-        joint = self.world * self.batch_size
-        return len(self.labels) // joint if self.train else math.ceil(len(self.labels) / joint)
+        return len(self.labels) // self._joint if self.train else math.ceil(len(self.labels) / self._joint)
 
     def __iter__(self) -> Iterator[RawBatch]:
-        joint = self.world * self.batch_size
         key = (self.seed, 0, 0) if self.same else (self.seed, self._place["epoch"], self._place["cycle"])
         order = torch.arange(len(self.labels))
         if self.train:
             order = torch.randperm(len(self.labels), generator=_generator(*key))
         for index in self._numbers(len(self)):
-            chosen = order[index * joint : (index + 1) * joint]
-            own = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
-            if own.start == own.stop:  # fewer samples are left than there are processes
+            chosen = order[index * self._joint : (index + 1) * self._joint]
+            part = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
+            if part.start == part.stop:  # fewer samples are left than there are processes
                 continue
-            picked = chosen[own]
-            batch = RawBatch(self.images.index_select(0, picked), self.labels[picked])
+            batch = RawBatch(self.images.index_select(0, chosen[part]), self.labels[chosen[part]])
             if self.augment and self.train:
                 generator = _generator(*key, index)
                 offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
                 chances = torch.rand(len(chosen), generator=generator) if self.flip else torch.ones(len(chosen))
-                batch = batch._replace(offsets=offsets[own], flips=chances[own] < 0.5)
+                batch = batch._replace(offsets=offsets[part], flips=chances[part] < 0.5)
             yield batch
 
 

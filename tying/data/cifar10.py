@@ -1,20 +1,23 @@
-"""CIFAR-10 as a LightningDataModule."""
+"""CIFAR-10, in one domain or two, as LightningDataModules."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.datasets import CIFAR10 as Official
+from torchvision.datasets.utils import check_integrity
 from typing_extensions import override
 
-from tying.data.archive import Official, load_archive, prepare_archive
-from tying.data.cache import Split
-from tying.data.folders import holds_classes, is_packed, load_folder
-from tying.data.images import Images
+from tying.data.folders import PACKED, Split, find_splits, load_folder
+from tying.data.images import Images, draw_balanced, spread_evenly
 from tying.data.sample import CLASSES, load_sample
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, check_choice
 
 Source = Literal["auto", "archive", "folder", "sample"]
 
@@ -26,8 +29,8 @@ class CIFAR10(Images):
         root: where the data is: the folder of the official archive or of its extracted files, a folder of class
             folders ``{train,test}/<class>/``, or a tar or zip file of such a folder.
         source: ``"archive"``, the official data; ``"folder"``, class folders, packed or not; ``"sample"``, the
-            embedded 5,000 + 1,000 images, class-balanced, from a JPEG copy. ``"auto"`` is what ``root`` holds, in
-            this order; the sample where ``root`` is not given.
+            embedded 5,000 + 1,000 images, class-balanced, from a JPEG copy. ``"auto"`` takes the first of these that
+            ``root`` holds, or the sample without ``root``.
         batch_size: samples of a batch, per process.
         validation: share of the training images held out; see :class:`tying.data.images.Images`, also for the rest.
         labelled: keep this many labels.
@@ -66,49 +69,175 @@ class CIFAR10(Images):
         classes: list[int] | None = None,
     ) -> None:
         super().__init__(batch_size, validation, labelled, augment, seed, classes)
-        sources = get_args(Source)
-        if source not in sources:
-            close = nearest(source, sources)
-            raise ConfigurationError(f"unknown source {source!r}: use {', '.join(map(repr, sources))}.{close}")
-        if source in ("archive", "folder") and root is None:
-            raise ConfigurationError(f"source={source!r} needs root: where CIFAR-10 is, or shall be")
-        if download and root is None:
-            raise ConfigurationError("download needs root: the folder to put CIFAR-10 in")
+        check_choice("source", source, get_args(Source))
+        if root is None and (download or source in ("archive", "folder")):
+            reason = "download" if download else f"source={source!r}"
+            raise ConfigurationError(f"{reason} needs root: the folder that holds CIFAR-10, or will hold it")
         self.root = None if root is None else Path(root)
         self.source = source
         self.download = download
 
     @override
     def prepare_data(self) -> None:
-        if self._found() != "sample":
-            self.load()  # downloads, extracts and decodes, in one process before all others
+        if self._chosen_source() != "sample":
+            self.load()  # one process downloads, extracts and decodes before all others
 
     @override
     def load(self) -> dict[str, Split]:
-        source = self._found()
-        if source == "sample":
+        source = self._chosen_source()
+        if source == "sample" or self.root is None:
             return load_sample()
-        assert self.root is not None
         if source == "folder":
             return load_folder(self.root, CLASSES, (32, 32))
-        prepare_archive(self.root, self.download)
-        return load_archive(self.root)
+        return load_archive(self.root, self.download)
 
     @property
-    @override
-    def description(self) -> str:
-        source = self._found()
-        if source == "sample":
-            return "embedded sample of a JPEG copy"
-        return "official archive" if source == "archive" else f"class folders in {Path(self.root or '').name}"
+    def description(self) -> str:  # type: ignore[override]  # an attribute of other data modules
+        """Which data this is, for the log."""
+        descriptions = {
+            "sample": "embedded sample of a JPEG copy",
+            "archive": "official archive",
+            "folder": f"class folders in {Path(self.root or '').name}",
+        }
+        return descriptions[self._chosen_source()]
 
-    def _found(self) -> str:
-        """Return the source, where ``auto`` is what ``root`` holds."""
+    def _chosen_source(self) -> str:
         if self.source != "auto":
             return self.source
         if self.root is None:
             return "sample"
         official = any((self.root / name).exists() for name in (Official.filename, Official.base_folder))
-        if not official and (is_packed(self.root) or holds_classes(self.root)):
-            return "folder"
-        return "archive"
+        folder = self.root.name.lower().endswith(PACKED) or find_splits(self.root)
+        return "folder" if folder and not official else "archive"
+
+
+class TwoDomains(CIFAR10):
+    """CIFAR-10 as two domains of the same classes: most images in colour, a few others grey and of low resolution.
+
+    No image is in both domains in training. For validation and test, each image is in both.
+
+    Args:
+        grey: number of training images of the second domain, class-balanced and the same whatever else is set.
+        shrink: side of the squares of pixels over which grey images are averaged; it divides 32.
+        root: see :class:`tying.data.CIFAR10`, also for the rest.
+        source: likewise.
+        batch_size: samples of a batch of each domain, per process; of all of a smaller domain.
+        validation: share of the training images held out.
+        augment: random crops and flips in training.
+        seed: of order and augmentation.
+        download: fetch the official archive if it is missing.
+
+    Shape: batches are dictionaries with ``colour`` and ``grey``, each (images, labels), images of shape
+    (batch, 3, 32, 32); in training, the smaller domain is restarted as often as the larger one needs. Predictions
+    are made for one domain after the other.
+
+    Raises:
+        ConfigurationError: as CIFAR10; ``grey`` is less than one for each class or leaves no image in colour;
+            ``shrink`` does not divide 32.
+
+    Example:
+        >>> data = TwoDomains(grey=250)
+        >>> data.setup("fit")
+        >>> {domain: len(loader.dataset) for domain, loader in data.train_dataloader().iterables.items()}
+        {'colour': 4250, 'grey': 250}
+    """
+
+    parts = ("colour", "grey")
+
+    def __init__(
+        self,
+        grey: int = 250,
+        shrink: int = 2,
+        root: str | os.PathLike[str] | None = None,
+        source: Source = "auto",
+        batch_size: int = 128,
+        validation: float = 0.1,
+        augment: bool = True,
+        seed: int = 0,
+        download: bool = False,
+    ) -> None:
+        super().__init__(root, source, batch_size, validation, None, augment, seed, download)
+        if shrink < 1 or 32 % shrink:
+            raise ConfigurationError(f"shrink must divide the images' 32 pixels, not {shrink}")
+        self.grey = grey
+        self.shrink = shrink
+
+    @override
+    def divide(self, images: Tensor, labels: Tensor) -> dict[str, Split]:
+        chosen = draw_balanced(labels, spread_evenly(self.grey, labels, "grey"))
+        if chosen.all():
+            raise ConfigurationError(f"grey={self.grey} leaves no image in colour, of {len(labels)} for training")
+        in_grey = {"grey": (images[chosen], labels[chosen])}
+        in_grey |= {f"{split} in grey": self._splits[split] for split in ("val", "test")}
+        in_grey = {split: (degrade(images, self.shrink), labels) for split, (images, labels) in in_grey.items()}
+        return {"colour": (images[~chosen], labels[~chosen]), **in_grey}
+
+    @override
+    def predict_dataloader(self) -> CombinedLoader:
+        return CombinedLoader(self._loader("test").iterables, "sequential")
+
+    @override
+    def _loader(self, split: str, train: bool = False) -> Any:
+        if split not in ("val", "test"):
+            return super()._loader(split, train)
+        loaders = {"colour": super()._loader(split), "grey": super()._loader(f"{split} in grey")}
+        return CombinedLoader(loaders, "min_size")
+
+
+def load_archive(root: Path, download: bool = False) -> dict[str, Split]:
+    """Return uint8 images (count, 32, 32, 3) and int64 labels of the splits ``train`` and ``test``.
+
+    Args:
+        root: holds the official archive or its batch files; the archive is extracted there, and downloaded on request.
+        download: fetch the archive if it is missing or broken.
+
+    Raises:
+        ConfigurationError: files are missing or their md5 is wrong, and cannot be extracted or downloaded.
+    """
+    folder, packed = root / Official.base_folder, root / Official.filename
+    checksums = [*Official.train_list, *Official.test_list, (Official.meta["filename"], Official.meta["md5"])]
+    broken = [name for name, md5 in checksums if not check_integrity(str(folder / name), md5)]
+    if broken and not packed.exists():
+        if folder.exists():
+            raise ConfigurationError(
+                f"CIFAR-10 under {folder} is incomplete or corrupted ({', '.join(broken)}). Put {packed.name} beside "
+                "it, or remove the folder and set download: true, or set source: sample"
+            )
+        if not download:
+            raise ConfigurationError(
+                f"no CIFAR-10 under {root}: expected {packed.name} or {folder.name}/ there. Set "
+                "download: true to fetch it, root to where it is, or source: sample for the embedded images"
+            )
+    elif broken and not (download or check_integrity(str(packed), Official.tgz_md5)):
+        raise ConfigurationError(
+            f"{packed} is truncated or corrupted: its md5 is not {Official.tgz_md5}. Set download: true, "
+            "or copy it again"
+        )
+    try:
+        splits = {part: Official(str(root), part == "train", download=bool(broken)) for part in ("train", "test")}
+    except (OSError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"CIFAR-10 could not be downloaded from {Official.url} to {root}, or extracted there: {error}. Copy "
+            f"{packed.name} to {root} by hand, or set source: sample"
+        ) from None
+    return {split: (torch.from_numpy(data.data), torch.tensor(data.targets)) for split, data in splits.items()}
+
+
+def degrade(images: Tensor, shrink: int) -> Tensor:
+    """Return images in grey, with the mean over each square of ``shrink`` by ``shrink`` pixels.
+
+    Args:
+        images: uint8 (count, height, width, 3), red, green and blue; height and width are multiples of ``shrink``.
+        shrink: pixels.
+
+    Returns:
+        uint8, of the same shape: the luma of ITU-R BT.601 in each channel.
+
+    Example:
+        >>> degrade(torch.tensor([255, 0, 0, 0, 255, 0], dtype=torch.uint8).view(1, 1, 2, 3), 1).flatten()
+        tensor([ 76,  76,  76, 150, 150, 150], dtype=torch.uint8)
+    """
+    luma = images.float() @ torch.tensor([0.299, 0.587, 0.114])
+    coarse = F.avg_pool2d(luma.unsqueeze(1), shrink)
+    whole = F.interpolate(coarse, scale_factor=shrink, mode="nearest").round().to(torch.uint8)
+    return whole.permute(0, 2, 3, 1).expand_as(images).contiguous()

@@ -1,4 +1,4 @@
-"""What the data modules of small images have in common."""
+"""Data modules of small images that are held in memory."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from tying.data.batches import BatchLoader, RawBatch, normalize
-from tying.data.cache import Split
-from tying.errors import ConfigurationError, listed
+from tying.data.batches import BatchLoader, RawBatch, augment, normalize
+from tying.data.folders import Split
+from tying.data.resuming import ResumableData
+from tying.errors import ConfigurationError, check_range, listed
 
-UNLABELLED = -1
 
-
-class Images(pl.LightningDataModule):
+class Images(ResumableData):
     """Images held in memory as uint8; augmented and normalised as whole tensors, on the training device.
 
-    Subclasses say where images come from: ``load`` returns the splits ``train`` and ``test``.
+    Subclasses write ``load``, which returns the splits ``train`` and ``test``.
 
     Args:
         batch_size: samples of a batch, per process.
         validation: share of the training images held out, class-balanced and always the same ones; 0 for none.
         labelled: keep this many labels, class-balanced and the same whatever else is set. Training batches are then
-            dictionaries: ``labelled``, and ``unlabelled`` with −1 for every label, one as often started over as the
-            other needs.
-        augment: random crops, and flips where a mirrored image is as good, in training.
+            dictionaries: ``labelled``, and ``unlabelled`` with −1 for every label; the smaller part is restarted as
+            often as the larger one needs.
+        augment: random crops, and flips where ``flip`` is set, in training.
         seed: of order and augmentation.
-        classes: keep images of these classes alone, whose labels are then their places in this list.
+        classes: keep images of these classes alone, and relabel them by their positions in this list.
 
     Attributes:
-        key: stands for the content, once it is set up: the same wherever it lies, and in whatever form.
+        mean: (channels,), of pixels scaled to [0, 1].
+        std: (channels,), likewise.
+        pad: the largest shift of a random crop, in pixels.
+        flip: mirror images at random, where a mirrored image is as good.
+        description: which data this is, for the log.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -45,6 +47,8 @@ class Images(pl.LightningDataModule):
     std: Tensor
     pad: int
     flip: bool
+    description: str
+    parts = ("labelled", "unlabelled")  # of the training images, each of them in every batch
 
     def __init__(
         self,
@@ -57,52 +61,42 @@ class Images(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if classes is not None and (not classes or len({*classes}) < len(classes)):
-            raise ConfigurationError(f"classes are distinct labels, one at least, not {list(classes)}")
-        if not 0 <= validation < 1:
-            raise ConfigurationError(
-                f"validation is a share of all training images, at least 0 and below 1, not {validation}"
-            )
-        if batch_size < 1:
-            raise ConfigurationError(f"batch_size must be 1 or more, not {batch_size}")
+            raise ConfigurationError(f"classes must be distinct labels, at least one, not {list(classes)}")
+        check_range("validation", validation, "[0, 1)")
+        check_range("batch_size", batch_size, "[1, inf)")
         self.batch_size = batch_size
         self.validation = validation
         self.labelled = labelled
         self.augment = augment
         self.seed = seed
-        self.classes = None if classes is None else list(classes)
-        self.key = ""
+        self.classes = classes
         self._splits: dict[str, Split] = {}
-        self._training: dict[str, BatchLoader] = {}  # by split
-        self._places: dict[str, dict[str, int]] = {}  # where they shall go on
 
     def load(self) -> dict[str, Split]:
         """Return the splits ``train`` and ``test``."""
         raise NotImplementedError
 
     def divide(self, images: Tensor, labels: Tensor) -> dict[str, Split]:
-        """Return the parts of the training images that batches keep apart, and whatever else is made of the splits."""
+        """Return splits made of the training images, for batches of several parts, and any further splits."""
         if self.labelled is None:
             return {}
         kept = draw_balanced(labels, spread_evenly(self.labelled, labels, "labelled"))
         return {
             "labelled": (images[kept], labels[kept]),
-            "unlabelled": (images[~kept], torch.full_like(labels[~kept], UNLABELLED)),
+            "unlabelled": (images[~kept], torch.full_like(labels[~kept], -1)),
         }
-
-    @property
-    def description(self) -> str:
-        """Which data this is, in words."""
-        raise NotImplementedError
 
     @override
     def setup(self, stage: str) -> None:
         if self._splits:
             return
         loaded = {split: self._of_classes(*part) for split, part in self.load().items()}
-        self.key = _key(loaded)
+        checksum = 0
+        for images, labels in loaded.values():
+            checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data, checksum))
+        self.key = f"{checksum:08x}"
         images, labels = loaded["train"]
-        per_class = [round(self.validation * count) for count in labels.bincount().tolist()]
-        held_out = draw_balanced(labels, per_class)
+        held_out = draw_balanced(labels, [round(self.validation * count) for count in labels.bincount().tolist()])
         fit = images[~held_out], labels[~held_out]
         self._splits = {"fit": fit, "val": (images[held_out], labels[held_out]), "test": loaded["test"]}
         self._splits |= self.divide(*fit)
@@ -114,47 +108,29 @@ class Images(pl.LightningDataModule):
     def _of_classes(self, images: Tensor, labels: Tensor) -> Split:
         if self.classes is None:
             return images, labels
-        if missing := {*self.classes} - {*torch.unique(labels).tolist()}:
+        if missing := {*self.classes} - {*labels.tolist()}:
             raise ConfigurationError(f"classes: there is no image of {listed(map(str, sorted(missing)))}")
         match = labels[:, None] == torch.tensor(self.classes)
         kept = match.any(dim=1)
         return images[kept], match[kept].long().argmax(dim=1)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        # Lightning keeps the state of stateful loaders too, but forgets to restore it where the number of steps was
-        # asked for (`estimated_stepping_batches`) before training started
-        return {split: loader.state_dict() for split, loader in self._training.items()}
+    def train_dataloader(self) -> Any:
+        if self.parts[0] not in self._splits:
+            return super().train_dataloader()
+        loaders = {part: self._loader(part, train=True) for part in self.parts}
+        return CombinedLoader({part: loader for part, loader in loaders.items() if len(loader)}, "max_size_cycle")
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._places = dict(state_dict)
-
-    @override
-    def train_dataloader(self) -> BatchLoader | CombinedLoader:
-        if self.labelled is None:
-            return self._loader("fit", train=True)
-        parts = {split: self._loader(split, train=True) for split in ("labelled", "unlabelled")}
-        return CombinedLoader({split: loader for split, loader in parts.items() if len(loader)}, "max_size_cycle")
-
-    @override
-    def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
+    def val_dataloader(self) -> Any:
         return self._loader("val") if self.validation else []
 
     @override
-    def test_dataloader(self) -> BatchLoader:
-        return self._loader("test")
-
-    @override
-    def predict_dataloader(self) -> BatchLoader:
-        return self._loader("test")
-
-    def _loader(self, split: str, train: bool = False) -> BatchLoader:
+    def make_loader(self, split: str, train: bool, rank: int, world: int) -> BatchLoader:
         images, labels = self._splits[split]
-        world = self.trainer.world_size if self.trainer else 1
         if split == "fit" and len(labels) < self.batch_size * world:
             raise ConfigurationError(f"batch_size={self.batch_size} is more than the {len(labels)} training images")
-        loader = BatchLoader(
+        return BatchLoader(
             images,
             labels,
             min(self.batch_size, max(1, len(labels) // world)) if train else self.batch_size,
@@ -164,14 +140,9 @@ class Images(pl.LightningDataModule):
             flip=self.flip,
             seed=self.seed,
             same=bool(getattr(self.trainer, "overfit_batches", 0)),
-            rank=self.trainer.global_rank if self.trainer else 0,
+            rank=rank,
             world=world,
         )
-        if train:
-            self._training[split] = loader
-            if split in self._places:
-                loader.load_state_dict(self._places.pop(split))
-        return loader
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -179,17 +150,13 @@ class Images(pl.LightningDataModule):
             return {part: self.on_after_batch_transfer(content, dataloader_idx) for part, content in batch.items()}
         if not isinstance(batch, RawBatch):
             return batch
-        images = normalize(batch.augmented(self.pad), self.mean, self.std)
-        if self.trainer:  # Lightning has converted what it saw: integers
+        images = batch.images
+        if batch.offsets is not None and batch.flips is not None:
+            images = augment(images, batch.offsets, batch.flips, self.pad)
+        images = normalize(images, self.mean, self.std)
+        if self.trainer:  # Lightning converted the batch before, when it held integers
             images = self.trainer.precision_plugin.convert_input(images)
         return images, batch.labels
-
-
-def _key(splits: dict[str, Split]) -> str:
-    checksum = 0
-    for images, labels in splits.values():
-        checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data, checksum))
-    return f"{checksum:08x}"
 
 
 def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:

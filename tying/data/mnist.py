@@ -1,4 +1,4 @@
-"""MNIST as a LightningDataModule."""
+"""MNIST as images, and pixel by pixel, as LightningDataModules."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import math
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.datasets import MNIST as Official
 from typing_extensions import override
 
-from tying.data.cache import Split
+from tying.data.folders import Split
 from tying.data.images import Images
 from tying.errors import ConfigurationError
 
-FILES = {"train": "train", "test": "t10k"}
+FILES = {
+    split: (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+    for split, prefix in {"train": "train", "test": "t10k"}.items()
+}
 LARGEST = 2**28  # bytes: five times those of all images
 
 
@@ -45,6 +50,7 @@ class MNIST(Images):
     std = torch.tensor([0.3081])
     pad = 2
     flip = False
+    description = "idx files"
 
     def __init__(
         self,
@@ -64,7 +70,7 @@ class MNIST(Images):
     @override
     def prepare_data(self) -> None:
         raw = self.root / "MNIST" / "raw"
-        if self.download and not all(_found(raw / name) for prefix in FILES.values() for name in _names(prefix)):
+        if self.download and not all(_existing(raw / name) for names in FILES.values() for name in names):
             try:
                 Official(str(self.root), download=True)
             except (OSError, RuntimeError) as error:
@@ -74,8 +80,8 @@ class MNIST(Images):
     def load(self) -> dict[str, Split]:
         raw = self.root / "MNIST" / "raw"
         splits: dict[str, Split] = {}
-        for split, prefix in FILES.items():
-            images, labels = (read_idx(raw / name) for name in _names(prefix))
+        for split, names in FILES.items():
+            images, labels = (read_idx(raw / name) for name in names)
             if len(images) != len(labels):
                 raise ConfigurationError(f"MNIST in {raw}: {split} has {len(images)} images but {len(labels)} labels")
             if images.shape[1:] != (28, 28):
@@ -83,52 +89,108 @@ class MNIST(Images):
             splits[split] = images.unsqueeze(-1), labels.long()
         return splits
 
-    @property
+
+class SequentialMNIST(MNIST):
+    """MNIST as sequences of pixels, row by row, or in one random order for all images.
+
+    Args:
+        root: the folder that holds ``MNIST/raw/``.
+        permuted: take the pixels in a random order, drawn with ``permutation_seed``.
+        shrink: side of the squares of pixels that are averaged, for shorter sequences; it divides 28.
+        permutation_seed: of the order.
+        batch_size: see :class:`tying.data.MNIST`, also for the rest.
+        validation: share of the training images held out.
+        seed: of order and augmentation.
+        download: fetch the files if they are missing.
+
+    Shape: batches of sequences (batch, (28 / shrink)², 1) and labels (batch,).
+
+    Raises:
+        ConfigurationError: as MNIST; ``shrink`` does not divide 28.
+
+    Source: Q. Le, N. Jaitly and G. Hinton, A simple way to initialize recurrent networks of rectified linear units,
+    2015.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        permuted: bool = True,
+        shrink: int = 1,
+        permutation_seed: int = 0,
+        batch_size: int = 100,
+        validation: float = 0.1,
+        seed: int = 0,
+        download: bool = False,
+    ) -> None:
+        super().__init__(root, batch_size, validation, None, False, seed, download)
+        if shrink < 1 or 28 % shrink:
+            raise ConfigurationError(f"shrink must divide the images' 28 pixels, not {shrink}")
+        self.shrink = shrink
+        steps = (28 // shrink) ** 2
+        drawn = torch.randperm(steps, generator=torch.Generator().manual_seed(permutation_seed))
+        self.order = drawn if permuted else torch.arange(steps)
+
     @override
-    def description(self) -> str:
-        return "idx files"
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        images, labels = super().on_after_batch_transfer(batch, dataloader_idx)
+        return pixels_in_order(images, self.order, self.shrink), labels
 
 
 def read_idx(path: Path) -> Tensor:
     """Return the uint8 tensor of an idx file, ``path`` itself or ``path`` + ``.gz``.
 
-    The format is two zero bytes, 8 for unsigned bytes, the number of dimensions, each dimension as four bytes, the
-    largest first, and then the entries.
+    The format is two zero bytes, 8 for unsigned bytes, the number of dimensions, each dimension as four bytes, big
+    endian, and then the entries. No more is unpacked than these dimensions need.
 
     Raises:
         ConfigurationError: the file is missing, truncated, corrupted or of another kind.
     """
-    found = _found(path)
-    if found is None:
+    existing = _existing(path)
+    if existing is None:
         raise ConfigurationError(
             f"no {path.name} or {path.name}.gz in {path.parent}. Set root to the folder that holds MNIST/raw, or "
             "download: true to fetch it"
         )
     try:
-        with found.open("rb") if found == path else gzip.open(found) as stream:
+        with existing.open("rb") if existing == path else gzip.open(existing) as stream:
             head = stream.read(4)
-            if len(head) < 4:
-                raise EOFError("it ends within its head")
-            if head[:3] != b"\0\0\x08":
-                raise ConfigurationError(f"{found} is not an idx file of unsigned bytes")
+            if head[:3] != b"\0\0\x08" or len(head) < 4:
+                raise ConfigurationError(f"{existing} is not an idx file of unsigned bytes")
             shape = [int.from_bytes(stream.read(4), "big") for _ in range(head[3])]
-            count, told = math.prod(shape), "×".join(map(str, shape))
+            count, sizes = math.prod(shape), "×".join(map(str, shape))
             if not 0 < count <= LARGEST:
-                raise ConfigurationError(f"{found} has {told} entries: from 1 to {LARGEST:,} are read")
+                raise ConfigurationError(f"{existing} has {sizes} entries: from 1 to {LARGEST:,} are read")
             content = stream.read(count + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigurationError(f"{found} is truncated or corrupted: {error}") from None
+        raise ConfigurationError(f"{existing} is truncated or corrupted: {error}") from None
     if len(content) != count:
-        there = f"{len(content):,}" if len(content) < count else f"more than {count:,}"
-        raise ConfigurationError(f"{found} is truncated or corrupted: {there} bytes, not {count:,} entries for {told}")
+        size = f"{len(content):,}" if len(content) < count else f"more than {count:,}"
+        raise ConfigurationError(
+            f"{existing} is truncated or corrupted: {size} bytes, not {count:,} entries for {sizes}"
+        )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)
 
 
-def _names(prefix: str) -> tuple[str, str]:
-    """Return the names of the files of a split's images and labels."""
-    return f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-
-
-def _found(path: Path) -> Path | None:
-    """Return the file itself, or packed, where there is one."""
+def _existing(path: Path) -> Path | None:
+    """Return the file itself, or the compressed one, whichever exists."""
     return next((file for file in (path, path.with_name(path.name + ".gz")) if file.exists()), None)
+
+
+def pixels_in_order(images: Tensor, order: Tensor, shrink: int = 1) -> Tensor:
+    """Return images as sequences of their pixels.
+
+    Args:
+        images: (batch, 1, height, width).
+        order: (height · width / shrink²,): the pixel of each step, counted row by row.
+        shrink: side of the squares of pixels that are averaged first.
+
+    Returns:
+        (batch, steps, 1).
+
+    Example:
+        >>> pixels_in_order(torch.arange(4.0).view(1, 1, 2, 2), torch.tensor([3, 0, 1, 2])).flatten().tolist()
+        [3.0, 0.0, 1.0, 2.0]
+    """
+    small = F.avg_pool2d(images, shrink) if shrink > 1 else images
+    return small.flatten(1).index_select(1, order.to(images.device)).unsqueeze(2)

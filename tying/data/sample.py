@@ -6,15 +6,14 @@
 
 from __future__ import annotations
 
-import argparse
 import io
+import sys
 import tarfile
 from collections import defaultdict
-from importlib import resources
+from itertools import product
 from pathlib import Path
 
-from tying.data.cache import Split
-from tying.data.folders import decode, files
+from tying.data.folders import Split, decode, files
 from tying.files import atomically
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -33,8 +32,7 @@ def load_sample() -> dict[str, Split]:
         >>> images.shape, images.dtype, labels.bincount().unique()
         (torch.Size([1000, 32, 32, 3]), torch.uint8, tensor([100]))
     """
-    with resources.as_file(resources.files("tying.data") / FILE) as path:
-        return decode(path, CLASSES, (32, 32), show_progress=False)
+    return decode(Path(__file__).with_name(FILE), CLASSES, (32, 32), show_progress=False)
 
 
 def cut_sample(archive: Path, out: Path) -> int:
@@ -42,23 +40,18 @@ def cut_sample(archive: Path, out: Path) -> int:
 
     The result depends on the images alone: times and owners are fixed, and ``out`` appears whole or not at all.
     """
-    found: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
+    grouped: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
     for split, kind, name, content in files(archive):
-        found[split, kind].append((name, content))
+        grouped[split, kind].append((name, content))
     with atomically(out) as aside, tarfile.open(aside, "w:xz", preset=9) as tar:
-        for split, count in PER_CLASS.items():
-            for kind in CLASSES:
-                named = sorted(found[split, kind])
-                for name, content in named[:: max(1, len(named) // count)][:count]:
-                    info = tarfile.TarInfo(f"cifar10/{split}/{kind}/{name}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        for (split, count), kind in product(PER_CLASS.items(), CLASSES):
+            images = sorted(grouped[split, kind])
+            for name, content in images[:: max(1, len(images) // count)][:count]:
+                info = tarfile.TarInfo(f"cifar10/{split}/{kind}/{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
     return out.stat().st_size
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    print(f"{arguments.out}: {cut_sample(arguments.archive, arguments.out):,} bytes")
+    print(f"{cut_sample(Path(sys.argv[1]), Path(sys.argv[2])):,} bytes")

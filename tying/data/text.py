@@ -10,30 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from tying.data.resuming import ResumableLoader
-from tying.errors import ConfigurationError
+from tying.data.resuming import ResumableData, ResumableLoader
+from tying.errors import ConfigurationError, check_range
 
-UNKNOWN = 0  # the slot of characters that the training text has too rarely, or not
-HELD_OUT = 20  # one of so many files, or shares of a file, is for validation, and one for testing
+UNKNOWN = 0  # the id of characters that are rare in the training text, or not in it
+HELD_OUT = 20  # one of this many files, or equal parts of a file, is for validation, and one for testing
 
 
 class StreamLoader(ResumableLoader):
-    """Iterate over a text in windows, in streams side by side: each batch goes on where the one before ended.
+    """Iterate over a text in windows, in parallel streams: each batch begins where the previous one ended.
 
-    Several processes share the streams. A training run goes on with the very batch at which it was interrupted.
+    Several processes share the streams. A training run resumes with the very batch at which it was interrupted.
 
     Args:
         ids: int64, (characters,).
-        streams: how many, per process; samples of a batch.
+        streams: samples of a batch, per process.
         window: characters of a sample.
         rank: this process, of ``world``.
         world: number of processes.
+
+    Attributes:
+        ids: int64, (streams, characters).
+        dataset: the same, flat: its length is that of the data.
 
     Example:
         >>> loader = StreamLoader(torch.arange(9), streams=2, window=2)
@@ -45,14 +48,9 @@ class StreamLoader(ResumableLoader):
         super().__init__()
         joint = streams * world
         length = len(ids) // joint
-        own = slice(rank * streams, (rank + 1) * streams)
-        self.ids = ids[: length * joint].view(joint, length)[own]
+        self.ids = ids[: length * joint].view(joint, length)[rank * streams : (rank + 1) * streams]
+        self.dataset = self.ids.flatten()
         self.window = window
-
-    @property
-    def dataset(self) -> Tensor:
-        """What has the length of the data."""
-        return self.ids.flatten()
 
     def __len__(self) -> int:
         return max(0, self.ids.shape[1] - 1) // self.window
@@ -63,23 +61,22 @@ class StreamLoader(ResumableLoader):
             yield self.ids[:, start : start + self.window], self.ids[:, start + 1 : start + self.window + 1]
 
 
-class Text(pl.LightningDataModule):
-    """A text's characters, each to be told from those before it.
+class Text(ResumableData):
+    """The characters of a text, each to be predicted from those before it.
 
     Args:
         path: a text file, whose last twentieths are for validation and testing; by default the sources of Python's
-            standard library, those modules that are one file: by the CRC-32 of its name, modulo 20, a file is for
-            validation (0), testing (1) or training.
+            standard library, those modules that are one file: the CRC-32 of a file's name, modulo 20, decides whether
+            it is for validation (0), testing (1) or training.
         window: characters of a sample.
-        batch_size: samples of a batch, per process: streams of text, which go on from batch to batch.
-        vocabulary: number of characters told apart: the most frequent ones of the training text, less one slot for all
-            others.
-        characters: use no more than so many of the training text; all by default.
+        batch_size: samples of a batch, per process: streams of text, each of which continues from batch to batch.
+        vocabulary: number of ids: the most frequent characters of the training text have one each, and all others
+            share one.
+        characters: use only this many characters of the training text; all by default.
         encoding: of the file.
 
     Attributes:
-        key: stands for the content, once it is set up.
-        letters: the characters told apart, from slot 1 on.
+        letters: the characters with an id, from 1 on.
 
     Shape: batches of characters (batch, window) and of those that follow each, int64.
 
@@ -104,92 +101,63 @@ class Text(pl.LightningDataModule):
         encoding: str = "utf-8",
     ) -> None:
         super().__init__()
-        for name, value, least in (("window", window, 1), ("batch_size", batch_size, 1), ("vocabulary", vocabulary, 2)):
-            if value < least:
-                raise ConfigurationError(f"{name} must be {least} or more, not {value}")
-        if characters is not None and characters < 2:
-            raise ConfigurationError(f"characters must be 2 or more, not {characters}")
+        check_range("window", window, "[1, inf)")
+        check_range("batch_size", batch_size, "[1, inf)")
+        check_range("vocabulary", vocabulary, "[2, inf)")
+        if characters is not None:
+            check_range("characters", characters, "[2, inf)")
         self.path, self.window, self.batch_size = path, window, batch_size
         self.vocabulary, self.characters, self.encoding = vocabulary, characters, encoding
-        self.key, self.letters = "", ""
+        self.letters = ""
         self._ids: dict[str, Tensor] = {}
-        self._training: StreamLoader | None = None
-        self._place: dict[str, Any] = {}
 
     @override
     def setup(self, stage: str) -> None:
         if self._ids:
             return
         texts = _split(Path(self.path), self.encoding) if self.path is not None else _library()
-        if self.characters is not None:
-            texts["fit"] = texts["fit"][: self.characters]
-        self.key = f"{zlib.crc32(''.join(texts.values()).encode('utf-8', 'surrogatepass')):08x}"
-        counts = Counter(texts["fit"])
-        chosen = sorted(counts, key=lambda letter: (-counts[letter], letter))[: self.vocabulary - 1]
-        self.letters = "".join(sorted(chosen))
-        slots = {letter: slot for slot, letter in enumerate(self.letters, start=1)}
-        self._ids = {
-            split: torch.tensor([slots.get(letter, UNKNOWN) for letter in text], dtype=torch.long)
-            for split, text in texts.items()
-        }
-        told = []
-        for split, ids in self._ids.items():
-            if not len(StreamLoader(ids, 1, self.window)):
+        texts["fit"] = texts["fit"][: self.characters]
+        for split, text in texts.items():
+            if len(text) <= self.window:
                 raise ConfigurationError(
-                    f"the text for {split} has {len(ids)} characters: a window of {self.window}, and what follows it, "
+                    f"the text for {split} has {len(text)} characters: a window of {self.window}, and what follows it, "
                     f"needs {self.window + 1}"
                 )
-            unknown = int((ids == UNKNOWN).sum())
-            told.append(f"{len(ids):,} {split}" + (f", {unknown} of them unknown" if unknown else ""))
-        rank_zero_info(f"Text: {self.description} of {len(self.letters)} characters ({'; '.join(told)})")
+        self.key = f"{zlib.crc32(''.join(texts.values()).encode('utf-8', 'surrogatepass')):08x}"
+        counts = Counter(texts["fit"])
+        frequent = sorted(counts, key=lambda letter: (-counts[letter], letter))[: self.vocabulary - 1]
+        self.letters = "".join(sorted(frequent))
+        known = {letter: number for number, letter in enumerate(self.letters, start=1)}
+        self._ids = {
+            split: torch.tensor([known.get(letter, UNKNOWN) for letter in text]) for split, text in texts.items()
+        }
+        sizes = [f"{len(ids):,} {split} ({int((ids == UNKNOWN).sum())} unknown)" for split, ids in self._ids.items()]
+        rank_zero_info(f"Text: {self.description} of {len(self.letters)} characters: {', '.join(sizes)}")
 
     @property
     def description(self) -> str:
-        """Which text this is, in words."""
+        """Which text this is, for the log."""
         return f"sources of Python {sys.version.split()[0]}" if self.path is None else Path(self.path).name
 
     def text(self, ids: Tensor) -> str:
-        """Return the characters of slots; � for unknown ones, and for slots that no character has."""
-        slots = dict(enumerate(self.letters, start=1))
-        return "".join(slots.get(slot, "�") for slot in ids.flatten().tolist())
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self._training is None else self._training.state_dict()
+        """Return the characters of ids; � for unknown ones, and for ids that no character has."""
+        letters = dict(enumerate(self.letters, start=1))
+        return "".join(letters.get(number, "�") for number in ids.flatten().tolist())
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._place = dict(state_dict)
+        # version 0.1.0 saved the position alone
+        super().load_state_dict({"fit": state_dict} if "epoch" in state_dict else state_dict)
 
     @override
-    def train_dataloader(self) -> StreamLoader:
-        self._training = self._loader("fit")
-        if self._place:
-            self._training.load_state_dict(self._place)
-            self._place = {}
-        return self._training
-
-    @override
-    def val_dataloader(self) -> StreamLoader:
-        return self._loader("val")
-
-    @override
-    def test_dataloader(self) -> StreamLoader:
-        return self._loader("test")
-
-    @override
-    def predict_dataloader(self) -> StreamLoader:
-        return self._loader("test")
-
-    def _loader(self, split: str) -> StreamLoader:
-        world = self.trainer.world_size if self.trainer else 1
-        rank = self.trainer.global_rank if self.trainer else 0
-        most = max(1, (len(self._ids[split]) - 1) // (self.window + 1) // world)  # streams of one window at least
-        streams = self.batch_size if split == "fit" else min(self.batch_size, most)
-        loader = StreamLoader(self._ids[split], streams, self.window, rank, world)
+    def make_loader(self, split: str, train: bool, rank: int, world: int) -> StreamLoader:
+        ids, streams = self._ids[split], self.batch_size
+        if not train:  # as many streams as have one window at least
+            streams = min(streams, max(1, (len(ids) - 1) // (self.window + 1) // world))
+        loader = StreamLoader(ids, streams, self.window, rank, world)
         if not len(loader):
             raise ConfigurationError(
-                f"the text for {split} has {len(self._ids[split]):,} characters: a window of {self.window}, and what "
+                f"the text for {split} has {len(ids):,} characters: a window of {self.window}, and what "
                 f"follows it, for each of {streams * world} streams needs {streams * world * (self.window + 1):,}"
             )
         return loader

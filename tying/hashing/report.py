@@ -16,10 +16,11 @@ from tying.files import save_figure
 from tying.hashing.integers import hash32
 from tying.hashing.parametrization import VirtualWeight
 from tying.weights.derived import derived_weights
+from tying.weights.report import WeightRow
 
 
 def loads(index: Tensor, table_size: int) -> Tensor:
-    """Return how many weights use each entry; zero weights (−1) use none.
+    """Return how many weights use each entry of a table; zero weights (−1) use none.
 
     Args:
         index: integers in [−1, table_size), of any shape.
@@ -32,15 +33,14 @@ def loads(index: Tensor, table_size: int) -> Tensor:
         >>> loads(torch.tensor([0, 2, 2, -1]), table_size=3).tolist()
         [1, 0, 2]
     """
-    used = index[index >= 0]
-    return torch.bincount(used.flatten(), minlength=table_size)
+    return torch.bincount(index[index >= 0], minlength=table_size)
 
 
 def entropy(loads: Tensor) -> float:
-    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n where all are alike, 0 where one has all.
+    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n for n equal ones, 0 for a single positive one.
 
     Args:
-        loads: (table_size,), not negative; need not sum to one. Of none, 0.
+        loads: (table_size,), not negative; need not sum to one. Zeros alone have entropy 0.
 
     Example:
         >>> round(entropy(torch.ones(1000)), 2)
@@ -54,7 +54,7 @@ def entropy(loads: Tensor) -> float:
 
 @dataclass(frozen=True)
 class HashedWeight:
-    """What hashing has made of one weight.
+    """A weight that is hashed, and the use of its table.
 
     Attributes:
         name: of the weight.
@@ -62,7 +62,7 @@ class HashedWeight:
         table_size: entries of its table, which may be the network's.
         holder: the first weight of its table: another name where they share it.
         index: how the hash is evaluated.
-        units: distinct rows of the weight: a hash that repeats them leaves fewer units than there seem to be.
+        units: distinct rows of the weight: a hash that repeats rows leaves fewer units than the shape suggests.
         realised: entropy of the loads of the table's entries, in nats.
         generating: entropy of the hash's probabilities, in nats, where they are known.
     """
@@ -76,16 +76,20 @@ class HashedWeight:
     realised: float
     generating: float | None
 
+    def __str__(self) -> str:
+        repeated = f"; only {self.units} of {self.shape[0]} units are distinct" * (self.units < self.shape[0])
+        return str(WeightRow((self.name,), self.index + repeated, self.shape, self.table_size, math.prod(self.shape)))
+
 
 @dataclass(frozen=True)
 class HashReport:
-    """What :func:`hash_weights` has done.
+    """The hashed weights of a model; see :func:`hash_weights`.
 
     Attributes:
-        weights: what has been hashed, those of one table next to each other.
+        weights: the hashed weights, those of one table next to each other.
         stored: entries of all tables.
-        virtual: number of hashed weights.
-        skipped: names of parameters of fewer than two dimensions, which are left as they were.
+        virtual: number of values of the hashed weights.
+        skipped: names of parameters of fewer than two dimensions, which are left unchanged.
     """
 
     weights: tuple[HashedWeight, ...]
@@ -94,38 +98,43 @@ class HashReport:
     skipped: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.virtual:,} weights of {len(self.weights)} tensors in {self.stored:,} entries"]
-        for one in self.weights:
-            if one.name == one.holder:
-                generating = "" if one.generating is None else f", of probabilities {one.generating:.4f}"
-                entropies = f"of loads {one.realised:.4f}{generating}, at most {math.log(one.table_size):.4f} nats"
-                lines.append(f"table of {one.table_size:,}: entropy {entropies}")
-            line = f"  {one.name} {one.shape}, {one.index}"
-            if one.units < one.shape[0]:
-                line += f"; only {one.units} of {one.shape[0]} units are distinct"
-            lines.append(line)
+        holders = {weight.holder for weight in self.weights}
+        tables = "a table" if len(holders) == 1 else f"{len(holders)} tables with a total"
+        lines = [
+            f"{len(self.weights)} weights ({self.virtual:,} values) share {tables} of {self.stored:,} entries "
+            f"(ratio {self.stored / max(1, self.virtual):.3g})"
+        ]
+        for weight in self.weights:
+            if weight.name == weight.holder:
+                generating = "" if weight.generating is None else f", of probabilities {weight.generating:.4f}"
+                lines.append(
+                    f"table of {weight.table_size:,}: entropy of loads {weight.realised:.4f}{generating}, at most "
+                    f"{math.log(weight.table_size):.4f} nats"
+                )
+            lines.append(f"  {weight}")
         if self.skipped:
-            lines.append(f"left as they are, having fewer than two dimensions: {', '.join(self.skipped)}")
+            lines.append(f"skipped, having fewer than two dimensions: {', '.join(self.skipped)}")
         return "\n".join(lines)
 
 
 def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Parameter]]:
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
-    for name, one in derived_weights(model).items():
-        *_, last = one.steps
-        if isinstance(last, VirtualWeight):
-            held, *_ = one.prefixes  # a table may be parametrized in its turn
-            table = one.owner.get_parameter(f"{held}original") if held.endswith(".") else getattr(one.owner, held)
-            yield name, last, table
+    for name, derived in derived_weights(model).items():
+        virtual = derived.steps[-1]
+        if isinstance(virtual, VirtualWeight):
+            prefix, *_ = derived.prefixes
+            is_list = prefix.endswith(".")
+            table = derived.owner.get_parameter(f"{prefix}original") if is_list else getattr(derived.owner, prefix)
+            yield name, virtual, table
 
 
-def tables_in(model: nn.Module, names: Container[str] | None = None) -> list[dict[str, VirtualWeight]]:
-    """Return for each table of a model the maps from it to its weights, by name; of these names, or all."""
+def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, VirtualWeight]]:
+    """Return the weights of each table of a model, by the name of the first; all weights, or those of ``names``."""
     tables: dict[int, dict[str, VirtualWeight]] = {}
-    for name, virtual, table in [*hashed_in(model)]:  # all at once: one that is computed must live to be told apart
+    for name, virtual, table in [*hashed_in(model)]:  # a list: computed tables must live to have distinct ids
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
-    return [*tables.values()]
+    return {next(iter(group)): group for group in tables.values()}
 
 
 def loads_of(group: Mapping[str, VirtualWeight]) -> Tensor:
@@ -134,36 +143,34 @@ def loads_of(group: Mapping[str, VirtualWeight]) -> Tensor:
 
 
 def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
-    """Return what hashing has made of a model's weights.
+    """Return the report of a model's hashed weights.
 
     Args:
-        model: whose weights.
-        names: which of them; all by default.
+        model: any module.
+        names: which weights; all by default.
         skipped: names of parameters that were to be hashed, and were not.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
         >>> print(report(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash()))))
-        16 weights of 1 tensors in 4 entries
+        1 weights (16 values) share a table of 4 entries (ratio 0.25)
         table of 4: entropy of loads 1.3863, of probabilities 1.3863, at most 1.3863 nats
-          0.weight (4, 4), structured; only 1 of 4 units are distinct
+          0.weight (4, 4): 16 values from 4, structured; only 1 of 4 units are distinct
     """
-    weights = []
-    for group in tables_in(model, names):
-        holder, first = next(iter(group.items()))
-        count, size = sum(virtual.shape.numel() for virtual in group.values()), first.table_size
-        realised = entropy(loads_of(group))
-        shares = first.hash.probabilities(count, size)
-        generating = None if shares is None else entropy(shares)
+    weights: list[HashedWeight] = []
+    for holder, group in tables_in(model, names).items():
+        size, hash = group[holder].table_size, group[holder].hash
+        shares = hash.probabilities(sum(virtual.shape.numel() for virtual in group.values()), size)
+        entropies = entropy(loads_of(group)), None if shares is None else entropy(shares)
         for name, virtual in group.items():
             shape, units = tuple(virtual.shape), distinct_rows(virtual)
-            weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, realised, generating))
-    stored = sum(one.table_size for one in weights if one.name == one.holder)
-    return HashReport(tuple(weights), stored, sum(math.prod(one.shape) for one in weights), skipped)
+            weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, *entropies))
+    stored = sum(weight.table_size for weight in weights if weight.name == weight.holder)
+    return HashReport(tuple(weights), stored, sum(math.prod(weight.shape) for weight in weights), skipped)
 
 
 def distinct_rows(virtual: VirtualWeight) -> int:
-    """Return how many rows of a weight differ, as the hash makes them.
+    """Return the number of distinct rows of a weight.
 
     Example:
         >>> from tying.hashing import ModulusHash
@@ -171,10 +178,8 @@ def distinct_rows(virtual: VirtualWeight) -> int:
         125
     """
     rows = virtual.extended_entries().view(virtual.shape[0], -1)
-    keys = (
-        hash32(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1
-    )  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
-    return len(torch.unique((hash32(rows, 0) * keys).sum(dim=1)))
+    keys = hash32(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1  # odd
+    return len(torch.unique((hash32(rows, 0) * keys).sum(dim=1)))  # rows with equal sums modulo 2⁶⁴ count as equal
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
@@ -185,7 +190,7 @@ def table_loads(model: nn.Module) -> dict[str, Tensor]:
         >>> table_loads(nn.Sequential(HashedLinear(5, 2, table_ratio=0.3, hash=ModulusHash())))
         {'0.weight': tensor([4, 3, 3])}
     """
-    return {next(iter(group)): loads_of(group) for group in tables_in(model)}
+    return {holder: loads_of(group) for holder, group in tables_in(model).items()}
 
 
 def plot_loads(model: nn.Module, path: Path | str) -> None:
@@ -198,25 +203,21 @@ def plot_loads(model: nn.Module, path: Path | str) -> None:
 
 
 def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
-    """Write a PNG with two panels for each title: loads, (table_size,), as a heat map and as a histogram."""
+    """Write a PNG with a row of two panels for each title: loads, (table_size,), as a heat map and as a histogram."""
     from matplotlib.figure import Figure
 
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    across = min(len(counts), 3)
-    down = math.ceil(len(counts) / across)
-    figure = Figure(figsize=(6.8 * across, 2.9 * down), layout="constrained")
-    panels = figure.subplots(down, 2 * across, squeeze=False).flatten()
-    for unused in panels[2 * len(counts) :]:
-        unused.remove()
-    for (title, own), heat, bars in zip(counts.items(), panels[::2], panels[1::2], strict=False):
-        side = math.ceil(math.sqrt(len(own)))
-        square = F.pad(own.float(), (0, side * side - len(own)), value=math.nan).view(side, side)
+    figure = Figure(figsize=(6.8, 2.9 * len(counts)), layout="constrained")
+    panels = figure.subplots(len(counts), 2, squeeze=False)
+    for (title, uses), (heat, bars) in zip(counts.items(), panels, strict=True):
+        side = math.ceil(math.sqrt(len(uses)))
+        square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
         figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
         heat.set(xticks=[], yticks=[])
         heat.set_title(title, fontsize="small", loc="left")
-        bars.hist(own.numpy(), bins=min(50, int(own.max()) + 1))
+        bars.hist(uses.numpy(), bins=min(50, int(uses.max()) + 1))
         bars.set(xlabel="weights that use an entry", ylabel="entries")
-        told = f"entropy {entropy(own):.3f}, at most {math.log(len(own)):.3f} nats"
-        bars.set_title(told, fontsize="small", loc="right")
+        title = f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats"
+        bars.set_title(title, fontsize="small", loc="right")
     save_figure(figure, path)

@@ -1,18 +1,20 @@
-"""Report which weights are shared, what that saves, and what would break it."""
+"""Report which weights are shared or computed, what that saves, and what would break it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name
-from tying.weights.derived import count_parameters, saved_bytes
-from tying.weights.record import TieRecord, tie_records
+from tying.weights.derived import count_parameters, eval_mode, saved_bytes
+from tying.weights.record import tie_records
 from tying.weights.state_dict import derived_by_others
 from tying.weights.tie import tied
 
@@ -20,18 +22,44 @@ OTHERS = "shared, by others"
 
 
 @dataclass(frozen=True)
+class WeightRow:
+    """A weight that is shared or computed, or modules whose weights are all shared in the same way.
+
+    Attributes:
+        names: of the weight or the modules, the source first.
+        how: ``"shared"``, a relation, or the description that a derived weight gives of itself.
+        shape: of the weight, in the source's layout; empty for modules.
+        stored: number of values of the parameters, which other rows may share.
+        used: number of values that the forward pass uses: each use counts.
+        weights: how many weights each module has; 1 for a weight.
+    """
+
+    names: tuple[str, ...]
+    how: str
+    shape: tuple[int, ...]
+    stored: int
+    used: int
+    weights: int = 1
+
+    def __str__(self) -> str:
+        size = self.shape if self.weights == 1 else f"({self.weights} weights)"
+        return f"{' = '.join(self.names)} {size}: {self.used:,} values from {self.stored:,}, {self.how}"
+
+
+@dataclass(frozen=True)
 class TieReport:
-    """What :func:`audit` found.
+    """The shared and computed weights of a model, and what they save; see :func:`audit`.
 
     Attributes:
         groups: all names of each weight that has several, the source first.
         relations: how each group is tied: ``"shared"``, or the relations that stand in it.
         unique: number of parameter values that are stored.
         virtual: number of values the model computes with: each use counts.
-        saved_bytes: by how much the weights that the model computes with exceed what is stored; gradients and optimizer
-            states come on top.
+        saved_bytes: by how many bytes the weights that the model computes with exceed what is stored; gradients and
+            optimizer states come on top.
         problems: what is wrong now, each with its remedy.
-        limits: what would take the ties apart, or store copies, each with its remedy.
+        limits: what would undo the ties, or store copies, each with its remedy.
+        rows: the groups, then the weights that something else than a tie computes; modules that are alike as one row.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -41,16 +69,19 @@ class TieReport:
     saved_bytes: int
     problems: tuple[str, ...]
     limits: tuple[str, ...]
+    rows: tuple[WeightRow, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{' = '.join(names)} ({how})" for names, how in zip(self.groups, self.relations, strict=True)]
-        return "\n".join([*lines, self.counts(), *self.remarks()])
+        return "\n".join([*map(str, self.rows), self.counts(), *self.remarks()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain dictionaries, tuples, strings and numbers, ready for JSON."""
+        return asdict(self)
 
     def counts(self) -> str:
         """Return the numbers, in a sentence."""
-        numbers = f"{self.unique:,} unique parameters, {self.virtual:,} counting each use"
-        saved = f"{self.saved_bytes:,} bytes saved" if self.saved_bytes >= 0 else f"{-self.saved_bytes:,} bytes more"
-        return f"{numbers}; {saved} by sharing."
+        saved = f"{abs(self.saved_bytes):,} bytes {'saved' if self.saved_bytes >= 0 else 'more'} by sharing"
+        return f"{self.unique:,} unique parameters, {self.virtual:,} counting each use; {saved}."
 
     def remarks(self) -> list[str]:
         """Return problems and limits, a line each."""
@@ -58,7 +89,7 @@ class TieReport:
 
 
 def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
-    """Report which weights of a model are one, what that saves, what is wrong and what would break.
+    """Report which weights of a model are shared or computed, what that saves, what is wrong and what would break.
 
     Args:
         model: any module; also finds sharing that :func:`tying.hard.tie` has not made.
@@ -68,28 +99,69 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         >>> from tying.hard import tie
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> _ = tie(model, ["0.weight ~ 1.weight"])
+        >>> print(audit(model).rows[0])
+        0.weight = 1.weight (2, 2): 8 values from 4, shared
         >>> report = audit(model)
         >>> report.groups, report.unique, report.virtual, report.saved_bytes
         ((('0.weight', '1.weight'),), 8, 12, 16)
         >>> report.problems
         ()
     """
-    found = {shared.names: _how(shared) for shared in tie_records(model)}
-    known = {name for names in found for name in names}
+    groups = {
+        record.names: "; ".join(dict.fromkeys(str(link) for link in record.relations if link.steps)) or "shared"
+        for record in tie_records(model)
+    }
+    known = {name for names in groups for name in names}
+    parameters = {clean_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(clean_name(name))
-    for names in aliases.values():
-        if len(names) > 1 and not known.issuperset(names):
-            found[tuple(names)] = OTHERS
+    for name, parameter in parameters.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    groups |= {(*names,): OTHERS for names in aliases.values() if len(names) > 1 and not known.issuperset(names)}
+    shared = [
+        WeightRow(names, how, (*(source := parameters[names[0]]).shape,), source.numel(), source.numel() * len(names))
+        for names, how in groups.items()
+        if names[0] in parameters
+    ]
     unique, virtual = count_parameters(model)
-    problems = [*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)]
-    groups, relations, limits = tuple(found), tuple(found.values()), tuple(_limits(model, found))
-    return TieReport(groups, relations, unique, virtual, saved_bytes(model), tuple(problems), limits)
+    return TieReport(
+        groups=tuple(groups),
+        relations=tuple(groups.values()),
+        unique=unique,
+        virtual=virtual,
+        saved_bytes=saved_bytes(model),
+        problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)),
+        limits=tuple(_limits(model, groups)),
+        rows=(*_folded(shared, parameters), *_derived_rows(model)),
+    )
 
 
-def _how(shared: TieRecord) -> str:
-    return "; ".join(dict.fromkeys(str(relation) for relation in shared.relations if relation.steps)) or "shared"
+def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightRow]:
+    """Return rows of weights, with one row for modules in which every weight is shared in the same way."""
+    alike = {(row.names, row.how): row for row in rows}
+    folded = {}
+    for key, row in alike.items():
+        for depth in range(min(name.count(".") for name in row.names), 0, -1):  # the outermost modules first
+            modules = tuple(name.rsplit(".", depth)[0] for name in row.names)
+            inside = [name.removeprefix(modules[0]) for name in names if name.startswith(f"{modules[0]}.")]
+            keys = {(tuple(module + rest for module in modules), row.how) for rest in inside}
+            if key in keys and len(keys) > 1 and keys <= alike.keys():
+                stored, used = (sum(getattr(alike[part], count) for part in keys) for count in ("stored", "used"))
+                row = WeightRow(modules, row.how, (), stored, used, len(keys))
+                break
+        folded[row.names] = row
+    return folded.values()
+
+
+def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
+    """Yield the weights that something else than a tie computes."""
+    with eval_mode(model):
+        for name, derived in derived_by_others(model).items():
+            step: Any = derived.steps[-1]
+            shape = getattr(step, "shape", None)  # known without computing the weight
+            if not isinstance(shape, torch.Size):
+                shape = getattr(derived.owner, derived.name).shape
+            how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
+            yield WeightRow((name,), how, (*shape,), sum(p.numel() for p in derived.originals), shape.numel())
 
 
 def _broken(model: nn.Module) -> Iterable[str]:
@@ -100,22 +172,20 @@ def _broken(model: nn.Module) -> Iterable[str]:
 
 
 def _on_one_storage(model: nn.Module) -> Iterable[str]:
-    holders: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, the byte behind the last, name
-    for raw, parameter in model.named_parameters():
+    spans: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, the byte behind the last, name
+    for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.numel() or hasattr(parameter, "full_tensor"):
             continue
-        name = clean_name(raw)
         begin = parameter.data_ptr()
-        reach = sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
-        end = begin + (reach + 1) * parameter.element_size()
-        known = holders.setdefault(parameter.untyped_storage().data_ptr(), [])
-        other = next((holder for low, high, holder in known if begin < high and low < end), None)
-        known.append((begin, end, name))
-        if other is not None:
+        last = sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
+        end = begin + (last + 1) * parameter.element_size()
+        others = spans.setdefault(parameter.untyped_storage().data_ptr(), [])
+        if overlapping := [other for low, high, other in others if begin < high and low < end]:
             yield (
-                f"{other!r} and {name!r} are two parameters on one storage: they look tied, but an "
-                "optimizer steps both, and moving parts them. Tie them by tying.hard.tie"
+                f"{overlapping[0]!r} and {clean_name(name)!r} are two parameters on one storage: they look tied, but "
+                "an optimizer steps both, and moving the model separates them. Tie them by tying.hard.tie"
             )
+        others.append((begin, end, clean_name(name)))
 
 
 def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterable[str]:
@@ -144,25 +214,26 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
             "tying.hard.bake(model) only; if by a parametrization, or in a class that hash_weights makes, pickling the "
             "model refuses"
         )
-    apart = []
     for names, how in groups.items():
-        owners = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names))
-        if len(owners) > 1 and how != OTHERS:
-            apart.append(f"fully_shard([{', '.join(owners)}])")
         if "->" in how:
             yield (
                 f"pickling the model refuses, and ONNX stores copies of {names[0]}: keep its state_dict, or "
                 "tying.hard.bake(model)"
             )
-    if apart:
-        more = f" and so for {len(apart) - 1} more groups," if len(apart) > 1 else ""
-        yield f"FSDP must shard the modules of a group together: {apart[0]},{more} or a module that holds them all"
+    owners = [
+        dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names)
+        for names, how in groups.items()
+        if how != OTHERS
+    ]
+    if several := [f"fully_shard([{', '.join(modules)}])" for modules in owners if len(modules) > 1]:
+        more = f" and so for {len(several) - 1} more groups," if len(several) > 1 else ""
+        yield f"FSDP must shard the modules of a group together: {several[0]},{more} or a module that holds them all"
     if groups:
         yield (
             "formats without sharing, such as safetensors, refuse or store copies: save tying.hard.bake(model), and "
             "load it by load_state_dict"
         )
         yield (
-            "after to_empty, or load_state_dict(assign=True) of a part, the weights are apart until a state dict is "
+            "after to_empty, or load_state_dict(assign=True) of a part, the weights are separate until a state dict is "
             "loaded into the whole model"
         )
