@@ -90,7 +90,7 @@ def test_zeros_stay_zeros_and_gradients_are_sums():
     x = torch.randn(3, 20, dtype=torch.float64)
     for one in (layer, dense):
         one(x).square().sum().backward()
-    entries = layer.virtual.entries()
+    entries = layer.virtual.slots()
     expected = torch.stack([dense.weight.grad[entries == k].sum() for k in range(4)])
     torch.testing.assert_close(layer.table.grad, expected, rtol=0, atol=1e-12)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
@@ -175,7 +175,7 @@ def test_codebooks_are_trained_and_fit_is_repeatable():
     train(model, [callback], max_epochs=1)
     before = copy.deepcopy(model.encoder[0])
     train(model, [callback], max_epochs=1)
-    assert torch.equal(model.encoder[0].virtual.entries(), before.virtual.entries())
+    assert torch.equal(model.encoder[0].virtual.slots(), before.virtual.slots())
     assert not torch.equal(model.encoder[0].table, before.table)
 
 
@@ -190,7 +190,7 @@ def test_an_entry_moves_by_the_sum_or_the_mean_of_its_weights_gradients(gradient
         train(one, attached, max_steps=1, accumulate_grad_batches=accumulate, precision="64-true")
     for name in NAMES[:2]:
         layer, plain = model.get_submodule(name[:-7]), dense.get_submodule(name[:-7])
-        entries = layer.virtual.entries().flatten().long()
+        entries = layer.virtual.slots().flatten().long()
         moved = torch.zeros(4, dtype=torch.float64)
         moved.index_add_(0, entries, plain.weight.detach().flatten() - before[name][entries])
         expected = moved if gradient == "sum" else moved / loads(entries, 4)
@@ -254,7 +254,7 @@ def test_several_clusterings_of_one_model(tmp_path):
     train(resumed, callbacks(), max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
     assert torch.equal(
         resumed.decoder[0].weight,
-        torch.load(tmp_path / "a.ckpt")["state_dict"]["decoder.0.table"][resumed.decoder[0].virtual.entries()],
+        torch.load(tmp_path / "a.ckpt")["state_dict"]["decoder.0.table"][resumed.decoder[0].virtual.slots()],
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from tying.errors import ConfigurationError
 from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
-from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import loads
 from tying.weights.derived import ParameterLocation, locate_parameters
 
@@ -133,9 +133,9 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     return put_codebook(module, attribute, assignments.cpu(), centroids)
 
 
-def uses_of(virtual: VirtualWeight) -> Tensor:
+def uses_of(virtual: HashedParametrization) -> Tensor:
     """Return how many weights are each entry of a codebook, at least one."""
-    return loads(virtual.entries(), virtual.table_size).clamp(min=1)
+    return loads(virtual.slots(), virtual.table_size).clamp(min=1)
 
 
 def check_clusterable(name: str, places: Mapping[str, ParameterLocation], clusters: int) -> None:
@@ -164,7 +164,9 @@ def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroi
         centroids: (k,).
     """
     weight = module.get_parameter(attribute)
-    virtual = VirtualWeight(weight.shape, len(centroids), CodebookHash(assignments), index="stored").to(weight.device)
+    virtual = HashedParametrization(weight.shape, len(centroids), CodebookHash(assignments), index="stored").to(
+        weight.device
+    )
     table = nn.Parameter(centroids.to(weight), weight.requires_grad)
     hash_attribute(module, attribute, virtual, table)
     return table

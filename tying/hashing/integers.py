@@ -23,7 +23,7 @@ def hash32(ids: Tensor, seed: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> mix(torch.arange(3), seed=0).tolist()
+        >>> hash32(torch.arange(3), seed=0).tolist()
         [2872864583, 1772158550, 138880084]
     """
     low_key, high_key = splitmix64(seed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tying.errors import ConfigurationError, listed
 from tying.files import atomically, read
 from tying.hashing.hashes import CodebookHash
-from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import hashed_in
 
 VERSION = 1  # of packed files
@@ -144,7 +144,7 @@ def unpacked(one: Packed) -> Tensor:
     return weight.view(one.shape)
 
 
-def clustered(model: nn.Module) -> dict[str, tuple[VirtualWeight, Tensor]]:
+def clustered(model: nn.Module) -> dict[str, tuple[HashedParametrization, Tensor]]:
     """Return the clustered weights of a model, by name: the map from the codebook to the weight, and the codebook."""
     return {
         name: (virtual, table) for name, virtual, table in hashed_in(model) if isinstance(virtual.hash, CodebookHash)
@@ -160,7 +160,7 @@ def packed_weights(model: nn.Module) -> dict[str, Packed]:
     weights = clustered(model)
     if signed := [name for name, (virtual, _) in weights.items() if virtual.sign]:
         raise ConfigurationError(f"{listed(signed)}: signed, which packed files do not hold")
-    return {name: packed(virtual.entries(), virtual.scaled(table)) for name, (virtual, table) in weights.items()}
+    return {name: packed(virtual.slots(), virtual.scaled(table)) for name, (virtual, table) in weights.items()}
 
 
 def save_packed(model: nn.Module, path: Path | str) -> int:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tying.errors import ConfigurationError
 from tying.files import save_figure
 from tying.hashing.integers import hash32
-from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.parametrization import HashedParametrization
 from tying.weights.derived import derived_weights
 
 
@@ -109,28 +109,28 @@ class HashReport:
         return "\n".join(lines)
 
 
-def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Parameter]]:
+def hashed_in(model: nn.Module) -> Iterator[tuple[str, HashedParametrization, nn.Parameter]]:
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
     for name, one in derived_weights(model).items():
         *_, last = one.steps
-        if isinstance(last, VirtualWeight):
+        if isinstance(last, HashedParametrization):
             held, *_ = one.prefixes  # a table may be parametrized in its turn
             table = one.owner.get_parameter(f"{held}original") if held.endswith(".") else getattr(one.owner, held)
             yield name, last, table
 
 
-def tables_in(model: nn.Module, names: Container[str] | None = None) -> list[dict[str, VirtualWeight]]:
+def tables_in(model: nn.Module, names: Container[str] | None = None) -> list[dict[str, HashedParametrization]]:
     """Return for each table of a model the maps from it to its weights, by name; of these names, or all."""
-    tables: dict[int, dict[str, VirtualWeight]] = {}
+    tables: dict[int, dict[str, HashedParametrization]] = {}
     for name, virtual, table in [*hashed_in(model)]:  # all at once: one that is computed must live to be told apart
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
     return [*tables.values()]
 
 
-def loads_of(group: Mapping[str, VirtualWeight]) -> Tensor:
+def loads_of(group: Mapping[str, HashedParametrization]) -> Tensor:
     """Return how many weights, of all that share a table, use each entry."""
-    return torch.stack([loads(virtual.entries(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
+    return torch.stack([loads(virtual.slots(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
 
 
 def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
@@ -162,15 +162,15 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
     return HashReport(tuple(weights), stored, sum(math.prod(one.shape) for one in weights), skipped)
 
 
-def distinct_rows(virtual: VirtualWeight) -> int:
+def distinct_rows(virtual: HashedParametrization) -> int:
     """Return how many rows of a weight differ, as the hash makes them.
 
     Example:
         >>> from tying.hashing import ModulusHash
-        >>> distinct_rows(VirtualWeight((200, 784), 1000, ModulusHash()))
+        >>> distinct_rows(HashedParametrization((200, 784), 1000, ModulusHash()))
         125
     """
-    rows = virtual.extended_entries().view(virtual.shape[0], -1)
+    rows = virtual.extended_slots().view(virtual.shape[0], -1)
     keys = (
         hash32(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1
     )  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
