@@ -366,7 +366,9 @@ def test_a_checkpoint_holds_table_and_description(hash):
 
 def test_what_was_drawn_in_floating_point_is_the_checkpoints():
     layer, other = (HashedLinear(30, 20, table_ratio=0.1, hash=DirichletHash(0.5, 1)) for _ in range(2))
-    layer.virtual._take(DirichletHash(0.5, 2).state(60))  # as another machine might have drawn it, and much more
+    layer.virtual._take(
+        layer.virtual.drawn, DirichletHash(0.5, 2).state(60)
+    )  # as another machine might have drawn it, and much more
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.virtual.slots(), layer.virtual.slots())
     assert torch.equal(other.weight, layer.weight)
@@ -437,7 +439,7 @@ def test_what_was_drawn_elsewhere_is_compiled_and_exported():
     layer, other = (HashedEmbedding(9, 3, table_ratio=0.5, hash=DirichletHash(0.5, 1)) for _ in range(2))
     drawn = layer.virtual.drawn.clone()
     drawn[1] += 1  # as another machine might have rounded it
-    layer.virtual._take(drawn)
+    layer.virtual._take(layer.virtual.drawn, drawn)
     other.load_state_dict(layer.state_dict())
     chosen = torch.tensor([1])
     assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(chosen), layer(chosen))

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from tying.hashing.gather import CHUNK, IndexSource, lookup
 
@@ -23,17 +24,19 @@ class FastPath(Protocol):
         zeros: whether the hash makes some weights zero.
     """
 
-    zeros: ClassVar[bool]
+    zeros: ClassVar[bool] = False
 
     def weight(self, table: Tensor) -> Tensor:
         """Return the weight."""
+        raise NotImplementedError
 
     def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x Wᵀ + b``."""
+        """Return ``x Wᵀ + b``, for x (..., width)."""
+        return F.linear(x, self.weight(table), bias)
 
 
 @dataclass(frozen=True)
-class RepeatedRows:
+class RepeatedRows(FastPath):
     """A weight that cycles through the table: its rows repeat, and its columns fold.
 
     Row r begins at slot ``(first + r · width) mod n``, so at most ``n / gcd(width, n)`` rows are distinct. If rows are
@@ -45,7 +48,6 @@ class RepeatedRows:
         first: slot of the first weight.
     """
 
-    zeros: ClassVar[bool] = False
     shape: tuple[int, ...]
     size: int
     first: int
@@ -60,12 +62,12 @@ class RepeatedRows:
         """Number of distinct rows."""
         return min(self.shape[0], self.size // math.gcd(self.width, self.size))
 
+    @override
     def weight(self, table: Tensor) -> Tensor:
-        """Return the weight, of ``shape``."""
         return repeat_to(self.rows(table), self.shape[0], 0).view(self.shape)
 
+    @override
     def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x Wᵀ + b``, for x (..., width)."""
         if self.width <= self.size:
             return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1, bias)
         cycles = -(-self.width // self.size)
@@ -79,22 +81,21 @@ class RepeatedRows:
         return (self.first + self.width * (positions // self.size) + positions) % self.size
 
     def convolve(self, table: Tensor, bias: Tensor | None, convolution: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a convolution's output (..., channels, *size); only its distinct kernels are convolved."""
-        kernels = self.rows(table).view(-1, *self.shape[1:])
-        return repeat_to(convolution(kernels), self.shape[0], 1 - len(self.shape), bias)
+        """Return a convolution's output (..., channels, *size), computed from its distinct kernels."""
+        output = convolution(self.rows(table).view(-1, *self.shape[1:]))
+        return repeat_to(output, self.shape[0], 1 - len(self.shape), bias)
 
     def rows(self, table: Tensor) -> Tensor:
         """Return the distinct rows, (distinct, width)."""
         count = self.distinct * self.width
         cycles = -(-(self.first + count) // self.size)
         repeated = table if cycles == 1 else table.repeat(cycles)
-        if len(repeated) > count:  # slicing costs a pass in the backward, so not without need
-            repeated = repeated[self.first : self.first + count]
-        return repeated.view(self.distinct, self.width)
+        used = repeated if len(repeated) == count else repeated[self.first : self.first + count]
+        return used.view(self.distinct, self.width)
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(FastPath):
     """A weight that is read in contiguous blocks: only the slot where each block begins is computed.
 
     Attributes:
@@ -104,34 +105,29 @@ class Blocks:
         slot: maps identifiers to slots.
     """
 
-    zeros: ClassVar[bool] = False
     shape: tuple[int, ...]
     block: int
     first: int
     slot: Callable[[Tensor], Tensor]
 
+    @override
     def weight(self, table: Tensor) -> Tensor:
-        """Return the weight, of ``shape``."""
         count = math.prod(self.shape)
         aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
-        source = IndexSource(count, self._slots, compiled_fn=self._chunks if aligned else None)
+        source = IndexSource(count, self._slots, compiled_fn=self._chunk_slots if aligned else None)
         return lookup(table, source).view(self.shape)
-
-    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x Wᵀ + b``, for x (..., width)."""
-        return F.linear(x, self.weight(table), bias)
 
     def _slots(self, positions: Tensor) -> Tensor:
         return self.slot(positions + self.first)
 
-    def _chunks(self, begin: Tensor) -> Tensor:
+    def _chunk_slots(self, begin: Tensor) -> Tensor:
         """Return the slots of chunks of ``CHUNK`` weights, which are whole blocks, that begin at given positions."""
         starts = self.slot(begin + self.first + torch.arange(0, CHUNK, self.block, device=begin.device))
         return (starts[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(FastPath):
     """The weight of a linear layer that convolves flattened images, with the table as kernel.
 
     Attributes:
@@ -149,12 +145,13 @@ class Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    @override
     def weight(self, table: Tensor) -> Tensor:
-        """Return the matrix: its columns are the outputs for unit vectors."""
+        # its columns are the outputs for unit vectors
         return self.linear(torch.eye(math.prod(self.images), dtype=table.dtype, device=table.device), table).T
 
+    @override
     def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the flattened convolution of flattened images (..., channels · height · width), plus a bias."""
         images = x.reshape(math.prod(x.shape[:-1]), *self.images)
         output = F.conv2d(images, table.view(self.kernels), None, self.stride, self.padding, self.dilation)
         output = output.reshape(*x.shape[:-1], math.prod(output.shape[1:]))

@@ -79,9 +79,7 @@ def lookup(table: Tensor, source: IndexSource) -> Tensor:
     Returns:
         (N,); its gradient is accumulated in float32 at least.
     """
-    exact = table.dtype in (torch.float32, torch.float64)
-    ordered = table.is_cuda and torch.are_deterministic_algorithms_enabled()
-    if source.stored is not None and source.count <= FEW and exact and not ordered:
+    if source.stored is not None and source.count <= FEW and table.dtype in (torch.float32, torch.float64):
         return table.index_select(0, source.stored)
     weights: Tensor = _Indexing.apply(table, source, None)
     return weights
@@ -105,9 +103,6 @@ def gather(table: Tensor, source: IndexSource) -> Tensor:
 def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
     """Return for each slot the sum of its weights' values; (size,)."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
-        index = source.index(values.device).long()
-        return values.new_zeros(size).index_put_((index,), values, accumulate=True)
     if not _in_chunks(values):
         return values.new_zeros(size).index_add_(0, source.index(values.device), values)
     sums, half = values.new_zeros(2, size), source.count // 2

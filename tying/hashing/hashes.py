@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.deprecated import class_aliases
@@ -93,11 +94,12 @@ class Hash:
         """
         if table_size is None:
             return
-        if table_size < 1:
-            raise ConfigurationError(f"a table has at least one entry, not {table_size}")
-        required = self.table_size(sum(map(math.prod, shapes)))
-        if required not in (None, table_size):
-            raise ConfigurationError(f"{self} needs a table of {required} entries, not {table_size}")
+        check_range("table_size", table_size, "[1, inf)")
+        count = sum(map(math.prod, shapes))
+        if (required := self.table_size(count)) not in (None, table_size):
+            raise ConfigurationError(
+                f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
+            )
 
     def check(self, count: int, table_size: int) -> None:
         """Raise a ConfigurationError if the hash does not fit so many weights, or such a table."""
@@ -145,9 +147,8 @@ def _represent(value: object) -> str:
     """Return a string that is equal for equal values; torch abbreviates long tensors, so those get a checksum."""
     if not isinstance(value, Tensor):
         return repr(value)
-    content = value.detach().cpu().contiguous()
-    checksum = zlib.crc32(content.view(-1).view(torch.uint8).numpy().tobytes())
-    return f"{content.dtype} {tuple(content.shape)} of checksum {checksum:08x}"
+    checksum = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return f"{value.dtype} {tuple(value.shape)} of checksum {checksum:08x}"
 
 
 class SeededHash(Hash):
@@ -169,8 +170,7 @@ class SeededHash(Hash):
 
     @override
     def with_salt(self, salt: int) -> Self:
-        salted: Self = replace(self, seed=self.seed ^ salt)  # type: ignore[type-var]  # subclasses are dataclasses
-        return salted
+        return replace(self, seed=self.seed ^ salt)  # type: ignore[type-var]  # subclasses are dataclasses
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,12 @@ class ModulusHash(Hash):
     @override
     @_of_own_slots
     def probabilities(self, count: int, table_size: int) -> Tensor | None:
-        used_once_more = torch.arange(table_size, device="cpu") < count % table_size
-        return (count // table_size + used_once_more).double() / count
+        return _cycle_probabilities(count, table_size)
+
+
+def _cycle_probabilities(count: int, table_size: int) -> Tensor:
+    used_once_more = torch.arange(table_size, device="cpu") < count % table_size
+    return (count // table_size + used_once_more).double() / count
 
 
 @dataclass(frozen=True)
@@ -368,10 +372,8 @@ class NeighborhoodHash(SeededHash):
         width = 2 * self.radius + 1
         if width > table_size:
             return _equal_probabilities(table_size)
-        centers = ModulusHash().probabilities(count, table_size)
-        assert centers is not None
-        around = torch.cat([centers[table_size - self.radius :], centers, centers[: self.radius]])
-        return around.unfold(0, width, 1).mean(dim=1)
+        centers = F.pad(_cycle_probabilities(count, table_size)[None], (self.radius, self.radius), mode="circular")
+        return centers[0].unfold(0, width, 1).mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -408,8 +410,8 @@ class XXHash(SeededHash):
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
         super().validate(shapes, table_size, scope)
-        if table_size is not None and (count := sum(map(math.prod, shapes))) > 1 << 32:
-            raise ConfigurationError(f"xxh32 takes identifiers below 2^32, and there are {count} weights")
+        if table_size is not None:
+            check_range("the number of weights of an XXHash", sum(map(math.prod, shapes)), f"[1, {1 << 32}]")
 
 
 @dataclass(frozen=True)
@@ -448,8 +450,8 @@ class BlockHash(SeededHash):
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
         super().validate(shapes, table_size, scope)
-        if table_size is not None and self.block > table_size:
-            raise ConfigurationError(f"a block of {self.block} is longer than the table of {table_size}")
+        if table_size is not None:
+            check_range("block", self.block, f"[1, {table_size}]")
 
     @override
     @_of_own_slots
@@ -480,13 +482,11 @@ class RecurrentHash(ModulusHash):
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
         super().validate(shapes, table_size, scope)
-        if scope is None:
-            return
-        if scope != "network":
+        if scope == "layer":
             raise ConfigurationError(f"{self} shares the weights of layers: use scope='network'")
         length, rest = divmod(len(shapes), max(1, self.layers))
         layers = {tuple(map(tuple, shapes[i * length : (i + 1) * length])) for i in range(self.layers)}
-        if rest or len(layers) > 1:
+        if scope == "network" and (rest or len(layers) > 1):
             raise ConfigurationError(
                 f"weights of shapes {listed(map(str, map(tuple, shapes)))} are not those of {self.layers} equal layers"
             )
@@ -575,9 +575,13 @@ class ToeplitzHash(Hash):
 
     @override
     def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        kernels = (self.out_channels, self.in_channels, *pair(self.kernel_size))
-        images = (self.in_channels, *pair(self.input_size))
-        return Convolution(images, kernels, pair(self.stride), pair(self.padding), pair(self.dilation))
+        return Convolution(
+            images=(self.in_channels, *pair(self.input_size)),
+            kernels=(self.out_channels, self.in_channels, *pair(self.kernel_size)),
+            stride=pair(self.stride),
+            padding=pair(self.padding),
+            dilation=pair(self.dilation),
+        )
 
     @override
     def validate(
@@ -585,19 +589,19 @@ class ToeplitzHash(Hash):
     ) -> None:
         super().validate(shapes, table_size, scope)
         for shape in shapes if table_size is None else ():
-            if tuple(shape) != self.features:
-                raise ConfigurationError(f"{self._layer}, not for {tuple(shape)} weights")
+            self._check(tuple(shape) == self.features, tuple(shape))
 
     @override
     def table_size(self, count: int) -> int:
-        if count != math.prod(self.features):
-            raise ConfigurationError(f"{self._layer}, not for {count} weights")
+        self._check(count == math.prod(self.features), count)
         return self.out_channels * self.in_channels * math.prod(pair(self.kernel_size))
 
-    @property
-    def _layer(self) -> str:
-        outputs, inputs = self.features
-        return f"{self} is for a linear layer from {inputs} to {outputs}"
+    def _check(self, fits: bool, weights: object) -> None:
+        if not fits:
+            outputs, inputs = self.features
+            raise ConfigurationError(
+                f"{self} is for a linear layer from {inputs} to {outputs}, not for {weights} weights"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -631,9 +635,8 @@ class CodebookHash(Hash):
             return
         if (count := sum(map(math.prod, shapes))) != self.assignments.numel():
             raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
-        low, high = map(int, self.assignments.aminmax())
-        if low < -1 or high >= table_size:
-            raise ConfigurationError(f"assignments from {low} to {high} do not fit a table of {table_size} entries")
+        for extreme in self.assignments.aminmax():
+            check_range("each assignment", int(extreme), f"[-1, {table_size})")
 
     def __repr__(self) -> str:
         return f"CodebookHash({self.assignments.numel()} assignments)"

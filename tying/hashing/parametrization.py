@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from tying.hashing.integers import hash32
 from tying.torch_workarounds import FollowsDevice, is_traced
 
 Index = Literal["auto", "stored", "computed", "structured"]
-INDEXES = ("auto", "stored", "computed", "structured")
 STORED = 1 << 24  # "auto" stores an index of at most so many weights
 COMPILED = 1 << 20  # a computed index of at least so many weights is compiled
 FUSED = ("cuda",)  # devices for which Triton fuses layers
@@ -51,10 +50,6 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     check_range("table_ratio", ratio, "(0, 1]")
     exact = Fraction(ratio) * count
     size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
-    if required not in (None, size):
-        raise ConfigurationError(
-            f"{hash} needs a table of {required} entries, table_ratio={required}/{count}, not {ratio}"
-        )
     hash.check(count, size)
     return size
 
@@ -129,7 +124,7 @@ class HashedParametrization(FollowsDevice):
         zero_row: int | None = None,
         state: HashState | None = None,
     ) -> None:
-        check_choice("index", index, INDEXES)
+        check_choice("index", index, get_args(Index))
         super().__init__()
         if not math.prod(shape):
             raise ConfigurationError("a weight of no entries cannot be hashed")
@@ -172,10 +167,9 @@ class HashedParametrization(FollowsDevice):
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
             raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
-        if chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling():
-            least, largest = map(int, chosen.aminmax())
-            if least < 0 or largest >= self.shape[0]:
-                raise IndexError(f"rows {least} to {largest} of a weight of {self.shape[0]} rows")
+        checkable = chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling()
+        if checkable and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]:
+            raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
         ids = self.first + (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
         source = IndexSource(len(ids), lambda positions: self._extended_slot(ids[positions]))
@@ -253,9 +247,9 @@ class HashedParametrization(FollowsDevice):
 
     def describe(self) -> str:
         """Describe shape, index, table and repeated rows, for reports."""
+        text = f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}"
         distinct = self.distinct_rows()
-        repeated = f"; only {distinct} of {self.shape[0]} units are distinct" * (distinct < self.shape[0])
-        return f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}{repeated}"
+        return text + f"; only {distinct} of {self.shape[0]} units are distinct" * (distinct < self.shape[0])
 
     def check_slots(self) -> None:
         """Check the slots, and find out whether some weights are zero; with a fast path, the first and last slot only.
@@ -263,18 +257,16 @@ class HashedParametrization(FollowsDevice):
         Raises:
             ConfigurationError: the hash returns slots outside the table.
         """
-        zeros = False
         ends = torch.tensor([self.first, self.first + self.shape.numel() - 1], device="cpu")
-        for ids in [ends] if self.fast_path else self._ids(torch.device("cpu")):
-            slots = self._slot(ids)
-            low, high = map(int, slots.aminmax())
-            if low < -1 or high >= self.table_size or slots.is_floating_point():
-                raise ConfigurationError(
-                    f"{self.hash}.slot returned {slots.dtype} from {low} to {high}: integers in "
-                    f"[-1, {self.table_size}) are needed"
-                )
-            zeros |= low < 0
-        self.zeros = zeros if self.fast_path is None else self.fast_path.zeros
+        chunks = [ends] if self.fast_path else self._ids(torch.device("cpu"))
+        extremes = torch.stack([torch.stack(self._slot(ids).aminmax()) for ids in chunks])
+        low, high = int(extremes.min()), int(extremes.max())
+        if low < -1 or high >= self.table_size or extremes.is_floating_point():
+            raise ConfigurationError(
+                f"{self.hash}.slot returned {extremes.dtype} from {low} to {high}: integers in "
+                f"[-1, {self.table_size}) are needed"
+            )
+        self.zeros = self.fast_path.zeros if self.fast_path else low < 0
 
     @property
     def _is_plain(self) -> bool:
@@ -321,11 +313,9 @@ class HashedParametrization(FollowsDevice):
 
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
         small_table = self.table_size <= source.count  # the scale multiplies whichever has fewer numbers
-        if small_table and self.scale != 1:
-            table = table * self.scale
-        if self.sign or self.zeros:
-            table = torch.cat([table, *[-table] * self.sign, *[table.new_zeros(1)] * self.zeros])
-        weights = lookup(table, source)
+        scaled = table * self.scale if small_table and self.scale != 1 else table
+        parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
+        weights = lookup(torch.cat(parts) if len(parts) > 1 else scaled, source)
         return weights if small_table else self.scaled(weights)
 
     @override
@@ -338,11 +328,13 @@ class HashedParametrization(FollowsDevice):
     @property
     def _description(self) -> str:
         """The text by which a checkpoint recognises the weight; it must stay as it is."""
-        count = self.shape.numel()
-        text = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
-        text += ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
-        text += f", salt {self.salt}" * (self.density < 1 and self.salt != 0)
-        return text + f", row {self.zero_row} zero" * (self.zero_row is not None)
+        return (
+            f"{self.shape.numel()} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
+            + ", signed" * self.sign
+            + f", density {self.density}" * (self.density < 1)
+            + f", salt {self.salt}" * (self.density < 1 and self.salt != 0)
+            + f", row {self.zero_row} zero" * (self.zero_row is not None)
+        )
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -381,26 +373,25 @@ class HashedParametrization(FollowsDevice):
         try:
             if f"{prefix}_extra_state" in state_dict:  # checked first, and here, so that errors name the weight
                 self.set_extra_state(state_dict[f"{prefix}_extra_state"])
-            if self.drawn is None:
-                return
-            if f"{prefix}drawn" in state_dict:
-                self._take(state_dict.pop(f"{prefix}drawn"))  # torch reports keys that it does not know
-            elif strict:
+            if self.drawn is not None and f"{prefix}drawn" in state_dict:
+                self._take(self.drawn, state_dict.pop(f"{prefix}drawn"))  # torch reports keys that it does not know
+            elif self.drawn is not None and strict:
                 missing_keys.append(f"{prefix}drawn")
         except ConfigurationError as error:
             raise ConfigurationError(f"{prefix.removesuffix('.')!r}: {error}") from None
 
-    def _take(self, drawn: Tensor) -> None:
+    def _take(self, current: Tensor, loaded: Tensor) -> None:
         """Replace the hash's state by a checkpoint's."""
-        assert self.drawn is not None
-        if (drawn.shape, drawn.dtype) != (self.drawn.shape, self.drawn.dtype):
-            ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (self.drawn, drawn))
+        ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (current, loaded))
+        if ours != theirs:
             raise ConfigurationError(f"the state of its hash is {ours}; in the checkpoint it is {theirs}")
-        if drawn.is_meta:  # it has no values
+        previous = self.state
+        state = (
+            previous if loaded.is_meta else previous.loaded(loaded.to(current.device))
+        )  # meta tensors have no values
+        if state is previous:
             return
-        previous, self.state = self.state, self.state.loaded(drawn.to(self.drawn.device))
-        if self.state is previous:
-            return
+        self.state = state
         try:
             self.check_slots()
         except ConfigurationError:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from tying.errors import ConfigurationError
 from tying.files import save_figure
-from tying.hashing.integers import hash32
 from tying.hashing.parametrization import HashedParametrization
 from tying.weights.derived import derived_weights
 
@@ -156,25 +155,10 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         shares = first.hash.probabilities(count, size)
         generating = None if shares is None else entropy(shares)
         for name, virtual in group.items():
-            shape, units = tuple(virtual.shape), distinct_rows(virtual)
+            shape, units = tuple(virtual.shape), virtual.distinct_rows()
             weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, realised, generating))
     stored = sum(one.table_size for one in weights if one.name == one.holder)
     return HashReport(tuple(weights), stored, sum(math.prod(one.shape) for one in weights), skipped)
-
-
-def distinct_rows(virtual: HashedParametrization) -> int:
-    """Return how many rows of a weight differ, as the hash makes them.
-
-    Example:
-        >>> from tying.hashing import ModulusHash
-        >>> distinct_rows(HashedParametrization((200, 784), 1000, ModulusHash()))
-        125
-    """
-    rows = virtual.extended_slots().view(virtual.shape[0], -1)
-    keys = (
-        hash32(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1
-    )  # odd; rows of equal sums, modulo 2⁶⁴, are taken as equal
-    return len(torch.unique((hash32(rows, 0) * keys).sum(dim=1)))
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
