@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -666,3 +667,38 @@ def test_blocks_need_no_index(shape):
         layer(x).backward(up)
     torch.testing.assert_close(layers[0].table.grad, layers[1].table.grad)
     assert pickle.loads(pickle.dumps(layers[0])).virtual.index == "structured"
+
+
+@pytest.mark.parametrize(
+    ("hash", "index", "text"),
+    [
+        (ModulusHash(), "auto", r"(200, 784), structured, of a table of 1,568 by ModulusHash(); only 2 of 200 units are distinct"),
+        (UniformHash(2), "computed", r"(200, 784), computed, of a table of 1,568 by UniformHash(seed=2)"),
+    ],
+)  # fmt: skip
+def test_descriptions(hash, index, text):
+    assert HashedParametrization((200, 784), 1568, hash, index=index).describe() == text
+
+
+@pytest.mark.parametrize("index", ["stored", "computed"])
+def test_a_weight_is_gathered_within_six_calls(index):
+    layer = HashedLinear(8, 8, table_ratio=0.5, index=index)
+    calls = []
+
+    def record(frame, event, argument):
+        if event == "call" and "/tying/hashing/" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(record)
+    try:
+        layer.weight  # noqa: B018  # it is computed
+    finally:
+        sys.setprofile(None)
+    before = calls.index("gather") if "gather" in calls else len(calls)
+    assert before <= 6, calls
+
+
+def test_two_weights_share_a_state():
+    first = HashedParametrization((4, 6), 5, DirichletHash(0.5, 1))
+    second = HashedParametrization((4, 6), 5, DirichletHash(0.5, 1), first=24, state=first.state)
+    assert second.drawn is first.drawn

@@ -66,14 +66,13 @@ class HashState:
         self._successor: HashState | None = None
 
     def loaded(self, values: Tensor) -> HashState:
-        """Return the state with these values: the same object for all weights that load equal ones."""
-        for state in (self, self._successor):
-            if state is not None and state._equals(values):
-                return state
-        self._successor = HashState(values.clone())  # the caller may change the checkpoint's tensor
+        """Return the state with other values: the same object for all weights that load equal ones."""
+        if self._successor is None or not self._successor.equals(values):
+            self._successor = HashState(values.clone())  # the caller may change the checkpoint's tensor
         return self._successor
 
-    def _equals(self, values: Tensor) -> bool:
+    def equals(self, values: Tensor) -> bool:
+        """Return whether the state has these values, on this device."""
         return self.values is not None and self.values.device == values.device and torch.equal(self.values, values)
 
 
@@ -385,13 +384,9 @@ class HashedParametrization(FollowsDevice):
         ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (current, loaded))
         if ours != theirs:
             raise ConfigurationError(f"the state of its hash is {ours}; in the checkpoint it is {theirs}")
-        previous = self.state
-        state = (
-            previous if loaded.is_meta else previous.loaded(loaded.to(current.device))
-        )  # meta tensors have no values
-        if state is previous:
+        if loaded.is_meta or self.state.equals(loaded.to(current.device)):  # meta tensors have no values
             return
-        self.state = state
+        previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
         try:
             self.check_slots()
         except ConfigurationError:
