@@ -262,13 +262,13 @@ def test_compiled_entries_are_left_out_of_traces(computed, before):
 
 
 def test_where_compilation_is_off_entries_are_computed_in_chunks(computed, monkeypatch):
-    asked, numbered = [], HashedParametrization._slot_at
+    asked, numbered = [], HashedParametrization._extended_slot
 
     def record(self, numbers):
         asked.append(numbers.numel())
         return numbered(self, numbers)
 
-    monkeypatch.setattr(HashedParametrization, "_slot_at", record)
+    monkeypatch.setattr(HashedParametrization, "_extended_slot", record)
     with torch.compiler.set_stance("force_eager"):
         weight = computed.weight
     assert max(asked) <= 2 * CHUNK < weight.numel()

@@ -43,30 +43,29 @@ class IndexSource:
         """Return the whole index."""
         return self.compute(torch.arange(self.count, device=device)) if self.stored is None else self.stored
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the index in chunks: a slice of half the weights, and its slots in both halves, int64 (2, …).
+    def chunks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield chunks of a tensor with a number for each weight, (count,), and the slots of these weights.
 
-        Two threads read, or sum, one half each. The last weight of an odd number is left to :meth:`last`. The next
-        chunk may overwrite this one.
+        A chunk has two rows, one from each half of the weights, so that two threads read, or sum, one row each. The
+        last weight of an odd number is a chunk of its own, (1, 1). The next chunk may overwrite the slots of this one.
         """
         half = self.count // 2
-        starts = torch.tensor([[0], [half]], device="cpu")
+        halves, starts = flat[: 2 * half].view(2, half), torch.tensor([[0], [half]], device="cpu")
         if self.stored is not None:
-            halves = self.stored[: 2 * half].view(2, half)
+            stored = self.stored[: 2 * half].view(2, half)
             buffer = torch.empty(2, min(CHUNK, half), dtype=torch.int64, device="cpu")
         for begin in range(0, half, CHUNK):
-            chunk = slice(begin, min(begin + CHUNK, half))
+            end = min(begin + CHUNK, half)
             if self.stored is not None:
-                yield chunk, buffer[:, : chunk.stop - begin].copy_(halves[:, chunk])
-            elif self.compiled_fn is not None and chunk.stop - begin == CHUNK:
-                yield chunk, self.compiled_fn(starts + begin)
+                slots = buffer[:, : end - begin].copy_(stored[:, begin:end])
+            elif self.compiled_fn is not None and end - begin == CHUNK:
+                slots = self.compiled_fn(starts + begin)
             else:
-                yield chunk, self.compute(starts + torch.arange(begin, chunk.stop, device="cpu"))
-
-    def last(self) -> Tensor:
-        """Return the slot of the last weight, (1,)."""
-        end = torch.tensor([self.count - 1], device="cpu")
-        return self.compute(end) if self.stored is None else self.stored[-1:].long()
+                slots = self.compute(starts + torch.arange(begin, end, device="cpu"))
+            yield halves[:, begin:end], slots
+        if self.count % 2:
+            last = torch.tensor([[self.count - 1]], device="cpu")
+            yield flat[-1:].view(1, 1), self.compute(last) if self.stored is None else self.stored[last].long()
 
 
 def lookup(table: Tensor, source: IndexSource) -> Tensor:
@@ -91,12 +90,9 @@ def gather(table: Tensor, source: IndexSource) -> Tensor:
         return table.index_select(0, source.index(table.device))
     if source.compiled_read is not None:
         return source.compiled_read(table.detach())  # detached, so that it is compiled once whether trained or not
-    weights, half = table.new_empty(source.count), source.count // 2
-    halves, tables = weights[: 2 * half].view(2, half), table.expand(2, -1)
-    for chunk, slots in source.chunks():
-        torch.gather(tables, 1, slots, out=halves[:, chunk])
-    if source.count % 2:
-        weights[-1:] = table[source.last()]
+    weights, tables = table.new_empty(source.count), table.expand(2, -1)
+    for chunk, slots in source.chunks(weights):
+        torch.gather(tables, 1, slots, out=chunk)
     return weights
 
 
@@ -105,12 +101,9 @@ def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if not _in_chunks(values):
         return values.new_zeros(size).index_add_(0, source.index(values.device), values)
-    sums, half = values.new_zeros(2, size), source.count // 2
-    halves = values[: 2 * half].view(2, half)
-    for chunk, slots in source.chunks():
-        sums.scatter_add_(1, slots, halves[:, chunk])
-    if source.count % 2:
-        sums[0].scatter_add_(0, source.last(), values[-1:])
+    sums = values.new_zeros(2, size)
+    for chunk, slots in source.chunks(values):
+        sums.scatter_add_(1, slots, chunk)
     return sums.sum(dim=0)
 
 

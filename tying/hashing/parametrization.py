@@ -170,8 +170,8 @@ class HashedParametrization(FollowsDevice):
         if checkable and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]:
             raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
-        ids = self.first + (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
-        source = IndexSource(len(ids), lambda positions: self._extended_slot(ids[positions]))
+        weights = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
+        source = IndexSource(len(weights), lambda positions: self._extended_slot(weights[positions]))
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class HashedParametrization(FollowsDevice):
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
-        source = IndexSource(len(flat), self._slot_at)
+        source = IndexSource(len(flat), self._extended_slot)
         sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
         if not self.sign:
             return sums[:size], uses[:size]
@@ -226,11 +226,11 @@ class HashedParametrization(FollowsDevice):
 
     def slots(self) -> Tensor:
         """Return the slot of each weight, −1 for zero weights; int64, of the weight's shape."""
-        return torch.cat([self._slot(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
+        return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def extended_slots(self) -> Tensor:
         """Return indices into ``[table, −table, 0]``; the parts without a use are left out of that table."""
-        return torch.cat([self._extended_slot(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
+        return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def distinct_rows(self) -> int:
         """Return how many rows of the weight differ: a hash that repeats rows leaves fewer units than there seem to be.
@@ -256,9 +256,9 @@ class HashedParametrization(FollowsDevice):
         Raises:
             ConfigurationError: the hash returns slots outside the table.
         """
-        ends = torch.tensor([self.first, self.first + self.shape.numel() - 1], device="cpu")
-        chunks = [ends] if self.fast_path else self._ids(torch.device("cpu"))
-        extremes = torch.stack([torch.stack(self._slot(ids).aminmax()) for ids in chunks])
+        ends = torch.tensor([0, self.shape.numel() - 1], device="cpu")
+        chunks = [ends] if self.fast_path else self._positions(torch.device("cpu"))
+        extremes = torch.stack([torch.stack(self._slot(positions).aminmax()) for positions in chunks])
         low, high = int(extremes.min()), int(extremes.max())
         if low < -1 or high >= self.table_size or extremes.is_floating_point():
             raise ConfigurationError(
@@ -276,34 +276,31 @@ class HashedParametrization(FollowsDevice):
     def _extended_size(self) -> int:
         return self.table_size * (1 + self.sign) + self.zeros
 
-    def _ids(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield the identifiers of all weights, in chunks."""
-        end = self.first + self.shape.numel()
-        for begin in range(self.first, end, CHUNK):
-            yield torch.arange(begin, min(begin + CHUNK, end), device=device)
+    def _positions(self, device: torch.device) -> Iterator[Tensor]:
+        """Yield the positions of all weights, in chunks."""
+        for begin in range(0, self.shape.numel(), CHUNK):
+            yield torch.arange(begin, min(begin + CHUNK, self.shape.numel()), device=device)
 
-    def _slot(self, ids: Tensor) -> Tensor:
+    def _slot(self, positions: Tensor) -> Tensor:
+        ids = positions + self.first
         slots = self.hash.slot(ids, self.table_size, *([] if self.drawn is None else [self.drawn]))
         if self.density < 1:
             kept = hash32(ids, getattr(self.hash, "seed", 0) ^ self.salt ^ _DENSITY) < int(self.density * 2**32)
             slots = torch.where(kept, slots, -1)
         if self.zero_row is not None:
-            slots = torch.where((ids - self.first) // self.shape[1:].numel() == self.zero_row, -1, slots)
+            slots = torch.where(positions // self.shape[1:].numel() == self.zero_row, -1, slots)
         return slots
 
-    def _extended_slot(self, ids: Tensor) -> Tensor:
-        extended = slots = self._slot(ids)
+    def _extended_slot(self, positions: Tensor) -> Tensor:
+        extended = slots = self._slot(positions)
         if self.sign:
-            extended = slots + (self.hash.sign(ids) < 0) * self.table_size
+            extended = slots + (self.hash.sign(positions + self.first) < 0) * self.table_size
         return torch.where(slots < 0, self._extended_size - 1, extended) if self.zeros else extended
-
-    def _slot_at(self, positions: Tensor) -> Tensor:
-        return self._extended_slot(positions + self.first)
 
     def _source(self, device: torch.device) -> IndexSource:
         if self._stored is not None:
-            return IndexSource(self.shape.numel(), self._slot_at, self._stored.to(device))
-        source = IndexSource(self.shape.numel(), self._slot_at)
+            return IndexSource(self.shape.numel(), self._extended_slot, self._stored.to(device))
+        source = IndexSource(self.shape.numel(), self._extended_slot)
         if self.index != "computed" or source.count < COMPILED or device.type != "cpu" or is_traced():
             return source
         if self._compiled is None:
@@ -322,7 +319,7 @@ class HashedParametrization(FollowsDevice):
         if self.drawn is not None:
             self.state.values = self.drawn.to(self.device)
         if self.index == "stored":
-            self._stored = torch.cat([self._extended_slot(ids).int() for ids in self._ids(self.device)])
+            self._stored = torch.cat([self._extended_slot(part).int() for part in self._positions(self.device)])
 
     @property
     def _description(self) -> str:
