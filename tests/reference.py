@@ -87,7 +87,7 @@ def hashed_by_loops(layer: Any) -> tuple[Tensor, list[int], list[int]]:
     """A hashed layer's weight, and the table entry and the sign of each of its weights, one identifier at a time."""
     virtual = layer.virtual
     slots, signs, values = [], [], []
-    kept = virtual.entries().flatten().tolist() if virtual.density < 1 else None
+    kept = virtual.slots().flatten().tolist() if virtual.density < 1 else None
     for i in range(virtual.shape.numel()):
         identifier = torch.tensor([virtual.first + i])
         slot = int(virtual.hash.slot(identifier, virtual.table_size, virtual.drawn))

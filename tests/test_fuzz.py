@@ -174,7 +174,7 @@ def test_hashes_stay_within_their_table_or_are_refused(make, number, size, first
     assert index.shape == (number,)
     assert index.dtype == torch.int64
     assert -1 <= int(index.min()) <= int(index.max()) < size
-    ids, drawn = torch.arange(min(first, number - 1), number), own.draw(size)
+    ids, drawn = torch.arange(min(first, number - 1), number), own.state(size)
     assert torch.equal(own.slot(ids, size, *([] if drawn is None else [drawn])), index[ids])  # in chunks, too
     assert torch.equal(own.index(number, size), index)
     assert set(own.sign(ids).tolist()) <= {-1, 1}

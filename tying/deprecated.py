@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -18,6 +19,19 @@ ALIASES: dict[str, dict[str, str]] = {
         "with_share": "scaled",
     },
     "tying.depth.Sampled": {"spread": "std"},
+    "tying.hashing": {"VirtualWeight": "HashedParametrization"},
+    "tying.hashing.Hash": {
+        "draw": "state",
+        "seeded": "with_salt",
+        "structure": "fast_path",
+        "takes_vectors": "include_biases",
+    },
+    "tying.hashing.HashedParametrization": {
+        "common": "state",
+        "entries": "slots",
+        "extended_entries": "extended_slots",
+        "structure": "fast_path",
+    },
 }
 
 
@@ -51,27 +65,45 @@ def class_aliases(owner: str) -> Callable[[T], T]:
         (3, 'Shelf.volumes is now called books')
     """
 
-    def alias(former: str, current: str) -> property:
-        def read(instance: Any) -> Any:
-            _warn(owner, former, current)
-            return getattr(instance, current)
-
-        def write(instance: Any, value: Any) -> None:
-            _warn(owner, former, current)
-            setattr(instance, current, value)
-
-        return property(read, write, doc=f"Former name of ``{current}``.")
-
     def decorate(cls: T) -> T:
         def rename_overrides(subclass: type, **options: Any) -> None:
             super(cls, subclass).__init_subclass__(**options)  # type: ignore[arg-type]  # a class
-            for former in ALIASES[owner].keys() & vars(subclass).keys():
-                _warn(owner, former, ALIASES[owner][former])
-                setattr(subclass, ALIASES[owner][former], vars(subclass)[former])
+            for former, current in ALIASES[owner].items():
+                if former in vars(subclass):
+                    _warn(owner, former, current)
+                    setattr(subclass, current, vars(subclass)[former])
+                elif current in vars(subclass):  # for overrides further down that call super().former()
+                    setattr(subclass, former, _Alias(owner, former, current, vars(subclass)[current]))
+
+        inherited_dir: Any = cls.__dir__
+
+        def dir_without_aliases(self: Any) -> list[str]:  # torch.jit reads all that it lists
+            return [name for name in inherited_dir(self) if name not in ALIASES[owner]]
 
         for former, current in ALIASES[owner].items():
-            setattr(cls, former, alias(former, current))
+            setattr(cls, former, _Alias(owner, former, current, vars(cls).get(current)))
+        cls.__dir__ = dir_without_aliases  # type: ignore[assignment]  # of object, which has one
         cls.__init_subclass__ = classmethod(rename_overrides)  # type: ignore[assignment, arg-type]  # of type, which has none
         return cls
 
     return decorate
+
+
+class _Alias:
+    """The former name of an attribute of a class, and of a method as this class defines it."""
+
+    def __init__(self, owner: str, former: str, current: str, value: Any) -> None:
+        self.owner, self.former, self.current, self.value = owner, former, current, value
+        self.__doc__ = f"Former name of ``{current}``."
+
+    def __get__(self, instance: Any, cls: type) -> Any:
+        if instance is None:
+            return getattr(cls, self.current, self)
+        _warn(self.owner, self.former, self.current)
+        if isinstance(self.value, FunctionType):
+            return self.value.__get__(instance)
+        return getattr(instance, self.current)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        _warn(self.owner, self.former, self.current)
+        setattr(instance, self.current, value)

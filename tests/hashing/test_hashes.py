@@ -14,13 +14,13 @@ from tying.hashing import (
     CodebookHash,
     DirichletHash,
     Hash,
+    HashedParametrization,
     IdentityHash,
     ModulusHash,
     NeighborhoodHash,
     RecurrentHash,
     ToeplitzHash,
     UniformHash,
-    VirtualWeight,
     XXHash,
     entropy,
     loads,
@@ -49,7 +49,7 @@ def test_golden_values(hash, size, golden):
     assert torch.equal(torch.random.get_rng_state(), before)
     assert index.dtype == torch.int64
     assert index.tolist() == golden
-    in_parts = [hash.slot(torch.arange(a, a + 3), size, hash.draw(size)) for a in (0, 3, 6, 9)]
+    in_parts = [hash.slot(torch.arange(a, a + 3), size, hash.state(size)) for a in (0, 3, 6, 9)]
     assert torch.equal(torch.cat(in_parts), index)
     assert torch.equal(hash.slot(torch.arange(12).view(3, 4), size).flatten(), index)
 
@@ -203,7 +203,7 @@ def test_toeplitz_is_a_convolution(geometry):
     assert torch.equal(index, toeplitz_by_loops(hash))
     kernel = torch.randn(size, dtype=torch.float64, requires_grad=True)
     x = torch.randn(4, inputs, dtype=torch.float64)
-    weight = VirtualWeight((outputs, inputs), size, hash, index="stored")(kernel)
+    weight = HashedParametrization((outputs, inputs), size, hash, index="stored")(kernel)
     shape = hash.kernel_size if isinstance(hash.kernel_size, tuple) else (hash.kernel_size,) * 2
     images = x.view(4, 2, *((hash.input_size,) * 2 if isinstance(hash.input_size, int) else hash.input_size))
     options = {key: geometry[key] for key in ("stride", "padding", "dilation") if key in geometry}
@@ -257,29 +257,29 @@ class Wild(Hash):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: table_entries(10, 0.0, UniformHash()), r"table_ratio is in \(0, 1\], not 0.0"),
-        (lambda: table_entries(10, 1.1, UniformHash()), r"table_ratio is in \(0, 1\], not 1.1"),
-        (lambda: table_entries(10, math.nan, UniformHash()), r"table_ratio is in \(0, 1\], not nan"),
-        (lambda: table_entries(10, 0.5, IdentityHash()), r"IdentityHash\(\) needs a table of 10 entries, table_ratio=10/10, not 0.5"),
-        (lambda: UniformHash().index(10, 0), "a table has at least one entry, not 0"),
-        (lambda: IdentityHash().index(10, 9), "needs a table of 10 entries, not 9"),
-        (lambda: DirichletHash(alpha=0.0), "alpha must be above 0 and finite, not 0.0"),
-        (lambda: DirichletHash(alpha=-1.0), "alpha must be above 0 and finite, not -1.0"),
+        (lambda: table_entries(10, 0.0, UniformHash()), r"table_ratio must be in \(0, 1\], not 0.0"),
+        (lambda: table_entries(10, 1.1, UniformHash()), r"table_ratio must be in \(0, 1\], not 1.1"),
+        (lambda: table_entries(10, math.nan, UniformHash()), r"table_ratio must be in \(0, 1\], not nan"),
+        (lambda: table_entries(10, 0.5, IdentityHash()), r"IdentityHash\(\) needs a table of 10 entries, table_ratio=10/10, not 5"),
+        (lambda: UniformHash().index(10, 0), "table_size must be 1 or more, not 0"),
+        (lambda: IdentityHash().index(10, 9), "needs a table of 10 entries, table_ratio=10/10, not 9"),
+        (lambda: DirichletHash(alpha=0.0), "alpha must be above 0, not 0.0"),
+        (lambda: DirichletHash(alpha=-1.0), "alpha must be above 0, not -1.0"),
         (lambda: DirichletHash(alpha=math.inf), "alpha must be above 0 and finite, not inf"),
         (lambda: NeighborhoodHash(radius=-1), "radius must be 0 or more, not -1"),
-        (lambda: XXHash(seed=-1), r"the seed of xxh32 is in \[0, 2\^32\), not -1"),
-        (lambda: BlockHash(block=0), "a block has at least one weight, not 0"),
-        (lambda: BlockHash(block=8).index(10, 7), "a block of 8 is longer than the table of 7"),
+        (lambda: XXHash(seed=-1), r"seed must be in \[0, 4294967296\), not -1"),
+        (lambda: BlockHash(block=0), "block must be 1 or more, not 0"),
+        (lambda: BlockHash(block=8).index(10, 7), r"block must be in \[1, 7\], not 8"),
         (lambda: RecurrentHash(layers=3).index(10, 3), "10 weights are not those of 3 equal layers"),
         (lambda: ToeplitzHash(1, 1, 2, 3), r"a kernel of \(3, 3\) does not fit images of \(2, 2\)"),
         (lambda: ToeplitzHash(1, 1, 5, 3, stride=0), "stride must be 1 or more, not 0"),
         (lambda: ToeplitzHash(1, 1, 4, 3).index(10, 9), "is for a linear layer from 16 to 4, not for 10 weights"),
-        (lambda: VirtualWeight((2, 2), 2, Wild(1)), r"slot returned torch.int64 from 1 to 2: integers in \[-1, 2\) are needed"),
-        (lambda: VirtualWeight((2, 2), 2, Wild(-2)), "from -2 to -1"),
-        (lambda: VirtualWeight((2, 2), 2, UniformHash(), density=0.0), r"density is in \(0, 1\], not 0.0"),
-        (lambda: VirtualWeight((2, 2), 2, UniformHash(), index="storde"), r"index is one of .*Nearest.*stored"),
-        (lambda: VirtualWeight((2, 2), 2, UniformHash(), index="structured"), "has no structure here: use index='stored'"),
-        (lambda: VirtualWeight((2, 2), 2, ModulusHash(), index="structured", sign=True), "has no structure here"),
+        (lambda: HashedParametrization((2, 2), 2, Wild(1)), r"slot returned torch.int64 from 1 to 2: integers in \[-1, 2\) are needed"),
+        (lambda: HashedParametrization((2, 2), 2, Wild(-2)), "from -2 to -1"),
+        (lambda: HashedParametrization((2, 2), 2, UniformHash(), density=0.0), r"density must be in \(0, 1\], not 0.0"),
+        (lambda: HashedParametrization((2, 2), 2, UniformHash(), index="storde"), r"index must be .*Nearest.*stored"),
+        (lambda: HashedParametrization((2, 2), 2, UniformHash(), index="structured"), "has no structure here: use index='stored'"),
+        (lambda: HashedParametrization((2, 2), 2, ModulusHash(), index="structured", sign=True), "has no structure here"),
     ],
 )  # fmt: skip
 def test_mistakes(make, told):

@@ -10,9 +10,9 @@ import torch
 
 SCRIPT = """
 import torch
-from tying.hashing import HashedLinear, UniformHash, virtual
+from tying.hashing import HashedLinear, UniformHash, parametrization
 
-virtual.FUSED = ("cpu",)
+parametrization.FUSED = ("cpu",)
 torch.manual_seed(0)
 for batch, inputs, outputs, seed, first in [(1, 1, 1, 0, 0), (5, 7, 9, 3, 0), (33, 40, 70, -5, (1 << 33) + 11)]:
     fused = HashedLinear(inputs, outputs, True, 0.3, UniformHash(seed), index="computed")
@@ -20,7 +20,7 @@ for batch, inputs, outputs, seed, first in [(1, 1, 1, 0, 0), (5, 7, 9, 3, 0), (3
     for layer in (fused, plain):
         layer.virtual.first = first
         layer.virtual.scale = 0.5
-    plain.virtual._keep(torch.device("cpu"))
+    plain.virtual.move()
     plain.load_state_dict(fused.state_dict())
     assert fused.virtual.fusible_seed(fused.table) == seed
     x = torch.randn(2, batch, inputs, requires_grad=True)

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import sys
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ from tying.hashing import (
     HashedConv2d,
     HashedEmbedding,
     HashedLinear,
+    HashedParametrization,
     IdentityHash,
     ModulusHash,
     NeighborhoodHash,
     ToeplitzHash,
     UniformHash,
-    VirtualWeight,
     XXHash,
 )
 from tying.hashing.fast_paths import RepeatedRows
@@ -186,9 +187,9 @@ def test_the_structure_of_toeplitz_is_its_matrix():
 def test_density_leaves_the_table_its_size():
     layer = HashedLinear(100, 200, table_ratio=0.05, density=0.3)
     assert layer.table.shape == (1000,)
-    kept = float((layer.virtual.entries() >= 0).double().mean())
+    kept = float((layer.virtual.slots() >= 0).double().mean())
     assert abs(kept - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 20_000)
-    assert torch.equal(layer.weight == 0, layer.virtual.entries() < 0)
+    assert torch.equal(layer.weight == 0, layer.virtual.slots() < 0)
 
 
 FEW = pytest.mark.parametrize("few", [0, 1 << 20])  # looked up in chunks, or by torch
@@ -214,7 +215,7 @@ def test_second_derivatives(index, few, monkeypatch):
 def test_long_tables_add_up_in_chunks(index, few, monkeypatch):
     monkeypatch.setattr("tying.hashing.gather.FEW", few)
     monkeypatch.setattr("tying.hashing.gather.CHUNK", 7)
-    monkeypatch.setattr("tying.hashing.entries.CHUNK", 7)
+    monkeypatch.setattr("tying.hashing.parametrization.CHUNK", 7)
     layer = HashedLinear(11, 9, False, 0.2, UniformHash(1), index=index, dtype=torch.float64)
     weight, slots, _ = hashed_by_loops(layer)
     assert torch.equal(layer.weight, weight)
@@ -233,7 +234,7 @@ def test_compiled_entries_are_those_of_the_hash(monkeypatch):
     )
     stored.load_state_dict(computed.state_dict())
     assert torch.equal(computed.weight, stored.weight)
-    assert computed.virtual._compiled.read is not None
+    assert computed.virtual._compiled.compiled_read is not None
     upstream = torch.randn(499, 601)
     grads = [torch.autograd.grad(layer.weight, layer.table, upstream)[0] for layer in (computed, stored)]
     torch.testing.assert_close(*grads)
@@ -253,7 +254,7 @@ def test_compiled_entries_are_left_out_of_traces(computed, before):
     x = torch.randn(2, 601)
     if before:
         computed(x)
-    expected = F.linear(x, computed.table[computed.virtual.entries()])
+    expected = F.linear(x, computed.table[computed.virtual.slots()])
     torch.testing.assert_close(torch.jit.trace(computed, x)(x), expected)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert computed(mode.from_tensor(x)).shape == (2, 499)
@@ -261,13 +262,13 @@ def test_compiled_entries_are_left_out_of_traces(computed, before):
 
 
 def test_where_compilation_is_off_entries_are_computed_in_chunks(computed, monkeypatch):
-    asked, numbered = [], VirtualWeight._numbered
+    asked, numbered = [], HashedParametrization._extended_slot
 
     def record(self, numbers):
         asked.append(numbers.numel())
         return numbered(self, numbers)
 
-    monkeypatch.setattr(VirtualWeight, "_numbered", record)
+    monkeypatch.setattr(HashedParametrization, "_extended_slot", record)
     with torch.compiler.set_stance("force_eager"):
         weight = computed.weight
     assert max(asked) <= 2 * CHUNK < weight.numel()
@@ -366,9 +367,11 @@ def test_a_checkpoint_holds_table_and_description(hash):
 
 def test_what_was_drawn_in_floating_point_is_the_checkpoints():
     layer, other = (HashedLinear(30, 20, table_ratio=0.1, hash=DirichletHash(0.5, 1)) for _ in range(2))
-    layer.virtual._take(DirichletHash(0.5, 2).draw(60))  # as another machine might have drawn it, and much more
+    layer.virtual._take(
+        layer.virtual.drawn, DirichletHash(0.5, 2).state(60)
+    )  # as another machine might have drawn it, and much more
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.virtual.entries(), layer.virtual.entries())
+    assert torch.equal(other.virtual.slots(), layer.virtual.slots())
     assert torch.equal(other.weight, layer.weight)
 
 
@@ -395,10 +398,10 @@ def test_mistakes_of_types():
         HashedEmbedding(9, 3)(torch.tensor([1.7]))
     with pytest.raises(ConfigurationError, match=r"seed must be an integer, not 1.5"):
         HashedLinear(4, 4, hash=UniformHash(1.5))
-    with pytest.raises(ConfigurationError, match=r"IdentityHash\(\).slot returned torch.int64 from 3 to 3"):
-        VirtualWeight((2, 2), 2, IdentityHash())
+    with pytest.raises(ConfigurationError, match=r"IdentityHash\(\).slot returned torch.int64 from 0 to 3"):
+        HashedParametrization((2, 2), 2, IdentityHash())
     with pytest.raises(ConfigurationError, match="a weight of no entries cannot be hashed"):
-        VirtualWeight((0, 2), 2, UniformHash())
+        HashedParametrization((0, 2), 2, UniformHash())
 
 
 def test_what_does_not_fit_is_refused_by_name():
@@ -406,7 +409,7 @@ def test_what_does_not_fit_is_refused_by_name():
     state = layer.state_dict()
     with pytest.raises(ConfigurationError, match=r"'0.virtual': .* truncated or corrupted"):
         layer.load_state_dict({**state, "0.virtual._extra_state": state["0.virtual._extra_state"][:-3]})
-    told = r"'0.virtual': what its hash draws is torch.int32 of shape \(60,\); in the checkpoint it is .* \(59,\)"
+    told = r"'0.virtual': the state of its hash is torch.int32 of shape \(60,\); in the checkpoint it is .* \(59,\)"
     with pytest.raises(ConfigurationError, match=told):
         layer.load_state_dict({**state, "0.virtual.drawn": state["0.virtual.drawn"][:-1]})
     del state["0.virtual.drawn"]
@@ -437,7 +440,7 @@ def test_what_was_drawn_elsewhere_is_compiled_and_exported():
     layer, other = (HashedEmbedding(9, 3, table_ratio=0.5, hash=DirichletHash(0.5, 1)) for _ in range(2))
     drawn = layer.virtual.drawn.clone()
     drawn[1] += 1  # as another machine might have rounded it
-    layer.virtual._take(drawn)
+    layer.virtual._take(layer.virtual.drawn, drawn)
     other.load_state_dict(layer.state_dict())
     chosen = torch.tensor([1])
     assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(chosen), layer(chosen))
@@ -518,7 +521,7 @@ def test_memory_is_the_tables():
     optimizer.step()
     held = [layer.table, layer.table.grad, optimizer.state[layer.table]["momentum_buffer"]]
     assert [tensor.numel() for tensor in held] == [10_000] * 3
-    assert layer.virtual._kept is None
+    assert layer.virtual._stored is None
     assert not [*layer.buffers()]
     sizes = []
     for module in (layer, nn.Linear(500, 400, bias=False)):
@@ -542,7 +545,7 @@ def test_repr_tells_the_choice():
     assert "index='structured'" in repr(HashedLinear(6, 4, hash=ModulusHash()))
     assert "index='stored'" in repr(HashedLinear(6, 4))
     assert "a table of 3 by UniformHash(seed=0)" in repr(HashedLinear(6, 4))
-    assert VirtualWeight((1 << 13, 1 << 12), 10, UniformHash(), index="computed").index == "computed"
+    assert HashedParametrization((1 << 13, 1 << 12), 10, UniformHash(), index="computed").index == "computed"
 
 
 def test_a_hash_of_ones_own_needs_one_method_of_two_arguments():
@@ -551,7 +554,7 @@ def test_a_hash_of_ones_own_needs_one_method_of_two_arguments():
             return ids // 2 % table_size
 
     layer = HashedLinear(4, 2, table_ratio=0.25, hash=Halves())
-    assert layer.virtual.entries().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
+    assert layer.virtual.slots().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
     assert Halves().index(3, 2).tolist() == [0, 0, 1]
 
 
@@ -564,9 +567,9 @@ def test_another_slot_than_the_parents_is_nowhere_the_parents(parent):
     own, table = Strided(), torch.arange(64.0)
     expected = own.index(4096, 64).view(64, 64).float()
     for index in ("auto", "stored", "computed"):
-        virtual = VirtualWeight((64, 64), 64, own, index=index)
+        virtual = HashedParametrization((64, 64), 64, own, index=index)
         assert torch.equal(virtual(table), expected)
-        assert torch.equal(virtual.entries().float(), expected)
+        assert torch.equal(virtual.slots().float(), expected)
     assert own.probabilities(4096, 64) is None
 
 
@@ -664,3 +667,38 @@ def test_blocks_need_no_index(shape):
         layer(x).backward(up)
     torch.testing.assert_close(layers[0].table.grad, layers[1].table.grad)
     assert pickle.loads(pickle.dumps(layers[0])).virtual.index == "structured"
+
+
+@pytest.mark.parametrize(
+    ("hash", "index", "text"),
+    [
+        (ModulusHash(), "auto", r"(200, 784), structured, of a table of 1,568 by ModulusHash(); only 2 of 200 units are distinct"),
+        (UniformHash(2), "computed", r"(200, 784), computed, of a table of 1,568 by UniformHash(seed=2)"),
+    ],
+)  # fmt: skip
+def test_descriptions(hash, index, text):
+    assert HashedParametrization((200, 784), 1568, hash, index=index).describe() == text
+
+
+@pytest.mark.parametrize("index", ["stored", "computed"])
+def test_a_weight_is_gathered_within_six_calls(index):
+    layer = HashedLinear(8, 8, table_ratio=0.5, index=index)
+    calls = []
+
+    def record(frame, event, argument):
+        if event == "call" and "/tying/hashing/" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    sys.setprofile(record)
+    try:
+        layer.weight  # noqa: B018  # it is computed
+    finally:
+        sys.setprofile(None)
+    before = calls.index("gather") if "gather" in calls else len(calls)
+    assert before <= 6, calls
+
+
+def test_two_weights_share_a_state():
+    first = HashedParametrization((4, 6), 5, DirichletHash(0.5, 1))
+    second = HashedParametrization((4, 6), 5, DirichletHash(0.5, 1), first=24, state=first.state)
+    assert second.drawn is first.drawn

@@ -34,7 +34,7 @@ from tying.hashing import (
     report,
     table_loads,
 )
-from tying.hashing.parametrization import HashState, VirtualWeight
+from tying.hashing.parametrization import HashedParametrization, HashState
 from tying.mixins import WeightHashingMixin
 from tying.weights.derived import count_parameters
 
@@ -56,7 +56,7 @@ def test_a_table_for_each_layer():
     assert (report.stored, report.virtual, report.skipped) == (65, 650, ("1.weight",))
     assert type(model[0]) is HashedLinear
     assert [name for name, _ in model.named_parameters()][:2] == ["0.table", "0.bias"]
-    entries = [model[i].virtual.entries() % 15 for i in (0, 2)]
+    entries = [model[i].virtual.slots() % 15 for i in (0, 2)]
     assert not torch.equal(entries[0].flatten(), entries[1].flatten()[:200])  # draws of its own
     for i in (0, 2, 3):
         assert torch.equal(model[i].bias, before[i].bias)
@@ -78,7 +78,7 @@ def test_one_table_for_the_network():
     for i, scale in zip((0, 2, 3), (scales / common).tolist(), strict=True):
         count = model[i].virtual.shape.numel()
         own = index[begin : begin + count].view(model[i].virtual.shape)
-        assert torch.equal(model[i].virtual.entries(), own)
+        assert torch.equal(model[i].virtual.slots(), own)
         torch.testing.assert_close(model[i].weight, model[0].table[own] * scale)
         begin += count
     assert abs(float(model[0].table.detach().std()) / common - 1) < 0.3
@@ -99,7 +99,7 @@ def test_the_gradient_of_a_network_table_is_the_sum_over_its_uses():
         virtual = model[i].virtual
         signs = virtual.hash.sign(torch.arange(virtual.first, virtual.first + virtual.shape.numel()))
         uses = signs * dense[i].weight.grad.flatten() * virtual.scale
-        expected.index_add_(0, virtual.entries().flatten(), uses)
+        expected.index_add_(0, virtual.slots().flatten(), uses)
     torch.testing.assert_close(model[0].table.grad, expected, rtol=0, atol=1e-12)
 
 
@@ -139,8 +139,8 @@ def test_means_keep_what_is_shared_already():
     again.load_state_dict(values)
     scales = [model[i].virtual.scale for i in (0, 2, 3)]
     hash_weights(again, ["0.weight"], 0.2, UniformHash(3), init="mean")
-    sums = torch.zeros(40).index_add_(0, again[0].virtual.entries().flatten(), values["0.weight"].flatten())
-    torch.testing.assert_close(again[0].table, sums / loads(again[0].virtual.entries(), 40).clamp(min=1))
+    sums = torch.zeros(40).index_add_(0, again[0].virtual.slots().flatten(), values["0.weight"].flatten())
+    torch.testing.assert_close(again[0].table, sums / loads(again[0].virtual.slots(), 40).clamp(min=1))
     assert len(scales) == 3
 
 
@@ -288,12 +288,12 @@ def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_each(make, ind
     model, other, third = (make() for _ in range(3))
     for one in (model, other, third):
         hash_weights(one, ["**.weight"], 0.5, DirichletHash(0.5, 1), scope="network", index=index)
-    virtuals = [one for one in model.modules() if isinstance(one, VirtualWeight)]
+    virtuals = [one for one in model.modules() if isinstance(one, HashedParametrization)]
     size = virtuals[0].table_size
-    other_draw = HashState(DirichletHash(0.5, 2).draw(size))  # as another machine might have drawn it, and much more
+    other_draw = HashState(DirichletHash(0.5, 2).state(size))  # as another machine might have drawn it, and much more
     for one in virtuals:
-        one.common = other_draw
-        one._keep(torch.device("cpu"))
+        one.state = other_draw
+        one.move()
     torch.save(model.state_dict(), tmp_path / "a.ckpt")
     state = torch.load(tmp_path / "a.ckpt")
     drawn = {name: value for name, value in state.items() if name.endswith(".drawn")}
@@ -305,7 +305,7 @@ def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_each(make, ind
 
     other.load_state_dict(state)
     assert all(map(torch.equal, weights(other), weights(model)))
-    assert len({id(one.common) for one in other.modules() if isinstance(one, VirtualWeight)}) == 1
+    assert len({id(one.state) for one in other.modules() if isinstance(one, HashedParametrization)}) == 1
     copied = copy.deepcopy(other)
     assert all(map(torch.equal, weights(copied), weights(model)))
     copied.load_state_dict(third.state_dict())  # what its layers have in common is not the original's
@@ -315,7 +315,7 @@ def test_what_was_drawn_for_a_network_is_saved_once_and_loaded_by_each(make, ind
     third.get_submodule(last).load_state_dict(other.get_submodule(last).state_dict())  # a part, with the table
     assert torch.equal(third.get_submodule(last).weight, model.get_submodule(last).weight)
     entries = [
-        [layer.virtual.entries() for layer in one.modules() if hasattr(layer, "virtual")] for one in (third, model)
+        [layer.virtual.slots() for layer in one.modules() if hasattr(layer, "virtual")] for one in (third, model)
     ]
     others = [torch.equal(*both) for both in zip(*entries, strict=True)]
     assert others == [False] * (len(others) - 1) + [True]
@@ -354,7 +354,7 @@ def test_weight_averaging_leaves_hashes_alone():
     train(model, [WeightHashing(HASHED, 0.3, DirichletHash(seed=1)), EMAWeightAveraging(decay=0.5)])
     fresh = Toy()
     WeightHashing(HASHED, 0.3, DirichletHash(seed=1)).apply(fresh)
-    assert torch.equal(model.encoder[0].virtual.entries(), fresh.encoder[0].virtual.entries())
+    assert torch.equal(model.encoder[0].virtual.slots(), fresh.encoder[0].virtual.slots())
     assert torch.equal(model.encoder[0].virtual.drawn, fresh.encoder[0].virtual.drawn)
 
 
@@ -362,8 +362,7 @@ def test_each_table_has_two_panels(tmp_path, monkeypatch):
     model = nn.Sequential(*(nn.Linear(6, 5 + i) for i in range(4)))
     hash_weights(model, ["*.weight"], 0.5)
     drawn = []
-    module = sys.modules["tying.hashing.report"]  # the package's attribute of this name is the function
-    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(sys.modules["tying.hashing.report"], "save_figure", lambda figure, path: drawn.append(figure))
     plot_loads(model, tmp_path / "p.png")
     panels = [one for one in drawn[0].axes if one.get_label() != "<colorbar>"]
     assert len(panels) == 8
@@ -461,7 +460,7 @@ def test_a_plain_state_gives_one_table_the_mean_over_all_its_weights():
         torch.testing.assert_close(model.get_parameter(name) if "bias" in name else model[int(name[0])].weight, weight)
     plain = {name: torch.randn_like(weight) for name, weight in before.items()}
     load_plain(model, plain)
-    entries = torch.cat([model[i].virtual.entries().flatten() for i in (0, 1)])
+    entries = torch.cat([model[i].virtual.slots().flatten() for i in (0, 1)])
     values = torch.cat([plain[f"{i}.weight"].flatten() for i in (0, 1)])
     for entry in entries.unique().tolist():
         torch.testing.assert_close(model[0].table[entry], values[entries == entry].mean())
@@ -555,7 +554,7 @@ def test_a_table_that_is_parametrized_is_reported():
 
 def test_a_map_as_a_parametrization_is_reported():
     model = network()
-    register_parametrization(model[0], "weight", VirtualWeight((10, 20), 9, ModulusHash()), unsafe=True)
+    register_parametrization(model[0], "weight", HashedParametrization((10, 20), 9, ModulusHash()), unsafe=True)
     [one] = report(model).weights
     assert (one.name, one.shape, one.table_size) == ("0.weight", (10, 20), 9)
     assert {name: counts.tolist() for name, counts in table_loads(model).items()} == {"0.weight": [23, 23] + [22] * 7}
@@ -633,5 +632,5 @@ def test_functions_of_torch(hash, few, monkeypatch):
             torch.testing.assert_close(gradients[name][number], parameter.grad)
     own, table = models[0][0].virtual, models[0][0].table.detach()
     cubes = torch.func.jacrev(torch.func.jacrev(lambda entries: own(entries).pow(3).sum()))(table)
-    uses = torch.zeros_like(table).index_add_(0, own.entries().flatten(), torch.ones(48, dtype=torch.float64))
+    uses = torch.zeros_like(table).index_add_(0, own.slots().flatten(), torch.ones(48, dtype=torch.float64))
     torch.testing.assert_close(cubes, torch.diag(6 * table * uses))

@@ -1,5 +1,6 @@
-"""Weights that share the entries of a table: hashes, layers, and what a hash does."""
+"""Weights that share the entries of a table: hashes, hashed layers, clustering, and reports."""
 
+from tying.deprecated import module_aliases
 from tying.hashing.apply import hash_weights
 from tying.hashing.codebook import cluster, cluster_weight, compression_rate
 from tying.hashing.hashes import (
@@ -18,7 +19,7 @@ from tying.hashing.hashes import (
 )
 from tying.hashing.layers import HashedConv2d, HashedEmbedding, HashedLinear
 from tying.hashing.packing import load_packed, save_packed
-from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import HashedWeight, HashReport, entropy, loads, plot_loads, report, table_loads
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "HashedConv2d",
     "HashedEmbedding",
     "HashedLinear",
+    "HashedParametrization",
     "HashedWeight",
     "IdentityHash",
     "ModulusHash",
@@ -38,7 +40,6 @@ __all__ = [
     "SeededHash",
     "ToeplitzHash",
     "UniformHash",
-    "VirtualWeight",
     "XXHash",
     "cluster",
     "cluster_weight",
@@ -52,3 +53,5 @@ __all__ = [
     "save_packed",
     "table_loads",
 ]
+
+__getattr__ = module_aliases("tying.hashing")

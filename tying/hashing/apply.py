@@ -23,7 +23,7 @@ from tying.hashing.layers import (
     of_rows,
     put_table,
 )
-from tying.hashing.parametrization import Index, VirtualWeight, table_entries
+from tying.hashing.parametrization import HashedParametrization, Index, table_entries
 from tying.hashing.report import HashReport, report
 from tying.selection.resolve import select
 from tying.selection.tie import Tie
@@ -43,7 +43,7 @@ def table_names(kind: type[nn.Module], weight: str) -> tuple[str, str]:
     return ("table", "virtual") if layer else (f"{weight}_table", f"{weight}_virtual")
 
 
-def hash_attribute(module: nn.Module, name: str, virtual: VirtualWeight, table: nn.Parameter) -> str:
+def hash_attribute(module: nn.Module, name: str, virtual: HashedParametrization, table: nn.Parameter) -> str:
     """Put a table in the place of a weight of any module; return the table's name.
 
     Linear, convolution and embedding layers become hashed ones. Any other module gets a class of its own, as torch's
@@ -186,13 +186,13 @@ def hash_weights(
         if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and places[name].attribute == "weight":
             special = of_rows(owner, index)
         options = {"sign": sign, "density": density, "salt": salt, **of_network, **special}
-        return _Plan(name, chosen[name], VirtualWeight(chosen[name].shape, size, own, **options))
+        return _Plan(name, chosen[name], HashedParametrization(chosen[name].shape, size, own, **options))
 
     groups: list[list[_Plan]] = []  # those of one table
     if scope == "layer":
         for name, weight in chosen.items():
             salt = zlib.crc32(name.encode())
-            own = hash.seeded(salt)
+            own = hash.with_salt(salt)
             size = table_entries(weight.numel(), table_ratio, own)
             groups.append([make(name, own, size, salt=salt if own is hash else 0)])
     else:
@@ -204,9 +204,9 @@ def hash_weights(
         groups.append([])
         first, common = 0, None
         for name, weight in chosen.items():
-            groups[0].append(make(name, hash, size, first=first, scale=scales[name], common=common))
+            groups[0].append(make(name, hash, size, first=first, scale=scales[name], state=common))
             first += weight.numel()
-            common = groups[0][0].virtual.common
+            common = groups[0][0].virtual.state
     tables = [_table(group, init) for group in groups]
     names = []  # of the tables
     for group, table in zip(groups, tables, strict=True):
@@ -237,7 +237,7 @@ def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) 
 class _Plan(NamedTuple):
     name: str
     weight: nn.Parameter
-    virtual: VirtualWeight
+    virtual: HashedParametrization
 
 
 def _scales(weights: dict[str, nn.Parameter]) -> dict[str, float]:

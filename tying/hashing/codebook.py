@@ -1,19 +1,19 @@
-"""Trained quantisation: weights that are the entries of a small codebook."""
+"""Trained quantisation: weights that share the entries of a small codebook."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
-from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import loads
 from tying.weights.derived import ParameterLocation, locate_parameters
 
@@ -21,13 +21,13 @@ Start = Literal["linear", "density", "forgy"]
 
 
 def starting_centroids(weights: Tensor, clusters: int, init: Start) -> Tensor:
-    """Return where k-means begins, (clusters,).
+    """Return initial centroids for k-means, (clusters,).
 
     Args:
         weights: (n,).
         clusters: k.
-        init: ``"linear"``: even from the least to the largest weight; ``"density"``: at quantiles evenly apart;
-            ``"forgy"``: weights drawn at random.
+        init: ``"linear"``: evenly spaced between the smallest and the largest weight; ``"density"``: evenly spaced
+            quantiles; ``"forgy"``: random weights.
 
     Example:
         >>> starting_centroids(torch.tensor([0.0, 1.0, 1.0, 4.0]), 3, "linear")
@@ -36,15 +36,15 @@ def starting_centroids(weights: Tensor, clusters: int, init: Start) -> Tensor:
     if init == "linear":
         return torch.linspace(float(weights.min()), float(weights.max()), clusters).to(weights)
     if init == "density":
-        at = (torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters * (len(weights) - 1)
-        return weights.sort().values[at.round().long()]
+        ranks = (torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters * (len(weights) - 1)
+        return weights.sort().values[ranks.round().long()]
     return weights[torch.randperm(len(weights))[:clusters]]
 
 
 def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Tensor, Tensor]:
-    """Return the centroids of k-means, and which of them each weight is nearest to.
+    """Return the centroids of k-means, and the index of each weight's nearest centroid.
 
-    Lloyd's algorithm, as scikit-learn does it. Where there are no more distinct weights than clusters, these are the
+    This is scikit-learn's version of Lloyd's algorithm. If there are at most k distinct weights, they are the
     centroids.
 
     Args:
@@ -53,10 +53,10 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         init: see :func:`starting_centroids`.
 
     Returns:
-        (k,), or fewer where some were nearest to none; and int64, (n,).
+        Centroids (k,), or fewer if some have no weight; and indices (n,), int64.
 
     Raises:
-        ConfigurationError: an unknown init, or more clusters than weights.
+        ConfigurationError: ``init`` is unknown, or there are more clusters than weights.
 
     Example:
         >>> cluster(torch.tensor([0.0, 0.2, 1.0]), clusters=2)
@@ -64,10 +64,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
 
     Source: S. Han, H. Mao and W. J. Dally, Deep compression, 2016, section 3.
     """
-    if init not in ("linear", "density", "forgy"):
-        raise ConfigurationError(f"init is 'linear', 'density' or 'forgy', not {init!r}")
-    if not 1 <= clusters <= len(weights):
-        raise ConfigurationError(f"{clusters} clusters of {len(weights)} weights: 1 to {len(weights)} are possible")
+    check_choice("init", init, get_args(Start))
+    check_range("clusters", clusters, f"[1, {len(weights)}]")
     distinct, inverse = torch.unique(weights, return_inverse=True)
     if len(distinct) <= clusters:
         return distinct, inverse
@@ -77,14 +75,14 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         raise ConfigurationError("clustering needs scikit-learn: pip install 'tying[clustering]'") from None
     points = weights.detach().cpu().double()
     start = starting_centroids(points, clusters, init).numpy()[:, None]
-    found = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
-    _, labels = torch.unique(torch.from_numpy(found.labels_).long(), return_inverse=True)
+    fitted = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
+    _, labels = torch.unique(torch.from_numpy(fitted.labels_).long(), return_inverse=True)
     means = torch.bincount(labels, points) / torch.bincount(labels)
     return means.to(weights), labels.to(weights.device)
 
 
 def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
-    """Return ``r = n b / (n log₂ k + k b)``: by how much indices into a codebook are smaller than n weights of b bits.
+    """Return ``r = n b / (n log₂ k + k b)``: the size of n weights of b bits over that of indices and codebook.
 
     Example:
         >>> compression_rate(16, 4)
@@ -95,20 +93,20 @@ def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
 
 @torch.no_grad()
 def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "linear") -> nn.Parameter:
-    """Let a weight of a model be entries of a codebook; return the codebook.
+    """Replace a weight of a model by entries of a codebook; return the codebook.
 
-    Zeros stay zeros, and are no cluster: those of pruning, which becomes permanent. Where fewer weights are left than
-    clusters were asked for, each is an entry of its own.
+    Zero weights, such as those of pruning, which becomes permanent, stay zero and belong to no cluster. If fewer
+    nonzero weights than clusters are left, each has its own codebook entry.
 
     Args:
         model: changed in place.
-        name: of the weight.
+        name: name of the weight.
         clusters: k.
         init: see :func:`starting_centroids`.
 
     Raises:
-        ConfigurationError: more clusters than weights, or the weight is tied, computed, or an embedding's with an
-            option that a hashed one lacks.
+        ConfigurationError: there are more clusters than weights, or the weight is tied, computed, or of an embedding
+            with an option that hashed embeddings lack.
 
     Example:
         >>> layer = nn.Linear(100, 10)
@@ -120,51 +118,47 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         module = model.get_submodule(path)
     except AttributeError:
         raise ConfigurationError(f"{name!r} is no parameter of the model, which has no module {path!r}") from None
-    if prune.is_pruned(module) and f"{attribute}_orig" in module._parameters:
+    if prune.is_pruned(module) and hasattr(module, f"{attribute}_orig"):
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
     check_clusterable(name, locate_parameters(model), clusters)
     flat = module.get_parameter(attribute).detach().flatten()
-    left = flat[flat != 0]
-    centroids, labels = flat.new_zeros(1), left.long()
-    if len(left):
-        centroids, labels = cluster(left, min(clusters, len(left)), init)
-    assignments = torch.full((len(flat),), -1, dtype=torch.int64, device=flat.device)
-    assignments[flat != 0] = labels
+    nonzero = flat[flat != 0]
+    assignments, centroids = torch.full_like(flat, -1, dtype=torch.int64), flat.new_zeros(1)
+    if len(nonzero):
+        centroids, assignments[flat != 0] = cluster(nonzero, min(clusters, len(nonzero)), init)
     return put_codebook(module, attribute, assignments.cpu(), centroids)
 
 
-def uses_of(virtual: VirtualWeight) -> Tensor:
-    """Return how many weights are each entry of a codebook, at least one."""
-    return loads(virtual.entries(), virtual.table_size).clamp(min=1)
+def uses_of(parametrization: HashedParametrization) -> Tensor:
+    """Return how many weights read each codebook entry, at least one."""
+    return loads(parametrization.slots(), parametrization.table_size).clamp(min=1)
 
 
-def check_clusterable(name: str, places: Mapping[str, ParameterLocation], clusters: int) -> None:
-    """Raise where a weight cannot be clustered, as :func:`cluster_weight` says.
+def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clusters: int) -> None:
+    """Raise a ConfigurationError if :func:`cluster_weight` cannot cluster a weight.
 
     Args:
-        name: of the weight.
-        places: of the whole model's weights.
+        name: name of the weight.
+        locations: locations of all parameters of the model.
         clusters: k.
     """
-    if name not in places:
+    if name not in locations:
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
-    check_hashable(name, places)
-    count = places[name].parameter.numel()
-    if not 1 <= clusters <= count:
-        raise ConfigurationError(f"{name!r}: {clusters} clusters of {count} weights: 1 to {count} are possible")
+    check_hashable(name, locations)
+    check_range(f"{name!r}: clusters", clusters, f"[1, {locations[name].parameter.numel()}]")
 
 
 def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroids: Tensor) -> nn.Parameter:
-    """Put a codebook in the place of a weight of a module; return it as the parameter it is now.
+    """Replace a weight of a module by a codebook; return the codebook as a parameter.
 
     Args:
         module: changed in place.
-        attribute: the weight's name there.
-        assignments: which centroid each weight is; −1 for zero; (n,).
+        attribute: the weight's attribute name.
+        assignments: slot of each weight, −1 for zero; (n,).
         centroids: (k,).
     """
     weight = module.get_parameter(attribute)
-    virtual = VirtualWeight(weight.shape, len(centroids), CodebookHash(assignments), index="stored").to(weight.device)
-    table = nn.Parameter(centroids.to(weight), weight.requires_grad)
-    hash_attribute(module, attribute, virtual, table)
-    return table
+    parametrization = HashedParametrization(weight.shape, len(centroids), CodebookHash(assignments), index="stored")
+    codebook = nn.Parameter(centroids.to(weight), weight.requires_grad)
+    hash_attribute(module, attribute, parametrization.to(weight.device), codebook)
+    return codebook

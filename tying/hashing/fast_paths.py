@@ -1,4 +1,4 @@
-"""Layers computed from the table, without an index and without the whole weight."""
+"""Fast paths: layers that are computed from the table without an index, and mostly without the whole weight."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from tying.hashing.gather import CHUNK, IndexSource, lookup
 
@@ -17,35 +18,36 @@ Size = int | Sequence[int]
 
 
 class FastPath(Protocol):
-    """What a layer computes with a weight ``table[slot]``, and the weight itself.
+    """A hash's own way to compute a weight, and a linear layer with that weight.
 
     Attributes:
-        zeros: whether some weights are zero.
-    """
-
-    zeros: ClassVar[bool]
-
-    def weight(self, table: Tensor) -> Tensor:
-        """Return the weight."""
-
-    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x Wᵀ + b``."""
-
-
-@dataclass(frozen=True)
-class RepeatedRows:
-    """A weight that runs through the table again and again: its rows repeat, and its columns fold.
-
-    Row r begins at the entry ``(first + r · width) mod n``, hence there are ``n / gcd(width, n)`` distinct rows at
-    most; where rows are longer than the table, inputs that meet the same entry are added up.
-
-    Attributes:
-        shape: of the weight, whose first dimension counts rows.
-        size: n, the number of entries.
-        first: entry of the first weight.
+        zeros: whether the hash makes some weights zero.
     """
 
     zeros: ClassVar[bool] = False
+
+    def weight(self, table: Tensor) -> Tensor:
+        """Return the weight."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return ``x Wᵀ + b``, for x (..., width)."""
+        return F.linear(x, self.weight(table), bias)
+
+
+@dataclass(frozen=True)
+class RepeatedRows(FastPath):
+    """A weight that cycles through the table: its rows repeat, and its columns fold.
+
+    Row r begins at slot ``(first + r · width) mod n``, so at most ``n / gcd(width, n)`` rows are distinct. If rows are
+    longer than the table, all inputs that meet the same entry are summed before the matrix product.
+
+    Attributes:
+        shape: shape of the weight; its first dimension counts rows.
+        size: n, the number of table entries.
+        first: slot of the first weight.
+    """
+
     shape: tuple[int, ...]
     size: int
     first: int
@@ -60,91 +62,116 @@ class RepeatedRows:
         """Number of distinct rows."""
         return min(self.shape[0], self.size // math.gcd(self.width, self.size))
 
+    @override
     def weight(self, table: Tensor) -> Tensor:
-        """Return the weight, of ``shape``."""
         return repeat_to(self.rows(table), self.shape[0], 0).view(self.shape)
 
+    @override
     def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x Wᵀ + b``, for x (..., width)."""
         if self.width <= self.size:
             return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1, bias)
-        turns = -(-self.width // self.size)
-        padded = F.pad(x, (0, turns * self.size - self.width))
-        folded = padded.view(*x.shape[:-1], turns, self.size).sum(dim=-2)
-        turned = lookup(table, IndexSource(self.distinct * self.size, self._turned)).view(self.distinct, self.size)
-        return repeat_to(F.linear(folded, turned), self.shape[0], -1, bias)
+        cycles = -(-self.width // self.size)
+        padded = F.pad(x, (0, cycles * self.size - self.width))
+        folded = padded.view(*x.shape[:-1], cycles, self.size).sum(dim=-2)
+        rotated = lookup(table, IndexSource(self.distinct * self.size, self._rotated)).view(self.distinct, self.size)
+        return repeat_to(F.linear(folded, rotated), self.shape[0], -1, bias)
 
-    def _turned(self, numbers: Tensor) -> Tensor:
-        """Return the entries of the table as it begins with each distinct row's first weight."""
-        return (self.first + self.width * (numbers // self.size) + numbers) % self.size
+    def _rotated(self, positions: Tensor) -> Tensor:
+        """Return the slots of copies of the table, each rotated to begin with a distinct row's first weight."""
+        return (self.first + self.width * (positions // self.size) + positions) % self.size
 
     def convolve(self, table: Tensor, bias: Tensor | None, convolution: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a convolution's output, (..., channels, *size), from that of its distinct kernels."""
-        kernels = self.rows(table).view(-1, *self.shape[1:])
-        return repeat_to(convolution(kernels), self.shape[0], 1 - len(self.shape), bias)
+        """Return a convolution's output (..., channels, *size), computed from its distinct kernels."""
+        output = convolution(self.rows(table).view(-1, *self.shape[1:]))
+        return repeat_to(output, self.shape[0], 1 - len(self.shape), bias)
 
     def rows(self, table: Tensor) -> Tensor:
         """Return the distinct rows, (distinct, width)."""
         count = self.distinct * self.width
-        turns = -(-(self.first + count) // self.size)
-        whole = table if turns == 1 else table.repeat(turns)
-        used = whole if len(whole) == count else whole[self.first : self.first + count]
+        cycles = -(-(self.first + count) // self.size)
+        repeated = table if cycles == 1 else table.repeat(cycles)
+        used = repeated if len(repeated) == count else repeated[self.first : self.first + count]
         return used.view(self.distinct, self.width)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A weight that is read in contiguous blocks: where each begins is computed, not where each weight is.
+class Blocks(FastPath):
+    """A weight that is read in contiguous blocks: only the slot where each block begins is computed.
 
     Attributes:
-        shape: of the weight.
-        block: number of weights that are read together.
+        shape: shape of the weight.
+        block: number of weights in a block.
         first: identifier of the first weight.
-        starts: returns where blocks of given numbers begin in the table.
+        slot: maps identifiers to slots.
     """
 
-    zeros: ClassVar[bool] = False
     shape: tuple[int, ...]
     block: int
     first: int
-    starts: Callable[[Tensor], Tensor]
+    slot: Callable[[Tensor], Tensor]
 
+    @override
     def weight(self, table: Tensor) -> Tensor:
-        """Return the weight, of ``shape``."""
         count = math.prod(self.shape)
         aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
-        slots = IndexSource(count, self._entries, quickly=self._runs if aligned else None)
-        return lookup(table, slots).view(self.shape)
+        source = IndexSource(count, self._slots, compiled_fn=self._chunk_slots if aligned else None)
+        return lookup(table, source).view(self.shape)
 
+    def _slots(self, positions: Tensor) -> Tensor:
+        return self.slot(positions + self.first)
+
+    def _chunk_slots(self, begin: Tensor) -> Tensor:
+        """Return the slots of chunks of ``CHUNK`` weights, which are whole blocks, that begin at given positions."""
+        starts = self.slot(begin + self.first + torch.arange(0, CHUNK, self.block, device=begin.device))
+        return (starts[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Convolution(FastPath):
+    """The weight of a linear layer that convolves flattened images, with the table as kernel.
+
+    Attributes:
+        images: channels, height and width of the input.
+        kernels: shape of the kernel: output channels, input channels, height and width.
+        stride: stride of the convolution.
+        padding: zero padding on both sides.
+        dilation: dilation of the convolution.
+    """
+
+    zeros: ClassVar[bool] = True
+    images: tuple[int, int, int]
+    kernels: tuple[int, int, int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @override
+    def weight(self, table: Tensor) -> Tensor:
+        # its columns are the outputs for unit vectors
+        return self.linear(torch.eye(math.prod(self.images), dtype=table.dtype, device=table.device), table).T
+
+    @override
     def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return ``x Wᵀ + b``, for x (..., width)."""
-        return F.linear(x, self.weight(table), bias)
-
-    def _entries(self, numbers: Tensor) -> Tensor:
-        ids = numbers + self.first
-        return self.starts(ids // self.block) + ids % self.block
-
-    def _runs(self, begin: Tensor) -> Tensor:
-        """Return the entries of runs of ``CHUNK`` weights, each a whole number of blocks."""
-        blocks = (begin + self.first) // self.block + torch.arange(CHUNK // self.block, device=begin.device)
-        return (self.starts(blocks)[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
+        images = x.reshape(math.prod(x.shape[:-1]), *self.images)
+        output = F.conv2d(images, table.view(self.kernels), None, self.stride, self.padding, self.dilation)
+        output = output.reshape(*x.shape[:-1], math.prod(output.shape[1:]))
+        return output if bias is None else output + bias.to(output.dtype)
 
 
 def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Tensor:
-    """Repeat a tensor along a dimension to a length; add a bias, one number for each place along it."""
-    held, dim = x.shape[dim], dim % x.ndim
-    if held == count and bias is None:
+    """Repeat a tensor along a dimension up to length ``count``; add a bias, (count,), along that dimension."""
+    length, dim = x.shape[dim], dim % x.ndim
+    if length == count and bias is None:
         return x
-    turns = -(-count // held)
-    repeated = x.unsqueeze(dim).expand(*x.shape[:dim], turns, *x.shape[dim:])
-    if bias is not None:  # while it is repeated: a pass over the output less
-        bias, rest = bias.to(x.dtype), turns * held - count
-        padded = F.pad(bias, (0, rest)) if rest else bias
-        repeated = repeated + padded.view(turns, held, *[1] * (x.ndim - dim - 1))
+    cycles = -(-count // length)
+    repeated = x.unsqueeze(dim).expand(*x.shape[:dim], cycles, *x.shape[dim:])
+    if bias is not None:  # adding it here saves a pass over the output
+        padded = F.pad(bias.to(x.dtype), (0, cycles * length - count))
+        repeated = repeated + padded.view(cycles, length, *[1] * (x.ndim - dim - 1))
     flat = repeated.flatten(dim, dim + 1)
-    return flat if turns * held == count else flat.narrow(dim, 0, count)
+    return flat if cycles * length == count else flat.narrow(dim, 0, count)
 
 
-def both(size: Size) -> tuple[int, int]:
+def pair(size: Size) -> tuple[int, int]:
     """Return height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,175 +1,174 @@
-"""Read weights from a table by an index, and sum gradients over the uses of each entry."""
+"""Read weights from a table by an index, and sum gradients over the weights that share a slot."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-CHUNK = 1 << 17  # entries whose index is computed at a time: it stays in the cache
-FEW = 1 << 20  # weights up to which torch's own lookup, by one thread, is faster than chunks by two
+from tying.torch_workarounds import compile_apart, error_on_graph_break
+
+CHUNK = 1 << 17  # number of weights whose slots are computed at a time; they stay in the cache
+FEW = 1 << 20  # up to so many weights, torch's lookup on one thread is faster than chunks on two
 
 
 @dataclass(frozen=True)
 class IndexSource:
-    """Where each of ``count`` weights is in a table: kept, or computed anew each time.
+    """The table index of every weight, stored or recomputed on demand.
+
+    Weight i reads ``table[index[i]]``. Storing the index costs 4 bytes per weight; recomputing it costs a few integer
+    operations per weight and read.
 
     Attributes:
         count: number of weights.
-        compute: returns the entries (int64) of weights of given numbers (int64, of any shape).
-        kept: all entries, int32; where they are kept.
-        quickly: the same as compute, for two runs of ``CHUNK`` weights that begin at given numbers, (2, 1); compiled.
-        read: returns a table's entries for all weights; compiled.
+        compute: maps positions of weights (int64, any shape) to slots (int64, same shape).
+        stored: the whole index, (count,) int32, or None to recompute it.
+        compiled_fn: maps the first positions of two chunks of ``CHUNK`` weights, (2, 1), to their slots; faster than
+            ``compute``.
+        compiled_read: maps a table to all weights; faster than chunks.
     """
 
     count: int
     compute: Callable[[Tensor], Tensor]
-    kept: Tensor | None = None
-    quickly: Callable[[Tensor], Tensor] | None = None
-    read: Callable[[Tensor], Tensor] | None = None
+    stored: Tensor | None = None
+    compiled_fn: Callable[[Tensor], Tensor] | None = None
+    compiled_read: Callable[[Tensor], Tensor] | None = None
 
-    def whole(self, device: torch.device) -> Tensor:
-        """Return all entries."""
-        return self.compute(torch.arange(self.count, device=device)) if self.kept is None else self.kept
+    def index(self, device: torch.device) -> Tensor:
+        """Return the whole index."""
+        return self.compute(torch.arange(self.count, device=device)) if self.stored is None else self.stored
 
-    def halves(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield chunks of both halves of the weights, side by side: which of half, and their entries, int64 (2, …).
+    def chunks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield chunks of a tensor with a number for each weight, (count,), and the slots of these weights.
 
-        Halves are looked up, and summed, by two threads; a last weight of an odd number is left over. A chunk may be
-        overwritten by the next.
+        A chunk has two rows, one from each half of the weights, so that two threads read, or sum, one row each. The
+        last weight of an odd number is a chunk of its own, (1, 1). The next chunk may overwrite the slots of this one.
         """
         half = self.count // 2
-        wide = None if self.kept is None else torch.empty(2, min(CHUNK, half), dtype=torch.int64, device="cpu")
-        for first in range(0, half, CHUNK):
-            within = slice(first, min(first + CHUNK, half))
-            if self.kept is not None and wide is not None:
-                index = self.kept[: 2 * half].view(2, half)[:, within]
-                yield within, wide[:, : index.shape[1]].copy_(index)
-            elif self.quickly is not None and within.stop - first == CHUNK:
-                yield within, self.quickly(_on_cpu([[first], [half + first]]))
+        halves, starts = flat[: 2 * half].view(2, half), torch.tensor([[0], [half]], device="cpu")
+        if self.stored is not None:
+            stored = self.stored[: 2 * half].view(2, half)
+            buffer = torch.empty(2, min(CHUNK, half), dtype=torch.int64, device="cpu")
+        for begin in range(0, half, CHUNK):
+            end = min(begin + CHUNK, half)
+            if self.stored is not None:
+                slots = buffer[:, : end - begin].copy_(stored[:, begin:end])
+            elif self.compiled_fn is not None and end - begin == CHUNK:
+                slots = self.compiled_fn(starts + begin)
             else:
-                yield within, self.compute(_on_cpu([[0], [half]]) + torch.arange(first, within.stop, device="cpu"))
+                slots = self.compute(starts + torch.arange(begin, end, device="cpu"))
+            yield halves[:, begin:end], slots
+        if self.count % 2:
+            last = torch.tensor([[self.count - 1]], device="cpu")
+            yield flat[-1:].view(1, 1), self.compute(last) if self.stored is None else self.stored[last].long()
 
-    def last(self) -> Tensor:
-        """Return the entry of the last weight, (1,)."""
-        return self.compute(_on_cpu([self.count - 1])) if self.kept is None else self.kept[-1:].long()
 
-
-def lookup(table: Tensor, slots: IndexSource) -> Tensor:
-    """Return ``table[slot]`` for all weights: ``w_i = t[h(i)]``.
+def lookup(table: Tensor, source: IndexSource) -> Tensor:
+    """Return ``table[index]``, differentiably: ``w_i = t[h(i)]``.
 
     Args:
         table: (n,).
-        slots: of N weights.
+        source: the index of N weights.
 
     Returns:
-        (N,); its gradient adds up in the table, in float32 at least.
+        (N,); its gradient is accumulated in float32 at least.
     """
-    exact = table.dtype in (torch.float32, torch.float64)
-    if slots.kept is not None and slots.count <= FEW and exact and not _in_order(table):
-        return table.index_select(0, slots.kept)
-    result: Tensor = _Lookup.apply(table, slots)
-    return result
+    if source.stored is not None and source.count <= FEW and table.dtype in (torch.float32, torch.float64):
+        return table.index_select(0, source.stored)
+    weights: Tensor = _Indexing.apply(table, source, None)
+    return weights
 
 
-def gather(table: Tensor, slots: IndexSource) -> Tensor:
-    """Return ``table[slot]``."""
-    if not _in_halves(table):
-        return table.index_select(0, slots.whole(table.device))
-    if slots.read is not None:
-        return slots.read(table.detach())  # whether it is trained is nothing to compile anew for
-    weight, half = table.new_empty(slots.count), slots.count // 2
-    both, tables = weight[: 2 * half].view(2, half), table.expand(2, -1)
-    for within, index in slots.halves():
-        torch.gather(tables, 1, index, out=both[:, within])
-    if slots.count % 2:
-        weight[-1:] = table[slots.last()]
-    return weight
+def gather(table: Tensor, source: IndexSource) -> Tensor:
+    """Return ``table[index]``."""
+    if not _in_chunks(table):
+        return table.index_select(0, source.index(table.device))
+    if source.compiled_read is not None:
+        return source.compiled_read(table.detach())  # detached, so that it is compiled once whether trained or not
+    weights, tables = table.new_empty(source.count), table.expand(2, -1)
+    for chunk, slots in source.chunks(weights):
+        torch.gather(tables, 1, slots, out=chunk)
+    return weights
 
 
-def scatter(values: Tensor, slots: IndexSource, size: int) -> Tensor:
-    """Return the sum of the values of each entry's weights; (size,)."""
+def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
+    """Return for each slot the sum of its weights' values; (size,)."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
-    if _in_order(values):
-        index = slots.whole(values.device).long()
-        return values.new_zeros(size).index_put_((index,), values, accumulate=True)
-    if not _in_halves(values):
-        return values.new_zeros(size).index_add_(0, slots.whole(values.device), values)
-    sums, half = values.new_zeros(2, size), slots.count // 2
-    both = values[: 2 * half].view(2, half)
-    for within, index in slots.halves():
-        sums.scatter_add_(1, index, both[:, within])
-    if slots.count % 2:
-        sums[0].scatter_add_(0, slots.last(), values[-1:])
+    if not _in_chunks(values):
+        return values.new_zeros(size).index_add_(0, source.index(values.device), values)
+    sums = values.new_zeros(2, size)
+    for chunk, slots in source.chunks(values):
+        sums.scatter_add_(1, slots, chunk)
     return sums.sum(dim=0)
 
 
-def _on_cpu(numbers: list[Any]) -> Tensor:
-    """Return numbers on the CPU, whatever the default device."""
-    return torch.tensor(numbers, device="cpu")
-
-
-def _in_order(tensor: Tensor) -> bool:
-    """Tell whether sums are to be taken in the same order each time, where torch's own are not."""
-    return tensor.is_cuda and torch.are_deterministic_algorithms_enabled()
-
-
-def _in_halves(tensor: Tensor) -> bool:
-    """Tell whether chunks are looked up one after another: a compiler fuses the whole, and a GPU is wide enough."""
+def _in_chunks(tensor: Tensor) -> bool:
+    """Return whether to read in chunks; a compiler fuses the whole lookup, and a GPU does all at once."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    @override
-    def forward(table: Tensor, slots: IndexSource) -> Tensor:
-        return gather(table, slots)
+class _Indexing(torch.autograd.Function):
+    """``table[index]``, or for a given size its adjoint, sums over slots. Each is the other's backward."""
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, IndexSource], output: Tensor) -> None:
-        table, ctx.slots = inputs
-        ctx.size, ctx.dtype = len(table), table.dtype
+    def forward(x: Tensor, source: IndexSource, size: int | None) -> Tensor:
+        return gather(x, source) if size is None else scatter(x, source, size)
 
     @staticmethod
     @override
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Scatter.apply(grad, ctx.slots, ctx.size).to(ctx.dtype), None
-
-    @staticmethod
-    @override
-    def vmap(info: Any, in_dims: tuple[int, None], table: Tensor, slots: IndexSource) -> tuple[Tensor, int]:
-        return table.movedim(in_dims[0], 0).index_select(1, slots.whole(table.device)), 0
-
-
-class _Scatter(torch.autograd.Function):
-    """The adjoint of the lookup, which makes second derivatives work."""
-
-    @staticmethod
-    @override
-    def forward(values: Tensor, slots: IndexSource, size: int) -> Tensor:
-        return scatter(values, slots, size)
-
-    @staticmethod
-    @override
-    def setup_context(ctx: Any, inputs: tuple[Tensor, IndexSource, int], output: Tensor) -> None:
-        values, ctx.slots, _ = inputs
-        ctx.dtype = values.dtype
+    def setup_context(ctx: Any, inputs: tuple[Tensor, IndexSource, int | None], output: Tensor) -> None:
+        x, ctx.source, size = inputs
+        ctx.size, ctx.dtype = len(x) if size is None else None, x.dtype
 
     @staticmethod
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return lookup(grad, ctx.slots).to(ctx.dtype), None, None
+        return _Indexing.apply(grad, ctx.source, ctx.size).to(ctx.dtype), None, None
 
     @staticmethod
     @override
     def vmap(
-        info: Any, in_dims: tuple[int, None, None], values: Tensor, slots: IndexSource, size: int
+        info: Any, in_dims: tuple[int, None, None], x: Tensor, source: IndexSource, size: int | None
     ) -> tuple[Tensor, int]:
-        values = values.movedim(in_dims[0], 0)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        return values.new_zeros(len(values), size).index_add_(1, slots.whole(values.device), values), 0
+        x, index = x.movedim(in_dims[0], 0), source.index(x.device)
+        if size is None:
+            return x.index_select(1, index), 0
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x.new_zeros(len(x), size).index_add_(1, index, x), 0
+
+
+def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
+    """Return a source whose slots are computed by compiled code on the CPU, or the same one if torch cannot compile.
+
+    Args:
+        source: without a stored index.
+        size: number of table entries.
+        name: name of the hash, for the warning.
+
+    Warns:
+        UserWarning: torch cannot compile: the machine has no compiler, or the hash uses Python that torch cannot trace.
+    """
+
+    def slots_of_chunks(starts: Tensor) -> Tensor:
+        return source.compute(starts + torch.arange(CHUNK, device="cpu"))
+
+    def read(table: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # compilation has been switched off: chunks need less memory
+            return gather(table, source)
+        return table[source.index(table.device)]
+
+    compiled_fn, compiled_read = compile_apart(slots_of_chunks), compile_apart(read)
+    try:
+        with error_on_graph_break():
+            compiled_fn(torch.tensor([[0], [CHUNK]], device="cpu"))
+            compiled_read(torch.zeros(size, device="cpu"))
+    except Exception as error:
+        warnings.warn(f"{name} is computed without compilation, hence slowly: {error}", stacklevel=2)
+        return source
+    return replace(source, compiled_fn=compiled_fn, compiled_read=compiled_read)

@@ -1,32 +1,37 @@
-"""Hashes: which table entry each virtual weight uses."""
+"""Hashes: which slot of a table each weight reads."""
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, listed
-from tying.hashing.fast_paths import Blocks, FastPath, RepeatedRows, Size, both
+from tying.deprecated import class_aliases
+from tying.errors import ConfigurationError, check_range, listed
+from tying.hashing.fast_paths import Blocks, Convolution, FastPath, RepeatedRows, Size, pair
 from tying.hashing.integers import hash32, reduce_range, xxh32
 
-SIGN = 0x5349474E  # sets the draws of signs apart from those of slots
+SIGN = 0x5349474E  # makes signs independent of slots
+_DIRICHLET = 0x4449524943484C45  # makes the probabilities of a Dirichlet hash independent of its slots
+Probabilities = TypeVar("Probabilities", bound=Callable[..., Tensor | None])
 
 
+@class_aliases("tying.hashing.Hash")
 class Hash:
-    """The base of all hashes; a hash of your own writes :meth:`slot`.
+    """Base class of all hashes. A subclass implements :meth:`slot`; everything else is optional.
 
-    Identifiers count the virtual weights of a layer, or of a network where its layers share a table, row by row. What
-    a hash returns is a function of them and of its arguments alone, in integer arithmetic, hence the same on every
-    machine.
+    Each weight of a layer has an identifier: its position in the flattened weight. Layers that share one table number
+    their weights consecutively. A hash uses integer arithmetic on identifiers and on its arguments only, so that it
+    returns the same slots on every machine.
 
     Example:
         >>> class Halves(Hash):
@@ -36,32 +41,27 @@ class Hash:
         [0, 0, 1, 1, 0, 0]
     """
 
-    include_biases: ClassVar[bool] = False  # biases and norms too, and each weight as it is, without a scale
+    include_biases: ClassVar[bool] = False  # hash biases and norms too, and never scale weights
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        for known in ("structure", "probabilities"):  # of a parent's slots, not of another
-            if "slot" in vars(cls) and known not in vars(cls):
-                setattr(cls, known, getattr(Hash, known))
-
-    def __repr__(self) -> str:  # by which checkpoints know the hash
-        return f"{type(self).__name__}({', '.join(f'{name}={_told(value)}' for name, value in vars(self).items())})"
+    def __repr__(self) -> str:  # checkpoints compare hashes by it
+        arguments = ", ".join(f"{name}={_represent(value)}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
 
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        """Return the table entry of each identifier; −1 is a weight that is zero.
+        """Return the table slot of each weight; −1 makes the weight zero.
 
         Args:
-            ids: int64, of any shape.
-            table_size: number of entries.
-            drawn: what :meth:`draw` returned; a hash that draws nothing need not take it.
+            ids: identifiers of the weights, int64, of any shape.
+            table_size: number of table entries.
+            drawn: result of :meth:`state`; passed only if that is not None.
 
         Returns:
-            int64, of that shape, in [−1, table_size).
+            int64, of the shape of ``ids``, in [−1, table_size).
         """
         raise NotImplementedError
 
-    def draw(self, table_size: int) -> Tensor | None:
-        """Return what is saved with a model's weights, since it could be drawn differently elsewhere."""
+    def state(self, table_size: int) -> Tensor | None:
+        """Return a tensor to save with the weights, because another machine might compute it differently."""
         return None
 
     def sign(self, ids: Tensor) -> Tensor:
@@ -69,67 +69,120 @@ class Hash:
         return 1 - 2 * (hash32(ids, getattr(self, "seed", 0) + SIGN) & 1)
 
     def index(self, count: int, table_size: int) -> Tensor:
-        """Return the table entries of identifiers 0 to count − 1."""
+        """Return the slots of the weights with identifiers 0 to count − 1."""
         self.check(count, table_size)
-        drawn = self.draw(table_size)
-        return self.slot(torch.arange(count, device="cpu"), table_size, *([] if drawn is None else [drawn]))
+        state = self.state(table_size)
+        return self.slot(torch.arange(count, device="cpu"), table_size, *([] if state is None else [state]))
 
-    def seeded(self, salt: int) -> Self:
-        """Return this hash with other draws; the same one where it draws nothing."""
+    def with_salt(self, salt: int) -> Self:
+        """Return this hash with another seed; a hash without a seed returns itself."""
         return self
 
     def table_size(self, count: int) -> int | None:
-        """Return the size of the table, where the hash leaves no choice."""
+        """Return the size of the table for ``count`` weights if the hash determines it, else None."""
         return None
 
-    def check(self, count: int, table_size: int) -> None:
-        """Raise a ConfigurationError where the hash does not fit so many weights, or such a table."""
-        if table_size < 1:
-            raise ConfigurationError(f"a table has at least one entry, not {table_size}")
-        fixed = self.table_size(count)
-        if fixed not in (None, table_size):
-            raise ConfigurationError(f"{self} needs a table of {fixed} entries, not {table_size}")
-
-    def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
-        """Raise a ConfigurationError where the hash does not fit weights of these shapes, in this order."""
-
-    def check_shape(self, shape: Sequence[int]) -> None:
-        """Raise a ConfigurationError where the hash is for weights of another shape."""
-
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
-        """Return how probable each entry is in the mean over identifiers, where that is known; float64."""
-        return None
-
-    def structure(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        """Return a form of a layer's algebra that needs neither index nor weight, where there is one.
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        """Raise a ConfigurationError if the hash does not fit. Called several times, with what is known each time.
 
         Args:
-            shape: of the layer's weight.
-            table_size: number of entries.
+            shapes: shapes of the weights; or, if ``table_size`` is given, the number of all weights of that table.
+            table_size: number of table entries.
+            scope: ``"layer"`` or ``"network"``, as of :func:`tying.hashing.hash_weights`.
+        """
+        if table_size is None:
+            return
+        check_range("table_size", table_size, "[1, inf)")
+        count = sum(map(math.prod, shapes))
+        if (required := self.table_size(count)) not in (None, table_size):
+            raise ConfigurationError(
+                f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
+            )
+
+    def check(self, count: int, table_size: int) -> None:
+        """Raise a ConfigurationError if the hash does not fit so many weights, or such a table."""
+        self.validate([(count,)], table_size)
+
+    def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
+        """Raise a ConfigurationError if the hash does not fit all the weights to be hashed, in the model's order."""
+        self.validate(shapes, scope=scope)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise a ConfigurationError if the hash does not fit a weight of this shape."""
+        self.validate([shape])
+
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+        """Return the probability of each slot, averaged over ``count`` weights; float64, or None if unknown."""
+        return None
+
+    def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
+        """Return a way to compute a layer without index or weight, or None.
+
+        Args:
+            shape: shape of the layer's weight.
+            table_size: number of table entries.
             first: identifier of the layer's first weight.
         """
         return None
 
 
-def _told(value: object) -> str:
-    """Return what tells a value from others: a tensor is abbreviated by torch."""
+def overrides_slot_only(hash: Hash, method: str) -> bool:
+    """Return whether a subclass overrides ``slot`` but inherits a method that describes its parent's slots."""
+    return method not in vars(next(cls for cls in type(hash).__mro__ if {"slot", method} & vars(cls).keys()))
+
+
+def _of_own_slots(probabilities: Probabilities) -> Probabilities:
+    """Make a method return None in subclasses that override ``slot`` only."""
+
+    @functools.wraps(probabilities)
+    def known(self: Hash, count: int, table_size: int) -> Tensor | None:
+        return None if overrides_slot_only(self, "probabilities") else probabilities(self, count, table_size)
+
+    return known  # type: ignore[return-value]  # of the same signature
+
+
+def _represent(value: object) -> str:
+    """Return a string that is equal for equal values; torch abbreviates long tensors, so those get a checksum."""
     if not isinstance(value, Tensor):
         return repr(value)
-    content = value.detach().cpu().contiguous()
-    checksum = zlib.crc32(content.view(-1).view(torch.uint8).numpy().tobytes())
-    return f"{content.dtype} {tuple(content.shape)} of checksum {checksum:08x}"
+    checksum = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return f"{value.dtype} {tuple(value.shape)} of checksum {checksum:08x}"
+
+
+class SeededHash(Hash):
+    """Base class of hashes with a seed: frozen dataclasses with a field ``seed``.
+
+    Attributes:
+        seed: any integer; hashes with equal seeds return equal slots.
+    """
+
+    seed: int
+
+    @override
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        super().validate(shapes, table_size, scope)
+        if not isinstance(self.seed, int):
+            raise ConfigurationError(f"seed must be an integer, not {self.seed!r}")
+
+    @override
+    def with_salt(self, salt: int) -> Self:
+        return replace(self, seed=self.seed ^ salt)  # type: ignore[type-var]  # subclasses are dataclasses
 
 
 @dataclass(frozen=True)
 class IdentityHash(Hash):
-    """Gives each weight an entry of its own: no sharing."""
+    """Give each weight its own slot: no sharing."""
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         return ids
 
     @override
-    def structure(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
+    def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
         return RepeatedRows(tuple(shape), table_size, first)
 
     @override
@@ -139,9 +192,10 @@ class IdentityHash(Hash):
 
 @dataclass(frozen=True)
 class ModulusHash(Hash):
-    """Goes through the table again and again: ``i mod n``; the loads differ by one at most.
+    """Cycle through the table: ``i mod n``; the loads of two slots differ by one at most.
 
-    A layer whose width and table have a common divisor repeats units: it has only ``n / gcd(in, n)`` of them.
+    A layer repeats units if its width and its table size have a common divisor: it has only ``n / gcd(in, n)`` distinct
+    ones.
 
     Example:
         >>> ModulusHash().index(count=5, table_size=3).tolist()
@@ -153,98 +207,26 @@ class ModulusHash(Hash):
         return ids % table_size
 
     @override
-    def structure(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
+    def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
         return RepeatedRows(tuple(shape), table_size, first % table_size)
 
     @override
-    def probabilities(self, count: int, table_size: int) -> Tensor:
-        whole, rest = divmod(count, table_size)
-        loads = torch.full((table_size,), float(whole), dtype=torch.float64, device="cpu")
-        loads[:rest] += 1
-        return loads / count
+    @_of_own_slots
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+        return _cycle_probabilities(count, table_size)
 
 
-_TAG = 0x4449524943484C45  # sets these draws apart from those of slots
-
-
-def cumulative(alpha: float, count: int, seed: int) -> Tensor:
-    """Return where each entry's share of the 32-bit integers begins, for shares p ~ Dir(α, …, α).
-
-    Args:
-        alpha: α > 0.
-        count: number of entries.
-        seed: any integer.
-
-    Returns:
-        int32, (count,), not decreasing, from −2³¹.
-
-    Example:
-        >>> cumulative(1e9, 4, seed=0).float().div(2**30).round().tolist()
-        [-2.0, -1.0, 0.0, 1.0]
-    """
-    shares = log_gammas(alpha, count, seed).softmax(dim=0)
-    ends = (shares.cumsum(dim=0) * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
-    first = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return (first - (1 << 31)).to(torch.int32)
-
-
-def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
-    """Return logarithms of independent Gamma(α) draws; float64, (count,).
-
-    They are drawn as Gamma(α + 1) by rejection, and brought down by ``log(U) / α``: in logarithms, since for small α
-    most draws are below the smallest number.
-
-    Source: G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, 2000.
-    """
-    shift = alpha + 1 - 1 / 3  # d
-    slope = 1 / math.sqrt(9 * shift)  # c
-    drawn = torch.full((count,), math.nan, dtype=torch.float64, device="cpu")
-    for attempt in range(64):
-        todo = drawn.isnan().nonzero().flatten()
-        if not len(todo):
-            break
-        first, second, third = (_uniform(todo, seed, 4 * attempt + part) for part in range(3))
-        normal = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
-        root = 1 + slope * normal
-        cube = root.clamp(min=1e-12) ** 3
-        accepted = (root > 0) & (third.log() < normal**2 / 2 + shift * (1 - cube + cube.log()))
-        drawn[todo] = torch.where(accepted, (shift * cube).log(), math.nan)
-    assert not drawn.isnan().any()
-    return drawn + _uniform(torch.arange(count, device="cpu"), seed, 3).log() / alpha
-
-
-def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:
-    """Return numbers in (0, 1), 32 bits each."""
-    return (hash32(ids, (seed ^ _TAG) + (stream << 32)).double() + 0.5) / 2.0**32
-
-
-class SeededHash(Hash):
-    """A hash that draws; a frozen dataclass, one of whose fields is the seed.
-
-    Attributes:
-        seed: any integer; equal seeds draw alike.
-    """
-
-    seed: int
-
-    @override
-    def check(self, count: int, table_size: int) -> None:
-        super().check(count, table_size)
-        if not isinstance(self.seed, int):
-            raise ConfigurationError(f"seed must be an integer, not {self.seed!r}")
-
-    @override
-    def seeded(self, salt: int) -> Self:
-        salted: Self = replace(self, seed=self.seed ^ salt)  # type: ignore[type-var]  # subclasses are dataclasses
-        return salted
+def _cycle_probabilities(count: int, table_size: int) -> Tensor:
+    used_once_more = torch.arange(table_size, device="cpu") < count % table_size
+    return (count // table_size + used_once_more).double() / count
 
 
 @dataclass(frozen=True)
 class UniformHash(SeededHash):
-    """Draws each entry independently and uniformly.
+    """Draw each slot independently and uniformly.
 
     Args:
-        seed: any integer; equal seeds draw alike.
+        seed: any integer; hashes with equal seeds return equal slots.
 
     Example:
         >>> UniformHash(seed=0).index(count=6, table_size=4).tolist()
@@ -258,20 +240,25 @@ class UniformHash(SeededHash):
         return reduce_range(hash32(ids, self.seed), table_size)
 
     @override
-    def probabilities(self, count: int, table_size: int) -> Tensor:
-        return torch.full((table_size,), 1 / table_size, dtype=torch.float64, device="cpu")
+    @_of_own_slots
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+        return _equal_probabilities(table_size)
+
+
+def _equal_probabilities(table_size: int) -> Tensor:
+    return torch.full((table_size,), 1 / table_size, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
 class DirichletHash(SeededHash):
-    """Draws entries independently with probabilities p that are drawn once: ``p ~ Dir(α, …, α)``.
+    """Draw slots independently, with probabilities p that are drawn once: ``p ~ Dir(α, …, α)``.
 
     Args:
-        alpha: α > 0; small: few entries have most weights, large: all have alike.
-        seed: any integer; equal seeds draw alike.
+        alpha: α > 0; if small, most weights share a few slots; if large, all slots are about equally used.
+        seed: any integer; hashes with equal seeds return equal slots.
 
     Raises:
-        ConfigurationError: α is not above 0, or not finite.
+        ConfigurationError: α is not positive, or not finite.
 
     Example:
         >>> DirichletHash(alpha=0.1, seed=1).index(count=8, table_size=4).unique().tolist()
@@ -282,35 +269,85 @@ class DirichletHash(SeededHash):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < math.inf:
-            raise ConfigurationError(f"alpha must be above 0 and finite, not {self.alpha}")
-        object.__setattr__(self, "alpha", float(self.alpha))  # 1 and 1.0 are one description
+        check_range("alpha", self.alpha, "(0, inf)")
+        object.__setattr__(self, "alpha", float(self.alpha))  # so that 1 and 1.0 have one repr
 
     @override
-    def draw(self, table_size: int) -> Tensor:
+    def state(self, table_size: int) -> Tensor:
         return cumulative(self.alpha, table_size, self.seed)
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        first = (self.draw(table_size) if drawn is None else drawn).to(ids.device)
+        first = (self.state(table_size) if drawn is None else drawn).to(ids.device)
         bits = (hash32(ids, self.seed) - (1 << 31)).to(torch.int32)
         return torch.searchsorted(first, bits, right=True) - 1
 
     @override
-    def probabilities(self, count: int, table_size: int) -> Tensor:
-        first = self.draw(table_size).double()
+    @_of_own_slots
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+        first = self.state(table_size).double()
         return torch.diff(first, append=first.new_tensor([2.0**31])) / 2.0**32
+
+
+def cumulative(alpha: float, count: int, seed: int) -> Tensor:
+    """Divide the 32-bit integers among slots in proportion to p ~ Dir(α, …, α); return where each slot's part begins.
+
+    Args:
+        alpha: α > 0.
+        count: number of slots.
+        seed: any integer.
+
+    Returns:
+        int32, (count,), not decreasing, from −2³¹.
+
+    Example:
+        >>> cumulative(1e9, 4, seed=0).float().div(2**30).round().tolist()
+        [-2.0, -1.0, 0.0, 1.0]
+    """
+    shares = log_gammas(alpha, count, seed).softmax(dim=0)
+    ends = (shares.cumsum(dim=0) * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
+    return (torch.cat([ends.new_zeros(1), ends[:-1]]) - (1 << 31)).to(torch.int32)
+
+
+def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
+    """Return logarithms of independent Gamma(α) draws; float64, (count,).
+
+    Rejection draws Gamma(α + 1), and adding ``log(U) / α`` gives Gamma(α). Logarithms are needed because for small α
+    most draws are below the smallest float64.
+
+    Source: G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, 2000.
+    """
+    shift = alpha + 1 - 1 / 3  # d
+    slope = 1 / math.sqrt(9 * shift)  # c
+    draws = torch.full((count,), math.nan, dtype=torch.float64, device="cpu")
+    for attempt in range(64):
+        rejected = draws.isnan().nonzero().flatten()
+        if not len(rejected):
+            break
+        first, second, third = (_uniform(rejected, seed, 4 * attempt + part) for part in range(3))
+        normal = (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+        root = 1 + slope * normal
+        cube = root.clamp(min=1e-12) ** 3
+        accepted = (root > 0) & (third.log() < normal**2 / 2 + shift * (1 - cube + cube.log()))
+        draws[rejected] = torch.where(accepted, (shift * cube).log(), math.nan)
+    assert not draws.isnan().any()
+    return draws + _uniform(torch.arange(count, device="cpu"), seed, 3).log() / alpha
+
+
+def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:
+    """Return a number in (0, 1) for each identifier, with 32 random bits."""
+    return (hash32(ids, (seed ^ _DIRICHLET) + (stream << 32)).double() + 0.5) / 2.0**32
 
 
 @dataclass(frozen=True)
 class NeighborhoodHash(SeededHash):
-    """Draws an entry near that of the modulus: ``(i + U{−r, …, r}) mod n``.
+    """Draw a slot near that of the modulus: ``(i + U{−r, …, r}) mod n``.
 
-    Radius 0 is the modulus; from n / 2 on it is the uniform hash.
+    Radius 0 is the modulus hash; a radius of n / 2 or more is the uniform hash.
 
     Args:
         radius: r ≥ 0.
-        seed: any integer; equal seeds draw alike.
+        seed: any integer; hashes with equal seeds return equal slots.
 
     Raises:
         ConfigurationError: the radius is negative.
@@ -320,28 +357,28 @@ class NeighborhoodHash(SeededHash):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.radius < 0:
-            raise ConfigurationError(f"radius must be 0 or more, not {self.radius}")
+        check_range("radius", self.radius, "[0, inf)")
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        if 2 * self.radius >= table_size:
-            return reduce_range(hash32(ids, self.seed), table_size)
-        return (ids + reduce_range(hash32(ids, self.seed), 2 * self.radius + 1) - self.radius) % table_size
+        bits, width = hash32(ids, self.seed), 2 * self.radius + 1
+        if width > table_size:
+            return reduce_range(bits, table_size)
+        return (ids + reduce_range(bits, width) - self.radius) % table_size
 
     @override
-    def probabilities(self, count: int, table_size: int) -> Tensor:
-        if 2 * self.radius >= table_size:
-            return UniformHash().probabilities(count, table_size)
+    @_of_own_slots
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
         width = 2 * self.radius + 1
-        loads = ModulusHash().probabilities(count, table_size)
-        around = torch.cat([loads[table_size - self.radius :], loads, loads[: self.radius]])
-        return around.unfold(0, width, 1).mean(dim=1)
+        if width > table_size:
+            return _equal_probabilities(table_size)
+        centers = F.pad(_cycle_probabilities(count, table_size)[None], (self.radius, self.radius), mode="circular")
+        return centers[0].unfold(0, width, 1).mean(dim=1)
 
 
 @dataclass(frozen=True)
-class XXHash(UniformHash):
-    """Takes xxh32 of the identifier, modulo n: HashedNets, with ``sign=True`` of the layer.
+class XXHash(SeededHash):
+    """Take xxh32 of the identifier, modulo n; with ``sign=True`` of the layer this is HashedNets.
 
     Args:
         seed: in [0, 2³²).
@@ -350,34 +387,40 @@ class XXHash(UniformHash):
     trick, 2015.
     """
 
+    seed: int = 0
+
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 1 << 32:
-            raise ConfigurationError(f"the seed of xxh32 is in [0, 2^32), not {self.seed}")
+        check_range("seed", self.seed, f"[0, {1 << 32})")
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         return xxh32(ids, self.seed) % table_size
 
-    probabilities = UniformHash.probabilities
+    @override
+    @_of_own_slots
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+        return _equal_probabilities(table_size)
 
     @override
     def sign(self, ids: Tensor) -> Tensor:
         return 1 - 2 * (xxh32(ids, self.seed ^ SIGN) & 1)
 
     @override
-    def check(self, count: int, table_size: int) -> None:
-        super().check(count, table_size)
-        if count > 1 << 32:
-            raise ConfigurationError(f"xxh32 takes identifiers below 2^32, and there are {count} weights")
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        super().validate(shapes, table_size, scope)
+        if table_size is not None:
+            check_range("the number of weights of an XXHash", sum(map(math.prod, shapes)), f"[1, {1 << 32}]")
 
 
 @dataclass(frozen=True)
 class BlockHash(SeededHash):
-    """Draws where each block of successive weights begins, and reads it contiguously.
+    """Draw where each block of consecutive weights begins in the table, and read the block contiguously.
 
     Args:
-        block: number of weights that are read together, at most the size of the table.
-        seed: any integer; equal seeds draw alike.
+        block: number of weights in a block, at most the size of the table.
+        seed: any integer; hashes with equal seeds return equal slots.
 
     Example:
         >>> BlockHash(block=3, seed=0).index(count=6, table_size=9).tolist()
@@ -391,28 +434,28 @@ class BlockHash(SeededHash):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.block < 1:
-            raise ConfigurationError(f"a block has at least one weight, not {self.block}")
+        check_range("block", self.block, "[1, inf)")
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        return self._starts(table_size, ids // self.block) + ids % self.block
-
-    def _starts(self, table_size: int, blocks: Tensor) -> Tensor:
-        return reduce_range(hash32(blocks, self.seed), table_size - self.block + 1)
+        starts = reduce_range(hash32(ids // self.block, self.seed), table_size - self.block + 1)
+        return starts + ids % self.block
 
     @override
-    def structure(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        return Blocks(tuple(shape), self.block, first, partial(self._starts, table_size))
+    def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
+        return Blocks(tuple(shape), self.block, first, partial(self.slot, table_size=table_size))
 
     @override
-    def check(self, count: int, table_size: int) -> None:
-        super().check(count, table_size)
-        if self.block > table_size:
-            raise ConfigurationError(f"a block of {self.block} is longer than the table of {table_size}")
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        super().validate(shapes, table_size, scope)
+        if table_size is not None:
+            check_range("block", self.block, f"[1, {table_size}]")
 
     @override
-    def probabilities(self, count: int, table_size: int) -> Tensor:
+    @_of_own_slots
+    def probabilities(self, count: int, table_size: int) -> Tensor | None:
         covering = torch.arange(1, table_size + 1, dtype=torch.float64, device="cpu")
         covering = torch.minimum(covering, covering.flip(0)).clamp(max=min(self.block, table_size - self.block + 1))
         return covering / covering.sum()
@@ -420,27 +463,30 @@ class BlockHash(SeededHash):
 
 @dataclass(frozen=True)
 class RecurrentHash(ModulusHash):
-    """Gives layers of one shape, biases included, the parameters of one: a recurrent network.
+    """Give layers of equal shapes the same weights and biases: a recurrent network.
 
-    It is the modulus over all of them, with a table of the size of one layer; see ``scope="network"``.
+    This is the modulus hash over all layers, with a table for one layer. It needs ``scope="network"``.
 
     Args:
-        layers: how many use the table.
+        layers: number of layers that share the table.
 
     Raises:
-        ConfigurationError: the weights are not those of so many equal layers.
+        ConfigurationError: the weights do not form so many equal layers.
     """
 
     include_biases = True
     layers: int = 1
 
     @override
-    def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
-        if scope != "network":
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        super().validate(shapes, table_size, scope)
+        if scope == "layer":
             raise ConfigurationError(f"{self} shares the weights of layers: use scope='network'")
-        each, over = divmod(len(shapes), max(1, self.layers))
-        parts = [[tuple(shape) for shape in shapes[i * each : (i + 1) * each]] for i in range(self.layers)]
-        if over or any(part != parts[0] for part in parts):
+        length, rest = divmod(len(shapes), max(1, self.layers))
+        layers = {tuple(map(tuple, shapes[i * length : (i + 1) * length])) for i in range(self.layers)}
+        if scope == "network" and (rest or len(layers) > 1):
             raise ConfigurationError(
                 f"weights of shapes {listed(map(str, map(tuple, shapes)))} are not those of {self.layers} equal layers"
             )
@@ -454,23 +500,23 @@ class RecurrentHash(ModulusHash):
 
 @dataclass(frozen=True)
 class ToeplitzHash(Hash):
-    """Gives a linear layer the weights of a convolution: its matrix is doubly block Toeplitz, and zero elsewhere.
+    """Give a linear layer the weights of a convolution: its matrix is doubly block Toeplitz, and zero elsewhere.
 
     The layer takes flattened images (in_channels, height, width) and returns flattened images of the convolution's
-    output size. Row u = (j, k) and column v = (r, c) of a pair of channels use the kernel's entry
-    ``(r + padding − stride · j, c + padding − stride · k) / dilation``, where that is whole and in the kernel.
+    output size. Row u = (j, k) and column v = (r, c) of a pair of channels read the kernel's entry
+    ``(r + padding − stride · j, c + padding − stride · k) / dilation`` if that is an integer inside the kernel.
 
     Args:
-        in_channels: of the convolution.
-        out_channels: of the convolution.
+        in_channels: input channels of the convolution.
+        out_channels: output channels of the convolution.
         input_size: height and width of the images.
-        kernel_size: of the convolution.
-        stride: of the convolution.
-        padding: of the convolution, zeros on both sides.
-        dilation: of the convolution.
+        kernel_size: height and width of the kernel.
+        stride: stride of the convolution.
+        padding: zero padding on both sides.
+        dilation: dilation of the convolution.
 
     Raises:
-        ConfigurationError: the kernel does not fit the images, or the layer's size is another one.
+        ConfigurationError: the kernel does not fit the images, or the layer has another size.
 
     Example:
         >>> ToeplitzHash(1, 1, input_size=(1, 4), kernel_size=(1, 2)).index(count=12, table_size=2).view(3, 4)
@@ -478,11 +524,10 @@ class ToeplitzHash(Hash):
                 [-1,  0,  1, -1],
                 [-1, -1,  0,  1]])
 
-    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018, whose
-    equation 6 is corrected here.
+    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018, with
+    equation 6 corrected.
     """
 
-    zeros: ClassVar[bool] = True
     in_channels: int
     out_channels: int
     input_size: Size
@@ -493,110 +538,110 @@ class ToeplitzHash(Hash):
 
     def __post_init__(self) -> None:
         for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
-            size = both(getattr(self, name))
-            object.__setattr__(self, name, size)  # 3, [3, 3] and (3, 3) are one description
-            if min(size) < least:
-                raise ConfigurationError(f"{name} must be {least} or more, not {min(size)}")
+            size = pair(getattr(self, name))
+            object.__setattr__(self, name, size)  # so that 3, [3, 3] and (3, 3) have one repr
+            check_range(name, min(size), f"[{least}, inf)")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
+
+    def _axes(self, *sizes: Size) -> Any:
+        """Yield kernel size, stride, padding and dilation along each axis, and the given sizes before them."""
+        return zip(*map(pair, (*sizes, self.kernel_size, self.stride, self.padding, self.dilation)), strict=True)
 
     @property
     def output_size(self) -> tuple[int, int]:
         """Height and width of the output."""
-        arguments = (self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
         height, width = (
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for size, kernel, stride, padding, dilation in zip(*map(both, arguments), strict=True)
+            for size, kernel, stride, padding, dilation in self._axes(self.input_size)
         )
         return height, width
 
     @property
     def features(self) -> tuple[int, int]:
-        """Outputs and inputs of the linear layer."""
-        return self.out_channels * math.prod(self.output_size), self.in_channels * math.prod(both(self.input_size))
+        """Output and input features of the linear layer."""
+        return self.out_channels * math.prod(self.output_size), self.in_channels * math.prod(pair(self.input_size))
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        rows, columns = ids // self.features[1], ids % self.features[1]
-        (out_height, out_width), (height, width) = self.output_size, both(self.input_size)
-        out, j, k = rows // (out_height * out_width), rows // out_width % out_height, rows % out_width
-        into, r, c = columns // (height * width), columns // width % height, columns % width
-        index, fits = out * self.in_channels + into, torch.ones_like(ids, dtype=torch.bool)
-        axes = zip(*map(both, (self.kernel_size, self.stride, self.padding, self.dilation)), strict=True)
-        for (kernel, stride, padding, dilation), at, source in zip(axes, (j, k), (r, c), strict=True):
-            offset = source + padding - stride * at
+        images = (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
+        out, j, k, into, r, c = torch.unravel_index(ids, images)
+        slot, fits = out * self.in_channels + into, torch.ones_like(ids, dtype=torch.bool)
+        for (kernel, stride, padding, dilation), target, source in zip(self._axes(), (j, k), (r, c), strict=True):
+            offset = source + padding - stride * target
             fits &= (offset % dilation == 0) & (offset >= 0) & (offset < kernel * dilation)
-            index = index * kernel + offset // dilation
-        return torch.where(fits, index, -1)
+            slot = slot * kernel + offset // dilation
+        return torch.where(fits, slot, -1)
 
     @override
-    def structure(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        return self
-
-    def weight(self, table: Tensor) -> Tensor:
-        """Return the matrix: what the layer makes of each unit vector."""
-        return self.linear(torch.eye(self.features[1], dtype=table.dtype, device=table.device), table).T
-
-    def linear(self, x: Tensor, table: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the flattened convolution of flattened images (..., in_channels · height · width), plus a bias."""
-        images = x.reshape(math.prod(x.shape[:-1]), self.in_channels, *both(self.input_size))
-        kernel = table.view(self.out_channels, self.in_channels, *both(self.kernel_size))
-        stride, padding, dilation = both(self.stride), both(self.padding), both(self.dilation)
-        output = F.conv2d(images, kernel, None, stride, padding, dilation).reshape(*x.shape[:-1], self.features[0])
-        return output if bias is None else output + bias.to(output.dtype)
+    def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
+        return Convolution(
+            images=(self.in_channels, *pair(self.input_size)),
+            kernels=(self.out_channels, self.in_channels, *pair(self.kernel_size)),
+            stride=pair(self.stride),
+            padding=pair(self.padding),
+            dilation=pair(self.dilation),
+        )
 
     @override
-    def check_shape(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != self.features:
-            out, into = self.features
-            raise ConfigurationError(
-                f"{self} is for a linear layer from {into} to {out}, not for {tuple(shape)} weights"
-            )
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        super().validate(shapes, table_size, scope)
+        for shape in shapes if table_size is None else ():
+            self._check(tuple(shape) == self.features, tuple(shape))
 
     @override
     def table_size(self, count: int) -> int:
-        if count != math.prod(self.features):
-            out, into = self.features
-            raise ConfigurationError(f"{self} is for a linear layer from {into} to {out}, not for {count} weights")
-        return self.out_channels * self.in_channels * math.prod(both(self.kernel_size))
+        self._check(count == math.prod(self.features), count)
+        return self.out_channels * self.in_channels * math.prod(pair(self.kernel_size))
+
+    def _check(self, fits: bool, weights: object) -> None:
+        if not fits:
+            outputs, inputs = self.features
+            raise ConfigurationError(
+                f"{self} is for a linear layer from {inputs} to {outputs}, not for {weights} weights"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class CodebookHash(Hash):
-    """Takes the assignments that it is given: those of a clustering.
+    """Use given assignments, such as those of a clustering.
 
     Args:
-        assignments: the entry of each weight, integers in [−1, table_size), (count,); −1 is a weight that is zero.
+        assignments: the slot of each weight, integers in [−1, table_size), (count,); −1 makes the weight zero.
     """
 
     assignments: Tensor
 
     def __post_init__(self) -> None:
-        held = self.assignments.flatten()
-        object.__setattr__(self, "assignments", held.to(_least(int(held.max()) + 1 if len(held) else 1)))
+        flat = self.assignments.flatten()
+        object.__setattr__(self, "assignments", flat.to(_smallest_dtype(int(flat.max()) + 1 if len(flat) else 1)))
 
     @override
-    def draw(self, table_size: int) -> Tensor:
-        return self.assignments.to(_least(table_size))
+    def state(self, table_size: int) -> Tensor:
+        return self.assignments.to(_smallest_dtype(table_size))
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        held = self.draw(table_size) if drawn is None else drawn
-        return held.to(ids.device)[ids].long()
+        return (self.assignments if drawn is None else drawn).to(ids.device)[ids].long()
 
     @override
-    def check(self, count: int, table_size: int) -> None:
-        super().check(count, table_size)
-        if count != self.assignments.numel():
+    def validate(
+        self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
+    ) -> None:
+        super().validate(shapes, table_size, scope)
+        if table_size is None:
+            return
+        if (count := sum(map(math.prod, shapes))) != self.assignments.numel():
             raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
-        low, high = map(int, self.assignments.aminmax())
-        if low < -1 or high >= table_size:
-            raise ConfigurationError(f"assignments from {low} to {high} do not fit a table of {table_size} entries")
+        for extreme in self.assignments.aminmax():
+            check_range("each assignment", int(extreme), f"[-1, {table_size})")
 
     def __repr__(self) -> str:
         return f"CodebookHash({self.assignments.numel()} assignments)"
 
 
-def _least(table_size: int) -> torch.dtype:
-    """Return the smallest type that holds the entries of a table, and −1."""
+def _smallest_dtype(table_size: int) -> torch.dtype:
+    """Return the smallest integer type for the slots of a table and −1."""
     return torch.int8 if table_size <= 1 << 7 else torch.int16 if table_size <= 1 << 15 else torch.int32

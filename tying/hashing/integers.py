@@ -1,4 +1,4 @@
-"""Random-looking integers from identifiers, the same on every machine, device and release."""
+"""Integer hash functions, with the same results on every machine, device and release."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _PRIME_2, _PRIME_3, _PRIME_4, _PRIME_5 = 2246822519, 3266489917, 668265263, 3747
 
 
 def hash32(ids: Tensor, seed: int) -> Tensor:
-    """Return 32 bits for each identifier that look drawn at random, and independently for each seed.
+    """Return 32 pseudo-random bits for each identifier, independent for different seeds.
 
-    The low 32 bits of an identifier are mixed by multiplications and shifts, with a key before and a key between, both
-    from the seed; high bits are folded in.
+    Multiplications and shifts mix the low 32 bits of an identifier, with two keys from the seed; the high bits are
+    folded in first.
 
     Args:
         ids: int64, of any shape.
@@ -23,7 +23,7 @@ def hash32(ids: Tensor, seed: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> mix(torch.arange(3), seed=0).tolist()
+        >>> hash32(torch.arange(3), seed=0).tolist()
         [2872864583, 1772158550, 138880084]
     """
     low_key, high_key = splitmix64(seed)
@@ -34,12 +34,12 @@ def hash32(ids: Tensor, seed: int) -> Tensor:
 
 
 def reduce_range(bits: Tensor, count: int) -> Tensor:
-    """Return integers in [0, count) from 32 bits each, alike in number to within 2⁻³² · count."""
+    """Map 32-bit integers to [0, count); each result is equally frequent to within 2⁻³² · count."""
     return (bits * count) >> 32
 
 
 def xxh32(ids: Tensor, seed: int) -> Tensor:
-    """Return xxh32 of each identifier, taken as four little-endian bytes.
+    """Return the xxh32 digest of each identifier as four little-endian bytes.
 
     Args:
         ids: int64, in [0, 2³²).
@@ -63,7 +63,7 @@ def xxh32(ids: Tensor, seed: int) -> Tensor:
 
 
 def splitmix64(seed: int) -> tuple[int, int]:
-    """Return two keys of 32 bits for a seed, by the finaliser of splitmix64."""
+    """Return two 32-bit keys for a seed: the halves of its splitmix64 hash."""
     mask = (1 << 64) - 1
     z = (seed + 1) * 0x9E3779B97F4A7C15 & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask

@@ -1,7 +1,7 @@
-"""Hashed linear layers on a GPU, fused by Triton: neither weight nor its gradient is ever whole in memory.
+"""Triton kernels for hashed linear layers on a GPU: the whole weight and its gradient are never in memory.
 
-Tiles of the weight are looked up where the matrix product needs them, their slots computed on the spot. Triton's
-interpreter (``TRITON_INTERPRET=1``) runs the same kernels on the CPU, for tests.
+The matrix product computes the slots of each tile of the weight, and reads them from the table, when it needs the tile.
+Triton's interpreter (``TRITON_INTERPRET=1``) runs the same kernels on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing_extensions import override
 
 from tying.hashing.integers import splitmix64
 
-TILE = 32  # rows and columns of a tile; of the batch too
+TILE = 32  # rows and columns of a tile; rows of the batch, too
 
 
 @triton.jit
 def _slot(ids, low_key, high_key, size):  # type: ignore[no-untyped-def]  # Triton's language
-    """The uniform hash: mixing.mix and mixing.below, in unsigned arithmetic."""
+    """The uniform hash: integers.hash32 and integers.reduce_range, in unsigned arithmetic."""
     wide = ids.to(tl.uint64)
     x = (((wide ^ ((wide >> 32) * 0x9E3779B1)) + low_key) & 0xFFFFFFFF).to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
@@ -36,16 +36,16 @@ def _slot(ids, low_key, high_key, size):  # type: ignore[no-untyped-def]  # Trit
 def _product(  # type: ignore[no-untyped-def]  # Triton's language
     x, table, y, batch, inner, outer, inner_stride, outer_stride, first, low_key, high_key, size, tile: tl.constexpr
 ):
-    """y[b, o] = Σ_i x[b, i] · t[h(first + i · inner_stride + o · outer_stride)]: forward, and gradient of the input."""
-    b = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products may be 2³¹ and more
+    """y[b, o] = Σ_i x[b, i] · t[h(first + i · inner_stride + o · outer_stride)]: output, or input gradient."""
+    b = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products exceed 2³¹
     o = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros((tile, tile), dtype=tl.float32)
     for begin in range(0, inner, tile):
         i = begin + tl.arange(0, tile)
         left = tl.load(x + b[:, None] * inner + i[None, :], (b[:, None] < batch) & (i[None, :] < inner), 0.0)
         ids = first + i[:, None].to(tl.int64) * inner_stride + o[None, :].to(tl.int64) * outer_stride
-        known = (i[:, None] < inner) & (o[None, :] < outer)
-        right = tl.load(table + _slot(ids, low_key, high_key, size), known, 0.0)
+        inside = (i[:, None] < inner) & (o[None, :] < outer)
+        right = tl.load(table + _slot(ids, low_key, high_key, size), inside, 0.0)
         total += tl.dot(left, right.to(left.dtype), input_precision="ieee")
     tl.store(y + b[:, None] * outer + o[None, :], total, (b[:, None] < batch) & (o[None, :] < outer))
 
@@ -55,7 +55,7 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton's language
     x, upstream, sums, batch, inputs, outputs, first, low_key, high_key, size, tile: tl.constexpr
 ):
     """sums[h(first + o · inputs + i)] += Σ_b upstream[b, o] · x[b, i]."""
-    o = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products may be 2³¹ and more
+    o = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products exceed 2³¹
     i = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros((tile, tile), dtype=tl.float32)
     for begin in range(0, batch, tile):
@@ -64,12 +64,12 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton's language
         right = tl.load(x + b[:, None] * inputs + i[None, :], (b[:, None] < batch) & (i[None, :] < inputs), 0.0)
         total += tl.dot(left, right, input_precision="ieee")
     ids = first + o[:, None].to(tl.int64) * inputs + i[None, :].to(tl.int64)
-    known = (o[:, None] < outputs) & (i[None, :] < inputs)
-    tl.atomic_add(sums + _slot(ids, low_key, high_key, size), total, known)
+    inside = (o[:, None] < outputs) & (i[None, :] < inputs)
+    tl.atomic_add(sums + _slot(ids, low_key, high_key, size), total, inside)
 
 
 class FusedLinear(torch.autograd.Function):
-    """``x Wᵀ`` with ``w_i = t[uniform(i)]``, for x (batch, inputs) and a table (n,), both on one device."""
+    """``x Wᵀ`` with ``w_i = t[uniform(i)]``, for x (batch, inputs) and a table (n,) on the same device."""
 
     @staticmethod
     @override
@@ -85,26 +85,26 @@ class FusedLinear(torch.autograd.Function):
         x, table = ctx.saved_tensors
         outputs, first, seed = ctx.layer
         (batch, inputs), upstream = x.shape, upstream.contiguous()
-        into = entries = None
+        input_grad = table_grad = None
         if ctx.needs_input_grad[0]:
-            into = _multiply(upstream, table, outputs, inputs, (inputs, 1), first, seed)
+            input_grad = _multiply(upstream, table, outputs, inputs, (inputs, 1), first, seed)
         if ctx.needs_input_grad[1]:
             sums = torch.zeros(len(table), dtype=torch.float32, device=table.device)
             grid = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
             _gradient[grid](x, upstream, sums, batch, inputs, outputs, first, *splitmix64(seed), len(table), TILE)
-            entries = sums.to(table.dtype)
-        return into, entries, None, None, None
+            table_grad = sums.to(table.dtype)
+        return input_grad, table_grad, None, None, None
 
 
 def fused_linear(x: Tensor, table: Tensor, outputs: int, first: int, seed: int) -> Tensor:
-    """Return ``x Wᵀ`` of a uniformly hashed layer; second derivatives are not to be had.
+    """Return ``x Wᵀ`` of a layer with a uniform hash. It has no second derivatives.
 
     Args:
         x: (..., inputs).
         table: (n,).
-        outputs: rows of W.
+        outputs: number of rows of W.
         first: identifier of the first weight.
-        seed: of the hash.
+        seed: seed of the hash.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

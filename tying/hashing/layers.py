@@ -13,7 +13,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError
 from tying.hashing.fast_paths import RepeatedRows, Size
 from tying.hashing.hashes import Hash, UniformHash
-from tying.hashing.parametrization import Index, VirtualWeight, table_entries
+from tying.hashing.parametrization import HashedParametrization, Index, table_entries
 
 Device = torch.device | str | None
 Dense = nn.Linear | nn.Conv2d | nn.Embedding
@@ -35,7 +35,7 @@ def computed_weight(table: str, virtual: str) -> property:
 
 
 def put_table(
-    module: nn.Module, weight: str, names: tuple[str, str], table: nn.Parameter, virtual: VirtualWeight
+    module: nn.Module, weight: str, names: tuple[str, str], table: nn.Parameter, virtual: HashedParametrization
 ) -> None:
     """Put a table, and the map from it, under these names in the place of a weight."""
     items = [(names[0], table) if held == weight else (held, one) for held, one in module._parameters.items()]
@@ -53,7 +53,7 @@ class Hashed(nn.Module):
 
     computes: ClassVar[dict[str, tuple[str, str]]] = {"weight": ("table", "virtual")}
     table: nn.Parameter
-    virtual: VirtualWeight
+    virtual: HashedParametrization
     weight = computed_weight("table", "virtual")
 
     def _become(self, dense: Dense, ratio: float | None, arguments: dict[str, Any], **options: Any) -> None:
@@ -61,7 +61,7 @@ class Hashed(nn.Module):
         nn.Module.__init__(self)
         shape = dense.weight.shape
         size = table_entries(shape.numel(), ratio, arguments["hash"])
-        virtual = VirtualWeight(shape, size, **arguments)
+        virtual = HashedParametrization(shape, size, **arguments)
         self.__dict__.update(dense.__dict__)
         put_table(self, "weight", ("table", "virtual"), nn.Parameter(torch.empty(size, **options)), virtual)
         if self._parameters.get("bias") is not None:
@@ -126,10 +126,10 @@ class HashedLinear(Hashed, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         virtual = self.virtual
-        if virtual.structure is not None:
+        if virtual.fast_path is not None:
             if input.shape[-1] != self.in_features:
                 raise ConfigurationError(f"this layer takes {self.in_features} features, not {input.shape[-1]}")
-            return virtual.structure.linear(input, virtual.scaled(self.table), self.bias)
+            return virtual.fast_path.linear(input, virtual.scaled(self.table), self.bias)
         if (seed := virtual.fusible_seed(self.table)) is not None:
             from tying.hashing.kernels import fused_linear
 
@@ -192,7 +192,7 @@ class HashedConv2d(Hashed, nn.Conv2d):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        structure = self.virtual.structure
+        structure = self.virtual.fast_path
         if not isinstance(structure, RepeatedRows) or self.groups > 1:
             dense: Tensor = self._conv_forward(input, self.weight, self.bias)
             return dense

@@ -1,83 +1,39 @@
-"""A weight whose entries are those of a smaller table."""
+"""The parametrization of a hashed weight: its entries are those of a smaller table."""
 
 from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
-from types import FunctionType
-from typing import Any, Literal, Self
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch import Tensor
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, nearest
-from tying.hashing.gather import CHUNK, IndexSource, gather, lookup, scatter
-from tying.hashing.hashes import Hash, UniformHash
+from tying.deprecated import class_aliases
+from tying.errors import ConfigurationError, check_choice, check_range
+from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
+from tying.hashing.hashes import Hash, UniformHash, overrides_slot_only
 from tying.hashing.integers import hash32
+from tying.torch_workarounds import FollowsDevice, is_traced
 
-
-def compiled(slots: IndexSource, size: int, name: str) -> IndexSource:
-    """Return slots that compiled code computes, on the CPU; where torch cannot compile them, slots as they are.
-
-    Args:
-        slots: that are computed.
-        size: of the table.
-        name: of the hash, for the warning.
-
-    Warns:
-        UserWarning: torch cannot: this machine has no compiler, or the hash has what torch does not know.
-    """
-
-    def runs(starts: Tensor) -> Tensor:
-        return slots.compute(starts + torch.arange(CHUNK, device="cpu"))
-
-    def read(table: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # where compilation is off after all: by chunks, not a whole index
-            return gather(table, slots)
-        return table[slots.compute(torch.arange(slots.count, device="cpu"))]
-
-    quickly, read_all = _compiled(runs), _compiled(read)
-    try:
-        # unlike `fullgraph=True`, this does not trace what a hash does in Python for each number
-        with torch._dynamo.error_on_graph_break(True):
-            quickly(torch.tensor([[0], [CHUNK]], device="cpu"))
-            read_all(torch.zeros(size, device="cpu"))
-    except Exception as error:
-        warnings.warn(f"{name} is computed without compilation, hence slowly: {error}", stacklevel=2)
-        return slots
-    return replace(slots, quickly=quickly, read=read_all)
-
-
-def traced() -> bool:
-    """Tell whether operations are recorded, or done on tensors without numbers, which compiled code cannot be."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined, no-untyped-call]
-
-
-def _compiled(function: Any) -> Any:
-    """Compile a function with code of its own, lest torch count it among the variants of another hash's."""
-    own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    return torch.compile(own)
-
-
-_DENSITY = 0x44454E53  # sets the draws of kept connections apart from those of slots
+Index = Literal["auto", "stored", "computed", "structured"]
+STORED = 1 << 24  # "auto" stores an index of at most so many weights
+COMPILED = 1 << 20  # a computed index of at least so many weights is compiled
+FUSED = ("cuda",)  # devices for which Triton fuses layers
+_DENSITY = 0x44454E53  # makes the choice of kept weights independent of their slots
 
 
 def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
-    """Return how many entries a table has for ``count`` weights: ``ceil(ratio · count)``.
+    """Return the size of the table for ``count`` weights: ``ceil(ratio · count)``.
 
-    A float that is the nearest to k / count means k. Without a ratio it is what the hash fixes, or a tenth.
+    A float that is the nearest to k / count means k. The default ratio is that of the hash, or else a tenth.
 
     Raises:
-        ConfigurationError: the ratio is not in (0, 1], or not what the hash fixes.
+        ConfigurationError: the ratio is not in (0, 1], or the hash needs another one.
 
     Example:
         >>> from tying.hashing import UniformHash
@@ -88,194 +44,66 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     if not count:
         raise ConfigurationError("a weight of no entries cannot be hashed")
-    fixed = hash.table_size(count)
+    required = hash.table_size(count)
     if ratio is None:
-        ratio = 0.1 if fixed is None else fixed / count
-    if not 0 < ratio <= 1:
-        raise ConfigurationError(f"table_ratio is in (0, 1], not {ratio}")
+        ratio = 0.1 if required is None else required / count
+    check_range("table_ratio", ratio, "(0, 1]")
     exact = Fraction(ratio) * count
     size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
-    if fixed not in (None, size):
-        raise ConfigurationError(f"{hash} needs a table of {fixed} entries, table_ratio={fixed}/{count}, not {ratio}")
     hash.check(count, size)
     return size
 
 
 class HashState:
-    """What a hash has drawn for a table, for all weights that share it: in memory, and in checkpoints, once.
+    """The state of a hash, shared by all weights that share a table, so that checkpoints store it once.
 
     Attributes:
-        values: ``None`` where it draws nothing.
+        values: result of :meth:`tying.hashing.Hash.state`.
     """
 
     def __init__(self, values: Tensor | None) -> None:
         self.values = values
-        self._loaded: HashState | None = None
+        self._successor: HashState | None = None
 
     def loaded(self, values: Tensor) -> HashState:
-        """Return that of weights which have loaded these values: the same one for all of them."""
-        if self._is(values):
-            return self
-        if self._loaded is None or not self._loaded._is(values):
-            self._loaded = HashState(values.clone())  # what it came in may be changed
-        return self._loaded
+        """Return the state with other values: the same object for all weights that load equal ones."""
+        if self._successor is None or not self._successor.equals(values):
+            self._successor = HashState(values.clone())  # the caller may change the checkpoint's tensor
+        return self._successor
 
-    def _is(self, values: Tensor) -> bool:
+    def equals(self, values: Tensor) -> bool:
+        """Return whether the state has these values, on this device."""
         return self.values is not None and self.values.device == values.device and torch.equal(self.values, values)
 
 
-class Entries(nn.Module):
-    """Which entry of a table each weight is, ``h(i)`` with its sign, for a weight of some shape.
-
-    Args:
-        shape: of the weight.
-        table_size: n, the number of entries.
-        hash: h.
-        sign: some weights are entries negated.
-        density: fraction of weights that are kept; the others are zero.
-        salt: sets the draws of kept weights apart from those of other weights with the same hash.
-        first: identifier of the first weight.
-        zero_row: a row that is zero: an embedding's padding.
-        common: what the hash has drawn for another weight of the table.
-
-    Raises:
-        ConfigurationError: the density is out of range, or the hash does not fit.
-    """
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        table_size: int,
-        hash: Hash,
-        *,
-        sign: bool,
-        density: float,
-        salt: int,
-        first: int,
-        zero_row: int | None,
-        common: HashState | None,
-    ) -> None:
-        super().__init__()
-        if not math.prod(shape):
-            raise ConfigurationError("a weight of no entries cannot be hashed")
-        if not 0 < density <= 1:
-            raise ConfigurationError(f"density is in (0, 1], not {density}")
-        self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
-        self.sign, self.density, self.salt = sign, density, salt
-        self.first, self.zero_row = first, zero_row
-        hash.check_shape(self.shape)
-        self.common = common or HashState(hash.draw(table_size))
-        self.zeros = False  # whether some weights are
-
-    @property
-    def drawn(self) -> Tensor | None:
-        """What the hash has drawn."""
-        return self.common.values
-
-    def entries(self) -> Tensor:
-        """Return the table entry of each weight, −1 where it is zero; int64, of the weight's shape."""
-        return torch.cat([self._slot(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
-
-    def extended_entries(self) -> Tensor:
-        """Return the same, with entries that are negated beyond the others and those that are zero last."""
-        return torch.cat([self._entries(ids) for ids in self._ids(torch.device("cpu"))]).view(self.shape)
-
-    @property
-    def _described(self) -> str:
-        count = self.shape.numel()
-        told = f"{count} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
-        told += ", signed" * self.sign + f", density {self.density}" * (self.density < 1)
-        told += f", salt {self.salt}" * (self.density < 1 and self.salt != 0)
-        return told + f", row {self.zero_row} zero" * (self.zero_row is not None)
-
-    @property
-    def _as_they_are(self) -> bool:
-        """Whether weights are the entries that the hash says: none is negated, or zero for another reason."""
-        return not self.sign and self.density == 1 and self.zero_row is None
-
-    @property
-    def _size(self) -> int:
-        """Of the extended table: its entries, where signs are drawn their negatives, and where there are any a zero."""
-        return self.table_size * (1 + self.sign) + self.zeros
-
-    def _slot(self, ids: Tensor) -> Tensor:
-        slot = self.hash.slot(ids, self.table_size, *([] if self.drawn is None else [self.drawn]))
-        if self.density < 1:
-            kept = hash32(ids, getattr(self.hash, "seed", 0) ^ self.salt ^ _DENSITY) < int(self.density * 2**32)
-            slot = torch.where(kept, slot, -1)
-        if self.zero_row is not None:
-            slot = torch.where((ids - self.first) // self.shape[1:].numel() == self.zero_row, -1, slot)
-        return slot
-
-    def _entries(self, ids: Tensor) -> Tensor:
-        """Return where weights of these identifiers are in the extended table."""
-        entries = slot = self._slot(ids)
-        if self.sign:
-            entries = slot + (self.hash.sign(ids) < 0) * self.table_size
-        return torch.where(slot < 0, self._size - 1, entries) if self.zeros else entries
-
-    def _numbered(self, numbers: Tensor) -> Tensor:
-        return self._entries(numbers + self.first)
-
-    def _ids(self, device: torch.device) -> Iterator[Tensor]:
-        """Yield the identifiers of all weights, in chunks."""
-        end = self.first + self.shape.numel()
-        for begin in range(self.first, end, CHUNK):
-            yield torch.arange(begin, min(begin + CHUNK, end), device=device)
-
-    def check_slots(self, whole: bool = True) -> None:
-        """See whether some weights are zero: of all, or of the first and the last.
-
-        Raises:
-            ConfigurationError: the hash leaves the table.
-        """
-        zeros = False
-        ends = (self.first, self.first + self.shape.numel() - 1)
-        for ids in self._ids(torch.device("cpu")) if whole else map(torch.tensor, ends):
-            slot = self._slot(ids)
-            low, high = map(int, slot.aminmax())
-            if low < -1 or high >= self.table_size or slot.is_floating_point():
-                raise ConfigurationError(
-                    f"{self.hash}.slot returned {slot.dtype} from {low} to {high}: integers in [-1, {self.table_size}) "
-                    "are needed"
-                )
-            zeros |= low < 0
-        self.zeros = zeros
-
-
-Index = Literal["auto", "stored", "computed", "structured"]
-INDEXES = ("auto", "stored", "computed", "structured")
-KEPT = 1 << 24  # weights up to which "auto" keeps an index
-FUSED = ("cuda",)  # devices for which Triton fuses layers
-COMPILED = 1 << 20  # weights from which on computing entries is worth compiling
-
-
-class VirtualWeight(Entries):
+@class_aliases("tying.hashing.HashedParametrization")
+class HashedParametrization(FollowsDevice):
     """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization.
 
-    Its state is the hash's description, and what the hash has drawn: a clustering's assignments, say. An index that can
-    be computed is never saved.
+    Its state dict holds a description of the hash, and the hash's state, such as the assignments of a clustering. It
+    never holds an index that can be recomputed.
 
     Args:
-        shape: of the weight.
-        table_size: n, the number of entries.
+        shape: shape of the weight.
+        table_size: n, the number of table entries.
         hash: h.
         sign: multiply by ξ = ±1.
-        density: fraction of weights that are kept; the others are zero. The table has the same size.
-        salt: sets the draws of kept weights apart from those of other weights with the same hash.
-        index: keep it (4 bytes a weight), compute it anew each time, or do without by the hash's structure.
+        density: fraction of weights that are kept; the others are zero. The size of the table stays.
+        salt: makes the choice of kept weights independent of other weights with the same hash.
+        index: ``"stored"`` (4 bytes per weight), ``"computed"`` at each read, ``"structured"`` (the hash's fast path,
+            without an index), or ``"auto"``.
         first: identifier of the first weight.
         scale: a constant factor on all weights.
         zero_row: a row that is zero: an embedding's padding.
-        common: what the hash has drawn for another weight of the table, ``virtual.common``.
+        state: ``state`` of another weight that shares the table.
 
     Raises:
-        ConfigurationError: an argument is out of range, the hash does not fit or leaves the table, or has no
-            structure.
+        ConfigurationError: an argument is out of range, the hash does not fit, returns slots outside the table, or has
+            no fast path.
 
     Example:
         >>> from tying.hashing import ModulusHash
-        >>> VirtualWeight((2, 3), 4, ModulusHash())(torch.arange(4.0))
+        >>> HashedParametrization((2, 3), 4, ModulusHash())(torch.arange(4.0))
         tensor([[0., 1., 2.],
                 [3., 0., 1.]])
     """
@@ -293,214 +121,285 @@ class VirtualWeight(Entries):
         first: int = 0,
         scale: float = 1.0,
         zero_row: int | None = None,
-        common: HashState | None = None,
+        state: HashState | None = None,
     ) -> None:
-        if index not in INDEXES:
-            raise ConfigurationError(f"index is one of {', '.join(INDEXES)}, not {index!r}.{nearest(index, INDEXES)}")
-        options: dict[str, Any] = {"sign": sign, "density": density, "salt": salt, "first": first, "zero_row": zero_row}
-        super().__init__(shape, table_size, hash, **options, common=common)
-        self.scale = scale
-        structure = hash.structure(self.shape, table_size, first) if self._as_they_are else None
-        if index == "structured" and structure is None:
+        check_choice("index", index, get_args(Index))
+        super().__init__()
+        if not math.prod(shape):
+            raise ConfigurationError("a weight of no entries cannot be hashed")
+        check_range("density", density, "(0, 1]")
+        self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
+        self.sign, self.density, self.salt = sign, density, salt
+        self.first, self.scale, self.zero_row = first, scale, zero_row
+        hash.check_shape(self.shape)
+        self.state = state or HashState(hash.state(table_size))
+        applies = self._is_plain and not overrides_slot_only(hash, "fast_path")
+        fast_path = hash.fast_path(self.shape, table_size, first) if applies else None
+        if index == "structured" and fast_path is None:
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
-        self.structure = structure if index in ("auto", "structured") else None
         if index == "auto":
-            index = "structured" if self.structure else "stored" if self.shape.numel() <= KEPT else "computed"
+            index = "structured" if fast_path else "stored" if self.shape.numel() <= STORED else "computed"
         self.index = index
-        self.check_slots(whole=self.structure is None)
-        if self.structure is not None:
-            self.zeros = self.structure.zeros
-        self._kept: Tensor | None = None
-        self._keep(torch.device("cpu"))
+        self.fast_path = fast_path if index == "structured" else None
+        self.check_slots()
+        self._stored: Tensor | None = None
         self._compiled: IndexSource | None = None
-        self._may_compile = index == "computed" and self.shape.numel() >= COMPILED
+        self.move()
+        self.register_state_dict_post_hook(HashedParametrization._save_drawn)  # type: ignore[no-untyped-call]  # torch's
+        self.register_load_state_dict_pre_hook(HashedParametrization._load_drawn)  # type: ignore[no-untyped-call]
 
     @override
     def forward(self, table: Tensor) -> Tensor:
-        if self.structure is not None:
-            return self.structure.weight(self.scaled(table))
-        return self._read(table, self._slots(table.device)).view(self.shape)
+        if self.fast_path is not None:
+            return self.fast_path.weight(self.scaled(table))
+        return self._read(table, self._source(table.device)).view(self.shape)
 
     def rows(self, table: Tensor, chosen: Tensor) -> Tensor:
-        """Return the chosen rows of the weight, (*chosen, ...), without the others.
+        """Return some rows of the weight, (*chosen, ...), without computing the others.
 
         Args:
             table: (n,).
-            chosen: integers in [0, rows), of any shape.
+            chosen: integers in [0, number of rows), of any shape.
 
         Raises:
-            IndexError: one is not, or they are no integers.
+            IndexError: a row is out of range, or not an integer.
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
             raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
-        if chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling():
-            least, largest = map(int, chosen.aminmax())
-            if least < 0 or largest >= self.shape[0]:
-                raise IndexError(f"rows {least} to {largest} of a weight of {self.shape[0]} rows")
+        checkable = chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling()
+        if checkable and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]:
+            raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
-        ids = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
-        slots = IndexSource(len(ids), lambda numbers: self._entries(ids[numbers] + self.first))
-        return self._read(table, slots).view(*chosen.shape, *self.shape[1:])
+        weights = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
+        source = IndexSource(len(weights), lambda positions: self._extended_slot(weights[positions]))
+        return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the table nearest to a weight: each entry is the mean over its uses; zero where it has none."""
+        """Return the table nearest to a weight: each entry is the mean of its weights, or zero without any."""
         return self.joint_inverse([(self, weight)], weight.new_zeros(self.table_size))
 
     @staticmethod
-    def joint_inverse(parts: Sequence[tuple[VirtualWeight, Tensor]], table: Tensor) -> Tensor:
-        """Return the table nearest to several weights that share it; entries without a use stay as they are."""
-        pairs = [virtual.sums(weight) for virtual, weight in parts]
+    def joint_inverse(parts: Sequence[tuple[HashedParametrization, Tensor]], table: Tensor) -> Tensor:
+        """Return the table nearest to several weights that share it; entries that no weight reads stay."""
+        pairs = [parametrization.sums(weight) for parametrization, weight in parts]
         sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
         return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 
     def drawn_from(self, pool: Tensor) -> Tensor:
-        """Return a table whose entries are drawn from numbers, or for a hash that takes vectors are these."""
+        """Return an initial table: entries sampled from a pool of numbers; for a recurrent hash, the first of them."""
         if self.hash.include_biases:
             return pool[: self.table_size]
-        if len(pool) < self.table_size:  # one of several weights that share it
-            drawn = torch.randint(len(pool), (self.table_size,), device="cpu")
-        else:
-            drawn = torch.randperm(len(pool), device="cpu")[: self.table_size]
-        return pool[drawn.to(pool.device)]
+        size, too_few = self.table_size, len(pool) < self.table_size  # where several weights share the table
+        sampled = (
+            torch.randint(len(pool), (size,), device="cpu") if too_few else torch.randperm(len(pool), device="cpu")
+        )
+        return pool[sampled[:size].to(pool.device)]
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each entry of the table the sum of a weight's entries, signs and scale undone, and its uses."""
+        """Return the sum of the weights that read each table entry, without signs and scale, and their number."""
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
-        sums, uses = (scatter(values, self._computing(), self._size) for values in (flat, torch.ones_like(flat)))
+        source = IndexSource(len(flat), self._extended_slot)
+        sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
         if not self.sign:
             return sums[:size], uses[:size]
         return sums[:size] - sums[size : 2 * size], uses[:size] + uses[size : 2 * size]
 
     def fusible_seed(self, table: Tensor) -> int | None:
-        """Return the seed for :func:`tying.hashing.kernels.fused_linear`, where the layer of a table may be fused."""
-        if self.index != "computed" or table.device.type not in FUSED or table.dtype == torch.float64:
+        """Return the seed for :func:`tying.hashing.kernels.fused_linear`, or None if the layer cannot be fused."""
+        if type(self.hash) is not UniformHash or self.index != "computed" or not self._is_plain:
             return None
         if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
-            return None  # the compiler fuses by itself; kernels add up in any order
-        if type(self.hash) is not UniformHash or not self._as_they_are or find_spec("triton") is None:
-            return None
-        return self.hash.seed
+            return None  # the compiler fuses by itself; kernels sum in any order
+        fusible = table.device.type in FUSED and table.dtype != torch.float64 and find_spec("triton") is not None
+        return self.hash.seed if fusible else None
+
+    def scaled(self, table: Tensor) -> Tensor:
+        """Return the table times the scale."""
+        return table if self.scale == 1 else table * self.scale
+
+    @property
+    def drawn(self) -> Tensor | None:
+        """The state of the hash, as the state dict holds it."""
+        return self.state.values
+
+    def slots(self) -> Tensor:
+        """Return the slot of each weight, −1 for zero weights; int64, of the weight's shape."""
+        return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
+
+    def extended_slots(self) -> Tensor:
+        """Return indices into ``[table, −table, 0]``; the parts without a use are left out of that table."""
+        return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
+
+    def distinct_rows(self) -> int:
+        """Return how many rows of the weight differ: a hash that repeats rows leaves fewer units than there seem to be.
+
+        Example:
+            >>> from tying.hashing import ModulusHash
+            >>> HashedParametrization((200, 784), 1000, ModulusHash()).distinct_rows()
+            125
+        """
+        rows = self.extended_slots().view(self.shape[0], -1)
+        factors = hash32(torch.arange(rows.shape[1], device="cpu"), 0) * 2 + 1  # odd; equal sums mod 2⁶⁴: equal rows
+        return len(torch.unique((hash32(rows, 0) * factors).sum(dim=1)))
+
+    def describe(self) -> str:
+        """Describe shape, index, table and repeated rows, for reports."""
+        text = f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}"
+        distinct = self.distinct_rows()
+        return text + f"; only {distinct} of {self.shape[0]} units are distinct" * (distinct < self.shape[0])
+
+    def check_slots(self) -> None:
+        """Check the slots, and find out whether some weights are zero; with a fast path, the first and last slot only.
+
+        Raises:
+            ConfigurationError: the hash returns slots outside the table.
+        """
+        ends = torch.tensor([0, self.shape.numel() - 1], device="cpu")
+        chunks = [ends] if self.fast_path else self._positions(torch.device("cpu"))
+        extremes = torch.stack([torch.stack(self._slot(positions).aminmax()) for positions in chunks])
+        low, high = int(extremes.min()), int(extremes.max())
+        if low < -1 or high >= self.table_size or extremes.is_floating_point():
+            raise ConfigurationError(
+                f"{self.hash}.slot returned {extremes.dtype} from {low} to {high}: integers in "
+                f"[-1, {self.table_size}) are needed"
+            )
+        self.zeros = self.fast_path.zeros if self.fast_path else low < 0
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether weights are what the hash alone says: unsigned, none left out, no row of zeros."""
+        return not self.sign and self.density == 1 and self.zero_row is None
+
+    @property
+    def _extended_size(self) -> int:
+        return self.table_size * (1 + self.sign) + self.zeros
+
+    def _positions(self, device: torch.device) -> Iterator[Tensor]:
+        """Yield the positions of all weights, in chunks."""
+        for begin in range(0, self.shape.numel(), CHUNK):
+            yield torch.arange(begin, min(begin + CHUNK, self.shape.numel()), device=device)
+
+    def _slot(self, positions: Tensor) -> Tensor:
+        ids = positions + self.first
+        slots = self.hash.slot(ids, self.table_size, *([] if self.drawn is None else [self.drawn]))
+        if self.density < 1:
+            kept = hash32(ids, getattr(self.hash, "seed", 0) ^ self.salt ^ _DENSITY) < int(self.density * 2**32)
+            slots = torch.where(kept, slots, -1)
+        if self.zero_row is not None:
+            slots = torch.where(positions // self.shape[1:].numel() == self.zero_row, -1, slots)
+        return slots
+
+    def _extended_slot(self, positions: Tensor) -> Tensor:
+        extended = slots = self._slot(positions)
+        if self.sign:
+            extended = slots + (self.hash.sign(positions + self.first) < 0) * self.table_size
+        return torch.where(slots < 0, self._extended_size - 1, extended) if self.zeros else extended
+
+    def _source(self, device: torch.device) -> IndexSource:
+        if self._stored is not None:
+            return IndexSource(self.shape.numel(), self._extended_slot, self._stored.to(device))
+        source = IndexSource(self.shape.numel(), self._extended_slot)
+        if self.index != "computed" or source.count < COMPILED or device.type != "cpu" or is_traced():
+            return source
+        if self._compiled is None:
+            self._compiled = compile_source(source, self._extended_size, str(self.hash))
+        return self._compiled
+
+    def _read(self, table: Tensor, source: IndexSource) -> Tensor:
+        small_table = self.table_size <= source.count  # the scale multiplies whichever has fewer numbers
+        scaled = table * self.scale if small_table and self.scale != 1 else table
+        parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
+        weights = lookup(torch.cat(parts) if len(parts) > 1 else scaled, source)
+        return weights if small_table else self.scaled(weights)
+
+    @override
+    def move(self) -> None:
+        if self.drawn is not None:
+            self.state.values = self.drawn.to(self.device)
+        if self.index == "stored":
+            self._stored = torch.cat([self._extended_slot(part).int() for part in self._positions(self.device)])
+
+    @property
+    def _description(self) -> str:
+        """The text by which a checkpoint recognises the weight; it must stay as it is."""
+        return (
+            f"{self.shape.numel()} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
+            + ", signed" * self.sign
+            + f", density {self.density}" * (self.density < 1)
+            + f", salt {self.salt}" * (self.density < 1 and self.salt != 0)
+            + f", row {self.zero_row} zero" * (self.zero_row is not None)
+        )
 
     @override
     def get_extra_state(self) -> Tensor:
-        told = json.dumps({"described": self._described, "scale": self.scale}).encode()
-        return torch.frombuffer(bytearray(told), dtype=torch.uint8)
+        content = json.dumps({"described": self._description, "scale": self.scale}).encode()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        if state.is_meta:  # and has no values
+        if state.is_meta:  # it has no values
             return
         try:
-            told = json.loads(bytes(state.cpu().numpy().tobytes()))
+            content = json.loads(bytes(state.cpu().numpy().tobytes()))
         except ValueError:
             raise ConfigurationError("its description in the checkpoint is truncated or corrupted") from None
-        if told["described"] != self._described:
-            raise ConfigurationError(f"this weight is {self._described}; in the checkpoint it is {told['described']}")
-        self.scale = told["scale"]
+        if content["described"] != self._description:
+            raise ConfigurationError(
+                f"this weight is {self._description}; in the checkpoint it is {content['described']}"
+            )
+        self.scale = content["scale"]
 
-    @override
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.drawn is not None:  # no buffer, which processes would send to each other at every step
-            destination[f"{prefix}drawn"] = self.drawn
+    def _save_drawn(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        """Add the hash's state to a state dict. It is no buffer: processes would broadcast it at every step."""
+        if self.drawn is not None:
+            state_dict[f"{prefix}drawn"] = self.drawn
 
-    @override
-    def _load_from_state_dict(
+    def _load_drawn(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
         local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        *_: Any,
     ) -> None:
-        key = f"{prefix}drawn"
-        reported = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        """Load the hash's state before torch reads the rest of a state dict."""
         try:
-            super()._load_from_state_dict(state_dict, prefix, *reported)
-            if self.drawn is None:
-                return
-            if key in state_dict:
-                self._take(state_dict[key])
-            elif strict:
-                missing_keys.append(key)
+            if f"{prefix}_extra_state" in state_dict:  # checked first, and here, so that errors name the weight
+                self.set_extra_state(state_dict[f"{prefix}_extra_state"])
+            if self.drawn is not None and f"{prefix}drawn" in state_dict:
+                self._take(self.drawn, state_dict.pop(f"{prefix}drawn"))  # torch reports keys that it does not know
+            elif self.drawn is not None and strict:
+                missing_keys.append(f"{prefix}drawn")
         except ConfigurationError as error:
             raise ConfigurationError(f"{prefix.removesuffix('.')!r}: {error}") from None
-        unexpected_keys[:] = [one for one in unexpected_keys if one != key]
 
-    def _take(self, drawn: Tensor) -> None:
-        """Take what the hash has drawn elsewhere."""
-        assert self.drawn is not None
-        if (drawn.shape, drawn.dtype) != (self.drawn.shape, self.drawn.dtype):
-            told = [f"{one.dtype} of shape {tuple(one.shape)}" for one in (self.drawn, drawn)]
-            raise ConfigurationError(f"what its hash draws is {told[0]}; in the checkpoint it is {told[1]}")
-        common = self.common
-        if drawn.is_meta or (loaded := common.loaded(drawn.to(self.drawn.device))) is common:
+    def _take(self, current: Tensor, loaded: Tensor) -> None:
+        """Replace the hash's state by a checkpoint's."""
+        ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (current, loaded))
+        if ours != theirs:
+            raise ConfigurationError(f"the state of its hash is {ours}; in the checkpoint it is {theirs}")
+        if loaded.is_meta or self.state.equals(loaded.to(current.device)):  # meta tensors have no values
             return
-        self.common = loaded
+        previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
         try:
             self.check_slots()
         except ConfigurationError:
-            self.common = common
+            self.state = previous
             raise
-        if self._kept is not None:
-            self._keep(self._kept.device)
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        held = self.drawn if self._kept is None else self._kept
-        device = fn(torch.empty(0, device="cpu" if held is None else held.device)).device
-        if device.type != "meta":  # there it has no values
-            if self.drawn is not None:
-                self.common.values = self.drawn.to(device)
-            self._keep(device)
-        return self
+        self.move()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled: the index is computed anew."""
-        kept = None if self._kept is None else self._kept.device
-        compiles = self._may_compile or self._compiled is not None
-        return {**self.__dict__, "_kept": kept, "_compiled": None, "_may_compile": compiles}
+        """Return what is copied or pickled: all but the index, which is recomputed."""
+        return {**self.__dict__, "_stored": None, "_compiled": None}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "_kept": None})  # type: ignore[no-untyped-call]  # torch's
-        if state["_kept"] is not None:
-            self._keep(state["_kept"])
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self.move()
 
     @override
     def extra_repr(self) -> str:
-        return f"{self._described}, index={self.index!r}"
-
-    def scaled(self, table: Tensor) -> Tensor:
-        """Return a table times the scale."""
-        return table if self.scale == 1 else table * self.scale
-
-    def _read(self, table: Tensor, slots: IndexSource) -> Tensor:
-        few = self.table_size <= slots.count  # scale the fewer numbers
-        scaled = self.scaled(table) if few else table
-        parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
-        weight = lookup(torch.cat(parts) if len(parts) > 1 else scaled, slots)
-        return weight if few else self.scaled(weight)
-
-    def _computing(self) -> IndexSource:
-        return IndexSource(self.shape.numel(), self._numbered)
-
-    def _slots(self, device: torch.device) -> IndexSource:
-        if self.index == "computed":
-            if device.type != "cpu" or traced():
-                return self._computing()
-            if self._may_compile:
-                self._compiled, self._may_compile = compiled(self._computing(), self._size, str(self.hash)), False
-            return self._compiled or self._computing()
-        if self._kept is None or self._kept.device != device:
-            self._keep(device)
-        return IndexSource(self.shape.numel(), self._numbered, self._kept)
-
-    def _keep(self, device: torch.device) -> None:
-        if self.index == "stored":
-            self._kept = torch.cat([self._entries(ids).int() for ids in self._ids(device)])
+        return f"{self._description}, index={self.index!r}"

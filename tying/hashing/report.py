@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from tying.errors import ConfigurationError
 from tying.files import save_figure
-from tying.hashing.integers import hash32
-from tying.hashing.parametrization import VirtualWeight
+from tying.hashing.parametrization import HashedParametrization
 from tying.weights.derived import derived_weights
 from tying.weights.report import WeightRow
 
@@ -117,29 +116,29 @@ class HashReport:
         return "\n".join(lines)
 
 
-def hashed_in(model: nn.Module) -> Iterator[tuple[str, VirtualWeight, nn.Parameter]]:
+def hashed_in(model: nn.Module) -> Iterator[tuple[str, HashedParametrization, nn.Parameter]]:
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
     for name, derived in derived_weights(model).items():
         virtual = derived.steps[-1]
-        if isinstance(virtual, VirtualWeight):
+        if isinstance(virtual, HashedParametrization):
             prefix, *_ = derived.prefixes
             is_list = prefix.endswith(".")
             table = derived.owner.get_parameter(f"{prefix}original") if is_list else getattr(derived.owner, prefix)
             yield name, virtual, table
 
 
-def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, VirtualWeight]]:
+def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, HashedParametrization]]:
     """Return the weights of each table of a model, by the name of the first; all weights, or those of ``names``."""
-    tables: dict[int, dict[str, VirtualWeight]] = {}
+    tables: dict[int, dict[str, HashedParametrization]] = {}
     for name, virtual, table in [*hashed_in(model)]:  # a list: computed tables must live to have distinct ids
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
     return {next(iter(group)): group for group in tables.values()}
 
 
-def loads_of(group: Mapping[str, VirtualWeight]) -> Tensor:
+def loads_of(group: Mapping[str, HashedParametrization]) -> Tensor:
     """Return how many weights, of all that share a table, use each entry."""
-    return torch.stack([loads(virtual.entries(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
+    return torch.stack([loads(virtual.slots(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
 
 
 def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
@@ -163,23 +162,10 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         shares = hash.probabilities(sum(virtual.shape.numel() for virtual in group.values()), size)
         entropies = entropy(loads_of(group)), None if shares is None else entropy(shares)
         for name, virtual in group.items():
-            shape, units = tuple(virtual.shape), distinct_rows(virtual)
+            shape, units = tuple(virtual.shape), virtual.distinct_rows()
             weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, *entropies))
     stored = sum(weight.table_size for weight in weights if weight.name == weight.holder)
     return HashReport(tuple(weights), stored, sum(math.prod(weight.shape) for weight in weights), skipped)
-
-
-def distinct_rows(virtual: VirtualWeight) -> int:
-    """Return the number of distinct rows of a weight.
-
-    Example:
-        >>> from tying.hashing import ModulusHash
-        >>> distinct_rows(VirtualWeight((200, 784), 1000, ModulusHash()))
-        125
-    """
-    rows = virtual.extended_entries().view(virtual.shape[0], -1)
-    keys = hash32(torch.arange(rows.shape[1], device=rows.device), 0) * 2 + 1  # odd
-    return len(torch.unique((hash32(rows, 0) * keys).sum(dim=1)))  # rows with equal sums modulo 2⁶⁴ count as equal
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
