@@ -53,7 +53,7 @@ def test_unequal_copies_are_an_error_that_names_the_choice():
     ):
         load_plain(net, unequal())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    with pytest.raises(ValueError, match="unequal is 'error', 'source' or 'mean', not 'first'"):
+    with pytest.raises(ValueError, match="unequal must be 'error', 'source' or 'mean', not 'first'"):
         load_plain(net, unequal(), "first")
 
 

@@ -214,7 +214,7 @@ def test_second_derivatives(index, few, monkeypatch):
 def test_long_tables_add_up_in_chunks(index, few, monkeypatch):
     monkeypatch.setattr("tying.hashing.gather.FEW", few)
     monkeypatch.setattr("tying.hashing.gather.CHUNK", 7)
-    monkeypatch.setattr("tying.hashing.entries.CHUNK", 7)
+    monkeypatch.setattr("tying.hashing.parametrization.CHUNK", 7)
     layer = HashedLinear(11, 9, False, 0.2, UniformHash(1), index=index, dtype=torch.float64)
     weight, slots, _ = hashed_by_loops(layer)
     assert torch.equal(layer.weight, weight)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
-    """Return the coefficients with which columns come nearest to targets, by least squares.
+    """Return the linear combinations of columns that are nearest to targets, by least squares.
 
     Args:
         columns: (n, k).

@@ -1,18 +1,17 @@
-"""A weight that is another one in a different layout: a parametrization whose original is the source itself."""
+"""Weights that are another weight in a different layout: a derived weight whose original is the source itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
 from tying.selection.relation import Relation
-from tying.weights.derived import privatize_class
+from tying.weights.derived import derived_in, install, remove
 
 
 class Link(nn.Module):
@@ -20,7 +19,7 @@ class Link(nn.Module):
 
     Args:
         relation: the map from the source's layout to the weight's.
-        following: the parameters that stood behind the weight in its module.
+        following: names of the parameters behind the weight in its module, for :func:`unlink`.
     """
 
     def __init__(self, relation: Relation, following: Sequence[str] = ()) -> None:
@@ -33,7 +32,7 @@ class Link(nn.Module):
         return self.relation(source)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the source that makes the weight what is given."""
+        """Return the source whose image is the given weight."""
         return self.relation.inverse()(weight).contiguous()
 
     @override
@@ -42,10 +41,15 @@ class Link(nn.Module):
 
 
 class LinkList(ParametrizationList):
-    """Holds a related weight's source, which torch must not write into when somebody removes the parametrization.
+    """Holds the source of a link, which torch must not overwrite when somebody removes the parametrization.
 
-    Were ``is_tensor`` true, torch would lay out the source as the weight, for all others that hold it, too.
+    If ``is_tensor`` were true, torch would lay the source out as the weight, also for all others that hold it.
     """
+
+    def __init__(self, link: Link, source: nn.Parameter) -> None:
+        nn.ModuleList.__init__(self, [link])
+        self.unsafe, self.is_tensor = True, False
+        self.original = source
 
     @override
     def forward(self) -> Tensor:
@@ -64,38 +68,30 @@ class LinkList(ParametrizationList):
 
 def link(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
     """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
-    own = module.get_parameter(name)
     names = [*module._parameters]
-    privatize_class(module)
-    setattr(module, name, nn.Parameter(own.detach().clone(), own.requires_grad))  # registering writes into it
-    parametrization = Link(relation, names[names.index(name) + 1 :])
-    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    held: ParametrizationList = getattr(module.parametrizations, name)
-    held.__class__, held.original, held.is_tensor = LinkList, source, False
-    # parametrize has given the module a class of its own, but a second parameter of it finds the hooks in place
-    if len(links_in(module)) == 1:
+    if not links_in(module):
         module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_pre_hook(_read_plainly)  # type: ignore[no-untyped-call]  # torch's
+    install(module, name, LinkList(Link(relation, names[names.index(name) + 1 :]), source))
 
 
-def unlink(module: nn.Module, name: str) -> None:
-    """Make a parameter of ``module`` its own again, with the values it has, where it stood."""
-    held: ParametrizationList = getattr(module.parametrizations, name)
-    source = held.get_parameter("original")
+def unlink(module: nn.Module, name: str) -> nn.Parameter:
+    """Replace the image of a source by a parameter of equal value, at its former place; return it."""
     following = links_in(module)[name].following
-    held.original = nn.Parameter(source.detach().clone(), source.requires_grad)
-    held.is_tensor = True  # removing writes into it, and keeps it a parameter
-    privatize_class(module)
-    parametrize.remove_parametrizations(module, name)
+    weight = remove(module, name)
     for behind in following:
         if behind in module._parameters:
             module._parameters[behind] = module._parameters.pop(behind)
+    return weight
 
 
 def links_in(module: nn.Module) -> dict[str, Link]:
-    """Return what computes the parameters of ``module`` itself that are images of others, by name."""
-    held: Mapping[str, ParametrizationList] = getattr(module, "parametrizations", {})
-    return {name: steps[0] for name, steps in held.items() if len(steps) == 1 and isinstance(steps[0], Link)}
+    """Return the links of a module's weights, by the weight's attribute name."""
+    return {
+        derived.name: derived.steps[0]
+        for derived in derived_in(module)
+        if len(derived.steps) == 1 and isinstance(derived.steps[0], Link)
+    }
 
 
 def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
