@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hard.least_squares import least_squares
+from tying.hard.low_rank import least_squares
 from tying.weights.derived import locate_parameters, parametrize_all
 
 
@@ -97,6 +97,10 @@ class HyperWeight(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"{self.inner.shape[0]}, {self.outer.shape[0]}, {self.outer.shape[1]}, embedding={self.inner.shape[2]}"
+
+    def describe(self) -> str:
+        """Describe the weight for a report."""
+        return f"generated from embeddings of {self.inner.shape[2]}"
 
 
 def generate_weights(

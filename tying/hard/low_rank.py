@@ -59,6 +59,23 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return factors[0].to(weight.dtype).contiguous(), factors[1].to(weight.dtype).contiguous()
 
 
+def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
+    """Return the linear combinations of columns that are nearest to targets, by least squares.
+
+    Args:
+        columns: (n, k).
+        targets: (n, m).
+
+    Returns:
+        (k, m), in single precision or better.
+    """
+    precise = torch.promote_types(targets.dtype, torch.float32)
+    if targets.is_meta:  # torch has no least squares there
+        return targets.new_empty(columns.shape[1], targets.shape[1], dtype=precise)
+    solution: Tensor = torch.linalg.lstsq(columns.to(precise), targets.to(precise)).solution
+    return solution
+
+
 class _OfRank(nn.Module):
     least: ClassVar[int]
 
@@ -70,6 +87,10 @@ class _OfRank(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
+
+    def describe(self) -> str:
+        """Describe the weight for a report."""
+        return f"of rank {self.rank}"
 
 
 class LowRank(_OfRank):

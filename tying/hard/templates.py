@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.files import save_figure
-from tying.hard.least_squares import least_squares
+from tying.hard.low_rank import least_squares
 from tying.selection.index import clean_name
 from tying.weights.derived import parametrize_all
 
@@ -119,8 +119,8 @@ class TemplateMixture(nn.Module):
         return mixture
 
     def describe(self) -> str:
-        """Say which templates are mixed."""
-        return f"TemplateMixture({self.bank.extra_repr()})"
+        """Describe the weight for a report."""
+        return f"a mixture of {len(self.bank.templates)} templates"
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the coefficients of the nearest mixture."""

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Self
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
@@ -21,13 +23,12 @@ from tying.torch_workarounds import compute_or_cached
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Temporarily switch to eval mode without gradients: some parametrizations update buffers in training mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()
-            yield
+            yield model.eval()
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -56,19 +57,6 @@ class DerivedWeight:
         parameters = self.owner.named_parameters(remove_duplicate=False)
         return [parameter for name, parameter in parameters if name.startswith(self.prefixes)]
 
-    def describe(self) -> str:
-        """Say in a few words how the weight is computed.
-
-        Example:
-            >>> from tying.hard import LowRank
-            >>> layer = parametrize.register_parametrization(nn.Linear(6, 4), "weight", LowRank(2))
-            >>> derived_in(layer)[0].describe()
-            'LowRank(rank=2)'
-        """
-        last = self.steps[-1]
-        describe: Callable[[], str] | None = getattr(last, "describe", None)
-        return f"{type(last).__name__}({last.extra_repr()})" if describe is None else describe()
-
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
     """Return the weights that a module computes: by parametrizations, or by the ``computes`` of its class.
@@ -81,7 +69,7 @@ def derived_in(module: nn.Module) -> list[DerivedWeight]:
     ]
     return parametrized + [
         DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}."))
-        for name, (parameter, step) in _computes(type(module)).items()
+        for name, (parameter, step) in _computes(module).items()
     ]
 
 
@@ -118,28 +106,22 @@ class _Generated:
 
     __slots__ = ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied: Any = type(self).__new__(type(self))
-        memo[id(self)] = copied
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = object.__new__(type(self))
         with torch.no_grad():  # the state of a recurrent layer has its weights: without a graph they can be copied
             copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        _renew_class(copied, _computes(type(copied)))
-        result: Self = copied
-        return result
+        _renew_class(copied, _computes(copied))
+        return copied
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if isinstance(self, nn.Module) and is_parametrized(self):
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if is_parametrized(self):
             raise RuntimeError("Serialization of parametrized modules is only supported through state_dict()")
         with torch.no_grad():
             return super().__reduce_ex__(protocol)
 
 
 def install(
-    module: nn.Module,
-    name: str,
-    step: nn.Module,
-    table: nn.Parameter | None = None,
-    keys: tuple[str, str] | None = None,
+    module: nn.Module, name: str, step: nn.Module, table: nn.Parameter | None = None, keys: tuple[str, str] = ("", "")
 ) -> None:
     """Let a module compute one of its weights.
 
@@ -160,44 +142,43 @@ def install(
         >>> install(layer, "weight", LowRank(2))
         >>> parametrize.is_parametrized(layer, "weight"), [name for name, _ in layer.named_parameters()]
         (True, ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1'])
-        >>> remove(layer, "weight").shape, type(layer).__name__
-        (torch.Size([4, 6]), 'Linear')
+        >>> remove(layer, "weight").shape, type(layer).__name__, [name for name, _ in layer.named_parameters()]
+        (torch.Size([4, 6]), 'Linear', ['weight', 'bias'])
     """
-    computes = _computes(type(module))
-    if table is not None and keys is not None:
-        _put_parameter(module, name, keys[0], table)
-        module.register_module(keys[1], step)
-        computes = {**computes, name: keys}
-    else:
+    computes = _computes(module)
+    if table is None:
         is_list = isinstance(step, ParametrizationList)
-        parametrizations = step if is_list else ParametrizationList([step], module.get_parameter(name))
+        parametrizations: Any = step if is_list else ParametrizationList([step], module.get_parameter(name))
+        parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
         delattr(module, name)
         if not is_parametrized(module):
             module.parametrizations = nn.ModuleDict()
         module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
+    else:
+        _replace_parameter(module, name, keys[0], table)
+        module.register_module(keys[1], step)
+        computes = {**computes, name: keys}
     _renew_class(module, computes)
 
 
 def remove(module: nn.Module, name: str) -> nn.Parameter:
-    """Make a derived weight a parameter again, with the values that it has; return it.
-
-    A table gives the weight its place in the order of parameters back; a parametrized weight becomes the last one.
-    """
+    """Replace a derived weight by a parameter of equal value, at the weight's former place; return it."""
     [derived] = [derived for derived in derived_in(module) if derived.name == name]
     trained = any(parameter.requires_grad for parameter in derived.originals)
     weight = nn.Parameter(getattr(module, name).detach().clone(), trained)
-    computes = {other: keys for other, keys in _computes(type(module)).items() if other != name}
-    if name in _computes(type(module)):
-        table, step = _computes(type(module))[name]
-        _put_parameter(module, table, name, weight)
+    computes = _computes(module)
+    if name in computes:
+        table, step = computes[name]
         delattr(module, step)
+        _replace_parameter(module, table, name, weight)
     else:
-        parametrizations = module.get_submodule("parametrizations")
-        delattr(parametrizations, name)
+        preceding = getattr(_parametrizations(module)[name], "preceding", module._parameters)
+        before = {key: value for key, value in module._parameters.items() if key in preceding}
+        module._parameters = before | {name: weight} | module._parameters
+        delattr(module.parametrizations, name)
         if not is_parametrized(module):
             del module.parametrizations
-    _renew_class(module, computes)
-    setattr(module, name, weight)
+    _renew_class(module, {other: keys for other, keys in computes.items() if other != name})
     return weight
 
 
@@ -209,9 +190,8 @@ def computed_property(parameter: str, step: str) -> property:
         step: name of the submodule, which must have a ``joint_inverse``.
     """
 
-    def read(module: nn.Module) -> Tensor:
-        weight: Tensor = getattr(module, step)(getattr(module, parameter))
-        return weight
+    def read(module: nn.Module) -> Any:
+        return getattr(module, step)(getattr(module, parameter))
 
     @torch.no_grad()
     def write(module: nn.Module, weight: Tensor) -> None:
@@ -223,7 +203,7 @@ def computed_property(parameter: str, step: str) -> property:
 
 def _parametrized_property(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
-        return compute_or_cached(module, name, _parametrizations(module)[name])
+        return compute_or_cached(module, name, module.parametrizations[name])  # type: ignore[index, arg-type]  # a ModuleDict
 
     def write(module: nn.Module, weight: Tensor) -> None:
         _parametrizations(module)[name].right_inverse(weight)
@@ -235,11 +215,11 @@ def _parametrizations(module: nn.Module) -> Mapping[str, ParametrizationList]:
     return getattr(module, "parametrizations", {})
 
 
-def _computes(cls: type) -> dict[str, tuple[str, str]]:
-    return getattr(cls, "computes", {})
+def _computes(module: nn.Module | type[nn.Module]) -> dict[str, tuple[str, str]]:
+    return getattr(module, "computes", {})
 
 
-def _put_parameter(module: nn.Module, former: str, name: str, parameter: nn.Parameter) -> None:
+def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in the place of another one: the state of optimizers depends on their order."""
     items = module._parameters.items()
     module._parameters = dict((name, parameter) if key == former else (key, value) for key, value in items)
@@ -258,12 +238,10 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
         and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
-        resets = {name: _reset(kind, name, added) for name in ("reset_parameters", "_reset_parameters")}
-        members = {name: reset for name, reset in resets.items() if hasattr(kind, name)}
-        properties = {name: computed_property(*keys) for name, keys in added.items()}
-        kind = _generate(
-            f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members | properties | {"computes": computes}
-        )
+        methods = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)]
+        members: dict[str, Any] = {"computes": computes} | {name: _reset(name, added) for name in methods}
+        members |= {name: computed_property(*keys) for name, keys in added.items()}
+        kind = _generate(f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members)
     if is_parametrized(module):
         properties = {name: _parametrized_property(name) for name in _parametrizations(module)}
         kind = _generate(f"Parametrized{kind.__name__}", kind, properties)
@@ -274,24 +252,17 @@ def _generate(name: str, kind: type, members: Mapping[str, Any]) -> type[nn.Modu
     return type(name, (kind, _Generated), {"__module__": kind.__module__, **members})
 
 
-def _reset(plain: type[nn.Module], method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
+def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
     """Return a method that draws tables, and all else, as the plain class's method of that name draws weights."""
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
-        generated = type(module)
-        parts = {name: (getattr(module, key), getattr(module, step)) for name, (key, step) in computes.items()}
-        weights = {name: nn.Parameter(table.new_empty(step.shape)) for name, (table, step) in parts.items()}
-        swap_class(module, plain)
-        module._parameters |= weights
-        try:
-            getattr(module, method)()
-        finally:
-            for name in weights:
-                del module._parameters[name]
-            swap_class(module, generated)
+        parts = {name: (getattr(module, table), getattr(module, step)) for name, (table, step) in computes.items()}
+        weights = {name: remove(module, name) for name in parts}
+        getattr(module, method)()
         for name, (table, step) in parts.items():
             table.copy_(step.drawn_from(weights[name].flatten() / step.scale))
+            install(module, name, step, table, computes[name])
 
     return reset
 
@@ -331,6 +302,88 @@ def parametrize_all(
     return list(steps)
 
 
+class Link(nn.Module):
+    """The parametrization ``weight = relation(source)``; assigning the weight writes through to the source.
+
+    Args:
+        relation: the map from the source's layout to the weight's.
+    """
+
+    def __init__(self, relation: Relation) -> None:
+        super().__init__()
+        self.relation = relation
+
+    @override
+    def forward(self, source: Tensor) -> Tensor:
+        return self.relation(source)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the source whose image is the given weight."""
+        return self.relation.inverse()(weight).contiguous()
+
+    @override
+    def extra_repr(self) -> str:
+        return str(self.relation)
+
+
+class LinkList(ParametrizationList):
+    """Holds the source of a link, which torch must not overwrite when somebody removes the parametrization.
+
+    If ``is_tensor`` were true, torch would lay the source out as the weight, also for all others that hold it.
+    """
+
+    def __init__(self, link: Link, source: nn.Parameter) -> None:
+        nn.ModuleList.__init__(self, [link])
+        self.unsafe = True
+        self.is_tensor = False
+        self.original = source
+
+    @override
+    def forward(self) -> Tensor:
+        weight = self.original
+        for step in self:
+            weight = step(weight)
+        return weight
+
+    @override
+    def right_inverse(self, value: Tensor) -> None:
+        for step in reversed(self):
+            value = step.right_inverse(value)  # type: ignore[operator]  # a method
+        with torch.no_grad():
+            self.original.copy_(value)
+
+
+def link(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
+    """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
+    if not links_in(module):
+        module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_pre_hook(_read_plainly)  # type: ignore[no-untyped-call]  # torch's
+    install(module, name, LinkList(Link(relation), source))
+
+
+def links_in(module: nn.Module) -> dict[str, Link]:
+    """Return the links of a module's weights, by the weight's attribute name."""
+    return {
+        derived.name: derived.steps[0]
+        for derived in derived_in(module)
+        if len(derived.steps) == 1 and isinstance(derived.steps[0], Link)
+    }
+
+
+def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    for name, relation in links_in(module).items():
+        key = f"{prefix}parametrizations.{name}.original"
+        if key in state_dict:
+            state_dict[prefix + name] = relation(state_dict.pop(key))
+
+
+def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name, relation in links_in(module).items():
+        if prefix + name in state_dict:
+            weight = state_dict.pop(prefix + name)
+            state_dict[f"{prefix}parametrizations.{name}.original"] = relation.right_inverse(weight)
+
+
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:
     """Yield every weight that the forward pass uses; shared weights appear once per use.
 
@@ -338,23 +391,19 @@ def effective_weights(model: nn.Module) -> Iterator[Tensor]:
     """
     with eval_mode(model):
         for path, module in model.named_modules(remove_duplicate=False):
-            if "parametrizations" in path.split("."):
-                continue
-            derived = derived_in(module)
-            yield from map(_effective, derived)
-            tables = {prefix for weight in derived for prefix in weight.prefixes}
-            for name, parameter in module._parameters.items():
-                if parameter is not None and name not in tables:
-                    yield parameter
+            if "parametrizations" not in path.split("."):
+                derived = derived_in(module)
+                tables = {prefix for weight in derived for prefix in weight.prefixes}
+                yield from map(_effective, derived)
+                yield from (p for name, p in module._parameters.items() if p is not None and name not in tables)
 
 
-def _effective(derived: DerivedWeight) -> Tensor:
+def _effective(derived: DerivedWeight) -> Any:
     shape = getattr(derived.steps[-1], "shape", None)
     table = derived.owner._parameters.get(derived.prefixes[0])
     if isinstance(shape, torch.Size) and table is not None:
         return torch.empty(shape, dtype=table.dtype, device="meta")
-    weight: Tensor = getattr(derived.owner, derived.name)
-    return weight
+    return getattr(derived.owner, derived.name)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

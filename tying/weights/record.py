@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
-from typing import Any
+from os.path import commonprefix
+from typing import Any, Literal
 
 import torch
 from einops import EinopsError
@@ -16,10 +16,10 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
-from tying.weights.derived import ParameterLocation, locate_parameters
-from tying.weights.link import link, unlink
+from tying.weights.derived import ParameterLocation, link, locate_parameters, remove
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
+Unequal = Literal["error", "source", "mean"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class TieRecord:
     Attributes:
         names: all names that hold the parameter.
         relations: the map from the source's layout to each name's.
-        members: the parameter that each name held before, as a number.
+        members: what tells the parameter that each name held before; equal for names that held the same one.
         depth: how many modules down from the model of the tie the record is kept.
     """
 
     names: tuple[str, ...]
     relations: tuple[Relation, ...]
-    members: tuple[int, ...]
+    members: tuple[object, ...]
     depth: int = 0
 
     def within(self, path: str) -> TieRecord:
@@ -79,18 +79,17 @@ def install_record(model: nn.Module, groups: Sequence[TieRecord]) -> None:
     _writable_record(model)  # loads are checked before anything of the model is written
     modules = {clean_name(path): module for path, module in model.named_modules()}
     for group in groups:
-        parts = [name.split(".")[:-1] for name in group.names]
-        common = [level[0] for level in takewhile(lambda level: len({*level}) == 1, zip(*parts, strict=False))]
-        common = common if ".".join(common) in modules else []
-        names = tuple(".".join(name.split(".")[len(common) :]) for name in group.names)
-        record = _writable_record(modules[".".join(common)])
-        record.groups.append(replace(group, names=names, depth=len(common)))
+        common = commonprefix([name.split(".")[:-1] for name in group.names])  # noqa: RUF071  # lists, compared by parts
+        path = ".".join(common) if ".".join(common) in modules else ""
+        names = tuple(name.removeprefix(f"{path}.") for name in group.names)
+        record = _writable_record(modules[path])
+        record.groups.append(replace(group, names=names, depth=len(common) if path else 0))
 
 
 def _writable_record(module: nn.Module) -> ModuleRecord:
     if RECORD not in module.__dict__:
         module.__dict__[RECORD] = ModuleRecord()
-        module.register_load_state_dict_pre_hook(reject_unequal_copies)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_pre_hook(reconcile)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_post_hook(restore_ties)  # type: ignore[no-untyped-call]  # torch's
     return record_in(module)
 
@@ -103,7 +102,7 @@ def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[s
             setattr(location.holder, location.original, source)
             continue
         if location.relation and location.relation.steps:
-            unlink(location.owner, location.attribute)
+            remove(location.owner, location.attribute)
         if relation.steps:
             link(location.owner, location.attribute, source, relation)
         else:
@@ -119,46 +118,69 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
     groups = tie_records(module)
     locations = locate_parameters(module) if groups else {}
     for group in groups:
-        if _can_share(group, locations):
-            share_parameter(group, locations[group.names[0]].parameter, locations)
+        members = [locations[name] for name in group.names if name in locations]
+        if len(members) < len(group.names) or any(m.relation is None or is_lazy(m.parameter) for m in members):
+            continue
+        source = members[0].parameter
+        shapes = [getattr(member.owner, member.attribute).shape for member in members]
+        if shapes == [relation(source).shape for relation in group.relations]:
+            share_parameter(group, source, locations)
 
 
-def reject_unequal_copies(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Raise unless the copies of each tied weight are equal; add those that are missing.
+def reconcile(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
+) -> list[str]:
+    """Make the copies of each tied weight in a state dict equal, and add those that are missing.
+
+    Also the hook that checks a state dict before it is loaded.
+
+    Args:
+        model: the tied model.
+        state_dict: changed in place.
+        prefix: of the model's keys.
+        unequal: what to do where copies differ: raise, take that of the source, or take their mean.
+
+    Returns:
+        The names of the weights whose copies differed.
 
     Raises:
         ConfigurationError: two copies differ, or an entry is no tensor of the weight's shape.
     """
-    groups = tie_records(module)
-    if not groups:
-        return
-    keys = {unwrapped(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)}
-    raw_names = {clean_name(name): name for name, _ in module.named_parameters(remove_duplicate=False)}
-    locations = locate_parameters(module)
+    groups = tie_records(model)
+    keys = {unwrapped(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)} if groups else {}
+    raw_names = {clean_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)} if groups else {}
+    locations = locate_parameters(model) if groups else {}
+    differing: list[str] = []
     for group in groups:
-        members = [*zip(group.names, group.relations, strict=True)]
+        relations = dict(zip(group.names, group.relations, strict=True))
         copies = {
-            keys[name]: to_source(keys[name], state_dict[keys[name]], relation)
-            for name, relation in members
+            name: _to_source(keys[name], state_dict[keys[name]], relation)
+            for name, relation in relations.items()
             if name in keys
         }
         if not copies:
             continue
-        first = next(iter(copies))
-        for key, copy in copies.items():
-            if not are_equal(copies[first], copy):
+        first, weight = next(iter(copies.items()))
+        if others := [name for name, copy in copies.items() if not are_equal(weight, copy)]:
+            if unequal == "error" or copies[others[0]].shape != weight.shape:
+                how = "but differ" if copies[others[0]].shape == weight.shape else "and differ in shape"
                 raise ConfigurationError(
-                    f"{first!r} and {key!r} are tied, but differ in this state dict. To load it all the same, use "
-                    "tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load it as it is, "
-                    "tying.hard.untie(model) first"
+                    f"{keys[first]!r} and {keys[others[0]]!r} are tied, {how} in this state dict. To load copies that "
+                    "differ, use tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load them as "
+                    "they are, tying.hard.untie(model) first"
                 )
-        for name, relation in members:
+            if unequal == "mean":
+                weight = torch.stack([*copies.values()]).mean(dim=0)
+            state_dict.update({keys[name]: relations[name](weight) for name in copies})
+            differing += copies
+        for name, relation in relations.items():
             if name not in keys and name in locations and locations[name].relation is not None:
                 written = plain_name(raw_names.get(name, name)).replace("_checkpoint_wrapped_module.", "")
-                state_dict[prefix + written] = relation(copies[first])
+                state_dict[prefix + written] = relation(weight)
+    return differing
 
 
-def to_source(key: str, value: Any, relation: Relation) -> Tensor:
+def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
     """Return an entry of a state dict in the layout of the source of its tie."""
     if not isinstance(value, Tensor):
         raise ConfigurationError(f"{key!r} is no tensor in this state dict, but {type(value).__name__}")
@@ -185,17 +207,3 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
         return True
     bits = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other.to(one.device))]
     return torch.equal(*bits)
-
-
-def _can_share(group: TieRecord, locations: Mapping[str, ParameterLocation]) -> bool:
-    """Tell whether each name holds a parameter of the shape that its tie needs."""
-    if not all(name in locations and locations[name].relation is not None for name in group.names):
-        return False
-    parameters = [locations[name].parameter for name in group.names]
-    if any(map(is_lazy, parameters)):
-        return False
-    for name, relation, parameter in zip(group.names, group.relations, parameters, strict=True):
-        is_linked = locations[name].relation == relation  # otherwise the parameter has its own layout
-        if (parameters[0] if is_linked else relation(parameters[0])).shape != parameter.shape:
-            return False
-    return True

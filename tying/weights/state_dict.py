@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, unwrapped
-from tying.weights.derived import DerivedWeight, derived_weights, eval_mode
-from tying.weights.link import links_in
-from tying.weights.record import are_equal, tie_records, to_source
-
-Unequal = Literal["error", "source", "mean"]
+from tying.weights.derived import DerivedWeight, derived_weights, eval_mode, links_in
+from tying.weights.record import Unequal, reconcile
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
@@ -64,36 +60,12 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     """
     check_choice("unequal", unequal, ("error", "source", "mean"))
     plain = {unwrapped(key): value for key, value in state_dict.items()}
-    differing = _reconcile(model, plain, unequal)
+    differing = reconcile(model, plain, unequal=unequal)
     current = model.state_dict()
     assigned = _take_derived(model, plain, {unwrapped(key): value for key, value in current.items()})
     keys = {unwrapped(key): key for key in current}
     model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
     _assign(assigned)
-    return differing
-
-
-def _reconcile(model: nn.Module, plain: dict[str, Tensor], unequal: Unequal) -> list[str]:
-    """Make the copies of each tied weight equal; return the names of those that differed."""
-    differing: list[str] = []
-    for group in tie_records(model):
-        relations = {
-            name: relation for name, relation in zip(group.names, group.relations, strict=True) if name in plain
-        }
-        copies = [to_source(name, plain[name], relation) for name, relation in relations.items()]
-        for name, copy in zip(relations, copies, strict=True):
-            if copy.shape != copies[0].shape:
-                raise ConfigurationError(f"{next(iter(relations))!r} and {name!r} are tied, and differ in shape here")
-        if all(are_equal(copies[0], copy) for copy in copies):
-            continue
-        if unequal == "error":
-            raise ConfigurationError(
-                f"{', '.join(map(repr, relations))} are tied, but differ in this state dict: say unequal='source' to "
-                "take the first, or unequal='mean'"
-            )
-        weight = copies[0] if unequal == "source" else torch.stack(copies).mean(dim=0)
-        plain |= {name: relation(weight) for name, relation in relations.items()}
-        differing += relations
     return differing
 
 

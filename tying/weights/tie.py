@@ -12,8 +12,7 @@ from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.weights.derived import ParameterLocation, locate_parameters
-from tying.weights.link import unlink
+from tying.weights.derived import ParameterLocation, locate_parameters, remove
 from tying.weights.optimizers import check_alike
 from tying.weights.record import (
     TieRecord,
@@ -141,28 +140,32 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     locations = locate_parameters(model) if records else {}
     groups = []
     for record in records:
-        source = locations.get(record.names[0])
-        for name, relation in zip(record.names, record.relations, strict=True):
-            location = locations.get(name)
-            prefix = f"{name!r} was tied to {record.names[0]!r}, and"
-            if location is None or source is None:
-                raise ConfigurationError(
-                    f"{prefix} one of them is no parameter of the model any more: something has removed or "
-                    "parametrized it. Untie them first"
-                )
-            if location.relation != relation:
-                raise ConfigurationError(
-                    f"{prefix} something has parametrized it since. Untie them first, or parametrize neither"
-                )
-            if location.parameter is not source.parameter:
-                actual, needed = tuple(location.parameter.shape), tuple(source.parameter.shape)
-                remedy = "Tie again, or load a state dict into the whole model"
-                if actual != needed:
-                    remedy = f"Its shape is {actual}, where {needed} belongs: untie them"
-                raise ConfigurationError(f"{prefix} is another tensor now: something has replaced it. {remedy}")
-        assert source is not None
-        groups.append(TiedGroup(record.names, (source.parameter,) * len(record.names), record.relations, shared=True))
+        _check_tied(record, locations)
+        source = locations[record.names[0]].parameter
+        groups.append(TiedGroup(record.names, (source,) * len(record.names), record.relations, shared=True))
     return groups
+
+
+def _check_tied(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> None:
+    """Raise unless all names of a record hold one parameter."""
+    first = record.names[0]
+    for name, relation in zip(record.names, record.relations, strict=True):
+        message = f"{name!r} was tied to {first!r}, and"
+        if name not in locations or first not in locations:
+            raise ConfigurationError(
+                f"{message} one of them is no parameter of the model any more: something has removed or parametrized "
+                "it. Untie them first"
+            )
+        if locations[name].relation != relation:
+            raise ConfigurationError(
+                f"{message} something has parametrized it since. Untie them first, or parametrize neither"
+            )
+        parameter, source = locations[name].parameter, locations[first].parameter
+        if parameter is not source:
+            remedy = "Tie again, or load a state dict into the whole model"
+            if parameter.shape != source.shape:
+                remedy = f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+            raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
 
 
 def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
@@ -192,8 +195,7 @@ def _plan(
     """
     first, source = group.parameters[0], group.names[0]
     names: dict[str, Relation] = {}
-    members: dict[object, int] = {}
-    numbers = []
+    members = []
     for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
         message = f"{name!r} cannot be tied to {source!r}" if name != source else f"{name!r} cannot be tied"
         check_alike(parameter, first, message)
@@ -207,13 +209,13 @@ def _plan(
             if location.parameter is parameter:
                 whole = relation.then(location.relation or Relation())
                 names[alias] = Relation() if whole.agrees_with(Relation(), first.shape) else whole
-                numbers.append(members.setdefault(former_members.get(alias, name), len(members)))
+                members.append(former_members.get(alias, name))
                 if names[alias].steps and isinstance(location.owner, nn.RNNBase):
                     raise ConfigurationError(
                         f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
                         "weights where they cannot be computed. Make it the source of the tie"
                     )
-    return TieRecord(tuple(names), tuple(names.values()), tuple(numbers))
+    return TieRecord(tuple(names), tuple(names.values()), tuple(members))
 
 
 def _mean(group: TiedGroup) -> Tensor:
@@ -226,13 +228,13 @@ def _release(model: nn.Module, group: TieRecord) -> int:
     """Give all members but the source parameters of their own, of equal value; return how many these are."""
     locations = locate_parameters(model)
     source = locations[group.names[0]].parameter if group.names[0] in locations else None
-    released: dict[int, nn.Parameter] = {}
+    released: dict[object, nn.Parameter] = {}
     for name, member in zip(group.names, group.members, strict=True):
         location = locations.get(name)
         if location is None or location.parameter is not source or member == group.members[0]:
             continue
         if location.relation and location.relation.steps:
-            separate = unlink(location.owner, location.attribute)
+            separate = remove(location.owner, location.attribute)
             locations = locate_parameters(model)  # other names of the module have no link any more
             location = locations[name]
         else:
