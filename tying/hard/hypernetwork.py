@@ -64,9 +64,7 @@ class HyperWeight(nn.Module):
         hidden = hidden or embedding
         self.inner = nn.Parameter(torch.randn(in_channels, hidden, embedding) / math.sqrt(embedding))
         self.inner_bias = nn.Parameter(torch.zeros(in_channels, hidden))
-        scale = math.sqrt(
-            2 / (in_channels * kernel_size**2 * hidden)
-        )  # kernels have the variance of Kaiming's initialisation
+        scale = math.sqrt(2 / (in_channels * kernel_size**2 * hidden))  # kernels have Kaiming's variance
         self.outer = nn.Parameter(torch.randn(out_channels, kernel_size, kernel_size, hidden) * scale)
         self.outer_bias = nn.Parameter(torch.zeros(out_channels, kernel_size, kernel_size))
 
@@ -129,7 +127,7 @@ def generate_weights(
     def make(name: str, weight: nn.Parameter) -> HyperWeight:
         if weight.ndim != 4:
             raise ConfigurationError(
-                f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: exclude it"
+                f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: leave it out"
             )
         if not shared:
             with torch.device("cpu"):  # whatever the default device, it then goes to the weight's

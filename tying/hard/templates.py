@@ -187,9 +187,9 @@ def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateB
 def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
     """Let layers of one bank share one weight, like the steps of a loop, if their coefficients have the same direction.
 
-    Two layers have, if the cosine between their coefficients is at least ``threshold``. They then share the
-    coefficients of the first layer as one parameter. A layer that was a positive multiple of the first loses its scale,
-    which a following normalisation absorbs.
+    The cosine between the coefficients of two layers must be at least ``threshold``. Both then share the coefficients
+    of the first layer as one parameter. A layer that was a positive multiple of the first loses its scale, which a
+    following normalisation absorbs.
 
     Returns:
         The names of the weights of each loop.
@@ -207,9 +207,10 @@ def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
     loops: dict[str, list[str]] = {}  # by the name of the first layer
 
     def are_equal(first: str, name: str) -> bool:
-        (one, bank), (other, other_bank) = layers[first], layers[name]
-        cosine = F.cosine_similarity(one.original.detach(), other.original.detach(), dim=0)
-        return bank is other_bank and float(cosine) >= threshold
+        (alpha, bank), (beta, other) = (
+            (layer.original.detach(), bank) for layer, bank in (layers[first], layers[name])
+        )
+        return bank is other and float(F.cosine_similarity(alpha, beta, dim=0)) >= threshold
 
     for name, (layer, _) in layers.items():
         first = next((first for first in loops if are_equal(first, name)), name)

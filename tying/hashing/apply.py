@@ -90,32 +90,29 @@ def hash_weights(
     index: Index = "auto",
     scaled: bool = True,
 ) -> HashReport:
-    """Let weights of a model share the entries of a table each, or of one for all.
+    """Let weights of a model share the entries of a table each, or of one table for all.
 
-    Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules get a
-    class of their own, whose weight is computed. With ``scope="layer"`` each weight has a table of its own, and draws
-    of its own, since its name is mixed into the seed. With ``scope="network"`` identifiers go on from weight to weight,
-    the tables are one parameter, as by :func:`tying.hard.tie`, and each weight is that times a constant, its scale: as
-    initialised, over that of all weights, unless ``scaled=False``.
+    Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
+    their weights. With ``scope="layer"`` each weight has its own table, and its own draws, because its name is mixed
+    into the seed. With ``scope="network"`` identifiers go on from weight to weight, all tables are one parameter, and
+    each weight is the table's entries times a constant scale: its initial standard deviation over that of all weights.
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` leaves out. Those of fewer than two dimensions are skipped,
+        parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,
             unless the hash is recurrent.
         table_ratio: entries of a table for each weight, in (0, 1].
         hash: h; uniform by default.
-        scope: a table for each weight, or one.
-        init: ``"fresh"``: entries are drawn from the weights as they are; ``"mean"``: each is the mean over its uses.
+        scope: a table for each weight, or one table.
+        init: ``"fresh"``: entries are drawn from the present weights; ``"mean"``: each is the mean over its uses.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
         index: how the hash is evaluated.
-        scaled: with ``scope="network"``, multiply by each weight's own scale; or let weights be the entries as they
-            are, as in the papers.
+        scaled: with ``scope="network"``, multiply by each weight's scale; without it, weights equal their entries.
 
     Raises:
         ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
-            already, weights of one table differ in dtype, device or whether
-            they are trained, or the hash does not fit; nothing is changed.
+            already, weights of one table differ in dtype, device or requires_grad, or the hash does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
@@ -125,27 +122,8 @@ def hash_weights(
     """
     check_choices(table_ratio, hash, scope, init)
     chosen, skipped = _choose(model, parameters, hash, scope)
-    locations = locate_parameters(model)
-    options: dict[str, dict[str, Any]] = {}
-    for name in chosen:
-        owner = locations[name].owner
-        options[name] = {"sign": sign, "density": density, "index": index}
-        if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and locations[name].attribute == "weight":
-            options[name] |= embedding_options(owner, index)
-    if scope == "layer":
-        groups = [[_layer_plan(name, weight, table_ratio, hash, options[name])] for name, weight in chosen.items()]
-    else:
-        groups = [_network_plans(chosen, table_ratio, hash, options, scaled)]
-    tables = [_first_table(group, init) for group in groups]
-    names = []  # of the tables
-    for group, table in zip(groups, tables, strict=True):
-        for name, weight, virtual in group:
-            owner, attribute = locations[name].owner, locations[name].attribute
-            parameter = nn.Parameter(table.clone(), weight.requires_grad)
-            key = hash_attribute(owner, attribute, virtual.to(table.device), parameter)
-            names.append(name.removesuffix(attribute) + key)
-    if scope == "network" and len(names) > 1:
-        tie(model, [Tie(names[0], other) for other in names[1:]])
+    options = {"sign": sign, "density": density, "index": index}
+    _put_tables(model, _plan(model, chosen, table_ratio, hash, scope, scaled, options), init)
     return report(model, chosen, skipped)
 
 
@@ -194,7 +172,27 @@ class _Plan(NamedTuple):
     virtual: VirtualWeight
 
 
-def _layer_plan(
+def _plan(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    table_ratio: float | None,
+    hash: Hash,
+    scope: Literal["layer", "network"],
+    scaled: bool,
+    options: Mapping[str, Any],
+) -> list[list[_Plan]]:
+    """Return, for each table, the weights that share it, and their maps from the table."""
+    locations = locate_parameters(model)
+    special = {
+        name: {**options, **embedding_options(locations[name].owner, locations[name].attribute, options["index"])}
+        for name in weights
+    }
+    if scope == "network":
+        return [_plan_network(weights, table_ratio, hash, scaled, special)]
+    return [[_plan_layer(name, weight, table_ratio, hash, special[name])] for name, weight in weights.items()]
+
+
+def _plan_layer(
     name: str, weight: nn.Parameter, table_ratio: float | None, hash: Hash, options: Mapping[str, Any]
 ) -> _Plan:
     """Plan a weight with a table of its own; its name is mixed into the seed."""
@@ -205,12 +203,12 @@ def _layer_plan(
     return _Plan(name, weight, virtual)
 
 
-def _network_plans(
+def _plan_network(
     weights: Mapping[str, nn.Parameter],
     table_ratio: float | None,
     hash: Hash,
-    options: Mapping[str, Mapping[str, Any]],
     scaled: bool,
+    options: Mapping[str, Mapping[str, Any]],
 ) -> list[_Plan]:
     """Plan weights with one table for all; identifiers go on from weight to weight."""
     source, *others = weights
@@ -222,12 +220,25 @@ def _network_plans(
     first = 0
     for name, weight in weights.items():
         common = plans[0].virtual.common if plans else None
-        virtual = VirtualWeight(
-            weight.shape, size, hash, first=first, scale=scales[name], common=common, **options[name]
-        )
-        plans.append(_Plan(name, weight, virtual))
+        place: dict[str, Any] = {"first": first, "scale": scales[name], "common": common}
+        plans.append(_Plan(name, weight, VirtualWeight(weight.shape, size, hash, **place, **options[name])))
         first += weight.numel()
     return plans
+
+
+def _put_tables(model: nn.Module, groups: Sequence[Sequence[_Plan]], init: Init) -> None:
+    """Replace the weights of each group by tables, which are one parameter."""
+    locations = locate_parameters(model)
+    tables = [_first_table(group, init) for group in groups]  # before anything is changed
+    for group, table in zip(groups, tables, strict=True):
+        names = []
+        for name, weight, virtual in group:
+            attribute = locations[name].attribute
+            parameter = nn.Parameter(table.clone(), weight.requires_grad)
+            key = hash_attribute(locations[name].owner, attribute, virtual.to(table.device), parameter)
+            names.append(name.removesuffix(attribute) + key)
+        if len(names) > 1:
+            tie(model, [Tie(names[0], other) for other in names[1:]])
 
 
 def _scales(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
@@ -249,7 +260,7 @@ def _deviation(weight: Tensor) -> float:
 
 
 def _first_table(group: Sequence[_Plan], init: Init) -> Tensor:
-    """Return the initial table of a group of weights."""
+    """Return the initial table of weights that share it."""
     _, first, virtual = group[0]
     if first.is_meta:
         return first.new_empty(virtual.table_size)

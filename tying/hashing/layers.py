@@ -223,7 +223,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
-        options = embedding_options(dense, index)
+        options = embedding_options(dense, "weight", index)
         self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, **options)
 
     @override
@@ -235,7 +235,12 @@ class HashedEmbedding(Hashed, nn.Embedding):
         return self.virtual.rows(self.table, input)
 
 
-def embedding_options(embedding: nn.Embedding | nn.EmbeddingBag, index: Index) -> dict[str, Any]:
-    """Return the options of an embedding's map from table to weight: only the rows that are looked up are computed."""
-    computed = index == "auto" and type(embedding) is nn.Embedding
-    return {"index": "computed" if computed else index, "zero_row": embedding.padding_idx}
+def embedding_options(module: nn.Module, attribute: str, index: Index) -> dict[str, Any]:
+    """Return the further options of the map from table to weight where the weight is an embedding's.
+
+    Only the rows that an ``nn.Embedding`` looks up are computed.
+    """
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or attribute != "weight":
+        return {}
+    computed = index == "auto" and type(module) is nn.Embedding
+    return {"index": "computed" if computed else index, "zero_row": module.padding_idx}

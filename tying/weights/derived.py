@@ -104,8 +104,6 @@ class _Generated:
     ``register_parametrization`` and ``remove_parametrizations`` write into the class of a parametrized module.
     """
 
-    __slots__ = ()
-
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         copied = memo[id(self)] = object.__new__(type(self))
         with torch.no_grad():  # the state of a recurrent layer has its weights: without a graph they can be copied

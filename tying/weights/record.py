@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any, Literal
@@ -30,7 +31,7 @@ class TieRecord:
         names: all names that hold the parameter.
         relations: the map from the source's layout to each name's.
         members: what tells the parameter that each name held before; equal for names that held the same one.
-        depth: how many modules down from the model of the tie the record is kept.
+        depth: how many levels the module that keeps the record is below the model of the tie.
     """
 
     names: tuple[str, ...]
@@ -39,18 +40,18 @@ class TieRecord:
     depth: int = 0
 
     def within(self, path: str) -> TieRecord:
-        """Return the record with names as the model sees them that has this one's module at ``path``."""
+        """Return the record with names relative to a model that holds the record's module at ``path``."""
         return replace(self, names=tuple(f"{path}.{name}".lstrip(".") for name in self.names))
 
 
 @dataclass
 class ModuleRecord:
-    """What :func:`tie` remembers in a module.
+    """What :func:`tie` records in a module.
 
     Attributes:
         ties: the ties made with this module as the model, and the names that each has tied.
-        groups: what is tied by names whose innermost common module this is, so that loading it alone is guarded too,
-            and a copy of it stays tied.
+        groups: the tied names whose innermost common module this is: loading the module alone is checked too, and a
+            copy of it stays tied.
     """
 
     ties: dict[Tie, frozenset[str]] = field(default_factory=dict)
@@ -64,13 +65,13 @@ def record_in(module: nn.Module) -> ModuleRecord:
 
 
 def records_below(model: nn.Module) -> list[tuple[str, ModuleRecord]]:
-    """Return the records of a model and of its parts, each with the module's clean name, the last if it has several."""
+    """Return the records of a model and of its parts with the clean name of each module, the last if it has several."""
     paths = {module: path for path, module in model.named_modules(remove_duplicate=False) if RECORD in module.__dict__}
     return [(clean_name(path), record_in(module)) for module, path in paths.items()]
 
 
 def tie_records(model: nn.Module) -> list[TieRecord]:
-    """Return all groups of tied names in a model: by ties of the model, of its parts, and of models above."""
+    """Return all groups of tied names in a model: tied in the model, in its parts, or in a model above."""
     return [group.within(path) for path, record in records_below(model) for group in record.groups]
 
 
@@ -123,16 +124,15 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
             continue
         source = members[0].parameter
         shapes = [getattr(member.owner, member.attribute).shape for member in members]
-        if shapes == [relation(source).shape for relation in group.relations]:
-            share_parameter(group, source, locations)
+        with suppress(EinopsError):  # the source has another shape now
+            if shapes == [relation(source).shape for relation in group.relations]:
+                share_parameter(group, source, locations)
 
 
 def reconcile(
     model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
 ) -> list[str]:
-    """Make the copies of each tied weight in a state dict equal, and add those that are missing.
-
-    Also the hook that checks a state dict before it is loaded.
+    """Make the copies of each tied weight in a state dict equal, and add missing ones; also a hook of each load.
 
     Args:
         model: the tied model.
