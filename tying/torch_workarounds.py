@@ -5,8 +5,6 @@ Everything else in this package uses torch's public names, `lightning_workaround
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -17,23 +15,9 @@ foreach_add_ = torch._foreach_add_
 foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
-
-def compute_or_cached(module: nn.Module, name: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Return a parametrized weight, computed once within ``parametrize.cached()``, whose state torch does not publish.
-
-    Args:
-        module: the parametrized module.
-        name: the weight's name.
-        compute: computes the weight.
-    """
-    if not parametrize._cache_enabled:
-        return compute()
-    key = (id(module), name)
-    if key not in parametrize._cache:
-        parametrize._cache[key] = compute()
-    weight = parametrize._cache[key]
-    assert weight is not None
-    return weight
+# makes a parametrized weight a property of its module's class, with the cache of `parametrize.cached()`: publicly this
+# comes only with torch's own class, which copies share
+inject_property = parametrize._inject_property
 
 
 def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
-from tying.torch_workarounds import compute_or_cached
+from tying.torch_workarounds import inject_property
 
 
 @contextmanager
@@ -199,16 +199,6 @@ def computed_property(parameter: str, step: str) -> property:
     return property(read, write, doc="The virtual weight.")
 
 
-def _parametrized_property(name: str) -> property:
-    def read(module: nn.Module) -> Tensor:
-        return compute_or_cached(module, name, module.parametrizations[name])  # type: ignore[index, arg-type]  # a ModuleDict
-
-    def write(module: nn.Module, weight: Tensor) -> None:
-        _parametrizations(module)[name].right_inverse(weight)
-
-    return property(read, write)
-
-
 def _parametrizations(module: nn.Module) -> Mapping[str, ParametrizationList]:
     return getattr(module, "parametrizations", {})
 
@@ -231,23 +221,19 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
     kind = next(
         cls
         for cls in type(module).__mro__
-        if _Generated not in cls.__bases__
-        and cls.__module__ != parametrize.__name__  # where torch generates a class
+        if cls.__module__ not in (parametrize.__name__, __name__)  # where torch, and this function, generate classes
         and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
         methods = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)]
         members: dict[str, Any] = {"computes": computes} | {name: _reset(name, added) for name in methods}
         members |= {name: computed_property(*keys) for name, keys in added.items()}
-        kind = _generate(f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members)
+        kind = type(f"Hashed{kind.__name__.removeprefix('Hashed')}", (kind, _Generated), members)
     if is_parametrized(module):
-        properties = {name: _parametrized_property(name) for name in _parametrizations(module)}
-        kind = _generate(f"Parametrized{kind.__name__}", kind, properties)
+        kind = type(f"Parametrized{kind.__name__}", (kind, _Generated), {"__module__": parametrize.__name__})
     swap_class(module, kind)
-
-
-def _generate(name: str, kind: type, members: Mapping[str, Any]) -> type[nn.Module]:
-    return type(name, (kind, _Generated), {"__module__": kind.__module__, **members})
+    for name in _parametrizations(module):
+        inject_property(module, name)
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:

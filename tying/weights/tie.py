@@ -175,47 +175,37 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
         ConfigurationError: the members of a group cannot be one parameter.
     """
     locations = locate_parameters(model)
-    members = {
+    former: dict[str, object] = {  # what tells the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
         for name, member in zip(record.names, record.members, strict=True)
     }
-    return [_plan(group, locations, members) for group in groups]
-
-
-def _plan(
-    group: TiedGroup, locations: Mapping[str, ParameterLocation], former_members: Mapping[str, object]
-) -> TieRecord:
-    """Return all names that hold the parameters of a group, or raise where they cannot be one.
-
-    Args:
-        group: what is to be tied.
-        locations: of the model's parameters.
-        former_members: for each name that is tied already, what tells the parameter that it held before.
-    """
-    first, source = group.parameters[0], group.names[0]
-    names: dict[str, Relation] = {}
-    members = []
-    for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
-        message = f"{name!r} cannot be tied to {source!r}" if name != source else f"{name!r} cannot be tied"
-        check_alike(parameter, first, message)
-        if name not in locations:
-            raise ConfigurationError(
-                f"{message}: it is no parameter of the model any more: something has pruned, parametrized or removed it"
-            )
-        if locations[name].relation is None:
-            raise ConfigurationError(f"{message}: it is parametrized: it is computed from other weights")
-        for alias, location in locations.items():
-            if location.parameter is parameter:
-                whole = relation.then(location.relation or Relation())
-                names[alias] = Relation() if whole.agrees_with(Relation(), first.shape) else whole
-                members.append(former_members.get(alias, name))
-                if names[alias].steps and isinstance(location.owner, nn.RNNBase):
-                    raise ConfigurationError(
-                        f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
-                        "weights where they cannot be computed. Make it the source of the tie"
-                    )
-    return TieRecord(tuple(names), tuple(names.values()), tuple(members))
+    records = []
+    for group in groups:
+        names: dict[str, Relation] = {}
+        for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
+            message = f"{name!r} cannot be tied" + (f" to {group.names[0]!r}" if name != group.names[0] else "")
+            check_alike(parameter, group.parameters[0], message)
+            if name not in locations:
+                raise ConfigurationError(
+                    f"{message}: it is no parameter of the model any more: something has pruned, parametrized or "
+                    "removed it"
+                )
+            if locations[name].relation is None:
+                raise ConfigurationError(f"{message}: it is parametrized: it is computed from other weights")
+            for alias, location in locations.items():
+                if location.parameter is parameter:
+                    whole = relation.then(location.relation or Relation())
+                    is_equal = whole.agrees_with(Relation(), group.parameters[0].shape)
+                    names[alias] = Relation() if is_equal else whole
+                    former.setdefault(alias, name)
+                    if names[alias].steps and isinstance(location.owner, nn.RNNBase):
+                        raise ConfigurationError(
+                            f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
+                            "weights where they cannot be computed. Make it the source of the tie"
+                        )
+        records.append(TieRecord(tuple(names), tuple(names.values()), tuple(former[alias] for alias in names)))
+    return records
 
 
 def _mean(group: TiedGroup) -> Tensor:
