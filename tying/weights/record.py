@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 from einops import EinopsError
@@ -31,13 +32,13 @@ class TieRecord:
         names: all names that hold the parameter.
         relations: the map from the source's layout to each name's.
         members: what tells the parameter that each name held before; equal for names that held the same one.
-        depth: how many levels the module that keeps the record is below the model of the tie.
+        root: the token of the model of the tie.
     """
 
     names: tuple[str, ...]
     relations: tuple[Relation, ...]
     members: tuple[object, ...]
-    depth: int = 0
+    root: str = ""
 
     def within(self, path: str) -> TieRecord:
         """Return the record with names relative to a model that holds the record's module at ``path``."""
@@ -52,10 +53,12 @@ class ModuleRecord:
         ties: the ties made with this module as the model, and the names that each has tied.
         groups: the tied names whose innermost common module this is: loading the module alone is checked too, and a
             copy of it stays tied.
+        token: identifies this module, and its copies, as the model of a tie.
     """
 
     ties: dict[Tie, frozenset[str]] = field(default_factory=dict)
     groups: list[TieRecord] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid4().hex)
 
 
 def record_in(module: nn.Module) -> ModuleRecord:
@@ -77,14 +80,13 @@ def tie_records(model: nn.Module) -> list[TieRecord]:
 
 def install_record(model: nn.Module, groups: Sequence[TieRecord]) -> None:
     """Record groups of tied names, each in the innermost module that holds all of them."""
-    _writable_record(model)  # loads are checked before anything of the model is written
+    token = _writable_record(model).token  # loads of the model are checked before anything is written
     modules = {clean_name(path): module for path, module in model.named_modules()}
     for group in groups:
         common = commonprefix([name.split(".")[:-1] for name in group.names])  # noqa: RUF071  # lists, compared by parts
         path = ".".join(common) if ".".join(common) in modules else ""
         names = tuple(name.removeprefix(f"{path}.") for name in group.names)
-        record = _writable_record(modules[path])
-        record.groups.append(replace(group, names=names, depth=len(common) if path else 0))
+        _writable_record(modules[path]).groups.append(replace(group, names=names, root=token))
 
 
 def _writable_record(module: nn.Module) -> ModuleRecord:

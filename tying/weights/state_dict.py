@@ -34,12 +34,13 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     plain = {clean_name(key): value for key, value in state.items() if not key.startswith(hidden)}
     with eval_mode(model):
         plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
-    return {key: _plain_copy(value) if isinstance(value, Tensor) else value for key, value in plain.items()}
-
-
-def _plain_copy(value: Tensor) -> Tensor:
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
+    return {
+        key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in whole.items()
+    }
 
 
 def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Unequal = "error") -> list[str]:

@@ -111,10 +111,9 @@ def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
         (1, False)
     """
     records, count = records_below(model), 0
-    for path, record in records:
-        levels = len(path.split(".")) if path else 0
-        if above := [name for group in record.groups if group.depth > levels for name in group.within(path).names]:
-            raise ConfigurationError(f"{listed(above)}: tied in a model of which this is a part; untie that one")
+    tokens = {record.token for _, record in records}
+    if above := [name for group in tie_records(model) if group.root not in tokens for name in group.names]:
+        raise ConfigurationError(f"{listed(above)}: tied in a model of which this is a part; untie that one")
     for path, record in records:
         for group in [*record.groups]:
             if names is None or not {*names}.isdisjoint(group.within(path).names):
