@@ -51,7 +51,7 @@ class Hashed(nn.Module):
         size = table_entries(shape.numel(), ratio, options["hash"])
         self.__dict__.update(dense.__dict__)
         table = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        install(self, "weight", VirtualWeight(shape, size, **options), table, ("table", "virtual"))
+        install(self, "weight", VirtualWeight(shape, size, **options), table)
         if getattr(self, "bias", None) is not None:
             self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)))
         self.reset_parameters()

@@ -119,7 +119,11 @@ class _Generated:
 
 
 def install(
-    module: nn.Module, name: str, step: nn.Module, table: nn.Parameter | None = None, keys: tuple[str, str] = ("", "")
+    module: nn.Module,
+    name: str,
+    step: nn.Module,
+    table: nn.Parameter | None = None,
+    keys: tuple[str, str] = ("table", "virtual"),
 ) -> None:
     """Let a module compute one of its weights.
 
@@ -132,7 +136,7 @@ def install(
         name: the weight's attribute name.
         step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
         table: a parameter to take the weight's place in the order of parameters; ``step`` needs a ``joint_inverse``.
-        keys: the names of the table and of ``step`` in the module.
+        keys: the attribute names of the table and of ``step`` in the module.
 
     Example:
         >>> from tying.hard import LowRank
