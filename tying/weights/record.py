@@ -101,15 +101,20 @@ def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[s
     """Let all names hold ``source``, each in its own layout."""
     members = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
     for location, relation in members.items():  # a module may have several names
-        if location.relation == relation:
-            setattr(location.holder, location.original, source)
-            continue
-        if location.relation and location.relation.steps:
-            remove(location.owner, location.attribute)
-        if relation.steps:
-            link(location.owner, location.attribute, source, relation)
-        else:
-            setattr(location.owner, location.attribute, source)
+        put_parameter(location, source, relation)
+
+
+def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation: Relation) -> None:
+    """Replace the parameter at a location, and the weight there by the image of the new one."""
+    if location.relation in (relation, None):  # others may have parametrized the weight
+        setattr(location.holder, location.original, parameter)
+        return
+    if location.holder is not location.owner:
+        remove(location.owner, location.attribute)
+    if relation.steps:
+        link(location.owner, location.attribute, parameter, relation)
+    else:
+        setattr(location.owner, location.attribute, parameter)
 
 
 def restore_ties(module: nn.Module, *_: Any) -> None:

@@ -12,11 +12,12 @@ from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.weights.derived import ParameterLocation, locate_parameters, remove
+from tying.weights.derived import ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
 from tying.weights.record import (
     TieRecord,
     install_record,
+    put_parameter,
     record_in,
     records_below,
     restore_ties,
@@ -216,17 +217,14 @@ def _mean(group: TiedGroup) -> Tensor:
 def _release(model: nn.Module, group: TieRecord) -> int:
     """Give all members but the source parameters of their own, of equal value; return how many these are."""
     locations = locate_parameters(model)
+    members = {
+        locations[name]: member for name, member in zip(group.names, group.members, strict=True) if name in locations
+    }
     source = locations[group.names[0]].parameter if group.names[0] in locations else None
     released: dict[object, nn.Parameter] = {}
-    for name, member in zip(group.names, group.members, strict=True):
-        location = locations.get(name)
-        if location is None or location.parameter is not source or member == group.members[0]:
-            continue
-        if location.relation and location.relation.steps:
-            separate = remove(location.owner, location.attribute)
-            locations = locate_parameters(model)  # other names of the module have no link any more
-            location = locations[name]
-        else:
-            separate = nn.Parameter(source.detach().clone(), source.requires_grad)
-        setattr(location.holder, location.original, released.setdefault(member, separate))
+    for location, member in members.items():  # a module may have several names
+        if source is not None and location.parameter is source and member != group.members[0]:
+            weight = (location.relation or Relation())(source).detach().clone()
+            separate = released.setdefault(member, nn.Parameter(weight, source.requires_grad))
+            put_parameter(location, separate, Relation())
     return len(released)
