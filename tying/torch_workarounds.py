@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
@@ -79,3 +80,14 @@ class FollowsDevice(nn.Module):
             self.device = device
             self.move()
         return self
+
+
+# makes a parametrized weight a property of its module's class, with the cache of `parametrize.cached()`: publicly this
+# comes only with torch's own class, which copies share
+inject_property = parametrize._inject_property
+
+
+def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a convolution layer's output with another weight and bias: publicly, a layer takes only its own."""
+    output: Tensor = layer._conv_forward(input, weight, bias)  # type: ignore[operator]  # a convolution's
+    return output

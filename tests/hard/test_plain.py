@@ -50,11 +50,11 @@ def test_unequal_copies_are_an_error_that_names_the_choice():
     net = made("transposed tie")
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(
-        ValueError, match=r"'encoder.weight', 'decoder.weight' are tied, but differ .* unequal='source'"
+        ValueError, match=r"'encoder.weight' and 'decoder.weight' are tied, but differ .* unequal='source'"
     ):
         load_plain(net, unequal())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    with pytest.raises(ValueError, match="unequal is 'error', 'source' or 'mean', not 'first'"):
+    with pytest.raises(ValueError, match="unequal must be 'error', 'source' or 'mean', not 'first'"):
         load_plain(net, unequal(), "first")
 
 

@@ -266,7 +266,7 @@ def test_mistakes_change_nothing(prepare, ties, told):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="init is 'source' or 'mean', not 'first'"):
+    with pytest.raises(ValueError, match="init must be 'source' or 'mean', not 'first'"):
         tie(autoencoder(), [TRANSPOSED], "first")
     with pytest.raises(ValueError, match=r"ties must be a list; write \["):
         tie(autoencoder(), TRANSPOSED)

@@ -235,6 +235,27 @@ def test_a_copy_of_a_part_stays_guarded(ties, outside):
     whole.load_state_dict(unequal)
 
 
+def test_a_copy_is_untied_wherever_it_is_put():
+    model = nn.ModuleDict({"net": nn.ModuleDict({"encoder": pairs(1)})})
+    tie(model, ["net.encoder.0.weight ~ net.encoder.1.weight"])
+    model["teacher"] = copy.deepcopy(model["net"]["encoder"])
+    model["other"] = nn.ModuleDict({"a": nn.ModuleDict({"b": copy.deepcopy(model["net"]["encoder"])})})
+    assert len(tied(model)) == 3
+    assert untie(model, ["teacher.0.weight"]) == 1
+    with pytest.raises(ValueError, match="tied in a model of which this is a part"):
+        untie(model["other"])
+    assert untie(model) == 2
+
+
+def test_a_source_of_another_shape_is_left_alone():
+    model = nn.ModuleDict({"a": linear(4, 3), "b": linear(3, 4), "c": linear(2, 2), "d": linear(2, 2)})
+    tie(model, ["a.weight ~ b.weight | o i -> i o"])
+    model["a"] = linear(4, 5)
+    model.load_state_dict({key: value for key, value in model.state_dict().items() if key[0] in "cd"}, strict=False)
+    assert model["a"].weight.shape == (5, 4)
+    assert model["b"].weight.shape == (4, 3)
+
+
 def test_a_part_of_two_names_is_covered_by_its_models_record():
     model = nn.ModuleDict({"part": pairs(1)})
     tie(model, ["part.0.weight ~ part.1.weight"])

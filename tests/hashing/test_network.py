@@ -206,10 +206,10 @@ def test_units_that_repeat_are_told():
     [
         (lambda m: None, {"parameters": ["nothing"]}, "matches no parameter"),
         (lambda m: None, {"parameters": ["**.bias"]}, "match nothing of two dimensions or more"),
-        (lambda m: None, {"table_ratio": 0.0}, r"table_ratio is in \(0, 1\], not 0.0"),
-        (lambda m: None, {"table_ratio": 1.5}, r"table_ratio is in \(0, 1\], not 1.5"),
-        (lambda m: None, {"scope": "model"}, "scope is 'layer' or 'network', not 'model'"),
-        (lambda m: None, {"init": "zero"}, "init is 'fresh' or 'mean', not 'zero'"),
+        (lambda m: None, {"table_ratio": 0.0}, r"table_ratio must be in \(0, 1\], not 0.0"),
+        (lambda m: None, {"table_ratio": 1.5}, r"table_ratio must be in \(0, 1\], not 1.5"),
+        (lambda m: None, {"scope": "model"}, "scope must be 'layer' or 'network', not 'model'"),
+        (lambda m: None, {"init": "zero"}, "init must be 'fresh' or 'mean', not 'zero'"),
         (lambda m: None, {"index": "structured"}, "has no structure here"),
         (lambda m: None, {"hash": RecurrentHash(layers=7), "table_ratio": None, "scope": "network"}, "are not those of 7 equal layers"),
         (lambda m: tie(m, ["0.weight ~ 4.weight"]), {}, "'0.weight' is tied to '4.weight': untie them, or choose others"),
@@ -408,7 +408,7 @@ def test_hashed_and_tied_company():
 
 @pytest.mark.parametrize("wrong", [{"table_ratio": 10}, {"scope": "model"}, {"init": "zero"}, {"hash": UniformHash}])
 def test_the_callback_checks_what_needs_no_model(wrong):
-    with pytest.raises(ValueError, match=r"table_ratio is in|scope is|init is|hash must be"):
+    with pytest.raises(ValueError, match=r"table_ratio must be|scope must be|init must be|hash must be"):
         WeightHashing(HASHED, **wrong)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hard.least_squares import least_squares
+from tying.hard.low_rank import least_squares
 from tying.weights.derived import locate_parameters, parametrize_all
 
 
@@ -34,15 +34,15 @@ def generate(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor
 class HyperWeight(nn.Module):
     """The parametrization of convolution kernels by a static hypernetwork; see :func:`generate`.
 
-    One instance parametrizes any number of layers, and each of them keeps only its embeddings: one for each basic
-    kernel that its own kernel is tiled from. Assigning a kernel takes the embeddings that come nearest.
+    One instance parametrizes any number of layers, and each layer stores only its embeddings: one for each basic kernel
+    of which its own kernel is tiled. Assigning a kernel stores the embeddings of the nearest kernel.
 
     Args:
         in_channels: N_in of a basic kernel.
         out_channels: N_out of a basic kernel.
         kernel_size: f.
         embedding: size of an embedding, N_z.
-        hidden: size of a hidden layer, d; that of the embedding by default.
+        hidden: size of a hidden layer, d; by default the embedding's.
 
     Raises:
         ConfigurationError: a kernel cannot be tiled from basic kernels.
@@ -61,10 +61,10 @@ class HyperWeight(nn.Module):
         self, in_channels: int, out_channels: int, kernel_size: int, embedding: int = 64, hidden: int | None = None
     ) -> None:
         super().__init__()
-        hidden = embedding if hidden is None else hidden
+        hidden = hidden or embedding
         self.inner = nn.Parameter(torch.randn(in_channels, hidden, embedding) / math.sqrt(embedding))
         self.inner_bias = nn.Parameter(torch.zeros(in_channels, hidden))
-        scale = math.sqrt(2 / (in_channels * kernel_size**2 * hidden))  # kernels of Kaiming's variance
+        scale = math.sqrt(2 / (in_channels * kernel_size**2 * hidden))  # kernels have Kaiming's variance
         self.outer = nn.Parameter(torch.randn(out_channels, kernel_size, kernel_size, hidden) * scale)
         self.outer_bias = nn.Parameter(torch.zeros(out_channels, kernel_size, kernel_size))
 
@@ -96,15 +96,19 @@ class HyperWeight(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.inner.shape[0]}, {self.outer.shape[0]}, {self.outer.shape[1]}, embedding={self.inner.shape[2]}"
 
+    def describe(self) -> str:
+        """Describe the weight for a report."""
+        return f"generated from embeddings of {self.inner.shape[2]}"
+
 
 def generate_weights(
     model: nn.Module, parameters: Sequence[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
 ) -> list[str]:
-    """Let one hypernetwork generate convolution kernels of a model, of equal size; return their names.
+    """Generate convolution kernels of equal size by one hypernetwork; return their names.
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` leaves out.
+        parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
         in_channels: of a basic kernel.
         out_channels: of a basic kernel.
@@ -118,22 +122,21 @@ def generate_weights(
         >>> generate_weights(model, ["*.weight"], embedding=4)
         ['0.weight', '1.weight']
     """
-    made: list[HyperWeight] = []
+    shared: list[HyperWeight] = []
 
     def make(name: str, weight: nn.Parameter) -> HyperWeight:
         if weight.ndim != 4:
             raise ConfigurationError(
                 f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: leave it out"
             )
-        if not made:
-            with torch.device("cpu"):  # as the weight may be, whatever new tensors are
-                made.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
-        return made[0]
+        if not shared:
+            with torch.device("cpu"):  # whatever the default device, it then goes to the weight's
+                shared.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
+        return shared[0]
 
     names = parametrize_all(model, parameters, make)
-    places = locate_parameters(model)
-    with torch.no_grad():
-        for name in names:
-            embeddings = places[name].parameter
-            embeddings.normal_(std=embeddings.shape[1] ** -0.5)  # a kernel of several tiles has more inputs
+    locations = locate_parameters(model)
+    for name in names:
+        embeddings = locations[name].parameter
+        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)  # a kernel of several tiles has more inputs
     return names

@@ -1,4 +1,4 @@
-"""Weights of low rank, perhaps plus a diagonal."""
+"""Weights of low rank, optionally plus a diagonal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_range
 from tying.weights.derived import parametrize_all
 
-SWEEPS = 50  # between factors and diagonal, to find both for a given weight
+SWEEPS = 50  # alternations between factors and diagonal, to find both for a given weight
 
 
 def low_rank(left: Tensor, right: Tensor) -> Tensor:
@@ -38,10 +38,10 @@ def low_rank_plus_diagonal(left: Tensor, right: Tensor, diagonal: Tensor) -> Ten
 
 
 def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors (n, d) and (d, m) of the nearest matrix of a rank, by singular values, equally scaled.
+    """Return the factors (n, d) and (d, m) of the nearest matrix of a rank, from its singular value decomposition.
 
-    For a singular value of zero, the row is one of a new layer, and the column alone is zero: both of zero would never
-    train.
+    Each factor is scaled by the square roots of the singular values. For a singular value of zero only the column of
+    the left factor is zero, and the row of the right one is random: with both at zero, neither would have a gradient.
 
     Example:
         >>> left, right = factorize(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), rank=1)
@@ -52,11 +52,28 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     dead = (s <= s.amax() * torch.finfo(s.dtype).eps * max(weight.shape))[:rank]
     root = s[:rank].sqrt()
-    generator = torch.Generator().manual_seed(0)  # loading a weight must leave others' draws alone
+    generator = torch.Generator().manual_seed(0)  # loading a weight must not advance the global generator
     new = torch.randn(v[:rank].shape, generator=generator, dtype=s.dtype, device="cpu").to(s.device)
     right = torch.where(dead[:, None], new * weight.shape[1] ** -0.5, root[:, None] * v[:rank])
     factors = u[:, :rank] * root.masked_fill(dead, 0), right
     return factors[0].to(weight.dtype).contiguous(), factors[1].to(weight.dtype).contiguous()
+
+
+def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
+    """Return the linear combinations of columns that are nearest to targets, by least squares.
+
+    Args:
+        columns: (n, k).
+        targets: (n, m).
+
+    Returns:
+        (k, m), in single precision or better.
+    """
+    precise = torch.promote_types(targets.dtype, torch.float32)
+    if targets.is_meta:  # torch has no least squares there
+        return targets.new_empty(columns.shape[1], targets.shape[1], dtype=precise)
+    solution: Tensor = torch.linalg.lstsq(columns.to(precise), targets.to(precise)).solution
+    return solution
 
 
 class _OfRank(nn.Module):
@@ -64,20 +81,23 @@ class _OfRank(nn.Module):
 
     def __init__(self, rank: int) -> None:
         super().__init__()
-        if rank < self.least:
-            raise ConfigurationError(f"rank must be {self.least} or more, not {rank}")
+        check_range("rank", rank, f"[{self.least}, inf)")
         self.rank = rank
 
     @override
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
 
+    def describe(self) -> str:
+        """Describe the weight for a report."""
+        return f"of rank {self.rank}"
+
 
 class LowRank(_OfRank):
     """The parametrization ``W = P Q`` with P (n, d) and Q (d, m); see :func:`low_rank`.
 
-    A weight of more than two dimensions is a matrix of its first dimension by all others. Assigning a weight takes the
-    nearest one of that rank.
+    A weight of more than two dimensions is a matrix of its first dimension by all others. Assigning a weight stores the
+    nearest weight of that rank.
 
     Args:
         rank: d.
@@ -93,7 +113,7 @@ class LowRank(_OfRank):
     """
 
     least = 1
-    shape: tuple[int, ...] | None = None  # of the weight, once there is one
+    shape: tuple[int, ...] | None = None  # of the weight, once one was assigned
 
     @override
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
@@ -136,10 +156,10 @@ class LowRankPlusDiagonal(_OfRank):
         return low_rank_plus_diagonal(left, right, diagonal)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return factors and diagonal of a near weight of this form."""
+        """Return factors and diagonal of a weight of this form near the given one."""
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
             raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
-        _as_matrix(weight, self.rank)  # raises where that is too high
+        _as_matrix(weight, self.rank)  # raises where the rank is too high
         diagonal = weight.new_zeros(len(weight))
         for _ in range(1 + SWEEPS if self.rank else 1):
             left, right = factorize(weight - torch.diag(diagonal), self.rank)
@@ -148,12 +168,12 @@ class LowRankPlusDiagonal(_OfRank):
 
 
 def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:
-    """Give weights of a model a lower rank, each the nearest one; return their names.
+    """Parametrize weights of a model by low rank, each starting at the nearest such weight; return their names.
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` leaves out.
-        rank: of each.
+        parameters: patterns of names; a leading ``!`` excludes.
+        rank: of each weight.
         diagonal: add a diagonal; for square weights.
 
     Raises:

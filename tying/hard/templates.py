@@ -14,12 +14,12 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.files import save_figure
-from tying.hard.least_squares import least_squares
+from tying.hard.low_rank import least_squares
 from tying.selection.index import clean_name
 from tying.weights.derived import parametrize_all
 
 
-def mix(templates: Tensor, coefficients: Tensor) -> Tensor:
+def mix_templates(templates: Tensor, coefficients: Tensor) -> Tensor:
     """Return ``W = Σ_j α_j T_j``.
 
     Args:
@@ -34,10 +34,10 @@ def mix(templates: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
-    """Return ``|⟨α_i, α_l⟩| / (‖α_i‖ ‖α_l‖)``: 1 where two layers are one up to scale.
+    """Return ``|⟨α_i, α_l⟩| / (‖α_i‖ ‖α_l‖)``: 1 where two layers are equal up to scale.
 
     Args:
-        coefficients: (layers, k), or a list of as many vectors (k,).
+        coefficients: (layers, k), or a list with a vector (k,) for each layer.
 
     Returns:
         (layers, layers), symmetric.
@@ -55,11 +55,11 @@ def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
 
 
 class TemplateBank(nn.Module):
-    """Templates that layers mix their weights from.
+    """Templates from which layers mix their weights.
 
     Args:
-        templates: how many, k.
-        shape: of each, and of the weights.
+        templates: number of templates, k.
+        shape: of each template, and of the weights.
 
     Example:
         >>> tuple(TemplateBank(2, (8, 4, 3, 3)).templates.shape)
@@ -81,7 +81,7 @@ class TemplateBank(nn.Module):
 
     @override
     def forward(self, coefficients: Tensor) -> Tensor:
-        return mix(self.templates, coefficients).view(self.shape)
+        return mix_templates(self.templates, coefficients).view(self.shape)
 
     @override
     def extra_repr(self) -> str:
@@ -89,7 +89,7 @@ class TemplateBank(nn.Module):
 
 
 class TemplateMixture(nn.Module):
-    """The parametrization ``W = Σ_j α_j T_j`` by a bank that several weights share; see :func:`mix`.
+    """The parametrization ``W = Σ_j α_j T_j`` with a bank that several weights share; see :func:`mix_templates`.
 
     Assigning a weight takes the nearest mixture. The coefficients should have no weight decay.
 
@@ -97,7 +97,7 @@ class TemplateMixture(nn.Module):
         bank: the templates.
 
     Raises:
-        ConfigurationError: the weight has not the templates' shape.
+        ConfigurationError: the weight does not have the templates' shape.
 
     Example:
         >>> from torch.nn.utils.parametrize import register_parametrization
@@ -118,6 +118,10 @@ class TemplateMixture(nn.Module):
         mixture: Tensor = self.bank(coefficients)
         return mixture
 
+    def describe(self) -> str:
+        """Describe the weight for a report."""
+        return f"a mixture of {len(self.bank.templates)} templates"
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the coefficients of the nearest mixture."""
         if weight.shape != self.bank.shape:
@@ -129,14 +133,15 @@ class TemplateMixture(nn.Module):
 
 
 def share_templates(model: nn.Module, parameters: Sequence[str], templates: int) -> dict[str, TemplateBank]:
-    """Let weights of a model be mixtures of a few templates; weights of equal shape share a bank.
+    """Make weights of a model mixtures of a few templates; weights of equal shape share a bank.
 
-    Coefficients begin as rows of a semi-orthogonal matrix, of length 1, so that weights have Kaiming's variance.
+    Coefficients are initialised as rows of a semi-orthogonal matrix, of length 1, so that weights have the variance of
+    Kaiming's initialisation.
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` leaves out.
-        templates: of each bank.
+        parameters: patterns of names; a leading ``!`` excludes.
+        templates: number of templates in each bank.
 
     Returns:
         The bank of each weight, by name.
@@ -149,43 +154,42 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
         >>> len(share_templates(model, ["*.weight"], templates=2)), sum(p.numel() for p in model.parameters())
         (4, 168)
     """
-    banks: dict[tuple[int, ...], TemplateBank] = {}  # by shape
+    banks: dict[torch.Size, TemplateBank] = {}
     chosen: dict[str, TemplateBank] = {}
 
     def make(name: str, weight: nn.Parameter) -> TemplateMixture:
-        shape = tuple(weight.shape)
-        if shape not in banks:
-            with torch.device("cpu"):  # as the weight may be, whatever new tensors are
-                banks[shape] = TemplateBank(templates, shape).to(weight)
-        chosen[name] = banks[shape]
+        if weight.shape not in banks:
+            with torch.device("cpu"):  # whatever the default device, it then goes to the weight's
+                banks[weight.shape] = TemplateBank(templates, weight.shape).to(weight)
+        chosen[name] = banks[weight.shape]
         return TemplateMixture(chosen[name])
 
     parametrize_all(model, parameters, make)
-    found = mixtures(model)
+    layers = mixtures(model)
     for bank in banks.values():
-        own = [held for held, other in found.values() if other is bank]
-        rows = nn.init.orthogonal_(torch.empty(len(own), templates, dtype=torch.float32, device="cpu"))
+        coefficients = [layer.get_parameter("original") for layer, other in layers.values() if other is bank]
+        rows = nn.init.orthogonal_(torch.empty(len(coefficients), templates, dtype=torch.float32, device="cpu"))
         with torch.no_grad():
-            for held, row in zip(own, rows, strict=True):
-                held.get_parameter("original").copy_(row / row.norm())
+            for alpha, row in zip(coefficients, rows, strict=True):
+                alpha.copy_(row / row.norm())
     return chosen
 
 
 def mixtures(model: nn.Module) -> dict[str, tuple[ParametrizationList, TemplateBank]]:
-    """Return the weights of a model that are mixtures, by name, with what holds their coefficients, and their bank."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, ParametrizationList) and len(module) == 1 and isinstance(module[0], TemplateMixture):
-            found[clean_name(f"{path}.original")] = (module, module[0].bank)
-    return found
+    """Return the weights of a model that are mixtures: by name, the holder of the coefficients, and the bank."""
+    return {
+        clean_name(f"{path}.original"): (module, module[0].bank)
+        for path, module in model.named_modules()
+        if isinstance(module, ParametrizationList) and len(module) == 1 and isinstance(module[0], TemplateMixture)
+    }
 
 
 def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
-    """Let layers of one bank use one weight, as steps of a loop do, where their coefficients point the same way.
+    """Let layers of one bank share one weight, like the steps of a loop, if their coefficients have the same direction.
 
-    That is, where the cosine between them is at least ``threshold``. Their coefficients become those of the first of
-    them, as one parameter; a layer that is a positive multiple of the first loses its scale, which a following
-    normalisation absorbs.
+    The cosine between the coefficients of two layers must be at least ``threshold``. Both then share the coefficients
+    of the first layer as one parameter. A layer that was a positive multiple of the first loses its scale, which a
+    following normalisation absorbs.
 
     Returns:
         The names of the weights of each loop.
@@ -199,20 +203,20 @@ def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
         >>> fold(model)
         [('0.weight', '1.weight')]
     """
-    loops: list[list[str]] = []
-    found = mixtures(model)
-    for name, (held, bank) in found.items():
-        own = held.get_parameter("original")
-        for loop in loops:
-            first, other = found[loop[0]]
-            its = first.get_parameter("original")
-            if other is bank and float(F.cosine_similarity(its.detach(), own.detach(), dim=0)) >= threshold:
-                held.original = its
-                loop.append(name)
-                break
-        else:
-            loops.append([name])
-    return [tuple(loop) for loop in loops if len(loop) > 1]
+    layers = mixtures(model)
+    loops: dict[str, list[str]] = {}  # by the name of the first layer
+
+    def are_equal(first: str, name: str) -> bool:
+        (alpha, bank), (beta, other) = (
+            (layer.original.detach(), bank) for layer, bank in (layers[first], layers[name])
+        )
+        return bank is other and float(F.cosine_similarity(alpha, beta, dim=0)) >= threshold
+
+    for name, (layer, _) in layers.items():
+        first = next((first for first in loops if are_equal(first, name)), name)
+        layer.original = layers[first][0].original
+        loops.setdefault(first, []).append(name)
+    return [tuple(names) for names in loops.values() if len(names) > 1]
 
 
 def plot_similarity(model: nn.Module, path: Path) -> None:
@@ -223,9 +227,9 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    banks: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, (held, bank) in mixtures(model).items():
-        banks.setdefault(id(bank), []).append((name, held.get_parameter("original")))
+    banks: dict[TemplateBank, list[tuple[str, Tensor]]] = {}
+    for name, (layer, bank) in mixtures(model).items():
+        banks.setdefault(bank, []).append((name, layer.get_parameter("original")))
     if not banks:
         raise ConfigurationError("no weight of the model is a mixture of templates")
     figure = Figure(figsize=(4 * len(banks), 4), layout="constrained")

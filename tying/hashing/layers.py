@@ -14,37 +14,15 @@ from tying.errors import ConfigurationError
 from tying.hashing.fast_paths import RepeatedRows, Size
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_entries
+from tying.torch_workarounds import convolve
+from tying.weights.derived import computed_property, install
 
 Device = torch.device | str | None
 Dense = nn.Linear | nn.Conv2d | nn.Embedding
 
 
-def computed_weight(table: str, virtual: str) -> property:
-    """Return the property of a weight that is computed from a table; assigning it takes the nearest table."""
-
-    def read(module: nn.Module) -> Tensor:
-        weight: Tensor = getattr(module, virtual)(getattr(module, table))
-        return weight
-
-    def write(module: nn.Module, weight: Tensor) -> None:
-        with torch.no_grad():
-            held, own = getattr(module, table), getattr(module, virtual)
-            held.copy_(own.joint_inverse([(own, weight)], held))
-
-    return property(read, write, doc="The virtual weight.")
-
-
-def put_table(
-    module: nn.Module, weight: str, names: tuple[str, str], table: nn.Parameter, virtual: HashedParametrization
-) -> None:
-    """Put a table, and the map from it, under these names in the place of a weight."""
-    items = [(names[0], table) if held == weight else (held, one) for held, one in module._parameters.items()]
-    module._parameters = dict(items)
-    module.register_module(names[1], virtual)
-
-
 class Hashed(nn.Module):
-    """What layers with a table have in common: ``weight`` is computed from it; assigning it takes the nearest table.
+    """Base of layers whose ``weight`` is computed from a table; assigning it writes the nearest table.
 
     Attributes:
         table: the parameter, (ceil(table_ratio · N),) for N weights.
@@ -54,25 +32,35 @@ class Hashed(nn.Module):
     computes: ClassVar[dict[str, tuple[str, str]]] = {"weight": ("table", "virtual")}
     table: nn.Parameter
     virtual: HashedParametrization
-    weight = computed_weight("table", "virtual")
+    weight = computed_property("table", "virtual")
 
-    def _become(self, dense: Dense, ratio: float | None, arguments: dict[str, Any], **options: Any) -> None:
-        """Take over what a dense layer (on the meta device) is, but for its weight."""
+    def _become(
+        self, dense: Dense, ratio: float | None, device: Device, dtype: torch.dtype | None, **options: Any
+    ) -> None:
+        """Take over the state of a dense layer on the meta device, except for its weight.
+
+        Args:
+            dense: the layer.
+            ratio: entries of the table for each weight.
+            device: of table and bias.
+            dtype: of table and bias.
+            options: of the map from the table to the weight.
+        """
         nn.Module.__init__(self)
         shape = dense.weight.shape
-        size = table_entries(shape.numel(), ratio, arguments["hash"])
-        virtual = HashedParametrization(shape, size, **arguments)
+        size = table_entries(shape.numel(), ratio, options["hash"])
         self.__dict__.update(dense.__dict__)
-        put_table(self, "weight", ("table", "virtual"), nn.Parameter(torch.empty(size, **options)), virtual)
-        if self._parameters.get("bias") is not None:
-            self._parameters["bias"] = nn.Parameter(torch.empty(shape[0], **options))
+        table = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        install(self, "weight", HashedParametrization(shape, size, **options), table)
+        if getattr(self, "bias", None) is not None:
+            self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table and the bias as the dense layer would draw its own; weights are the table times its scale."""
+        """Draw the table and the bias as the dense layer draws its weight and bias."""
         bound = 1 / math.sqrt(self.virtual.shape[1:].numel())
         nn.init.uniform_(self.table, -bound / self.virtual.scale, bound / self.virtual.scale)
-        if (bias := self._parameters.get("bias")) is not None:
+        if isinstance(bias := getattr(self, "bias", None), Tensor):
             nn.init.uniform_(bias, -bound, bound)
 
 
@@ -119,9 +107,8 @@ class HashedLinear(Hashed, nn.Linear):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        arguments = {"hash": hash, "sign": sign, "density": density, "index": index}
         dense = nn.Linear(in_features, out_features, bias, device="meta")
-        self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
+        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -185,19 +172,17 @@ class HashedConv2d(Hashed, nn.Conv2d):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        arguments = {"hash": hash, "sign": sign, "density": density, "index": index}
         geometry: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta")
         dense = nn.Conv2d(in_channels, out_channels, *geometry)
-        self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
+        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         structure = self.virtual.fast_path
         if not isinstance(structure, RepeatedRows) or self.groups > 1:
-            dense: Tensor = self._conv_forward(input, self.weight, self.bias)
-            return dense
+            return convolve(self, input, self.weight, self.bias)
         table = self.virtual.scaled(self.table)
-        return structure.convolve(table, self.bias, lambda kernels: self._conv_forward(input, kernels, None))
+        return structure.convolve(table, self.bias, lambda kernels: convolve(self, input, kernels, None))
 
 
 class HashedEmbedding(Hashed, nn.Embedding):
@@ -238,8 +223,8 @@ class HashedEmbedding(Hashed, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
-        arguments = {"hash": hash, "sign": sign, "density": density, **of_rows(dense, index)}
-        self._become(dense, table_ratio, arguments, device=device, dtype=dtype)
+        options = embedding_options(dense, "weight", index)
+        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, **options)
 
     @override
     def reset_parameters(self) -> None:
@@ -250,7 +235,12 @@ class HashedEmbedding(Hashed, nn.Embedding):
         return self.virtual.rows(self.table, input)
 
 
-def of_rows(embedding: nn.Embedding | nn.EmbeddingBag, index: Index) -> dict[str, Any]:
-    """Return what sets the virtual weight of an embedding apart: only the rows that are looked up are computed."""
-    computed = index == "auto" and type(embedding) is nn.Embedding
-    return {"index": "computed" if computed else index, "zero_row": embedding.padding_idx}
+def embedding_options(module: nn.Module, attribute: str, index: Index) -> dict[str, Any]:
+    """Return the further options of the map from table to weight where the weight is an embedding's.
+
+    Only the rows that an ``nn.Embedding`` looks up are computed.
+    """
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or attribute != "weight":
+        return {}
+    computed = index == "auto" and type(module) is nn.Embedding
+    return {"index": "computed" if computed else index, "zero_row": module.padding_idx}

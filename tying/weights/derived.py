@@ -1,20 +1,25 @@
-"""Weights that are computed from parameters: find, read, write, install and count them."""
+"""Derived weights, which a module computes from its parameters: find, install, remove and count them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import ParametrizationList, register_parametrization
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
+from tying.torch_workarounds import inject_property
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -23,13 +28,12 @@ def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Look at a model, evaluated and without gradients, and leave it as it was: some parametrizations learn by use."""
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Temporarily switch to eval mode without gradients: some parametrizations update buffers in training mode."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()
-            yield
+            yield model.eval()
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -41,9 +45,10 @@ class DerivedWeight:
 
     Attributes:
         owner: the module.
-        name: of the weight, an attribute of the owner.
-        steps: modules that compute it, one after another; each may have a ``right_inverse``.
-        prefixes: with which the keys begin, in the owner's state dict, that stand for the weight.
+        name: the weight's attribute name in the owner.
+        steps: the modules that compute the weight, one after another; each may have a ``right_inverse``, and a
+            ``describe() -> str`` for reports.
+        prefixes: prefixes of the weight's keys in the owner's state dict.
     """
 
     owner: nn.Module
@@ -53,61 +58,346 @@ class DerivedWeight:
 
     @property
     def originals(self) -> list[nn.Parameter]:
-        """The parameters that it is computed from."""
-        own = self.owner.named_parameters(remove_duplicate=False)
-        return [parameter for name, parameter in own if name.startswith(self.prefixes)]
+        """The parameters from which the weight is computed."""
+        parameters = self.owner.named_parameters(remove_duplicate=False)
+        return [parameter for name, parameter in parameters if name.startswith(self.prefixes)]
 
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
-    """Return the weights that a module computes: by parametrizations, or as its class says by ``computes``.
+    """Return the weights that a module computes: by parametrizations, or by the ``computes`` of its class.
 
-    ``computes`` maps the name of a weight to those of the parameter, and of the module that maps one to the other.
+    ``computes`` maps the weight's name to the names of a parameter and of the submodule that maps it to the weight.
     """
-    held: Mapping[str, ParametrizationList] = getattr(module, "parametrizations", {})
-    found = [DerivedWeight(module, name, (*steps,), (f"parametrizations.{name}.",)) for name, steps in held.items()]
-    computes: Mapping[str, tuple[str, str]] = getattr(type(module), "computes", {})
-    for name, (parameter, step) in computes.items():
-        found.append(DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}.")))
-    return found
+    parametrized = [
+        DerivedWeight(module, name, (*steps,), (f"parametrizations.{name}.",))
+        for name, steps in _parametrizations(module).items()
+    ]
+    return parametrized + [
+        DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}."))
+        for name, (parameter, step) in _computes(module).items()
+    ]
 
 
 def derived_weights(model: nn.Module, aliases: bool = False) -> dict[str, DerivedWeight]:
-    """Return the weights that a model computes, by clean names: the first of each, or all."""
+    """Return the weights that the modules of a model compute, by clean name.
+
+    Args:
+        model: any module.
+        aliases: also return the further names of a module that has several.
+    """
     return {
-        clean_name(f"{path}.{one.name}".lstrip(".")): one
+        clean_name(f"{path}.{derived.name}".lstrip(".")): derived
         for path, module in model.named_modules(remove_duplicate=not aliases)
-        for one in derived_in(module)
+        for derived in derived_in(module)
     }
 
 
-def effective_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield each weight that a model computes with, aliases again; of a computed one, what it is computed to.
+def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
+    """Tell whether all of these weights of a model, at least one, are derived."""
+    return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
 
-    Where its last step knows the shape (``shape``), it is not computed: a tensor on the meta device stands for it.
+
+class _Generated:
+    """The second base of each generated class, in which the weights of one module are properties.
+
+    A generated class is never changed, and serves one module: a copy gets another one, because torch's
+    ``register_parametrization`` and ``remove_parametrizations`` write into the class of a parametrized module.
     """
-    with eval_mode(model):
-        for path, module in model.named_modules(remove_duplicate=False):
-            if "parametrizations" in path.split("."):
-                continue
-            computed = derived_in(module)
-            yield from map(_use, computed)
-            for name, parameter in module._parameters.items():
-                if parameter is not None and not any(name in one.prefixes for one in computed):
-                    yield parameter
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = object.__new__(type(self))
+        with torch.no_grad():  # the state of a recurrent layer has its weights: without a graph they can be copied
+            copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        _renew_class(copied, _computes(copied))
+        return copied
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if is_parametrized(self):
+            raise RuntimeError("Serialization of parametrized modules is only supported through state_dict()")
+        with torch.no_grad():
+            return super().__reduce_ex__(protocol)
 
 
-def _use(one: DerivedWeight) -> Tensor:
-    shape = getattr(one.steps[-1], "shape", None)
-    if isinstance(shape, torch.Size) and one.prefixes[0] in one.owner._parameters:
-        return torch.empty(shape, dtype=one.owner.get_parameter(one.prefixes[0]).dtype, device="meta")
-    weight: Tensor = getattr(one.owner, one.name)
+def install(
+    module: nn.Module,
+    name: str,
+    step: nn.Module,
+    table: nn.Parameter | None = None,
+    keys: tuple[str, str] = ("table", "virtual"),
+) -> None:
+    """Let a module compute one of its weights.
+
+    The module's class becomes a generated subclass in which the weight is a property. Without ``table``, this is what
+    ``torch.nn.utils.parametrize.register_parametrization`` does: the weight's parameters are
+    ``parametrizations.{name}.original`` and so on.
+
+    Args:
+        module: changed in place.
+        name: the weight's attribute name.
+        step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
+        table: a parameter to take the weight's place in the order of parameters; ``step`` needs a ``joint_inverse``.
+        keys: the attribute names of the table and of ``step`` in the module.
+
+    Example:
+        >>> from tying.hard import LowRank
+        >>> layer = nn.Linear(6, 4)
+        >>> install(layer, "weight", LowRank(2))
+        >>> parametrize.is_parametrized(layer, "weight"), [name for name, _ in layer.named_parameters()]
+        (True, ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1'])
+        >>> remove(layer, "weight").shape, type(layer).__name__, [name for name, _ in layer.named_parameters()]
+        (torch.Size([4, 6]), 'Linear', ['weight', 'bias'])
+    """
+    computes = _computes(module)
+    if table is None:
+        is_list = isinstance(step, ParametrizationList)
+        parametrizations: Any = step if is_list else ParametrizationList([step], module.get_parameter(name))
+        parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
+        delattr(module, name)
+        if not is_parametrized(module):
+            module.parametrizations = nn.ModuleDict()
+        module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
+    else:
+        _replace_parameter(module, name, keys[0], table)
+        module.register_module(keys[1], step)
+        computes = {**computes, name: keys}
+    _renew_class(module, computes)
+
+
+def remove(module: nn.Module, name: str) -> nn.Parameter:
+    """Replace a derived weight by a parameter of equal value, at the weight's former place; return it."""
+    [derived] = [derived for derived in derived_in(module) if derived.name == name]
+    trained = any(parameter.requires_grad for parameter in derived.originals)
+    weight = nn.Parameter(getattr(module, name).detach().clone(), trained)
+    computes = _computes(module)
+    if name in computes:
+        table, step = computes[name]
+        delattr(module, step)
+        _replace_parameter(module, table, name, weight)
+    else:
+        preceding = getattr(_parametrizations(module)[name], "preceding", module._parameters)
+        before = {key: value for key, value in module._parameters.items() if key in preceding}
+        module._parameters = before | {name: weight} | module._parameters
+        delattr(module.parametrizations, name)
+        if not is_parametrized(module):
+            del module.parametrizations
+    _renew_class(module, {other: keys for other, keys in computes.items() if other != name})
     return weight
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of parameter values that are stored, and of those that the model computes with.
+def computed_property(parameter: str, step: str) -> property:
+    """Return the property of a weight that the submodule ``step`` computes; assigning it writes the nearest parameter.
 
-    The latter counts each alias again, and for a parametrized weight the entries of the weight.
+    Args:
+        parameter: name of the parameter.
+        step: name of the submodule, which must have a ``joint_inverse``.
+    """
+
+    def read(module: nn.Module) -> Any:
+        return getattr(module, step)(getattr(module, parameter))
+
+    @torch.no_grad()
+    def write(module: nn.Module, weight: Tensor) -> None:
+        table, virtual = getattr(module, parameter), getattr(module, step)
+        table.copy_(virtual.joint_inverse([(virtual, weight)], table))
+
+    return property(read, write, doc="The virtual weight.")
+
+
+def _parametrizations(module: nn.Module) -> Mapping[str, ParametrizationList]:
+    return getattr(module, "parametrizations", {})
+
+
+def _computes(module: nn.Module | type[nn.Module]) -> dict[str, tuple[str, str]]:
+    return getattr(module, "computes", {})
+
+
+def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter in the place of another one: the state of optimizers depends on their order."""
+    items = module._parameters.items()
+    module._parameters = dict((name, parameter) if key == former else (key, value) for key, value in items)
+
+
+def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
+    """Give a module a new class with a property for each weight that it computes; without any, its plain class.
+
+    Parametrizations come last: torch takes their class away with the last of them.
+    """
+    kind = next(
+        cls
+        for cls in type(module).__mro__
+        if cls.__module__ not in (parametrize.__name__, __name__)  # where torch, and this function, generate classes
+        and _computes(cls).items() <= computes.items()
+    )
+    if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
+        methods = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)]
+        members: dict[str, Any] = {"computes": computes} | {name: _reset(name, added) for name in methods}
+        members |= {name: computed_property(*keys) for name, keys in added.items()}
+        kind = type(f"Hashed{kind.__name__.removeprefix('Hashed')}", (kind, _Generated), members)
+    if is_parametrized(module):
+        kind = type(f"Parametrized{kind.__name__}", (kind, _Generated), {"__module__": parametrize.__name__})
+    swap_class(module, kind)
+    for name in _parametrizations(module):
+        inject_property(module, name)
+
+
+def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
+    """Return a method that draws tables, and all else, as the plain class's method of that name draws weights."""
+
+    @torch.no_grad()
+    def reset(module: nn.Module) -> None:
+        parts = {name: (getattr(module, table), getattr(module, step)) for name, (table, step) in computes.items()}
+        weights = {name: remove(module, name) for name in parts}
+        getattr(module, method)()
+        for name, (table, step) in parts.items():
+            table.copy_(step.drawn_from(weights[name].flatten() / step.scale))
+            install(module, name, step, table, computes[name])
+
+    return reset
+
+
+def parametrize_all(
+    model: nn.Module, parameters: Sequence[str], make: Callable[[str, nn.Parameter], nn.Module]
+) -> list[str]:
+    """Parametrize the weights that match patterns; return their names.
+
+    Args:
+        model: changed in place.
+        parameters: patterns of names; a leading ``!`` excludes.
+        make: returns the parametrization of a weight; it must have a ``right_inverse``.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a weight is tied or parametrized already, or does not fit its
+            parametrization; nothing is changed.
+    """
+    chosen = select(model, parameters)
+    locations = locate_parameters(model)
+    steps: dict[str, nn.Module] = {}
+    for name, weight in chosen.items():
+        check_free(name, locations, ", which would not follow it")
+        try:
+            steps[name] = make(name, weight)
+            for shared in steps[name].parameters():
+                if (shared.dtype, shared.device) != (weight.dtype, weight.device):
+                    raise ConfigurationError(
+                        f"it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
+                        f"{shared.device}: exclude it, or share it among weights of its own dtype and device"
+                    )
+            steps[name].right_inverse(weight.detach())  # type: ignore[operator]  # a method
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name!r}: {error}") from None
+    for name, step in steps.items():
+        install(locations[name].owner, locations[name].attribute, step)
+    return list(steps)
+
+
+class Link(nn.Module):
+    """The parametrization ``weight = relation(source)``; assigning the weight writes through to the source.
+
+    Args:
+        relation: the map from the source's layout to the weight's.
+    """
+
+    def __init__(self, relation: Relation) -> None:
+        super().__init__()
+        self.relation = relation
+
+    @override
+    def forward(self, source: Tensor) -> Tensor:
+        return self.relation(source)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the source whose image is the given weight."""
+        return self.relation.inverse()(weight).contiguous()
+
+    @override
+    def extra_repr(self) -> str:
+        return str(self.relation)
+
+
+class LinkList(ParametrizationList):
+    """Holds the source of a link, which torch must not overwrite when somebody removes the parametrization.
+
+    If ``is_tensor`` were true, torch would lay the source out as the weight, also for all others that hold it.
+    """
+
+    def __init__(self, link: Link, source: nn.Parameter) -> None:
+        nn.ModuleList.__init__(self, [link])
+        self.unsafe = True
+        self.is_tensor = False
+        self.original = source
+
+    @override
+    def forward(self) -> Tensor:
+        weight = self.original
+        for step in self:
+            weight = step(weight)
+        return weight
+
+    @override
+    def right_inverse(self, value: Tensor) -> None:
+        for step in reversed(self):
+            value = step.right_inverse(value)  # type: ignore[operator]  # a method
+        with torch.no_grad():
+            self.original.copy_(value)
+
+
+def link(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
+    """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
+    if not links_in(module):
+        module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_pre_hook(_read_plainly)  # type: ignore[no-untyped-call]  # torch's
+    install(module, name, LinkList(Link(relation), source))
+
+
+def links_in(module: nn.Module) -> dict[str, Link]:
+    """Return the links of a module's weights, by the weight's attribute name."""
+    return {
+        derived.name: derived.steps[0]
+        for derived in derived_in(module)
+        if len(derived.steps) == 1 and isinstance(derived.steps[0], Link)
+    }
+
+
+def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    for name, relation in links_in(module).items():
+        key = f"{prefix}parametrizations.{name}.original"
+        if key in state_dict:
+            state_dict[prefix + name] = relation(state_dict.pop(key))
+
+
+def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name, relation in links_in(module).items():
+        if prefix + name in state_dict:
+            weight = state_dict.pop(prefix + name)
+            state_dict[f"{prefix}parametrizations.{name}.original"] = relation.right_inverse(weight)
+
+
+def effective_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Yield every weight that the forward pass uses; shared weights appear once per use.
+
+    A derived weight whose last step knows its shape (``shape``) is not computed: a meta tensor stands for it.
+    """
+    with eval_mode(model):
+        for path, module in model.named_modules(remove_duplicate=False):
+            if "parametrizations" not in path.split("."):
+                derived = derived_in(module)
+                tables = {prefix for weight in derived for prefix in weight.prefixes}
+                yield from map(_effective, derived)
+                yield from (p for name, p in module._parameters.items() if p is not None and name not in tables)
+
+
+def _effective(derived: DerivedWeight) -> Any:
+    shape = getattr(derived.steps[-1], "shape", None)
+    table = derived.owner._parameters.get(derived.prefixes[0])
+    if isinstance(shape, torch.Size) and table is not None:
+        return torch.empty(shape, dtype=table.dtype, device="meta")
+    return getattr(derived.owner, derived.name)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of stored parameter values, and of the values that the forward pass uses.
+
+    The latter counts a shared weight once per use, and of a derived weight its entries.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -115,17 +405,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         >>> count_parameters(model)
         (4, 8)
     """
-    return sum(parameter.numel() for parameter in model.parameters()), sum(
-        weight.numel() for weight in effective_weights(model)
-    )
+    used = sum(weight.numel() for weight in effective_weights(model))
+    return sum(parameter.numel() for parameter in model.parameters()), used
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Return by how much the weights that a model computes with exceed what is stored."""
-    stored, used = (
-        sum(t.numel() * t.element_size() for t in held) for held in (model.parameters(), effective_weights(model))
-    )
-    return used - stored
+    """Return by how many bytes the weights that the forward pass uses exceed the stored parameters."""
+    return sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -134,9 +420,9 @@ class ParameterLocation:
 
     Attributes:
         owner: the module whose weight it is.
-        attribute: the weight's name there.
-        holder: the module that holds the parameter: the owner, or a parametrization of its weight.
-        original: the parameter's name there.
+        attribute: the weight's attribute name in the owner.
+        holder: the module that holds the parameter: the owner, or the list of parametrizations of its weight.
+        original: the parameter's name in the holder.
     """
 
     owner: nn.Module
@@ -146,24 +432,24 @@ class ParameterLocation:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter there."""
-        parameter = self.holder._parameters[self.original]  # many are asked for: get_parameter looks further
+        """The parameter at this location."""
+        parameter = self.holder._parameters[self.original]  # called for every parameter: get_parameter is slower
         assert parameter is not None
         return parameter
 
     @property
     def relation(self) -> Relation | None:
-        """The map from the parameter to the weight; ``None`` if others than :func:`tie` have made one."""
+        """The map from the parameter to the weight; ``None`` where a parametrization is not by :func:`tie`."""
         if self.holder is self.owner:
             return Relation()
-        steps = self.owner.parametrizations[self.attribute]  # type: ignore[index]  # a ModuleDict
+        steps = _parametrizations(self.owner)[self.attribute]
         relation = getattr(steps[0], "relation", None) if len(steps) == 1 else None
         return relation if isinstance(relation, Relation) else None
 
 
 def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
-    """Return where a model holds its parameters, by clean names, aliases included."""
-    places = {}
+    """Return where a model holds its parameters, by clean name, aliases included."""
+    locations = {}
     for path, module in model.named_modules(remove_duplicate=False):
         owner, weight = module, None
         if isinstance(module, ParametrizationList):
@@ -172,76 +458,25 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = clean_name(f"{path}.{attribute}".lstrip("."))
-                places[name] = ParameterLocation(owner, weight or attribute, module, attribute)
-    return places
+                locations[name] = ParameterLocation(owner, weight or attribute, module, attribute)
+    return locations
 
 
-def check_free(name: str, places: Mapping[str, ParameterLocation], because: str = "") -> None:
-    """Raise where a weight cannot be replaced by one that is computed.
+def check_free(name: str, locations: Mapping[str, ParameterLocation], because: str = "") -> None:
+    """Raise where a weight cannot be replaced by a derived one.
 
     Args:
-        name: of the weight.
-        places: of the whole model's weights.
-        because: what the message says further of a weight that is tied.
+        name: the weight's name.
+        locations: of all parameters of the model.
+        because: what the message adds where the weight is tied.
 
     Raises:
-        ConfigurationError: it is parametrized, or tied.
+        ConfigurationError: the weight is parametrized, or tied.
     """
-    place = places[name]
-    if place.holder is not place.owner:
+    location = locations[name]
+    if location.holder is not location.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = place.parameter  # another name of its module is no tie
-    if aliases := [other for other, one in places.items() if one.parameter is weight and one != place]:
-        raise ConfigurationError(f"{name!r} is tied to {aliases[0]!r}{because}: untie them, or choose others")
-
-
-def privatize_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own, which a deepcopy would share.
-
-    Parametrizations are properties of that class: to add or remove one would change, or break, the other copy.
-    """
-    if parametrize.is_parametrized(module):
-        kind = type(module)
-        kept = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
-        module.__class__ = type(kind.__name__, kind.__bases__, kept)
-
-
-def parametrize_all(
-    model: nn.Module, parameters: Sequence[str], make: Callable[[str, nn.Parameter], nn.Module]
-) -> list[str]:
-    """Parametrize the weights that patterns name; return their names.
-
-    Args:
-        model: changed in place.
-        parameters: patterns of names; a leading ``!`` leaves out.
-        make: returns the parametrization of a weight; it must have a ``right_inverse``.
-
-    Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is tied or parametrized already, or does not fit its
-            parametrization; nothing is changed.
-    """
-    chosen = select(model, parameters)
-    places = locate_parameters(model)
-    made: dict[str, nn.Module] = {}
-    for name, weight in chosen.items():
-        check_free(name, places, ", which would not follow it")
-        try:
-            made[name] = make(name, weight)
-            for shared in made[name].parameters():
-                if (shared.dtype, shared.device) != (weight.dtype, weight.device):
-                    raise ConfigurationError(
-                        f"it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
-                        f"{shared.device}: leave it out, and let it share with its like"
-                    )
-            made[name].right_inverse(weight.detach())  # type: ignore[operator]  # a method
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{name!r}: {error}") from None
-    for name, parametrization in made.items():
-        privatize_class(places[name].owner)
-        register_parametrization(places[name].owner, places[name].attribute, parametrization)
-    return list(made)
-
-
-def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
-    """Tell whether these weights of a model, at least one, are computed."""
-    return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
+    weight = location.parameter
+    for other, alias in locations.items():
+        if alias.parameter is weight and alias != location:  # another name of its module is no tie
+            raise ConfigurationError(f"{name!r} is tied to {other!r}{because}: untie them, or choose others")

@@ -1,4 +1,4 @@
-"""Optimizer state of weights that become one during training."""
+"""Optimizer state of weights that become one parameter during training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tying.selection.tie import TiedGroup
 
 @torch.no_grad()
 def merge_optimizer_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> None:
-    """Let optimizers hold one weight for a group: the source, in its own parameter group.
+    """Let optimizers hold one parameter for a group: the source, in its own parameter group.
 
-    What they keep of the source, entry by entry, becomes the mean over the members, in the source's layout; numbers,
-    such as a count of steps, stay the source's.
+    State of the source's shape becomes the mean over the members, in the source's layout; numbers, such as a count of
+    steps, stay the source's.
 
     Args:
         optimizers: changed in place.
-        group: members that are separate parameters still.
+        group: members that are still separate parameters.
 
     Example:
         >>> from tying import resolve
@@ -35,37 +35,35 @@ def merge_optimizer_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> 
     """
     source, *others = group.parameters
     states = {id(p): optimizer.state[p] for optimizer in optimizers for p in group.parameters if p in optimizer.state}
-    known = [
-        (states[id(p)], read) for p, read in zip(group.parameters, group.to_source, strict=True) if id(p) in states
-    ]
     merged = states.get(id(source), {})
     for key, value in merged.items():
         if isinstance(value, Tensor) and value.shape == source.shape and value.ndim:
-            copies = [read(state[key]) for state, read in known if isinstance(state.get(key), Tensor)]
-            merged[key] = torch.stack(copies).mean(dim=0)
-    gone = {id(parameter) for parameter in others}
-    groups = [held for optimizer in optimizers for held in optimizer.param_groups]
-    if not any(parameter is source for held in groups for parameter in held["params"]):
-        held = next((held for held in groups for parameter in held["params"] if id(parameter) in gone), None)
-        if held is not None:  # the source was trained by nobody: it takes a member's place
-            at = next(at for at, parameter in enumerate(held["params"]) if id(parameter) in gone)
-            held["params"][at] = source
-    for held in groups:
-        held["params"] = [parameter for parameter in held["params"] if id(parameter) not in gone]
+            members = zip(group.parameters, group.to_source, strict=True)
+            copies = [(read, states.get(id(p), {}).get(key)) for p, read in members]
+            merged[key] = torch.stack([read(copy) for read, copy in copies if isinstance(copy, Tensor)]).mean(dim=0)
+    param_groups = [param_group for optimizer in optimizers for param_group in optimizer.param_groups]
+    removed = {id(parameter) for parameter in others}
+    trained = any(parameter is source for param_group in param_groups for parameter in param_group["params"])
+    for param_group in param_groups:
+        is_other = [id(parameter) in removed for parameter in param_group["params"]]
+        if any(is_other) and not trained:  # the source takes a member's place
+            param_group["params"][is_other.index(True)] = source
+            trained = True
+        param_group["params"] = [p for p in param_group["params"] if id(p) not in removed]
     for optimizer in optimizers:
         for parameter in others:
             optimizer.state.pop(parameter, None)
 
 
 def are_alike(parameters: Iterable[nn.Parameter]) -> bool:
-    """Tell whether weights could be one: all trained or all frozen, of one type, on one device."""
+    """Tell whether weights could be one parameter: all trained or all frozen, of one dtype, on one device."""
     return len({(p.requires_grad, p.dtype, p.device) for p in parameters}) == 1
 
 
-def check_alike(one: nn.Parameter, other: nn.Parameter, told: str) -> None:
-    """Raise a ConfigurationError that begins as ``told`` where two weights could not be one."""
+def check_alike(first: nn.Parameter, second: nn.Parameter, message: str) -> None:
+    """Raise a ConfigurationError that begins with ``message`` where two weights could not be one parameter."""
     for what in ("requires_grad", "dtype", "device"):
-        if getattr(one, what) != getattr(other, what):
+        if getattr(first, what) != getattr(second, what):
             raise ConfigurationError(
-                f"{told}: {what} is {getattr(one, what)} for one and {getattr(other, what)} for the other"
+                f"{message}: {what} is {getattr(first, what)} for one and {getattr(second, what)} for the other"
             )

@@ -1,27 +1,23 @@
-"""Plain state dicts of models with shared or computed weights."""
+"""Plain state dicts of models with shared or derived weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, unwrapped
-from tying.weights.derived import DerivedWeight, derived_weights, eval_mode
-from tying.weights.link import links_in
-from tying.weights.record import are_equal, in_source, tie_records
-
-Unequal = Literal["error", "source", "mean"]
+from tying.weights.derived import DerivedWeight, derived_weights, eval_mode, links_in
+from tying.weights.record import Unequal, reconcile
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict that the untied model loads without this package.
 
     Every tensor is a contiguous copy of its own on the CPU, so that any format can hold it, safetensors too; extra
-    state of modules that is no tensor stays as it is. What is parametrized is computed, whoever has parametrized it.
+    state of modules that is no tensor stays as it is. Derived weights are computed, whoever has parametrized them.
     These are weights alone: what a model does with them otherwise than a plain one, such as a merge that scales
     branches at test time, is not in them.
 
@@ -32,11 +28,12 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         >>> nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)).load_state_dict(bake(model))
         <All keys matched successfully>
     """
-    computed = derived_by_others(model)
+    derived = derived_by_others(model)
+    hidden = tuple(prefix for key, weight in derived.items() for prefix in _prefixes(key, weight))
     state = {unwrapped(key): value for key, value in model.state_dict().items()}
-    plain = {clean_name(key): state[key] for key in state if not any(key.startswith(one) for one in _hidden(computed))}
+    plain = {clean_name(key): value for key, value in state.items() if not key.startswith(hidden)}
     with eval_mode(model):
-        plain |= {key: getattr(one.owner, one.name) for key, one in computed.items()}
+        plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -47,10 +44,10 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Unequal = "error") -> list[str]:
-    """Load a state dict of the untied model into a tied one, whatever its copies of a tied weight are.
+    """Load a state dict of the untied model into a tied one, also where its copies of a tied weight differ.
 
     Args:
-        model: the tied model; may have parametrized weights that have a ``right_inverse``.
+        model: the tied model; may have derived weights whose steps have a ``right_inverse``.
         state_dict: with the names of the untied model.
         unequal: what to do where copies differ: raise, take that of the source, or take their mean.
 
@@ -62,63 +59,60 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
             loaded.
         RuntimeError: names or shapes do not fit, as of ``load_state_dict``.
     """
-    if unequal not in ("error", "source", "mean"):
-        raise ConfigurationError(f"unequal is 'error', 'source' or 'mean', not {unequal!r}")
-    reconciled = {unwrapped(key): value for key, value in state_dict.items()}
-    differing = []
-    for shared in tie_records(model):
-        known = [pair for pair in zip(shared.names, shared.relations, strict=True) if pair[0] in reconciled]
-        copies = [in_source(name, reconciled[name], relation) for name, relation in known]
-        for (name, _), copy in zip(known, copies, strict=True):
-            if copy.shape != copies[0].shape:
-                raise ConfigurationError(f"{known[0][0]!r} and {name!r} are tied, and differ in shape here")
-        if all(are_equal(copies[0], copy) for copy in copies):
-            continue
-        if unequal == "error":
-            raise ConfigurationError(
-                f"{', '.join(repr(name) for name, _ in known)} are tied, but differ in this state dict: say "
-                "unequal='source' to take the first, or unequal='mean'"
-            )
-        weight = copies[0] if unequal == "source" else torch.stack(copies).mean(dim=0)
-        reconciled |= {name: relation(weight) for name, relation in known}
-        differing += [name for name, _ in known]
-    own = model.state_dict()
-    clean = {unwrapped(real): value for real, value in own.items()}
-    assigned: dict[DerivedWeight, Tensor] = {}
-    for key, one in derived_by_others(model).items():
-        if key not in reconciled:
-            continue
-        like, *_ = one.originals
-        inverse = weight = reconciled.pop(key).to(like.device, like.dtype)
-        for step in reversed(one.steps):  # before anything is loaded: does it fit?
-            if not hasattr(step, "right_inverse"):
-                raise ConfigurationError(
-                    f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
-                )
-            inverse = step.right_inverse(inverse)  # type: ignore[operator]  # a method
-        assigned[one] = weight
-        hidden = tuple(_hidden({key: one}))
-        reconciled |= {name: value for name, value in clean.items() if name.startswith(hidden)}
-    keys = {unwrapped(real): real for real in own}
-    model.load_state_dict({keys.get(key, key): value for key, value in reconciled.items()})
-    sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by the one parameter they are computed from
-    for one, weight in assigned.items():
-        if len(one.steps) == len(one.originals) == 1 and hasattr(one.steps[0], "joint_inverse"):
-            sharing.setdefault(one.originals[0], []).append((one.steps[0], weight))
-        else:
-            setattr(one.owner, one.name, weight)
-    for table, parts in sharing.items():
-        with torch.no_grad():
-            table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
+    check_choice("unequal", unequal, ("error", "source", "mean"))
+    plain = {unwrapped(key): value for key, value in state_dict.items()}
+    differing = reconcile(model, plain, unequal=unequal)
+    current = model.state_dict()
+    assigned = _take_derived(model, plain, {unwrapped(key): value for key, value in current.items()})
+    keys = {unwrapped(key): key for key in current}
+    model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
+    _assign(assigned)
     return differing
 
 
+def _take_derived(
+    model: nn.Module, plain: dict[str, Tensor], current: Mapping[str, Tensor]
+) -> dict[DerivedWeight, Tensor]:
+    """Replace the entries of derived weights by the current ones of their parameters; return the former.
+
+    Raises:
+        ConfigurationError: a derived weight cannot take its entry.
+    """
+    assigned = {}
+    for key, derived in derived_by_others(model).items():
+        if key in plain:
+            like = derived.originals[0]
+            value = assigned[derived] = plain.pop(key).to(like.device, like.dtype)
+            for step in reversed(derived.steps):  # does it fit?
+                if not hasattr(step, "right_inverse"):
+                    raise ConfigurationError(
+                        f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
+                    )
+                value = step.right_inverse(value)  # type: ignore[operator]  # a method
+            prefixes = _prefixes(key, derived)
+            plain |= {name: value for name, value in current.items() if name.startswith(prefixes)}
+    return assigned
+
+
+def _assign(weights: Mapping[DerivedWeight, Tensor]) -> None:
+    """Assign derived weights; those computed from one parameter together, so that it becomes the nearest to all."""
+    sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by that parameter
+    for derived, weight in weights.items():
+        if len(derived.steps) == len(derived.originals) == 1 and hasattr(derived.steps[0], "joint_inverse"):
+            sharing.setdefault(derived.originals[0], []).append((derived.steps[0], weight))
+        else:
+            setattr(derived.owner, derived.name, weight)
+    for table, parts in sharing.items():
+        with torch.no_grad():
+            table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
+
+
 def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
-    """Return, by key, all weights that something else than a tie computes."""
-    computed = derived_weights(model, aliases=True)
-    return {key: one for key, one in computed.items() if one.name not in links_in(one.owner)}
+    """Return, by key, all derived weights except those of ties."""
+    derived = derived_weights(model, aliases=True)
+    return {key: weight for key, weight in derived.items() if weight.name not in links_in(weight.owner)}
 
 
-def _hidden(computed: Mapping[str, DerivedWeight]) -> list[str]:
-    """Return how the keys begin that stand for computed weights."""
-    return [key.removesuffix(one.name) + prefix for key, one in computed.items() for prefix in one.prefixes]
+def _prefixes(key: str, derived: DerivedWeight) -> tuple[str, ...]:
+    """Return the prefixes, in the model's state dict, of the keys that stand for a derived weight."""
+    return tuple(key.removesuffix(derived.name) + prefix for prefix in derived.prefixes)
