@@ -55,7 +55,9 @@ def class_aliases(owner: str) -> Callable[[T], T]:
         def alias(former: str, current: str) -> property:
             def read(self: Any) -> Any:
                 _warn(owner, former, current)
-                return getattr(self, current)
+                overriding = [base for base in type(self).__mro__ if former in vars(base) and base is not cls]
+                # what a subclass overrides is only read here by its super(), which must not come back to it
+                return getattr(super(overriding[-1], self) if overriding else self, current)
 
             def write(self: Any, value: Any) -> None:
                 _warn(owner, former, current)

@@ -120,9 +120,8 @@ class FractalBlock(nn.Module):
             inputs[first:] = [joined] * len(outputs)
         out = inputs[0]()
         unused = [layer for layer, node in layers if node.output is None]
-        if not unused or not self.training:
-            return out
-        return zero_gradients(out, (parameter for layer in unused for parameter in layer.parameters()))
+        parameters = (parameter for layer in unused for parameter in layer.parameters())
+        return zero_gradients(out, parameters) if unused and self.training else out
 
     def _kept(self, outputs: list[_Node], first: int, column: int | None) -> list[_Node]:
         """Return the inputs of a join, of column ``first`` and all deeper columns, that are not dropped."""
