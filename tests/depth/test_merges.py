@@ -424,6 +424,14 @@ def test_former_names_work_and_warn():
                 return 1.0
 
     assert torch.equal(Always(0.5).eval()(X, lambda: X), X + X)
+    with pytest.warns(DeprecationWarning, match=r"Merge\.kept is now called keep_prob"):
+
+        class Half(StochasticDepth):
+            def kept(self, name):
+                return super().kept(name) / 2
+
+    with pytest.warns(DeprecationWarning, match=r"Merge\.kept is now called keep_prob"):
+        assert torch.equal(Half(0.5).eval()(X, lambda: X), 1.25 * X)
     with pytest.warns(DeprecationWarning, match=r"Sampled\.spread is now called std"):
         assert torch.equal(Sampled(X, X + 1).spread, X + 1)
 

@@ -107,23 +107,21 @@ class FractalBlock(nn.Module):
         """
         if column is not None and not 0 <= column < len(self.columns):
             raise ConfigurationError(f"columns are 0 to {len(self.columns) - 1}, not {column}")
-        columns = [[*column_layers.children()] for column_layers in self.columns]
-        steps = len(columns[-1])  # of the deepest column, which ends a layer in each
+        columns = [[*stack.children()] for stack in self.columns]
+        steps = len(columns[-1])  # one for each layer of the deepest column; another ends a layer in some of them
         layers: list[tuple[nn.Module, _Node]] = []
         inputs = [_Node(lambda: x)] * len(columns)  # of the next layer of each column
         for step in range(1, steps + 1):  # all draws are made before anything is computed
-            first = next(number for number, layers_ in enumerate(columns) if step * len(layers_) % steps == 0)
-            ending = [layers_[step * len(layers_) // steps - 1] for layers_ in columns[first:]]
+            first = next(number for number, stack in enumerate(columns) if step * len(stack) % steps == 0)
+            ending = [stack[step * len(stack) // steps - 1] for stack in columns[first:]]
             outputs = [_Node(layer, [z]) for layer, z in zip(ending, inputs[first:], strict=True)]
             layers += zip(ending, outputs, strict=True)
-            inputs[first:] = [_Node(lambda *kept: fractal_join(kept), self._kept(outputs, first, column))] * len(
-                outputs
-            )
+            joined = _Node(lambda *tensors: fractal_join(tensors), self._kept(outputs, first, column))
+            inputs[first:] = [joined] * len(outputs)
         out = inputs[0]()
         unused = [layer for layer, node in layers if node.output is None]
-        if not unused or not self.training:
-            return out
-        return zero_gradients(out, (parameter for layer in unused for parameter in layer.parameters()))
+        parameters = (parameter for layer in unused for parameter in layer.parameters())
+        return zero_gradients(out, parameters) if unused and self.training else out
 
     def _kept(self, outputs: list[_Node], first: int, column: int | None) -> list[_Node]:
         """Return the inputs of a join, of column ``first`` and all deeper columns, that are not dropped."""

@@ -104,8 +104,7 @@ class StochasticDepth(Merge):
         super().__init__(keep=keep)
         check_choice("mode", mode, get_args(Mode))
         check_choice("scale", scale, get_args(Scale))
-        self.mode = mode
-        self.scale = scale
+        self.mode, self.scale = mode, scale
 
     @override
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:

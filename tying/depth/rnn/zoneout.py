@@ -190,11 +190,11 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
     """One step of :class:`ZoneoutLSTM`, with the interface and the parameters of ``nn.LSTMCell``.
 
     Args:
-        input_size: of the input.
-        hidden_size: of the state.
+        input_size: size of the input.
+        hidden_size: size of the state.
         bias: whether there are biases.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value.
         zoneout_hidden: probability that a unit of the hidden state does.
 
@@ -243,15 +243,15 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
     support the layer, and ``torch.compile`` breaks its graph at it.
 
     Args:
-        input_size: of the input.
-        hidden_size: of the state.
-        num_layers: layers, each on the outputs of the one below.
+        input_size: size of the input.
+        hidden_size: size of the state.
+        num_layers: number of layers; each reads the outputs of the layer below.
         bias: whether there are biases.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
-        dropout: of the outputs of all layers but the last.
-        bidirectional: also run from the end to the beginning.
-        device: of the parameters.
-        dtype: of the parameters.
+        dropout: dropout probability for the outputs of all layers but the last.
+        bidirectional: whether each layer also runs from the last step to the first.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
         zoneout_hidden: probability that a unit of the hidden state does.
 
