@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
 from tying.callbacks.base import callbacks_of
@@ -38,7 +37,7 @@ def export(
     checkpoint: Path,
     out: Path,
     configs: Sequence[str],
-    load: Callable[[Sequence[str]], tuple[pl.Trainer, pl.LightningModule]],
+    load: Callable[[Sequence[str]], LightningCLI],
 ) -> None:
     """Write the plain weights of a checkpoint.
 
@@ -46,7 +45,7 @@ def export(
         checkpoint: a checkpoint of Lightning, or a state dict.
         out: a file of torch, or of safetensors by its suffix.
         configs: of the run; needed where the model computes weights.
-        load: returns the trainer and the model that configurations describe.
+        load: returns the command line with the trainer and the model that configurations describe.
 
     Raises:
         ConfigurationError: the checkpoint is missing or holds no weights, or needs a configuration.
@@ -58,10 +57,12 @@ def export(
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
         if not configs:
             raise ConfigurationError(f"{checkpoint} holds weights that the model computes: give the run's --config")
-        trainer, model = load(configs)
-        model.configure_model()
-        load_weights(model, callbacks_of(trainer), weights, f"--config {', '.join(configs)}: {checkpoint}")
-        weights = bake(model)
+        if empty := [config for config in configs if Path(config).is_file() and not Path(config).stat().st_size]:
+            raise ConfigurationError(f"--config: {empty[0]} must hold keys and values")
+        cli = load(configs)
+        cli.model.configure_model()
+        load_weights(cli.model, callbacks_of(cli.trainer), weights, f"--config {', '.join(configs)}: {checkpoint}")
+        weights = bake(cli.model)
     plain = {
         unwrapped(key): value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()
     }

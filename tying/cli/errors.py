@@ -19,7 +19,6 @@ from tying.errors import ConfigurationError, listed, nearest
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
 TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # types that nobody meant
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FOREIGN = "ckpt_path: this is no checkpoint of Lightning: {line}"
 # class of an error, pattern of the beginning of its message, whether it is explained only where a checkpoint is loaded,
 # and the explanation, with the message, its first line, its first sentence and its summary as fields
 EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
@@ -30,12 +29,12 @@ EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
         "ckpt_path: the checkpoint does not fit the model: {summary}",
     ),
     (
-        KeyError,
-        "'(state_dict|pytorch-lightning_version|loops|optimizer_states|epoch|global_step)'$",
+        Exception,
+        "'(state_dict|pytorch-lightning_version|loops|optimizer_states|epoch|global_step)'$|"  # a KeyError
+        r"PytorchStreamReader failed|\[enforce fail at inline_container",
         True,
-        FOREIGN,
+        "ckpt_path: this is no checkpoint of Lightning: {line}",
     ),
-    (Exception, r"PytorchStreamReader failed|\[enforce fail at inline_container", True, FOREIGN),
     (PickleError, "", True, "ckpt_path: the checkpoint holds more than tensors and plain types: {line}"),
     (
         Exception,

@@ -123,7 +123,7 @@ class TyingCLI(LightningCLI):
         Lightning itself looks only where this run will write, which is a new directory for each run. Without a
         checkpoint, ``fit`` begins anew, and the other subcommands raise.
         """
-        options: Any = self.config_init.get(str(self.subcommand), {})
+        options: Any = self.config_init[self.subcommand] if self.subcommand else {}
         if options.get("ckpt_path") != "last":
             return
         warnings.filterwarnings("ignore", "The dirpath has changed")  # each run has a directory of its own
@@ -178,10 +178,9 @@ class Loading(TyingCLI):
         self.subcommand = None
 
 
-def load(configs: Sequence[str]) -> tuple[pl.Trainer, pl.LightningModule]:
+def load(configs: Sequence[str]) -> TyingCLI:
     """Return the trainer and the model that the configurations of a run describe."""
-    cli = parse(["inspect", *(f"--config={config}" for config in configs), "--ckpt_path=null"], run=True, cli=Loading)
-    return cli.trainer, cli.model
+    return parse(["inspect", *(f"--config={config}" for config in configs), "--ckpt_path=null"], run=True, cli=Loading)
 
 
 def main(args: Sequence[str] | None = None) -> None:
