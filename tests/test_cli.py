@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
 from toys import TIES, Toy, batches, same
 
+import tying
 from tying.callbacks import SoftTying
 from tying.cli import main, parse
 from tying.files import newest_intact
@@ -354,10 +355,10 @@ def test_inspect(capsys):
 def test_inspect_tells_what_a_hash_does(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
     told = capsys.readouterr().out
-    assert told.count("198,800 weights of 3 tensors in 19,880 entries") == 1
+    assert told.count("3 weights (198,800 values) share a table of 19,880 entries (ratio 0.1)") == 1
     assert "table of 19,880: entropy of loads 9.8975, of probabilities 9.8975, at most 9.8975 nats" in told
-    assert "\n  network.1.weight (200, 784), structured" in told
-    assert "\n  network.7.weight (10, 200), structured" in told
+    assert "\n  network.1.weight (200, 784): 156,800 values from 19,880, structured" in told
+    assert "\n  network.7.weight (10, 200): 2,000 values from 19,880, structured" in told
 
 
 HASHED = """
@@ -377,9 +378,9 @@ def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
     Path("hashed.yaml").write_text(HASHED)
     main(["inspect", "--config=hashed.yaml", "--plot=loads.png"])
     told = capsys.readouterr().out
-    assert "Hashed: 80 weights of 1 tensors in 20 entries" in told
+    assert "Hashed: 1 weights (80 values) share a table of 20 entries (ratio 0.25)" in told
     assert "table of 20: entropy of loads 2.9957, of probabilities 2.9957, at most 2.9957 nats" in told
-    assert "  network.weight (10, 8), structured; only 5 of 10 units are distinct" in told
+    assert "  network.weight (10, 8): 80 values from 20, structured; only 5 of 10 units are distinct" in told
     assert Path("loads.png").read_bytes().startswith(b"\x89PNG")
     assert "plot: no weight of the model is hashed" in errors(capsys, "inspect", BASE, "--plot=loads.png")
     assert "plot: . is a folder; give a file's name" in errors(capsys, "inspect", "--config=hashed.yaml", "--plot=.")
@@ -421,7 +422,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         ),
         (["--data.source=archive"], "source='archive' needs root"),
         (["--data.root=nowhere"], "no CIFAR-10 under nowhere"),
-        (["--data.validation=2"], "validation is a share"),
+        (["--data.validation=2"], "validation must be in [0, 1), not 2"),
         (["--data.batch_size=5000"], "batch_size=5000 is more than the 4500 training images"),
         (["--data.download=true"], "download needs root"),
         (["--data.root=afile", "--data.download=true"], "CIFAR-10 could not be"),
@@ -543,7 +544,7 @@ def test_bake_what_the_model_computes(tmp_path, capsys):
     ]
     main(["fit", BASE, *SMALL, *low, "--trainer.callbacks.rank=2"])
     [checkpoint] = Path("runs").glob("untied/*/checkpoints/*.ckpt")
-    assert "holds weights that the model computes: give the --config" in errors(
+    assert "holds weights that the model computes: give the run's --config" in errors(
         capsys, "bake", f"--ckpt={checkpoint}", "--out=a.pt"
     )
     config = f"--config={checkpoint.parents[1] / 'config.yaml'}"
@@ -573,9 +574,38 @@ def test_bake_and_inspect_what_is_clustered(capsys):
     capsys.readouterr()
     main(["inspect", config, "--ckpt_path=last"])
     assert "network.layer1.0.branch.conv2.weight" in capsys.readouterr().out
-    assert "there is no checkpoint of this name yet" in errors(
+    assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in errors(
         capsys, "inspect", BASE, "--trainer.logger.name=other", "--ckpt_path=last"
     )
+
+
+def test_bake_is_a_subcommand_like_the_others(capsys):
+    def printed(*args):
+        with pytest.raises(SystemExit) as exited:
+            main(args)
+        assert exited.value.code in (0, None)
+        return capsys.readouterr().out
+
+    assert re.search(r"bake +Write the plain weights of a checkpoint", printed("--help"))
+    assert all(option in printed("bake", "--help") for option in ("--ckpt CKPT", "--out OUT", "--config CONFIG"))
+    assert printed("--version") == f"tying {tying.__version__}\n"
+    assert "required: bake.ckpt" in errors(capsys, "bake", "--out=a.pt")
+
+
+def test_bake_of_several_configurations(tmp_path, capsys):
+    (tmp_path / "low.yaml").write_text(
+        """
+trainer:
+  callbacks+:
+    - class_path: LowRankWeights
+      init_args: {parameters: [network.layer3.0.branch.conv2.weight], rank: 2}
+"""
+    )
+    main(["fit", BASE, "--config=low.yaml", *SMALL, "--trainer.logger.name=low"])
+    [checkpoint] = Path("runs").glob("low/*/checkpoints/*.ckpt")
+    (tmp_path / "small.yaml").write_text("model: {init_args: {network: {init_args: {depth: 8}}}}")
+    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", BASE, "--config=low.yaml", "--config=small.yaml"])
+    assert "network.layer3.0.branch.conv2.weight" in torch.load("a.pt", weights_only=True)
 
 
 def test_bake_mistakes(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and checkpoints read safely."""
+"""Write files atomically, and read checkpoints safely."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from tying.errors import ConfigurationError
@@ -22,37 +21,37 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Give a name aside to write to, which replaces ``path`` at the end and is removed after an error.
+    """Yield a temporary path to write to, which replaces ``path`` at the end; after an error, it is removed.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "made" / "figure.csv"
-        >>> with atomically(path) as aside:
-        ...     _ = aside.write_text("1,2")
+        >>> with atomically(path) as partial:
+        ...     _ = partial.write_text("1,2")
         >>> path.read_text(), len(list(path.parent.iterdir()))
         ('1,2', 1)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
     try:
-        yield aside
-        aside.replace(path)
+        yield partial
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
-    with atomically(path) as aside:
-        figure.savefig(aside, format="png", dpi=120)
+    """Write a figure as a PNG, completely or not at all."""
+    with atomically(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def read(path: str | Path, context: str) -> Any:
-    """Return what a file of torch holds, on the CPU, if that is whole and nothing but tensors and plain types.
+    """Return the content of a file of torch, on the CPU; it may hold nothing but tensors and plain types.
 
     Args:
         path: of the file.
-        context: what needs it, for errors.
+        context: begins the error message.
 
     Raises:
         ConfigurationError: there is no such file, it is truncated or corrupted, or it holds other objects.
@@ -68,10 +67,14 @@ def read(path: str | Path, context: str) -> Any:
 
 
 def check_whole(path: str | Path, context: str) -> None:
-    """Raise where a file of torch is not there, or not what was written: torch itself reads past flipped bits.
+    """Raise unless a file exists and its checksums are right; ``torch.load`` does not check them.
+
+    Args:
+        path: of the file.
+        context: begins the error message.
 
     Raises:
-        ConfigurationError: that is so.
+        ConfigurationError: the file is missing or corrupted.
     """
     if not Path(path).is_file():
         raise ConfigurationError(f"{context}: there is no file {path}")
@@ -80,11 +83,11 @@ def check_whole(path: str | Path, context: str) -> None:
 
 
 def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint of Lightning's, or of a state dict in a file, by clean name, on the CPU.
+    """Return the tensors of a Lightning checkpoint, or of a state dict, by clean name, on the CPU.
 
     Args:
         path: of the file.
-        context: what needs it, for errors.
+        context: begins the error message.
 
     Raises:
         ConfigurationError: there is no such file, it is corrupted, or holds other objects than tensors and plain types.
@@ -95,7 +98,7 @@ def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
 
 
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
-    """Return the newest checkpoint that is whole: a kill truncates one where temporary files lie on another disk."""
+    """Return the newest checkpoint that is whole: a killed process may leave a truncated one."""
     newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next(filter(_is_whole, newest_first), None)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import tempfile
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
 from tying.callbacks.base import callbacks_of
@@ -20,70 +18,62 @@ from tying.files import atomically, read
 from tying.hard import bake
 from tying.selection.index import unwrapped
 
-SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's config.yaml; the rest are arguments of `fit`
+HELP = "Write the plain weights of a checkpoint, which load without this package."
 
 
-def main(args: Sequence[str], load: Callable[[Sequence[str]], tuple[pl.Trainer, pl.LightningModule]]) -> None:
+def bake_parser() -> LightningArgumentParser:
+    """Return the parser of the arguments of :func:`export`."""
+    parser = LightningArgumentParser(description=HELP, exit_on_error=False)
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint of Lightning, or a state dict")
+    parser.add_argument("--seed_everything", type=bool, default=False, help=SUPPRESS)  # Lightning asks for it
+    parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its suffix")
+    parser.add_argument(
+        "--config", action="append", default=[], help="the run's configuration, where the model computes weights"
+    )
+    return parser
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    configs: Sequence[str],
+    load: Callable[[Sequence[str]], LightningCLI],
+) -> None:
     """Write the plain weights of a checkpoint.
 
     Args:
-        args: of the command.
-        load: returns the trainer and the model that arguments describe.
+        checkpoint: a checkpoint of Lightning, or a state dict.
+        out: a file of torch, or of safetensors by its suffix.
+        configs: of the run; needed where the model computes weights.
+        load: returns the command line with the trainer and the model that configurations describe.
 
     Raises:
-        ConfigurationError: the checkpoint is missing or holds no weights, or they cannot be had without the model.
+        ConfigurationError: the checkpoint is missing or holds no weights, or needs a configuration.
     """
-    parser = argparse.ArgumentParser(prog="tying bake", description=__doc__)
-    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint of Lightning, or a state dict")
-    parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its ending")
-    parser.add_argument("--config", action="append", default=[], help="of the run; where weights are computed")
-    known = parser.parse_args(args)
-    content = read(known.ckpt, "--ckpt")
-    weights = _weights(content, known.ckpt)
+    content = read(checkpoint, "--ckpt")
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ConfigurationError(f"--ckpt: {checkpoint} holds no state dict")
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
-        weights = _computed(weights, known.config, known.ckpt, load)
-    own = {unwrapped(key): value.detach() for key, value in weights.items()}
-    plain = {key: value.clone(memory_format=torch.contiguous_format) for key, value in own.items()}
-    _save(plain, known.out)
-    size = sum(value.numel() * value.element_size() for value in plain.values())
-    print(f"{len(plain)} tensors, {size:,} bytes: {known.out}")
-    for callback, state in (content.get("callbacks", {}) if isinstance(content, dict) else {}).items():
+        if not configs:
+            raise ConfigurationError(f"{checkpoint} holds weights that the model computes: give the run's --config")
+        if empty := [config for config in configs if Path(config).is_file() and not Path(config).stat().st_size]:
+            raise ConfigurationError(f"--config: {empty[0]} must hold keys and values")
+        cli = load(configs)
+        cli.model.configure_model()
+        load_weights(cli.model, callbacks_of(cli.trainer), weights, f"--config {', '.join(configs)}: {checkpoint}")
+        weights = bake(cli.model)
+    plain = {
+        unwrapped(key): value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()
+    }
+    _save(plain, out)
+    print(f"{len(plain)} tensors, {sum(value.nbytes for value in plain.values()):,} bytes: {out}")
+    for callback, state in content.get("callbacks", {}).items():
         if callback.startswith("ResidualMerging") and "scale='train'" not in str(state):
-            print(f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without")
-            print("such merges, which also scale what they kept in training, computes something else from them.")
-
-
-def _weights(content: object, path: Path) -> dict[str, Tensor]:
-    held = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(held, dict) or not held or not all(isinstance(value, Tensor) for value in held.values()):
-        raise ConfigurationError(f"--ckpt: {path} holds no state dict")
-    return held
-
-
-def _computed(
-    weights: dict[str, Tensor],
-    configs: Sequence[str],
-    path: Path,
-    load: Callable[[Sequence[str]], tuple[pl.Trainer, pl.LightningModule]],
-) -> dict[str, Tensor]:
-    if not configs:
-        raise ConfigurationError(f"{path} holds weights that the model computes: give the --config of its run")
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = []
-        for number, config in enumerate(configs):
-            kept = Path(folder) / f"{number}.yaml"
-            try:
-                content = yaml.safe_load(Path(config).read_text())
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise ConfigurationError(f"--config: {config} cannot be read: {error}") from None
-            if not isinstance(content, dict):
-                raise ConfigurationError(f"--config: {config} must hold keys and values")
-            kept.write_text(yaml.safe_dump({key: content[key] for key in SECTIONS if key in content}))
-            arguments.append(f"--config={kept}")
-        trainer, model = load(arguments)
-    model.configure_model()
-    load_weights(model, callbacks_of(trainer), weights, f"--config {', '.join(configs)}: {path}")
-    return bake(model)
+            print(
+                f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without\n"
+                "such merges, which also scale the branches that they keep, computes something else from them."
+            )
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
@@ -94,7 +84,7 @@ def _save(weights: dict[str, Tensor], path: Path) -> None:
         except ImportError:
             raise ConfigurationError("a .safetensors file needs the package: pip install safetensors") from None
     try:
-        with atomically(path) as aside:
-            save(weights, aside)
-    except (OSError, RuntimeError) as error:  # torch's writer knows of no OSError
+        with atomically(path) as partial:
+            save(weights, partial)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
         raise ConfigurationError(f"--out: {path} cannot be written: {error}") from None

@@ -14,109 +14,114 @@ from pickle import PickleError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from yaml import YAMLError
 
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, listed, nearest
 
-UNION = "Does not validate against any of the Union subtypes"  # how the parser begins, where it tried several types
-VAIN = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # what it then tells in addition
-UNFIT = "Error(s) in loading state_dict"  # how torch begins, where a checkpoint does not fit
-BROKEN = ("PytorchStreamReader failed", "[enforce fail at inline_container")  # and where a file is none of its own
-OTHER_WEIGHTS = "loaded state dict"  # how torch begins, where optimizers do not fit
-NAMELESS = "Found more than one stateful callback"  # how Lightning begins
-LIGHTNING = ("state_dict", "pytorch-lightning_version", "loops", "optimizer_states", "epoch", "global_step")
+UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
+TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # types that nobody meant
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)$")
-NO_OPTION = re.compile(r"Option '(\w+)' is not accepted$")
-CHANGES_ANOTHER = re.compile(r"Got value: \{'init_args':")  # init_args, and no class that they are of
+# class of an error, pattern of the beginning of its message, whether it is explained only where a checkpoint is loaded,
+# and the explanation, with the message, its first line, its first sentence and its summary as fields
+EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
+    (
+        Exception,
+        r"Error\(s\) in loading state_dict",
+        True,
+        "ckpt_path: the checkpoint does not fit the model: {summary}",
+    ),
+    (
+        Exception,
+        "'(state_dict|pytorch-lightning_version|loops|optimizer_states|epoch|global_step)'$|"  # a KeyError
+        r"PytorchStreamReader failed|\[enforce fail at inline_container",
+        True,
+        "ckpt_path: this is no checkpoint of Lightning: {line}",
+    ),
+    (PickleError, "", True, "ckpt_path: the checkpoint holds more than tensors and plain types: {line}"),
+    (
+        Exception,
+        "loaded state dict",
+        True,
+        "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties that it was trained "
+        "with; to begin another one from its weights, load those into the model",
+    ),
+    (
+        Exception,
+        "Found more than one stateful callback",
+        False,
+        "{sentence}: give each a name of its own, such as name: features",
+    ),
+    (
+        OSError,
+        rf"\[Errno ({'|'.join(map(str, UNWRITABLE))})\]",
+        False,
+        "{message}. Choose a folder with room and rights, such as by --trainer.default_root_dir",
+    ),
+)
 
 
 def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
-    """Return what is wrong with what was asked for, in a paragraph; ``None`` for an error of another kind.
+    """Return a paragraph that explains a mistake of the user, or ``None`` for an error of another kind.
 
     Args:
         error: what was raised.
         of_checkpoint: whether a checkpoint was to be loaded, which may not fit.
     """
-    chain = _causes(error)
+    message = str(error)
+    for kind, pattern, only_of_checkpoint, explanation in EXPLANATIONS:
+        if isinstance(error, kind) and re.match(pattern, message) and only_of_checkpoint <= of_checkpoint:
+            line, *others = [line.strip() for line in message.splitlines()]
+            sentence, summary = message.partition(". ")[0], f"{line} {listed(others)}"
+            return explanation.format(message=message, line=line, sentence=sentence, summary=summary)
+    chain = [error]  # down to the first cause
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if unreadable := [cause for cause in chain if isinstance(cause, UnicodeDecodeError)]:
+        return f"a configuration is no text in UTF-8: {unreadable[0]}"
     mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
-    if of_checkpoint and str(error).startswith(UNFIT):
-        return f"ckpt_path: the checkpoint does not fit the model: {_shortened(str(error))}"
-    if of_checkpoint and (
-        (isinstance(error, KeyError) and error.args[0] in LIGHTNING) or str(error).startswith(BROKEN)
-    ):
-        return f"ckpt_path: this is no checkpoint of Lightning: {str(error).splitlines()[0]}"
-    if of_checkpoint and isinstance(error, PickleError):
-        return f"ckpt_path: the checkpoint holds more than tensors and plain types: {str(error).splitlines()[0]}"
-    if of_checkpoint and str(error).startswith(OTHER_WEIGHTS):
-        return (
-            "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties that it was "
-            "trained with; to begin another one from its weights, load those into the model"
-        )
-    if str(error).startswith(NAMELESS):
-        return f"{str(error).partition('. ')[0]}: give each a name of its own, such as name: features"
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return f"{error}. Choose a folder with room and rights, such as by --trainer.default_root_dir"
-    if unreadable := next((cause for cause in chain if isinstance(cause, UnicodeDecodeError)), None):
-        return f"a configuration is no text in UTF-8: {unreadable}"
-    if not any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
-        return None
-    return _told_briefly(chain)
+    if any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
+        return _summarize(chain)
+    return None
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    """Return an error and what caused it, down to the first cause."""
-    chain: list[BaseException] = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
-
-
-def _told_briefly(chain: Sequence[BaseException]) -> str:
-    """Return where a mistake is, and its first cause, without what the parser also tried in vain.
+def _summarize(chain: Sequence[BaseException]) -> str:
+    """Return where a mistake is, and its first cause, without the types that the parser tried in vain.
 
     Example:
         >>> outer, inner = ValueError('Parser key "data": ...'), ValueError("batch_size must be 1 or more, not 0")
-        >>> _told_briefly([outer, inner])
+        >>> _summarize([outer, inner])
         'data: batch_size must be 1 or more, not 0'
     """
     cause = next((error for error in chain if isinstance(error, ConfigurationError)), chain[-1])
-    heads = [re.match(r"""(?:Parser key|Problem with given class_path) ["']([^"']+)["']""", str(e)) for e in chain]
-    places = [*dict.fromkeys(head[1] for head in heads if head)]
+    head = re.compile(r"""(?:Parser key|Problem with given class_path) ["']([^"']+)["']""")
+    places = [*dict.fromkeys(match[1] for error in chain if (match := head.match(str(error))))]
     alternatives = [re.sub(r"^Parser key \S+:\s*", "", str(cause).strip())]
     union = str(chain[chain.index(cause) - 1])
     if union.startswith(UNION) and not isinstance(cause, ConfigurationError):
-        tried = re.split(r"\n  - ", union.split("\nGiven value")[0])[1:]
-        alternatives += [re.sub(r"\s+", " ", attempt) for attempt in tried if not attempt.startswith(VAIN)][1:]
-    told = ": ".join([*places, "; or: ".join(alternatives)])
-    if CHANGES_ANOTHER.search(told):
+        attempts = re.split(r"\n  - ", union.split("\nGiven value")[0])[1:]
+        alternatives += [re.sub(r"\s+", " ", attempt) for attempt in attempts if not attempt.startswith(TRIED)][1:]
+    text = ": ".join([*places, "; or: ".join(alternatives)]).replace("a <class 'collections.abc.Sequence'>", "a list")
+    if "Got value: {'init_args':" in text:
         return (
-            f"{told.splitlines()[0]}. These are init_args without a class_path: changes to what another configuration "
+            f"{text.splitlines()[0]}. These are init_args without a class_path: changes to what another configuration "
             "says. Give that one before, such as --config configs/base.yaml"
         )
     if any(isinstance(error, YAMLError) for error in chain):
-        told = " ".join(told.split())
-        return f"{told}. In YAML, a pattern needs quotes: asterisks, braces and colons mean something else there"
-    told = told.replace("a <class 'collections.abc.Sequence'>", "a list")
-    if told.endswith("Got value: inf"):
-        return f"{told} (infinity is written .inf)"
-    close = _nearest(told, places)
-    return f"{told}.{close}" if close else told
+        return (
+            f"{' '.join(text.split())}. In YAML, a pattern needs quotes: asterisks, braces and colons mean something "
+            "else there"
+        )
+    if text.endswith("Got value: inf"):
+        return f"{text} (infinity is written .inf)"
+    close = _nearest(text, places)
+    return f"{text}.{close}" if close else text
 
 
-def _nearest(told: str, places: Sequence[str]) -> str:
-    """Return what is spelled nearly as what was refused: a class of this package, or an argument of the class."""
-    if refused := NO_CLASS.search(told):
+def _nearest(text: str, places: Sequence[str]) -> str:
+    """Return the names closest to a rejected one: classes of this package, or arguments of the class."""
+    if rejected := re.search(r"Expected a dot import path string: (\w+)$", text):
         packages = map(import_module, ("tying.callbacks", "tying.models", "tying.data"))
-        return nearest(refused[1], [name for package in packages for name in package.__all__])
-    if (refused := NO_OPTION.search(told)) and places:
+        return nearest(rejected[1], [name for package in packages for name in package.__all__])
+    if (rejected := re.search(r"Option '(\w+)' is not accepted$", text)) and places:
         module, _, name = places[-1].rpartition(".")
         with suppress(ImportError, AttributeError, TypeError, ValueError):
-            return nearest(refused[1], signature(getattr(import_module(module), name)).parameters)
+            return nearest(rejected[1], signature(getattr(import_module(module), name)).parameters)
     return ""
-
-
-def _shortened(told: str, lines: int = 6) -> str:
-    """Return what torch says of a state dict, the first lines of it."""
-    first, *others = [line.strip() for line in told.splitlines()]
-    more = f" and {len(others) - lines} more" if len(others) > lines else ""
-    return f"{first} {' '.join(others[:lines])}{more}"

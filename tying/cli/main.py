@@ -16,10 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 import tying.callbacks
-import tying.cli.bake
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.callbacks.base import callbacks_of
+from tying.cli.bake import HELP, bake_parser, export
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError
@@ -27,7 +27,7 @@ from tying.files import check_whole, newest_intact
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, which can also say what a configuration ties."""
+    """Lightning's Trainer, which can also report what a configuration ties."""
 
     def inspect(
         self,
@@ -35,13 +35,13 @@ class Trainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = True,
-        plot: str | None = None,
+        plot: Path | None = None,
     ) -> None:
         """Print, without training, which weights each tie matches, and which weights no tie matches.
 
         Args:
             model: what to inspect.
-            datamodule: not used; what the configuration of a training run holds.
+            datamodule: not used; accepted because configurations of training runs have it.
             ckpt_path: take the weights of this checkpoint, or of the newest, ``"last"``.
             weights_only: unpickle nothing but tensors and plain types from it.
             plot: write how hashes use their tables to this PNG: heat maps and histograms.
@@ -49,14 +49,11 @@ class Trainer(pl.Trainer):
         Raises:
             ConfigurationError: ties do not fit the model; those that do are printed first.
         """
-        checkpoint = None if ckpt_path is None else Path(ckpt_path)
-        if ckpt_path == "last" and (checkpoint := newest_checkpoint(self)) is None:
-            raise ConfigurationError("ckpt_path=last: there is no checkpoint of this name yet")
-        inspect(model, callbacks_of(self), checkpoint, weights_only, None if plot is None else Path(plot))
+        inspect(model, callbacks_of(self), None if ckpt_path is None else Path(ckpt_path), weights_only, plot)
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the configuration beside what a logger writes; without a logger, nowhere."""
+    """Save the configuration in the logger's directory; without a logger, nowhere."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -64,8 +61,21 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with the subcommand ``bake``, which needs neither trainer nor model."""
+
+    @override
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        subcommands = super().add_subcommands(*args, **kwargs)
+        subcommands.add_subcommand("bake", bake_parser(), help=HELP)
+        return subcommands
+
+
 class TyingCLI(LightningCLI):
-    """LightningCLI for any LightningModule and any LightningDataModule, with the subcommand ``inspect``."""
+    """LightningCLI for any LightningModule and any LightningDataModule, with the subcommands ``inspect`` and ``bake``.
+
+    Hyperparameters stored in the checkpoint are ignored; your config decides.
+    """
 
     trainer: Trainer
 
@@ -76,74 +86,71 @@ class TyingCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**{"exit_on_error": False, **kwargs})  # main tells the error, in fewer words
+        return super().init_parser(**{"exit_on_error": False, **kwargs})  # main explains errors in fewer words
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # without Lightning's warning where a program passes its own arguments
-        own = self.config.get(str(self.config.get("subcommand")), {})
-        if own.get("weights_only", False) is None:
-            own.weights_only = True  # Lightning itself would unpickle anything that comes from a URL
-        path = own.get("ckpt_path")
+        options = self.config.get(str(self.config.get("subcommand")), {})
+        if options.get("weights_only", False) is None:
+            options.weights_only = True  # Lightning itself would unpickle anything that comes from a URL
+        path = self._ckpt_path = options.get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and "://" not in path and not Path(path).is_dir():
             check_whole(path, "ckpt_path")
             if not zipfile.is_zipfile(path):
                 raise ConfigurationError(f"ckpt_path: {path} is not a checkpoint, or is truncated")
+        if path:
+            options.ckpt_path = None  # Lightning would let hyperparameters in the checkpoint override the configuration
 
     @override
-    def _parse_ckpt_path(self) -> None:
-        """Leave the model as it is configured: Lightning would let a checkpoint's own arguments override that."""
+    def before_instantiate_classes(self) -> None:
+        if self._ckpt_path:
+            self.config[self.subcommand].ckpt_path = self._ckpt_path
 
-    def before_fit(self) -> None:
-        """Let ``--ckpt_path last`` mean the newest checkpoint of any earlier run of this name; without one, begin anew.
+    @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "bake":
+            options = self.config.bake
+            export(options.ckpt, options.out, options.config, load)
+            self.subcommand = None  # nothing is left to run
+        else:
+            super().instantiate_classes()
 
-        Lightning itself looks only where this run will write, which is a new directory for each run.
+    @override
+    def after_instantiate_classes(self) -> None:
+        """Replace ``--ckpt_path last`` by the newest checkpoint of any earlier run of this name.
+
+        Lightning itself looks only where this run will write, which is a new directory for each run. Without a
+        checkpoint, ``fit`` begins anew, and the other subcommands raise.
         """
-        self._find_last("fit")
-
-    def before_validate(self) -> None:
-        """Let ``--ckpt_path last`` mean the newest checkpoint of any run of this name, of which there must be one."""
-        self._find_last("validate")
-
-    def before_test(self) -> None:
-        """As :meth:`before_validate`."""
-        self._find_last("test")
-
-    def before_predict(self) -> None:
-        """As :meth:`before_validate`."""
-        self._find_last("predict")
-
-    def _find_last(self, subcommand: str) -> None:
-        config = self.config_init[subcommand]
-        if config.ckpt_path != "last":
+        options: Any = self.config_init[self.subcommand] if self.subcommand else {}
+        if options.get("ckpt_path") != "last":
             return
         warnings.filterwarnings("ignore", "The dirpath has changed")  # each run has a directory of its own
-        found, where = newest_checkpoint(self.trainer), " or ".join(_places(self.trainer))
-        unseen = " (only folders of this machine are searched)" if "://" in where else ""  # nor does Lightning see it
-        if found is None and (unseen or subcommand != "fit"):
+        newest, where = newest_checkpoint(self.trainer), " or ".join(_places(self.trainer))
+        unseen = " (only folders of this machine are searched)" if "://" in where else ""
+        if newest is None and (unseen or self.subcommand != "fit"):
             raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}; give its path")
-        config.ckpt_path = None if found is None else str(found)
-        if found is None:
-            rank_zero_info(f"no earlier run is in {where}: training begins anew")
-        else:
-            rank_zero_info(f"{'going on from' if subcommand == 'fit' else 'taking the weights of'} {found}")
+        options.ckpt_path = None if newest is None else str(newest)
+        use = "going on from" if self.subcommand == "fit" else "taking the weights of"
+        rank_zero_info(f"no earlier run is in {where}: training begins anew" if newest is None else f"{use} {newest}")
 
 
 def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
-    """Return the newest checkpoint of any run of this name, or in a folder that a callback is told to save in."""
+    """Return the newest checkpoint of any run of this name, or in the ``dirpath`` of a checkpoint callback."""
     return newest_intact(path for place, files in _places(trainer).items() for path in Path(place).glob(files))
 
 
 def _places(trainer: pl.Trainer) -> dict[str, str]:
-    """Return in which folders runs of this name leave checkpoints, where Lightning puts them, and their paths there."""
-    own = {str(trainer.default_root_dir): "checkpoints/*.ckpt"}
+    """Return the folders in which runs of this name save checkpoints, each with the checkpoints' pattern there."""
+    places = {str(trainer.default_root_dir): "checkpoints/*.ckpt"}
     if logger := trainer.logger:
-        own = {os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)): "*/checkpoints/*.ckpt"}
-    told = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    return own | {str(folder): "*.ckpt" for folder in told if folder}
+        places = {os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)): "*/checkpoints/*.ckpt"}
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return places | {str(folder): "*.ckpt" for folder in folders if folder}
 
 
-def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
+def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingCLI] = TyingCLI) -> TyingCLI:
     """Return trainer, model and data as the arguments say; with ``run``, the first of these is a subcommand to run.
 
     Example:
@@ -151,41 +158,44 @@ def parse(args: Sequence[str] | None = None, run: bool = False) -> TyingCLI:
         >>> parse(["--seed_everything=0", "--trainer.logger=false", *model]).model.hparams["sizes"]
         [8, 4]
     """
-    return TyingCLI(
+    return cli(
         trainer_class=Trainer,
         auto_configure_optimizers=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},  # in the logger's own directory
+        parser_class=Parser,
+        parser_kwargs={"prog": "tying", "version": tying.__version__},
         args=None if args is None else [*args],
         run=run,
     )
 
 
-def _load(args: Sequence[str]) -> tuple[pl.Trainer, pl.LightningModule]:
-    cli = parse(args)
-    return cli.trainer, cli.model
+class Loading(TyingCLI):
+    """Instantiate the classes of a run's configuration, and run no subcommand."""
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        self.subcommand = None
+
+
+def load(configs: Sequence[str]) -> TyingCLI:
+    """Return the trainer and the model that the configurations of a run describe."""
+    return parse(["inspect", *(f"--config={config}" for config in configs), "--ckpt_path=null"], run=True, cli=Loading)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake in what was asked for is told in a paragraph, with exit status 2."""
+    """Run the command line; mistakes of the user are explained in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a module of one's own can be named
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
     given = sys.argv[1:] if args is None else [*args]
     try:
-        if given[:1] == ["bake"]:
-            tying.cli.bake.main(given[1:], _load)
-        else:
-            parse(given, run=True)
+        parse(given, run=True)
     except NonFiniteError as error:
         print(f"tying: error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        told = explain(error, of_checkpoint=any(argument.startswith("--ckpt_path") for argument in given))
-        if told is None:
+        explanation = explain(error, of_checkpoint=any(argument.startswith("--ckpt_path") for argument in given))
+        if explanation is None:
             raise
-        print(f"tying: error: {told}", file=sys.stderr)
+        print(f"tying: error: {explanation}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -38,12 +38,12 @@ def load_sample() -> dict[str, Split]:
 def cut_sample(archive: Path, out: Path) -> int:
     """Write evenly spaced images of each class and split of ``archive`` to ``out``; return the number of bytes.
 
-    The result depends on the images alone: times and owners are fixed, and ``out`` appears whole or not at all.
+    The result depends on the images alone: times and owners are fixed. ``out`` is written atomically.
     """
     grouped: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
     for split, kind, name, content in files(archive):
         grouped[split, kind].append((name, content))
-    with atomically(out) as aside, tarfile.open(aside, "w:xz", preset=9) as tar:
+    with atomically(out) as partial, tarfile.open(partial, "w:xz", preset=9) as tar:
         for (split, count), kind in product(PER_CLASS.items(), CLASSES):
             images = sorted(grouped[split, kind])
             for name, content in images[:: max(1, len(images) // count)][:count]:
