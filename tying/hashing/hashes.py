@@ -279,8 +279,7 @@ class DirichletHash(SeededHash):
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         first = (self.state(table_size) if drawn is None else drawn).to(ids.device)
-        bits = (hash32(ids, self.seed) - (1 << 31)).to(torch.int32)
-        return torch.searchsorted(first, bits, right=True) - 1
+        return torch.searchsorted(first, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
 
     @override
     @_of_own_slots
@@ -438,8 +437,7 @@ class BlockHash(SeededHash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        starts = reduce_range(hash32(ids // self.block, self.seed), table_size - self.block + 1)
-        return starts + ids % self.block
+        return reduce_range(hash32(ids // self.block, self.seed), table_size - self.block + 1) + ids % self.block
 
     @override
     def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
@@ -549,13 +547,12 @@ class ToeplitzHash(Hash):
         return zip(*map(pair, (*sizes, self.kernel_size, self.stride, self.padding, self.dilation)), strict=True)
 
     @property
-    def output_size(self) -> tuple[int, int]:
+    def output_size(self) -> tuple[int, ...]:
         """Height and width of the output."""
-        height, width = (
+        return tuple(
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in self._axes(self.input_size)
         )
-        return height, width
 
     @property
     def features(self) -> tuple[int, int]:
