@@ -164,12 +164,13 @@ def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Te
     if length == count and bias is None:
         return x
     cycles = -(-count // length)
+    extra = cycles * length - count
     repeated = x.unsqueeze(dim).expand(*x.shape[:dim], cycles, *x.shape[dim:])
     if bias is not None:  # adding it here saves a pass over the output
-        padded = F.pad(bias.to(x.dtype), (0, cycles * length - count))
-        repeated = repeated + padded.view(cycles, length, *[1] * (x.ndim - dim - 1))
+        padded = F.pad(bias, (0, extra)) if extra else bias
+        repeated = repeated + padded.to(x.dtype).view(cycles, length, *[1] * (x.ndim - dim - 1))
     flat = repeated.flatten(dim, dim + 1)
-    return flat if cycles * length == count else flat.narrow(dim, 0, count)
+    return flat.narrow(dim, 0, count) if extra else flat
 
 
 def pair(size: Size) -> tuple[int, int]:

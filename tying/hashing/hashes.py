@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, ClassVar, Self, TypeVar
+from functools import partial, wraps
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from tying.hashing.integers import hash32, reduce_range, xxh32
 
 SIGN = 0x5349474E  # makes signs independent of slots
 _DIRICHLET = 0x4449524943484C45  # makes the probabilities of a Dirichlet hash independent of its slots
-Probabilities = TypeVar("Probabilities", bound=Callable[..., Tensor | None])
 
 
 @class_aliases("tying.hashing.Hash")
@@ -133,14 +131,14 @@ def overrides_slot_only(hash: Hash, method: str) -> bool:
     return method not in vars(next(cls for cls in type(hash).__mro__ if {"slot", method} & vars(cls).keys()))
 
 
-def _of_own_slots(probabilities: Probabilities) -> Probabilities:
+def _of_own_slots(probabilities: Callable[[Any, int, int], Tensor]) -> Callable[[Any, int, int], Tensor | None]:
     """Make a method return None in subclasses that override ``slot`` only."""
 
-    @functools.wraps(probabilities)
+    @wraps(probabilities)
     def known(self: Hash, count: int, table_size: int) -> Tensor | None:
         return None if overrides_slot_only(self, "probabilities") else probabilities(self, count, table_size)
 
-    return known  # type: ignore[return-value]  # of the same signature
+    return known
 
 
 def _represent(value: object) -> str:
@@ -212,7 +210,7 @@ class ModulusHash(Hash):
 
     @override
     @_of_own_slots
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+    def probabilities(self, count: int, table_size: int) -> Tensor:
         return _cycle_probabilities(count, table_size)
 
 
@@ -241,7 +239,7 @@ class UniformHash(SeededHash):
 
     @override
     @_of_own_slots
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+    def probabilities(self, count: int, table_size: int) -> Tensor:
         return _equal_probabilities(table_size)
 
 
@@ -279,12 +277,11 @@ class DirichletHash(SeededHash):
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         first = (self.state(table_size) if drawn is None else drawn).to(ids.device)
-        bits = (hash32(ids, self.seed) - (1 << 31)).to(torch.int32)
-        return torch.searchsorted(first, bits, right=True) - 1
+        return torch.searchsorted(first, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
 
     @override
     @_of_own_slots
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+    def probabilities(self, count: int, table_size: int) -> Tensor:
         first = self.state(table_size).double()
         return torch.diff(first, append=first.new_tensor([2.0**31])) / 2.0**32
 
@@ -368,7 +365,7 @@ class NeighborhoodHash(SeededHash):
 
     @override
     @_of_own_slots
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+    def probabilities(self, count: int, table_size: int) -> Tensor:
         width = 2 * self.radius + 1
         if width > table_size:
             return _equal_probabilities(table_size)
@@ -398,7 +395,7 @@ class XXHash(SeededHash):
 
     @override
     @_of_own_slots
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+    def probabilities(self, count: int, table_size: int) -> Tensor:
         return _equal_probabilities(table_size)
 
     @override
@@ -438,8 +435,7 @@ class BlockHash(SeededHash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        starts = reduce_range(hash32(ids // self.block, self.seed), table_size - self.block + 1)
-        return starts + ids % self.block
+        return reduce_range(hash32(ids // self.block, self.seed), table_size - self.block + 1) + ids % self.block
 
     @override
     def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
@@ -455,7 +451,7 @@ class BlockHash(SeededHash):
 
     @override
     @_of_own_slots
-    def probabilities(self, count: int, table_size: int) -> Tensor | None:
+    def probabilities(self, count: int, table_size: int) -> Tensor:
         covering = torch.arange(1, table_size + 1, dtype=torch.float64, device="cpu")
         covering = torch.minimum(covering, covering.flip(0)).clamp(max=min(self.block, table_size - self.block + 1))
         return covering / covering.sum()
@@ -549,13 +545,12 @@ class ToeplitzHash(Hash):
         return zip(*map(pair, (*sizes, self.kernel_size, self.stride, self.padding, self.dilation)), strict=True)
 
     @property
-    def output_size(self) -> tuple[int, int]:
+    def output_size(self) -> tuple[int, ...]:
         """Height and width of the output."""
-        height, width = (
+        return tuple(
             (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for size, kernel, stride, padding, dilation in self._axes(self.input_size)
         )
-        return height, width
 
     @property
     def features(self) -> tuple[int, int]:

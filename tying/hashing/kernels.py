@@ -90,8 +90,9 @@ class FusedLinear(torch.autograd.Function):
             input_grad = _multiply(upstream, table, outputs, inputs, (inputs, 1), first, seed)
         if ctx.needs_input_grad[1]:
             sums = torch.zeros(len(table), dtype=torch.float32, device=table.device)
-            grid = triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)
-            _gradient[grid](x, upstream, sums, batch, inputs, outputs, first, *splitmix64(seed), len(table), TILE)
+            _gradient[triton.cdiv(outputs, TILE), triton.cdiv(inputs, TILE)](
+                x, upstream, sums, batch, inputs, outputs, first, *splitmix64(seed), len(table), TILE
+            )
             table_grad = sums.to(table.dtype)
         return input_grad, table_grad, None, None, None
 
@@ -117,6 +118,7 @@ def _multiply(
     x: Tensor, table: Tensor, inner: int, outer: int, strides: tuple[int, int], first: int, seed: int
 ) -> Tensor:
     y = x.new_empty(len(x), outer)
-    grid = triton.cdiv(len(x), TILE), triton.cdiv(outer, TILE)
-    _product[grid](x, table, y, len(x), inner, outer, *strides, first, *splitmix64(seed), len(table), TILE)
+    _product[triton.cdiv(len(x), TILE), triton.cdiv(outer, TILE)](
+        x, table, y, len(x), inner, outer, *strides, first, *splitmix64(seed), len(table), TILE
+    )
     return y

@@ -144,8 +144,7 @@ def unpacked(content: Packed) -> Tensor:
 
 def clustered(model: nn.Module) -> dict[str, tuple[HashedParametrization, Tensor]]:
     """Return parametrization and codebook of each clustered weight of a model, by name."""
-    weights = {name: (parametrization, table) for name, parametrization, table in hashed_in(model)}
-    return {name: pair for name, pair in weights.items() if isinstance(pair[0].hash, CodebookHash)}
+    return {name: (weight, table) for name, weight, table in hashed_in(model) if isinstance(weight.hash, CodebookHash)}
 
 
 def packed_weights(model: nn.Module) -> dict[str, Packed]:
@@ -207,8 +206,7 @@ def clustered_size(model: nn.Module, names: Sequence[str]) -> tuple[int, int]:
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
-    spread = (values.numpy()[:, None] >> np.arange(bits)) & 1
-    return torch.from_numpy(np.packbits(spread.astype(np.uint8).ravel()))
+    return torch.from_numpy(np.packbits((values.numpy()[:, None] >> np.arange(bits)) % 2 > 0))
 
 
 def _unpack(name: str, content: Tensor, count: int, bits: int) -> Tensor:

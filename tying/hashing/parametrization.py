@@ -210,10 +210,11 @@ class HashedParametrization(FollowsDevice):
         """Return the seed for :func:`tying.hashing.kernels.fused_linear`, or None if the layer cannot be fused."""
         if type(self.hash) is not UniformHash or self.index != "computed" or not self._is_plain:
             return None
-        if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
-            return None  # the compiler fuses by itself; kernels sum in any order
-        fusible = table.device.type in FUSED and table.dtype != torch.float64 and find_spec("triton") is not None
-        return self.hash.seed if fusible else None
+        # the compiler fuses by itself; kernels sum in any order
+        excluded = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
+        if excluded or table.device.type not in FUSED or table.dtype == torch.float64 or find_spec("triton") is None:
+            return None
+        return self.hash.seed
 
     def scaled(self, table: Tensor) -> Tensor:
         """Return the table times the scale."""
@@ -334,8 +335,8 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def get_extra_state(self) -> Tensor:
-        content = json.dumps({"described": self._description, "scale": self.scale}).encode()
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        content = json.dumps({"described": self._description, "scale": self.scale})
+        return torch.frombuffer(bytearray(content, "utf-8"), dtype=torch.uint8)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
