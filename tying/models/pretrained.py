@@ -19,11 +19,11 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
     Args:
         model: whose tensors are written.
         path: a checkpoint of Lightning's, or a file with a state dict; tensors that the model lacks are ignored.
-        fresh: patterns of parameters, buffers or modules that stay as they are: a new head.
+        fresh: patterns of parameters, buffers or modules that are not loaded: a new head.
 
     Raises:
         ConfigurationError: the file is missing or of another kind; a pattern matches nothing; the file lacks a tensor,
-            or has it in another shape. Nothing is written then.
+            or has it in another shape. The model is unchanged then.
 
     Example:
         >>> import tempfile, torch
