@@ -7,8 +7,8 @@ from torch.autograd import gradcheck
 from tying.depth import fractal_join, skip_forward, stochastic_depth, swapout
 from tying.hard.hypernetwork import generate
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
-from tying.hard.templates import mix
-from tying.hashing import CodebookHash, ModulusHash, UniformHash, VirtualWeight
+from tying.hard.templates import mix_templates
+from tying.hashing import CodebookHash, HashedParametrization, ModulusHash, UniformHash
 from tying.soft import huber, l1, l2, mixture_nll
 
 MASK = torch.arange(24).view(4, 6) % 3 > 0
@@ -20,11 +20,11 @@ FAMILIES = {  # the function, and the shapes of its arguments
     "mixture": (mixture_nll, [(4, 6), (3,), (3,), (3,)]),
     "low rank": (low_rank, [(4, 2), (2, 6)]),
     "low rank and a diagonal": (low_rank_plus_diagonal, [(6, 2), (2, 6), (6,)]),
-    "templates": (mix, [(2, 4, 6), (2,)]),
+    "templates": (mix_templates, [(2, 4, 6), (2,)]),
     "generated": (generate, [(3,), (2, 4, 3), (2, 4), (2, 1, 1, 4), (2, 1, 1)]),
-    "hashed, signed, half kept": (VirtualWeight((4, 6), 7, UniformHash(0), sign=True, density=0.5), [(7,)]),
-    "hashed, structured": (VirtualWeight((4, 6), 7, ModulusHash(), scale=0.7), [(7,)]),
-    "clustered": (VirtualWeight((4, 6), 4, CodebookHash(ASSIGNED)), [(4,)]),
+    "hashed, signed, half kept": (HashedParametrization((4, 6), 7, UniformHash(0), sign=True, density=0.5), [(7,)]),
+    "hashed, structured": (HashedParametrization((4, 6), 7, ModulusHash(), scale=0.7), [(7,)]),
+    "clustered": (HashedParametrization((4, 6), 4, CodebookHash(ASSIGNED)), [(4,)]),
     "stochastic depth": (lambda x, f: stochastic_depth(x, lambda: f, keep=0.3, training=False), [(4, 6)] * 2),
     "swapout": (lambda x, f: swapout(x, f, MASK, ~MASK | (x > 0)), [(4, 6)] * 2),
     "skip forward": (lambda x, f: skip_forward(x, f, MASK), [(4, 6)] * 2),
