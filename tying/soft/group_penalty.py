@@ -112,8 +112,9 @@ class TyingPenalty(nn.Module):
         A group of m members diverges when ``rate · step · curvature > 2 / m``; if a single member moves, when it is
         above ``2 / (m − 1)``.
         """
-        largest = max(map(len, self.groups), default=1)
-        if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / largest:
+        if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / max(
+            map(len, self.groups), default=1
+        ):
             return None
         for group in self.groups:
             speeds = _rates(group, rates)
