@@ -47,6 +47,15 @@ def test_each_takes_at_most_fifteen_lines():
     assert all(len(code.splitlines()) <= 15 for code in ADDED)
 
 
+def test_a_hash_of_the_former_signature():
+    former = ADDED[0].replace("table_size):", "table_size, drawn=None):")
+    assert former != ADDED[0]
+    exec(ADDED[0], now := {"__name__": "now"})
+    exec(former, before := {"__name__": "before"})
+    indices = [scope["Diagonal"]().index(count=40, table_size=7) for scope in (now, before)]
+    assert torch.equal(*indices)
+
+
 def test_inspect_shows_them(run):
     shown = run("inspect")
     assert "table of 231" in shown

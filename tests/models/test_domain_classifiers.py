@@ -77,7 +77,7 @@ def test_other_batches_and_bad_domains():
     with pytest.raises(ConfigurationError, match="'near', 'far', not on 'near', 'odd'"):
         train(make(), data=CombinedLoader({"near": loader(), "odd": loader()}, "min_size"))
     for domains in ([], ["a", "a"], ["a.b"]):
-        with pytest.raises(ConfigurationError, match="domains are distinct names"):
+        with pytest.raises(ConfigurationError, match="domains must be distinct names"):
             DomainClassifiers(MLP([2, 2]), domains)
     with pytest.raises(ConfigurationError, match="tests by one pass"):
         make(test_samples=3)

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_told_and_nothing_is_written(pretrained, tmp_path):
         ),
         ({"fresh": ["network.2.9"]}, "fresh: 'network.2.9' matches nothing. Nearest"),
         ({"pretrained": str(tmp_path / "none.ckpt")}, "pretrained: there is no "),
-        ({"pretrained": None, "fresh": ["network"]}, "without pretrained: every weight begins anew"),
+        ({"pretrained": None, "fresh": ["network"]}, "needs pretrained: without it, no weight is loaded"),
     ]:
         given = {"network": network(), "pretrained": str(path), "num_classes": 2, **wrong}
         before = {name: value.clone() for name, value in given["network"].state_dict().items()}

@@ -15,7 +15,7 @@ from tying.models.networks import stack
 
 
 class Autoencoder(SingleStep):
-    """Linear layers with ReLUs down to a code and, mirrored, back up; trained on the mean squared error.
+    """Linear layers with ReLUs from the input to a code, and mirrored layers back; trained on the mean squared error.
 
     The layers are ``encoder.0``, ``encoder.2``, ... and ``decoder.0``, ``decoder.2``, ..., so that
     ``"encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"`` ties each layer to its mirror image.

@@ -64,17 +64,18 @@ class Classification(SingleStep):
         lr: peak learning rate.
         momentum: of SGD.
         weight_decay: of either optimizer, on all parameters.
-        schedule: what follows the warm-up: half a cosine down to 0, a tenth at each of ``drops``, or neither; or,
-            without a warm-up, ``"plateau"``: a tenth after four epochs without a better training accuracy.
-        warmup: share of all steps over which the learning rate rises linearly from 0.
-        drops: shares of all steps, for ``schedule="step"``.
+        schedule: after the warm-up: ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at each of
+            ``drops``; ``"constant"``. ``"plateau"``, without a warm-up: divide by 10 after four epochs without a better
+            training accuracy.
+        warmup: fraction of all steps over which the learning rate rises linearly from 0.
+        drops: fractions of all steps, for ``schedule="step"``.
         label_smoothing: of the cross entropy, in training.
-        channels_last: keep images and convolutions in the channels-last memory format; other inputs stay as they are.
-        test_samples: with more than 1, and random merges in the model (:mod:`tying.depth`): tests also log loss and
-            accuracy of the mean probabilities of so many sampled passes, as ``test/sampled/…``, and their standard
-            deviation, of the class predicted, as ``test/spread``; predictions are :class:`tying.depth.Sampled`.
+        channels_last: use the channels-last memory format for convolutions and four-dimensional inputs.
+        test_samples: number of sampled passes, for models with random merges (:mod:`tying.depth`). With more than 1,
+            tests also log loss and accuracy of the mean probabilities as ``test/sampled/…``, and the standard deviation
+            of the predicted class's probability as ``test/spread``; predictions are :class:`tying.depth.Sampled`.
 
-    Shape: batches of (inputs, labels), labels being integers of shape (batch,), or in training a dictionary that holds
+    Shape: batches of (inputs, labels), labels being integers of shape (batch,); in training, also dictionaries with
     such a batch as ``labelled``.
 
     Raises:
@@ -143,7 +144,7 @@ class Classification(SingleStep):
         return loss
 
     def log_accuracy(self, place: str, logits: Tensor, y: Tensor) -> None:
-        """Count a batch, and log ``<place>/accuracy`` at the end of the epoch."""
+        """Update the accuracy of a place, and log it as ``<place>/accuracy`` at the end of the epoch."""
         classes = self.hparams["num_classes"]
         if logits.shape[-1] != classes:
             raise ConfigurationError(
@@ -198,8 +199,8 @@ class Classifier(Classification):
 
     Args:
         network: maps a batch of inputs to logits.
-        pretrained: a checkpoint of a Classifier, whose weights this one begins with; batch norms' statistics, too.
-        fresh: patterns of what begins anew nevertheless: a head, ``"network.head"``.
+        pretrained: a checkpoint of a Classifier, from which weights and buffers are loaded.
+        fresh: patterns of those that are not loaded: a new head, ``"network.head"``.
         options: of :class:`Classification`.
 
     Raises:
@@ -219,7 +220,7 @@ class Classifier(Classification):
         if pretrained is not None:
             load_pretrained(self, pretrained, fresh)
         elif fresh:
-            raise ConfigurationError(f"fresh={list(fresh)} without pretrained: every weight begins anew")
+            raise ConfigurationError(f"fresh={list(fresh)} needs pretrained: without it, no weight is loaded")
 
     @override
     def logits(self, x: Tensor) -> Tensor:

@@ -21,16 +21,15 @@ class DomainClassifiers(Classification):
     together.
 
     Args:
-        network: of the first domain, copied for the others; maps inputs to logits.
-        domains: their names, as batches have them.
+        network: maps inputs to logits; the first domain uses it, each other domain a copy.
+        domains: their names, the keys of batches.
         options: of :class:`tying.models.classifier.Classification`.
 
-    Shape: batches are dictionaries of (inputs, labels) by domain; for predictions, which Lightning makes of one loader
-    after another, there is a dictionary of loaders, or a list in the order of the domains.
+    Shape: batches are dictionaries of (inputs, labels) by domain. Lightning predicts with one loader after another:
+    give a dictionary of loaders, or a list in the order of the domains.
 
     Raises:
-        ConfigurationError: no domain, one twice, or one whose name cannot be a submodule's; a batch is not of these
-            domains.
+        ConfigurationError: there is no domain, a name stands twice or is no identifier; a batch has other domains.
 
     Example:
         >>> from tying.models import MLP
@@ -44,9 +43,9 @@ class DomainClassifiers(Classification):
     def __init__(self, network: nn.Module, domains: Sequence[str], **options: Any) -> None:
         super().__init__(**options)
         if self.hparams["test_samples"] > 1:
-            raise ConfigurationError("DomainClassifiers tests by one pass: leave test_samples at 1")
+            raise ConfigurationError("DomainClassifiers tests by one pass: test_samples must be 1")
         if not domains or len({*domains}) < len(domains) or not all(map(str.isidentifier, domains)):
-            raise ConfigurationError(f"domains are distinct names, one at least, not {list(domains)}")
+            raise ConfigurationError(f"domains must be distinct names, at least one, not {list(domains)}")
         self.domains = list(domains)
         networks = [network, *(copy.deepcopy(network) for _ in self.domains[1:])]
         self.networks = nn.ModuleDict(dict(zip(self.domains, map(self.laid_out, networks), strict=True)))

@@ -18,23 +18,23 @@ from tying.errors import ConfigurationError, check_range
 class FractalNet(nn.Module):
     """A network of fractal blocks, each followed by pooling; a layer is convolution, dropout, normalisation and ReLU.
 
-    In training, a share of mini-batches passes through one column alone, drawn for the whole network; in the others
+    In training, a fraction of mini-batches passes through a single column, drawn for the whole network; in the others
     every join drops inputs (:class:`tying.depth.FractalBlock`). In evaluation nothing is dropped.
 
     Args:
-        columns: C of every block, whose deepest column has 2^(C−1) layers.
+        columns: the number C of columns of every block; the deepest has 2^(C−1) layers.
         widths: channels of each block.
         drop_path: probability of dropping an input of a join; 0, with ``global_share`` 0, for none.
-        global_share: share of mini-batches that one column computes.
-        dropout: within the layers of each block; one for each, or none.
+        global_share: fraction of mini-batches that a single column computes.
+        dropout: within the layers of each block; one rate for each block, or none.
         num_classes: number of outputs.
         in_channels: channels of the images.
-        column: evaluate this column alone: 0, the shallowest, to C − 1.
+        column: evaluate only this column: 0, the shallowest, to C − 1.
 
     Shape: (batch, in_channels, height, width) to (batch, num_classes); each block halves height and width.
 
     Raises:
-        ConfigurationError: as FractalBlock; dropouts of another number than the blocks; a share that is none.
+        ConfigurationError: as FractalBlock; the number of dropout rates is not that of blocks; a number out of range.
 
     Example:
         >>> import torch

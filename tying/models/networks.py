@@ -19,7 +19,7 @@ class MLP(nn.Sequential):
     Args:
         sizes: units of each layer, from input to output.
         activation: ``"relu"`` or ``"elu"``.
-        norm: an activation and batch normalisation after each layer, the last one too, as in ArbNets.
+        norm: add an activation and batch normalisation after each layer, including the last, as in ArbNets.
 
     Shape: (batch, ...) with ``sizes[0]`` entries a sample, to (batch, ``sizes[-1]``).
 
@@ -35,7 +35,7 @@ class MLP(nn.Sequential):
 
 
 class GRU(nn.GRU):
-    """``torch.nn.GRU`` for configurations: torch's own refuses the default of ``proj_size``, which they pass on.
+    """``torch.nn.GRU`` for configurations, which pass ``proj_size``; ``torch.nn.GRU`` raises an error even for 0.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class GRU(nn.GRU):
 def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: bool = False) -> list[nn.Module]:
     """Return linear layers from ``sizes[0]`` to ``sizes[-1]`` units, with activations between them.
 
-    With ``norm`` each layer, the last one too, is followed by an activation and by batch normalisation.
+    With ``norm``, an activation and batch normalisation follow each layer, including the last.
 
     Raises:
         ConfigurationError: fewer than two sizes.

@@ -19,11 +19,11 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
     Args:
         model: whose tensors are written.
         path: a checkpoint of Lightning's, or a file with a state dict; tensors that the model lacks are ignored.
-        fresh: patterns of parameters, buffers or modules that stay as they are: a new head.
+        fresh: patterns of parameters, buffers or modules that are not loaded: a new head.
 
     Raises:
         ConfigurationError: the file is missing or of another kind; a pattern matches nothing; the file lacks a tensor,
-            or has it in another shape. Nothing is written then.
+            or has it in another shape. The model is unchanged then.
 
     Example:
         >>> import tempfile, torch
@@ -35,9 +35,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
     state = model.state_dict()
     current = {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
     patterns = [Pattern(text) for text in fresh]
-    for pattern in patterns:
-        if not any(covers(pattern, name) for name in current):
-            raise ConfigurationError(f"fresh: {pattern.text!r} matches nothing.{nearest(pattern.text, current)}")
+    if idle := [pattern.text for pattern in patterns if not any(covers(pattern, name) for name in current)]:
+        raise ConfigurationError(f"fresh: {idle[0]!r} matches nothing.{nearest(idle[0], current)}")
     wanted = {name: value for name, value in current.items() if not any(covers(pattern, name) for pattern in patterns)}
     saved = saved_weights(path, "pretrained")
     if missing := [name for name in wanted if name not in saved]:

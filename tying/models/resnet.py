@@ -27,18 +27,19 @@ class ResNet(nn.Module):
         width: factor on the channels 16, 32 and 64 of the stages; a multiple of 1/16.
         num_classes: number of outputs.
         in_channels: channels of the images.
-        merge: of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` lets it go with depth.
-        shared: all blocks of a stage that keep its shape are one block used again (:class:`tying.depth.Recurrent`).
-        per_step_norm: with ``shared``: each use has normalisation layers of its own.
+        merge: the merge of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` makes it vary with
+            depth.
+        shared: within a stage, use one block for all blocks that keep the shape (:class:`tying.depth.Recurrent`).
+        per_step_norm: with ``shared``: each use of a block has separate normalisation layers.
         preactivation: normalise and activate before each convolution instead of after it, and not after the sum.
-        shortcut: where the shape changes: ``"pad"``: take every second pixel, and fill channels up with zeros;
-            ``"pool"``: take means of 2 by 2 pixels, and fill up; ``"project"``: a convolution of its own.
+        shortcut: where the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
+            ``"pool"``: take means of 2 by 2 pixels, and pad; ``"project"``: a convolution.
 
     Shape: (batch, in_channels, height, width) to (batch, num_classes).
 
     Raises:
-        ConfigurationError: depth is not 6n + 2, width no multiple of 1/16, the shortcut unknown, or nothing is left to
-            share.
+        ConfigurationError: depth is not 6n + 2, width no multiple of 1/16, the shortcut unknown, or the stages too
+            short to share blocks.
 
     Example:
         >>> sum(p.numel() for p in ResNet(depth=20).parameters())

@@ -23,28 +23,29 @@ Task = Literal["classification", "language"]
 class SequenceModel(Classification):
     """Train a recurrent network to classify sequences or, as a language model, to predict the next character.
 
-    ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features), and perhaps a state, it
+    ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features) and an optional state, it
     returns outputs (steps, batch, size) and a state. Parts are ``embedding`` (of a language model), ``network`` and
-    ``head``; where the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` makes both one.
+    ``head``; if the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` ties both.
 
-    A language model logs bits per character, ``…/bits``, carries the state on from batch to batch, without gradients,
-    and begins each epoch, and each evaluation, anew. Checkpoints hold the state of each process; another number of
-    processes goes on without it, with a warning.
+    A language model logs bits per character, ``…/bits``. It carries the detached state from batch to batch, and starts
+    each epoch and each evaluation without a state. Checkpoints hold the state of each process; a run that resumes with
+    another number of processes starts without it, and warns.
 
     Args:
         network: as above.
         size: of its outputs.
-        task: ``"classification"``, of the last output; or ``"language"``, of every one.
-        embedding: size of the embedding of characters, for ``"language"``; as large as the outputs by default.
-        options: of :class:`tying.models.classifier.Classification`; ``num_classes`` is the size of the vocabulary, too.
+        task: ``"classification"`` of the last output, or ``"language"``: of every output.
+        embedding: size of the embedding of characters, for ``"language"``; default: ``size``.
+        options: of :class:`tying.models.classifier.Classification`; for ``"language"``, ``num_classes`` is the size of
+            the vocabulary.
 
     Shape: classification: batches of (batch, steps, features) and labels (batch,); language: of characters
     (batch, steps) and of those that follow, int64.
 
     Raises:
-        ConfigurationError: an unknown task, an embedding to classify by, a network that takes batches first, or for
-            ``"language"`` reads both ways, or more than one test sample; in use, outputs of another size, or a
-            vocabulary larger than ``num_classes``.
+        ConfigurationError: an unknown task, an embedding for classification, a network with ``batch_first``, a
+            bidirectional network for ``"language"``, or more than one test sample; in use, outputs of another size, or
+            a vocabulary larger than ``num_classes``.
 
     Example:
         >>> model = SequenceModel(nn.LSTM(16, 16), size=16, task="language", num_classes=50)
@@ -66,14 +67,14 @@ class SequenceModel(Classification):
         check_choice("task", task, get_args(Task))
         if embedding is not None and (task != "language" or embedding < 1):
             raise ConfigurationError(
-                f"an embedding is of characters: it needs task='language', and a size of 1 or more, not {embedding}"
+                f"an embedding of characters needs task='language', and a size of 1 or more, not {embedding}"
             )
         if getattr(network, "batch_first", False):
-            raise ConfigurationError("the network is to take (steps, batch, features): make it with batch_first=False")
+            raise ConfigurationError("the network must take (steps, batch, features): make it with batch_first=False")
         if task == "language" and getattr(network, "bidirectional", False):
-            raise ConfigurationError("a language model of both directions reads what it is to tell: use one direction")
+            raise ConfigurationError("a bidirectional language model reads what it must predict: use one direction")
         if self.hparams["test_samples"] > 1:
-            raise ConfigurationError("SequenceModel tests by one pass: leave test_samples at 1")
+            raise ConfigurationError("SequenceModel tests by one pass: test_samples must be 1")
         self.task = task
         classes = self.hparams["num_classes"]
         self.embedding = nn.Embedding(classes, embedding or size) if task == "language" else nn.Identity()
@@ -88,8 +89,8 @@ class SequenceModel(Classification):
         result = self.network(steps, *([] if state is None else [state]))
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
-                f"{type(self.network).__name__} returns no pair of outputs and a state, as nn.LSTM does; for an "
-                "HMLSTM, take tying.models.HMNetwork"
+                f"{type(self.network).__name__} returns no pair of outputs and a state, as nn.LSTM does; instead of "
+                "an HMLSTM, use tying.models.HMNetwork"
             )
         outputs, state = result
         if outputs.shape[-1] != self.head.in_features:
@@ -149,8 +150,8 @@ class SequenceModel(Classification):
             self._carried["train"] = leaves[0] if len(leaves) == 1 else tuple(leaves)
         elif processes:
             rank_zero_warn(
-                f"the checkpoint holds states of {len(processes)} processes, not of {self.trainer.world_size}: the "
-                "text goes on from a state of zeros"
+                f"the checkpoint holds states of {len(processes)} processes, not of {self.trainer.world_size}: "
+                "training continues from a state of zeros"
             )
 
 

@@ -35,6 +35,6 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
         constant = anchors[name].detach().to(weight)
         if constant.data_ptr() == weight.data_ptr():
             constant = constant.clone()  # a state_dict's tensor, which changes with its weight
-        constant = nn.Parameter(constant, requires_grad=False)
-        groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (Relation(), Relation())))
+        members = weight, nn.Parameter(constant, requires_grad=False)
+        groups.append(TiedGroup((name, f"anchor of {name}"), members, (Relation(), Relation())))
     return TyingPenalty(groups, strength=strength)

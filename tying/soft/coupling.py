@@ -1,4 +1,4 @@
-"""Two models coupled by a prior on the difference of their weights."""
+"""The coupling of two models by a prior on the difference of their weights."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class TyingPenalty(nn.Module):
             values and steps are those of Ω alone, times the factor that they are given.
 
     Raises:
-        ConfigurationError: the penalty is unknown, or takes only pairs and a group is larger.
+        ConfigurationError: the penalty is unknown, or accepts only pairs and a group is larger.
 
     Example:
         >>> from tying import resolve
@@ -112,8 +112,9 @@ class TyingPenalty(nn.Module):
         A group of m members diverges when ``rate · step · curvature > 2 / m``; if a single member moves, when it is
         above ``2 / (m − 1)``.
         """
-        largest = max(map(len, self.groups), default=1)
-        if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / largest:
+        if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / max(
+            map(len, self.groups), default=1
+        ):
             return None
         for group in self.groups:
             speeds = _rates(group, rates)
@@ -156,7 +157,7 @@ class TyingPenalty(nn.Module):
 
 
 def as_penalty(penalty: str | Penalty) -> Penalty:
-    """Return the penalty that a name stands for, or the penalty itself.
+    """Return the penalty of a name; a penalty is returned unchanged.
 
     Raises:
         ConfigurationError: the name is unknown.
@@ -172,7 +173,7 @@ def as_penalty(penalty: str | Penalty) -> Penalty:
 
 
 def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
-    """Return the rate of each member of a group; 0 of constants."""
+    """Return the rate of each member of a group, 0 for constants."""
     return tuple(
         (1.0 if rates is None else rates.get(parameter, 0.0)) if parameter.requires_grad else 0.0
         for parameter in group.parameters
@@ -180,7 +181,7 @@ def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """Return the gradient of a parameter, which is created if it is missing.
+    """Return the gradient of a parameter; create it if it is missing.
 
     Raises:
         ConfigurationError: it is sparse.

@@ -15,27 +15,27 @@ from tying.errors import ConfigurationError, check_range
 from tying.soft.group_penalty import gradient_of
 from tying.torch_workarounds import foreach_add_
 
-CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components stay in a processor's cache
+CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components fit the cache
 DEVICE_CHUNK = 1 << 20
-NEGLIGIBLE = -60.0  # a share of e⁻⁶⁰ changes nothing, and anything below would soon be subnormal, which is slow
+NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ changes no sum, and much smaller ones are subnormal, which is slow
 
 
 Gamma = tuple[float, float]
 
 
 class GaussianMixturePrior(nn.Module):
-    """The mixture prior of Ullrich et al.: a component fixed at zero, others that are learned, and hyper-priors.
+    """The mixture prior of Ullrich et al.: one component fixed at zero, learned components, and hyper-priors.
 
     Its value is :func:`mixture_nll` plus ``Σ_j (1 − a) log λ_j + b λ_j``, the negative logarithms (up to constants) of
-    Gamma priors of the precisions ``λ_j = 1/σ_j²``, without which a component on a repeated value would collapse.
+    Gamma priors of the precisions ``λ_j = 1/σ_j²``. They keep a component at a repeated value from collapsing.
 
     Args:
-        components: J, counting the one at zero.
-        zero_weight: its proportion π_0, which is not learned; the others begin alike.
-        low: where the learned means begin: evenly from low to high.
+        components: J, including the component at zero.
+        zero_weight: proportion π_0 of the component at zero, which is not learned; the others start equal.
+        low: the learned means start at equal distances from low to high.
         high: see low.
-        std: σ of each component at the start; by default, of the learned ones the distance of their means, and of that
-            at zero the mode of its hyper-prior.
+        std: initial σ of each component; default: the spacing of the means, and for the component at zero the mode of
+            its hyper-prior.
         zero_gamma: a and b of the precision at zero.
         gamma: a and b of the other precisions.
 
@@ -85,13 +85,13 @@ class GaussianMixturePrior(nn.Module):
         return mixture_nll(weights, *self.mixture()) + self.hyper_penalty()
 
     def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the means, log standard deviations and log proportions of all components, that at zero first."""
+        """Return the means, log standard deviations and log proportions of all components, the one at zero first."""
         zero = self.logits.new_tensor([math.log(self.zero_weight)])
         others = math.log1p(-self.zero_weight) + F.log_softmax(self.logits, dim=0)
         return self.all_means(), self.log_stds, torch.cat([zero, others])
 
     def all_means(self) -> Tensor:
-        """Return μ, 0 first; (J,)."""
+        """Return the means of all components, (J,), 0 first."""
         return torch.cat([self.means.new_zeros(1), self.means])
 
     def hyper_penalty(self) -> Tensor:
@@ -101,13 +101,13 @@ class GaussianMixturePrior(nn.Module):
         return ((1 - a) * log_precisions + b * log_precisions.exp()).sum()
 
     def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
-        """Add the gradients of ``strength`` times the prior to those of weights and of the mixture; return the prior.
+        """Add the gradients of ``strength`` times the prior to those of weights and mixture; return the prior.
 
         Args:
-            weights: those that share the mixture; their gradients are created where there are none. Frozen ones count
-                for the mixture alone.
+            weights: the weights that share the mixture. Missing gradients are created; frozen weights affect only the
+                gradients of the mixture.
             strength: of the prior.
-            scale: a further factor on the gradients of the weights alone.
+            scale: an additional factor on the gradients of the weights.
         """
         mixture = [part.detach() for part in self.mixture()]
         into_mixture = [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
@@ -126,15 +126,15 @@ class GaussianMixturePrior(nn.Module):
 
     @torch.no_grad()
     def merge(self, threshold: float = 1e-10, average: Literal["variance", "precision"] = "variance") -> int:
-        """Merge components that hardly differ; return how many are left.
+        """Merge components that hardly differ; return the number of those that remain.
 
-        Components i and j become one where ``KL(i‖j) < threshold``, one way or the other, and so do those that a chain
-        of such pairs connects. Proportions add up; means and variances are averaged by them. What merges with the
-        component at zero is at zero.
+        Components i and j become one if ``KL(i‖j)`` or ``KL(j‖i)`` is below the threshold, and so do components that a
+        chain of such pairs connects. Proportions are added; means and variances are averaged, weighted by them.
+        Components that merge with the one at zero move to zero.
 
         Args:
             threshold: in nats.
-            average: what of the spreads is averaged: the paper's variances, or its authors' code's precisions.
+            average: average the variances, as in the paper, or the precisions, as in the code of its authors.
         """
         means, log_stds, log_proportions = (part.double() for part in self.mixture())
         variances = (2 * log_stds).exp()
@@ -161,7 +161,9 @@ class GaussianMixturePrior(nn.Module):
 
     @torch.no_grad()
     def assign(self, weights: Tensor) -> Tensor:
-        """Return the component of each weight: the most responsible one, followed until one owns its own mean.
+        """Return the component of each weight.
+
+        This is the most responsible component; where another one is more responsible for its mean, that one, and so on.
 
         Args:
             weights: of any shape.
@@ -173,7 +175,7 @@ class GaussianMixturePrior(nn.Module):
         for _ in owner:  # each step leads to a higher peak, hence to an end
             owner = owner[owner]
         assigned = owner[self._most_responsible(weights)]
-        if weights.dtype in (torch.float16, torch.bfloat16):  # where a mean, rounded, may seem to be another's
+        if weights.dtype in (torch.float16, torch.bfloat16):  # rounded, a mean may be nearer to another component
             for component in torch.unique(owner):
                 mean = self.all_means()[component].to(weights.dtype)
                 assigned = torch.where(weights == mean, component, assigned)
@@ -181,7 +183,7 @@ class GaussianMixturePrior(nn.Module):
 
     @torch.no_grad()
     def quantize(self, weights: Tensor) -> Tensor:
-        """Return each weight as the mean of its component; idempotent, and exactly 0 at zero; see :meth:`assign`."""
+        """Return the mean of each weight's component, see :meth:`assign`; idempotent."""
         return self.all_means().to(weights)[self.assign(weights)]
 
     def _most_responsible(self, weights: Tensor) -> Tensor:
@@ -203,7 +205,7 @@ class GaussianMixturePrior(nn.Module):
 
 
 def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
-    """Return ``−Σ_i log Σ_j π_j N(w_i; μ_j, σ_j²)``, differentiable once in everything.
+    """Return ``−Σ_i log Σ_j π_j N(w_i; μ_j, σ_j²)``, differentiable once in all arguments.
 
     Args:
         weights: of any shape.
@@ -212,7 +214,7 @@ def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportion
         log_proportions: log π, (J,).
 
     Returns:
-        A scalar, in the weights' precision, of float32 at least.
+        A scalar, in the weights' precision, float32 at least.
 
     Example:
         >>> round(mixture_nll(torch.zeros(2), *torch.zeros(3, 1)).item(), 4)  # −2 log N(0; 0, 1)
@@ -224,7 +226,7 @@ def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportion
 
 
 def responsibilities(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
-    """Return how probably each component has drawn each weight, (J, N); see :func:`mixture_nll`."""
+    """Return the probability that each component has generated each weight, (J, N); see :func:`mixture_nll`."""
     return _log_joint(weights.flatten(), means, log_stds, log_proportions).softmax(dim=0)
 
 
@@ -246,7 +248,7 @@ class _MixtureNLL(torch.autograd.Function):
 
 
 def _fit_components(prior: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give a prior the number of components that a state dict has; merging may have left fewer."""
+    """Resize a prior's parameters to a state dict's number of components, which merging may have reduced."""
     for name, parameter in prior.named_parameters():
         loaded = state_dict.get(f"{prefix}{name}", parameter)
         if loaded.shape != parameter.shape:
@@ -308,5 +310,5 @@ def _log_joint(
 
 
 def _chunk_size(weights: Tensor) -> int:
-    """Return how many weights to look at together."""
+    """Return the number of weights to process at a time."""
     return CPU_CHUNK if weights.device.type == "cpu" else DEVICE_CHUNK

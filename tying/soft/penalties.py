@@ -55,7 +55,7 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
     Args:
         a: one tensor.
         b: the other, of the same shape.
-        delta: δ > 0, in the weights' own unit.
+        delta: δ > 0, in the unit of the weights.
 
     Example:
         >>> huber(torch.tensor([0.5, 3.0]), torch.zeros(2), delta=1.0)
@@ -159,7 +159,7 @@ class L2(Penalty):
         """Return ``c + b_i (w_i − c)``, where ``b_i = 1/(1 + m s r_i)`` and c is the mean of all w weighted by b."""
         b = [1 / (1 + len(tensors) * strength * rate) if rate else 1.0 for rate in rates]
         weights = b if any(b) else [1 / rate for rate in rates]  # the limit of b, up to a factor, as s → ∞
-        first = weights.index(max(weights))  # it is exactly c if all other weights are 0
+        first = weights.index(max(weights))  # this tensor is exactly c if all other weights are 0
         others = [(p / sum(weights), w) for i, (p, w) in enumerate(zip(weights, tensors, strict=True)) if i != first]
         c = tensors[first] + sum(p * (w - tensors[first]) for p, w in others)
         return [c + b_i * (w - c) if b_i != 1 else w for b_i, w in zip(b, tensors, strict=True)]
@@ -173,7 +173,7 @@ class L1(Penalty):
         return l1(tensors)
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller partners less that of larger ones."""
+        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller partners minus that of larger ones."""
         stacked = torch.stack([*tensors], dim=-1)
         ordered = stacked.sort(dim=-1).values
         smaller = torch.searchsorted(ordered, stacked)
@@ -181,9 +181,9 @@ class L1(Penalty):
         return [*(smaller + not_larger - len(tensors)).to(stacked.dtype).unbind(-1)]
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
-        """Return the proximal step; groups of more than two need one rate for all tensors that move.
+        """Return the proximal step; in groups of more than two, all tensors that move need the same rate.
 
-        The tensors that move are pulled to each other first, entry by entry, and then each to the constants.
+        Each entry of the tensors that move is pulled first to the others', then to the constants.
         """
         if len(tensors) == 2:
             d = tensors[0] - tensors[1]
@@ -209,7 +209,7 @@ class Huber(Penalty):
     """The penalty :func:`huber`, for pairs.
 
     Args:
-        delta: δ > 0, where ρ turns from quadratic to linear, in the weights' own unit.
+        delta: δ > 0, where ρ turns from quadratic to linear, in the unit of the weights.
 
     Raises:
         ConfigurationError: δ is not finite or not positive.
@@ -232,14 +232,14 @@ class Huber(Penalty):
         return [pull, -pull]
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
-        """Return the proximal step: the difference shrinks by ``1/(1 + t)``, or by tδ where it is large."""
+        """Return the proximal step: a small difference is divided by 1 + t, a large one shrinks by tδ."""
         d, t = tensors[0] - tensors[1], strength * sum(rates) if any(rates) else 0.0
         far = d - d.sign() * t * self.delta if math.isfinite(t) else d
         return _prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
 
 
 def group_mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the mean, relative to the first tensor: equal tensors have exactly their own value as mean."""
+    """Return the mean, computed relative to the first tensor, so that the mean of equal tensors is exact."""
     first, *others = tensors
     return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)
 

@@ -1,4 +1,4 @@
-"""How a strength changes over training."""
+"""Schedules of a strength over training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tying.errors import ConfigurationError, check_choice, check_range
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor on a strength that goes from ``start`` to ``end`` over ``length`` steps or epochs, and stays there.
+    """A factor on a strength that changes from ``start`` to ``end`` over ``length`` steps or epochs, and stays there.
 
     ``Schedule(0.0, 1.0, 500)`` warms up over 500 steps; ``Schedule(1.0, 0.0, 20, "cosine", "epoch")`` fades out.
 
     Args:
         start: factor at the first step, ≥ 0.
         end: factor after ``length`` units, ≥ 0.
-        length: how many units the change takes; 0 for a constant ``end``.
+        length: the number of units that the change takes; 0 for a constant ``end``.
         shape: straight, or half a period of a cosine.
         unit: ``"step"`` counts the steps of each optimizer, ``"epoch"`` whole epochs.
 
