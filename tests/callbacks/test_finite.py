@@ -19,7 +19,7 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.callbacks.finite_check import FiniteCheck, Look
+from tying.callbacks.finite_check import FiniteCheck, Magnitudes
 from tying.errors import NonFiniteError
 
 BIASES = ["encoder.0.bias ~ decoder.0.bias"]
@@ -51,13 +51,13 @@ class Slow:
 
 @pytest.fixture
 def _on_a_device(monkeypatch):
-    at = Look.at.__func__
+    of = Magnitudes.of.__func__
 
     def later(cls, tensors):
-        look = at(cls, tensors)
-        return look and Look(look.names, look.largest, Slow())
+        measured = of(cls, tensors)
+        return Magnitudes(measured.names, measured.largest, Slow())
 
-    monkeypatch.setattr(Look, "at", classmethod(later))
+    monkeypatch.setattr(Magnitudes, "of", classmethod(later))
 
 
 def fails(model, callback, told, **options):
@@ -136,9 +136,9 @@ def test_a_callback_goes_on_after_it(tmp_path):
 def test_a_scaler_that_skips_a_step_is_no_fault():
     watch, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), math.inf)
-    watch.look_at_gradients({"a": weight}, scaled=True)
-    watch.look({"a": weight})
-    watch.tell()
+    watch.measure_gradients({"a": weight}, scaled=True)
+    watch.measure({"a": weight})
+    watch.report()
 
 
 class Skips(Toy):
@@ -201,11 +201,11 @@ def test_float64_is_no_overflow():
 def test_a_large_half_is_no_overflow():
     watch = FiniteCheck("SoftTying")
     half, empty = torch.full((4096,), 6e4, dtype=torch.float16), torch.empty(0)
-    watch.look({name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()})
-    watch.tell()
+    watch.measure({name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()})
+    watch.report()
 
 
 def test_what_is_not_trained_is_left_alone():
     watch = FiniteCheck("AnchorTying")
-    watch.look({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
-    watch.tell()
+    watch.measure({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
+    watch.report()

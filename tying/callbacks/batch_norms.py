@@ -1,56 +1,60 @@
-"""Statistics of batch norms, for weights that were changed at the end of training."""
+"""Estimate the statistics of batch norms anew, after weights were changed at the end of training."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
+from torch import Tensor, nn
+
+from tying.callbacks.examples import only_loader
+from tying.lightning_workarounds import training_batch
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 @torch.no_grad()
 def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callback: str) -> None:
     """Estimate means and variances of batch norms anew, by a pass over the training data without training.
 
-    They are those of all batches alike, as ``torch.optim.swa_utils.update_bn`` takes them: of an epoch's, or of as many
-    as training took, if those are fewer. Batch norms in evaluation mode, which are frozen, stay. Random generators and
-    the loader's place do, too; processes take the mean of theirs.
+    All batches count alike, as in ``torch.optim.swa_utils.update_bn``: those of one epoch, or as many as training
+    took, if those are fewer. Batch norms in evaluation mode, which are frozen, stay unchanged, and so do random
+    generators and the loader's position. Statistics are averaged over processes.
 
     Args:
         trainer: that trains.
         model: is called on a batch, or if that is a tuple or a list on its first element.
-        callback: name of whose weights they are, for the warning.
+        callback: name of the callback that changed the weights, for the warning.
 
     Warns:
         UserWarning: the model cannot be called on that, or does not call all of its batch norms then; these keep the
-            statistics of the weights before.
+            statistics of the previous weights.
     """
-    norms = {name: one for name, one in model.named_modules() if isinstance(one, _BatchNorm) and _learns(one)}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+    norms = {name: norm for name, norm in modules.items() if norm.training and norm.running_mean is not None}
     before = {name: [buffer.clone() for buffer in norm.buffers()] for name, norm in norms.items()}
     if not norms:
         return
+    reason = ""
     try:
-        _call(trainer, model, [*norms.values()])
-        reason = ""
+        _call(trainer, model, norms.values())
     except Exception as error:
         reason = f"the model could not be called on batches of the training data ({error})"
     except BaseException:  # an interrupt
         _restore(norms, before)
         raise
-    decide = trainer.strategy.reduce_boolean_decision  # what one process lacks, all keep
-    called = decide(not reason)
-    kept = {name: norm for name, norm in norms.items() if not (called and decide(bool(norm.num_batches_tracked)))}
+    decide = trainer.strategy.reduce_boolean_decision  # all processes keep what one could not estimate
+    succeeded = decide(not reason)
+    kept = {n: norm for n, norm in norms.items() if not (succeeded and decide(bool(norm.num_batches_tracked)))}
     _restore(kept, before)
-    for name in [name for name in norms if name not in kept]:
-        for buffer in (norms[name].running_mean, norms[name].running_var):
+    for norm in (norm for name, norm in norms.items() if name not in kept):
+        for buffer in (norm.running_mean, norm.running_var):
             assert isinstance(buffer, Tensor)
             buffer.copy_(torch.as_tensor(trainer.strategy.reduce(buffer.clone(), reduce_op="mean")))
     if kept:
@@ -62,53 +66,36 @@ def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callbac
         )
 
 
-def _learns(norm: _BatchNorm) -> bool:
-    return norm.training and norm.running_mean is not None and not is_lazy(norm.running_mean)
-
-
-def _restore(norms: Mapping[str, _BatchNorm], before: Mapping[str, list[Tensor]]) -> None:
+def _restore(norms: Mapping[str, BatchNorm], before: Mapping[str, list[Tensor]]) -> None:
     for name, norm in norms.items():
         for buffer, value in zip(norm.buffers(), before[name], strict=True):
             buffer.copy_(value)
 
 
-def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Sequence[_BatchNorm]) -> None:
-    """Call a model on its training batches; batch norms take the mean over these."""
-    momenta = [norm.momentum for norm in norms]
-    loader = _own_loader(trainer)
+def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
+    """Call a model on its training batches; batch norms average over these."""
+    momenta = {norm: norm.momentum for norm in norms}
+    loader: Any = only_loader(trainer.train_dataloader)
+    if isinstance(loader, Mapping | Sequence):
+        raise TypeError(f"they are those of {len(loader)} loaders")
+    loader = copy.copy(loader)  # which has a position of its own
     generators = {getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None))}
-    states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
+    states = {generator: generator.get_state() for generator in generators if isinstance(generator, torch.Generator)}
+    batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
     try:
-        for norm in norms:
+        for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the mean
         with isolate_rng(), torch.compiler.set_stance("force_eager"):  # compiled, None would depend on data
-            for x in _inputs(trainer, model, loader):
+            for loaded in islice(loader, int(batches)):
+                batch = training_batch(trainer, model, loaded)
+                x = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(x, Tensor):
+                    raise TypeError(f"{'they are' if x is batch else 'their first element is'} of {type(x).__name__}")
                 with trainer.precision_plugin.forward_context():
                     model(x)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for generator, state in states:
+        for generator, state in states.items():
             generator.set_state(state)
-
-
-def _own_loader(trainer: pl.Trainer) -> Any:
-    """Return a loader of the training data whose place is its own."""
-    loader: Any = trainer.train_dataloader
-    loader = loader[0] if isinstance(loader, Sequence) and len(loader) == 1 else loader
-    if isinstance(loader, Mapping | Sequence):
-        raise TypeError(f"they are those of {len(loader)} loaders")
-    return copy.copy(loader)
-
-
-def _inputs(trainer: pl.Trainer, model: pl.LightningModule, loader: Any) -> Iterator[Tensor]:
-    """Yield what the network takes of each training batch, as training steps find it."""
-    trained = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-    for loaded in islice(loader, int(min(trained, trainer.num_training_batches))):
-        batch = model._on_before_batch_transfer(trainer.precision_plugin.convert_input(loaded))
-        batch = trainer.strategy.batch_to_device(batch)
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{'they are' if x is batch else 'their first element is'} of {type(x).__name__}")
-        yield x

@@ -1,4 +1,4 @@
-"""Two models of one training run, coupled by a prior."""
+"""Couple two models of one training run by a prior."""
 
 from __future__ import annotations
 
@@ -8,36 +8,35 @@ import lightning.pytorch as pl
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback
 from tying.callbacks.examples import num_train_samples
-from tying.callbacks.penalty import Pull, Pulling, Update
-from tying.errors import ConfigurationError, listed
+from tying.callbacks.penalty import PenaltyCallback, Update
+from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie
 from tying.soft import TyingPenalty, coupling_strength
 
 
-class Coupling(Pulling, TyingCallback):
-    """Couple two submodules, paired by the names of their weights, by a prior on the difference.
+class Coupling(PenaltyCallback):
+    """Couple two submodules, whose weights are paired by name, by a prior on their difference.
 
-    The loss is to be a mean over labelled examples: the prior, which stands against a sum over them, is divided by
+    The loss must be a mean over labelled examples. The prior, which is weighed against a sum over them, is divided by
     their number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
-    does the same; :class:`tying.callbacks.penalty.Pulling` says what each update does.
+    does the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
 
     Args:
-        first: a module, or a pattern of parameters: of the discriminative model.
+        first: a module, or a pattern of parameters, of the discriminative model.
         second: its partner in the generative model.
-        alpha: from 0, one generative model, to 1, a discriminative one that knows nothing of the other.
-        exponent: of :func:`tying.soft.coupling_strength`.
-        examples: number of labelled examples; that of the training data by default: of its part ``labelled``, where
-            its batches are dictionaries.
-        update: as of SoftTying; α = 0 needs ``"proximal"``.
-        name: tells several of a class apart.
+        alpha: in [0, 1]: 0 makes both one, generative model; 1 leaves the discriminative model uncoupled.
+        exponent: as in :func:`tying.soft.coupling_strength`.
+        examples: number of labelled examples; by default that of the training data, or of its loader ``labelled``
+            where batches are dictionaries.
+        update: as for SoftTying; α = 0 needs ``"proximal"``.
+        name: distinguishes several callbacks of this class.
 
     Raises:
         ConfigurationError: α is out of range, or 0 with an explicit update; weights of one module have no partner of
-            their shape in the other, all of which are told; or the number of examples is not known.
+            their shape in the other, all of which are listed; or the number of examples is not known.
 
     Example:
         >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
@@ -57,8 +56,8 @@ class Coupling(Pulling, TyingCallback):
         update: Update = "proximal",
         name: str | None = None,
     ) -> None:
-        if examples is not None and examples < 1:
-            raise ConfigurationError(f"examples must be 1 or more, not {examples}")
+        if examples is not None:
+            check_range("examples", examples, "[1, inf)")
         strength = coupling_strength(alpha, exponent)
         if math.isinf(strength) and update != "proximal":
             raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")
@@ -67,19 +66,20 @@ class Coupling(Pulling, TyingCallback):
         self.ties = [Tie(first, second)]
 
     @override
-    def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
-        if wrong := unpaired(model, self.first, self.second):
+    def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
+        if wrong := unpaired(module, self.first, self.second):
             raise ConfigurationError(f"{self.first!r} and {self.second!r} do not pair: {listed(wrong, limit=20)}")
-        return [Pull(TyingPenalty(resolve(model, self.ties)), self.strength)]
+        return [TyingPenalty(resolve(module, self.ties), strength=self.strength)]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if 0 < self.strength < math.inf:
-            self._share = 1 / (self.examples or num_train_samples(trainer))  # the data is there only now
+        super().on_train_start(trainer, pl_module)
+        if 0 < self.strength < math.inf:  # the training data is there only now
+            self.examples_scale = 1 / (self.examples or num_train_samples(trainer))
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
-    """Return what keeps the weights of two modules from being paired by name; nothing where these are no modules.
+    """Return the weights of two modules that have no partner of their name and shape; nothing if these are no modules.
 
     Example:
         >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")
@@ -88,11 +88,16 @@ def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
     modules = {clean_name(name): module for name, module in model.named_modules()}
     if not {first, second} <= modules.keys():
         return []
-    own, other = ({clean_name(name): w for name, w in modules[one].named_parameters()} for one in (first, second))
-    alone = [f"{first}.{name}" for name in own if name not in other]
-    alone += [f"{second}.{name}" for name in other if name not in own]
-    both = {name: (tuple(own[name].shape), tuple(other[name].shape)) for name in own if name in other}
+    ours, theirs = (
+        {clean_name(name): tuple(weight.shape) for name, weight in modules[side].named_parameters()}
+        for side in (first, second)
+    )
     return [
-        *(f"{name!r} has no partner" for name in alone),
-        *(f"{f'{first}.{name}'!r} is {a} and {f'{second}.{name}'!r} {b}" for name, (a, b) in both.items() if a != b),
+        *(f"{f'{first}.{name}'!r} has no partner" for name in ours if name not in theirs),
+        *(f"{f'{second}.{name}'!r} has no partner" for name in theirs if name not in ours),
+        *(
+            f"{f'{first}.{name}'!r} is {shape} and {f'{second}.{name}'!r} {theirs[name]}"
+            for name, shape in ours.items()
+            if name in theirs and shape != theirs[name]
+        ),
     ]

@@ -8,17 +8,17 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
-from tying.callbacks.transform import Parametrizing
+from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
 from tying.hard.untied_bias import has_untied_bias
 
 
-class LowRankWeights(Parametrizing):
+class LowRankWeights(ModelTransform):
     """Train weights of lower rank; see :func:`tying.hard.lower_rank`.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
+        parameters: patterns of names; a leading ``!`` excludes.
         rank: of each weight.
         diagonal: add a diagonal; for square weights.
 
@@ -28,22 +28,22 @@ class LowRankWeights(Parametrizing):
     """
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        super().__init__(parameters)
-        self.rank, self.diagonal = rank, diagonal
+        super().__init__()
+        self.parameters, self.rank, self.diagonal = parameters, rank, diagonal
 
     @override
     def change(self, model: nn.Module) -> list[str]:
         return lower_rank(model, self.parameters, self.rank, self.diagonal)
 
 
-class TemplateWeights(Parametrizing):
+class TemplateWeights(ModelTransform):
     """Train weights that are mixtures of shared templates; see :func:`tying.hard.share_templates`.
 
     When training ends, the similarity of the layers is plotted as ``layer_similarity.png`` in the logger's directory.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
-        templates: how many; for each shape of weights.
+        parameters: patterns of names; a leading ``!`` excludes.
+        templates: number of templates for each shape of weights.
 
     Example:
         >>> TemplateWeights(["network.layer3.*.branch.conv2.weight"], templates=2).templates
@@ -51,8 +51,8 @@ class TemplateWeights(Parametrizing):
     """
 
     def __init__(self, parameters: list[str], templates: int) -> None:
-        super().__init__(parameters)
-        self.templates = templates
+        super().__init__()
+        self.parameters, self.templates = parameters, templates
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -65,11 +65,11 @@ class TemplateWeights(Parametrizing):
             plot_similarity(pl_module, folder / "layer_similarity.png")
 
 
-class GeneratedWeights(Parametrizing):
+class GeneratedWeights(ModelTransform):
     """Train convolution kernels that a small network generates; see :func:`tying.hard.generate_weights`.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
+        parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
         in_channels: of a basic kernel.
         out_channels: of a basic kernel.
@@ -82,8 +82,8 @@ class GeneratedWeights(Parametrizing):
     def __init__(
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
-        super().__init__(parameters)
-        self.embedding = embedding
+        super().__init__()
+        self.parameters, self.embedding = parameters, embedding
         self.in_channels, self.out_channels = in_channels, out_channels
 
     @override
@@ -91,12 +91,12 @@ class GeneratedWeights(Parametrizing):
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
 
-class UntiedBiases(Parametrizing):
-    """Train convolutions with a bias for each place; see :func:`tying.hard.untie_biases`.
+class UntiedBiases(ModelTransform):
+    """Train convolutions with a bias for each position; see :func:`tying.hard.untie_biases`.
 
     Args:
-        parameters: patterns of names of biases; a leading ``!`` leaves out.
-        input_size: of one sample that the model takes, such as (3, 32, 32).
+        parameters: patterns of names of biases; a leading ``!`` excludes.
+        input_size: size of one sample that the model takes, such as (3, 32, 32).
 
     Raises:
         ConfigurationError: ``input_size`` is no size.
@@ -107,13 +107,14 @@ class UntiedBiases(Parametrizing):
     """
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
-        super().__init__(parameters)
+        super().__init__()
         if not input_size or min(input_size) < 1:
-            raise ConfigurationError(f"input_size is that of one sample, such as [3, 32, 32], not {input_size}")
-        self.input_size = [*input_size]
+            raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size}")
+        self.parameters, self.input_size = parameters, [*input_size]
 
     @override
-    def is_in_place(self, model: nn.Module, names: list[str]) -> bool:
+    def is_applied(self, model: nn.Module) -> bool:
+        names = self.changed(model)
         return bool(names) and all(has_untied_bias(model, name) for name in names)
 
     @override

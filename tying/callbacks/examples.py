@@ -1,4 +1,4 @@
-"""How many examples training data has."""
+"""Count the examples of training data."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from torch.utils.data import DistributedSampler, Sampler
 from tying.errors import ConfigurationError
 
 
+def only_loader(loaders: Any) -> Any:
+    """Return the one loader of a sequence of one; anything else unchanged."""
+    return loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
+
+
 def num_train_samples(trainer: pl.Trainer) -> int:
-    """Return the number of labelled examples that a trainer's training data has.
+    """Return the number of labelled examples in a trainer's training data.
 
     Raises:
         ConfigurationError: it is not known.
     """
     loaders: Any = trainer.train_dataloader
     loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
-    if isinstance(loaders, Mapping):
-        loaders = loaders.get("labelled")
-    one = loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
-    sampler = getattr(one, "sampler", None)
+    loader = only_loader(loaders.get("labelled") if isinstance(loaders, Mapping) else loaders)
+    sampler = getattr(loader, "sampler", None)
     try:
         if isinstance(sampler, Sampler) and not isinstance(sampler, DistributedSampler):  # of a subset, say
-            return len(sampler)  # type: ignore[arg-type]  # what has none raises
-        return len(one.dataset)
+            return len(sampler)  # type: ignore[arg-type]  # one without a length raises
+        return len(loader.dataset)
     except (AttributeError, TypeError):
         raise ConfigurationError(
             "the number of labelled examples is not known, since the training data is neither one loader of a data set "
-            "that has a length, nor a dictionary whose loader 'labelled' is such: give it as examples"
+            "that has a length, nor a dictionary with one under 'labelled': give it as examples"
         ) from None

@@ -1,4 +1,4 @@
-"""Weights that share the entries of a table, in training."""
+"""Let weights share the entries of a table, in training."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
-from tying.callbacks.transform import Parametrizing
+from tying.callbacks.transform import ModelTransform
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.apply import check_choices
 from tying.hashing.report import draw_loads
 
 
-class WeightHashing(Parametrizing):
-    """Let weights share the entries of a table each, or of one; see :func:`tying.hashing.hash_weights`.
+class WeightHashing(ModelTransform):
+    """Let each weight, or all weights together, share the entries of a table; see :func:`tying.hashing.hash_weights`.
 
     When training starts, the use of the tables' entries is plotted as ``hash_loads.png`` in the logger's directory.
-    Logs ``tying/entropy``: that of the entries' loads, in nats, the mean over the tables.
+    Logs ``tying/entropy``: the entropy of the entries' loads, in nats, averaged over the tables.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out. Those of fewer than two dimensions are skipped.
-        table_ratio: entries of a table for each weight, in (0, 1]; a tenth, or what the hash fixes, by default.
-        hash: which entry each weight uses.
+        parameters: patterns of names; a leading ``!`` excludes. Those of fewer than two dimensions are skipped.
+        table_ratio: entries of a table per weight, in (0, 1]; by default a tenth, or what the hash fixes.
+        hash: maps each weight to its slot in the table.
         scope: a table for each weight, or one for all.
         init: entries are drawn from the weights as initialised, or are the mean over their uses.
         sign: multiply by ±1, as HashedNets do.
@@ -50,19 +50,19 @@ class WeightHashing(Parametrizing):
         index: Literal["auto", "stored", "computed", "structured"] = "auto",
         scaled: bool = True,
     ) -> None:
-        super().__init__(parameters)
+        super().__init__()
         check_choices(table_ratio, hash, scope, init)
-        self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
+        self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
         self._entropy = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        counts = table_loads(pl_module)
+        super().on_train_start(trainer, pl_module)
+        loads = table_loads(pl_module)
         if folder := picture_folder(trainer):
-            draw_loads(counts, folder / "hash_loads.png")
-        entropies = [entropy(own) for own in counts.values()]
-        self._entropy = sum(entropies) / len(entropies)
+            draw_loads(loads, folder / "hash_loads.png")
+        self._entropy = sum(map(entropy, loads.values())) / len(loads)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,5 +82,10 @@ class WeightHashing(Parametrizing):
             index=self.index,
             scaled=self.scaled,
         )
-        rank_zero_info(f"WeightHashing: {report}")
-        return [one.name for one in report.weights]
+        count = sum(weight.name == weight.holder for weight in report.weights)
+        rank_zero_info(
+            f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
+            f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "
+            f"(ratio {report.stored / report.virtual:.3g})"
+        )
+        return [weight.name for weight in report.weights]

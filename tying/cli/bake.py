@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from tying.callbacks.base import callbacks_of
 from tying.cli.inspect import load_weights
 from tying.errors import ConfigurationError
 from tying.files import atomically, read
 from tying.hard import bake
+from tying.lightning_workarounds import callbacks_of
 from tying.selection.index import unwrapped
 
 SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's config.yaml; the rest are arguments of `fit`

@@ -28,6 +28,7 @@ class TyingPenalty(nn.Module):
     Args:
         groups: tied groups, from :func:`tying.resolve`.
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` or a :class:`Penalty` of your own.
+        strength: factor on Ω, which callbacks apply; an attribute, and no part of what this module computes.
 
     Raises:
         ConfigurationError: the penalty is unknown, or takes only pairs and a group is larger.
@@ -47,10 +48,11 @@ class TyingPenalty(nn.Module):
         (2.0, 2.0)
     """
 
-    def __init__(self, groups: Sequence[TiedGroup], penalty: str | Penalty = "l2") -> None:
+    def __init__(self, groups: Sequence[TiedGroup], penalty: str | Penalty = "l2", strength: float = 1.0) -> None:
         super().__init__()
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
+        self.strength = strength
         for group in self.groups:
             if self.penalty.pairs_only and len(group) > 2:
                 raise ConfigurationError(

@@ -9,11 +9,12 @@ import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
 from tying.depth import HMLSTM, HMOutput
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_range
 from tying.files import save_figure
 
 LINE = 80  # characters
@@ -23,16 +24,15 @@ BLANKS = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
 class BoundaryPlot(pl.Callback):
     """Draw the boundaries that a :class:`tying.depth.HMLSTM` finds in the first characters of the test text.
 
-    Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that ended
-    something there. Logs the share of steps at which a layer did, ``test/boundaries/1`` and so on.
+    Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that detects a
+    boundary there. Logs the fraction of steps at which each layer does, ``test/boundaries/1`` and so on.
 
     Args:
-        characters: how many to draw, of the first sample of the first batch and, where the text goes on in the next
-            batches, of these.
+        characters: how many to draw: of the first sample of the first batch, and of the batches that continue it.
 
     Raises:
-        ConfigurationError: no character to draw; when testing starts, no HMLSTM, more than one, or a data module
-            without ``text``, the characters of indices, as :meth:`tying.data.Text.text`.
+        ConfigurationError: ``characters`` is below 1; when testing starts, the model has no HMLSTM or several, or the
+            data module has no method ``text`` that maps indices to characters, as :meth:`tying.data.Text.text`.
 
     Example:
         >>> BoundaryPlot(characters=160).characters
@@ -43,31 +43,30 @@ class BoundaryPlot(pl.Callback):
 
     def __init__(self, characters: int = 400) -> None:
         super().__init__()
-        if characters < 1:
-            raise ConfigurationError(f"characters must be 1 or more, not {characters}")
+        check_range("characters", characters, "[1, inf)")
         self.characters = characters
-        self._hook: Any = None
-        self._last: Tensor | None = None  # (steps, batch, layers − 1) of the last forward pass
+        self._hook: RemovableHandle | None = None
+        self._last = torch.zeros(0)  # boundaries of the last forward pass, (steps, batch, layers − 1)
         self._sum = torch.zeros(())  # of boundaries; (layers − 1,) after the first batch
         self._steps = 0
         self._drawn: list[tuple[Tensor, Tensor]] = []  # of the first sample: characters and their boundaries
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        found = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
-        if len(found) != 1:
-            raise ConfigurationError(f"BoundaryPlot draws one tying.depth.HMLSTM; the model has {len(found)}")
+        layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
+        if len(layers) != 1:
+            raise ConfigurationError(f"BoundaryPlot draws one tying.depth.HMLSTM; the model has {len(layers)}")
         if not callable(getattr(trainer.datamodule, "text", None)):  # type: ignore[attr-defined]  # untyped
             raise ConfigurationError(
-                "BoundaryPlot: the data module has no method text(ids), which tells the characters of indices, as that "
-                "of tying.data.Text"
+                "BoundaryPlot: the data module has no method text(ids), which maps indices to characters, as that of "
+                "tying.data.Text"
             )
         self._sum, self._steps, self._drawn = torch.zeros(()), 0, []
-        self._hook = found[0].register_forward_hook(self._keep)
+        self._hook = layers[0].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: HMOutput) -> None:
-        marks = output.boundaries.detach().float()
-        self._last = marks.transpose(0, 1) if module.batch_first else marks
+        boundaries = output.boundaries.detach().float()
+        self._last = boundaries.transpose(0, 1) if module.batch_first else boundaries
 
     @override
     def on_test_batch_end(
@@ -79,7 +78,6 @@ class BoundaryPlot(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        assert self._last is not None
         self._sum = self._sum + self._last.sum(dim=(0, 1))
         self._steps += self._last.shape[0] * self._last.shape[1]
         if sum(len(ids) for ids, _ in self._drawn) < self.characters:
@@ -89,13 +87,12 @@ class BoundaryPlot(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for layer, count in enumerate(self._sum / self._steps, start=1):
             pl_module.log(f"test/boundaries/{layer}", count, sync_dist=True)
-        if not (folder := picture_folder(trainer)):
-            return
-        ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
-        text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is a box
-            save_figure(boundary_figure(text, marks), folder / "boundaries.png")
+        if folder := picture_folder(trainer):
+            ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
+            text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is a box
+                save_figure(boundary_figure(text, marks), folder / "boundaries.png")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -105,7 +102,6 @@ class BoundaryPlot(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._hook is not None:
             self._hook.remove()
-            self._hook = self._last = None
 
 
 def boundary_figure(text: str, boundaries: Tensor) -> Figure:
@@ -121,14 +117,12 @@ def boundary_figure(text: str, boundaries: Tensor) -> Figure:
     figure = Figure(figsize=(0.12 * LINE + 0.4, 0.22 * height * lines + 0.5), layout="constrained")
     axes = figure.add_subplot(xlim=(-1, LINE), ylim=(-height * lines, 0.7))
     axes.axis("off")
-    for place, letter in enumerate(text.translate(BLANKS)):
-        line, column = divmod(place, LINE)
+    for position, letter in enumerate(text.translate(BLANKS)):
+        line, column = divmod(position, LINE)
         axes.text(column, -height * line, letter, family="monospace", size=7, ha="center", parse_math=False)
     for layer in range(layers):
-        places = boundaries[:, layer].nonzero().flatten()
-        axes.plot(
-            places % LINE, -height * (places // LINE) - 0.35 - 0.5 * layer, "s", color=f"C{layer}", markersize=2.5,
-            label=f"layer {layer + 1}",
-        )  # fmt: skip
+        positions = boundaries[:, layer].nonzero().flatten()
+        heights = -height * (positions // LINE) - 0.35 - 0.5 * layer
+        axes.plot(positions % LINE, heights, "s", color=f"C{layer}", markersize=2.5, label=f"layer {layer + 1}")
     axes.legend(loc="lower right", ncols=layers, fontsize="x-small", frameon=False, bbox_to_anchor=(1, 1))
     return figure
