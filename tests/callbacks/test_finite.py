@@ -134,11 +134,12 @@ def test_a_callback_goes_on_after_it(tmp_path):
 
 
 def test_a_scaler_that_skips_a_step_is_no_fault():
-    watch, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(2))
+    check, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), math.inf)
-    watch.measure_gradients({"a": weight}, scaled=True)
-    watch.measure({"a": weight})
-    watch.report()
+    check.weights = {"a": weight}
+    check.measure_gradients(torch.optim.SGD([weight], 0.1), scaled=True)
+    check.measure()
+    check.report()
 
 
 class Skips(Toy):
@@ -194,18 +195,21 @@ def test_no_checkpoint_holds_it_whoever_saves(tmp_path):
 
 
 def test_float64_is_no_overflow():
-    watch = FiniteCheck("SoftTying")
-    watch.check({"a": nn.Parameter(torch.tensor([1e300, 1e308, 1e308], dtype=torch.float64))})
+    check = FiniteCheck("SoftTying")
+    check.weights = {"a": nn.Parameter(torch.tensor([1e300, 1e308, 1e308], dtype=torch.float64))}
+    check.check()
 
 
 def test_a_large_half_is_no_overflow():
-    watch = FiniteCheck("SoftTying")
+    check = FiniteCheck("SoftTying")
     half, empty = torch.full((4096,), 6e4, dtype=torch.float16), torch.empty(0)
-    watch.measure({name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()})
-    watch.report()
+    check.weights = {name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()}
+    check.measure()
+    check.report()
 
 
 def test_what_is_not_trained_is_left_alone():
-    watch = FiniteCheck("AnchorTying")
-    watch.measure({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
-    watch.report()
+    check = FiniteCheck("AnchorTying")
+    check.weights = {"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)}
+    check.measure()
+    check.report()

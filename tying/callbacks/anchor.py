@@ -83,14 +83,12 @@ class AnchorTying(PenaltyCallback):
 
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return select(model, self.parameters) | self._head(model)
-
-    def _head(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        chosen = select(model, self.parameters)
         if not self.head_strength:
-            return {}
-        chosen = {id(weight) for weight in select(model, self.parameters).values()}
-        weights = {clean_name(name): weight for name, weight in model.named_parameters()}
-        return {name: weight for name, weight in weights.items() if weight.requires_grad and id(weight) not in chosen}
+            return chosen
+        known = {id(weight) for weight in chosen.values()}
+        trained = {clean_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+        return chosen | {name: weight for name, weight in trained.items() if id(weight) not in known}
 
     @override
     def check_conflicts(self, model: nn.Module, others: Iterable[pl.Callback]) -> None:
@@ -115,14 +113,14 @@ class AnchorTying(PenaltyCallback):
 
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
-        weights, head = select(module, self.parameters), self._head(module)
+        weights = select(module, self.parameters)
         self._anchors = self._read_anchors(module) or {name: w.detach().clone() for name, w in weights.items()}
         if missing := weights.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
         self._steps_checked = 0
         penalties = [anchored(weights, self._anchors)]
         penalties[0].strength = self.strength
-        if head:
+        if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
             penalties.append(anchored(head, {name: torch.zeros_like(weight) for name, weight in head.items()}))
             penalties[1].strength = self.head_strength
         return penalties

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,7 +41,6 @@ class TyingCallback(pl.Callback):
     ties: Sequence[Tie] = ()
     name: str | None = None
     _finite_check = FiniteCheck("")
-    _monitored: Mapping[str, nn.Parameter] | None = None
     _steps_seen = 0
 
     @property
@@ -55,11 +54,16 @@ class TyingCallback(pl.Callback):
         Raises:
             ConfigurationError: a pattern matches nothing, or a tie does not fit the model.
         """
-        return members(self.groups or (resolve(model, self.ties) if self.ties else []))
+        parameters = {id(parameter) for parameter in model.parameters()}
+        groups = [group for group in self.groups if id(group.parameters[0]) in parameters]  # not those of another model
+        return members(groups or (resolve(model, self.ties) if self.ties else []))
 
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the weights that must stay finite, by name: the affected ones, unless a subclass adds others."""
         return self.affected(model)
+
+    def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Change a model as training would have, so that it can load a state dict of that training."""
 
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback could not tie these groups."""
@@ -67,19 +71,16 @@ class TyingCallback(pl.Callback):
     def check_conflicts(self, model: nn.Module, others: Iterable[pl.Callback]) -> None:
         """Raise a ConfigurationError if other callbacks act on the same weights in a way that excludes this one."""
 
-    def monitor_anew(self) -> None:
-        """Query the monitored weights again at the next check, since the callback has replaced some."""
-        self._monitored = None
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._finite_check = FiniteCheck(" ".join(filter(None, (type(self).__name__, self.name))))
-        self._steps_seen = 0
+    def monitor(self, model: nn.Module) -> None:
+        """Check the monitored weights from now on; to be called again where the callback has replaced some."""
+        self._finite_check.weights, self._finite_check.groups = self.monitored(model), self.groups
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.monitor_anew()
-        self._finite_check.check(self._monitor(pl_module), self.groups)
+        self._finite_check = FiniteCheck(" ".join(filter(None, (type(self).__name__, self.name))))
+        self._steps_seen = 0
+        self.monitor(pl_module)
+        self._finite_check.check()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,11 +90,10 @@ class TyingCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        self._finite_check.report(self.groups)
+        self._finite_check.report()
         if trainer.gradient_clip_val:
-            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            weights = {name: weight for name, weight in self._monitor(pl_module).items() if id(weight) in stepped}
-            self._finite_check.measure_gradients(weights, getattr(trainer.precision_plugin, "scaler", None) is not None)
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+            self._finite_check.measure_gradients(optimizer, scaled)
 
     @override
     def on_train_batch_end(
@@ -101,38 +101,29 @@ class TyingCallback(pl.Callback):
     ) -> None:
         if trainer.global_step != self._steps_seen:
             self._steps_seen = trainer.global_step
-            self.measure(pl_module, wait=False)
+            self.check_finite(wait=False)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.training:
-            self.measure(pl_module)
-        self._finite_check.report(self.groups)
+            self._finite_check.measure()
+        self._finite_check.report()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finite_check.report(self.groups)
+        self._finite_check.report()
 
-    def measure(self, model: nn.Module, wait: bool = True) -> None:
+    def check_finite(self, wait: bool = True) -> None:
         """Raise a NonFiniteError if a monitored weight is not finite; without ``wait``, a GPU may report it later."""
-        self._finite_check.measure(self._monitor(model))
-        self._finite_check.report(self.groups, wait)
-
-    def _monitor(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
-        if self._monitored is None:
-            self._monitored = self.monitored(model)
-        return self._monitored
+        self._finite_check.measure()
+        self._finite_check.report(wait)
 
 
 def members(groups: Iterable[TiedGroup]) -> dict[str, nn.Parameter]:
-    """Return the distinct parameters of tied groups, by the first name of each."""
-    names: dict[nn.Parameter, str] = {}
-    for group in groups:
-        for name, parameter in zip(group.names, group.parameters, strict=True):
-            names.setdefault(parameter, name)
-    return {name: parameter for parameter, name in names.items()}
+    """Return the parameters of tied groups, by name."""
+    return {name: p for group in groups for name, p in zip(group.names, group.parameters, strict=True)}
 
 
 def parameters_beside(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback, configure_model, parameters_beside, reject_copies, warn_if_too_late
-from tying.callbacks.transform import arguments_of, parameters_of, record, recorded, shared_with
+from tying.callbacks.transform import parameters_of, record, recorded, shared_with
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
@@ -94,7 +94,6 @@ class WeightClustering(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         reject_copies(trainer, "WeightClustering", "the dense weights")
         configure_model(trainer, pl_module)
         for callback in callbacks_of(trainer):
@@ -104,13 +103,13 @@ class WeightClustering(TyingCallback):
                     f"apply_pruning=BeforeEpoch({self.start_epoch})"
                 )
         self.names, self._compression, self._uses = self._find(pl_module), None, []
-        record(pl_module)[arguments_of(self)] = self.names  # once they are clustered, no pattern matches them
+        record(pl_module, self, self.names)  # once they are clustered, no pattern matches them
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
 
+    @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        """Give a model the codebooks that a state dict has, before it is loaded."""
         _put_codebooks(self._find(model), model, state_dict, "")
 
     def _find(self, model: nn.Module) -> list[str]:
@@ -170,7 +169,7 @@ class WeightClustering(TyingCallback):
                     group["params"] = [
                         table if parameter is weights[name] else parameter for parameter in group["params"]
                     ]
-        self.monitor_anew()
+        self.monitor(pl_module)
         rank_zero_info(
             f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from tying.errors import NonFiniteError, listed
 from tying.selection.tie import TiedGroup
@@ -71,13 +72,18 @@ class FiniteCheck:
     Args:
         context: the callback that ties the weights, for messages.
 
+    Attributes:
+        weights: what to measure, by name.
+        groups: the tied groups, so that errors can name the partners of a weight.
+
     Example:
         >>> check, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(3))
-        >>> check.measure({"a": weight})
+        >>> check.weights = {"a": weight}
+        >>> check.measure()
         >>> check.report()
         >>> with torch.no_grad():
         ...     _ = weight[0].fill_(float("nan"))
-        >>> check.measure({"a": weight})
+        >>> check.measure()
         >>> check.report()
         Traceback (most recent call last):
         tying.errors.NonFiniteError: SoftTying: 'a' holds NaN. ...
@@ -85,41 +91,42 @@ class FiniteCheck:
 
     def __init__(self, context: str) -> None:
         self._context = context
-        self._weights: Mapping[str, nn.Parameter] = {}  # those last measured
+        self.weights: Mapping[str, nn.Parameter] = {}
+        self.groups: Sequence[TiedGroup] = ()
         self._measured: Magnitudes | None = None  # until they are reported
         self._gradients = Magnitudes()
         self._warns = True
 
-    def check(self, weights: Mapping[str, nn.Parameter], groups: Sequence[TiedGroup] = ()) -> None:
+    def check(self) -> None:
         """Measure and report weights and constants at once, before training starts.
 
         Raises:
             NonFiniteError: some are not finite.
         """
-        if nonfinite := Magnitudes.of(weights).nonfinite():
-            message = self._describe(nonfinite, groups)
+        if nonfinite := Magnitudes.of(self.weights).nonfinite():
+            message = self._describe(nonfinite)
             raise NonFiniteError(f"{message}. The initial weights are not finite: check what they were loaded from")
 
-    def measure_gradients(self, weights: Mapping[str, nn.Parameter], scaled: bool = False) -> None:
+    def measure_gradients(self, optimizer: Optimizer, scaled: bool = False) -> None:
         """Measure the gradients of weights, before clipping spreads or hides a non-finite one.
 
         Args:
-            weights: those that the optimizer is about to step, by name.
+            optimizer: which is about to step; gradients of weights that it does not hold are left out.
             scaled: whether the loss is scaled: a scaler skips steps with non-finite gradients, which is no fault.
         """
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        weights = {name: weight for name, weight in self.weights.items() if id(weight) in stepped}
         self._gradients = Magnitudes.of(_gradients(weights))
         self._warns &= not scaled
 
-    def measure(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Measure weights, by name, except those that are not trained."""
-        self._weights = weights
-        self._measured = Magnitudes.of({name: weight for name, weight in weights.items() if weight.requires_grad})
+    def measure(self) -> None:
+        """Measure the weights that are trained."""
+        self._measured = Magnitudes.of({name: weight for name, weight in self.weights.items() if weight.requires_grad})
 
-    def report(self, groups: Sequence[TiedGroup] = (), wait: bool = True) -> None:
+    def report(self, wait: bool = True) -> None:
         """Report the last measurement, unless it has been reported.
 
         Args:
-            groups: the tied groups, so that the error can name the partners of a weight.
             wait: whether to wait for a GPU; without, a measurement that is not ready is reported later.
 
         Raises:
@@ -134,10 +141,10 @@ class FiniteCheck:
         nonfinite = self._measured.nonfinite()
         self._measured = None
         if nonfinite:
-            gradients = self._gradients if self._gradients.names else Magnitudes.of(_gradients(self._weights))
+            gradients = self._gradients if self._gradients.names else Magnitudes.of(_gradients(self.weights))
             raise NonFiniteError(
-                f"{self._describe(nonfinite, groups, gradients.nonfinite())}. Lower the learning rate, clip gradients, "
-                "or inspect the batch; checkpoints are from before"
+                f"{self._describe(nonfinite, gradients.nonfinite())}. Lower the learning rate, clip gradients, or "
+                "inspect the batch; checkpoints are from before"
             )
         if self._warns and (wait or self._gradients.is_known()):
             if hidden := self._gradients.nonfinite():
@@ -146,13 +153,11 @@ class FiniteCheck:
                 warnings.warn(message, stacklevel=2)
             self._gradients = Magnitudes()
 
-    def _describe(
-        self, nonfinite: Mapping[str, str], groups: Sequence[TiedGroup], gradients: Mapping[str, str] | None = None
-    ) -> str:
+    def _describe(self, nonfinite: Mapping[str, str], gradients: Mapping[str, str] | None = None) -> str:
         parts = [
             listed((f"{name!r} holds {kind}" for name, kind in nonfinite.items()), limit=3),
             _describe_gradients(gradients or {}),
-            listed(filter(None, (_describe_partners(group, nonfinite) for group in groups)), limit=3),
+            listed(filter(None, (_describe_partners(group, nonfinite) for group in self.groups)), limit=3),
         ]
         return f"{self._context}: {'; '.join(filter(None, parts))}"
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import is_fresh_run, picture_folder, reject_copies, warn_if_too_late
-from tying.callbacks.batch_norms import estimate_batch_norms
-from tying.callbacks.examples import num_train_samples
 from tying.callbacks.penalty import PenaltyCallback
+from tying.callbacks.training_data import estimate_batch_norms, num_train_samples
 from tying.errors import ConfigurationError, check_range, listed
 from tying.files import save_figure
 from tying.hashing.packing import sizes

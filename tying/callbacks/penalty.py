@@ -119,7 +119,6 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
@@ -210,7 +209,7 @@ class PenaltyCallback(TyingCallback):
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
         if not self._window or (found_inf is not None and float(found_inf) > 0):
             return
-        self.measure(pl_module, wait=self.update != "gradient")  # before NaN spreads from one weight to another
+        self.check_finite(wait=self.update != "gradient")  # before NaN spreads from one weight to another
         self._last_factor, rates = self._factor(trainer, optimizer), _learning_rates(optimizer)
         if self.update == "decoupled":
             self._warn_if_unstable(self._last_factor, rates)

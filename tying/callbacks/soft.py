@@ -1,7 +1,8 @@
-"""Soft tying of weights during training."""
+"""Pull tied weights together during training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -13,13 +14,15 @@ from typing_extensions import override
 
 from tying.callbacks.base import reject_copies
 from tying.callbacks.penalty import PenaltyCallback, Update
+from tying.callbacks.training_data import num_train_samples
 from tying.callbacks.transform import shared_with
 from tying.errors import ConfigurationError, check_range, listed
 from tying.hard import untie
 from tying.lightning_workarounds import weights_to_prune
+from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.soft import Penalty, Schedule, TyingPenalty, gap
+from tying.soft import Penalty, Schedule, TyingPenalty, coupling_strength, gap
 from tying.soft.group_penalty import as_penalty
 from tying.weights.optimizers import merge_optimizer_state
 from tying.weights.tie import Init, plan, tie_groups
@@ -146,7 +149,7 @@ class SoftTying(PenaltyCallback):
         self._harden(trainer, pl_module, near, "mean")
         apart = [group for group in penalty.groups if group not in near]
         self.penalties = [TyingPenalty(apart, self.penalty, self.strength)]
-        self.monitor_anew()
+        self.monitor(pl_module)
         pl_module.log(f"{self.log_prefix}/hardened", float(len(self._hardened)))
 
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
@@ -154,3 +157,89 @@ class SoftTying(PenaltyCallback):
         for group in groups:
             self._hardened += tie_groups(model, [group], init)
             merge_optimizer_state(trainer.optimizers, group)
+
+
+class Coupling(PenaltyCallback):
+    """Couple two submodules, whose weights are paired by name, by a prior on their difference.
+
+    The loss must be a mean over labelled examples. The prior, which is weighed against a sum over them, is divided by
+    their number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
+    does the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
+
+    Args:
+        first: a module, or a pattern of parameters, of the discriminative model.
+        second: its partner in the generative model.
+        alpha: in [0, 1]: 0 makes both one, generative model; 1 leaves the discriminative model uncoupled.
+        exponent: as in :func:`tying.soft.coupling_strength`.
+        examples: number of labelled examples; by default that of the training data, or of its loader ``labelled``
+            where batches are dictionaries.
+        update: as for SoftTying; α = 0 needs ``"proximal"``.
+        name: distinguishes several callbacks of this class.
+
+    Raises:
+        ConfigurationError: α is out of range, or 0 with an explicit update; weights of one module have no partner of
+            their shape in the other, all of which are listed; or the number of examples is not known.
+
+    Example:
+        >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
+        16.0
+
+    Source: J. A. Lasserre, C. M. Bishop and T. P. Minka, Principled hybrids of generative and discriminative models,
+    2006.
+    """
+
+    def __init__(
+        self,
+        first: str,
+        second: str,
+        alpha: float,
+        exponent: float = 2.0,
+        examples: int | None = None,
+        update: Update = "proximal",
+        name: str | None = None,
+    ) -> None:
+        if examples is not None:
+            check_range("examples", examples, "[1, inf)")
+        strength = coupling_strength(alpha, exponent)
+        if math.isinf(strength) and update != "proximal":
+            raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")
+        super().__init__(strength, update, None, name)
+        self.first, self.second, self.alpha, self.exponent, self.examples = first, second, alpha, exponent, examples
+        self.ties = [Tie(first, second)]
+
+    @override
+    def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
+        if wrong := unpaired(module, self.first, self.second):
+            raise ConfigurationError(f"{self.first!r} and {self.second!r} do not pair: {listed(wrong, limit=20)}")
+        return [TyingPenalty(resolve(module, self.ties), strength=self.strength)]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if 0 < self.strength < math.inf:  # the training data is there only now
+            self.examples_scale = 1 / (self.examples or num_train_samples(trainer))
+
+
+def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
+    """Return the weights of two modules that have no partner of their name and shape; nothing if these are no modules.
+
+    Example:
+        >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")
+        ["'a.bias' has no partner", "'a.weight' is (3, 2) and 'b.weight' (4, 2)"]
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    if not {first, second} <= modules.keys():
+        return []
+    ours, theirs = (
+        {clean_name(name): tuple(weight.shape) for name, weight in modules[side].named_parameters()}
+        for side in (first, second)
+    )
+    return [
+        *(f"{f'{first}.{name}'!r} has no partner" for name in ours if name not in theirs),
+        *(f"{f'{second}.{name}'!r} has no partner" for name in theirs if name not in ours),
+        *(
+            f"{f'{first}.{name}'!r} is {shape} and {f'{second}.{name}'!r} {theirs[name]}"
+            for name, shape in ours.items()
+            if name in theirs and shape != theirs[name]
+        ),
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import SHARDING, TyingCallback, configure_model, parameters_beside
@@ -42,7 +42,7 @@ class ModelTransform(TyingCallback):
     def apply(self, model: nn.Module) -> object:
         """Change the model, unless it is changed already; return the names of the changed weights."""
         if not self.is_applied(model):
-            record(model)[arguments_of(self)] = self.change(model)
+            record(model, self, self.change(model))
         return self.changed(model)
 
     def is_applied(self, model: nn.Module) -> bool:
@@ -59,7 +59,13 @@ class ModelTransform(TyingCallback):
         return f"{len(self.changed(model))} weights: {listed(self.changed(model))}"
 
     @override
+    def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        self.apply(model)
+
+    @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        if self.ties:
+            return super().affected(model)
         if self.parameters and not self.is_applied(model):
             return select(model, self.parameters)
         return parameters_of(model, self.changed(model))
@@ -70,7 +76,6 @@ class ModelTransform(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
         self._optimizer_size = 0
         kind = type(self).__name__
         if isinstance(trainer.strategy, SHARDING):
@@ -114,14 +119,13 @@ def arguments_of(callback: pl.Callback) -> str:
     return f"{type(callback).__name__}({', '.join(arguments)})"
 
 
-def record(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of the weights that callbacks have changed in a model, by :func:`arguments_of` the callback."""
-    names: dict[str, list[str]] = model.__dict__.setdefault("_computed_by", {})
-    return names
+def record(model: nn.Module, callback: pl.Callback, names: list[str]) -> None:
+    """Record in a model which weights a callback, and any equal one, has changed or is to change."""
+    model.__dict__.setdefault("_computed_by", {})[arguments_of(callback)] = names
 
 
 def recorded(model: nn.Module, callback: pl.Callback) -> list[str]:
-    """Return the names that :func:`record` has for a callback, without changing the model."""
+    """Return the names that :func:`record` has stored for a callback, or none."""
     names: list[str] = model.__dict__.get("_computed_by", {}).get(arguments_of(callback), [])
     return names
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from tying.callbacks import TyingCallback, WeightClustering
+from tying.callbacks import TyingCallback
 from tying.callbacks.observers.summary import print_summary
 from tying.callbacks.transform import ModelTransform, averaging_before
 from tying.depth import Merge
@@ -164,9 +164,7 @@ def load_weights(
         ConfigurationError: they do not fit.
     """
     for callback in callbacks:
-        if isinstance(callback, ModelTransform):
-            callback.apply(model)
-        elif isinstance(callback, WeightClustering):
+        if isinstance(callback, TyingCallback):
             callback.prepare(model, weights)
     try:
         model.load_state_dict(weights)
