@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 T = TypeVar("T", bound=type)
 
 # by module or class: former name to current name
-ALIASES: dict[str, dict[str, str]] = {}
+ALIASES: dict[str, dict[str, str]] = {
+    "tying.callbacks.TyingCallback": {"check": "check_groups"},
+}
 
 
 def _warn(owner: str, former: str, current: str) -> None:

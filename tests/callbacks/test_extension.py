@@ -107,3 +107,17 @@ def test_a_pull_and_a_cluster_of_one_weight_exclude_each_other_in_any_order():
         for call in (train, inspect):
             with pytest.raises(ConfigurationError, match=r"ties too|is tied by SoftTying"):
                 call(Toy(), attached)
+
+
+def test_the_former_name_of_a_check_still_works():
+    with pytest.warns(DeprecationWarning, match="check is now called check_groups"):
+
+        class Strict(SoftTying):
+            def check(self, groups):
+                raise ConfigurationError("strictly none")
+
+    callback = Strict(["encoder.0.bias ~ decoder.0.bias"])
+    with pytest.raises(ConfigurationError, match="strictly none"):
+        callback.check_groups([])
+    with pytest.warns(DeprecationWarning, match="check is now called check_groups"):
+        SoftTying(callback.ties).check([])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class AnchorTying(PenaltyCallback):
         return chosen | {name: weight for name, weight in trained.items() if id(weight) not in known}
 
     @override
-    def check_conflicts(self, model: nn.Module, others: Iterable[pl.Callback]) -> None:
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if not self.penalties:  # without a training run
             self._read_anchors(model)
 
@@ -118,11 +118,10 @@ class AnchorTying(PenaltyCallback):
         if missing := weights.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
         self._steps_checked = 0
-        penalties = [anchored(weights, self._anchors)]
-        penalties[0].strength = self.strength
+        penalties = [anchored(weights, self._anchors, self.strength)]
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
-            penalties.append(anchored(head, {name: torch.zeros_like(weight) for name, weight in head.items()}))
-            penalties[1].strength = self.head_strength
+            zeros = {name: torch.zeros_like(weight) for name, weight in head.items()}
+            penalties.append(anchored(head, zeros, self.head_strength))
         return penalties
 
     @override

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from tying.callbacks.finite_check import FiniteCheck
+from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError
 from tying.lightning_workarounds import callbacks_of
 from tying.selection.index import clean_name
@@ -26,6 +27,7 @@ from tying.selection.tie import Tie, TiedGroup
 SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # they split weights over processes
 
 
+@class_aliases("tying.callbacks.TyingCallback")
 class TyingCallback(pl.Callback):
     """A callback that acts on weights; it ends training where one of them is not finite.
 
@@ -68,7 +70,7 @@ class TyingCallback(pl.Callback):
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback could not tie these groups."""
 
-    def check_conflicts(self, model: nn.Module, others: Iterable[pl.Callback]) -> None:
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         """Raise a ConfigurationError if other callbacks act on the same weights in a way that excludes this one."""
 
     def monitor(self, model: nn.Module) -> None:

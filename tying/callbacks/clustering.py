@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -80,7 +80,6 @@ class WeightClustering(TyingCallback):
         init: Literal["linear", "density", "forgy"] = "linear",
         gradient: Literal["sum", "mean"] = "sum",
     ) -> None:
-        super().__init__()
         check_range("clusters", clusters, "[1, inf)")
         check_range("start_epoch", start_epoch, "[0, inf)")
         check_choice("init", init, get_args(Start))
@@ -133,7 +132,7 @@ class WeightClustering(TyingCallback):
         return parameters_beside(model, self.names)
 
     @override
-    def check_conflicts(self, model: nn.Module, others: Iterable[pl.Callback]) -> None:
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(f"{name!r} is tied by {type(other).__name__}: it cannot be clustered too")
 

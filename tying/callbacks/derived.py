@@ -47,7 +47,6 @@ class HardTying(ModelTransform):
     def __init__(
         self, ties: Sequence[Tie | str], init: Literal["source", "mean"] = "source", name: str | None = None
     ) -> None:
-        super().__init__()
         check_choice("init", init, get_args(Init))
         self.ties, self.init, self.name = parse_ties(ties), init, name
         self._groups: list[TiedGroup] = []
@@ -125,7 +124,6 @@ class LowRankWeights(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        super().__init__()
         self.parameters, self.rank, self.diagonal = parameters, rank, diagonal
 
     @override
@@ -148,7 +146,6 @@ class TemplateWeights(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], templates: int) -> None:
-        super().__init__()
         self.parameters, self.templates = parameters, templates
 
     @override
@@ -179,7 +176,6 @@ class GeneratedWeights(ModelTransform):
     def __init__(
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
-        super().__init__()
         self.parameters, self.embedding = parameters, embedding
         self.in_channels, self.out_channels = in_channels, out_channels
 
@@ -204,7 +200,6 @@ class UntiedBiases(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
-        super().__init__()
         if not input_size or min(input_size) < 1:
             raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size}")
         self.parameters, self.input_size = parameters, [*input_size]
@@ -255,7 +250,6 @@ class WeightHashing(ModelTransform):
         index: Literal["auto", "stored", "computed", "structured"] = "auto",
         scaled: bool = True,
     ) -> None:
-        super().__init__()
         check_choices(table_ratio, hash, scope, init)
         self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled

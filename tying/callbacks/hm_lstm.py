@@ -38,7 +38,6 @@ class SlopeAnnealing(pl.Callback):
     """
 
     def __init__(self, rate: float = 0.04, maximum: float = 5.0) -> None:
-        super().__init__()
         check_range("rate", rate, "[0, inf)")
         check_range("maximum", maximum, "[1, inf)")
         self.rate, self.maximum = rate, maximum
@@ -87,7 +86,6 @@ class BoundaryPlot(pl.Callback):
     """
 
     def __init__(self, characters: int = 400) -> None:
-        super().__init__()
         check_range("characters", characters, "[1, inf)")
         self.characters = characters
         self._hook: RemovableHandle | None = None

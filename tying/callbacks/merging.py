@@ -48,7 +48,6 @@ class ResidualMerging(ModelTransform):
         keep_schedule: Literal["linear", "uniform"] | list[float] = "linear",
         schedule: Schedule | None = None,
     ) -> None:
-        super().__init__()
         if isinstance(keep_schedule, str):
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, ("linear", "uniform"))
         if not isinstance(merge, nn.Module):

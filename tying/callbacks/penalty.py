@@ -64,7 +64,6 @@ class PenaltyCallback(TyingCallback):
         schedule: Schedule | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__()
         check_choice("update", update, get_args(Update))
         check_strength("strength", strength, update)
         if schedule is not None and not isinstance(schedule, Schedule):
@@ -136,8 +135,7 @@ class PenaltyCallback(TyingCallback):
         self._announced = self._warned_unstable = self._warned_unannounced = False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         idle = [group.names[0] for group in self.groups if trained.isdisjoint(group.parameters)]
-        unfreezes = any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer))  # adds them later
-        if idle and not unfreezes:
+        if idle and not any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer)):  # which adds them later
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
         self._register_hooks(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
@@ -154,8 +152,7 @@ class PenaltyCallback(TyingCallback):
             if self.update == "proximal":
                 for penalty in self.penalties:
                     penalty.check_rates(_learning_rates(optimizer))
-            hook = partial(self._after_step, trainer, pl_module)
-            self._hooks[optimizer] = optimizer.register_step_post_hook(hook)
+            self._hooks[optimizer] = optimizer.register_step_post_hook(partial(self._after_step, trainer, pl_module))
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -261,8 +258,7 @@ class PenaltyCallback(TyingCallback):
 
     def _warn_if_unstable(self, factor: float, rates: Rates) -> None:
         for penalty in self.penalties:
-            message = penalty.stability_warning(factor * penalty.strength, rates)
-            if message and not self._warned_unstable:
+            if not self._warned_unstable and (message := penalty.stability_warning(factor * penalty.strength, rates)):
                 self._warned_unstable = True
                 warnings.warn(message, stacklevel=2)
 

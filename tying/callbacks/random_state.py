@@ -40,9 +40,7 @@ class RandomState(pl.Callback):
         ['cuda', 'numpy', 'python', 'torch']
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._restored: dict[str, Any] | None = None
+    _restored: dict[str, Any] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -120,10 +120,9 @@ class SoftTying(PenaltyCallback):
         return [TyingPenalty(groups, self.penalty, self.strength)]
 
     @override
-    def check_conflicts(self, model: nn.Module, others: Iterable[pl.Callback]) -> None:
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if self.harden_below is None:
             return
-        others = [*others]
         names = {id(weight): name for name, weight in self.affected(model).items()}
         for pruning in (callback for callback in others if isinstance(callback, ModelPruning)):
             pruned = (id(getattr(module, name, None)) for module, name in weights_to_prune(pruning))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from inspect import signature
 from operator import attrgetter
 from typing import Any
@@ -139,16 +139,15 @@ def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Pa
 
 
 def shared_with(
-    callback: TyingCallback, model: nn.Module, others: Iterable[pl.Callback]
+    callback: TyingCallback, model: nn.Module, others: Sequence[pl.Callback]
 ) -> Iterator[tuple[str, TyingCallback]]:
     """Yield the name of each affected weight that another callback ties or pulls, too, with that callback.
 
     Transforms without ties do not count: they have replaced the weights that they affect.
     """
     names = {id(weight): name for name, weight in callback.affected(model).items()}
-    for other in others:
-        excludes = isinstance(other, TyingCallback) and (other.ties or not isinstance(other, ModelTransform))
-        if isinstance(other, TyingCallback) and excludes and other is not callback:
+    for other in (other for other in others if isinstance(other, TyingCallback) and other is not callback):
+        if other.ties or not isinstance(other, ModelTransform):
             yield from ((names[id(w)], other) for w in other.affected(model).values() if id(w) in names)
 
 

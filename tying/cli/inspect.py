@@ -91,7 +91,6 @@ def _examine(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set
     """
     tying = [callback for callback in callbacks if isinstance(callback, TyingCallback)]
     transforms = [callback for callback in tying if isinstance(callback, ModelTransform)]
-    affected: set[int] = set()
     pulled: list[tuple[str, TiedGroup]] = []
     errors: list[str] = []
     for callback in [*transforms, *(callback for callback in tying if callback not in transforms)]:
@@ -102,14 +101,12 @@ def _examine(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set
                 if groups:
                     print_summary(model, groups, max_rows=None)  # before they are one: with their gaps
                 callback.apply(model)
+                if not groups:
+                    print(f"{kind}: {callback.describe(model)}")
+            elif not groups and (weights := callback.affected(model)):
+                print(f"{kind}: {len(weights)} weights: {listed(weights)}")
             else:
                 pulled += groups
-            weights = callback.affected(model)
-            affected |= {id(weight) for weight in weights.values()}
-            if not groups and isinstance(callback, ModelTransform):
-                print(f"{kind}: {callback.describe(model)}")
-            elif not groups and weights:
-                print(f"{kind}: {len(weights)} weights: {listed(weights)}")
         except ConfigurationError as error:
             errors.append(str(error))
     if errors:
@@ -118,7 +115,7 @@ def _examine(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set
         callback.check_conflicts(model, callbacks)
     if pulled or not transforms:
         print_summary(model, pulled, max_rows=None)
-    return affected
+    return {id(weight) for callback in tying for weight in callback.affected(model).values()}
 
 
 def _match_ties(model: pl.LightningModule, callback: TyingCallback) -> Sequence[TiedGroup]:

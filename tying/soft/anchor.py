@@ -11,12 +11,13 @@ from tying.selection.tie import TiedGroup
 from tying.soft.group_penalty import TyingPenalty
 
 
-def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor]) -> TyingPenalty:
+def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor], strength: float = 1.0) -> TyingPenalty:
     """Return the penalty ``½ Σ ‖w − w⁰‖²``: soft tying of each weight with a constant.
 
     Args:
         weights: w, by name.
         anchors: w⁰, by the same names.
+        strength: see :class:`TyingPenalty`.
 
     Example:
         >>> import torch
@@ -37,4 +38,4 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor])
             constant = constant.clone()  # as of a state_dict, which would follow its weight
         constant = nn.Parameter(constant, requires_grad=False)
         groups.append(TiedGroup((name, f"anchor of {name}"), (weight, constant), (plain, plain)))
-    return TyingPenalty(groups)
+    return TyingPenalty(groups, strength=strength)

@@ -29,7 +29,6 @@ class TyingMonitor(pl.Callback):
     """
 
     def __init__(self, max_lines: int = 12) -> None:
-        super().__init__()
         self.max_lines = max_lines
         self.steps: list[int] = []
         # pairs of step and gap, by the callback and the names of a group's first two weights

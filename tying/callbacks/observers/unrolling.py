@@ -35,7 +35,6 @@ class Unrolling(pl.Callback):
     """
 
     def __init__(self, extra: list[int]) -> None:
-        super().__init__()
         if not extra:
             raise ConfigurationError("extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not []")
         self.extra = [*extra]
