@@ -134,7 +134,8 @@ def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Pa
     """Return the parameters that are weights of these names, pruned or not, or from which these are computed."""
     derived = derived_weights(model, aliases=True)
     originals = {id(p) for name in weights if name in derived for p in derived[name].originals}
-    parameters = {clean_name(name).removesuffix("_orig"): parameter for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    parameters = {clean_name(name).removesuffix("_orig"): parameter for name, parameter in every}
     return {name: p for name, p in parameters.items() if id(p) in originals or name in weights}
 
 
