@@ -33,11 +33,11 @@ from benchmarks.machine import machine, peak_memory
 from benchmarks.report import write, write_csv
 from benchmarks.suite import Run
 from tying.callbacks import RandomState
-from tying.callbacks.base import callbacks_of
 from tying.cli import parse
 from tying.cli.errors import explain
 from tying.errors import ConfigurationError
 from tying.files import newest_intact
+from tying.lightning_workarounds import callbacks_of
 from tying.weights.derived import count_parameters
 
 LONGEST = 2000  # characters of an error: a pipe holds it

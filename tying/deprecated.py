@@ -12,6 +12,7 @@ T = TypeVar("T", bound=type)
 
 # by module or class: former name to current name
 ALIASES: dict[str, dict[str, str]] = {
+    "tying.callbacks.TyingCallback": {"check": "check_groups"},
     "tying.depth.Merge": {
         "keeps": "prob_names",
         "kept": "keep_prob",

@@ -81,7 +81,7 @@ def check_range(name: str, value: float, interval: str) -> None:
         tying.errors.ConfigurationError: samples must be 1 or more, not 0
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    is_number = isinstance(value, int | float)
+    is_number = hasattr(value, "__float__")
     inside = is_number and (low <= value if interval[0] == "[" else low < value)
     if not (inside and (value <= high if interval[-1] == "]" else value < high)):
         bound = f"in {interval}"

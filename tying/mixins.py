@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, WeightHashing
+from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, TyingCallback, WeightHashing
+from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
 
-Brought = TypeVar("Brought", bound=pl.Callback)
+
+class CallbackMixin(pl.LightningModule):
+    """Adds the callbacks of all mixins that a model inherits, those of base classes first.
+
+    Each mixin names its callback's class, and the class attribute that holds the callback's keyword arguments.
+    """
+
+    _brings: ClassVar[tuple[type[TyingCallback], str]]
+
+    @override
+    def configure_model(self) -> None:
+        super().configure_model()
+        for callback in self._callbacks():
+            if isinstance(callback, ModelTransform):
+                callback.apply(self)
+
+    @override
+    def configure_callbacks(self) -> list[pl.Callback]:
+        inherited = super().configure_callbacks()
+        return [*([inherited] if isinstance(inherited, pl.Callback) else inherited), *self._callbacks()]
+
+    def _callbacks(self) -> list[TyingCallback]:
+        """Return the mixins' callbacks: the same for all calls, since they may count steps."""
+        callbacks: dict[str, TyingCallback] = self.__dict__.setdefault("_mixin_callbacks", {})
+        for mixin in reversed(type(self).__mro__):
+            if not issubclass(mixin, CallbackMixin) or "_brings" not in vars(mixin) or mixin.__name__ in callbacks:
+                continue
+            kind, attribute = mixin._brings
+            arguments, model = getattr(self, attribute, None), type(self).__name__
+            if not isinstance(arguments, Mapping):
+                raise ConfigurationError(
+                    f"{model} inherits {mixin.__name__} and must set {attribute} to a dictionary of {kind.__name__}'s "
+                    f"arguments, not {arguments!r}"
+                )
+            try:
+                callbacks[mixin.__name__] = kind(**arguments)
+            except TypeError as error:
+                raise ConfigurationError(f"{model}.{attribute}: {error}") from None
+        return [*callbacks.values()]
 
 
-class SoftTyingMixin(pl.LightningModule):
-    """Brings :class:`tying.callbacks.SoftTying` along; ``soft_tying`` holds its keyword arguments.
+class SoftTyingMixin(CallbackMixin):
+    """Adds :class:`tying.callbacks.SoftTying` to a model; ``soft_tying`` holds its keyword arguments.
 
     Like every callback that a module returns, it replaces one of the same class given to the Trainer.
 
@@ -30,14 +69,11 @@ class SoftTyingMixin(pl.LightningModule):
     """
 
     soft_tying: ClassVar[Mapping[str, Any]]
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [*_inherited(super().configure_callbacks()), _brought(self, SoftTying, "soft_tying")]
+    _brings = SoftTying, "soft_tying"
 
 
-class CouplingMixin(pl.LightningModule):
-    """Brings :class:`tying.callbacks.Coupling` along; ``coupling`` holds its keyword arguments.
+class CouplingMixin(CallbackMixin):
+    """Adds :class:`tying.callbacks.Coupling` to a model; ``coupling`` holds its keyword arguments.
 
     Raises:
         ConfigurationError: ``coupling`` is not set, or is not a dictionary of Coupling's arguments.
@@ -50,14 +86,11 @@ class CouplingMixin(pl.LightningModule):
     """
 
     coupling: ClassVar[Mapping[str, Any]]
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [*_inherited(super().configure_callbacks()), _brought(self, Coupling, "coupling")]
+    _brings = Coupling, "coupling"
 
 
-class HardTyingMixin(pl.LightningModule):
-    """Brings :class:`tying.callbacks.HardTying` along; ``hard_tying`` holds its keyword arguments.
+class HardTyingMixin(CallbackMixin):
+    """Adds :class:`tying.callbacks.HardTying` to a model; ``hard_tying`` holds its keyword arguments.
 
     The weights are tied in ``configure_model``, hence also by ``load_from_checkpoint``, without a Trainer's callback.
 
@@ -78,19 +111,11 @@ class HardTyingMixin(pl.LightningModule):
     """
 
     hard_tying: ClassVar[Mapping[str, Any]]
-
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        _brought(self, HardTying, "hard_tying").apply(self)
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [*_inherited(super().configure_callbacks()), _brought(self, HardTying, "hard_tying")]
+    _brings = HardTying, "hard_tying"
 
 
-class WeightHashingMixin(pl.LightningModule):
-    """Brings :class:`tying.callbacks.WeightHashing` along; ``weight_hashing`` holds its keyword arguments.
+class WeightHashingMixin(CallbackMixin):
+    """Adds :class:`tying.callbacks.WeightHashing` to a model; ``weight_hashing`` holds its keyword arguments.
 
     The weights are hashed in ``configure_model``, hence also by ``load_from_checkpoint``.
 
@@ -111,19 +136,11 @@ class WeightHashingMixin(pl.LightningModule):
     """
 
     weight_hashing: ClassVar[Mapping[str, Any]]
-
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        _brought(self, WeightHashing, "weight_hashing").apply(self)
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [*_inherited(super().configure_callbacks()), _brought(self, WeightHashing, "weight_hashing")]
+    _brings = WeightHashing, "weight_hashing"
 
 
-class ResidualMergingMixin(pl.LightningModule):
-    """Brings :class:`tying.callbacks.ResidualMerging` along; ``residual_merging`` holds its keyword arguments.
+class ResidualMergingMixin(CallbackMixin):
+    """Adds :class:`tying.callbacks.ResidualMerging` to a model; ``residual_merging`` holds its keyword arguments.
 
     The merges are put in by ``configure_model``, hence also by ``load_from_checkpoint``.
 
@@ -145,34 +162,4 @@ class ResidualMergingMixin(pl.LightningModule):
     """
 
     residual_merging: ClassVar[Mapping[str, Any]]
-
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        _brought(self, ResidualMerging, "residual_merging").apply(self)
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [*_inherited(super().configure_callbacks()), _brought(self, ResidualMerging, "residual_merging")]
-
-
-def _inherited(callbacks: Sequence[pl.Callback] | pl.Callback) -> Sequence[pl.Callback]:
-    return [callbacks] if isinstance(callbacks, pl.Callback) else callbacks
-
-
-def _brought(module: pl.LightningModule, kind: Callable[..., Brought], attribute: str) -> Brought:
-    """Return the callback that a module brings along: one for all calls, since it may count steps."""
-    if f"_{attribute}" not in module.__dict__:
-        arguments, inheritor = getattr(module, attribute, None), type(module).__name__
-        name = kind.__name__
-        if not isinstance(arguments, Mapping):
-            raise ConfigurationError(
-                f"{inheritor} inherits {name}Mixin and must set {attribute} to a dictionary of {name}'s arguments, "
-                f"not {arguments!r}"
-            )
-        try:
-            module.__dict__[f"_{attribute}"] = kind(**arguments)
-        except TypeError as error:
-            raise ConfigurationError(f"{inheritor}.{attribute}: {error}") from None
-    brought: Brought = module.__dict__[f"_{attribute}"]
-    return brought
+    _brings = ResidualMerging, "residual_merging"

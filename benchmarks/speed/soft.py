@@ -12,8 +12,8 @@ from benchmarks.report import ROOT, table
 from benchmarks.speed.timing import Step, race, time_of
 from tying import resolve
 from tying.callbacks import SoftTying
-from tying.callbacks.base import callbacks_of
 from tying.cli import parse
+from tying.lightning_workarounds import callbacks_of
 from tying.soft import GaussianMixturePrior, TyingPenalty
 from tying.soft.mixture import CPU_CHUNK
 
@@ -82,7 +82,7 @@ def resnet_step() -> tuple[Step, Step]:
     def pull() -> None:
         callback.on_after_backward(cli.trainer, cli.model)
         callback.on_before_optimizer_step(cli.trainer, cli.model, optimizer)
-        callback._after_step(cli.trainer, cli.model, 0, optimizer, (), {})
+        callback._after_step(cli.trainer, cli.model, optimizer)
 
     return step, pull
 

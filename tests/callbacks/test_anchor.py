@@ -123,7 +123,7 @@ def file(content, path="a.pt"):
         (lambda: AnchorTying(S, strength=-1.0), "strength must be 0 or more, not -1.0"),
         (lambda: AnchorTying(S, 1.0, head_strength=math.nan), "head_strength must be 0 or more, not nan"),
         (lambda: AnchorTying(S, 1.0, head_strength=math.inf), "head_strength=inf needs update='proximal'"),
-        (lambda: AnchorTying(S, 1.0, update="gradeint"), "unknown update 'gradeint'"),
+        (lambda: AnchorTying(S, 1.0, update="gradeint"), "update must be 'gradient', 'decoupled' or 'proximal', not 'gradeint'"),
         (lambda: train(Toy(), [AnchorTying(["encodr.**"], 1.0)]), r"encodr\.\*\*' matches no parameter"),
         (lambda: train(Toy(), [AnchorTying(S, 1.0, anchor="none.pt")]), "'initial', the weights at the start\\): there is no file none.pt"),
         (lambda: train(Toy(), [AnchorTying(S, 1.0, anchor=file({"encoder.0.weight": torch.zeros(5, 6)}))]), r"a\.pt lacks encoder\.0\.bias, encoder\.2\.weight, encoder\.2\.bias"),

@@ -6,7 +6,7 @@ import torch
 
 from tying import ConfigurationError
 from tying.callbacks import BoundaryPlot
-from tying.callbacks.observers.boundary_plot import boundary_figure
+from tying.callbacks.hm_lstm import boundary_figure
 from tying.data import Text
 from tying.models import HMNetwork, SequenceModel
 

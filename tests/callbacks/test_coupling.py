@@ -201,7 +201,7 @@ class Unpaired(pl.LightningModule):
 
 def test_all_that_does_not_pair_is_told_at_once():
     with pytest.raises(ValueError, match="'first' and 'second' do not pair") as caught:
-        Coupling("first", "second", 0.5).find_pulls(None, Unpaired())
+        Coupling("first", "second", 0.5).build_penalties(None, Unpaired())
     for told in (
         "'first.c.weight' has no partner",
         "'first.c.bias' has no partner",

@@ -19,7 +19,7 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.callbacks.finite_check import FiniteCheck, Look
+from tying.callbacks.finite_check import FiniteCheck, Magnitudes
 from tying.errors import NonFiniteError
 
 BIASES = ["encoder.0.bias ~ decoder.0.bias"]
@@ -51,13 +51,13 @@ class Slow:
 
 @pytest.fixture
 def _on_a_device(monkeypatch):
-    at = Look.at.__func__
+    of = Magnitudes.of.__func__
 
     def later(cls, tensors):
-        look = at(cls, tensors)
-        return look and Look(look.names, look.largest, Slow())
+        measured = of(cls, tensors)
+        return Magnitudes(measured.names, measured.largest, Slow())
 
-    monkeypatch.setattr(Look, "at", classmethod(later))
+    monkeypatch.setattr(Magnitudes, "of", classmethod(later))
 
 
 def fails(model, callback, told, **options):
@@ -134,11 +134,12 @@ def test_a_callback_goes_on_after_it(tmp_path):
 
 
 def test_a_scaler_that_skips_a_step_is_no_fault():
-    watch, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(2))
+    check, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(2))
     weight.grad = torch.full((2,), math.inf)
-    watch.look_at_gradients({"a": weight}, scaled=True)
-    watch.look({"a": weight})
-    watch.tell()
+    check.weights = {"a": weight}
+    check.measure_gradients(torch.optim.SGD([weight], 0.1), scaled=True)
+    check.measure()
+    check.report()
 
 
 class Skips(Toy):
@@ -194,18 +195,21 @@ def test_no_checkpoint_holds_it_whoever_saves(tmp_path):
 
 
 def test_float64_is_no_overflow():
-    watch = FiniteCheck("SoftTying")
-    watch.check({"a": nn.Parameter(torch.tensor([1e300, 1e308, 1e308], dtype=torch.float64))})
+    check = FiniteCheck("SoftTying")
+    check.weights = {"a": nn.Parameter(torch.tensor([1e300, 1e308, 1e308], dtype=torch.float64))}
+    check.check()
 
 
 def test_a_large_half_is_no_overflow():
-    watch = FiniteCheck("SoftTying")
+    check = FiniteCheck("SoftTying")
     half, empty = torch.full((4096,), 6e4, dtype=torch.float16), torch.empty(0)
-    watch.look({name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()})
-    watch.tell()
+    check.weights = {name: nn.Parameter(value) for name, value in {"a": half, "b": torch.ones(2), "c": empty}.items()}
+    check.measure()
+    check.report()
 
 
 def test_what_is_not_trained_is_left_alone():
-    watch = FiniteCheck("AnchorTying")
-    watch.look({"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)})
-    watch.tell()
+    check = FiniteCheck("AnchorTying")
+    check.weights = {"a": nn.Parameter(torch.tensor(math.nan), requires_grad=False)}
+    check.measure()
+    check.report()

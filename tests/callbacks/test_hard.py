@@ -118,7 +118,8 @@ def test_it_says_that_weights_differed(caplog):
     with caplog.at_level("INFO"):
         HardTying(TIES, init="mean").apply(Toy())
     told = (
-        "HardTying: 3 groups are one weight each, their mean; as initialised, the members of 3 differed (largest gap 0."
+        "HardTying: decoder.2.weight is now encoder.0.weight, decoder.0.weight is now encoder.2.weight, "
+        "decoder.0.bias is now encoder.0.bias (with their mean); before, they differed (largest gap 0."
     )
     assert told in caplog.text
 
@@ -164,7 +165,7 @@ def test_ties_after_the_optimizer_are_refused():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="init is 'source' or 'mean', not 'first'"):
+    with pytest.raises(ValueError, match="init must be 'source' or 'mean', not 'first'"):
         HardTying(TIES, init="first")
     with pytest.raises(ValueError, match="ties must be a list of at least one Tie"):
         HardTying([])

@@ -222,5 +222,5 @@ def test_frozen_members_are_refused():
 
 @pytest.mark.parametrize("tolerance", [0, -1, 1.5])
 def test_range(tolerance):
-    with pytest.raises(ValueError, match="harden_below is a gap, above 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"harden_below must be in \(0, 1\], not"):
         SoftTying(TIES, harden_below=tolerance)

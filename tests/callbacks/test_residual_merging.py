@@ -235,11 +235,11 @@ def test_sums_draw_nothing():
     [
         (
             lambda: ResidualMerging("a", StochasticDepth(0.5), "linera"),
-            "keep_schedule is 'linear', 'uniform' or a list",
+            "keep_schedule, if not a list .*, must be 'linear' or 'uniform', not 'linera'",
         ),
         (
             lambda: ResidualMerging("a", StochasticDepth(0.5), schedule=Schedule(0.0, 3.0, 5)),
-            "a schedule of what is dropped is a share of it, from 0 to 1",
+            r"schedule, a factor on drop probabilities, must be in \[0, 1\]",
         ),
         (lambda: ResidualMerging("a", nn.Identity()), "Identity is no tying.depth.Merge"),
         (lambda: train(Blocks(), [ResidualMerging("block.*", StochasticDepth(0.5))]), r"'block\.\*' matches no module"),

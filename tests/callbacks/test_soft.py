@@ -275,7 +275,7 @@ def test_a_second_fit_goes_on_and_a_new_trainer_starts_anew():
         ({"strength": math.inf}, "strength=inf needs update='proximal'"),
         ({"strength": math.inf, "update": "decoupled"}, "strength=inf needs update='proximal'"),
         ({"penalty": "l3"}, "unknown penalty 'l3'"),
-        ({"update": "proximl"}, "unknown update 'proximl'.*Nearest existing names: proximal"),
+        ({"update": "proximl"}, "update must be 'gradient', .*not 'proximl'.*Nearest existing names: proximal"),
         ({"update": "proximal", "penalty": type("Mine", (Penalty,), {})()}, "Mine has no prox method"),
         ({"ties": []}, "at least one Tie"),
         ({"ties": "a ~ b"}, "ties must be a list"),

@@ -157,15 +157,15 @@ def test_each_member_moves_after_its_own_optimizer(update):
     moved = []
 
     class Watch(SoftTying):
-        def _after_step(self, trainer, pl_module, index, *arguments):
+        def _after_step(self, trainer, pl_module, optimizer, *arguments):
             before = [p.detach().clone() for p in pl_module.parameters()]
-            super()._after_step(trainer, pl_module, index, *arguments)
+            super()._after_step(trainer, pl_module, optimizer, *arguments)
             changed = {
                 name.split(".")[0]
                 for (name, p), old in zip(pl_module.named_parameters(), before, strict=True)
                 if not torch.equal(p, old)
             }
-            moved.append((index, changed))
+            moved.append((trainer.optimizers.index(optimizer), changed))
 
     train(model, [Watch(TIES, strength=STRENGTH, update=update)], max_epochs=1, limit_train_batches=1)
     assert moved == [(0, {"encoder"}), (1, {"decoder"})]
@@ -347,9 +347,9 @@ def test_layers_that_the_module_makes_in_its_setup(make, tmp_path):
         def loss(self, batch):
             return super().loss(batch) + sum(layer.weight.square().sum() for layer in self.late)
 
-    callback = make()
-    train(Late(), [callback], max_epochs=2, default_root_dir=tmp_path)
-    assert len({*callback.pulled}) >= 2
+    model, callback = Late(), make()
+    train(model, [callback], max_epochs=2, default_root_dir=tmp_path)
+    assert len(callback.affected(model)) >= 2
     with pytest.raises(ConfigurationError, match="'late"):
         train(Toy(), [make()], max_epochs=2, default_root_dir=tmp_path)
 

@@ -48,7 +48,7 @@ def test_steps_are_those_of_training_afterwards():
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_mistakes():
-    with pytest.raises(ConfigurationError, match="extra is a list of numbers of steps"):
+    with pytest.raises(ConfigurationError, match="extra must be a list of numbers of steps"):
         Unrolling([])
     plain = Classifier(MLP([5, 2]), num_classes=2)
     with pytest.raises(ConfigurationError, match=r"Unrolling: the model has no tying\.depth\.Recurrent"):

@@ -212,8 +212,8 @@ def test_after_pruning():
     [
         (lambda: WeightClustering(["**"], clusters=0), "clusters must be 1 or more, not 0"),
         (lambda: WeightClustering(["**"], start_epoch=-1), "start_epoch must be 0 or more, not -1"),
-        (lambda: WeightClustering(["**"], init="random"), "init is 'linear', 'density' or 'forgy'"),
-        (lambda: WeightClustering(["**"], gradient="max"), "gradient is 'sum' or 'mean', not 'max'"),
+        (lambda: WeightClustering(["**"], init="random"), "init must be 'linear', 'density' or 'forgy', not 'random'"),
+        (lambda: WeightClustering(["**"], gradient="max"), "gradient must be 'sum' or 'mean', not 'max'"),
         (lambda: train(Toy(), [ModelPruning("l1_unstructured"), WeightClustering(["**.weight"], clusters=2)]), r"ModelPruning still prunes in epoch 0, .*apply_pruning=BeforeEpoch\(0\)"),
         (lambda: train(Toy(), [ModelPruning("l1_unstructured", apply_pruning=BeforeEpoch(4)), WeightClustering(["**.weight"], clusters=2, start_epoch=3)]), "ModelPruning still prunes in epoch 3"),
         (lambda: train(Toy(), [WeightClustering(["**.bias"])]), "match nothing of two dimensions or more"),

@@ -3,19 +3,22 @@
 from tying.callbacks.anchor import AnchorTying
 from tying.callbacks.base import TyingCallback
 from tying.callbacks.clustering import BeforeEpoch, WeightClustering
-from tying.callbacks.coupling import Coupling
-from tying.callbacks.derived import GeneratedWeights, LowRankWeights, TemplateWeights, UntiedBiases
-from tying.callbacks.hard import HardTying
-from tying.callbacks.hashing import WeightHashing
+from tying.callbacks.derived import (
+    GeneratedWeights,
+    HardTying,
+    LowRankWeights,
+    TemplateWeights,
+    UntiedBiases,
+    WeightHashing,
+)
+from tying.callbacks.hm_lstm import BoundaryPlot, SlopeAnnealing
 from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
-from tying.callbacks.observers.boundary_plot import BoundaryPlot
 from tying.callbacks.observers.monitor import TyingMonitor
 from tying.callbacks.observers.summary import TyingSummary
 from tying.callbacks.observers.unrolling import Unrolling
 from tying.callbacks.random_state import RandomState
-from tying.callbacks.slope import SlopeAnnealing
-from tying.callbacks.soft import SoftTying
+from tying.callbacks.soft import Coupling, SoftTying
 
 __all__ = [
     "AnchorTying",

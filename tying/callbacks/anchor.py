@@ -1,8 +1,10 @@
-"""Weights that are pulled to where they once were."""
+"""Pull weights to their initial values, or to those of a checkpoint."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,30 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import Choosing
-from tying.callbacks.penalty import Pull, Pulling, Update
+from tying.callbacks.base import is_fresh_run
+from tying.callbacks.penalty import PenaltyCallback, Update, check_strength
 from tying.errors import ConfigurationError, listed, nearest
 from tying.files import saved_weights
 from tying.selection.index import clean_name
 from tying.selection.resolve import select
-from tying.soft import anchored
+from tying.soft import TyingPenalty, anchored
 from tying.weights.derived import locate_parameters
 
 
-class AnchorTying(Pulling, Choosing):
+class AnchorTying(PenaltyCallback):
     """Pull weights to an anchor, ``strength/2 ‖w − w⁰‖²``, and all others to zero, ``head_strength/2 ‖w‖²``.
 
-    This is soft tying of each weight with a constant; :class:`tying.callbacks.penalty.Pulling` says what each update
-    does, and what is logged. An anchor of initial weights is kept in checkpoints; one from a file is read again.
+    This is soft tying of each weight with a constant; :class:`tying.callbacks.penalty.PenaltyCallback` defines the
+    updates and what is logged. Anchors of initial weights are saved in checkpoints; those of a file are read again.
 
     Args:
-        parameters: patterns of names of the anchored weights, S; a leading ``!`` leaves out.
+        parameters: patterns of names of the anchored weights, S; a leading ``!`` excludes.
         strength: α ≥ 0; ``inf`` with ``update="proximal"`` freezes them.
-        head_strength: β ≥ 0, of all other weights that are trained: a new head.
-        anchor: w⁰: ``"initial"``, the weights as they are when training first starts; or a checkpoint's path, whose
-            names are those of the model.
-        update: as of SoftTying.
-        name: tells several of a class apart.
+        head_strength: β ≥ 0, for all other trained weights: a new head.
+        anchor: w⁰: ``"initial"``, the weights when training first starts; or the path of a checkpoint with the names
+            of the model.
+        update: as for SoftTying.
+        name: distinguishes several callbacks of this class.
 
     Raises:
         ConfigurationError: an argument is out of range, a pattern matches nothing, or the file lacks an anchored
@@ -58,15 +60,15 @@ class AnchorTying(Pulling, Choosing):
         name: str | None = None,
     ) -> None:
         super().__init__(strength, update, None, name)
-        self._check_strength("head_strength", head_strength, update)
+        check_strength("head_strength", head_strength, update)
         self.parameters, self.head_strength, self.anchor = parameters, float(head_strength), anchor
         self._anchors: dict[str, Tensor] = {}
-        self._begun = 0  # steps at the last look
+        self._steps_checked = 0  # at the end of the last epoch in which some anchored weight was trained
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        kept = {"anchors": self._anchors} if self.anchor == "initial" else {}
-        return {**super().state_dict(), **kept}
+        anchors = {"anchors": self._anchors} if self.anchor == "initial" else {}
+        return {**super().state_dict(), **anchors}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,68 +78,83 @@ class AnchorTying(Pulling, Choosing):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's anchors are restored after this
+        if is_fresh_run(trainer, stage):
             self._anchors = {}
 
     @override
-    def choose(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        found = select(model, self.parameters)
-        if self.anchor != "initial":
-            places = locate_parameters(model)
-            relations = {name: places[name].relation for name in found if name in places}
-            if other := [name for name, relation in relations.items() if relation is not None and relation.steps]:
-                raise ConfigurationError(
-                    f"{listed(other)}: tied through a relation; anchor the source of the tie instead"
-                )
-            self._anchors = anchors_of(Path(self.anchor), found)
-        return found
+    def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        chosen = select(model, self.parameters)
+        if not self.head_strength:
+            return chosen
+        known = {id(weight) for weight in chosen.values()}
+        trained = {clean_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+        return chosen | {name: weight for name, weight in trained.items() if id(weight) not in known}
 
     @override
-    def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
-        found = self.choose(model)
-        if not self._anchors:
-            self._anchors = {name: weight.detach().clone() for name, weight in found.items()}
-        elif missing := found.keys() - self._anchors.keys():
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
+        if not self.penalties:  # without a training run
+            self._read_anchors(model)
+
+    def _read_anchors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the anchors that are known: those of a file, or of a checkpoint that training resumes from.
+
+        Raises:
+            ConfigurationError: the file does not fit, or a weight is computed from its anchor's counterpart.
+        """
+        if self.anchor == "initial":
+            return self._anchors
+        weights, locations = select(model, self.parameters), locate_parameters(model)
+        relations = {name: locations[name].relation for name in weights if name in locations}
+        if related := [name for name, relation in relations.items() if relation is not None and relation.steps]:
+            raise ConfigurationError(
+                f"{listed(related)}: tied through a relation; anchor the source of the tie instead"
+            )
+        return anchors_of(Path(self.anchor), weights)
+
+    @override
+    def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
+        weights = select(module, self.parameters)
+        self._anchors = self._read_anchors(module) or {name: w.detach().clone() for name, w in weights.items()}
+        if missing := weights.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
-        pulls = [Pull(anchored(found, self._anchors), self.strength)]
-        if self.head_strength:
-            chosen = {id(weight) for weight in found.values()}
-            every = {clean_name(name): weight for name, weight in model.named_parameters()}
-            head = {name: w for name, w in every.items() if w.requires_grad and id(w) not in chosen}
+        self._steps_checked = 0
+        penalties = [anchored(weights, self._anchors, self.strength)]
+        if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
             zeros = {name: torch.zeros_like(weight) for name, weight in head.items()}
-            pulls.append(Pull(anchored(head, zeros), self.head_strength))
-        self._begun = 0
-        return pulls
+            penalties.append(anchored(head, zeros, self.head_strength))
+        return penalties
 
     @override
+    @torch.no_grad()
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        steps = sum(self._steps.values())
-        frozen = not any(w.requires_grad for pull in self._pulls[:1] for g in pull.penalty.groups for w in g.parameters)
-        if self._begun == 0 < steps and self.strength and self.strength != float("inf") and not frozen:
-            with torch.no_grad():
-                if float(self._pulls[0].penalty()) == 0:
-                    warnings.warn(
-                        f"AnchorTying: after {steps} steps every anchored weight is still exactly its anchor. Does an "
-                        "optimizer train them, with a learning rate above 0?",
-                        stacklevel=2,
-                    )
-        self._begun = 0 if frozen else steps
+        penalty, *_ = self.penalties
+        frozen = not any(weight.requires_grad for group in penalty.groups for weight in group.parameters)
+        first = self._steps_checked == 0 < self.steps_taken and not frozen
+        if first and 0 < self.strength < math.inf and float(penalty()) == 0:
+            warnings.warn(
+                f"AnchorTying: after {self.steps_taken} steps every anchored weight is still exactly its anchor. Does "
+                "an optimizer train them, with a learning rate above 0?",
+                stacklevel=2,
+            )
+        self._steps_checked = 0 if frozen else self.steps_taken
 
 
-def anchors_of(path: Path, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return what a checkpoint has in the places of weights.
+def anchors_of(path: Path, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint has under the names of weights.
 
     Args:
-        path: of a checkpoint of Lightning's, or of a state dict.
+        path: of a checkpoint of Lightning, or of a state dict.
         weights: by name.
 
     Raises:
-        ConfigurationError: it is no such file, lacks weights, or has them in other shapes; all are told.
+        ConfigurationError: there is no such file, or it lacks weights, or has them in other shapes; all are listed.
     """
-    held = saved_weights(path, "anchor (or 'initial', the weights at the start)")
-    if missing := [name for name in weights if name not in held]:
-        raise ConfigurationError(f"anchor: {path} lacks {listed(missing)}.{nearest(missing[0], held)}")
-    if wrong := [name for name, weight in weights.items() if held[name].shape != weight.shape]:
-        told = (f"{name!r} is {tuple(held[name].shape)} there and {tuple(weights[name].shape)} here" for name in wrong)
-        raise ConfigurationError(f"anchor: {path}: {listed(told)}")
-    return {name: held[name].to(weight) for name, weight in weights.items()}
+    saved = saved_weights(path, "anchor (or 'initial', the weights at the start)")
+    if missing := [name for name in weights if name not in saved]:
+        raise ConfigurationError(f"anchor: {path} lacks {listed(missing)}.{nearest(missing[0], saved)}")
+    shapes = {name: (tuple(saved[name].shape), tuple(weight.shape)) for name, weight in weights.items()}
+    if wrong := [
+        f"{name!r} is {there} there and {here} here" for name, (there, here) in shapes.items() if there != here
+    ]:
+        raise ConfigurationError(f"anchor: {path}: {listed(wrong)}")
+    return {name: saved[name].to(weight) for name, weight in weights.items()}

@@ -1,24 +1,120 @@
-"""Low-rank, template and generated weights, and untied biases, during training."""
+"""Make weights equal, or compute them from fewer parameters, during training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal, get_args
+
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
-from tying.callbacks.transform import Parametrizing
-from tying.errors import ConfigurationError
-from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, untie_biases
+from tying.callbacks.transform import ModelTransform
+from tying.errors import ConfigurationError, check_choice, listed
+from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied, untie_biases
 from tying.hard.untied_bias import has_untied_bias
+from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
+from tying.hashing.apply import check_choices
+from tying.hashing.report import draw_loads
+from tying.selection.resolve import resolve
+from tying.selection.tie import Tie, TiedGroup, parse_ties
+from tying.soft import gap
+from tying.weights.optimizers import are_alike
+from tying.weights.record import record_in, tie_records
+from tying.weights.tie import Init
 
 
-class LowRankWeights(Parametrizing):
+class HardTying(ModelTransform):
+    """Make tied weights one parameter, before the optimizers are made; see :func:`tying.hard.tie`.
+
+    Args:
+        ties: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
+        init: the value of the one weight: the source's, or the mean.
+        name: distinguishes several callbacks of this class.
+
+    Raises:
+        ConfigurationError: the ties do not fit the model, a callback that averages weights stands before this one, the
+            strategy splits weights, or an optimizer does not hold the tied weights.
+
+    Example:
+        >>> HardTying(ties=["encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"]).init
+        'source'
+    """
+
+    def __init__(
+        self, ties: Sequence[Tie | str], init: Literal["source", "mean"] = "source", name: str | None = None
+    ) -> None:
+        check_choice("init", init, get_args(Init))
+        self.ties, self.init, self.name = parse_ties(ties), init, name
+        self._groups: list[TiedGroup] = []
+
+    @property
+    @override
+    def groups(self) -> list[TiedGroup]:
+        return self._groups
+
+    @override
+    def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return {group.names[0]: group.parameters[0] for group in self._groups}
+
+    @override
+    def check_groups(self, groups: Sequence[TiedGroup]) -> None:
+        for group in groups:
+            if not are_alike(group.parameters):
+                raise ConfigurationError(
+                    f"{listed(group.names)} cannot be one weight: they differ in requires_grad, dtype or device"
+                )
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        names = {name for group in self._groups for name in group.names}
+        self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
+        self.check_optimizers(trainer)
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def check_optimizers(self, trainer: pl.Trainer) -> None:
+        optimized = [g for optimizer in trainer.optimizers for g in optimizer.param_groups]
+        parameters = [id(parameter) for g in optimized for parameter in g["params"]]
+        for group in self._groups:
+            if (count := parameters.count(id(group.parameters[0]))) > 1:
+                raise ConfigurationError(
+                    f"{group.names[0]!r} stands {count} times in the optimizers, and would be stepped and decayed as "
+                    "often: build them from self.parameters(), which yields each weight once"
+                )
+
+    @override
+    def changed(self, model: nn.Module) -> list[str]:
+        return [name for group in self._groups if group.parameters[0].requires_grad for name in group.names]
+
+    @override
+    def is_applied(self, model: nn.Module) -> bool:
+        return record_in(model).ties.keys() >= {*self.ties}
+
+    @override
+    def apply(self, model: nn.Module) -> list[TiedGroup]:
+        whole = not any(parameter.is_meta for parameter in model.parameters())
+        gaps = [] if tie_records(model) or not whole else [gap(group.tensors()) for group in resolve(model, self.ties)]
+        self._groups = tie(model, self.ties, self.init)
+        if any(gaps):
+            rank_zero_info(f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})")
+        return self._groups
+
+    @override
+    def describe(self, model: nn.Module) -> str:
+        renamed = (f"{name} is now {group.names[0]}" for group in self._groups for name in group.names[1:])
+        value = "their mean" if self.init == "mean" else "the latter's values"
+        return f"{listed(renamed)} (with {value})"
+
+
+class LowRankWeights(ModelTransform):
     """Train weights of lower rank; see :func:`tying.hard.lower_rank`.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
+        parameters: patterns of names; a leading ``!`` excludes.
         rank: of each weight.
         diagonal: add a diagonal; for square weights.
 
@@ -28,22 +124,21 @@ class LowRankWeights(Parametrizing):
     """
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        super().__init__(parameters)
-        self.rank, self.diagonal = rank, diagonal
+        self.parameters, self.rank, self.diagonal = parameters, rank, diagonal
 
     @override
     def change(self, model: nn.Module) -> list[str]:
         return lower_rank(model, self.parameters, self.rank, self.diagonal)
 
 
-class TemplateWeights(Parametrizing):
+class TemplateWeights(ModelTransform):
     """Train weights that are mixtures of shared templates; see :func:`tying.hard.share_templates`.
 
     When training ends, the similarity of the layers is plotted as ``layer_similarity.png`` in the logger's directory.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
-        templates: how many; for each shape of weights.
+        parameters: patterns of names; a leading ``!`` excludes.
+        templates: number of templates for each shape of weights.
 
     Example:
         >>> TemplateWeights(["network.layer3.*.branch.conv2.weight"], templates=2).templates
@@ -51,8 +146,7 @@ class TemplateWeights(Parametrizing):
     """
 
     def __init__(self, parameters: list[str], templates: int) -> None:
-        super().__init__(parameters)
-        self.templates = templates
+        self.parameters, self.templates = parameters, templates
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -65,11 +159,11 @@ class TemplateWeights(Parametrizing):
             plot_similarity(pl_module, folder / "layer_similarity.png")
 
 
-class GeneratedWeights(Parametrizing):
+class GeneratedWeights(ModelTransform):
     """Train convolution kernels that a small network generates; see :func:`tying.hard.generate_weights`.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
+        parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
         in_channels: of a basic kernel.
         out_channels: of a basic kernel.
@@ -82,8 +176,7 @@ class GeneratedWeights(Parametrizing):
     def __init__(
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
-        super().__init__(parameters)
-        self.embedding = embedding
+        self.parameters, self.embedding = parameters, embedding
         self.in_channels, self.out_channels = in_channels, out_channels
 
     @override
@@ -91,12 +184,12 @@ class GeneratedWeights(Parametrizing):
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
 
-class UntiedBiases(Parametrizing):
-    """Train convolutions with a bias for each place; see :func:`tying.hard.untie_biases`.
+class UntiedBiases(ModelTransform):
+    """Train convolutions with a bias for each position; see :func:`tying.hard.untie_biases`.
 
     Args:
-        parameters: patterns of names of biases; a leading ``!`` leaves out.
-        input_size: of one sample that the model takes, such as (3, 32, 32).
+        parameters: patterns of names of biases; a leading ``!`` excludes.
+        input_size: size of one sample that the model takes, such as (3, 32, 32).
 
     Raises:
         ConfigurationError: ``input_size`` is no size.
@@ -107,13 +200,13 @@ class UntiedBiases(Parametrizing):
     """
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
-        super().__init__(parameters)
         if not input_size or min(input_size) < 1:
-            raise ConfigurationError(f"input_size is that of one sample, such as [3, 32, 32], not {input_size}")
-        self.input_size = [*input_size]
+            raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size}")
+        self.parameters, self.input_size = parameters, [*input_size]
 
     @override
-    def is_in_place(self, model: nn.Module, names: list[str]) -> bool:
+    def is_applied(self, model: nn.Module) -> bool:
+        names = self.changed(model)
         return bool(names) and all(has_untied_bias(model, name) for name in names)
 
     @override
@@ -121,3 +214,77 @@ class UntiedBiases(Parametrizing):
         like = next(model.parameters())
         example = torch.zeros(1, *self.input_size, dtype=like.dtype, device=like.device)
         return untie_biases(model, self.parameters, example)
+
+
+class WeightHashing(ModelTransform):
+    """Let each weight, or all weights together, share the entries of a table; see :func:`tying.hashing.hash_weights`.
+
+    When training starts, the use of the tables' entries is plotted as ``hash_loads.png`` in the logger's directory.
+    Logs ``tying/entropy``: the entropy of the entries' loads, in nats, averaged over the tables.
+
+    Args:
+        parameters: patterns of names; a leading ``!`` excludes. Those of fewer than two dimensions are skipped.
+        table_ratio: entries of a table per weight, in (0, 1]; by default a tenth, or what the hash fixes.
+        hash: maps each weight to its slot in the table.
+        scope: a table for each weight, or one for all.
+        init: entries are drawn from the weights as initialised, or are the mean over their uses.
+        sign: multiply by ±1, as HashedNets do.
+        density: fraction of weights that are kept.
+        index: how the hash is evaluated.
+        scaled: with ``scope="network"``, multiply by each weight's own scale; see :func:`tying.hashing.hash_weights`.
+
+    Example:
+        >>> WeightHashing(["**.weight", "!**.norm*"], table_ratio=1 / 64, scope="network").scope
+        'network'
+    """
+
+    def __init__(
+        self,
+        parameters: list[str],
+        table_ratio: float | None = None,
+        hash: Hash = UniformHash(),  # noqa: B008  # frozen
+        scope: Literal["layer", "network"] = "layer",
+        init: Literal["fresh", "mean"] = "fresh",
+        sign: bool = False,
+        density: float = 1.0,
+        index: Literal["auto", "stored", "computed", "structured"] = "auto",
+        scaled: bool = True,
+    ) -> None:
+        check_choices(table_ratio, hash, scope, init)
+        self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
+        self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
+        self._entropy = 0.0
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        loads = table_loads(pl_module)
+        if folder := picture_folder(trainer):
+            draw_loads(loads, folder / "hash_loads.png")
+        self._entropy = sum(map(entropy, loads.values())) / len(loads)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("tying/entropy", self._entropy)
+
+    @override
+    def change(self, model: nn.Module) -> list[str]:
+        report = hash_weights(
+            model,
+            self.parameters,
+            self.table_ratio,
+            self.hash,
+            scope=self.scope,
+            init=self.init,
+            sign=self.sign,
+            density=self.density,
+            index=self.index,
+            scaled=self.scaled,
+        )
+        count = sum(weight.name == weight.holder for weight in report.weights)
+        rank_zero_info(
+            f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
+            f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "
+            f"(ratio {report.stored / report.virtual:.3g})"
+        )
+        return [weight.name for weight in report.weights]

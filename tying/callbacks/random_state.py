@@ -12,39 +12,39 @@ import torch.distributed
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from tying.lightning_workarounds import restart_loader
 
-def all_gather_object(own: Any) -> list[Any]:
-    """Return what each process gives, by its rank; all of them take part in making a checkpoint.
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank; every process must call it.
 
     Example:
         >>> all_gather_object("here")
         ['here']
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    processes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(processes, own)
-    return processes
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 class RandomState(pl.Callback):
-    """Save the state of each process's random generators in checkpoints, and go on from it when resuming.
+    """Save the states of each process's random generators in checkpoints, and restore them when training resumes.
 
-    It covers Python's, NumPy's and torch's global generators, on the CPU and on the process's own GPUs. A checkpoint
-    of another number of processes is resumed without it, with a warning: its states belong to other processes.
+    They are Python's, NumPy's and torch's global generators, on the CPU and on the process's GPUs. States of another
+    number of processes are not restored, and a warning says so.
 
     Example:
         >>> sorted(RandomState().state_dict()["processes"][0])
         ['cuda', 'numpy', 'python', 'torch']
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._restored: dict[str, Any] | None = None
+    _restored: dict[str, Any] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restored = None  # what an evaluation has read; a checkpoint to go on from is restored after this
+        self._restored = None  # from an evaluation; a checkpoint to resume from is restored after this
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -59,20 +59,20 @@ class RandomState(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if "loops" in checkpoint:
-            _mend_place(checkpoint["loops"]["fit_loop"], by_steps=trainer.max_steps != -1)
+            _correct_progress(checkpoint["loops"]["fit_loop"], by_steps=trainer.max_steps != -1)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore(trainer)
-        if self._restored is not None and _begins_an_epoch(trainer):
-            # the loader was started before, with other numbers: shuffled anew, it goes as in the uninterrupted run
-            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # set by now
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if self._restored is not None and (progress.is_last_batch or progress.current.ready == 0):  # an epoch begins
+            restart_loader(trainer)  # Lightning shuffled before the states were restored
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run that goes on within an epoch may just have drawn numbers to get there
+        # a run that resumes within an epoch may just have drawn numbers to skip batches
         if batch_idx > 0:
             self._restore(trainer)
         self._restored = None
@@ -91,29 +91,24 @@ class RandomState(pl.Callback):
             self._restored = None
 
 
-def _mend_place(loop: dict[str, Any], by_steps: bool) -> None:
-    """Say in a checkpoint of an epoch's end where training goes on: Lightning 2.6 gets two cases wrong.
+def _correct_progress(loop: dict[str, Any], by_steps: bool) -> None:
+    """Correct where training resumes from a checkpoint of an epoch's end: Lightning 2.6 gets two cases wrong.
 
     Args:
         loop: the state of the fit loop.
-        by_steps: whether training ends after a number of steps: an epoch that is over is then gone on with.
+        by_steps: whether training ends after a number of steps: Lightning then resumes within an epoch that is over.
     """
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     if epochs["current"]["processed"] < epochs["current"]["ready"]:
         return  # the checkpoint is from within an epoch
-    if not batches["is_last_batch"]:  # training had ended within the epoch, which Lightning takes for over
-        for progress in (epochs["current"], epochs["total"]):
+    for progress in (epochs["current"], epochs["total"]):
+        if not batches["is_last_batch"]:  # training ended within the epoch, which Lightning takes as complete
             progress["processed"] = progress["completed"] = progress["ready"] - 1
-    elif by_steps:
-        for progress in (epochs["current"], epochs["total"]):
+        elif by_steps:
             progress["completed"] = progress["processed"]
+    if batches["is_last_batch"] and by_steps:
         batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
-
-
-def _begins_an_epoch(trainer: pl.Trainer) -> bool:
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return progress.is_last_batch or progress.current.ready == 0
 
 
 def generator_states() -> dict[str, Any]:

@@ -1,39 +1,47 @@
-"""Soft tying of weights during training."""
+"""Pull tied weights together during training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, callbacks_of, held_by, reject_copies
-from tying.callbacks.penalty import Pull, Pulling, Update
-from tying.errors import ConfigurationError, listed
+from tying.callbacks.base import reject_copies
+from tying.callbacks.penalty import PenaltyCallback, Update
+from tying.callbacks.training_data import num_train_samples
+from tying.callbacks.transform import shared_with
+from tying.errors import ConfigurationError, check_range, listed
 from tying.hard import untie
+from tying.lightning_workarounds import weights_to_prune
+from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.soft import Penalty, Schedule, TyingPenalty, gap
+from tying.soft import Penalty, Schedule, TyingPenalty, coupling_strength, gap
 from tying.soft.group_penalty import as_penalty
 from tying.weights.optimizers import merge_optimizer_state
 from tying.weights.tie import Init, plan, tie_groups
 
 
-class SoftTying(Pulling, TyingCallback):
-    """Pull tied weights together while they train; :class:`Pulling` says what each update does, and what is logged.
+class SoftTying(PenaltyCallback):
+    """Pull tied weights together while they train.
+
+    :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates and what is logged.
 
     Args:
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
         strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``: equal after every step.
-        penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a :class:`tying.soft.Penalty` of your own.
-        update: add the pull to the gradients, or move the weights after the step, explicitly or by a proximal step.
+        penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a subclass of :class:`tying.soft.Penalty`.
+        update: add to the gradients, or move the weights after the step, explicitly or by a proximal step.
         schedule: a factor on ``strength`` over steps or epochs.
-        harden_below: a gap; at the end of each epoch, groups whose gap is below it become one weight, their mean, as by
-            :class:`HardTying`; so do their optimizer's states.
-        name: tells several of these callbacks apart, in checkpoints and in the log (``tying/<name>/penalty``).
+        harden_below: at the end of each epoch, groups whose gap is below this become one weight, their mean, as by
+            :class:`HardTying`; optimizer states are averaged, too.
+        name: distinguishes several of these callbacks, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Raises:
         ConfigurationError: at construction, for arguments out of range; when training starts, for ties that do not
@@ -57,16 +65,14 @@ class SoftTying(Pulling, TyingCallback):
         harden_below: float | None = None,
         name: str | None = None,
     ) -> None:
-        self.ties = parse_ties(ties)
         super().__init__(strength, update, schedule, name)
-        self.penalty = as_penalty(penalty)
+        self.ties, self.penalty, self.harden_below = parse_ties(ties), as_penalty(penalty), harden_below
         if update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
-        if harden_below is not None and not 0 < harden_below <= 1:
-            raise ConfigurationError(f"harden_below is a gap, above 0 and at most 1, not {harden_below}")
-        self.harden_below = harden_below
+        if harden_below is not None:
+            check_range("harden_below", harden_below, "(0, 1]")
         self._hardened: list[TiedGroup] = []  # in the order in which they became one weight
-        self._saved: list[set[str]] = []  # names of groups that are one weight in a checkpoint
+        self._restored: list[set[str]] = []  # names of the groups that are one weight in a checkpoint
 
     @property
     @override
@@ -74,83 +80,165 @@ class SoftTying(Pulling, TyingCallback):
         return [*super().groups, *self._hardened]
 
     @override
-    def check(self, groups: Sequence[TiedGroup]) -> None:
+    def check_groups(self, groups: Sequence[TiedGroup]) -> None:
         TyingPenalty(groups, self.penalty)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        kept = {"hardened": [list(group.names) for group in self._hardened]} if self._hardened else {}
-        return {**super().state_dict(), **kept}
+        hardened = {"hardened": [list(group.names) for group in self._hardened]} if self._hardened else {}
+        return {**super().state_dict(), **hardened}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._saved = [{*names} for names in state_dict.get("hardened", ())]
+        self._restored = [{*names} for names in state_dict.get("hardened", ())]
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.harden_below is not None:
-            remedy = "the weights apart: train on with HardTying from a checkpoint instead"
-            reject_copies(trainer, "harden_below", remedy)
-        own = {id(parameter) for parameter in pl_module.parameters()}
-        if self._hardened and trainer.ckpt_path is not None:  # it may be of a time when they were apart
+            content = "the weights apart: train on with HardTying from a checkpoint instead"
+            reject_copies(trainer, "harden_below", content)
+        parameters = {id(parameter) for parameter in pl_module.parameters()}
+        if self._hardened and trainer.ckpt_path is not None:  # a checkpoint may be from before they were hardened
             untie(pl_module, {name for group in self._hardened for name in group.names})
             self._hardened = []
-        elif any(id(group.parameters[0]) not in own for group in self._hardened):  # those of another model
+        elif any(id(group.parameters[0]) not in parameters for group in self._hardened):  # of another model
             self._hardened = []
 
     @override
-    def find_pulls(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[Pull]:
-        groups = self._pulls[0].penalty.groups if self._pulls and self._hardened else resolve(model, self.ties)
+    def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
+        groups = self.penalties[0].groups if self.penalties and self._hardened else resolve(module, self.ties)
         if self.harden_below is not None:
-            plan(model, groups)  # raises where they could not be one
-        # optimizers' states, which are restored next, go by position: hence in the order in which groups hardened,
-        # with the optimizers as they were made
-        for names in self._saved:
-            self._harden(trainer, model, [group for group in groups if not names.isdisjoint(group.names)], "source")
+            plan(module, groups)  # raises if they could not become one weight
+        # optimizer states, which are restored next, are assigned by position: hence the optimizers as they were made,
+        # and the order in which groups hardened
+        for names in self._restored:
+            self._harden(trainer, module, [group for group in groups if not names.isdisjoint(group.names)], "source")
             groups = [group for group in groups if names.isdisjoint(group.names)]
-        self._saved = []
-        return self._pulling(groups)
+        self._restored = []
+        return [TyingPenalty(groups, self.penalty, self.strength)]
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if self.harden_below is None:
             return
-        ours = {id(p): name for group in self.groups for name, p in zip(group.names, group.parameters, strict=True)}
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelPruning):
-                pruned = (id(getattr(module, name, None)) for module, name in callback._parameters_to_prune)
-                if found := [ours[weight] for weight in pruned if weight in ours]:
-                    raise ConfigurationError(
-                        f"harden_below could not make {found[0]!r} one with another once ModelPruning has pruned it: "
-                        "prune other weights, or in a run after this, or leave harden_below out"
-                    )
-            both = [ours[id(parameter)] for parameter in held_by(callback) if id(parameter) in ours]
-            if both and callback is not self:
+        names = {id(weight): name for name, weight in self.affected(model).items()}
+        for pruning in (callback for callback in others if isinstance(callback, ModelPruning)):
+            pruned = (id(getattr(module, name, None)) for module, name in weights_to_prune(pruning))
+            if conflicts := [names[weight] for weight in pruned if weight in names]:
                 raise ConfigurationError(
-                    f"harden_below would replace {both[0]!r}, which another {type(callback).__name__} ties too: put "
-                    "all their ties into one callback, or leave harden_below out"
+                    f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
+                    "prune other weights, or in a run after this, or leave harden_below out"
                 )
+        for name, other in shared_with(self, model, others):
+            raise ConfigurationError(
+                f"harden_below would replace {name!r}, which another {type(other).__name__} ties too: put "
+                "all their ties into one callback, or leave harden_below out"
+            )
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.harden_below is None:
             return
-        groups = self._pulls[0].penalty.groups
-        near = [group for group in groups if gap(group.tensors()) < self.harden_below]
+        [penalty] = self.penalties
+        near = [group for group in penalty.groups if gap(group.tensors()) < self.harden_below]
         if near:
             rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         self._harden(trainer, pl_module, near, "mean")
-        self._pulls = self._pulling([group for group in groups if group not in near])
-        self.rewatch()
-        pl_module.log(f"{self._prefix}/hardened", float(len(self._hardened)))
+        apart = [group for group in penalty.groups if group not in near]
+        self.penalties = [TyingPenalty(apart, self.penalty, self.strength)]
+        self.monitor(pl_module)
+        pl_module.log(f"{self.log_prefix}/hardened", float(len(self._hardened)))
 
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
-        """Let each group be one weight, also for the optimizers."""
+        """Make each group one weight, also in the optimizers."""
         for group in groups:
             self._hardened += tie_groups(model, [group], init)
             merge_optimizer_state(trainer.optimizers, group)
 
-    def _pulling(self, groups: Sequence[TiedGroup]) -> list[Pull]:
-        return [Pull(TyingPenalty(groups, self.penalty), self.strength)]
+
+class Coupling(PenaltyCallback):
+    """Couple two submodules, whose weights are paired by name, by a prior on their difference.
+
+    The loss must be a mean over labelled examples. The prior, which is weighed against a sum over them, is divided by
+    their number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
+    does the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
+
+    Args:
+        first: a module, or a pattern of parameters, of the discriminative model.
+        second: its partner in the generative model.
+        alpha: in [0, 1]: 0 makes both one, generative model; 1 leaves the discriminative model uncoupled.
+        exponent: as in :func:`tying.soft.coupling_strength`.
+        examples: number of labelled examples; by default that of the training data, or of its loader ``labelled``
+            where batches are dictionaries.
+        update: as for SoftTying; α = 0 needs ``"proximal"``.
+        name: distinguishes several callbacks of this class.
+
+    Raises:
+        ConfigurationError: α is out of range, or 0 with an explicit update; weights of one module have no partner of
+            their shape in the other, all of which are listed; or the number of examples is not known.
+
+    Example:
+        >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
+        16.0
+
+    Source: J. A. Lasserre, C. M. Bishop and T. P. Minka, Principled hybrids of generative and discriminative models,
+    2006.
+    """
+
+    def __init__(
+        self,
+        first: str,
+        second: str,
+        alpha: float,
+        exponent: float = 2.0,
+        examples: int | None = None,
+        update: Update = "proximal",
+        name: str | None = None,
+    ) -> None:
+        if examples is not None:
+            check_range("examples", examples, "[1, inf)")
+        strength = coupling_strength(alpha, exponent)
+        if math.isinf(strength) and update != "proximal":
+            raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")
+        super().__init__(strength, update, None, name)
+        self.first, self.second, self.alpha, self.exponent, self.examples = first, second, alpha, exponent, examples
+        self.ties = [Tie(first, second)]
+
+    @override
+    def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
+        if wrong := unpaired(module, self.first, self.second):
+            raise ConfigurationError(f"{self.first!r} and {self.second!r} do not pair: {listed(wrong, limit=20)}")
+        return [TyingPenalty(resolve(module, self.ties), strength=self.strength)]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if 0 < self.strength < math.inf:  # the training data is there only now
+            self.examples_scale = 1 / (self.examples or num_train_samples(trainer))
+
+
+def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
+    """Return the weights of two modules that have no partner of their name and shape; nothing if these are no modules.
+
+    Example:
+        >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")
+        ["'a.bias' has no partner", "'a.weight' is (3, 2) and 'b.weight' (4, 2)"]
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    if not {first, second} <= modules.keys():
+        return []
+    ours, theirs = (
+        {clean_name(name): tuple(weight.shape) for name, weight in modules[side].named_parameters()}
+        for side in (first, second)
+    )
+    return [
+        *(f"{f'{first}.{name}'!r} has no partner" for name in ours if name not in theirs),
+        *(f"{f'{second}.{name}'!r} has no partner" for name in theirs if name not in ours),
+        *(
+            f"{f'{first}.{name}'!r} is {shape} and {f'{second}.{name}'!r} {theirs[name]}"
+            for name, shape in ours.items()
+            if name in theirs and shape != theirs[name]
+        ),
+    ]

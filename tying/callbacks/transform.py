@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from inspect import signature
 from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.trainer.call import _call_configure_model
-from torch import nn
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import SHARDING, callbacks_of
-from tying.callbacks.finite_check import Watching, kept_for
+from tying.callbacks.base import SHARDING, TyingCallback, configure_model, parameters_beside
 from tying.errors import ConfigurationError, listed
-from tying.weights.derived import are_computed, eval_mode
+from tying.lightning_workarounds import callbacks_of, finetuning_groups
+from tying.selection.index import clean_name
+from tying.selection.resolve import select
+from tying.weights.derived import derived_weights, eval_mode
 
 
-class ChangesModel(Watching):
-    """A callback that changes the model before the optimizers are made.
+class ModelTransform(TyingCallback):
+    """Changes the model before the optimizers are made, once; a subclass says how in :meth:`change`.
+
+    Attributes:
+        parameters: patterns of names of the weights to change, if a subclass takes them; a leading ``!`` excludes.
 
     Raises:
-        ConfigurationError: a callback that averages weights stands before it, or the strategy splits weights.
+        ConfigurationError: a callback that averages weights stands before it, the strategy splits weights, or an
+            optimizer holds weights of before the change.
     """
 
-    _held_by_optimizers = 0
+    parameters: Sequence[str] = ()
+    _optimizer_size = 0
+
+    def change(self, model: nn.Module) -> list[str]:
+        """Change the model; return the names of the weights that it computes from now on."""
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module) -> object:
+        """Change the model, unless it is changed already; return the names of the changed weights."""
+        if not self.is_applied(model):
+            record(model, self, self.change(model))
+        return self.changed(model)
+
+    def is_applied(self, model: nn.Module) -> bool:
+        """Return whether the model is changed already, by this callback or an equal one."""
+        names = self.changed(model)
+        return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
+
+    def changed(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights that were changed, none before that."""
+        return recorded(model, self)
+
+    def describe(self, model: nn.Module) -> str:
+        """Describe what was changed, for reports."""
+        return f"{len(self.changed(model))} weights: {listed(self.changed(model))}"
+
+    @override
+    def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        self.apply(model)
+
+    @override
+    def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        if self.ties:
+            return super().affected(model)
+        if self.parameters and not self.is_applied(model):
+            return select(model, self.parameters)
+        return parameters_of(model, self.changed(model))
+
+    @override
+    def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return parameters_beside(model, self.changed(model))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._held_by_optimizers = 0
+        self._optimizer_size = 0
         kind = type(self).__name__
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
@@ -40,49 +84,72 @@ class ChangesModel(Watching):
                 "before it is sharded, and shard tied modules together, as tying.hard.audit says"
             )
         problem = averaging_before(self, callbacks_of(trainer))
-        if problem and not self.is_applied(pl_module):  # a copy of what is changed already is right
+        if problem and not self.is_applied(pl_module):  # a copy of a changed model is right
             raise ConfigurationError(problem)
-        # layers that configure_model makes must be there; Lightning calls it again, which it must stand
-        _call_configure_model(trainer)
+        configure_model(trainer, pl_module)
         self.apply(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         dedupe_param_groups(trainer)
+        with eval_mode(pl_module):
+            shapes = {name: attrgetter(name)(pl_module).shape for name in self.changed(pl_module)}
+        check_optimizer_current(trainer, pl_module, shapes)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        held = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        if held != self._held_by_optimizers:  # something has added a parameter group
-            self._held_by_optimizers = held
+        size = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        if size != self._optimizer_size:  # a callback has added a parameter group
+            self._optimizer_size = size
             dedupe_param_groups(trainer)
             self.check_optimizers(trainer)
 
     def check_optimizers(self, trainer: pl.Trainer) -> None:
-        """Raise a ConfigurationError where optimizers hold a weight several times."""
-
-    def is_applied(self, model: nn.Module) -> bool:
-        """Tell whether the model is changed already, by this callback or one that does the same."""
-        raise NotImplementedError
-
-    def apply(self, model: nn.Module) -> object:
-        """Change the model, unless it is changed already."""
-        raise NotImplementedError
-
-    def told(self, model: nn.Module) -> str:
-        """Return what the callback has changed, in words, where a look at the parameters does not show it."""
-        return ""
+        """Raise a ConfigurationError if optimizers hold a weight several times."""
 
 
 def arguments_of(callback: pl.Callback) -> str:
-    """Return a callback as it was constructed, by which another one of the same arguments is known."""
-    # those of all its classes: a subclass may hand on others than it takes, or keep none
-    names = dict.fromkeys(name for kind in type(callback).__mro__ for name in signature(kind).parameters)
-    held = [f"{name}={getattr(callback, name)!r}" for name in names if hasattr(callback, name)]
-    return f"{type(callback).__name__}({', '.join(held)})"
+    """Return a callback's class and arguments, which are the same for equal callbacks."""
+    # those of all its classes: a subclass may pass on others than it takes, or store none
+    names = dict.fromkeys(name for cls in type(callback).__mro__ for name in signature(cls).parameters)
+    arguments = [f"{name}={getattr(callback, name)!r}" for name in names if hasattr(callback, name)]
+    return f"{type(callback).__name__}({', '.join(arguments)})"
+
+
+def record(model: nn.Module, callback: pl.Callback, names: list[str]) -> None:
+    """Record in a model which weights a callback, and any equal one, has changed or is to change."""
+    model.__dict__.setdefault("_computed_by", {})[arguments_of(callback)] = names
+
+
+def recorded(model: nn.Module, callback: pl.Callback) -> list[str]:
+    """Return the names that :func:`record` has stored for a callback, or none."""
+    names: list[str] = model.__dict__.get("_computed_by", {}).get(arguments_of(callback), [])
+    return names
+
+
+def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that are weights of these names, pruned or not, or from which these are computed."""
+    derived = derived_weights(model, aliases=True)
+    originals = {id(p) for name in weights if name in derived for p in derived[name].originals}
+    every = model.named_parameters(remove_duplicate=False)
+    parameters = {clean_name(name).removesuffix("_orig"): parameter for name, parameter in every}
+    return {name: p for name, p in parameters.items() if id(p) in originals or name in weights}
+
+
+def shared_with(
+    callback: TyingCallback, model: nn.Module, others: Sequence[pl.Callback]
+) -> Iterator[tuple[str, TyingCallback]]:
+    """Yield the name of each affected weight that another callback ties or pulls, too, with that callback.
+
+    Transforms without ties do not count: they have replaced the weights that they affect.
+    """
+    names = {id(weight): name for name, weight in callback.affected(model).items()}
+    for other in (other for other in others if isinstance(other, TyingCallback) and other is not callback):
+        if other.ties or not isinstance(other, ModelTransform):
+            yield from ((names[id(w)], other) for w in other.affected(model).values() if id(w) in names)
 
 
 def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> str:
@@ -92,75 +159,35 @@ def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) ->
             kind = type(callback).__name__
             return (
                 f"{type(other).__name__} stands before {kind} and would average the weights of a copy that it has not "
-                f"changed: list {kind} first. Where a mixin brings it, it stands last: call self.configure_model() at "
+                f"changed: list {kind} first. A mixin adds it as the last callback: call self.configure_model() at "
                 "the end of the module's __init__ instead"
             )
     return ""
 
 
 def dedupe_param_groups(trainer: pl.Trainer) -> None:
-    """Let each parameter group hold a weight once, though modules whose parameters it was made of share it."""
+    """Keep each weight once per parameter group, although modules from which the group was made share it."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, BaseFinetuning):  # it keeps the names in groups, by which a resumed run makes them
-            groups += [group for held in callback._internal_optimizer_metadata.values() for group in held]
-    for group in groups:
+    for group in [*groups, *finetuning_groups(callbacks_of(trainer))]:
         group["params"] = [*dict.fromkeys(group["params"])]
 
 
 def check_optimizer_current(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise where an optimizer holds what weights of these names and shapes were before the model was changed."""
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [p for optimizer in trainer.optimizers for one in optimizer.param_groups for p in one["params"]]
-    others = {parameter.shape for parameter in held if id(parameter) not in own}
-    if found := [name for name, shape in shapes.items() if shape in others]:
-        raise ConfigurationError(
-            f"an optimizer holds tensors of the shape of {found[0]!r} that are not the model's: it was made before the "
-            "model was changed. Make it in configure_optimizers"
-        )
-
-
-class Parametrizing(ChangesModel):
-    """A callback that lets weights of a model be computed; which, and how, its subclasses say.
+    """Raise if an optimizer holds weights of before the model was changed.
 
     Args:
-        parameters: patterns of names; a leading ``!`` leaves out.
+        trainer: of the run.
+        model: the changed model.
+        shapes: of the weights that were changed, by name.
+
+    Raises:
+        ConfigurationError: an optimizer holds a tensor of such a shape that is no parameter of the model.
     """
-
-    def __init__(self, parameters: list[str]) -> None:
-        super().__init__()
-        self.parameters = parameters
-
-    def change(self, model: nn.Module) -> list[str]:
-        """Parametrize the weights; return their names."""
-        raise NotImplementedError
-
-    def is_in_place(self, model: nn.Module, names: list[str]) -> bool:
-        """Tell whether these weights, at least one, are changed already."""
-        return are_computed(model, names)
-
-    @override
-    def watched(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return kept_for(model, self.apply(model))
-
-    @override
-    def told(self, model: nn.Module) -> str:
-        return f"{len(names := self.apply(model))} weights: {listed(names)}"
-
-    @override
-    def is_applied(self, model: nn.Module) -> bool:
-        return self.is_in_place(model, model.__dict__.get("_computed_by", {}).get(arguments_of(self), []))
-
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        with eval_mode(pl_module):
-            shapes = {name: attrgetter(name)(pl_module).shape for name in self.apply(pl_module)}
-        check_optimizer_current(trainer, pl_module, shapes)
-
-    @override
-    def apply(self, model: nn.Module) -> list[str]:
-        record: dict[str, list[str]] = model.__dict__.setdefault("_computed_by", {})
-        if not self.is_applied(model):
-            record[arguments_of(self)] = self.change(model)
-        return record[arguments_of(self)]
+    parameters = {id(parameter) for parameter in model.parameters()}
+    optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
+    if stale := [name for name, shape in shapes.items() if shape in strangers]:
+        raise ConfigurationError(
+            f"an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it was made before the "
+            "model was changed. Make it in configure_optimizers"
+        )

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import Tensor
 
-from tying.callbacks.base import callbacks_of
 from tying.cli.inspect import load_weights
 from tying.errors import ConfigurationError
 from tying.files import atomically, read
 from tying.hard import bake
+from tying.lightning_workarounds import callbacks_of
 from tying.selection.index import unwrapped
 
 HELP = "Write the plain weights of a checkpoint, which load without this package."

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tying.callbacks import WeightClustering
-from tying.callbacks.base import Choosing, TyingCallback
+from tying.callbacks import TyingCallback
 from tying.callbacks.observers.summary import print_summary
-from tying.callbacks.transform import ChangesModel, averaging_before
+from tying.callbacks.transform import ModelTransform, averaging_before
 from tying.depth import Merge
 from tying.errors import ConfigurationError, listed
 from tying.files import read
@@ -30,12 +30,12 @@ def inspect(
     weights_only: bool | None = True,
     plot: Path | None = None,
 ) -> None:
-    """Print which weights each tie matches, and which weights no tie matches; what callbacks change, they change.
+    """Print which weights each tie matches, and which weights no tie matches; change the model as training would.
 
     Args:
-        model: what to inspect.
-        callbacks: those of the configuration.
-        checkpoint: take the weights of this one.
+        model: the model to inspect.
+        callbacks: those of the configuration; they are left as they are.
+        checkpoint: load the weights of this one.
         weights_only: unpickle nothing but tensors and plain types from it.
         plot: write how hashes use their tables to this PNG: heat maps and histograms.
 
@@ -45,17 +45,17 @@ def inspect(
     if plot is not None and plot.is_dir():
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
     model.configure_model()
-    callbacks = _in_force(model, callbacks)
-    changing = [callback for callback in callbacks if isinstance(callback, ChangesModel)]
+    callbacks = [copy.copy(callback) for callback in _effective(model, callbacks)]
+    transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
     if checkpoint is not None:
         load_weights(model, callbacks, _weights(checkpoint, weights_only), f"ckpt_path: {checkpoint}")
     before = dict(model.named_parameters())
-    held = _met(model, callbacks)
-    after = dict(model.named_parameters())  # what is computed has another name now
-    free = [clean_name(name) for name, parameter in before.items() if name in after and id(parameter) not in held]
+    affected = _examine(model, callbacks)
+    after = model.named_parameters()  # computed weights have other names now
+    free = [clean_name(name) for name, parameter in after if name in before and id(parameter) not in affected]
     print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
-    for kind, names in _used_again(model).items():
-        print(f"{kind}: {listed(names)}")
+    for description, names in _shared_modules(model).items():
+        print(f"{description}: {listed(names)}")
     audited, hashed = audit(model), report(model)
     if hashed.weights:
         print(f"Hashed: {hashed}")
@@ -63,88 +63,86 @@ def inspect(
             plot_loads(model, plot)
     elif plot is not None:
         raise ConfigurationError("plot: no weight of the model is hashed")
-    if changing:
-        print(f"With {', '.join(type(callback).__name__ for callback in changing)}: {audited.counts()}")
-    wrong = [f"Problem: {problem}." for one in changing if (problem := averaging_before(one, callbacks))]
-    for line in [*wrong, *audited.remarks()]:
+    if transforms:
+        print(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
+    problems = [problem for transform in transforms if (problem := averaging_before(transform, callbacks))]
+    for line in [*(f"Problem: {problem}." for problem in problems), *audited.remarks()]:
         print(line)
 
 
-def _in_force(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
+def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
     """Return the configuration's callbacks and the model's own, which replace those of one class: Lightning's rule."""
-    own = model.configure_callbacks()
-    own = [*own] if isinstance(own, Sequence) else [own]
-    replaced = {type(callback) for callback in own}
+    added = model.configure_callbacks()
+    added = [*added] if isinstance(added, Sequence) else [added]
+    replaced = {type(callback) for callback in added}
     for hidden in replaced & {type(callback) for callback in callbacks}:
         print(f"{hidden.__name__} of the configuration is replaced by that of {type(model).__name__} itself")
-    return [*(callback for callback in callbacks if type(callback) not in replaced), *own]
+    return [*(callback for callback in callbacks if type(callback) not in replaced), *added]
 
 
-def _met(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set[int]:
-    """Let callbacks meet the model as in training, where pulls come last; print what they do to which weights.
+def _examine(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set[int]:
+    """Let callbacks change the model, transforms first as in training; print which weights each affects.
 
     Returns:
-        the identities of all weights that they hold.
+        The identities of all affected weights.
 
     Raises:
-        ConfigurationError: some do not fit; all of these are told.
+        ConfigurationError: some callbacks do not fit; the message has all of their errors.
     """
-    held: list[tuple[pl.Callback, nn.Parameter]] = []
+    tying = [callback for callback in callbacks if isinstance(callback, TyingCallback)]
+    transforms = [callback for callback in tying if isinstance(callback, ModelTransform)]
     pulled: list[tuple[str, TiedGroup]] = []
     errors: list[str] = []
-    for callback in sorted(callbacks, key=lambda one: not isinstance(one, ChangesModel)):
+    for callback in [*transforms, *(callback for callback in tying if callback not in transforms)]:
         kind = type(callback).__name__
         try:
-            groups = [(kind, group) for group in _tied(model, callback)] if isinstance(callback, TyingCallback) else []
-            held += [(callback, weight) for _, group in groups for weight in group.parameters]
-            if isinstance(callback, ChangesModel):
+            groups = [(kind, group) for group in _match_ties(model, callback)]
+            if isinstance(callback, ModelTransform):
                 if groups:
                     print_summary(model, groups, max_rows=None)  # before they are one: with their gaps
                 callback.apply(model)
-                if told := callback.told(model):
-                    print(f"{kind}: {told}")
+                if not groups:
+                    print(f"{kind}: {callback.describe(model)}")
+            elif not groups and (weights := callback.affected(model)):
+                print(f"{kind}: {len(weights)} weights: {listed(weights)}")
             else:
                 pulled += groups
-            if isinstance(callback, Choosing) and (chosen := callback.choose(model)):
-                held += [(callback, weight) for weight in chosen.values()]
-                print(f"{kind}: {len(chosen)} weights: {listed(chosen)}")
         except ConfigurationError as error:
             errors.append(str(error))
     if errors:
         raise ConfigurationError("; ".join(errors))
-    for callback in callbacks:
-        if isinstance(callback, Choosing):
-            callback.refuse(model, held)
-    if pulled or not any(isinstance(callback, ChangesModel) for callback in callbacks):
+    for callback in tying:
+        callback.check_conflicts(model, callbacks)
+    if pulled or not transforms:
         print_summary(model, pulled, max_rows=None)
-    return {id(weight) for _, weight in held}
+    return {id(weight) for callback in tying for weight in callback.affected(model).values()}
 
 
-def _tied(model: pl.LightningModule, callback: TyingCallback) -> Sequence[TiedGroup]:
-    """Return the groups that a callback ties; print what its ties match."""
-    if isinstance(callback, ChangesModel) and callback.is_applied(model):  # by the model itself
+def _match_ties(model: pl.LightningModule, callback: TyingCallback) -> Sequence[TiedGroup]:
+    """Return the groups that a callback ties; print which weights its ties match."""
+    if isinstance(callback, ModelTransform) and callback.is_applied(model):  # by the model itself
         callback.apply(model)
         return callback.groups
-    found = resolve_each(model, callback.ties)
-    for tie, result in zip(callback.ties, found, strict=True):
+    results = resolve_each(model, callback.ties)
+    for tie, result in zip(callback.ties, results, strict=True):
         if not isinstance(result, ConfigurationError):
             weights, count = sum(map(len, result)), len(result)
             print(f"{type(callback).__name__}: '{tie}' matches {weights} weights in {count} group{'s' * (count > 1)}")
-    if wrong := [str(result) for result in found if isinstance(result, ConfigurationError)]:
-        raise ConfigurationError("; ".join(wrong))
-    groups = resolve(model, callback.ties)
-    callback.check(groups)
+    if errors := [str(result) for result in results if isinstance(result, ConfigurationError)]:
+        raise ConfigurationError("; ".join(errors))
+    groups = resolve(model, callback.ties) if callback.ties else []
+    callback.check_groups(groups)
     return groups
 
 
-def _used_again(model: pl.LightningModule) -> dict[str, list[str]]:
-    """Return what modules that share over depth or time say of themselves, merges apart, and their names."""
-    found: dict[str, list[str]] = {}
+def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
+    """Return how modules that share over depth or time describe themselves, merges apart, and their names."""
+    names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        ours = type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge)
-        if ours and (told := module.extra_repr()):
-            found.setdefault(f"{type(module).__name__}({told})", []).append(clean_name(name))
-    return found
+        shares = type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge)
+        if shares and (description := module.extra_repr()):
+            names.setdefault(f"{type(module).__name__}({description})", []).append(clean_name(name))
+    return names
 
 
 def _weights(path: Path, weights_only: bool | None) -> dict[str, Tensor]:
@@ -157,15 +155,13 @@ def _weights(path: Path, weights_only: bool | None) -> dict[str, Tensor]:
 def load_weights(
     model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, Tensor], context: str
 ) -> None:
-    """Let callbacks change a model as training would have, and load its weights from then.
+    """Let callbacks change a model as training would have, and load the weights of that training.
 
     Raises:
         ConfigurationError: they do not fit.
     """
     for callback in callbacks:
-        if isinstance(callback, ChangesModel):
-            callback.apply(model)
-        elif isinstance(callback, WeightClustering):
+        if isinstance(callback, TyingCallback):
             callback.prepare(model, weights)
     try:
         model.load_state_dict(weights)

@@ -18,12 +18,12 @@ from typing_extensions import override
 import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
-from tying.callbacks.base import callbacks_of
 from tying.cli.bake import HELP, bake_parser, export
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError
 from tying.files import check_whole, newest_intact
+from tying.lightning_workarounds import callbacks_of
 
 
 class Trainer(pl.Trainer):

@@ -33,7 +33,7 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
     groups = []
     for name, weight in weights.items():
         constant = anchors[name].detach().to(weight)
-        if constant.data_ptr() == weight.data_ptr():
+        if constant.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr():
             constant = constant.clone()  # a state_dict's tensor, which changes with its weight
         members = weight, nn.Parameter(constant, requires_grad=False)
         groups.append(TiedGroup((name, f"anchor of {name}"), members, (Relation(), Relation())))

@@ -1,1 +1,1 @@
-"""Callbacks that show what is tied."""
+"""Callbacks that show what is tied: in tables, logs and plots."""

@@ -1,4 +1,4 @@
-"""Log and plot how far tied weights are apart."""
+"""Log and plot the gaps of tied groups."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from matplotlib.figure import Figure
 from typing_extensions import override
 
-from tying.callbacks.base import picture_folder, tied_groups
+from tying.callbacks.base import is_fresh_run, is_logging_step, picture_folder, tied_groups
 from tying.files import save_figure
 from tying.soft import gap
 
@@ -28,10 +29,9 @@ class TyingMonitor(pl.Callback):
     """
 
     def __init__(self, max_lines: int = 12) -> None:
-        super().__init__()
         self.max_lines = max_lines
         self.steps: list[int] = []
-        # steps and gaps, by the callback and the names of a group's first two weights
+        # pairs of step and gap, by the callback and the names of a group's first two weights
         self.history: dict[str, list[tuple[int, float]]] = {}
 
     @override
@@ -44,24 +44,24 @@ class TyingMonitor(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.global_step == 0:  # a fresh run; a checkpoint's history is restored after this
+        if is_fresh_run(trainer, stage):
             self.steps, self.history = [], {}
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        new_step = trainer.global_step > (self.steps[-1] if self.steps else 0)
         groups = tied_groups(trainer)
-        if not (groups and new_step and trainer._logger_connector.should_update_logs):
+        new_step = trainer.global_step > max(self.steps, default=0)
+        if not (groups and new_step and is_logging_step(trainer, pl_module)):
             return
         gaps = [gap(group.tensors()) for _, group in groups]
         pl_module.log("tying/gap", max(gaps))
         self.steps.append(trainer.global_step)
-        for (owner, group), apart in zip(groups, gaps, strict=True):
-            line = f"{owner}: {' ~ '.join(group.names[:2])}"
+        for (callback, group), value in zip(groups, gaps, strict=True):
+            line = f"{callback}: {' ~ '.join(group.names[:2])}"
             if line in self.history or len(self.history) < self.max_lines:
-                self.history.setdefault(line, []).append((trainer.global_step, apart))
+                self.history.setdefault(line, []).append((trainer.global_step, value))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -70,9 +70,7 @@ class TyingMonitor(pl.Callback):
 
 
 def plot_gaps(history: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Write a PNG with one line per group to ``path``, whole or not at all."""
-    from matplotlib.figure import Figure
-
+    """Write a PNG with one line per group to ``path``."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean")
     for name, gaps in history.items():

@@ -1,0 +1,171 @@
+"""Callbacks of hierarchical multiscale LSTMs: their slope in training, and the boundaries that they detect."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from tying.callbacks.base import picture_folder
+from tying.depth import HMLSTM, HMOutput
+from tying.errors import ConfigurationError, check_range
+from tying.files import save_figure
+
+
+class SlopeAnnealing(pl.Callback):
+    """Raise the slope of the boundary detectors of :class:`tying.depth.HMLSTM`: ``min(maximum, 1 + rate · epoch)``.
+
+    It replaces the slope with which the layer was constructed.
+
+    Args:
+        rate: increase per epoch, ≥ 0.
+        maximum: of the slope, ≥ 1.
+
+    Raises:
+        ConfigurationError: an argument is out of range; when training starts, the model has no HMLSTM.
+
+    Example:
+        >>> SlopeAnnealing().maximum
+        5.0
+
+    Source: J. Chung, S. Ahn and Y. Bengio, Hierarchical multiscale recurrent neural networks, 2017.
+    """
+
+    def __init__(self, rate: float = 0.04, maximum: float = 5.0) -> None:
+        check_range("rate", rate, "[0, inf)")
+        check_range("maximum", maximum, "[1, inf)")
+        self.rate, self.maximum = rate, maximum
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._anneal(trainer, pl_module)  # a run that resumes within an epoch has no first batch
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # a run that resumes from the last step of an epoch does not start the next one
+            self._anneal(trainer, pl_module)
+
+    def _anneal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
+        if not layers:
+            raise ConfigurationError("SlopeAnnealing: the model has no tying.depth.HMLSTM")
+        for layer in layers:
+            layer.slope = min(self.maximum, 1 + self.rate * trainer.current_epoch)
+
+
+LINE = 80  # characters
+BLANKS = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
+
+
+class BoundaryPlot(pl.Callback):
+    """Draw the boundaries that a :class:`tying.depth.HMLSTM` finds in the first characters of the test text.
+
+    Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that detects a
+    boundary there. Logs the fraction of steps at which each layer does, ``test/boundaries/1`` and so on.
+
+    Args:
+        characters: how many to draw: of the first sample of the first batch, and of the batches that continue it.
+
+    Raises:
+        ConfigurationError: ``characters`` is below 1; when testing starts, the model has no HMLSTM or several, or the
+            data module has no method ``text`` that maps indices to characters, as :meth:`tying.data.Text.text`.
+
+    Example:
+        >>> BoundaryPlot(characters=160).characters
+        160
+
+    Source: J. Chung, S. Ahn and Y. Bengio, Hierarchical multiscale recurrent neural networks, 2017.
+    """
+
+    def __init__(self, characters: int = 400) -> None:
+        check_range("characters", characters, "[1, inf)")
+        self.characters = characters
+        self._hook: RemovableHandle | None = None
+        self._last = torch.zeros(0)  # boundaries of the last forward pass, (steps, batch, layers − 1)
+        self._sum = torch.zeros(())  # of boundaries; (layers − 1,) after the first batch
+        self._steps = 0
+        self._drawn: list[tuple[Tensor, Tensor]] = []  # of the first sample: characters and their boundaries
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
+        if len(layers) != 1:
+            raise ConfigurationError(f"BoundaryPlot draws one tying.depth.HMLSTM; the model has {len(layers)}")
+        if not callable(getattr(trainer.datamodule, "text", None)):  # type: ignore[attr-defined]  # untyped
+            raise ConfigurationError(
+                "BoundaryPlot: the data module has no method text(ids), which maps indices to characters, as that of "
+                "tying.data.Text"
+            )
+        self._sum, self._steps, self._drawn = torch.zeros(()), 0, []
+        self._hook = layers[0].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: HMOutput) -> None:
+        boundaries = output.boundaries.detach().float()
+        self._last = boundaries.transpose(0, 1) if module.batch_first else boundaries
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._sum = self._sum + self._last.sum(dim=(0, 1))
+        self._steps += self._last.shape[0] * self._last.shape[1]
+        if sum(len(ids) for ids, _ in self._drawn) < self.characters:
+            self._drawn.append((batch[0][0].cpu(), self._last[:, 0].cpu()))
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for layer, count in enumerate(self._sum / self._steps, start=1):
+            pl_module.log(f"test/boundaries/{layer}", count, sync_dist=True)
+        if folder := picture_folder(trainer):
+            ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
+            text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is a box
+                save_figure(boundary_figure(text, marks), folder / "boundaries.png")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "test")
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def boundary_figure(text: str, boundaries: Tensor) -> Figure:
+    """Return a figure of a text, in lines, and the boundaries found at each character.
+
+    Args:
+        text: the characters.
+        boundaries: 0 or 1, (characters, layers).
+    """
+    layers = boundaries.shape[1]
+    height = 1 + 0.5 * layers  # of a line
+    lines = -(-len(text) // LINE)
+    figure = Figure(figsize=(0.12 * LINE + 0.4, 0.22 * height * lines + 0.5), layout="constrained")
+    axes = figure.add_subplot(xlim=(-1, LINE), ylim=(-height * lines, 0.7))
+    axes.axis("off")
+    for position, letter in enumerate(text.translate(BLANKS)):
+        line, column = divmod(position, LINE)
+        axes.text(column, -height * line, letter, family="monospace", size=7, ha="center", parse_math=False)
+    for layer in range(layers):
+        positions = boundaries[:, layer].nonzero().flatten()
+        heights = -height * (positions // LINE) - 0.35 - 0.5 * layer
+        axes.plot(positions % LINE, heights, "s", color=f"C{layer}", markersize=2.5, label=f"layer {layer + 1}")
+    axes.legend(loc="lower right", ncols=layers, fontsize="x-small", frameon=False, bbox_to_anchor=(1, 1))
+    return figure

@@ -1,0 +1,130 @@
+"""Passes over the training data: its number of examples, and the statistics of batch norms."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler, Sampler
+
+from tying.errors import ConfigurationError
+from tying.lightning_workarounds import training_batch
+
+
+def only_loader(loaders: Any) -> Any:
+    """Return the one loader of a sequence of one; anything else unchanged."""
+    return loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
+
+
+def num_train_samples(trainer: pl.Trainer) -> int:
+    """Return the number of labelled examples in a trainer's training data.
+
+    Raises:
+        ConfigurationError: it is not known.
+    """
+    loaders: Any = trainer.train_dataloader
+    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    loader = only_loader(loaders.get("labelled") if isinstance(loaders, Mapping) else loaders)
+    sampler = getattr(loader, "sampler", None)
+    try:
+        if isinstance(sampler, Sampler) and not isinstance(sampler, DistributedSampler):  # of a subset, say
+            return len(sampler)  # type: ignore[arg-type]  # one without a length raises
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        raise ConfigurationError(
+            "the number of labelled examples is not known, since the training data is neither one loader of a data set "
+            "that has a length, nor a dictionary with one under 'labelled': give it as examples"
+        ) from None
+
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+
+@torch.no_grad()
+def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callback: str) -> None:
+    """Estimate means and variances of batch norms anew, by a pass over the training data without training.
+
+    All batches count alike, as in ``torch.optim.swa_utils.update_bn``: those of one epoch, or as many as training
+    took, if those are fewer. Batch norms in evaluation mode, which are frozen, stay unchanged, and so do random
+    generators and the loader's position. Statistics are averaged over processes.
+
+    Args:
+        trainer: that trains.
+        model: is called on a batch, or if that is a tuple or a list on its first element.
+        callback: name of the callback that changed the weights, for the warning.
+
+    Warns:
+        UserWarning: the model cannot be called on that, or does not call all of its batch norms then; these keep the
+            statistics of the previous weights.
+    """
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+    norms = {name: norm for name, norm in modules.items() if norm.training and norm.running_mean is not None}
+    before = {name: [buffer.clone() for buffer in norm.buffers()] for name, norm in norms.items()}
+    if not norms:
+        return
+    reason = ""
+    try:
+        _call(trainer, model, norms.values())
+    except Exception as error:
+        reason = f"the model could not be called on batches of the training data ({error})"
+    except BaseException:  # an interrupt
+        _restore(norms, before)
+        raise
+    decide = trainer.strategy.reduce_boolean_decision  # all processes keep what one could not estimate
+    succeeded = decide(not reason)
+    kept = {n: norm for n, norm in norms.items() if not (succeeded and decide(bool(norm.num_batches_tracked)))}
+    _restore(kept, before)
+    for norm in (norm for name, norm in norms.items() if name not in kept):
+        for buffer in (norm.running_mean, norm.running_var):
+            assert isinstance(buffer, Tensor)
+            buffer.copy_(torch.as_tensor(trainer.strategy.reduce(buffer.clone(), reduce_op="mean")))
+    if kept:
+        reason = reason or "the model, called on batches of the training data, does not call these, in some process"
+        warnings.warn(
+            f"{callback}: batch norms keep the statistics of the weights before, for {reason}: {', '.join(kept)}; see "
+            "torch.optim.swa_utils.update_bn",
+            stacklevel=2,
+        )
+
+
+def _restore(norms: Mapping[str, BatchNorm], before: Mapping[str, list[Tensor]]) -> None:
+    for name, norm in norms.items():
+        for buffer, value in zip(norm.buffers(), before[name], strict=True):
+            buffer.copy_(value)
+
+
+def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
+    """Call a model on its training batches; batch norms average over these."""
+    momenta = {norm: norm.momentum for norm in norms}
+    loader: Any = only_loader(trainer.train_dataloader)
+    if isinstance(loader, Mapping | Sequence):
+        raise TypeError(f"they are those of {len(loader)} loaders")
+    loader = copy.copy(loader)  # which has a position of its own
+    generators = {getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None))}
+    states = {generator: generator.get_state() for generator in generators if isinstance(generator, torch.Generator)}
+    batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
+    try:
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean
+        with isolate_rng(), torch.compiler.set_stance("force_eager"):  # compiled, None would depend on data
+            for loaded in islice(loader, int(batches)):
+                batch = training_batch(trainer, model, loaded)
+                x = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(x, Tensor):
+                    raise TypeError(f"{'they are' if x is batch else 'their first element is'} of {type(x).__name__}")
+                with trainer.precision_plugin.forward_context():
+                    model(x)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for generator, state in states.items():
+            generator.set_state(state)

@@ -1,0 +1,68 @@
+"""Names of Lightning that are private or untyped, each with the reason; seen in Lightning 2.6.
+
+Everything else in this package uses Lightning's public names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
+from torch import nn
+from torch.optim import Optimizer
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the trainer's callbacks: the attribute is public, but set by a connector that mypy does not see."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def finetuning_groups(callbacks: Iterable[pl.Callback]) -> list[dict[str, Any]]:
+    """Return the parameter groups, as names, from which ``BaseFinetuning`` restores optimizers in a resumed run.
+
+    They are written to checkpoints; no public method changes them.
+    """
+    finetuning = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+    return [g for callback in finetuning for groups in callback._internal_optimizer_metadata.values() for g in groups]
+
+
+def weights_to_prune(pruning: ModelPruning) -> list[tuple[nn.Module, str]]:
+    """Return the modules and attributes that ``ModelPruning`` prunes: no public method lists them before it does."""
+    return [*(pruning._parameters_to_prune or ())]
+
+
+def prunes_in(pruning: ModelPruning, epoch: int) -> bool:
+    """Return whether ``ModelPruning`` prunes in an epoch: the public ``apply_pruning`` is the method that prunes."""
+    decision = pruning._apply_pruning
+    return bool(decision(epoch) if callable(decision) else decision)
+
+
+def can_stop_early(trainer: pl.Trainer) -> bool:
+    """Return whether ``should_stop`` ends training now: the minimum of epochs and steps is known to the loop alone."""
+    return trainer.fit_loop._can_stop_early
+
+
+def restart_loader(trainer: pl.Trainer) -> None:
+    """Begin the epoch's pass over the training data anew: Lightning starts it before ``on_train_start``."""
+    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # set by now
+
+
+def training_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """Return a batch of the loader as training steps get it.
+
+    ``strategy.batch_to_device`` calls every other hook, but not ``on_before_batch_transfer`` of module or data module.
+    """
+    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    return trainer.strategy.batch_to_device(batch)
+
+
+def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Return the factor that gradients still carry in ``on_before_optimizer_step``.
+
+    Lightning unscales them before, unless the optimizer says by torch's private ``_step_supports_amp_scaling`` that it
+    does so itself, when it steps.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
