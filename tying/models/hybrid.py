@@ -57,8 +57,8 @@ class HybridClassifier(Classification):
 
     @override
     def on_train_start(self) -> None:
-        loaders = self.trainer.train_dataloader
-        parts = getattr(loaders, "iterables", loaders)  # of a CombinedLoader
+        loader = self.trainer.train_dataloader
+        parts = getattr(loader, "iterables", loader)  # of a CombinedLoader
         if not (isinstance(parts, dict) and {"labelled", "unlabelled"} <= parts.keys()):
             raise ConfigurationError(
                 "HybridClassifier trains on batches of a labelled and an unlabelled part: set the data's labelled to "
