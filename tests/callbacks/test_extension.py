@@ -109,6 +109,15 @@ def test_a_pull_and_a_cluster_of_one_weight_exclude_each_other_in_any_order():
                 call(Toy(), attached)
 
 
+def test_a_checkpoint_of_codebooks_is_inspected(tmp_path, capsys):
+    def clustering():
+        return WeightClustering(["encoder.0.weight"], clusters=2)
+
+    train(Toy(), [clustering()], max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    inspect(Toy(), [clustering()], tmp_path / "a.ckpt")
+    assert "WeightClustering: 1 weights: encoder.0.table" in capsys.readouterr().out
+
+
 def test_the_former_name_of_a_check_still_works():
     with pytest.warns(DeprecationWarning, match="check is now called check_groups"):
 

@@ -109,7 +109,9 @@ class WeightClustering(TyingCallback):
 
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        _put_codebooks(self._find(model), model, state_dict, "")
+        names = self._find(model)
+        record(model, self, names)
+        _put_codebooks(names, model, state_dict, "")
 
     def _find(self, model: nn.Module) -> list[str]:
         """Return the names of the weights that are clustered or are to be."""
