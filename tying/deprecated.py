@@ -1,7 +1,5 @@
 """Former public names, which still work and warn."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Callable

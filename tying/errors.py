@@ -1,7 +1,5 @@
 """Errors of configuration and of training, and checks of arguments that raise them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 

@@ -3,8 +3,6 @@
 Everything else in this package uses Lightning's public names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

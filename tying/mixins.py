@@ -1,7 +1,5 @@
 """The callbacks for people who inherit rather than configure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

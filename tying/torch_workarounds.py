@@ -3,8 +3,6 @@
 Everything else in this package uses torch's public names, `lightning_workarounds` holds those of Lightning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FunctionType

@@ -1,7 +1,5 @@
 """Pull weights to their initial values, or to those of a checkpoint."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence

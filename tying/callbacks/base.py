@@ -1,7 +1,5 @@
 """The base of all callbacks that tie weights, and what they share."""
 
-from __future__ import annotations
-
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence

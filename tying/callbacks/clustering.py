@@ -1,7 +1,5 @@
 """Trained quantisation, in training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

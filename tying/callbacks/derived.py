@@ -1,7 +1,5 @@
 """Make weights equal, or compute them from fewer parameters, during training."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, get_args
 

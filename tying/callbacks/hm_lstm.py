@@ -1,7 +1,5 @@
 """Callbacks of hierarchical multiscale LSTMs: their slope in training, and the boundaries that they detect."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Put merges into the residual blocks of a model, in training."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any, Literal
 

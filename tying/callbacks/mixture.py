@@ -1,7 +1,5 @@
 """Pull weights to a few learned values."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

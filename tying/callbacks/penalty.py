@@ -1,7 +1,5 @@
 """The base of callbacks that lower penalties during training."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

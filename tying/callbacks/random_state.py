@@ -1,7 +1,5 @@
 """Save random generators in checkpoints."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pull tied weights together during training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Passes over the training data: its number of examples, and the statistics of batch norms."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The base of callbacks that change the model before the optimizers are made."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from inspect import signature
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """``tying bake``: export the plain weights of a checkpoint."""
 
-from __future__ import annotations
-
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Explain errors in one paragraph."""
 
-from __future__ import annotations
-
 import errno
 import re
 from argparse import ArgumentError

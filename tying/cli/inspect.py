@@ -1,7 +1,5 @@
 """``tying inspect``: report what a configuration ties, without training."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The command line: LightningCLI with ``inspect`` and ``bake``."""
 
-from __future__ import annotations
-
 import os
 import sys
 import warnings

@@ -3,8 +3,6 @@
 Order and augmentation are functions of (seed, epoch, batch index) alone, whatever the device or number of processes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass

@@ -1,7 +1,5 @@
 """CIFAR-10, in one domain or two, as LightningDataModules."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Literal, get_args

@@ -3,8 +3,6 @@
 Decoded images are cached in files that are mapped into memory.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Data modules of small images that are held in memory."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from typing import Any

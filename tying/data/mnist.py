@@ -1,7 +1,5 @@
 """MNIST as images, and pixel by pixel, as LightningDataModules."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

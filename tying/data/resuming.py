@@ -1,7 +1,5 @@
 """Loaders and data modules that resume at the batch where a run was interrupted."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any

@@ -4,8 +4,6 @@
 ``cifar10/{train,test}/<class>/NNNN.jpg``.
 """
 
-from __future__ import annotations
-
 import io
 import sys
 import tarfile

@@ -1,7 +1,5 @@
 """Text, character by character."""
 
-from __future__ import annotations
-
 import sys
 import sysconfig
 import zlib

@@ -1,7 +1,5 @@
 """Put merges into the residual blocks of a model, and remove them."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence

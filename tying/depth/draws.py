@@ -3,8 +3,6 @@
 Activation checkpointing therefore repeats the draws of the forward pass, and compiled code draws anew in each step.
 """
 
-from __future__ import annotations
-
 import math
 from contextvars import ContextVar
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Merges, which combine a branch with its shortcut, and residual blocks made of them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

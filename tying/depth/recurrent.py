@@ -1,7 +1,5 @@
 """A block that is applied repeatedly: a residual network whose blocks share their weights is a recurrent network."""
 
-from __future__ import annotations
-
 import copy
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Select samples of a batch, and add to selected samples."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

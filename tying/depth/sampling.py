@@ -1,7 +1,5 @@
 """Sample predictions of a network with random merges: it was trained as an ensemble."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Stochastic depth: skip the branch of a residual block in some steps, or for some samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, get_args
 

@@ -1,7 +1,5 @@
 """Swapout and skip-forward: each unit takes its shortcut, its branch, both or neither."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

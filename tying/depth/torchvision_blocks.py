@@ -1,7 +1,5 @@
 """torchvision's residual blocks with merges."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """torch's transformer encoder layer with merges."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import override

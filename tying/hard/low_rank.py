@@ -1,7 +1,5 @@
 """Weights of low rank, optionally plus a diagonal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import ClassVar

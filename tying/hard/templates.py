@@ -1,7 +1,5 @@
 """Layers as mixtures of a few templates, which they share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

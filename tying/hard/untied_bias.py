@@ -1,7 +1,5 @@
 """Convolutions with a bias for each output position."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

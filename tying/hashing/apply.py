@@ -1,7 +1,5 @@
 """Hash the weights of any model."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Mapping, Sequence

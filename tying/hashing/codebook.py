@@ -1,7 +1,5 @@
 """Trained quantisation: weights that share the entries of a small codebook."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args

@@ -1,7 +1,5 @@
 """Fast paths: layers that are computed from the table without an index, and mostly without the whole weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

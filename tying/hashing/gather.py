@@ -1,7 +1,5 @@
 """Read weights from a table by an index, and sum gradients over the weights that share a slot."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

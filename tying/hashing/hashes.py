@@ -1,7 +1,5 @@
 """Hashes: which slot of a table each weight reads."""
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Integer hash functions, with the same results on every machine, device and release."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF

@@ -4,8 +4,6 @@ The matrix product computes the slots of each tile of the weight, and reads them
 Triton's interpreter (``TRITON_INTERPRET=1``) runs the same kernels on the CPU, for tests.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

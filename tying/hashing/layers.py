@@ -1,7 +1,5 @@
 """Linear, convolution and embedding layers whose weights share the entries of a table."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

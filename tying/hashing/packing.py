@@ -1,7 +1,5 @@
 """Packed files of clustered weights, in few bits each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Report how hashed weights use their tables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """An autoencoder of two mirrored stacks, whose layers can be tied in pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """LightningModules that train networks to classify, and their base."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """A small convolutional encoder, and the decoder that mirrors it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """One classifier for each of several domains with different inputs and the same classes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """FractalNet for small images."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """A classifier and an autoencoder of the same images."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Small networks that configurations can name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal

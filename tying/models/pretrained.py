@@ -1,7 +1,5 @@
 """Load the weights of another training run into a new model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Residual networks for small images, with a choice of merges, and with blocks that may share weights."""
 
-from __future__ import annotations
-
 import copy
 from collections import OrderedDict
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Recurrent networks that classify sequences or predict the next character."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal, cast, get_args
 

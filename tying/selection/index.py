@@ -1,7 +1,5 @@
 """The parameters and modules of a model by name, and the patterns that match them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

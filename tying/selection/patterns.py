@@ -1,7 +1,5 @@
 """Patterns of dotted names: shell wildcards within a part, ``**`` across parts, and captures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

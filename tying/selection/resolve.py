@@ -1,7 +1,5 @@
 """Resolve name patterns to groups of tensors that belong together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter

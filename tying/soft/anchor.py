@@ -1,7 +1,5 @@
 """Penalties that pull weights to constants."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor, nn

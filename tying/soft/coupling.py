@@ -1,7 +1,5 @@
 """The coupling of two models by a prior on the difference of their weights."""
 
-from __future__ import annotations
-
 import math
 
 from tying.errors import check_range

@@ -1,7 +1,5 @@
 """A penalty on the groups of a model: as a value, a gradient, an explicit step or a proximal step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat

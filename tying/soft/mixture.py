@@ -1,7 +1,5 @@
 """Mixtures of Gaussians as the prior of weights, which gather around a few learned values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast

@@ -3,8 +3,6 @@
 For a group of m tensors in one layout the penalty is ``Ω = Σ_{i<j} ρ(w_i − w_j)``, summed over entries.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A picture of weights and of the mixture that is their prior."""
 
-from __future__ import annotations
-
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor

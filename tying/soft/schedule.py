@@ -1,7 +1,5 @@
 """Schedules of a strength over training."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Derived weights, which a module computes from its parameters: find, install, remove and count them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy

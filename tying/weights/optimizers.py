@@ -1,7 +1,5 @@
 """Optimizer state of weights that become one parameter during training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

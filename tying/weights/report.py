@@ -1,7 +1,5 @@
 """Report which weights are shared or computed, what that saves, and what would break it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Plain state dicts of models with shared or derived weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

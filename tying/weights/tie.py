@@ -1,7 +1,5 @@
 """One parameter under several names: tie and untie."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Log and plot the gaps of tied groups."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Print a table of tied weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import lightning.pytorch as pl

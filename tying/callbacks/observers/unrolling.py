@@ -1,7 +1,5 @@
 """Test recurrent blocks with more or fewer steps than in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

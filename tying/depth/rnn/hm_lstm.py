@@ -1,7 +1,5 @@
 """Hierarchical multiscale LSTMs: layers detect boundaries, and copy their state between boundaries."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple, get_args
 
 import torch

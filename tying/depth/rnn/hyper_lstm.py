@@ -1,7 +1,5 @@
 """HyperLSTM: a small LSTM rescales the weights of a large LSTM at each step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 

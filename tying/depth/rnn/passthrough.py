@@ -1,7 +1,5 @@
 """Passthrough networks: large recurrent states with low-rank transition matrices."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import override

@@ -1,7 +1,5 @@
 """Check the inputs and states of recurrent layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

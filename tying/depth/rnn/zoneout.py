@@ -1,7 +1,5 @@
 """Zoneout: units of a recurrent network randomly keep their previous value."""
 
-from __future__ import annotations
-
 from itertools import islice
 from typing import Any, cast
 
