@@ -22,8 +22,9 @@ from tying.weights.derived import derived_weights, eval_mode
 class ModelTransform(TyingCallback):
     """Changes the model before the optimizers are made, once; a subclass says how in :meth:`change`.
 
-    Attributes:
-        parameters: patterns of names of the weights to change, if a subclass takes them; a leading ``!`` excludes.
+    Args:
+        parameters: patterns of names of the weights to change; a leading ``!`` excludes. Subclasses that select weights
+            otherwise have their own constructors.
 
     Raises:
         ConfigurationError: a callback that averages weights stands before it, the strategy splits weights, or an
@@ -32,6 +33,9 @@ class ModelTransform(TyingCallback):
 
     parameters: Sequence[str] = ()
     _optimizer_size = 0
+
+    def __init__(self, parameters: list[str]) -> None:
+        self.parameters = parameters
 
     def change(self, model: nn.Module) -> list[str]:
         """Change the model; return the names of the weights that it computes from now on."""
