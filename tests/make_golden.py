@@ -163,7 +163,7 @@ def main():
         class Middle(pl.Callback):
             def on_train_batch_end(self, trainer, *_, family=family):
                 if trainer.global_step == 8:
-                    trainer.save_checkpoint(FOLDER / f"{family}.ckpt")
+                    trainer.save_checkpoint(FOLDER / f"{family.replace(', ', '-')}.ckpt")
 
         ends[family] = train(family, Middle())
     torch.save(ends, FOLDER / "ends.pt")

@@ -27,15 +27,27 @@ def text(node):
             return "{" + ast.unparse(node) + "}"
 
 
+def of_check(call):
+    """Return what `check_range` and `check_choice` say of an argument."""
+    name, value, allowed = (text(argument) for argument in call.args)
+    if ast.unparse(call.func) == "check_choice":
+        return f"{name} must be one of {allowed}, not {value}"
+    low, _, high = allowed[1:-1].partition(", ")
+    interval = f"in {allowed}" if high != "inf" else f"{low} or more" if allowed[0] == "[" else f"above {low}"
+    return f"{name} must be {interval}, not {value}"
+
+
 def messages(path):
     """Return what a file's errors and warnings say, in the order of its lines."""
-    calls = []
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-            calls.append(node.exc)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            found.append((node.lineno, text(node.exc.args[0])))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "rank_zero_warn"):
-            calls.append(node)
-    return [text(call.args[0]) for call in sorted(calls, key=lambda call: call.lineno) if call.args]
+            found.append((node.lineno, text(node.args[0])))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_range", "check_choice"):
+            found.append((node.lineno, of_check(node)))
+    return [message for _, message in sorted(found)]
 
 
 def page():
