@@ -100,24 +100,27 @@ def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Seque
 
 
 def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequence[nn.Module]) -> int:
-    """Give each residual block, by name, a copy of its merge; return the number of blocks.
+    """Give each residual block a copy of its merge; return the number of blocks.
+
+    Args:
+        model: changed in place.
+        blocks: the blocks by name.
+        merges: the merge of each block.
 
     Raises:
         ConfigurationError: a block has a merge already. The model is unchanged then.
     """
-    merged = [
+    if merged := [
         f"{name} ({type(block.merge).__name__})"
         for name, block in blocks.items()
         if "_merge_before" in block.__dict__ or (isinstance(block, Residual) and type(block.merge) is not Sum)
-    ]
-    if merged:
+    ]:
         raise ConfigurationError(
             f"{listed(merged)}: merged already: leave out merge= where the model creates its blocks, or remove what "
             "apply_merge or ResidualMerging applied by remove_merge"
         )
-    copies = [copy.deepcopy(merge) for merge in merges]
     classes = _merged_classes()
-    for block, merge in zip(blocks.values(), copies, strict=True):
+    for block, merge in zip(blocks.values(), [copy.deepcopy(merge) for merge in merges], strict=True):
         merge.train(block.training)
         block.__dict__["_merge_before"] = getattr(block, "merge", None)  # past nn.Module: it is no submodule
         swap_class(block, classes.get(type(block), type(block)))
@@ -138,25 +141,23 @@ def remove_merge(model: nn.Module) -> int:
         >>> apply_merge(model, "0", Swapout(0.5, 0.5)), remove_merge(model), model[0].merge
         (1, 1, Sum())
     """
-    count = 0
     plain_classes = {merged: plain for plain, merged in _merged_classes().items()}
-    for module in [*model.modules()]:
+    for module in model.modules():
         module.__dict__.pop("_merged_by", None)
         if "_nested_before" in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop("_nested_before")
-        if "_merge_before" in module.__dict__:
-            swap_class(module, plain_classes.get(type(module), type(module)))
-            merge = module.__dict__.pop("_merge_before")
-            if merge is None:
-                del module.merge
-            else:
-                module.merge = merge
-            count += 1
-    return count
+    blocks = [module for module in model.modules() if "_merge_before" in module.__dict__]
+    for block in blocks:
+        swap_class(block, plain_classes.get(type(block), type(block)))
+        if (merge := block.__dict__.pop("_merge_before")) is None:
+            del block.merge
+        else:
+            block.merge = merge
+    return len(blocks)
 
 
 def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Return the class with a merge for each class of blocks of other packages."""
+    """Map each block class of torch and torchvision to its subclass with a merge."""
     classes: dict[type[nn.Module], type[nn.Module]] = {nn.TransformerEncoderLayer: MergedTransformerEncoderLayer}
     if "torchvision.models.resnet" in sys.modules:  # else no model has its blocks; importing it takes a second
         from tying.depth.torchvision_blocks import CLASSES
@@ -166,9 +167,9 @@ def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the residual blocks whose names match patterns, in the model's order; a block with several names once.
+    """Return the residual blocks whose names match patterns, by name in the model's order; each block appears once.
 
-    A matched :class:`tying.depth.Recurrent` stands for the blocks of all its steps.
+    A pattern that matches a :class:`tying.depth.Recurrent` selects the blocks of all its steps.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a module that is no residual block.
@@ -179,8 +180,7 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         raise ConfigurationError("blocks must be a pattern of module names, or several, not []")
     names: set[str] = set()
     for pattern in map(Pattern, texts):
-        matches = {name for name in modules if pattern.match(name) is not None}
-        if not matches:
+        if not (matches := {name for name in modules if pattern.match(name) is not None}):
             raise ConfigurationError(
                 f"blocks: pattern {pattern.text!r} matches no module.{nearest(pattern.text, modules)}"
             )
@@ -190,12 +190,11 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
             names |= {f"{name}.blocks.{step}" for step in range(len(module.blocks))}
     blocks = {name: m for name, m in modules.items() if name in names and not isinstance(m, Recurrent)}
     known = {cls for pair in _merged_classes().items() for cls in pair}
-    others = [
+    if others := [
         f"{name!r} is a {type(block).__name__} of {type(block).__module__.split('.')[0]}"
         for name, block in blocks.items()
         if not isinstance(block, Residual) and type(block) not in known
-    ]
-    if others:
+    ]:
         raise ConfigurationError(
             f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: there are "
             "tying.depth.Residual, BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. "

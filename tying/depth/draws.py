@@ -56,8 +56,7 @@ def agreed_rand(*shape: int) -> Tensor:
     Within ``per_rank_rng``, each process returns numbers of its own.
     """
     numbers = torch.rand(shape, dtype=torch.float64)
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if distributed and not per_rank_rng.get():
+    if not per_rank_rng.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(numbers, src=0, group=_cpu_group(dist.group.WORLD))
     return numbers
 

@@ -1,7 +1,5 @@
 """Fractal blocks: columns of different depth, joined at several points; training drops some inputs of each join."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,8 +35,7 @@ def draw_paths(count: int, drop: float) -> list[int]:
         [0, 1, 2]
     """
     numbers = agreed_rand(count + 1)
-    kept = [path for path in range(count) if numbers[path] >= drop]
-    return kept or [min(int(numbers[count] * count), count - 1)]
+    return [i for i in range(count) if numbers[i] >= drop] or [min(int(numbers[count] * count), count - 1)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
@@ -51,6 +48,20 @@ def draw_column(columns: int, probability: float) -> int | None:
     """
     numbers = agreed_rand(2)
     return min(int(numbers[1] * columns), columns - 1) if numbers[0] < probability else None
+
+
+@dataclass(eq=False)
+class _Node:
+    """A layer or a join, whose output is computed from other nodes when it is first read."""
+
+    compute: Callable[..., Tensor]
+    inputs: "Sequence[_Node]" = ()
+    output: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.output is None:
+            self.output = self.compute(*(node() for node in self.inputs))
+        return self.output
 
 
 class FractalBlock(nn.Module):
@@ -116,8 +127,8 @@ class FractalBlock(nn.Module):
             ending = [stack[step * len(stack) // steps - 1] for stack in columns[first:]]
             outputs = [_Node(layer, [z]) for layer, z in zip(ending, inputs[first:], strict=True)]
             layers += zip(ending, outputs, strict=True)
-            joined = _Node(lambda *tensors: fractal_join(tensors), self._kept(outputs, first, column))
-            inputs[first:] = [joined] * len(outputs)
+            join = _Node(lambda *tensors: fractal_join(tensors), self._kept(outputs, first, column))
+            inputs[first:] = [join] * len(outputs)
         out = inputs[0]()
         unused = [layer for layer, node in layers if node.output is None]
         parameters = (parameter for layer in unused for parameter in layer.parameters())
@@ -134,17 +145,3 @@ class FractalBlock(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}"
-
-
-@dataclass(eq=False)
-class _Node:
-    """A layer or a join, whose output is computed from other nodes when it is first read."""
-
-    compute: Callable[..., Tensor]
-    inputs: Sequence[_Node] = ()
-    output: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self.output is None:
-            self.output = self.compute(*(node() for node in self.inputs))
-        return self.output

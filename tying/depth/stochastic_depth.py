@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.draws import draw, keep_mask
-from tying.depth.merge import Branch, Merge, skip_branch
-from tying.depth.rows import add_rows
+from tying.depth.merge import Branch, Merge, add_rows, skip_branch
 from tying.errors import ConfigurationError, check_choice
 
 Mode = Literal["batch", "row", "subset", "auto"]
@@ -58,28 +57,26 @@ def stochastic_depth(
     obstacle: str | None = "needs a branch that can be computed for some samples: use Residual"
     if isinstance(branch, Branch) and (mode == "subset" or (mode == "auto" and keep <= BREAK_EVEN)):
         rows = mask.nonzero().flatten()
-        obstacle = _subset_obstacle(branch, len(rows), len(mask))
-        if obstacle is None:
+        if (obstacle := _subset_obstacle(branch, len(rows), len(mask))) is None:
             return add_rows(x, rows, branch(rows), dim, factor) if len(rows) else skip_branch(x, branch)
     if mode == "subset":
         raise ConfigurationError(f"mode='subset' {obstacle}")
     f = branch()
-    masked = f * mask.to(f.dtype).view([-1 if axis == dim else 1 for axis in range(x.ndim)])
-    return torch.add(x, masked, alpha=factor)
+    shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
+    return torch.add(x, f * mask.to(f.dtype).view(shape), alpha=factor)
 
 
 def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
-    """Describe what prevents computing a branch for the selected ones of ``count`` samples only, or return None."""
+    """Return why a branch cannot be computed for ``selected`` of ``count`` samples alone, or None if it can."""
     parts = (part for module in branch.modules for part in module.modules())
     norms = [part for part in parts if isinstance(part, BATCH_NORMS) and part.training]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # others would wait for a process that keeps none
         return "does not go with SyncBatchNorm, which waits for all processes: use mode='row'"
-    if norms and selected == 1:
-        return (
-            f"kept one of {count} samples for a branch with batch normalisation, which needs the statistics of "
-            "several: use mode='row', larger batches, or drop an incomplete last batch"
-        )
-    return None
+    message = (
+        f"kept one of {count} samples for a branch with batch normalisation, which needs the statistics of several: "
+        "use mode='row', larger batches, or drop an incomplete last batch"
+    )
+    return message if norms and selected == 1 else None
 
 
 class StochasticDepth(Merge):

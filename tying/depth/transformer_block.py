@@ -47,7 +47,9 @@ class MergedTransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a bool mask, true for what attention ignores, as a mask to add to its scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    """Return a mask to add to attention scores; a bool mask is true where attention ignores a position."""
+    return (
+        mask
+        if mask is None or mask.dtype != torch.bool
+        else torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    )

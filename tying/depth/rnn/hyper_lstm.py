@@ -193,5 +193,5 @@ class HyperLSTM(nn.Module):
         for cell, *state in zip(cells, *states, strict=True):
             x, end = cell.run(x, state)
             last.append(end)
-        outputs = x.transpose(0, 1) if self.batch_first else x
-        return outputs, HyperState(*(torch.stack(parts) for parts in zip(*last, strict=True)))
+        end = HyperState(*(torch.stack(parts) for parts in zip(*last, strict=True)))
+        return x.transpose(0, 1) if self.batch_first else x, end

@@ -47,9 +47,11 @@ class StateMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix W."""
-        if self.diagonal is None:
-            return low_rank(self.left, self.right)
-        return low_rank_plus_diagonal(self.left, self.right, self.diagonal)
+        return (
+            low_rank(self.left, self.right)
+            if self.diagonal is None
+            else low_rank_plus_diagonal(self.left, self.right, self.diagonal)
+        )
 
     @override
     def forward(self, h: Tensor) -> Tensor:

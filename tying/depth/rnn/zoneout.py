@@ -130,10 +130,16 @@ class _ZonedLSTM(torch.autograd.Function):
             h = torch.addmm(old_h, into[t], across)
             c = torch.addcmul(old_c, new_c, f)
         flat = into.flatten(0, 1)
-        d_x = into @ _g_and_o_swapped(weight_ih) if ctx.needs_input_grad[0] else None
-        d_ih = _g_and_o_swapped(flat.t() @ x.flatten(0, 1))
-        d_hh = _g_and_o_swapped(flat.t() @ hidden[:-1].flatten(0, 1))
-        return d_x, h, c, d_ih, d_hh, _g_and_o_swapped(flat.sum(0)) if ctx.biased else None, None, None
+        return (
+            into @ _g_and_o_swapped(weight_ih) if ctx.needs_input_grad[0] else None,
+            h,
+            c,
+            _g_and_o_swapped(flat.t() @ x.flatten(0, 1)),
+            _g_and_o_swapped(flat.t() @ hidden[:-1].flatten(0, 1)),
+            _g_and_o_swapped(flat.sum(0)) if ctx.biased else None,
+            None,
+            None,
+        )
 
 
 def _g_and_o_swapped(gates: Tensor) -> Tensor:
@@ -146,24 +152,22 @@ def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
     """Write the mean ``keep ⊙ new + (1 − keep) ⊙ old`` into ``out``."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         torch.where(keep, new, old, out=out)
-    elif isinstance(keep, Tensor):
-        torch.lerp(old, new, keep.expand_as(new), out=out)
-    elif keep in (0.0, 1.0):  # without the other value, which may be infinite or not a number
+    elif not isinstance(keep, Tensor) and keep in (
+        0.0,
+        1.0,
+    ):  # without the other value, which may be infinite or not a number
         out.copy_(new if keep else old)
     else:
-        torch.lerp(old, new, keep, out=out)
+        torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
 
 
 class _ZoneoutRates(nn.Module):
-    """Base class of both layers, with the probabilities that units keep their old values."""
+    """Base class of :class:`ZoneoutLSTMCell` and :class:`ZoneoutLSTM`: the zoneout probabilities and their masks."""
 
-    zoneout_cell: float
-    zoneout_hidden: float
-
-    def _set_rates(self, **rates: float) -> None:
-        for name, rate in rates.items():
-            check_range(name, rate, "[0, 1]")
-            setattr(self, name, float(rate))
+    def _set_rates(self, zoneout_cell: float, zoneout_hidden: float) -> None:
+        check_range("zoneout_cell", zoneout_cell, "[0, 1]")
+        check_range("zoneout_hidden", zoneout_hidden, "[0, 1]")
+        self.zoneout_cell, self.zoneout_hidden = float(zoneout_cell), float(zoneout_hidden)
 
     def _draw_keeps(self, shape: tuple[int, ...], device: torch.device, present: Tensor | None = None) -> list[Keep]:
         """Return k_c and k_h: random masks in training, their probabilities in evaluation or if they are 0 or 1.
@@ -173,7 +177,7 @@ class _ZoneoutRates(nn.Module):
             device: device of the masks.
             present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
         """
-        probabilities = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        probabilities = 1 - self.zoneout_cell, 1 - self.zoneout_hidden
         keeps = [keep_mask(p, shape, device) if self.training and 0 < p < 1 else p for p in probabilities]
         if present is None:
             return keeps
@@ -216,7 +220,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         zoneout_hidden: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
+        self._set_rates(zoneout_cell, zoneout_hidden)
 
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
@@ -283,12 +287,12 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
         )
-        self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
+        self._set_rates(zoneout_cell, zoneout_hidden)
 
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
         if isinstance(input, PackedSequence):
-            return self._packed(input, hx)
+            return self._forward_packed(input, hx)
         if input.ndim == 2:  # a single sequence
             outputs, (h, c) = self._run(
                 steps_first(input.unsqueeze(1), self.input_size),
@@ -298,14 +302,13 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         outputs, state = self._run(steps_first(input, self.input_size, self.batch_first), hx)
         return outputs.transpose(0, 1) if self.batch_first else outputs, state
 
-    def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         padded, lengths = pad_packed_sequence(packed)
         present = (torch.arange(len(padded)).unsqueeze(1) < lengths).unsqueeze(2).to(padded.device)
         outputs, state = self._run(steps_first(padded, self.input_size), hx, present)
         if packed.sorted_indices is not None:  # pack the outputs in the order of the input
             outputs, lengths = outputs.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
-        data = pack_padded_sequence(outputs, lengths).data
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
+        return PackedSequence(pack_padded_sequence(outputs, lengths).data, *packed[1:]), state
 
     def _run(self, x: Tensor, hx: State | None, present: Tensor | None = None) -> tuple[Tensor, State]:
         """Return outputs and last states.
@@ -322,8 +325,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         for layer in range(self.num_layers):
             x = F.dropout(x, self.dropout, self.training and layer > 0)
             outputs = []
-            for reverse, (weights, h, c) in enumerate(islice(rows, directions)):
-                weight_ih, weight_hh, *biases = weights
+            for reverse, ((weight_ih, weight_hh, *biases), h, c) in enumerate(islice(rows, directions)):
                 mask = present.flip(0) if reverse and present is not None else present
                 keeps = self._draw_keeps((len(x), *h.shape), h.device, mask)
                 bias = biases[0] + biases[1] if biases else None
