@@ -106,8 +106,9 @@ class Classification(SingleStep):
 
     def count_accuracy(self, places: Iterable[str]) -> None:
         """Create the accuracies that :meth:`log_accuracy` updates."""
-        classes = self.hparams["num_classes"]
-        self.accuracy = nn.ModuleDict({f"{p}/accuracy": MulticlassAccuracy(classes, average="micro") for p in places})
+        self.accuracy = nn.ModuleDict(
+            {f"{place}/accuracy": MulticlassAccuracy(self.hparams["num_classes"], average="micro") for place in places}
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of inputs."""
@@ -166,9 +167,8 @@ class Classification(SingleStep):
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | Sampled:
         x = batch[0] if isinstance(batch, list | tuple) else batch
-        if self.hparams["test_samples"] > 1:
-            return sampled(self, x, self.hparams["test_samples"])
-        return cast(Tensor, self(x).softmax(dim=-1))
+        samples = self.hparams["test_samples"]
+        return sampled(self, x, samples) if samples > 1 else cast(Tensor, self(x).softmax(dim=-1))
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -180,15 +180,25 @@ class Classification(SingleStep):
             else torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
         )
         if hparams["schedule"] == "plateau":
-            plateau = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3, threshold=0.0)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "train/accuracy"}}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {
+                    "scheduler": ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3, threshold=0.0),
+                    "monitor": "train/accuracy",
+                },
+            }
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ConfigurationError(
                 "a learning rate's schedule needs an end: set the trainer's max_epochs or max_steps"
             )
-        options = {name: hparams[name] for name in ("warmup", "schedule", "drops")}
-        factor = partial(learning_rate_factor, total=int(steps), **options)
+        factor = partial(
+            learning_rate_factor,
+            total=int(steps),
+            warmup=hparams["warmup"],
+            schedule=hparams["schedule"],
+            drops=hparams["drops"],
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 

@@ -21,8 +21,9 @@ class ConvEncoder(nn.Sequential):
     """
 
     def __init__(self, widths: Sequence[int] = (3, 32, 64, 128)) -> None:
-        layers = [[nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()] for a, b in pairwise(widths)]
-        super().__init__(*(part for layer in layers for part in layer))
+        super().__init__(
+            *(part for a, b in pairwise(widths) for part in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()))
+        )
 
 
 class ConvDecoder(nn.Sequential):

@@ -45,8 +45,9 @@ class DomainClassifiers(Classification):
         if not domains or len({*domains}) < len(domains) or not all(map(str.isidentifier, domains)):
             raise ConfigurationError(f"domains must be distinct names, at least one, not {list(domains)}")
         self.domains = list(domains)
-        networks = [network, *(copy.deepcopy(network) for _ in self.domains[1:])]
-        self.networks = nn.ModuleDict(dict(zip(self.domains, map(self.laid_out, networks), strict=True)))
+        self.networks = nn.ModuleDict(
+            {domain: self.laid_out(copy.deepcopy(network) if i else network) for i, domain in enumerate(domains)}
+        )
         self.count_accuracy(f"{stage}/{domain}" for stage in ("train", "val", "test") for domain in self.domains)
 
     @override
@@ -62,12 +63,13 @@ class DomainClassifiers(Classification):
                 f"{kind}: set its domains to those of the data, or give a CombinedLoader of a dictionary of loaders"
             )
         logits = self({domain: x for domain, (x, _) in batch.items()})
-        losses = [self.log_loss(f"{stage}/{domain}", logits[domain], y) for domain, (_, y) in batch.items()]
-        return torch.stack(losses).sum()
+        return torch.stack(
+            [self.log_loss(f"{stage}/{domain}", logits[domain], y) for domain, (_, y) in batch.items()]
+        ).sum()
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         loaders = self.trainer.predict_dataloaders
         domain = ([*loaders] if isinstance(loaders, Mapping) else self.domains)[dataloader_idx]
-        probabilities = self({domain: batch[0] if isinstance(batch, list | tuple) else batch})[domain].softmax(dim=-1)
-        return cast(Tensor, probabilities)
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        return cast(Tensor, self({domain: x})[domain].softmax(dim=-1))

@@ -55,7 +55,9 @@ def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: boo
     """
     if len(sizes) < 2:
         raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {[*sizes]}")
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), activation(), *([nn.BatchNorm1d(outputs)] if norm else [])]
+    layers = [
+        layer
+        for inputs, outputs in pairwise(sizes)
+        for layer in (nn.Linear(inputs, outputs), activation(), *([nn.BatchNorm1d(outputs)] if norm else []))
+    ]
     return layers if norm else layers[:-1]

@@ -185,6 +185,5 @@ class HMNetwork(nn.Module):
     @override
     def forward(self, x: Tensor, state: HMState | None = None) -> tuple[Tensor, HMState]:
         output = self.recurrent(x, state)
-        gates = torch.sigmoid(self.gate(output.hidden.flatten(2)))
-        gated = gates.unsqueeze(3) * output.hidden
-        return torch.relu(self.out(gated.flatten(2))), cast(HMState, output.state)
+        gates = torch.sigmoid(self.gate(output.hidden.flatten(2))).unsqueeze(3)
+        return torch.relu(self.out((gates * output.hidden).flatten(2))), cast(HMState, output.state)
