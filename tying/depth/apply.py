@@ -119,11 +119,10 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
             f"{listed(merged)}: merged already: leave out merge= where the model creates its blocks, or remove what "
             "apply_merge or ResidualMerging applied by remove_merge"
         )
-    classes = _merged_classes()
     for block, merge in zip(blocks.values(), [copy.deepcopy(merge) for merge in merges], strict=True):
         merge.train(block.training)
         block.__dict__["_merge_before"] = getattr(block, "merge", None)  # past nn.Module: it is no submodule
-        swap_class(block, classes.get(type(block), type(block)))
+        swap_class(block, _merged_classes().get(type(block), type(block)))
         block.merge = merge
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
@@ -175,8 +174,7 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         ConfigurationError: a pattern matches nothing, or a module that is no residual block.
     """
     modules = {clean_name(name): module for name, module in model.named_modules() if name}
-    texts = [patterns] if isinstance(patterns, str) else patterns
-    if not texts:
+    if not (texts := [patterns] if isinstance(patterns, str) else patterns):
         raise ConfigurationError("blocks must be a pattern of module names, or several, not []")
     names: set[str] = set()
     for pattern in map(Pattern, texts):

@@ -61,8 +61,11 @@ class Recurrent(nn.Module):
         self.blocks = nn.ModuleList([block])
         if per_step_norm:
             self.blocks += [copy.deepcopy(block) for _ in range(steps - 1)]
-            names = [name for name, _ in block.named_parameters()]
-            shared = [name for name in names if not isinstance(block.get_submodule(name.rpartition(".")[0]), NORMS)]
+            shared = [
+                name
+                for name, _ in block.named_parameters()
+                if not isinstance(block.get_submodule(name.rpartition(".")[0]), NORMS)
+            ]
             if steps > 1 and shared:
                 tie(self, [f"blocks.*.{name}" for name in shared])
 

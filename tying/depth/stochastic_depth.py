@@ -68,8 +68,12 @@ def stochastic_depth(
 
 def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
     """Return why a branch cannot be computed for ``selected`` of ``count`` samples alone, or None if it can."""
-    parts = (part for module in branch.modules for part in module.modules())
-    norms = [part for part in parts if isinstance(part, BATCH_NORMS) and part.training]
+    norms = [
+        part
+        for module in branch.modules
+        for part in module.modules()
+        if isinstance(part, BATCH_NORMS) and part.training
+    ]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # others would wait for a process that keeps none
         return "does not go with SyncBatchNorm, which waits for all processes: use mode='row'"
     message = (

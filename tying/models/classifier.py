@@ -144,8 +144,7 @@ class Classification(SingleStep):
 
     def log_accuracy(self, place: str, logits: Tensor, y: Tensor) -> None:
         """Update the accuracy of a place, and log it as ``<place>/accuracy`` at the end of the epoch."""
-        classes = self.hparams["num_classes"]
-        if logits.shape[-1] != classes:
+        if logits.shape[-1] != (classes := self.hparams["num_classes"]):
             raise ConfigurationError(
                 f"num_classes is {classes}, and the network returns {logits.shape[-1]} logits a sample"
             )
@@ -187,8 +186,7 @@ class Classification(SingleStep):
                     "monitor": "train/accuracy",
                 },
             }
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+        if math.isinf(steps := self.trainer.estimated_stepping_batches):
             raise ConfigurationError(
                 "a learning rate's schedule needs an end: set the trainer's max_epochs or max_steps"
             )

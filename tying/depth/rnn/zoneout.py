@@ -179,9 +179,11 @@ class _ZoneoutRates(nn.Module):
         """
         probabilities = 1 - self.zoneout_cell, 1 - self.zoneout_hidden
         keeps = [keep_mask(p, shape, device) if self.training and 0 < p < 1 else p for p in probabilities]
-        if present is None:
-            return keeps
-        return [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
+        return (
+            keeps
+            if present is None
+            else [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
+        )
 
     @override
     def extra_repr(self) -> str:
@@ -232,8 +234,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         h, c = (part.reshape(-1, self.hidden_size) for part in initial_state(input, hx, shape, shape))
         bias = self.bias_ih + self.bias_hh if self.bias else None
         keeps = self._draw_keeps((1, *h.shape), h.device)
-        x = input.reshape(1, -1, self.input_size)
-        _, h, c = zoned_lstm(x, h, c, self.weight_ih, self.weight_hh, bias, *keeps)
+        _, h, c = zoned_lstm(input.reshape(1, -1, self.input_size), h, c, self.weight_ih, self.weight_hh, bias, *keeps)
         return h.view(shape), c.view(shape)
 
 
