@@ -19,12 +19,12 @@ from tying.weights.derived import swap_class
 def keep_schedule(first: float, last: float, count: int) -> list[float]:
     """Return keep probabilities from first to last, both included, in equal steps.
 
-    ``keep_schedule(1 - (1 - p) / L, p, L)`` is what ``apply_merge(..., keep="linear")`` gives L blocks whose merge has
-    the keep p: ``1 − (1 − p) n/L`` in block n.
+    For L blocks and a merge with keep probability p, ``apply_merge(..., keep="linear")`` computes
+    ``keep_schedule(1 - (1 - p) / L, p, L)``: block n has ``1 − (1 − p) n/L``.
 
     Args:
-        first: keep of the first block.
-        last: keep of the last block, also if there is only one.
+        first: keep probability of the first block.
+        last: keep probability of the last block, also if it is the only block.
         count: number of blocks.
 
     Raises:
@@ -46,7 +46,7 @@ def apply_merge(
     merge: nn.Module,
     keep: float | Iterable[float] | Literal["linear", "uniform"] | None = None,
 ) -> int:
-    """Let a merge combine branch and shortcut in residual blocks of a model; return the number of blocks.
+    """Put a merge into residual blocks of a model; return the number of blocks.
 
     Blocks are :class:`tying.depth.Residual`, torchvision's ``BasicBlock`` and ``Bottleneck``, and torch's
     ``TransformerEncoderLayer``, in which the merge combines both branches. Names and values in the model's state dict
@@ -56,14 +56,14 @@ def apply_merge(
         model: changed in place.
         blocks: a pattern of module names, or several.
         merge: each block gets a copy, called as ``merge(shortcut, branch)``.
-        keep: how much the blocks keep. ``None`` or ``"uniform"``: as the merge says. ``"linear"``: block n of L drops
-            n/L of what the merge drops: each keep probability p becomes ``1 − (1 − p) n/L``. A number replaces every
-            keep probability of the merge; several numbers do so, one for each block in the model's order.
+        keep: keep probabilities of the blocks. ``None`` or ``"uniform"``: those of the merge. ``"linear"``: block n of
+            L drops n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. A number
+            replaces every keep probability of the merge; a list has one number for each block, in the model's order.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, something that is no residual block, or a block that has a merge
-            already; the number of keeps is not the number of blocks, or one is not in [0, 1]. The model is unchanged
-            then.
+        ConfigurationError: a pattern matches nothing, or a module that is not a residual block; a block already has a
+            merge; the number of keeps is not the number of blocks, or one is not in [0, 1]. The model is then
+            unchanged.
 
     Example:
         >>> from tying.depth import StochasticDepth, Swapout
@@ -89,7 +89,7 @@ def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Seque
     if isinstance(keep, str) and keep == "linear":
         return [merge.scaled(block / len(names)) for block in range(1, len(names) + 1)]
     try:
-        keeps = [float(k) for k in keep] if isinstance(keep, Iterable) else [float(keep)] * len(names)  # type: ignore[arg-type]  # checked by this
+        keeps = [float(k) for k in keep] if isinstance(keep, Iterable) else [float(keep)] * len(names)  # type: ignore[arg-type]  # the except clause checks it
     except (TypeError, ValueError):
         raise ConfigurationError(
             f"keep must be a number, one for each block, 'linear' or 'uniform', not {keep!r}"
@@ -108,7 +108,7 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
         merges: the merge of each block.
 
     Raises:
-        ConfigurationError: a block has a merge already. The model is unchanged then.
+        ConfigurationError: a block already has a merge. The model is then unchanged.
     """
     if merged := [
         f"{name} ({type(block.merge).__name__})"
@@ -121,7 +121,7 @@ def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequen
         )
     for block, merge in zip(blocks.values(), [copy.deepcopy(merge) for merge in merges], strict=True):
         merge.train(block.training)
-        block.__dict__["_merge_before"] = getattr(block, "merge", None)  # past nn.Module: it is no submodule
+        block.__dict__["_merge_before"] = getattr(block, "merge", None)  # bypasses nn.Module: not a submodule
         swap_class(block, _merged_classes().get(type(block), type(block)))
         block.merge = merge
     for encoder in model.modules():
@@ -158,7 +158,7 @@ def remove_merge(model: nn.Module) -> int:
 def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Map each block class of torch and torchvision to its subclass with a merge."""
     classes: dict[type[nn.Module], type[nn.Module]] = {nn.TransformerEncoderLayer: MergedTransformerEncoderLayer}
-    if "torchvision.models.resnet" in sys.modules:  # else no model has its blocks; importing it takes a second
+    if "torchvision.models.resnet" in sys.modules:  # otherwise no model has its blocks; the import takes a second
         from tying.depth.torchvision_blocks import CLASSES
 
         classes |= CLASSES
@@ -171,7 +171,7 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
     A pattern that matches a :class:`tying.depth.Recurrent` selects the blocks of all its steps.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a module that is no residual block.
+        ConfigurationError: a pattern matches nothing, or a module that is not a residual block.
     """
     modules = {clean_name(name): module for name, module in model.named_modules() if name}
     if not (texts := [patterns] if isinstance(patterns, str) else patterns):
@@ -194,8 +194,8 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         if not isinstance(block, Residual) and type(block) not in known
     ]:
         raise ConfigurationError(
-            f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: there are "
+            f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: supported are "
             "tying.depth.Residual, BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. "
-            "Write such a block as tying.depth.Residual(branch, shortcut, activation=...), or name the blocks alone"
+            "Write other blocks as tying.depth.Residual(branch, shortcut, activation=...), or name only the blocks"
         )
     return blocks

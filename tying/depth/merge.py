@@ -14,12 +14,12 @@ from tying.errors import ConfigurationError, check_range
 
 @dataclass(eq=False)
 class Branch:
-    """The branch F of a residual block at given inputs: a callable, so that a merge may decide not to compute it.
+    """The branch F of a residual block and its inputs: a callable, so that a merge can skip its computation.
 
     Args:
         compute: F, a function of one or more tensors.
-        inputs: the arguments of F, each with its dimension of samples; the dimension is ``None`` for an argument that
-            all samples share.
+        inputs: the arguments of F, each with the dimension along which its samples lie, or ``None`` if all samples
+            share the argument.
         modules: the modules that F uses. If a merge skips the branch, their parameters get a gradient of zero.
 
     Example:
@@ -47,8 +47,8 @@ class Branch:
 def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
 
-    Without it, parameters of a layer that was skipped would have no gradient: optimizers would leave out their weight
-    decay and momentum, and distributed training would wait for the missing gradients. The next layer may overwrite
+    Without it, parameters of a layer that was skipped would have no gradient: optimizers would not apply weight decay
+    and momentum to them, and distributed training would wait for the missing gradients. The next layer may overwrite
     the copy in place.
 
     Args:
@@ -106,7 +106,7 @@ def take_rows(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     order = _memory_order(x)
     if x.ndim < 2 or order[0] != dim:
         return x.index_select(dim, rows)
-    stored = x.permute(order)  # contiguous: a sample is one row of a matrix, which is several times faster
+    stored = x.permute(order)  # contiguous, with each sample in one row: several times faster
     taken = stored.flatten(1).index_select(0, rows)
     return taken.view(len(rows), *stored.shape[1:]).permute(_inverse(order))
 
@@ -169,7 +169,7 @@ class Merge(nn.Module):
 
     Attributes:
         prob_names: names of the keep probabilities.
-        drop_scale: factor on every drop probability ``1 − keep``; schedules over training set it.
+        drop_scale: factor on every drop probability ``1 − keep``; a schedule may change it during training.
 
     Raises:
         ConfigurationError: a probability is not in [0, 1].
@@ -251,7 +251,7 @@ class Residual(nn.Module):
 
     Args:
         branch: computes F(x).
-        shortcut: computes what F(x) is merged with; ``None`` for x itself.
+        shortcut: computes the shortcut from x; ``None`` for x itself.
         merge: a module called as ``merge(shortcut, branch)``, where ``branch()`` computes F(x); ``None`` for
             :class:`Sum`.
         activation: applied to the merged output; ``None`` for none.

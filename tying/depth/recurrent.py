@@ -34,7 +34,7 @@ class Recurrent(nn.Module):
     ``steps`` may be set to another number afterwards, even above the number it was built for: further steps then use
     the normalisation layers of the last step.
 
-    Shape: that of the block, whose output has the shape of its input.
+    Shape: the output has the shape of the input.
 
     Raises:
         ConfigurationError: ``steps`` is below 1, the weights of the block are parametrized, or, in use, the block
@@ -55,8 +55,8 @@ class Recurrent(nn.Module):
         self.steps = steps
         if parametrized := [name for name, part in block.named_modules() if isinstance(part, ParametrizationList)]:
             raise ConfigurationError(
-                f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize it "
-                "when it is recurrent"
+                f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize the "
+                "Recurrent instead of the block"
             )
         self.blocks = nn.ModuleList([block])
         if per_step_norm:

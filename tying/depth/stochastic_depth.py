@@ -13,7 +13,7 @@ from tying.errors import ConfigurationError, check_choice
 
 Mode = Literal["batch", "row", "subset", "auto"]
 Scale = Literal["test", "train"]
-BREAK_EVEN = 0.9  # above this keep, selecting samples costs more than computing all of them: `speed depth`
+BREAK_EVEN = 0.9  # above this keep, selecting samples is slower than computing all: `benchmarks speed depth`
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -40,8 +40,8 @@ def stochastic_depth(
         training: whether to draw.
 
     Raises:
-        ConfigurationError: for ``"subset"``, if the branch is no Branch or has SyncBatchNorm; or if one sample alone
-            is kept and the branch has batch norms.
+        ConfigurationError: mode is ``"subset"``, and the branch is not a Branch, or has SyncBatchNorm, or has batch
+            normalisation while only one sample is kept.
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
@@ -89,7 +89,7 @@ class StochasticDepth(Merge):
     Args:
         keep: probability of computing the branch.
         mode: what is drawn: ``"batch"``, ``"row"``, ``"subset"`` or ``"auto"``.
-        scale: where outputs are scaled: ``"test"`` or ``"train"``.
+        scale: when outputs are scaled: ``"test"`` or ``"train"``.
 
     Raises:
         ConfigurationError: ``keep`` is not in [0, 1], or mode or scale is unknown.

@@ -43,8 +43,8 @@ def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
 class Swapout(Merge):
     """The merge :func:`swapout`, with one draw per unit and mask: shortcut and branch are kept independently.
 
-    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``. That is not the mean of the
-    network's outputs in training, which :func:`tying.depth.sampled` estimates by sampled passes.
+    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``. The network's output then
+    differs from its mean output in training, which :func:`tying.depth.sampled` estimates.
 
     Args:
         keep_skip: probability that Θ₁ is 1.
@@ -73,12 +73,12 @@ class Swapout(Merge):
 
 
 class SkipForward(Merge):
-    """The merge :func:`skip_forward`, with one draw per unit; zoneout does the same over time.
+    """The merge :func:`skip_forward`, with one draw per unit; zoneout applies it to steps of a recurrent network.
 
     In evaluation the mask is replaced by its mean: ``keep · F + (1 − keep) · x``.
 
     Args:
-        keep: probability that a unit takes F(x). The zoneout probability, of keeping the old value, is 1 − keep.
+        keep: probability that a unit takes F(x). The zoneout probability is 1 − keep.
 
     Raises:
         ConfigurationError: the probability is not in [0, 1].

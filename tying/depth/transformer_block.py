@@ -21,7 +21,7 @@ class MergedTransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        dim = 0 if self.self_attn.batch_first else 1  # of samples
+        dim = 0 if self.self_attn.batch_first else 1  # the dimension of samples
         if src.ndim == 2:  # a single sample
             padding = None if src_key_padding_mask is None else src_key_padding_mask.unsqueeze(0)
             out: Tensor = self(src.unsqueeze(dim), src_mask, padding, is_causal)

@@ -1,4 +1,4 @@
-"""LightningModules that train networks to classify, and their base."""
+"""LightningModules that train classifiers, and their base classes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -35,8 +35,8 @@ class SingleStep(pl.LightningModule):
 
         Args:
             stage: ``"train"``, ``"val"`` or ``"test"``.
-            batch: from the stage's loader.
-            batch_idx: the number of the batch.
+            batch: batch of the stage's loader.
+            batch_idx: index of the batch.
         """
         raise NotImplementedError
 
@@ -60,25 +60,26 @@ class Classification(SingleStep):
         num_classes: number of classes.
         optimizer: SGD with Nesterov momentum, or AdamW.
         lr: peak learning rate.
-        momentum: of SGD.
-        weight_decay: of either optimizer, on all parameters.
-        schedule: after the warm-up: ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at each of
-            ``drops``; ``"constant"``. ``"plateau"``, without a warm-up: divide by 10 after four epochs without a better
-            training accuracy.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of either optimizer, for all parameters.
+        schedule: learning rate after the warm-up. ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at
+            each of ``drops``; ``"constant"``. ``"plateau"`` has no warm-up: divide by 10 after four epochs without a
+            better training accuracy.
         warmup: fraction of all steps over which the learning rate rises linearly from 0.
         drops: fractions of all steps, for ``schedule="step"``.
-        label_smoothing: of the cross entropy, in training.
+        label_smoothing: label smoothing of the cross entropy in training.
         channels_last: use the channels-last memory format for convolutions and four-dimensional inputs.
-        test_samples: number of sampled passes, for models with random merges (:mod:`tying.depth`). With more than 1,
-            tests also log loss and accuracy of the mean probabilities as ``test/sampled/…``, and the standard deviation
-            of the predicted class's probability as ``test/spread``; predictions are :class:`tying.depth.Sampled`.
+        test_samples: number of sampled passes, for models with stochastic merges (:mod:`tying.depth`). If it is above
+            1, tests also log loss and accuracy of the mean probabilities as ``test/sampled/…``, and the standard
+            deviation of the predicted class's probability as ``test/spread``; predictions are
+            :class:`tying.depth.Sampled`.
 
-    Shape: batches of (inputs, labels), labels being integers of shape (batch,); in training, also dictionaries with
-    such a batch as ``labelled``.
+    Shape: batches are (inputs, labels), with integer labels of shape (batch,). A training batch may also be a
+    dictionary that holds such a batch under ``labelled``.
 
     Raises:
-        ConfigurationError: an unknown optimizer or schedule, or a number out of range; in use, logits of another number
-            of classes.
+        ConfigurationError: the optimizer or schedule is unknown, or a number is out of range; in use, the number of
+            logits is not ``num_classes``.
     """
 
     def __init__(
@@ -115,11 +116,11 @@ class Classification(SingleStep):
         raise NotImplementedError
 
     def laid_out(self, module: nn.Module) -> nn.Module:
-        """Return a module in the memory format that ``channels_last`` asks for."""
+        """Convert a module to the channels-last memory format if ``channels_last`` is true, and return it."""
         return module.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else module
 
     def laid_out_input(self, x: Tensor) -> Tensor:
-        """Return a batch of inputs in the memory format that ``channels_last`` asks for."""
+        """Return four-dimensional inputs in the channels-last memory format if ``channels_last`` is true."""
         return x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] and x.ndim == 4 else x
 
     @override
@@ -158,7 +159,7 @@ class Classification(SingleStep):
         if self.hparams["test_samples"] > 1:
             x, y = batch
             mean, std = sampled(self, x, self.hparams["test_samples"])
-            smallest = torch.finfo(mean.dtype).tiny  # keeps the loss finite where no pass gives a class a probability
+            smallest = torch.finfo(mean.dtype).tiny  # keeps the loss finite if a probability is 0
             self.log("test/sampled/loss", F.nll_loss(mean.clamp_min(smallest).log(), y), sync_dist=True)
             self.log("test/spread", std.gather(1, mean.argmax(dim=1, keepdim=True)).mean(), sync_dist=True)
             self.log_accuracy("test/sampled", mean, y)
@@ -205,12 +206,12 @@ class Classifier(Classification):
 
     Args:
         network: maps a batch of inputs to logits.
-        pretrained: a checkpoint of a Classifier, from which weights and buffers are loaded.
-        fresh: patterns of those that are not loaded: a new head, ``"network.head"``.
-        options: of :class:`Classification`.
+        pretrained: path of a Classifier's checkpoint; its weights and buffers are loaded.
+        fresh: patterns of weights and buffers that are not loaded, such as ``"network.head"`` for a new head.
+        options: further arguments of :class:`Classification`.
 
     Raises:
-        ConfigurationError: as :class:`Classification` and :func:`tying.models.pretrained.load_pretrained`.
+        ConfigurationError: see :class:`Classification` and :func:`tying.models.pretrained.load_pretrained`.
 
     Example:
         >>> from tying.models import MLP

@@ -7,10 +7,10 @@ from torch import nn
 
 
 class ConvEncoder(nn.Sequential):
-    """Convolutions of stride 2 with a ReLU after each: every layer halves height and width.
+    """Convolutions of stride 2, each followed by a ReLU: every layer halves height and width.
 
     Args:
-        widths: channels of the input and after each layer.
+        widths: channels of the input and of each layer's output.
 
     Shape: (batch, widths[0], height, width) to (batch, widths[-1], height / 2^L, width / 2^L) for L layers.
 
@@ -30,7 +30,7 @@ class ConvDecoder(nn.Sequential):
     """Upsampling and a convolution for each layer of :class:`ConvEncoder`, in reverse; no ReLU at the end.
 
     Args:
-        widths: those of the encoder.
+        widths: the encoder's widths.
 
     Shape: (batch, widths[-1], height / 2^L, width / 2^L) to (batch, widths[0], height, width) for L layers.
 

@@ -15,19 +15,19 @@ from tying.models.classifier import Classification
 class DomainClassifiers(Classification):
     """Train one network for each domain: copies of one network, with the same initial weights, ``networks.<domain>``.
 
-    The loss is the sum of the domains' mean cross entropies. The networks are independent, unless a tie pulls them
-    together.
+    The loss is the sum of the domains' mean cross entropies. The networks are independent unless they are tied.
 
     Args:
         network: maps inputs to logits; the first domain uses it, each other domain a copy.
-        domains: their names, the keys of batches.
-        options: of :class:`tying.models.classifier.Classification`.
+        domains: names of the domains, the keys of batches.
+        options: further arguments of :class:`tying.models.classifier.Classification`.
 
-    Shape: batches are dictionaries of (inputs, labels) by domain. Lightning predicts with one loader after another:
-    give a dictionary of loaders, or a list in the order of the domains.
+    Shape: batches are dictionaries of (inputs, labels) by domain. To predict, give a dictionary of loaders, or a
+    list in the order of the domains: Lightning runs one loader after another.
 
     Raises:
-        ConfigurationError: there is no domain, a name stands twice or is no identifier; a batch has other domains.
+        ConfigurationError: there is no domain, or a name is repeated or is not an identifier; a batch has other
+            domains.
 
     Example:
         >>> from tying.models import MLP

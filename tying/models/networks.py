@@ -1,4 +1,4 @@
-"""Small networks that configurations can name."""
+"""Small networks for use in configurations."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ class MLP(nn.Sequential):
 
 
 class GRU(nn.GRU):
-    """``torch.nn.GRU`` for configurations, which pass ``proj_size``; ``torch.nn.GRU`` raises an error even for 0.
+    """``torch.nn.GRU`` without ``proj_size``, which configurations would pass and ``torch.nn.GRU`` rejects.
 
     Example:
         >>> import torch

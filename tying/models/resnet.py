@@ -27,17 +27,17 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
         merge: the merge of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` makes it vary with
             depth.
-        shared: within a stage, use one block for all blocks that keep the shape (:class:`tying.depth.Recurrent`).
+        shared: use one block for all blocks of a stage that keep the shape (:class:`tying.depth.Recurrent`).
         per_step_norm: with ``shared``: each use of a block has separate normalisation layers.
-        preactivation: normalise and activate before each convolution instead of after it, and not after the sum.
+        preactivation: normalise and activate before each convolution instead of after it, and not after the merge.
         shortcut: where the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
             ``"pool"``: take means of 2 by 2 pixels, and pad; ``"project"``: a convolution.
 
     Shape: (batch, in_channels, height, width) to (batch, num_classes).
 
     Raises:
-        ConfigurationError: depth is not 6n + 2, width no multiple of 1/16, the shortcut unknown, or the stages too
-            short to share blocks.
+        ConfigurationError: depth is not 6n + 2, width is not a multiple of 1/16, the shortcut is unknown, or the stages
+            are too short to share blocks.
 
     Example:
         >>> sum(p.numel() for p in ResNet(depth=20).parameters())
@@ -95,7 +95,7 @@ class ResNet(nn.Module):
                 module.merge = copy.deepcopy(merge)
         if shared:
             for stage in (self.layer1, self.layer2, self.layer3):
-                start = 0 if stage is self.layer1 else 1  # of the blocks that keep the shape of their input
+                start = 0 if stage is self.layer1 else 1  # the first block that keeps the shape of its input
                 stage[start] = Recurrent(stage[start], blocks - start, per_step_norm)
                 del stage[start + 1 :]
 

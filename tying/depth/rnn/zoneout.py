@@ -60,7 +60,7 @@ def zoned_lstm(
     """
     tensors: list[Tensor | None] = [x, h, c, weight_ih, weight_hh, bias]
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):  # in the lower precision throughout, as torch's LSTM
+    if torch.is_autocast_enabled(device):  # the lower precision throughout, as in torch's LSTM
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
@@ -69,7 +69,7 @@ def zoned_lstm(
 
 
 def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float]:
-    """Return what can be indexed by the step: a mask as it is, other tensors in this dtype, a number repeated."""
+    """Return values to index by step: a bool mask unchanged, another tensor in ``dtype``, or a number repeated."""
     if not isinstance(keep, Tensor):
         return [keep] * steps
     if keep.requires_grad:
@@ -93,8 +93,8 @@ class _ZonedLSTM(torch.autograd.Function):
         keep_hidden: Tensor | list[float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, size = len(x), *h.shape
-        gates = F.linear(x, _g_and_o_swapped(weight_ih), None if bias is None else _g_and_o_swapped(bias))
-        across = _g_and_o_swapped(weight_hh)
+        gates = F.linear(x, _swap_g_and_o(weight_ih), None if bias is None else _swap_g_and_o(bias))
+        across = _swap_g_and_o(weight_hh)
         hidden, cells = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
         tanhs = gates.new_empty(steps, batch, size)
         hidden[0], cells[0] = h, c
@@ -115,10 +115,10 @@ class _ZonedLSTM(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ih, gates, hidden, cells, tanhs, across = ctx.saved_tensors
-        into = torch.empty_like(gates)
+        d_gates = torch.empty_like(gates)
         for t in reversed(range(len(tanhs))):
             i, f, o, g = gates[t].chunk(4, dim=1)
-            d_i, d_f, d_o, d_g = into[t].chunk(4, dim=1)
+            d_i, d_f, d_o, d_g = d_gates[t].chunk(4, dim=1)
             h = h + outputs[t]
             new_h, new_c = h * ctx.keep_hidden[t], c * ctx.keep_cell[t]
             old_h, old_c = h - new_h, c - new_c
@@ -127,23 +127,23 @@ class _ZonedLSTM(torch.autograd.Function):
             torch.mul(new_c, g, out=d_i).mul_(i).mul_(1 - i)
             torch.mul(new_c, cells[t], out=d_f).mul_(f).mul_(1 - f)
             torch.mul(new_c, i, out=d_g).mul_(1 - g.square())
-            h = torch.addmm(old_h, into[t], across)
+            h = torch.addmm(old_h, d_gates[t], across)
             c = torch.addcmul(old_c, new_c, f)
-        flat = into.flatten(0, 1)
+        flat = d_gates.flatten(0, 1)
         return (
-            into @ _g_and_o_swapped(weight_ih) if ctx.needs_input_grad[0] else None,
+            d_gates @ _swap_g_and_o(weight_ih) if ctx.needs_input_grad[0] else None,
             h,
             c,
-            _g_and_o_swapped(flat.t() @ x.flatten(0, 1)),
-            _g_and_o_swapped(flat.t() @ hidden[:-1].flatten(0, 1)),
-            _g_and_o_swapped(flat.sum(0)) if ctx.biased else None,
+            _swap_g_and_o(flat.t() @ x.flatten(0, 1)),
+            _swap_g_and_o(flat.t() @ hidden[:-1].flatten(0, 1)),
+            _swap_g_and_o(flat.sum(0)) if ctx.biased else None,
             None,
             None,
         )
 
 
-def _g_and_o_swapped(gates: Tensor) -> Tensor:
-    """Return a copy with gates i, f, g, o in the order i, f, o, g, the sigmoids first; or the other way round."""
+def _swap_g_and_o(gates: Tensor) -> Tensor:
+    """Return a copy with gates (i, f, g, o) reordered to (i, f, o, g), sigmoids first, or back."""
     i, f, third, fourth = gates.chunk(4)
     return torch.cat([i, f, fourth, third])
 
@@ -175,7 +175,7 @@ class _ZoneoutRates(nn.Module):
         Args:
             shape: (steps, batch, size).
             device: device of the masks.
-            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+            present: bool, (steps, batch, 1): false at padded steps, which keep the state.
         """
         probabilities = 1 - self.zoneout_cell, 1 - self.zoneout_hidden
         keeps = [keep_mask(p, shape, device) if self.training and 0 < p < 1 else p for p in probabilities]
@@ -200,7 +200,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         device: device of the parameters.
         dtype: dtype of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value.
-        zoneout_hidden: probability that a unit of the hidden state does.
+        zoneout_hidden: probability that a unit of the hidden state keeps its old value.
 
     Raises:
         ConfigurationError: a probability is not in [0, 1].
@@ -256,7 +256,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         device: device of the parameters.
         dtype: dtype of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
-        zoneout_hidden: probability that a unit of the hidden state does.
+        zoneout_hidden: probability that a unit of the hidden state keeps its old value.
 
     Shape: as ``nn.LSTM``, packed sequences and single ones included.
 
@@ -317,7 +317,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         Args:
             x: inputs, (steps, batch, inputs).
             hx: initial states, or ``None`` for zeros.
-            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+            present: bool, (steps, batch, 1): false at padded steps, which keep the state.
         """
         directions = 2 if self.bidirectional else 1
         shape = (self.num_layers * directions, x.shape[1], self.hidden_size)
