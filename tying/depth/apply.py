@@ -196,6 +196,6 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         raise ConfigurationError(
             f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: supported are "
             "tying.depth.Residual, BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. "
-            "Write other blocks as tying.depth.Residual(branch, shortcut, activation=...), or name only the blocks"
+            "Write such a block as tying.depth.Residual(branch, shortcut, activation=...), or name only the blocks"
         )
     return blocks

@@ -129,9 +129,8 @@ class FractalBlock(nn.Module):
             ending = [stack[step * len(stack) // steps - 1] for stack in columns[first:]]
             outputs = [_Node(layer, [z]) for layer, z in zip(ending, inputs[first:], strict=True)]
             layers += zip(ending, outputs, strict=True)
-            inputs[first:] = [_Node(lambda *tensors: fractal_join(tensors), self._kept(outputs, first, column))] * len(
-                outputs
-            )
+            joined = _Node(lambda *tensors: fractal_join(tensors), self._kept(outputs, first, column))
+            inputs[first:] = [joined] * len(outputs)
         out = inputs[0]()
         unused = [layer for layer, node in layers if node.output is None]
         parameters = (parameter for layer in unused for parameter in layer.parameters())

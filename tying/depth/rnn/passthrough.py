@@ -175,7 +175,7 @@ class PassthroughHighway(nn.Module):
         size: n, size of the input.
         rank: d, rank of W and U, each a :class:`StateMatrix`.
         diagonal: whether W and U have a diagonal.
-        carry_bias: initial value of −c; above 0, the output is initially close to the input.
+        carry_bias: initial value of −c; above 0, the output is initially mostly the input.
 
     Shape: (..., n) to (..., n).
 
