@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tying.depth.rows import add_rows, take_rows
+from tying.depth.merge import add_rows, take_rows
 
 D = torch.float64
 LAYOUTS = {

@@ -19,12 +19,12 @@ from tying.weights.derived import swap_class
 def keep_schedule(first: float, last: float, count: int) -> list[float]:
     """Return keep probabilities from first to last, both included, in equal steps.
 
-    ``keep_schedule(1 - (1 - p) / L, p, L)`` is what ``apply_merge(..., keep="linear")`` gives L blocks whose merge has
-    the keep p: ``1 − (1 − p) n/L`` in block n.
+    For L blocks and a merge with keep probability p, ``apply_merge(..., keep="linear")`` computes
+    ``keep_schedule(1 - (1 - p) / L, p, L)``: block n has ``1 − (1 − p) n/L``.
 
     Args:
-        first: keep of the first block.
-        last: keep of the last block, also if there is only one.
+        first: keep probability of the first block.
+        last: keep probability of the last block, also if it is the only block.
         count: number of blocks.
 
     Raises:
@@ -46,7 +46,7 @@ def apply_merge(
     merge: nn.Module,
     keep: float | Iterable[float] | Literal["linear", "uniform"] | None = None,
 ) -> int:
-    """Let a merge combine branch and shortcut in residual blocks of a model; return the number of blocks.
+    """Put a merge into residual blocks of a model; return the number of blocks.
 
     Blocks are :class:`tying.depth.Residual`, torchvision's ``BasicBlock`` and ``Bottleneck``, and torch's
     ``TransformerEncoderLayer``, in which the merge combines both branches. Names and values in the model's state dict
@@ -56,14 +56,14 @@ def apply_merge(
         model: changed in place.
         blocks: a pattern of module names, or several.
         merge: each block gets a copy, called as ``merge(shortcut, branch)``.
-        keep: how much the blocks keep. ``None`` or ``"uniform"``: as the merge says. ``"linear"``: block n of L drops
-            n/L of what the merge drops: each keep probability p becomes ``1 − (1 − p) n/L``. A number replaces every
-            keep probability of the merge; several numbers do so, one for each block in the model's order.
+        keep: keep probabilities of the blocks. ``None`` or ``"uniform"``: those of the merge. ``"linear"``: block n of
+            L drops n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. A number
+            replaces every keep probability of the merge; a list has one number for each block, in the model's order.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, something that is no residual block, or a block that has a merge
-            already; the number of keeps is not the number of blocks, or one is not in [0, 1]. The model is unchanged
-            then.
+        ConfigurationError: a pattern matches nothing, or a module that is not a residual block; a block already has a
+            merge; the number of keeps is not the number of blocks, or one is not in [0, 1]. The model is then
+            unchanged.
 
     Example:
         >>> from tying.depth import StochasticDepth, Swapout
@@ -89,7 +89,7 @@ def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Seque
     if isinstance(keep, str) and keep == "linear":
         return [merge.scaled(block / len(names)) for block in range(1, len(names) + 1)]
     try:
-        keeps = [float(k) for k in keep] if isinstance(keep, Iterable) else [float(keep)] * len(names)  # type: ignore[arg-type]  # checked by this
+        keeps = [float(k) for k in keep] if isinstance(keep, Iterable) else [float(keep)] * len(names)  # type: ignore[arg-type]  # the except clause checks it
     except (TypeError, ValueError):
         raise ConfigurationError(
             f"keep must be a number, one for each block, 'linear' or 'uniform', not {keep!r}"
@@ -100,27 +100,29 @@ def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Seque
 
 
 def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequence[nn.Module]) -> int:
-    """Give each residual block, by name, a copy of its merge; return the number of blocks.
+    """Give each residual block a copy of its merge; return the number of blocks.
+
+    Args:
+        model: changed in place.
+        blocks: the blocks by name.
+        merges: the merge of each block.
 
     Raises:
-        ConfigurationError: a block has a merge already. The model is unchanged then.
+        ConfigurationError: a block already has a merge. The model is then unchanged.
     """
-    merged = [
+    if merged := [
         f"{name} ({type(block.merge).__name__})"
         for name, block in blocks.items()
         if "_merge_before" in block.__dict__ or (isinstance(block, Residual) and type(block.merge) is not Sum)
-    ]
-    if merged:
+    ]:
         raise ConfigurationError(
             f"{listed(merged)}: merged already: leave out merge= where the model creates its blocks, or remove what "
             "apply_merge or ResidualMerging applied by remove_merge"
         )
-    copies = [copy.deepcopy(merge) for merge in merges]
-    classes = _merged_classes()
-    for block, merge in zip(blocks.values(), copies, strict=True):
+    for block, merge in zip(blocks.values(), [copy.deepcopy(merge) for merge in merges], strict=True):
         merge.train(block.training)
-        block.__dict__["_merge_before"] = getattr(block, "merge", None)  # past nn.Module: it is no submodule
-        swap_class(block, classes.get(type(block), type(block)))
+        block.__dict__["_merge_before"] = getattr(block, "merge", None)  # bypasses nn.Module: not a submodule
+        swap_class(block, _merged_classes().get(type(block), type(block)))
         block.merge = merge
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
@@ -138,27 +140,25 @@ def remove_merge(model: nn.Module) -> int:
         >>> apply_merge(model, "0", Swapout(0.5, 0.5)), remove_merge(model), model[0].merge
         (1, 1, Sum())
     """
-    count = 0
     plain_classes = {merged: plain for plain, merged in _merged_classes().items()}
-    for module in [*model.modules()]:
+    for module in model.modules():
         module.__dict__.pop("_merged_by", None)
         if "_nested_before" in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop("_nested_before")
-        if "_merge_before" in module.__dict__:
-            swap_class(module, plain_classes.get(type(module), type(module)))
-            merge = module.__dict__.pop("_merge_before")
-            if merge is None:
-                del module.merge
-            else:
-                module.merge = merge
-            count += 1
-    return count
+    blocks = [module for module in model.modules() if "_merge_before" in module.__dict__]
+    for block in blocks:
+        swap_class(block, plain_classes.get(type(block), type(block)))
+        if (merge := block.__dict__.pop("_merge_before")) is None:
+            del block.merge
+        else:
+            block.merge = merge
+    return len(blocks)
 
 
 def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Return the class with a merge for each class of blocks of other packages."""
+    """Map each block class of torch and torchvision to its subclass with a merge."""
     classes: dict[type[nn.Module], type[nn.Module]] = {nn.TransformerEncoderLayer: MergedTransformerEncoderLayer}
-    if "torchvision.models.resnet" in sys.modules:  # else no model has its blocks; importing it takes a second
+    if "torchvision.models.resnet" in sys.modules:  # otherwise no model has its blocks; the import takes a second
         from tying.depth.torchvision_blocks import CLASSES
 
         classes |= CLASSES
@@ -166,21 +166,19 @@ def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the residual blocks whose names match patterns, in the model's order; a block with several names once.
+    """Return the residual blocks whose names match patterns, by name in the model's order; each block appears once.
 
-    A matched :class:`tying.depth.Recurrent` stands for the blocks of all its steps.
+    A pattern that matches a :class:`tying.depth.Recurrent` selects the blocks of all its steps.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a module that is no residual block.
+        ConfigurationError: a pattern matches nothing, or a module that is not a residual block.
     """
     modules = {clean_name(name): module for name, module in model.named_modules() if name}
-    texts = [patterns] if isinstance(patterns, str) else patterns
-    if not texts:
+    if not (texts := [patterns] if isinstance(patterns, str) else patterns):
         raise ConfigurationError("blocks must be a pattern of module names, or several, not []")
     names: set[str] = set()
     for pattern in map(Pattern, texts):
-        matches = {name for name in modules if pattern.match(name) is not None}
-        if not matches:
+        if not (matches := {name for name in modules if pattern.match(name) is not None}):
             raise ConfigurationError(
                 f"blocks: pattern {pattern.text!r} matches no module.{nearest(pattern.text, modules)}"
             )
@@ -190,15 +188,14 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
             names |= {f"{name}.blocks.{step}" for step in range(len(module.blocks))}
     blocks = {name: m for name, m in modules.items() if name in names and not isinstance(m, Recurrent)}
     known = {cls for pair in _merged_classes().items() for cls in pair}
-    others = [
+    if others := [
         f"{name!r} is a {type(block).__name__} of {type(block).__module__.split('.')[0]}"
         for name, block in blocks.items()
         if not isinstance(block, Residual) and type(block) not in known
-    ]
-    if others:
+    ]:
         raise ConfigurationError(
-            f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: there are "
+            f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: supported are "
             "tying.depth.Residual, BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. "
-            "Write such a block as tying.depth.Residual(branch, shortcut, activation=...), or name the blocks alone"
+            "Write such a block as tying.depth.Residual(branch, shortcut, activation=...), or name only the blocks"
         )
     return blocks

@@ -21,8 +21,8 @@ def keep_mask(keep: float, shape: torch.Size | tuple[int, ...], device: torch.de
 
     Args:
         keep: the probability, in [0, 1].
-        shape: of the mask.
-        device: of the mask.
+        shape: shape of the mask.
+        device: device of the mask.
 
     Returns:
         A bool tensor. Each random 64-bit integer yields four entries, which takes a quarter of the time of
@@ -50,14 +50,13 @@ def draw(keep: float) -> bool:
 
 
 def agreed_rand(*shape: int) -> Tensor:
-    """Return uniform random numbers (float64) of the first process in all processes.
+    """Return uniform random numbers (float64), the same in all processes: those that the first process draws.
 
-    The processes may have consumed different amounts of randomness; they must take the same decisions nevertheless.
-    Within ``per_rank_rng``, each process returns numbers of its own.
+    Generators may be in different states in different processes, which must still take the same decisions. While
+    ``per_rank_rng`` is true, each process returns the numbers that it draws itself.
     """
     numbers = torch.rand(shape, dtype=torch.float64)
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if distributed and not per_rank_rng.get():
+    if not per_rank_rng.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(numbers, src=0, group=_cpu_group(dist.group.WORLD))
     return numbers
 
@@ -66,6 +65,6 @@ def agreed_rand(*shape: int) -> Tensor:
 def _cpu_group(world: object) -> dist.ProcessGroup:
     """Return a process group for tensors on the CPU, separate from the group that reduces gradients.
 
-    There is one for each world, which may be destroyed and created again.
+    The cache is keyed by the default group, since a program may destroy it and create another.
     """
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo"))

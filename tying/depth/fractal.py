@@ -1,7 +1,5 @@
 """Fractal blocks: columns of different depth, joined at several points; training drops some inputs of each join."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,20 +28,21 @@ def fractal_join(inputs: Sequence[Tensor]) -> Tensor:
 def draw_paths(count: int, drop: float) -> list[int]:
     """Return the indices of the kept inputs of a join: each is kept with probability 1 − drop, and at least one is.
 
-    If all are dropped, one of them, drawn uniformly, is kept after all. The draws are the same in all processes.
+    If all are dropped, one input is drawn uniformly and kept. The result is the same in all processes.
 
     Example:
         >>> draw_paths(3, drop=0.0)
         [0, 1, 2]
     """
     numbers = agreed_rand(count + 1)
-    kept = [path for path in range(count) if numbers[path] >= drop]
-    return kept or [min(int(numbers[count] * count), count - 1)]
+    return [i for i in range(count) if numbers[i] >= drop] or [min(int(numbers[count] * count), count - 1)]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
 def draw_column(columns: int, probability: float) -> int | None:
-    """Return a uniformly drawn column with this probability, and ``None`` otherwise; the same in all processes.
+    """Return a random column with the given probability, and ``None`` otherwise.
+
+    Columns are drawn uniformly. The result is the same in all processes.
 
     Example:
         >>> draw_column(3, probability=0.0) is None, draw_column(1, probability=1.0)
@@ -53,8 +52,22 @@ def draw_column(columns: int, probability: float) -> int | None:
     return min(int(numbers[1] * columns), columns - 1) if numbers[0] < probability else None
 
 
+@dataclass(eq=False)
+class _Node:
+    """A layer or a join, whose output is computed from other nodes when it is first read."""
+
+    compute: Callable[..., Tensor]
+    inputs: "Sequence[_Node]" = ()
+    output: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.output is None:
+            self.output = self.compute(*(node() for node in self.inputs))
+        return self.output
+
+
 class FractalBlock(nn.Module):
-    """The fractal of C columns: ``f_1 = conv``, ``f_{c+1}(z) = (f_c ∘ f_c)(z) ⊕ conv(z)``; joins ⊕ that meet are one.
+    """The fractal of C columns: ``f_1 = conv``, ``f_{c+1}(z) = (f_c ∘ f_c)(z) ⊕ conv(z)``; adjacent joins form one.
 
     Column 0 is the shallowest, with one layer, and column c has 2ᶜ layers. A layer that no kept path needs is not
     computed, and its parameters get a gradient of zero.
@@ -108,9 +121,9 @@ class FractalBlock(nn.Module):
         if column is not None and not 0 <= column < len(self.columns):
             raise ConfigurationError(f"columns are 0 to {len(self.columns) - 1}, not {column}")
         columns = [[*stack.children()] for stack in self.columns]
-        steps = len(columns[-1])  # one for each layer of the deepest column; another ends a layer in some of them
+        steps = len(columns[-1])  # one for each layer of the deepest column; layers of other columns take several
         layers: list[tuple[nn.Module, _Node]] = []
-        inputs = [_Node(lambda: x)] * len(columns)  # of the next layer of each column
+        inputs = [_Node(lambda: x)] * len(columns)  # input of the next layer of each column
         for step in range(1, steps + 1):  # all draws are made before anything is computed
             first = next(number for number, stack in enumerate(columns) if step * len(stack) % steps == 0)
             ending = [stack[step * len(stack) // steps - 1] for stack in columns[first:]]
@@ -124,7 +137,7 @@ class FractalBlock(nn.Module):
         return zero_gradients(out, parameters) if unused and self.training else out
 
     def _kept(self, outputs: list[_Node], first: int, column: int | None) -> list[_Node]:
-        """Return the inputs of a join, of column ``first`` and all deeper columns, that are not dropped."""
+        """Return the inputs of a join that are not dropped; they come from column ``first`` and all deeper columns."""
         if column is not None:  # if it is shallower than the first, nothing reads this join
             return [output for number, output in enumerate(outputs, first) if number == column]
         if self.training and self.drop_path and len(outputs) > 1:
@@ -134,17 +147,3 @@ class FractalBlock(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}"
-
-
-@dataclass(eq=False)
-class _Node:
-    """A layer or a join, whose output is computed from other nodes when it is first read."""
-
-    compute: Callable[..., Tensor]
-    inputs: Sequence[_Node] = ()
-    output: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        if self.output is None:
-            self.output = self.compute(*(node() for node in self.inputs))
-        return self.output

@@ -11,8 +11,15 @@ from tying.depth.stochastic_depth import BATCH_NORMS
 from tying.errors import ConfigurationError, listed
 from tying.weights.tie import tie
 
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+NORMS = (
+    *BATCH_NORMS,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 
 
 class Recurrent(nn.Module):
@@ -27,7 +34,7 @@ class Recurrent(nn.Module):
     ``steps`` may be set to another number afterwards, even above the number it was built for: further steps then use
     the normalisation layers of the last step.
 
-    Shape: that of the block, whose output has the shape of its input.
+    Shape: the output has the shape of the input.
 
     Raises:
         ConfigurationError: ``steps`` is below 1, the weights of the block are parametrized, or, in use, the block
@@ -48,14 +55,17 @@ class Recurrent(nn.Module):
         self.steps = steps
         if parametrized := [name for name, part in block.named_modules() if isinstance(part, ParametrizationList)]:
             raise ConfigurationError(
-                f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize it "
-                "when it is recurrent"
+                f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize the "
+                "Recurrent instead of the block"
             )
         self.blocks = nn.ModuleList([block])
         if per_step_norm:
             self.blocks += [copy.deepcopy(block) for _ in range(steps - 1)]
-            names = [name for name, _ in block.named_parameters()]
-            shared = [name for name in names if not isinstance(block.get_submodule(name.rpartition(".")[0]), NORMS)]
+            shared = [
+                name
+                for name, _ in block.named_parameters()
+                if not isinstance(block.get_submodule(name.rpartition(".")[0]), NORMS)
+            ]
             if steps > 1 and shared:
                 tie(self, [f"blocks.*.{name}" for name in shared])
 

@@ -1,4 +1,4 @@
-"""Sample predictions of a network with random merges: it was trained as an ensemble."""
+"""Average the predictions of several random passes through a network with stochastic merges."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +76,7 @@ def sampled(model: nn.Module, x: Tensor, samples: int) -> Sampled:
     check_range("samples", samples, "[1, inf)")
     if not any(isinstance(module, Merge) and module.prob_names for module in model.modules()):
         raise ConfigurationError(
-            "sampled passes differ only by stochastic merges, and the model has no merge that draws: apply one, such "
-            "as Swapout"
+            "sampled passes need a stochastic merge, and the model has no merge that draws: apply one, such as Swapout"
         )
     mean = squares = torch.zeros(())
     with sampling(model):

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.draws import draw, keep_mask
-from tying.depth.merge import Branch, Merge, skip_branch
-from tying.depth.rows import add_rows
+from tying.depth.merge import Branch, Merge, add_rows, skip_branch
 from tying.errors import ConfigurationError, check_choice
 
 Mode = Literal["batch", "row", "subset", "auto"]
 Scale = Literal["test", "train"]
-BREAK_EVEN = 0.9  # above this keep, selecting samples costs more than computing all of them: `speed depth`
+BREAK_EVEN = 0.9  # above this keep, selecting samples is slower than computing all: `benchmarks speed depth`
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -41,8 +40,8 @@ def stochastic_depth(
         training: whether to draw.
 
     Raises:
-        ConfigurationError: for ``"subset"``, if the branch is no Branch or has SyncBatchNorm; or if one sample alone
-            is kept and the branch has batch norms.
+        ConfigurationError: mode is ``"subset"``, and the branch is not a Branch, or has SyncBatchNorm, or has batch
+            normalisation while only one sample is kept.
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
@@ -58,28 +57,31 @@ def stochastic_depth(
     obstacle: str | None = "needs a branch that can be computed for some samples: use Residual"
     if isinstance(branch, Branch) and (mode == "subset" or (mode == "auto" and keep <= BREAK_EVEN)):
         rows = mask.nonzero().flatten()
-        obstacle = _subset_obstacle(branch, len(rows), len(mask))
-        if obstacle is None:
+        if (obstacle := _subset_obstacle(branch, len(rows), len(mask))) is None:
             return add_rows(x, rows, branch(rows), dim, factor) if len(rows) else skip_branch(x, branch)
     if mode == "subset":
         raise ConfigurationError(f"mode='subset' {obstacle}")
     f = branch()
-    masked = f * mask.to(f.dtype).view([-1 if axis == dim else 1 for axis in range(x.ndim)])
-    return torch.add(x, masked, alpha=factor)
+    shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
+    return torch.add(x, f * mask.to(f.dtype).view(shape), alpha=factor)
 
 
 def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
-    """Describe what prevents computing a branch for the selected ones of ``count`` samples only, or return None."""
-    parts = (part for module in branch.modules for part in module.modules())
-    norms = [part for part in parts if isinstance(part, BATCH_NORMS) and part.training]
+    """Return why a branch cannot be computed for ``selected`` of ``count`` samples alone, or None if it can."""
+    norms = [
+        part
+        for module in branch.modules
+        for part in module.modules()
+        if isinstance(part, BATCH_NORMS) and part.training
+    ]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # others would wait for a process that keeps none
         return "does not go with SyncBatchNorm, which waits for all processes: use mode='row'"
-    if norms and selected == 1:
-        return (
-            f"kept one of {count} samples for a branch with batch normalisation, which needs the statistics of "
-            "several: use mode='row', larger batches, or drop an incomplete last batch"
-        )
-    return None
+    return (
+        f"kept one of {count} samples for a branch with batch normalisation, which needs the statistics of several: "
+        "use mode='row', larger batches, or drop an incomplete last batch"
+        if norms and selected == 1
+        else None
+    )
 
 
 class StochasticDepth(Merge):
@@ -88,7 +90,7 @@ class StochasticDepth(Merge):
     Args:
         keep: probability of computing the branch.
         mode: what is drawn: ``"batch"``, ``"row"``, ``"subset"`` or ``"auto"``.
-        scale: where outputs are scaled: ``"test"`` or ``"train"``.
+        scale: when outputs are scaled: ``"test"`` or ``"train"``.
 
     Raises:
         ConfigurationError: ``keep`` is not in [0, 1], or mode or scale is unknown.

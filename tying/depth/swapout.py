@@ -43,8 +43,8 @@ def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
 class Swapout(Merge):
     """The merge :func:`swapout`, with one draw per unit and mask: shortcut and branch are kept independently.
 
-    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``. That is not the mean of the
-    network's outputs in training, which :func:`tying.depth.sampled` estimates by sampled passes.
+    In evaluation each mask is replaced by its mean: ``keep_skip · x + keep_branch · F``. The network's output then
+    differs from its mean output in training, which :func:`tying.depth.sampled` estimates.
 
     Args:
         keep_skip: probability that Θ₁ is 1.
@@ -65,8 +65,7 @@ class Swapout(Merge):
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         keep_skip, keep_branch = self.keep_prob("keep_skip"), self.keep_prob("keep_branch")
         if keep_branch == 0:
-            skipped = skip_branch(x, branch)
-            return skipped * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
+            return skip_branch(x, branch) * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
         f = branch()
         if self.training:
             return swapout(x, f, *(None if keep == 1 else _mask(x, keep) for keep in (keep_skip, keep_branch)))
@@ -74,12 +73,12 @@ class Swapout(Merge):
 
 
 class SkipForward(Merge):
-    """The merge :func:`skip_forward`, with one draw per unit; zoneout does the same over time.
+    """The merge :func:`skip_forward`, with one draw per unit; zoneout applies it to steps of a recurrent network.
 
     In evaluation the mask is replaced by its mean: ``keep · F + (1 − keep) · x``.
 
     Args:
-        keep: probability that a unit takes F(x). The zoneout probability, of keeping the old value, is 1 − keep.
+        keep: probability that a unit takes F(x). The zoneout probability is 1 − keep.
 
     Raises:
         ConfigurationError: the probability is not in [0, 1].
@@ -100,23 +99,18 @@ class SkipForward(Merge):
         f = branch()
         if keep == 1:
             return zero_gradients(f, [x])
-        if self.training:
-            return skip_forward(x, f, _mask(x, keep))
-        return torch.add(keep * f, x, alpha=1 - keep)
+        return skip_forward(x, f, _mask(x, keep)) if self.training else torch.add(keep * f, x, alpha=1 - keep)
 
 
 def _mask(x: Tensor, keep: float) -> Tensor:
     """Return a random mask in x's memory format; another format takes twice the time to apply."""
-    strides = torch.empty_like(x, dtype=torch.bool).stride()
-    return keep_mask(keep, (x.numel(),), x.device).as_strided(x.shape, strides)
+    return keep_mask(keep, (x.numel(),), x.device).as_strided(x.shape, torch.empty_like(x, dtype=torch.bool).stride())
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x
-    if mask.shape != x.shape:
-        return x * mask
-    return cast(Tensor, _Masked.apply(x, mask))
+    return cast(Tensor, _Masked.apply(x, mask)) if mask.shape == x.shape else x * mask
 
 
 class _Masked(torch.autograd.Function):

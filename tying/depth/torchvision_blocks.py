@@ -10,15 +10,14 @@ from tying.depth.merge import Branch
 
 
 class _Merged(nn.Module):
-    """A block whose branch is ``conv1``, ``bn1``, ``conv2``, …, with ReLUs between these layers, and its merge."""
+    """Base class of both blocks: the branch is ``conv1``, ``bn1``, ReLU, ``conv2``, ``bn2``, …, without a last ReLU."""
 
     merge: nn.Module
 
     @override
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
-        names = [(f"conv{number}", f"bn{number}") for number in (1, 2, 3) if hasattr(self, f"conv{number}")]
-        layers = [(getattr(self, conv), getattr(self, norm)) for conv, norm in names]
+        layers = [(getattr(self, f"conv{n}"), getattr(self, f"bn{n}")) for n in (1, 2, 3) if hasattr(self, f"conv{n}")]
 
         def compute(x: Tensor) -> Tensor:
             for number, (conv, norm) in enumerate(layers):

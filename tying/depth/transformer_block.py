@@ -21,7 +21,7 @@ class MergedTransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        dim = 0 if self.self_attn.batch_first else 1  # of samples
+        dim = 0 if self.self_attn.batch_first else 1  # the dimension of samples
         if src.ndim == 2:  # a single sample
             padding = None if src_key_padding_mask is None else src_key_padding_mask.unsqueeze(0)
             out: Tensor = self(src.unsqueeze(dim), src_mask, padding, is_causal)
@@ -47,7 +47,9 @@ class MergedTransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a bool mask, true for what attention ignores, as a mask to add to its scores."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    """Return a mask to add to attention scores; a bool mask is true where attention ignores a position."""
+    return (
+        mask
+        if mask is None or mask.dtype != torch.bool
+        else torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    )

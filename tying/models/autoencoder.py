@@ -1,4 +1,4 @@
-"""An autoencoder of two mirrored stacks, whose layers can be tied in pairs."""
+"""An autoencoder of two mirrored stacks; ties can pair their layers."""
 
 from collections.abc import Sequence
 from typing import Any, cast

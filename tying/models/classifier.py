@@ -1,4 +1,4 @@
-"""LightningModules that train networks to classify, and their base."""
+"""LightningModules that train classifiers, and their base classes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -35,8 +35,8 @@ class SingleStep(pl.LightningModule):
 
         Args:
             stage: ``"train"``, ``"val"`` or ``"test"``.
-            batch: from the stage's loader.
-            batch_idx: the number of the batch.
+            batch: batch of the stage's loader.
+            batch_idx: index of the batch.
         """
         raise NotImplementedError
 
@@ -60,25 +60,26 @@ class Classification(SingleStep):
         num_classes: number of classes.
         optimizer: SGD with Nesterov momentum, or AdamW.
         lr: peak learning rate.
-        momentum: of SGD.
-        weight_decay: of either optimizer, on all parameters.
-        schedule: after the warm-up: ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at each of
-            ``drops``; ``"constant"``. ``"plateau"``, without a warm-up: divide by 10 after four epochs without a better
-            training accuracy.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of either optimizer, for all parameters.
+        schedule: learning rate after the warm-up. ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at
+            each of ``drops``; ``"constant"``. ``"plateau"`` has no warm-up: divide by 10 after four epochs without a
+            better training accuracy.
         warmup: fraction of all steps over which the learning rate rises linearly from 0.
         drops: fractions of all steps, for ``schedule="step"``.
-        label_smoothing: of the cross entropy, in training.
+        label_smoothing: label smoothing of the cross entropy in training.
         channels_last: use the channels-last memory format for convolutions and four-dimensional inputs.
-        test_samples: number of sampled passes, for models with random merges (:mod:`tying.depth`). With more than 1,
-            tests also log loss and accuracy of the mean probabilities as ``test/sampled/…``, and the standard deviation
-            of the predicted class's probability as ``test/spread``; predictions are :class:`tying.depth.Sampled`.
+        test_samples: number of sampled passes, for models with stochastic merges (:mod:`tying.depth`). If it is above
+            1, tests also log loss and accuracy of the mean probabilities as ``test/sampled/…``, and the standard
+            deviation of the predicted class's probability as ``test/spread``; predictions are
+            :class:`tying.depth.Sampled`.
 
-    Shape: batches of (inputs, labels), labels being integers of shape (batch,); in training, also dictionaries with
-    such a batch as ``labelled``.
+    Shape: batches are (inputs, labels), with integer labels of shape (batch,). A training batch may also be a
+    dictionary that holds such a batch under ``labelled``.
 
     Raises:
-        ConfigurationError: an unknown optimizer or schedule, or a number out of range; in use, logits of another number
-            of classes.
+        ConfigurationError: the optimizer or schedule is unknown, or a number is out of range; in use, the number of
+            logits is not ``num_classes``.
     """
 
     def __init__(
@@ -106,19 +107,20 @@ class Classification(SingleStep):
 
     def count_accuracy(self, places: Iterable[str]) -> None:
         """Create the accuracies that :meth:`log_accuracy` updates."""
-        classes = self.hparams["num_classes"]
-        self.accuracy = nn.ModuleDict({f"{p}/accuracy": MulticlassAccuracy(classes, average="micro") for p in places})
+        self.accuracy = nn.ModuleDict(
+            {f"{place}/accuracy": MulticlassAccuracy(self.hparams["num_classes"], average="micro") for place in places}
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of inputs."""
         raise NotImplementedError
 
     def laid_out(self, module: nn.Module) -> nn.Module:
-        """Return a module in the memory format that ``channels_last`` asks for."""
+        """Convert a module to the channels-last memory format if ``channels_last`` is true, and return it."""
         return module.to(memory_format=torch.channels_last) if self.hparams["channels_last"] else module
 
     def laid_out_input(self, x: Tensor) -> Tensor:
-        """Return a batch of inputs in the memory format that ``channels_last`` asks for."""
+        """Return four-dimensional inputs in the channels-last memory format if ``channels_last`` is true."""
         return x.contiguous(memory_format=torch.channels_last) if self.hparams["channels_last"] and x.ndim == 4 else x
 
     @override
@@ -143,8 +145,7 @@ class Classification(SingleStep):
 
     def log_accuracy(self, place: str, logits: Tensor, y: Tensor) -> None:
         """Update the accuracy of a place, and log it as ``<place>/accuracy`` at the end of the epoch."""
-        classes = self.hparams["num_classes"]
-        if logits.shape[-1] != classes:
+        if logits.shape[-1] != (classes := self.hparams["num_classes"]):
             raise ConfigurationError(
                 f"num_classes is {classes}, and the network returns {logits.shape[-1]} logits a sample"
             )
@@ -158,7 +159,7 @@ class Classification(SingleStep):
         if self.hparams["test_samples"] > 1:
             x, y = batch
             mean, std = sampled(self, x, self.hparams["test_samples"])
-            smallest = torch.finfo(mean.dtype).tiny  # keeps the loss finite where no pass gives a class a probability
+            smallest = torch.finfo(mean.dtype).tiny  # keeps the loss finite if a probability is 0
             self.log("test/sampled/loss", F.nll_loss(mean.clamp_min(smallest).log(), y), sync_dist=True)
             self.log("test/spread", std.gather(1, mean.argmax(dim=1, keepdim=True)).mean(), sync_dist=True)
             self.log_accuracy("test/sampled", mean, y)
@@ -166,9 +167,8 @@ class Classification(SingleStep):
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | Sampled:
         x = batch[0] if isinstance(batch, list | tuple) else batch
-        if self.hparams["test_samples"] > 1:
-            return sampled(self, x, self.hparams["test_samples"])
-        return cast(Tensor, self(x).softmax(dim=-1))
+        samples = self.hparams["test_samples"]
+        return sampled(self, x, samples) if samples > 1 else cast(Tensor, self(x).softmax(dim=-1))
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -180,15 +180,24 @@ class Classification(SingleStep):
             else torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
         )
         if hparams["schedule"] == "plateau":
-            plateau = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3, threshold=0.0)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "train/accuracy"}}
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {
+                    "scheduler": ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3, threshold=0.0),
+                    "monitor": "train/accuracy",
+                },
+            }
+        if math.isinf(steps := self.trainer.estimated_stepping_batches):
             raise ConfigurationError(
                 "a learning rate's schedule needs an end: set the trainer's max_epochs or max_steps"
             )
-        options = {name: hparams[name] for name in ("warmup", "schedule", "drops")}
-        factor = partial(learning_rate_factor, total=int(steps), **options)
+        factor = partial(
+            learning_rate_factor,
+            total=int(steps),
+            warmup=hparams["warmup"],
+            schedule=hparams["schedule"],
+            drops=hparams["drops"],
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
@@ -197,12 +206,12 @@ class Classifier(Classification):
 
     Args:
         network: maps a batch of inputs to logits.
-        pretrained: a checkpoint of a Classifier, from which weights and buffers are loaded.
-        fresh: patterns of those that are not loaded: a new head, ``"network.head"``.
-        options: of :class:`Classification`.
+        pretrained: path of a Classifier's checkpoint; its weights and buffers are loaded.
+        fresh: patterns of weights and buffers that are not loaded, such as ``"network.head"`` for a new head.
+        options: further arguments of :class:`Classification`.
 
     Raises:
-        ConfigurationError: as :class:`Classification` and :func:`tying.models.pretrained.load_pretrained`.
+        ConfigurationError: see :class:`Classification` and :func:`tying.models.pretrained.load_pretrained`.
 
     Example:
         >>> from tying.models import MLP

@@ -7,10 +7,10 @@ from torch import nn
 
 
 class ConvEncoder(nn.Sequential):
-    """Convolutions of stride 2 with a ReLU after each: every layer halves height and width.
+    """Convolutions of stride 2, each followed by a ReLU: every layer halves height and width.
 
     Args:
-        widths: channels of the input and after each layer.
+        widths: channels of the input and of each layer's output.
 
     Shape: (batch, widths[0], height, width) to (batch, widths[-1], height / 2^L, width / 2^L) for L layers.
 
@@ -21,15 +21,16 @@ class ConvEncoder(nn.Sequential):
     """
 
     def __init__(self, widths: Sequence[int] = (3, 32, 64, 128)) -> None:
-        layers = [[nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()] for a, b in pairwise(widths)]
-        super().__init__(*(part for layer in layers for part in layer))
+        super().__init__(
+            *(part for a, b in pairwise(widths) for part in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.ReLU()))
+        )
 
 
 class ConvDecoder(nn.Sequential):
     """Upsampling and a convolution for each layer of :class:`ConvEncoder`, in reverse; no ReLU at the end.
 
     Args:
-        widths: those of the encoder.
+        widths: the encoder's widths.
 
     Shape: (batch, widths[-1], height / 2^L, width / 2^L) to (batch, widths[0], height, width) for L layers.
 

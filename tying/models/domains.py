@@ -15,19 +15,19 @@ from tying.models.classifier import Classification
 class DomainClassifiers(Classification):
     """Train one network for each domain: copies of one network, with the same initial weights, ``networks.<domain>``.
 
-    The loss is the sum of the domains' mean cross entropies. The networks are independent, unless a tie pulls them
-    together.
+    The loss is the sum of the domains' mean cross entropies. The networks are independent unless they are tied.
 
     Args:
         network: maps inputs to logits; the first domain uses it, each other domain a copy.
-        domains: their names, the keys of batches.
-        options: of :class:`tying.models.classifier.Classification`.
+        domains: names of the domains, the keys of batches.
+        options: further arguments of :class:`tying.models.classifier.Classification`.
 
-    Shape: batches are dictionaries of (inputs, labels) by domain. Lightning predicts with one loader after another:
-    give a dictionary of loaders, or a list in the order of the domains.
+    Shape: batches are dictionaries of (inputs, labels) by domain. To predict, give a dictionary of loaders, or a
+    list in the order of the domains: Lightning runs one loader after another.
 
     Raises:
-        ConfigurationError: there is no domain, a name stands twice or is no identifier; a batch has other domains.
+        ConfigurationError: there is no domain, or a name is repeated or is not an identifier; a batch has other
+            domains.
 
     Example:
         >>> from tying.models import MLP
@@ -45,8 +45,9 @@ class DomainClassifiers(Classification):
         if not domains or len({*domains}) < len(domains) or not all(map(str.isidentifier, domains)):
             raise ConfigurationError(f"domains must be distinct names, at least one, not {list(domains)}")
         self.domains = list(domains)
-        networks = [network, *(copy.deepcopy(network) for _ in self.domains[1:])]
-        self.networks = nn.ModuleDict(dict(zip(self.domains, map(self.laid_out, networks), strict=True)))
+        self.networks = nn.ModuleDict(
+            {domain: self.laid_out(copy.deepcopy(network) if i else network) for i, domain in enumerate(domains)}
+        )
         self.count_accuracy(f"{stage}/{domain}" for stage in ("train", "val", "test") for domain in self.domains)
 
     @override
@@ -62,12 +63,13 @@ class DomainClassifiers(Classification):
                 f"{kind}: set its domains to those of the data, or give a CombinedLoader of a dictionary of loaders"
             )
         logits = self({domain: x for domain, (x, _) in batch.items()})
-        losses = [self.log_loss(f"{stage}/{domain}", logits[domain], y) for domain, (_, y) in batch.items()]
-        return torch.stack(losses).sum()
+        return torch.stack(
+            [self.log_loss(f"{stage}/{domain}", logits[domain], y) for domain, (_, y) in batch.items()]
+        ).sum()
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         loaders = self.trainer.predict_dataloaders
         domain = ([*loaders] if isinstance(loaders, Mapping) else self.domains)[dataloader_idx]
-        probabilities = self({domain: batch[0] if isinstance(batch, list | tuple) else batch})[domain].softmax(dim=-1)
-        return cast(Tensor, probabilities)
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+        return cast(Tensor, self({domain: x})[domain].softmax(dim=-1))

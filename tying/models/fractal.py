@@ -16,15 +16,16 @@ from tying.errors import ConfigurationError, check_range
 class FractalNet(nn.Module):
     """A network of fractal blocks, each followed by pooling; a layer is convolution, dropout, normalisation and ReLU.
 
-    In training, a fraction of mini-batches passes through a single column, drawn for the whole network; in the others
+    In training, a fraction of mini-batches passes through a single column, drawn for the whole network; for all others,
     every join drops inputs (:class:`tying.depth.FractalBlock`). In evaluation nothing is dropped.
 
     Args:
         columns: the number C of columns of every block; the deepest has 2^(C−1) layers.
         widths: channels of each block.
-        drop_path: probability of dropping an input of a join; 0, with ``global_share`` 0, for none.
-        global_share: fraction of mini-batches that a single column computes.
-        dropout: within the layers of each block; one rate for each block, or none.
+        drop_path: probability of dropping an input of a join. For training without drop-path, set it and
+            ``global_share`` to 0.
+        global_share: fraction of mini-batches that pass through a single column.
+        dropout: dropout rate of the layers of each block; empty for no dropout.
         num_classes: number of outputs.
         in_channels: channels of the images.
         column: evaluate only this column: 0, the shallowest, to C − 1.
@@ -32,7 +33,8 @@ class FractalNet(nn.Module):
     Shape: (batch, in_channels, height, width) to (batch, num_classes); each block halves height and width.
 
     Raises:
-        ConfigurationError: as FractalBlock; the number of dropout rates is not that of blocks; a number out of range.
+        ConfigurationError: see FractalBlock; or the number of dropout rates is not the number of blocks, or a number is
+            out of range.
 
     Example:
         >>> import torch

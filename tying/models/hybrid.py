@@ -14,18 +14,18 @@ from tying.models.classifier import Classification
 
 
 class HybridClassifier(Classification):
-    """Train a classifier on labelled images and an autoencoder on all, with encoders of the same initial weights.
+    """Train a classifier on labelled images and an autoencoder on all images; both encoders start with equal weights.
 
     The loss is the mean cross entropy of the labelled images, plus ``reconstruction`` times the mean squared error of
-    all. The encoders, ``classifier.encoder`` and ``autoencoder.encoder``, are independent, unless
-    :class:`tying.callbacks.Coupling` or another tie pulls them together. Predictions are the classifier's.
+    all images. The encoders, ``classifier.encoder`` and ``autoencoder.encoder``, are independent unless
+    :class:`tying.callbacks.Coupling` or another callback ties them. The classifier makes the predictions.
 
     Args:
         encoder: maps images to a code.
         head: maps the code to logits.
         decoder: maps the code to images.
         reconstruction: weight of the autoencoder's loss, ≥ 0.
-        options: of :class:`tying.models.classifier.Classification`.
+        options: further arguments of :class:`tying.models.classifier.Classification`.
 
     Shape: training batches are dictionaries with ``labelled`` and ``unlabelled``, each (images, labels); others are
     (images, labels).
@@ -56,7 +56,7 @@ class HybridClassifier(Classification):
     @override
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
-        parts = getattr(loader, "iterables", loader)  # of a CombinedLoader
+        parts = getattr(loader, "iterables", loader)  # the loaders of a CombinedLoader
         if not (isinstance(parts, dict) and {"labelled", "unlabelled"} <= parts.keys()):
             raise ConfigurationError(
                 "HybridClassifier trains on batches of a labelled and an unlabelled part: set the data's labelled to "

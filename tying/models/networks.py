@@ -1,4 +1,4 @@
-"""Small networks that configurations can name."""
+"""Small networks for use in configurations."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -33,7 +33,7 @@ class MLP(nn.Sequential):
 
 
 class GRU(nn.GRU):
-    """``torch.nn.GRU`` for configurations, which pass ``proj_size``; ``torch.nn.GRU`` raises an error even for 0.
+    """``torch.nn.GRU`` without ``proj_size``, which configurations would pass and ``torch.nn.GRU`` rejects.
 
     Example:
         >>> import torch
@@ -55,7 +55,9 @@ def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: boo
     """
     if len(sizes) < 2:
         raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {[*sizes]}")
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), activation(), *([nn.BatchNorm1d(outputs)] if norm else [])]
+    layers = [
+        layer
+        for inputs, outputs in pairwise(sizes)
+        for layer in (nn.Linear(inputs, outputs), activation(), *([nn.BatchNorm1d(outputs)] if norm else []))
+    ]
     return layers if norm else layers[:-1]

@@ -15,13 +15,13 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
     """Load the weights and buffers of a model from a checkpoint, by name; return their names.
 
     Args:
-        model: whose tensors are written.
-        path: a checkpoint of Lightning's, or a file with a state dict; tensors that the model lacks are ignored.
-        fresh: patterns of parameters, buffers or modules that are not loaded: a new head.
+        model: changed in place.
+        path: a Lightning checkpoint, or a file with a state dict; tensors that the model lacks are ignored.
+        fresh: patterns of parameters, buffers or modules that are not loaded, such as a new head.
 
     Raises:
         ConfigurationError: the file is missing or of another kind; a pattern matches nothing; the file lacks a tensor,
-            or has it in another shape. The model is unchanged then.
+            or has it in another shape. The model is then unchanged.
 
     Example:
         >>> import tempfile, torch

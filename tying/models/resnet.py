@@ -27,17 +27,17 @@ class ResNet(nn.Module):
         in_channels: channels of the images.
         merge: the merge of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` makes it vary with
             depth.
-        shared: within a stage, use one block for all blocks that keep the shape (:class:`tying.depth.Recurrent`).
+        shared: use one block for all blocks of a stage that keep the shape (:class:`tying.depth.Recurrent`).
         per_step_norm: with ``shared``: each use of a block has separate normalisation layers.
-        preactivation: normalise and activate before each convolution instead of after it, and not after the sum.
+        preactivation: normalise and activate before each convolution instead of after it, and not after the merge.
         shortcut: where the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
             ``"pool"``: take means of 2 by 2 pixels, and pad; ``"project"``: a convolution.
 
     Shape: (batch, in_channels, height, width) to (batch, num_classes).
 
     Raises:
-        ConfigurationError: depth is not 6n + 2, width no multiple of 1/16, the shortcut unknown, or the stages too
-            short to share blocks.
+        ConfigurationError: depth is not 6n + 2, width is not a multiple of 1/16, the shortcut is unknown, or the stages
+            are too short to share blocks.
 
     Example:
         >>> sum(p.numel() for p in ResNet(depth=20).parameters())
@@ -48,10 +48,6 @@ class ResNet(nn.Module):
     Source: K. He, X. Zhang, S. Ren and J. Sun, Deep residual learning for image recognition, 2016, section 4.2, and
     Identity mappings in deep residual networks, 2016.
     """
-
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
 
     def __init__(
         self,
@@ -75,15 +71,22 @@ class ResNet(nn.Module):
         if shared and blocks < 2:
             raise ConfigurationError(f"shared=True needs two blocks a stage: a depth of 14 or more, not {depth}")
         channels = [int(16 * width) * factor for factor in (1, 2, 4)]
-        stem = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         after = {} if preactivation else {"norm": nn.BatchNorm2d(channels[0]), "activation": nn.ReLU()}
-        self.stem = nn.Sequential(OrderedDict(conv=stem, **after))
-        for stage, (inputs, outputs) in enumerate(pairwise([channels[0], *channels]), start=1):
-            first = _block(inputs, outputs, 1 if stage == 1 else 2, preactivation, shortcut)
-            others = (_block(outputs, outputs, 1, preactivation, shortcut) for _ in range(blocks - 1))
-            setattr(self, f"layer{stage}", nn.Sequential(first, *others))
-        last = OrderedDict(norm=nn.BatchNorm2d(channels[2]), activation=nn.ReLU())
-        self.norm = nn.Sequential(last) if preactivation else nn.Identity()
+        self.stem = nn.Sequential(
+            OrderedDict(conv=nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False), **after)
+        )
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(
+                _block(inputs, outputs, 1 if inputs == outputs else 2, preactivation, shortcut),
+                *(_block(outputs, outputs, 1, preactivation, shortcut) for _ in range(blocks - 1)),
+            )
+            for inputs, outputs in pairwise([channels[0], *channels])
+        )
+        self.norm = (
+            nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(channels[2]), activation=nn.ReLU()))
+            if preactivation
+            else nn.Identity()
+        )
         self.head = nn.Linear(channels[2], num_classes)
         for module in [*self.modules()]:
             if isinstance(module, nn.Conv2d):
@@ -91,11 +94,10 @@ class ResNet(nn.Module):
             elif isinstance(module, Residual) and merge is not None:
                 module.merge = copy.deepcopy(merge)
         if shared:
-            for stage in (1, 2, 3):
-                layers = [*self.get_submodule(f"layer{stage}").children()]
-                start = 0 if stage == 1 else 1  # of the blocks that keep the shape of their input
-                recurrent = Recurrent(layers[start], blocks - start, per_step_norm)
-                setattr(self, f"layer{stage}", nn.Sequential(*layers[:start], recurrent))
+            for stage in (self.layer1, self.layer2, self.layer3):
+                start = 0 if stage is self.layer1 else 1  # the first block that keeps the shape of its input
+                stage[start] = Recurrent(stage[start], blocks - start, per_step_norm)
+                del stage[start + 1 :]
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -124,14 +126,16 @@ def _block(inputs: int, outputs: int, stride: int, preactivation: bool, shortcut
     conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
     norm1, norm2 = nn.BatchNorm2d(inputs if preactivation else outputs), nn.BatchNorm2d(outputs)
-    branch = OrderedDict(conv1=conv1, norm1=norm1, activation=nn.ReLU(), conv2=conv2, norm2=norm2)
-    if preactivation:
-        branch = OrderedDict(
-            norm1=norm1, activation1=nn.ReLU(), conv1=conv1, norm2=norm2, activation2=nn.ReLU(), conv2=conv2
-        )
+    branch = (
+        OrderedDict(norm1=norm1, activation1=nn.ReLU(), conv1=conv1, norm2=norm2, activation2=nn.ReLU(), conv2=conv2)
+        if preactivation
+        else OrderedDict(conv1=conv1, norm1=norm1, activation=nn.ReLU(), conv2=conv2, norm2=norm2)
+    )
     change: nn.Module | None = None
-    if stride > 1 and shortcut == "project":
-        change = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-    elif stride > 1:
-        change = PadShortcut(outputs - inputs, stride, pool=shortcut == "pool")
+    if stride > 1:
+        change = (
+            nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            if shortcut == "project"
+            else PadShortcut(outputs - inputs, stride, pool=shortcut == "pool")
+        )
     return Residual(nn.Sequential(branch), change, activation=None if preactivation else nn.ReLU())

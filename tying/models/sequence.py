@@ -22,28 +22,28 @@ class SequenceModel(Classification):
     """Train a recurrent network to classify sequences or, as a language model, to predict the next character.
 
     ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features) and an optional state, it
-    returns outputs (steps, batch, size) and a state. Parts are ``embedding`` (of a language model), ``network`` and
+    returns outputs (steps, batch, size) and a state. The parts are ``embedding`` (of a language model), ``network`` and
     ``head``; if the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` ties both.
 
     A language model logs bits per character, ``…/bits``. It carries the detached state from batch to batch, and starts
     each epoch and each evaluation without a state. Checkpoints hold the state of each process; a run that resumes with
-    another number of processes starts without it, and warns.
+    another number of processes starts without a state, and warns.
 
     Args:
-        network: as above.
-        size: of its outputs.
-        task: ``"classification"`` of the last output, or ``"language"``: of every output.
+        network: the recurrent network.
+        size: size of the network's outputs.
+        task: ``"classification"``: classify the last output; ``"language"``: predict the next character at each output.
         embedding: size of the embedding of characters, for ``"language"``; default: ``size``.
-        options: of :class:`tying.models.classifier.Classification`; for ``"language"``, ``num_classes`` is the size of
-            the vocabulary.
+        options: further arguments of :class:`tying.models.classifier.Classification`; for ``"language"``,
+            ``num_classes`` is the size of the vocabulary.
 
-    Shape: classification: batches of (batch, steps, features) and labels (batch,); language: of characters
-    (batch, steps) and of those that follow, int64.
+    Shape: for classification, batches of inputs (batch, steps, features) and labels (batch,); for language, batches of
+    characters (batch, steps) and of the characters that follow them, int64.
 
     Raises:
-        ConfigurationError: an unknown task, an embedding for classification, a network with ``batch_first``, a
-            bidirectional network for ``"language"``, or more than one test sample; in use, outputs of another size, or
-            a vocabulary larger than ``num_classes``.
+        ConfigurationError: the task is unknown, an embedding is given for classification, the network has
+            ``batch_first``, the network is bidirectional for ``"language"``, or ``test_samples`` is above 1; in use,
+            outputs have another size, or the vocabulary is larger than ``num_classes``.
 
     Example:
         >>> model = SequenceModel(nn.LSTM(16, 16), size=16, task="language", num_classes=50)
@@ -82,7 +82,7 @@ class SequenceModel(Classification):
         self._restored: list[list[Tensor]] = []  # of each process, from a checkpoint
 
     def run(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Return logits, and the state after the last step."""
+        """Return the logits and the state after the last step."""
         steps = self.embedding(x.t()) if self.task == "language" else x.transpose(0, 1)
         result = self.network(steps, *([] if state is None else [state]))
         if not isinstance(result, tuple) or len(result) != 2:
@@ -118,7 +118,7 @@ class SequenceModel(Classification):
         return self.log_loss(stage, logits, y)
 
     def _run_on(self, stage: str, x: Tensor, batch_idx: int) -> Tensor:
-        """Return logits; a language model starts from the state of the epoch's previous batch, if there is one."""
+        """Return logits; a language model starts from the state after the epoch's previous batch, if there is one."""
         carried = self._carried.get(stage) if batch_idx else None
         fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
         logits, state = self.run(x, carried if fits else None)
@@ -161,12 +161,12 @@ class HMNetwork(nn.Module):
     """An :class:`tying.depth.HMLSTM` with one output: ``ReLU(Σ_k g_k W_k h_k)`` of all layers, ``g_k = σ(w_k · h)``.
 
     Args:
-        input_size: of the input.
-        hidden_size: of each layer, and of the output.
+        input_size: size of the input.
+        hidden_size: size of each layer and of the output.
         layers: number of layers.
-        slope: of the boundary detectors.
+        slope: slope of the boundary detectors.
 
-    Shape: as of ``nn.LSTM``: inputs (steps, batch, features) to outputs (steps, batch, size), and a state.
+    Shape: as ``nn.LSTM``: inputs (steps, batch, features) to outputs (steps, batch, size), and a state.
 
     Example:
         >>> outputs, state = HMNetwork(4, 8)(torch.zeros(5, 2, 4))
@@ -185,6 +185,5 @@ class HMNetwork(nn.Module):
     @override
     def forward(self, x: Tensor, state: HMState | None = None) -> tuple[Tensor, HMState]:
         output = self.recurrent(x, state)
-        gates = torch.sigmoid(self.gate(output.hidden.flatten(2)))
-        gated = gates.unsqueeze(3) * output.hidden
-        return torch.relu(self.out(gated.flatten(2))), cast(HMState, output.state)
+        gates = torch.sigmoid(self.gate(output.hidden.flatten(2))).unsqueeze(3)
+        return torch.relu(self.out((gates * output.hidden).flatten(2))), cast(HMState, output.state)

@@ -84,16 +84,16 @@ def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
     """
     probability = (slope * x + 1) / 2  # clamped by the comparison
     boundary = (torch.rand_like(x) < probability if sample else x > 0).to(x.dtype)
-    inside = (slope * x).abs() < 1
-    return boundary + torch.where(inside, probability - probability.detach(), 0)  # straight-through: adds zeros
+    # straight-through estimator: what is added is zero
+    return boundary + torch.where((slope * x).abs() < 1, probability - probability.detach(), 0)
 
 
 class HMLSTM(nn.Module):
     """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
-    A layer reads the layer below when that has a boundary, reads the layer above after a boundary of its own, and
-    copies its state otherwise; see :func:`hm_update`. The gradient of a boundary is that of a hard sigmoid of this
-    slope (straight-through estimator); the slope changes no output unless boundaries are sampled.
+    A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary itself in the
+    step before, and otherwise copies its state; see :func:`hm_update`. The gradient of a boundary is that of a hard
+    sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
 
     Args:
         input_size: size of the input.
@@ -171,13 +171,16 @@ class HMLSTM(nn.Module):
                 gates = torch.sigmoid(f), torch.sigmoid(i), torch.sigmoid(o), torch.tanh(g)
                 h[layer], c[layer] = hm_update(h[layer], c[layer], gates, z_before, z_below)
                 if layer < layers - 1:
-                    given = None if boundaries is None else boundaries[t, :, layer : layer + 1]
-                    z[layer] = detect_boundary(total[:, -1:], self.slope, sample) if given is None else given
+                    z[layer] = (
+                        detect_boundary(total[:, -1:], self.slope, sample)
+                        if boundaries is None
+                        else boundaries[t, :, layer : layer + 1]
+                    )
             hidden.append(torch.stack(h, dim=1))
             marks.append(torch.cat(z, dim=1))
-        last = HMState(torch.stack(h), torch.stack(c), torch.stack(z))
         dim = 1 if self.batch_first else 0
-        return HMOutput(torch.stack(hidden, dim), torch.stack(marks, dim), last)
+        state = HMState(torch.stack(h), torch.stack(c), torch.stack(z))
+        return HMOutput(torch.stack(hidden, dim), torch.stack(marks, dim), state)
 
     @override
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from tying.errors import ConfigurationError, check_range
 
 
 class HyperState(NamedTuple):
-    """The state of a :class:`HyperLSTM`; that of a :class:`HyperLSTMCell` lacks the first dimension.
+    """The state of a :class:`HyperLSTM`, or, without the first dimension, of a :class:`HyperLSTMCell`.
 
     Attributes:
         h: hidden states, (layers, batch, size).
@@ -29,6 +29,7 @@ class HyperState(NamedTuple):
 
 
 def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next hidden state and cell of an LSTM from its gates i, f, g and o, before their nonlinearities."""
     i, f, g, o = gates
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
@@ -85,7 +86,7 @@ class HyperLSTMCell(nn.LSTMCell):
         self.hyper.reset_parameters()
         nn.init.zeros_(self.scale_embedding.weight)
         nn.init.ones_(self.scale_embedding.bias)
-        mean = 1 / self.scale.shape[1]  # random with a fixed sum: embeddings with equal scales would stay equal
+        mean = 1 / self.scale.shape[1]  # random with a fixed mean: embeddings with equal scales would stay equal
         nn.init.normal_(self.scale, std=mean)
         with torch.no_grad():
             self.scale.add_(mean - self.scale.mean(dim=1, keepdim=True))
@@ -99,7 +100,7 @@ class HyperLSTMCell(nn.LSTMCell):
         return self.run(input.unsqueeze(0), self.initial_state(input, hx, len(input)))[1]
 
     def initial_state(self, x: Tensor, hx: Sequence[Tensor] | None, *leading: int) -> list[Tensor]:
-        """Return the parts of a state after checking their shapes, or zeros; ``leading`` are their first dimensions."""
+        """Check the shapes of a state and return its parts, or zeros for None; shapes begin with ``leading``."""
         large, small = (*leading, self.hidden_size), (*leading, self.hyper.hidden_size)
         return initial_state(x, hx, large, large, small, small)
 
@@ -193,5 +194,5 @@ class HyperLSTM(nn.Module):
         for cell, *state in zip(cells, *states, strict=True):
             x, end = cell.run(x, state)
             last.append(end)
-        outputs = x.transpose(0, 1) if self.batch_first else x
-        return outputs, HyperState(*(torch.stack(parts) for parts in zip(*last, strict=True)))
+        end = HyperState(*(torch.stack(parts) for parts in zip(*last, strict=True)))
+        return x.transpose(0, 1) if self.batch_first else x, end

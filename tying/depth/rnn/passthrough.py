@@ -47,9 +47,11 @@ class StateMatrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix W."""
-        if self.diagonal is None:
-            return low_rank(self.left, self.right)
-        return low_rank_plus_diagonal(self.left, self.right, self.diagonal)
+        return (
+            low_rank(self.left, self.right)
+            if self.diagonal is None
+            else low_rank_plus_diagonal(self.left, self.right, self.diagonal)
+        )
 
     @override
     def forward(self, h: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ class PassthroughGRULayer(nn.Module):
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         outputs = []
         projected = self.input(x)  # of all steps at once
-        h = h.to(projected.dtype)  # of autocast, where it is on
+        h = h.to(projected.dtype)  # autocast may have lowered the precision
         for u, r, m in (step.chunk(3, dim=1) for step in projected):
             u = torch.sigmoid(u + self.update(h))
             r = torch.sigmoid(r + self.reset(h))
@@ -117,7 +119,7 @@ class PassthroughGRU(nn.Module):
         num_layers: number of layers; each reads the outputs of the layer below.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
         shared_projection: whether the three square matrices of a layer share Q.
-        update_bias: initial bias of u; above 0, the layer carries its state on at first.
+        update_bias: initial bias of u; above 0, the layer initially keeps most of its state.
 
     Shape: inputs (steps, batch, inputs) and optional states (layers, batch, n) to outputs (steps, batch, n) and states.
 
@@ -173,7 +175,7 @@ class PassthroughHighway(nn.Module):
         size: n, size of the input.
         rank: d, rank of W and U, each a :class:`StateMatrix`.
         diagonal: whether W and U have a diagonal.
-        carry_bias: initial value of −c; above 0, the block carries its input on at first.
+        carry_bias: initial value of −c; above 0, the output is initially mostly the input.
 
     Shape: (..., n) to (..., n).
 

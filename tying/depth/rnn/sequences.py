@@ -7,8 +7,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tying.errors import ConfigurationError
 
-Shape = tuple[int, ...]
-
 
 def steps_first(x: Tensor | PackedSequence, features: int, batch_first: bool = False) -> Tensor:
     """Return sequences as (steps, batch, features).
@@ -31,7 +29,7 @@ def steps_first(x: Tensor | PackedSequence, features: int, batch_first: bool = F
     return x.transpose(0, 1) if batch_first else x
 
 
-def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: Shape) -> list[Tensor]:
+def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Return the parts of a state, or zeros of the same shapes in x's dtype and device where no state is given.
 
     Raises:
@@ -47,7 +45,7 @@ def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: Shape) -> 
     return parts
 
 
-def check_shapes(name: str, tensors: Sequence[Tensor], *shapes: Shape) -> None:
+def check_shapes(name: str, tensors: Sequence[Tensor], *shapes: tuple[int, ...]) -> None:
     """Raise a ConfigurationError that names the tensors unless they have these shapes."""
     actual = tuple(tuple(tensor.shape) for tensor in tensors)
     if actual != shapes:

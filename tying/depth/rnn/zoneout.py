@@ -60,7 +60,7 @@ def zoned_lstm(
     """
     tensors: list[Tensor | None] = [x, h, c, weight_ih, weight_hh, bias]
     device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):  # in the lower precision throughout, as torch's LSTM
+    if torch.is_autocast_enabled(device):  # the lower precision throughout, as in torch's LSTM
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
@@ -69,7 +69,7 @@ def zoned_lstm(
 
 
 def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float]:
-    """Return what can be indexed by the step: a mask as it is, other tensors in this dtype, a number repeated."""
+    """Return values to index by step: a bool mask unchanged, another tensor in ``dtype``, or a number repeated."""
     if not isinstance(keep, Tensor):
         return [keep] * steps
     if keep.requires_grad:
@@ -93,8 +93,8 @@ class _ZonedLSTM(torch.autograd.Function):
         keep_hidden: Tensor | list[float],
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, batch, size = len(x), *h.shape
-        gates = F.linear(x, _g_and_o_swapped(weight_ih), None if bias is None else _g_and_o_swapped(bias))
-        across = _g_and_o_swapped(weight_hh)
+        gates = F.linear(x, _swap_g_and_o(weight_ih), None if bias is None else _swap_g_and_o(bias))
+        across = _swap_g_and_o(weight_hh)
         hidden, cells = (gates.new_empty(steps + 1, batch, size) for _ in range(2))
         tanhs = gates.new_empty(steps, batch, size)
         hidden[0], cells[0] = h, c
@@ -115,10 +115,10 @@ class _ZonedLSTM(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outputs: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ih, gates, hidden, cells, tanhs, across = ctx.saved_tensors
-        into = torch.empty_like(gates)
+        d_gates = torch.empty_like(gates)
         for t in reversed(range(len(tanhs))):
             i, f, o, g = gates[t].chunk(4, dim=1)
-            d_i, d_f, d_o, d_g = into[t].chunk(4, dim=1)
+            d_i, d_f, d_o, d_g = d_gates[t].chunk(4, dim=1)
             h = h + outputs[t]
             new_h, new_c = h * ctx.keep_hidden[t], c * ctx.keep_cell[t]
             old_h, old_c = h - new_h, c - new_c
@@ -127,17 +127,23 @@ class _ZonedLSTM(torch.autograd.Function):
             torch.mul(new_c, g, out=d_i).mul_(i).mul_(1 - i)
             torch.mul(new_c, cells[t], out=d_f).mul_(f).mul_(1 - f)
             torch.mul(new_c, i, out=d_g).mul_(1 - g.square())
-            h = torch.addmm(old_h, into[t], across)
+            h = torch.addmm(old_h, d_gates[t], across)
             c = torch.addcmul(old_c, new_c, f)
-        flat = into.flatten(0, 1)
-        d_x = into @ _g_and_o_swapped(weight_ih) if ctx.needs_input_grad[0] else None
-        d_ih = _g_and_o_swapped(flat.t() @ x.flatten(0, 1))
-        d_hh = _g_and_o_swapped(flat.t() @ hidden[:-1].flatten(0, 1))
-        return d_x, h, c, d_ih, d_hh, _g_and_o_swapped(flat.sum(0)) if ctx.biased else None, None, None
+        flat = d_gates.flatten(0, 1)
+        return (
+            d_gates @ _swap_g_and_o(weight_ih) if ctx.needs_input_grad[0] else None,
+            h,
+            c,
+            _swap_g_and_o(flat.t() @ x.flatten(0, 1)),
+            _swap_g_and_o(flat.t() @ hidden[:-1].flatten(0, 1)),
+            _swap_g_and_o(flat.sum(0)) if ctx.biased else None,
+            None,
+            None,
+        )
 
 
-def _g_and_o_swapped(gates: Tensor) -> Tensor:
-    """Return a copy with gates i, f, g, o in the order i, f, o, g, the sigmoids first; or the other way round."""
+def _swap_g_and_o(gates: Tensor) -> Tensor:
+    """Return a copy with gates (i, f, g, o) reordered to (i, f, o, g), sigmoids first, or back."""
     i, f, third, fourth = gates.chunk(4)
     return torch.cat([i, f, fourth, third])
 
@@ -146,24 +152,22 @@ def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
     """Write the mean ``keep ⊙ new + (1 − keep) ⊙ old`` into ``out``."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         torch.where(keep, new, old, out=out)
-    elif isinstance(keep, Tensor):
-        torch.lerp(old, new, keep.expand_as(new), out=out)
-    elif keep in (0.0, 1.0):  # without the other value, which may be infinite or not a number
+    elif not isinstance(keep, Tensor) and keep in (
+        0.0,
+        1.0,
+    ):  # without the other value, which may be infinite or not a number
         out.copy_(new if keep else old)
     else:
-        torch.lerp(old, new, keep, out=out)
+        torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
 
 
 class _ZoneoutRates(nn.Module):
-    """Base class of both layers, with the probabilities that units keep their old values."""
+    """Base class of :class:`ZoneoutLSTMCell` and :class:`ZoneoutLSTM`: the zoneout probabilities and their masks."""
 
-    zoneout_cell: float
-    zoneout_hidden: float
-
-    def _set_rates(self, **rates: float) -> None:
-        for name, rate in rates.items():
-            check_range(name, rate, "[0, 1]")
-            setattr(self, name, float(rate))
+    def _set_rates(self, zoneout_cell: float, zoneout_hidden: float) -> None:
+        check_range("zoneout_cell", zoneout_cell, "[0, 1]")
+        check_range("zoneout_hidden", zoneout_hidden, "[0, 1]")
+        self.zoneout_cell, self.zoneout_hidden = float(zoneout_cell), float(zoneout_hidden)
 
     def _draw_keeps(self, shape: tuple[int, ...], device: torch.device, present: Tensor | None = None) -> list[Keep]:
         """Return k_c and k_h: random masks in training, their probabilities in evaluation or if they are 0 or 1.
@@ -171,13 +175,15 @@ class _ZoneoutRates(nn.Module):
         Args:
             shape: (steps, batch, size).
             device: device of the masks.
-            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+            present: bool, (steps, batch, 1): false at padded steps, which keep the state.
         """
-        probabilities = [1 - rate for rate in (self.zoneout_cell, self.zoneout_hidden)]
+        probabilities = 1 - self.zoneout_cell, 1 - self.zoneout_hidden
         keeps = [keep_mask(p, shape, device) if self.training and 0 < p < 1 else p for p in probabilities]
-        if present is None:
-            return keeps
-        return [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
+        return (
+            keeps
+            if present is None
+            else [present * (keep if isinstance(keep, Tensor) or 0 < keep < 1 else bool(keep)) for keep in keeps]
+        )
 
     @override
     def extra_repr(self) -> str:
@@ -194,7 +200,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         device: device of the parameters.
         dtype: dtype of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value.
-        zoneout_hidden: probability that a unit of the hidden state does.
+        zoneout_hidden: probability that a unit of the hidden state keeps its old value.
 
     Raises:
         ConfigurationError: a probability is not in [0, 1].
@@ -216,7 +222,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         zoneout_hidden: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
+        self._set_rates(zoneout_cell, zoneout_hidden)
 
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
@@ -228,8 +234,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         h, c = (part.reshape(-1, self.hidden_size) for part in initial_state(input, hx, shape, shape))
         bias = self.bias_ih + self.bias_hh if self.bias else None
         keeps = self._draw_keeps((1, *h.shape), h.device)
-        x = input.reshape(1, -1, self.input_size)
-        _, h, c = zoned_lstm(x, h, c, self.weight_ih, self.weight_hh, bias, *keeps)
+        _, h, c = zoned_lstm(input.reshape(1, -1, self.input_size), h, c, self.weight_ih, self.weight_hh, bias, *keeps)
         return h.view(shape), c.view(shape)
 
 
@@ -251,7 +256,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         device: device of the parameters.
         dtype: dtype of the parameters.
         zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
-        zoneout_hidden: probability that a unit of the hidden state does.
+        zoneout_hidden: probability that a unit of the hidden state keeps its old value.
 
     Shape: as ``nn.LSTM``, packed sequences and single ones included.
 
@@ -283,12 +288,12 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
         )
-        self._set_rates(zoneout_cell=zoneout_cell, zoneout_hidden=zoneout_hidden)
+        self._set_rates(zoneout_cell, zoneout_hidden)
 
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
         if isinstance(input, PackedSequence):
-            return self._packed(input, hx)
+            return self._forward_packed(input, hx)
         if input.ndim == 2:  # a single sequence
             outputs, (h, c) = self._run(
                 steps_first(input.unsqueeze(1), self.input_size),
@@ -298,14 +303,13 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         outputs, state = self._run(steps_first(input, self.input_size, self.batch_first), hx)
         return outputs.transpose(0, 1) if self.batch_first else outputs, state
 
-    def _packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
+    def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
         padded, lengths = pad_packed_sequence(packed)
         present = (torch.arange(len(padded)).unsqueeze(1) < lengths).unsqueeze(2).to(padded.device)
         outputs, state = self._run(steps_first(padded, self.input_size), hx, present)
         if packed.sorted_indices is not None:  # pack the outputs in the order of the input
             outputs, lengths = outputs.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
-        data = pack_padded_sequence(outputs, lengths).data
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), state
+        return PackedSequence(pack_padded_sequence(outputs, lengths).data, *packed[1:]), state
 
     def _run(self, x: Tensor, hx: State | None, present: Tensor | None = None) -> tuple[Tensor, State]:
         """Return outputs and last states.
@@ -313,7 +317,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         Args:
             x: inputs, (steps, batch, inputs).
             hx: initial states, or ``None`` for zeros.
-            present: bool, (steps, batch, 1): false at steps that a shorter sequence lacks, which keep the state.
+            present: bool, (steps, batch, 1): false at padded steps, which keep the state.
         """
         directions = 2 if self.bidirectional else 1
         shape = (self.num_layers * directions, x.shape[1], self.hidden_size)
@@ -322,8 +326,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         for layer in range(self.num_layers):
             x = F.dropout(x, self.dropout, self.training and layer > 0)
             outputs = []
-            for reverse, (weights, h, c) in enumerate(islice(rows, directions)):
-                weight_ih, weight_hh, *biases = weights
+            for reverse, ((weight_ih, weight_hh, *biases), h, c) in enumerate(islice(rows, directions)):
                 mask = present.flip(0) if reverse and present is not None else present
                 keeps = self._draw_keeps((len(x), *h.shape), h.device, mask)
                 bias = biases[0] + biases[1] if biases else None
