@@ -1,4 +1,4 @@
-"""Fast paths: layers that are computed from the table without an index, and mostly without the whole weight."""
+"""Fast paths: compute layers from the table without an index, and mostly without the whole weight."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Size = int | Sequence[int]
 
 
 class FastPath(Protocol):
-    """A hash's own way to compute a weight, and a linear layer with that weight.
+    """A way to compute a weight, and a linear layer with that weight, for one kind of hash.
 
     Attributes:
         zeros: whether the hash makes some weights zero.
@@ -35,10 +35,10 @@ class FastPath(Protocol):
 
 @dataclass(frozen=True)
 class RepeatedRows(FastPath):
-    """A weight that cycles through the table: its rows repeat, and its columns fold.
+    """A weight that cycles through the table, so that its rows repeat.
 
     Row r begins at slot ``(first + r · width) mod n``, so at most ``n / gcd(width, n)`` rows are distinct. If rows are
-    longer than the table, all inputs that meet the same entry are summed before the matrix product.
+    longer than the table, all inputs that are multiplied by the same entry are summed before the matrix product.
 
     Attributes:
         shape: shape of the weight; its first dimension counts rows.
@@ -78,11 +78,6 @@ class RepeatedRows(FastPath):
         """Return the slots of copies of the table, each rotated to begin with a distinct row's first weight."""
         return (self.first + self.width * (positions // self.size) + positions) % self.size
 
-    def convolve(self, table: Tensor, bias: Tensor | None, convolution: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a convolution's output (..., channels, *size), computed from its distinct kernels."""
-        output = convolution(self.rows(table).view(-1, *self.shape[1:]))
-        return repeat_to(output, self.shape[0], 1 - len(self.shape), bias)
-
     def rows(self, table: Tensor) -> Tensor:
         """Return the distinct rows, (distinct, width)."""
         count = self.distinct * self.width
@@ -94,7 +89,7 @@ class RepeatedRows(FastPath):
 
 @dataclass(frozen=True)
 class Blocks(FastPath):
-    """A weight that is read in contiguous blocks: only the slot where each block begins is computed.
+    """A weight whose blocks are read contiguously: only the first slot of each block is computed.
 
     Attributes:
         shape: shape of the weight.
@@ -112,14 +107,13 @@ class Blocks(FastPath):
     def weight(self, table: Tensor) -> Tensor:
         count = math.prod(self.shape)
         aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
-        source = IndexSource(count, self._slots, compiled_fn=self._chunk_slots if aligned else None)
+        source = IndexSource(
+            count, lambda positions: self.slot(positions + self.first), None, self._chunk_slots if aligned else None
+        )
         return lookup(table, source).view(self.shape)
 
-    def _slots(self, positions: Tensor) -> Tensor:
-        return self.slot(positions + self.first)
-
     def _chunk_slots(self, begin: Tensor) -> Tensor:
-        """Return the slots of chunks of ``CHUNK`` weights, which are whole blocks, that begin at given positions."""
+        """Return the slots of chunks of ``CHUNK`` weights from the given positions on; chunks are whole blocks."""
         starts = self.slot(begin + self.first + torch.arange(0, CHUNK, self.block, device=begin.device))
         return (starts[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
 
@@ -145,7 +139,7 @@ class Convolution(FastPath):
 
     @override
     def weight(self, table: Tensor) -> Tensor:
-        # its columns are the outputs for unit vectors
+        # the columns are the outputs for unit vectors
         return self.linear(torch.eye(math.prod(self.images), dtype=table.dtype, device=table.device), table).T
 
     @override
@@ -172,5 +166,5 @@ def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Te
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Return height and width."""
+    """Return height and width of a size in pixels, which may be one number for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -84,25 +84,25 @@ class Hash:
         """Raise a ConfigurationError if the hash does not fit. Called several times, with what is known each time.
 
         Args:
-            shapes: shapes of the weights; or, if ``table_size`` is given, the number of all weights of that table.
+            shapes: shapes of the weights; if ``table_size`` is given, ``[(count,)]`` for the number of weights that
+                share the table.
             table_size: number of table entries.
             scope: ``"layer"`` or ``"network"``, as of :func:`tying.hashing.hash_weights`.
         """
-        if table_size is None:
-            return
-        check_range("table_size", table_size, "[1, inf)")
-        count = sum(map(math.prod, shapes))
-        if (required := self.table_size(count)) not in (None, table_size):
-            raise ConfigurationError(
-                f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
-            )
+        if table_size is not None:
+            check_range("table_size", table_size, "[1, inf)")
+            count = sum(map(math.prod, shapes))
+            if (required := self.table_size(count)) not in (None, table_size):
+                raise ConfigurationError(
+                    f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
+                )
 
     def check(self, count: int, table_size: int) -> None:
-        """Raise a ConfigurationError if the hash does not fit so many weights, or such a table."""
+        """Raise a ConfigurationError if the hash does not fit this number of weights or table entries."""
         self.validate([(count,)], table_size)
 
     def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
-        """Raise a ConfigurationError if the hash does not fit all the weights to be hashed, in the model's order."""
+        """Raise a ConfigurationError if the hash does not fit the weights to hash, given in the model's order."""
         self.validate(shapes, scope=scope)
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -114,7 +114,7 @@ class Hash:
         return None
 
     def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        """Return a way to compute a layer without index or weight, or None.
+        """Return a way to compute a layer without an index, or None.
 
         Args:
             shape: shape of the layer's weight.
@@ -129,8 +129,10 @@ def overrides_slot_only(hash: Hash, method: str) -> bool:
     return method not in vars(next(cls for cls in type(hash).__mro__ if {"slot", method} & vars(cls).keys()))
 
 
-def _of_own_slots(probabilities: Callable[[Any, int, int], Tensor]) -> Callable[[Any, int, int], Tensor | None]:
-    """Make a method return None in subclasses that override ``slot`` only."""
+def _none_if_slot_overridden(
+    probabilities: Callable[[Any, int, int], Tensor],
+) -> Callable[[Any, int, int], Tensor | None]:
+    """Make ``probabilities`` return None in subclasses that override ``slot`` only."""
 
     @wraps(probabilities)
     def known(self: Hash, count: int, table_size: int) -> Tensor | None:
@@ -190,8 +192,8 @@ class IdentityHash(Hash):
 class ModulusHash(Hash):
     """Cycle through the table: ``i mod n``; the loads of two slots differ by one at most.
 
-    A layer repeats units if its width and its table size have a common divisor: it has only ``n / gcd(in, n)`` distinct
-    ones.
+    A layer with in inputs has at most ``n / gcd(in, n)`` distinct units, so choose a table size n without a divisor in
+    common with the layer's width.
 
     Example:
         >>> ModulusHash().index(count=5, table_size=3).tolist()
@@ -207,14 +209,14 @@ class ModulusHash(Hash):
         return RepeatedRows(tuple(shape), table_size, first % table_size)
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         return _cycle_probabilities(count, table_size)
 
 
 def _cycle_probabilities(count: int, table_size: int) -> Tensor:
-    used_once_more = torch.arange(table_size, device="cpu") < count % table_size
-    return (count // table_size + used_once_more).double() / count
+    """Return the probabilities of slots that ``count`` weights read in turn."""
+    return (count // table_size + (torch.arange(table_size, device="cpu") < count % table_size)).double() / count
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ class UniformHash(SeededHash):
         return reduce_range(hash32(ids, self.seed), table_size)
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         return _equal_probabilities(table_size)
 
@@ -250,7 +252,7 @@ class DirichletHash(SeededHash):
     """Draw slots independently, with probabilities p that are drawn once: ``p ~ Dir(α, …, α)``.
 
     Args:
-        alpha: α > 0; if small, most weights share a few slots; if large, all slots are about equally used.
+        alpha: α > 0; if it is small, most weights share a few slots; if it is large, loads are about equal.
         seed: any integer; hashes with equal seeds return equal slots.
 
     Raises:
@@ -270,7 +272,13 @@ class DirichletHash(SeededHash):
 
     @override
     def state(self, table_size: int) -> Tensor:
-        return cumulative(self.alpha, table_size, self.seed)
+        """Return where each slot's part of the 32-bit integers begins: (table_size,), int32, from −2³¹.
+
+        The lengths of the parts are in proportion to p.
+        """
+        shares = log_gammas(self.alpha, table_size, self.seed).softmax(dim=0)
+        ends = (shares.cumsum(dim=0) * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
+        return (torch.cat([ends.new_zeros(1), ends[:-1]]) - (1 << 31)).to(torch.int32)
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -278,37 +286,17 @@ class DirichletHash(SeededHash):
         return torch.searchsorted(first, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         first = self.state(table_size).double()
         return torch.diff(first, append=first.new_tensor([2.0**31])) / 2.0**32
 
 
-def cumulative(alpha: float, count: int, seed: int) -> Tensor:
-    """Divide the 32-bit integers among slots in proportion to p ~ Dir(α, …, α); return where each slot's part begins.
-
-    Args:
-        alpha: α > 0.
-        count: number of slots.
-        seed: any integer.
-
-    Returns:
-        int32, (count,), not decreasing, from −2³¹.
-
-    Example:
-        >>> cumulative(1e9, 4, seed=0).float().div(2**30).round().tolist()
-        [-2.0, -1.0, 0.0, 1.0]
-    """
-    shares = log_gammas(alpha, count, seed).softmax(dim=0)
-    ends = (shares.cumsum(dim=0) * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
-    return (torch.cat([ends.new_zeros(1), ends[:-1]]) - (1 << 31)).to(torch.int32)
-
-
 def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
-    """Return logarithms of independent Gamma(α) draws; float64, (count,).
+    """Return logarithms of independent Gamma(α) samples; float64, (count,).
 
-    Rejection draws Gamma(α + 1), and adding ``log(U) / α`` gives Gamma(α). Logarithms are needed because for small α
-    most draws are below the smallest float64.
+    Rejection samples Gamma(α + 1), and adding ``log(U) / α`` gives Gamma(α). Logarithms are needed because for small α
+    most samples are below the smallest float64.
 
     Source: G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, 2000.
     """
@@ -362,7 +350,7 @@ class NeighborhoodHash(SeededHash):
         return (ids + reduce_range(bits, width) - self.radius) % table_size
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         width = 2 * self.radius + 1
         if width > table_size:
@@ -392,7 +380,7 @@ class XXHash(SeededHash):
         return xxh32(ids, self.seed) % table_size
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         return _equal_probabilities(table_size)
 
@@ -448,7 +436,7 @@ class BlockHash(SeededHash):
             check_range("block", self.block, f"[1, {table_size}]")
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         covering = torch.arange(1, table_size + 1, dtype=torch.float64, device="cpu")
         covering = torch.minimum(covering, covering.flip(0)).clamp(max=min(self.block, table_size - self.block + 1))
@@ -478,11 +466,10 @@ class RecurrentHash(ModulusHash):
         super().validate(shapes, table_size, scope)
         if scope == "layer":
             raise ConfigurationError(f"{self} shares the weights of layers: use scope='network'")
-        length, rest = divmod(len(shapes), max(1, self.layers))
-        layers = {tuple(map(tuple, shapes[i * length : (i + 1) * length])) for i in range(self.layers)}
-        if scope == "network" and (rest or len(layers) > 1):
+        sizes = [*map(tuple, shapes)]
+        if scope == "network" and sizes != sizes[: len(sizes) // max(1, self.layers)] * self.layers:
             raise ConfigurationError(
-                f"weights of shapes {listed(map(str, map(tuple, shapes)))} are not those of {self.layers} equal layers"
+                f"weights of shapes {listed(map(str, sizes))} are not those of {self.layers} equal layers"
             )
 
     @override
@@ -557,8 +544,8 @@ class ToeplitzHash(Hash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        images = (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
-        out, j, k, into, r, c = torch.unravel_index(ids, images)
+        matrix = (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
+        out, j, k, into, r, c = torch.unravel_index(ids, matrix)
         slot, fits = out * self.in_channels + into, torch.ones_like(ids, dtype=torch.bool)
         for (kernel, stride, padding, dilation), target, source in zip(self._axes(), (j, k), (r, c), strict=True):
             offset = source + padding - stride * target
@@ -591,9 +578,8 @@ class ToeplitzHash(Hash):
 
     def _check(self, fits: bool, weights: object) -> None:
         if not fits:
-            outputs, inputs = self.features
             raise ConfigurationError(
-                f"{self} is for a linear layer from {inputs} to {outputs}, not for {weights} weights"
+                f"{self} is for a linear layer from {self.features[1]} to {self.features[0]}, not for {weights} weights"
             )
 
 
@@ -624,12 +610,11 @@ class CodebookHash(Hash):
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
         super().validate(shapes, table_size, scope)
-        if table_size is None:
-            return
-        if (count := sum(map(math.prod, shapes))) != self.assignments.numel():
-            raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
-        for extreme in self.assignments.aminmax():
-            check_range("each assignment", int(extreme), f"[-1, {table_size})")
+        if table_size is not None:
+            if (count := sum(map(math.prod, shapes))) != self.assignments.numel():
+                raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
+            for extreme in self.assignments.aminmax():
+                check_range("each assignment", int(extreme), f"[-1, {table_size})")
 
     def __repr__(self) -> str:
         return f"CodebookHash({self.assignments.numel()} assignments)"
