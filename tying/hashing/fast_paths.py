@@ -69,10 +69,9 @@ class RepeatedRows(FastPath):
         if self.width <= self.size:
             return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1, bias)
         cycles = -(-self.width // self.size)
-        padded = F.pad(x, (0, cycles * self.size - self.width))
-        folded = padded.view(*x.shape[:-1], cycles, self.size).sum(dim=-2)
+        padded = F.pad(x, (0, cycles * self.size - self.width)).view(*x.shape[:-1], cycles, self.size)
         rotated = lookup(table, IndexSource(self.distinct * self.size, self._rotated)).view(self.distinct, self.size)
-        return repeat_to(F.linear(folded, rotated), self.shape[0], -1, bias)
+        return repeat_to(F.linear(padded.sum(dim=-2), rotated), self.shape[0], -1, bias)
 
     def _rotated(self, positions: Tensor) -> Tensor:
         """Return the slots of copies of the table, each rotated to begin with a distinct row's first weight."""

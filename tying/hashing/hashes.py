@@ -276,8 +276,8 @@ class DirichletHash(SeededHash):
 
         The lengths of the parts are in proportion to p.
         """
-        shares = log_gammas(self.alpha, table_size, self.seed).softmax(dim=0)
-        ends = (shares.cumsum(dim=0) * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
+        cumulative = log_gammas(self.alpha, table_size, self.seed).softmax(dim=0).cumsum(dim=0)
+        ends = (cumulative * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
         return (torch.cat([ends.new_zeros(1), ends[:-1]]) - (1 << 31)).to(torch.int32)
 
     @override

@@ -52,8 +52,8 @@ class Hashed(nn.Module):
         shape = dense.weight.shape
         size = table_entries(shape.numel(), ratio, options["hash"])
         self.__dict__.update(dense.__dict__)
-        table = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        install(self, "weight", HashedParametrization(shape, size, **options), table)
+        virtual = HashedParametrization(shape, size, **options | embedding_options(dense, "weight", options["index"]))
+        install(self, "weight", virtual, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         if getattr(self, "bias", None) is not None:
             self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)))
         self.reset_parameters()
@@ -226,8 +226,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
         dtype: torch.dtype | None = None,
     ) -> None:
         dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
-        options = {"sign": sign, "density": density, **embedding_options(dense, "weight", index)}
-        self._become(dense, table_ratio, device, dtype, hash=hash, **options)
+        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
 
     @override
     def reset_parameters(self) -> None:

@@ -134,8 +134,8 @@ def unpacked(content: Packed) -> Tensor:
     gaps = _unpack("gaps", content.gaps, content.counts[1], GAP_BITS)
     positions = torch.where(gaps == FILLER, FILLER, gaps + 1).cumsum(0)[gaps != FILLER] - 1
     indices = _unpack("indices", content.indices, content.counts[0], index_bits(len(content.codebook)))
-    values = content.codebook[indices]
-    return torch.zeros(math.prod(content.shape)).index_put((positions,), values).view(content.shape)
+    weight = torch.zeros(math.prod(content.shape)).index_put((positions,), content.codebook[indices])
+    return weight.view(content.shape)
 
 
 def clustered(model: nn.Module) -> dict[str, tuple[HashedParametrization, Tensor]]:

@@ -188,7 +188,7 @@ class HashedParametrization(FollowsDevice):
             parts: for each weight, its parametrization and its values.
             table: (n,); entries that no weight reads keep their values.
         """
-        pairs = [parametrization.sums(weight) for parametrization, weight in parts]
+        pairs = (parametrization.sums(weight) for parametrization, weight in parts)
         sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
         return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 

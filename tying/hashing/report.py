@@ -209,8 +209,7 @@ def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
     figure = Figure(figsize=(6.8, 2.9 * len(counts)), layout="constrained")
-    panels = figure.subplots(len(counts), 2, squeeze=False)
-    for (title, uses), (heat, bars) in zip(counts.items(), panels, strict=True):
+    for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
         figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
