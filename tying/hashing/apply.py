@@ -90,9 +90,9 @@ def hash_weights(
     """Replace weights of a model by smaller tables whose entries they share: one table each, or one for all.
 
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
-    their weights. With ``scope="layer"`` each weight has a table, and slots of its own, because its name is mixed into
-    the seed. With ``scope="network"`` identifiers continue from weight to weight, all tables are one parameter, and
-    each weight is the table's entries times a constant scale: its initial standard deviation over that of all weights.
+    their weights. With ``scope="layer"`` each weight has a table, and its name is mixed into the seed of the hash. With
+    ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from weight to weight,
+    and each weight is scaled by a constant: its initial standard deviation over that of all weights.
 
     Args:
         model: changed in place.
@@ -102,8 +102,7 @@ def hash_weights(
             or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
-        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: each is the mean over the weights
-            that read it.
+        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights that read them.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
         index: see :class:`HashedParametrization`.
@@ -120,10 +119,11 @@ def hash_weights(
         (25, 250, 40)
     """
     check_choices(table_ratio, hash, scope, init)
-    chosen, skipped = _choose(model, parameters, hash, scope)
+    locations = locate_parameters(model)
+    chosen, skipped = _choose(model, parameters, locations, hash, scope)
     options = {"sign": sign, "density": density, "index": index}
-    groups = _plan(model, chosen, table_ratio, hash, scope, scaled and not hash.include_biases, options)
-    _install_tables(model, chosen, groups, init)
+    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled and not hash.include_biases, options)
+    _install_tables(model, locations, groups, init)
     return report(model, chosen, skipped)
 
 
@@ -138,7 +138,11 @@ def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) 
 
 
 def _choose(
-    model: nn.Module, parameters: Sequence[str], hash: Hash, scope: Literal["layer", "network"]
+    model: nn.Module,
+    parameters: Sequence[str],
+    locations: Mapping[str, ParameterLocation],
+    hash: Hash,
+    scope: Literal["layer", "network"],
 ) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
     """Return the weights to hash, in the model's order, and the names of the parameters to skip.
 
@@ -146,7 +150,6 @@ def _choose(
         ConfigurationError: nothing can be hashed, or a weight or the hash does not fit.
     """
     selected = select(model, parameters)
-    locations = locate_parameters(model)
     if tables := [
         name
         for name in selected
@@ -169,8 +172,8 @@ def _choose(
 
 
 def _plan(
-    model: nn.Module,
     weights: Mapping[str, nn.Parameter],
+    locations: Mapping[str, ParameterLocation],
     table_ratio: float | None,
     hash: Hash,
     scope: Literal["layer", "network"],
@@ -178,20 +181,16 @@ def _plan(
     options: Mapping[str, Any],
 ) -> list[dict[str, HashedParametrization]]:
     """Return, for each table, the maps from the table to the weights that share it, by name."""
-    locations = locate_parameters(model)
     special = {
         name: {**options, **embedding_options(locations[name].owner, locations[name].attribute, options["index"])}
         for name in weights
     }
     if scope == "network":
         return [_plan_table(weights, table_ratio, hash, special, scaled)]
-    groups = []
-    for name, weight in weights.items():
-        salt = zlib.crc32(name.encode())
-        salted = hash.with_salt(salt)
-        special[name]["salt"] = salt if salted is hash else 0
-        groups.append(_plan_table({name: weight}, table_ratio, salted, special))
-    return groups
+    return [
+        _plan_table({name: weight}, table_ratio, hash, special, salt=zlib.crc32(name.encode()))
+        for name, weight in weights.items()
+    ]
 
 
 def _plan_table(
@@ -200,18 +199,27 @@ def _plan_table(
     hash: Hash,
     options: Mapping[str, Mapping[str, Any]],
     scaled: bool = False,
+    salt: int | None = None,
 ) -> dict[str, HashedParametrization]:
     """Return the maps from one table to all weights; identifiers continue from weight to weight."""
+    salted = hash if salt is None else hash.with_salt(salt)
     source, *others = weights
     for name in others:
         check_alike(weights[source], weights[name], f"{source!r} and {name!r} cannot share a table")
     counts = [weight.numel() for weight in weights.values()]
-    size = table_entries(sum(counts), table_ratio, hash)
+    size = table_entries(sum(counts), table_ratio, salted)
     scales = _scales(weights) if scaled else dict.fromkeys(weights, 1.0)
-    state = HashState(hash.state(size))
+    state = HashState(salted.state(size))
     return {
         name: HashedParametrization(
-            weights[name].shape, size, hash, first=first, scale=scales[name], state=state, **options[name]
+            weights[name].shape,
+            size,
+            salted,
+            salt=(salt or 0) if salted is hash else 0,
+            first=first,
+            scale=scales[name],
+            state=state,
+            **options[name],
         )
         for name, first in zip(weights, accumulate(counts[:-1], initial=0), strict=True)
     }
@@ -223,8 +231,8 @@ def _scales(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
     The table then has the scale of the weights, and an optimizer step moves weights about as far as dense ones.
     """
     deviations = {name: _deviation(weight) for name, weight in weights.items()}
-    count = sum(weight.numel() for weight in weights.values())
-    rms = math.sqrt(sum(weights[name].numel() * value**2 for name, value in deviations.items()) / count)
+    squares = sum(weights[name].numel() * value**2 for name, value in deviations.items())
+    rms = math.sqrt(squares / sum(weight.numel() for weight in weights.values()))
     return {name: value / rms for name, value in deviations.items()}
 
 
@@ -236,20 +244,22 @@ def _deviation(weight: Tensor) -> float:
 
 def _install_tables(
     model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
+    locations: Mapping[str, ParameterLocation],
     groups: Sequence[Mapping[str, HashedParametrization]],
     init: Init,
 ) -> None:
     """Replace the weights of each group by a table, which is one parameter."""
-    locations = locate_parameters(model)
     # all tables are computed before the first change of the model
-    tables = [_initial_table([(virtual, weights[name]) for name, virtual in group.items()], init) for group in groups]
+    tables = [
+        _initial_table([(virtual, locations[name].parameter) for name, virtual in group.items()], init)
+        for group in groups
+    ]
     for group, table in zip(groups, tables, strict=True):
         keys = []
         for name, virtual in group.items():
-            attribute = locations[name].attribute
-            parameter = nn.Parameter(table.clone(), weights[name].requires_grad)
-            key = hash_attribute(locations[name].owner, attribute, virtual.to(table.device), parameter)
+            owner, attribute = locations[name].owner, locations[name].attribute
+            parameter = nn.Parameter(table.clone(), locations[name].parameter.requires_grad)
+            key = hash_attribute(owner, attribute, virtual.to(table.device), parameter)
             keys.append(name.removesuffix(attribute) + key)
         if len(keys) > 1:
             tie(model, [Tie(keys[0], other) for other in keys[1:]])

@@ -72,8 +72,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         raise ConfigurationError("clustering needs scikit-learn: pip install 'tying[clustering]'") from None
     points = weights.detach().cpu().double()
     start = starting_centroids(points, clusters, init).numpy()[:, None]
-    fitted = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
-    _, labels = torch.unique(torch.from_numpy(fitted.labels_).long(), return_inverse=True)
+    k_means = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
+    _, labels = torch.unique(torch.from_numpy(k_means.labels_).long(), return_inverse=True)
     return (torch.bincount(labels, points) / torch.bincount(labels)).to(weights), labels.to(weights.device)
 
 

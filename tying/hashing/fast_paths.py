@@ -16,7 +16,7 @@ Size = int | Sequence[int]
 
 
 class FastPath(Protocol):
-    """A way to compute a weight, and a linear layer with that weight, for one kind of hash.
+    """Compute a weight, and a linear layer with that weight, in a way that suits one kind of hash.
 
     Attributes:
         zeros: whether the hash makes some weights zero.
@@ -107,7 +107,9 @@ class Blocks(FastPath):
         count = math.prod(self.shape)
         aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
         source = IndexSource(
-            count, lambda positions: self.slot(positions + self.first), None, self._chunk_slots if aligned else None
+            count,
+            compute=lambda positions: self.slot(positions + self.first),
+            compiled_fn=self._chunk_slots if aligned else None,
         )
         return lookup(table, source).view(self.shape)
 
@@ -158,12 +160,12 @@ def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Te
     extra = cycles * length - count
     repeated = x.unsqueeze(dim).expand(*x.shape[:dim], cycles, *x.shape[dim:])
     if bias is not None:  # adding it here saves a pass over the output
-        padded = F.pad(bias, (0, extra)) if extra else bias
-        repeated = repeated + padded.to(x.dtype).view(cycles, length, *[1] * (x.ndim - dim - 1))
+        bias = F.pad(bias, (0, extra)) if extra else bias
+        repeated = repeated + bias.to(x.dtype).view(cycles, length, *[1] * (x.ndim - dim - 1))
     flat = repeated.flatten(dim, dim + 1)
     return flat.narrow(dim, 0, count) if extra else flat
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Return height and width of a size in pixels, which may be one number for both."""
+    """Return height and width; a single number stands for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,4 +1,4 @@
-"""Hashes: which slot of a table each weight reads."""
+"""Hashes, which map each weight to a slot of a table, with the same results on every machine, device and release."""
 
 import math
 import zlib
@@ -15,8 +15,9 @@ from typing_extensions import override
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_range, listed
 from tying.hashing.fast_paths import Blocks, Convolution, FastPath, RepeatedRows, Size, pair
-from tying.hashing.integers import hash32, reduce_range, xxh32
 
+_LOW = 0xFFFFFFFF  # the low 32 bits
+_PRIME_2, _PRIME_3, _PRIME_4, _PRIME_5 = 2246822519, 3266489917, 668265263, 374761393  # of xxh32
 SIGN = 0x5349474E  # makes signs independent of slots
 _DIRICHLET = 0x4449524943484C45  # makes the probabilities of a Dirichlet hash independent of its slots
 
@@ -81,13 +82,15 @@ class Hash:
     def validate(
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
-        """Raise a ConfigurationError if the hash does not fit. Called several times, with what is known each time.
+        """Raise a ConfigurationError if the hash does not fit the weights or the table.
+
+        It is called several times; arguments that are not known at the time are None.
 
         Args:
             shapes: shapes of the weights; if ``table_size`` is given, ``[(count,)]`` for the number of weights that
                 share the table.
             table_size: number of table entries.
-            scope: ``"layer"`` or ``"network"``, as of :func:`tying.hashing.hash_weights`.
+            scope: ``"layer"`` or ``"network"``, as in :func:`tying.hashing.hash_weights`.
         """
         if table_size is not None:
             check_range("table_size", table_size, "[1, inf)")
@@ -125,7 +128,7 @@ class Hash:
 
 
 def overrides_slot_only(hash: Hash, method: str) -> bool:
-    """Return whether a subclass overrides ``slot`` but inherits a method that describes its parent's slots."""
+    """Return whether a class overrides ``slot`` but inherits ``method``, which describes the slots of its parent."""
     return method not in vars(next(cls for cls in type(hash).__mro__ if {"slot", method} & vars(cls).keys()))
 
 
@@ -249,7 +252,7 @@ def _equal_probabilities(table_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DirichletHash(SeededHash):
-    """Draw slots independently, with probabilities p that are drawn once: ``p ~ Dir(α, …, α)``.
+    """Draw each slot independently with probabilities p, which are drawn once: ``p ~ Dir(α, …, α)``.
 
     Args:
         alpha: α > 0; if it is small, most weights share a few slots; if it is large, loads are about equal.
@@ -274,7 +277,11 @@ class DirichletHash(SeededHash):
     def state(self, table_size: int) -> Tensor:
         """Return where each slot's part of the 32-bit integers begins: (table_size,), int32, from −2³¹.
 
-        The lengths of the parts are in proportion to p.
+        The lengths of the parts are proportional to p.
+
+        Example:
+            >>> DirichletHash(alpha=1e9).state(4).float().div(2**30).round().tolist()
+            [-2.0, -1.0, 0.0, 1.0]
         """
         cumulative = log_gammas(self.alpha, table_size, self.seed).softmax(dim=0).cumsum(dim=0)
         ends = (cumulative * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
@@ -282,14 +289,14 @@ class DirichletHash(SeededHash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        first = (self.state(table_size) if drawn is None else drawn).to(ids.device)
-        return torch.searchsorted(first, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
+        starts = (self.state(table_size) if drawn is None else drawn).to(ids.device)
+        return torch.searchsorted(starts, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
 
     @override
     @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
-        first = self.state(table_size).double()
-        return torch.diff(first, append=first.new_tensor([2.0**31])) / 2.0**32
+        starts = self.state(table_size).double()
+        return torch.diff(starts, append=starts.new_tensor([2.0**31])) / 2.0**32
 
 
 def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
@@ -324,7 +331,7 @@ def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NeighborhoodHash(SeededHash):
-    """Draw a slot near that of the modulus: ``(i + U{−r, …, r}) mod n``.
+    """Draw a slot near that of the modulus hash: ``(i + U{−r, …, r}) mod n``.
 
     Radius 0 is the modulus hash; a radius of n / 2 or more is the uniform hash.
 
@@ -361,7 +368,7 @@ class NeighborhoodHash(SeededHash):
 
 @dataclass(frozen=True)
 class XXHash(SeededHash):
-    """Take xxh32 of the identifier, modulo n; with ``sign=True`` of the layer this is HashedNets.
+    """Use the xxh32 digest of the identifier, modulo n. Layers with ``sign=True`` are then HashedNets.
 
     Args:
         seed: in [0, 2³²).
@@ -399,7 +406,7 @@ class XXHash(SeededHash):
 
 @dataclass(frozen=True)
 class BlockHash(SeededHash):
-    """Draw where each block of consecutive weights begins in the table, and read the block contiguously.
+    """Draw the slot where each block of consecutive weights begins; the block reads contiguous slots.
 
     Args:
         block: number of weights in a block, at most the size of the table.
@@ -453,7 +460,7 @@ class RecurrentHash(ModulusHash):
         layers: number of layers that share the table.
 
     Raises:
-        ConfigurationError: the weights do not form so many equal layers.
+        ConfigurationError: the weights are not those of ``layers`` equal layers.
     """
 
     include_biases = True
@@ -519,9 +526,8 @@ class ToeplitzHash(Hash):
 
     def __post_init__(self) -> None:
         for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
-            size = pair(getattr(self, name))
-            object.__setattr__(self, name, size)  # so that 3, [3, 3] and (3, 3) have one repr
-            check_range(name, min(size), f"[{least}, inf)")
+            object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have one repr
+            check_range(name, min(getattr(self, name)), f"[{least}, inf)")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
 
@@ -544,8 +550,9 @@ class ToeplitzHash(Hash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        matrix = (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
-        out, j, k, into, r, c = torch.unravel_index(ids, matrix)
+        out, j, k, into, r, c = torch.unravel_index(
+            ids, (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
+        )
         slot, fits = out * self.in_channels + into, torch.ones_like(ids, dtype=torch.bool)
         for (kernel, stride, padding, dilation), target, source in zip(self._axes(), (j, k), (r, c), strict=True):
             offset = source + padding - stride * target
@@ -623,3 +630,65 @@ class CodebookHash(Hash):
 def _smallest_dtype(table_size: int) -> torch.dtype:
     """Return the smallest integer type for the slots of a table and −1."""
     return torch.int8 if table_size <= 1 << 7 else torch.int16 if table_size <= 1 << 15 else torch.int32
+
+
+def hash32(ids: Tensor, seed: int) -> Tensor:
+    """Return 32 pseudo-random bits for each identifier, independent for different seeds.
+
+    Multiplications and shifts mix the low 32 bits of an identifier, with two keys from the seed; the high bits are
+    folded in first.
+
+    Args:
+        ids: int64, of any shape.
+        seed: any integer.
+
+    Returns:
+        int64, in [0, 2³²).
+
+    Example:
+        >>> hash32(torch.arange(3), seed=0).tolist()
+        [2872864583, 1772158550, 138880084]
+    """
+    low_key, high_key = splitmix64(seed)
+    x = ((ids ^ ((ids >> 32) * 0x9E3779B1)) + low_key) & _LOW
+    x = ((x ^ (x >> 16)) * 0x7FEB352D & _LOW) ^ high_key
+    x = (x ^ (x >> 15)) * 0x846CA68B & _LOW
+    return x ^ (x >> 16)
+
+
+def reduce_range(bits: Tensor, count: int) -> Tensor:
+    """Map 32-bit integers to [0, count); each result is equally frequent to within 2⁻³² · count."""
+    return (bits * count) >> 32
+
+
+def xxh32(ids: Tensor, seed: int) -> Tensor:
+    """Return the xxh32 digest of each identifier as four little-endian bytes.
+
+    Args:
+        ids: int64, in [0, 2³²).
+        seed: in [0, 2³²).
+
+    Returns:
+        int64, in [0, 2³²).
+
+    Example:
+        >>> xxh32(torch.tensor([0, 1]), seed=0).tolist()
+        [148298089, 4089149075]
+
+    Source: Y. Collet, xxHash fast digest algorithm, 2012-2021, https://github.com/Cyan4973/xxHash.
+    """
+    x = (ids * _PRIME_3 + (seed + _PRIME_5 + 4)) & _LOW
+    x = (((x << 17) | (x >> 15)) & _LOW) * _PRIME_4 & _LOW
+    x = (x ^ (x >> 15)) * _PRIME_2 & _LOW
+    x = (x ^ (x >> 13)) * _PRIME_3 & _LOW
+    return x ^ (x >> 16)
+
+
+def splitmix64(seed: int) -> tuple[int, int]:
+    """Return two 32-bit keys for a seed: the halves of its splitmix64 hash."""
+    mask = (1 << 64) - 1
+    z = (seed + 1) * 0x9E3779B97F4A7C15 & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    z ^= z >> 31
+    return z & _LOW, z >> 32

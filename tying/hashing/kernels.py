@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from tying.hashing.integers import splitmix64
+from tying.hashing.hashes import splitmix64
 
 TILE = 32  # number of rows and of columns of a tile, of the weight or the batch
 
 
 @triton.jit
 def _slot(ids, low_key, high_key, size):  # type: ignore[no-untyped-def]  # Triton's language
-    """Compute the slots of a UniformHash: integers.hash32 and integers.reduce_range in unsigned arithmetic."""
+    """Compute the slots of a UniformHash: hash32 and reduce_range in unsigned arithmetic."""
     wide = ids.to(tl.uint64)
     x = (((wide ^ ((wide >> 32) * 0x9E3779B1)) + low_key) & 0xFFFFFFFF).to(tl.uint32)
     x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ high_key.to(tl.uint32)
@@ -106,8 +106,7 @@ def fused_linear(x: Tensor, table: Tensor, outputs: int, first: int, seed: int) 
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    result: Tensor = FusedLinear.apply(flat, table, outputs, first, seed)
+    result: Tensor = FusedLinear.apply(x.reshape(-1, x.shape[-1]).contiguous(), table, outputs, first, seed)
     return result.view(*x.shape[:-1], outputs)
 
 

@@ -110,8 +110,16 @@ class HashedLinear(Hashed, nn.Linear):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dense = nn.Linear(in_features, out_features, bias, device="meta")
-        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
+        self._become(
+            nn.Linear(in_features, out_features, bias, device="meta"),
+            table_ratio,
+            device,
+            dtype,
+            hash=hash,
+            sign=sign,
+            density=density,
+            index=index,
+        )
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -176,15 +184,23 @@ class HashedConv2d(Hashed, nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         geometry: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta")
-        dense = nn.Conv2d(in_channels, out_channels, *geometry)
-        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
+        self._become(
+            nn.Conv2d(in_channels, out_channels, *geometry),
+            table_ratio,
+            device,
+            dtype,
+            hash=hash,
+            sign=sign,
+            density=density,
+            index=index,
+        )
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.virtual.fast_path
-        if not isinstance(rows, RepeatedRows) or self.groups > 1:
+        fast_path = self.virtual.fast_path
+        if not isinstance(fast_path, RepeatedRows) or self.groups > 1:
             return convolve(self, input, self.weight, self.bias)
-        kernels = rows.rows(self.virtual.scaled(self.table)).view(-1, *rows.shape[1:])
+        kernels = fast_path.rows(self.virtual.scaled(self.table)).view(-1, *fast_path.shape[1:])
         return repeat_to(convolve(self, input, kernels, None), self.out_channels, -3, self.bias)
 
 
@@ -225,8 +241,16 @@ class HashedEmbedding(Hashed, nn.Embedding):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
-        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
+        self._become(
+            nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta"),
+            table_ratio,
+            device,
+            dtype,
+            hash=hash,
+            sign=sign,
+            density=density,
+            index=index,
+        )
 
     @override
     def reset_parameters(self) -> None:
@@ -238,11 +262,13 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
 
 def embedding_options(module: nn.Module, attribute: str, index: Index) -> dict[str, Any]:
-    """Return the arguments of HashedParametrization that are particular to the weight of an embedding; else nothing.
+    """Return the arguments of :class:`HashedParametrization` that the weight of an embedding needs.
 
-    An ``nn.Embedding`` computes only the rows that it looks up, so it needs no stored index.
+    An ``nn.Embedding`` computes only the rows that it looks up, so it stores no index. Other weights need nothing.
     """
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or attribute != "weight":
         return {}
-    computed = index == "auto" and type(module) is nn.Embedding
-    return {"index": "computed" if computed else index, "zero_row": module.padding_idx}
+    return {
+        "index": "computed" if index == "auto" and type(module) is nn.Embedding else index,
+        "zero_row": module.padding_idx,
+    }

@@ -80,7 +80,7 @@ def packed(assignments: Tensor, codebook: Tensor) -> Packed:
 
 
 def indices_and_gaps(assignments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slots of nonzero weights, and the number of zeros before each, as in :class:`Packed`.
+    """Return the slots of nonzero weights, and the numbers of zeros before them, as in :class:`Packed`.
 
     Example:
         >>> indices_and_gaps(torch.tensor([3, -1, -1, 0]))
@@ -134,8 +134,7 @@ def unpacked(content: Packed) -> Tensor:
     gaps = _unpack("gaps", content.gaps, content.counts[1], GAP_BITS)
     positions = torch.where(gaps == FILLER, FILLER, gaps + 1).cumsum(0)[gaps != FILLER] - 1
     indices = _unpack("indices", content.indices, content.counts[0], index_bits(len(content.codebook)))
-    weight = torch.zeros(math.prod(content.shape)).index_put((positions,), content.codebook[indices])
-    return weight.view(content.shape)
+    return torch.zeros(math.prod(content.shape)).index_put((positions,), content.codebook[indices]).view(content.shape)
 
 
 def clustered(model: nn.Module) -> dict[str, tuple[HashedParametrization, Tensor]]:

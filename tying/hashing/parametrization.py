@@ -14,13 +14,12 @@ from typing_extensions import override
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
-from tying.hashing.hashes import Hash, UniformHash, overrides_slot_only
-from tying.hashing.integers import hash32
+from tying.hashing.hashes import Hash, UniformHash, hash32, overrides_slot_only
 from tying.torch_workarounds import FollowsDevice, is_traced
 
 Index = Literal["auto", "stored", "computed", "structured"]
-STORED = 1 << 24  # "auto" stores an index of at most so many weights
-COMPILED = 1 << 20  # a computed index of at least so many weights is compiled
+STORED = 1 << 24  # "auto" stores an index of at most this number of weights
+COMPILED = 1 << 20  # a computed index of at least this number of weights is compiled
 FUSED = ("cuda",)  # devices for which Triton fuses layers
 _DENSITY = 0x44454E53  # makes the choice of kept weights independent of their slots
 
@@ -43,9 +42,8 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     if not count:
         raise ConfigurationError("a weight of no entries cannot be hashed")
-    required = hash.table_size(count)
     if ratio is None:
-        ratio = 0.1 if required is None else required / count
+        ratio = 0.1 if (required := hash.table_size(count)) is None else required / count
     check_range("table_ratio", ratio, "(0, 1]")
     exact = Fraction(ratio) * count
     size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
@@ -132,8 +130,11 @@ class HashedParametrization(FollowsDevice):
         self.first, self.scale, self.zero_row = first, scale, zero_row
         hash.check_shape(self.shape)
         self.state = state or HashState(hash.state(table_size))
-        applies = self._is_plain and not overrides_slot_only(hash, "fast_path")
-        fast_path = hash.fast_path(self.shape, table_size, first) if applies else None
+        fast_path = (
+            hash.fast_path(self.shape, table_size, first)
+            if self._is_plain and not overrides_slot_only(hash, "fast_path")
+            else None
+        )
         if index == "structured" and fast_path is None:
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
         best: Index = "structured" if fast_path else "stored" if self.shape.numel() <= STORED else "computed"
@@ -193,18 +194,21 @@ class HashedParametrization(FollowsDevice):
         return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 
     def drawn_from(self, pool: Tensor) -> Tensor:
-        """Return an initial table: a sample of a pool of numbers, (n,), or for a recurrent hash its first n numbers."""
+        """Return an initial table: n numbers sampled from a pool; for a recurrent hash, the first n numbers."""
         if self.hash.include_biases:
             return pool[: self.table_size]
         sampled = (
             torch.randperm(len(pool), device="cpu")[: self.table_size]
             if len(pool) >= self.table_size
-            else torch.randint(len(pool), (self.table_size,), device="cpu")  # other weights share the table
+            else torch.randint(len(pool), (self.table_size,), device="cpu")  # the table serves other weights, too
         )
         return pool[sampled.to(pool.device)]
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each table entry the sum of the weights that read it, over signs and scale, and their number."""
+        """Return for each table entry the sum of the weights that read it, and their number.
+
+        The sum is that of the table's values: signs and scale are divided out.
+        """
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
@@ -243,7 +247,7 @@ class HashedParametrization(FollowsDevice):
         return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def extended_slots(self) -> Tensor:
-        """Return indices into ``[table, −table, 0]``; parts that no weight reads are absent from this table."""
+        """Return indices into ``[table, −table, 0]``, without ``−table`` if unsigned and without 0 if none is zero."""
         return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def distinct_rows(self) -> int:
@@ -266,13 +270,18 @@ class HashedParametrization(FollowsDevice):
         )
 
     def check_slots(self) -> None:
-        """Check the slots, and find out whether some weights are zero; with a fast path, the first and last slot only.
+        """Check that slots are in the table, and set ``zeros``: whether some weights are zero.
+
+        With a fast path, only the first and the last slot are computed.
 
         Raises:
             ConfigurationError: the hash returns slots outside the table.
         """
-        ends = [torch.tensor([0, self.shape.numel() - 1], device="cpu")]
-        chunks = ends if self.fast_path else self._positions(torch.device("cpu"))
+        chunks = (
+            [torch.tensor([0, self.shape.numel() - 1], device="cpu")]
+            if self.fast_path
+            else self._positions(torch.device("cpu"))
+        )
         extremes = torch.stack([torch.stack(self._slot(positions).aminmax()) for positions in chunks])
         low, high = int(extremes.min()), int(extremes.max())
         if low < -1 or high >= self.table_size or extremes.is_floating_point():
@@ -313,8 +322,11 @@ class HashedParametrization(FollowsDevice):
         return torch.where(slots < 0, self._extended_size - 1, extended) if self.zeros else extended
 
     def _source(self, device: torch.device) -> IndexSource:
-        stored = None if self._stored is None else self._stored.to(device)
-        source = IndexSource(self.shape.numel(), self._extended_slot, stored)
+        source = IndexSource(
+            count=self.shape.numel(),
+            compute=self._extended_slot,
+            stored=None if self._stored is None else self._stored.to(device),
+        )
         if self.index != "computed" or source.count < COMPILED or device.type != "cpu" or is_traced():
             return source
         if self._compiled is None:
@@ -348,8 +360,8 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def get_extra_state(self) -> Tensor:
-        content = json.dumps({"described": self._description, "scale": self.scale})
-        return torch.frombuffer(bytearray(content, "utf-8"), dtype=torch.uint8)
+        content = json.dumps({"described": self._description, "scale": self.scale}).encode()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
@@ -395,15 +407,14 @@ class HashedParametrization(FollowsDevice):
         ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (current, loaded))
         if ours != theirs:
             raise ConfigurationError(f"the state of its hash is {ours}; in the checkpoint it is {theirs}")
-        if loaded.is_meta or self.state.equals(loaded.to(current.device)):  # meta tensors have no values
-            return
-        previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
-        try:
-            self.check_slots()
-        except ConfigurationError:
-            self.state = previous
-            raise
-        self.move()
+        if not loaded.is_meta and not self.state.equals(loaded.to(current.device)):  # meta tensors have no values
+            previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
+            try:
+                self.check_slots()
+            except ConfigurationError:
+                self.state = previous
+                raise
+            self.move()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied or pickled: everything except the index, which is recomputed."""

@@ -72,8 +72,15 @@ class HashedWeight:
     generating: float | None
 
     def __str__(self) -> str:
-        how = f"{self.index}{repeated_units(self.units, self.shape)}"
-        return str(WeightRow((self.name,), how, self.shape, self.table_size, math.prod(self.shape)))
+        return str(
+            WeightRow(
+                names=(self.name,),
+                how=self.index + repeated_units(self.units, self.shape),
+                shape=self.shape,
+                stored=self.table_size,
+                used=math.prod(self.shape),
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -94,10 +101,10 @@ class HashReport:
 
     def __str__(self) -> str:
         count, tables = len(self.weights), len({weight.holder for weight in self.weights})
+        verb = "has" if count == 1 else "share" if tables < count else "have"
+        shared = "a table" if tables == 1 else f"{tables} tables with a total"
         lines = [
-            f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) "
-            f"{'has' if count == 1 else 'share' if tables < count else 'have'} "
-            f"{'a table' if tables == 1 else f'{tables} tables with a total'} of {self.stored:,} entries "
+            f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) {verb} {shared} of {self.stored:,} entries "
             f"(ratio {self.stored / max(1, self.virtual):.3g})"
         ]
         for weight in self.weights:
@@ -117,10 +124,9 @@ def hashed_in(model: nn.Module) -> Iterator[tuple[str, HashedParametrization, nn
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
     for name, derived in derived_weights(model).items():
         if isinstance(virtual := derived.steps[-1], HashedParametrization):
-            prefix = derived.prefixes[0]  # the table's name, which may be computed; or a list of parametrizations
-            is_list = prefix.endswith(".")
-            table = derived.owner.get_parameter(f"{prefix}original") if is_list else getattr(derived.owner, prefix)
-            yield name, virtual, table
+            owner, prefix = derived.owner, derived.prefixes[0]
+            is_list = prefix.endswith(".")  # of parametrizations; else the prefix is the table's name
+            yield name, virtual, owner.get_parameter(f"{prefix}original") if is_list else getattr(owner, prefix)
 
 
 def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, HashedParametrization]]:
