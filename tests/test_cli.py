@@ -378,7 +378,7 @@ def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
     Path("hashed.yaml").write_text(HASHED)
     main(["inspect", "--config=hashed.yaml", "--plot=loads.png"])
     told = capsys.readouterr().out
-    assert "Hashed: 1 weights (80 values) share a table of 20 entries (ratio 0.25)" in told
+    assert "Hashed: 1 weight (80 values) has a table of 20 entries (ratio 0.25)" in told
     assert "table of 20: entropy of loads 2.9957, of probabilities 2.9957, at most 2.9957 nats" in told
     assert "  network.weight (10, 8): 80 values from 20, structured; only 5 of 10 units are distinct" in told
     assert Path("loads.png").read_bytes().startswith(b"\x89PNG")

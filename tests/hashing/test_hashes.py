@@ -25,8 +25,7 @@ from tying.hashing import (
     entropy,
     loads,
 )
-from tying.hashing.hashes import log_gammas
-from tying.hashing.integers import hash32, xxh32
+from tying.hashing.hashes import hash32, log_gammas, xxh32
 from tying.hashing.parametrization import table_entries
 
 # written down once: they hold every hash to what it was, on every machine and in every release

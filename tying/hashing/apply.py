@@ -3,7 +3,8 @@
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
-from tying.hashing.parametrization import HashedParametrization, Index, table_entries
+from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
 from tying.hashing.report import HashReport, report
 from tying.selection.resolve import select
 from tying.selection.tie import Tie
@@ -35,44 +36,42 @@ def table_names(kind: type[nn.Module], weight: str) -> tuple[str, str]:
         kind: the class of the module before it is hashed.
         weight: the weight's attribute name.
     """
-    layer = kind in LAYERS and weight == "weight"
-    return ("table", "virtual") if layer else (f"{weight}_table", f"{weight}_virtual")
+    is_layer = kind in LAYERS and weight == "weight"
+    return ("table", "virtual") if is_layer else (f"{weight}_table", f"{weight}_virtual")
 
 
 def hash_attribute(module: nn.Module, name: str, virtual: HashedParametrization, table: nn.Parameter) -> str:
-    """Put a table in the place of a weight of any module; return the table's attribute name.
+    """Replace a weight of any module by a table; return the table's attribute name.
 
     Linear, convolution and embedding layers become hashed layers. Any other module computes its weight from the table.
     """
-    kind = type(module)
-    keys = table_names(kind, name)
+    keys = table_names(type(module), name)
     if keys[0] == "table":
-        swap_class(module, LAYERS[kind])
+        swap_class(module, LAYERS[type(module)])
     install(module, name, virtual, table, keys)
     return keys[0]
 
 
 def check_hashable(name: str, locations: Mapping[str, ParameterLocation]) -> None:
-    """Raise where a weight cannot be replaced by a table.
+    """Raise if a weight cannot be replaced by a table.
 
     Args:
         name: the weight's name.
-        locations: of all parameters of the model.
+        locations: locations of all parameters of the model.
 
     Raises:
-        ConfigurationError: the weight is parametrized, or tied, or belongs to an embedding with an option that hashed
-            embeddings lack.
+        ConfigurationError: the weight is empty, parametrized, or tied, or belongs to an embedding with an option that
+            hashed embeddings lack.
     """
     check_free(name, locations)
     owner = locations[name].owner
     if not locations[name].parameter.numel():
         raise ConfigurationError(f"{name!r} has no entries to hash")
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        exact = type(owner) is nn.Embedding  # becomes a HashedEmbedding
-        lacking = ("max_norm", "sparse", "scale_grad_by_freq") if exact else ("sparse",)
-        for option in lacking:
-            if getattr(owner, option):
-                raise ConfigurationError(f"{name!r} belongs to an embedding with {option}, which a hashed one lacks")
+        # only an nn.Embedding becomes a HashedEmbedding
+        options = ("max_norm", "sparse", "scale_grad_by_freq") if type(owner) is nn.Embedding else ("sparse",)
+        if lacking := [option for option in options if getattr(owner, option)]:
+            raise ConfigurationError(f"{name!r} belongs to an embedding with {lacking[0]}, which a hashed one lacks")
 
 
 @torch.no_grad()
@@ -88,25 +87,26 @@ def hash_weights(
     index: Index = "auto",
     scaled: bool = True,
 ) -> HashReport:
-    """Let weights of a model share the entries of a table each, or of one table for all.
+    """Replace weights of a model by smaller tables whose entries they share: one table each, or one for all.
 
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
-    their weights. With ``scope="layer"`` each weight has its own table, and its own draws, because its name is mixed
-    into the seed. With ``scope="network"`` identifiers go on from weight to weight, all tables are one parameter, and
-    each weight is the table's entries times a constant scale: its initial standard deviation over that of all weights.
+    their weights. With ``scope="layer"`` each weight has a table, and its name is mixed into the seed of the hash. With
+    ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from weight to weight,
+    and each weight is scaled by a constant: its initial standard deviation over that of all weights.
 
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,
             unless the hash is recurrent.
-        table_ratio: entries of a table for each weight, in (0, 1].
-        hash: h; uniform by default.
-        scope: a table for each weight, or one table.
-        init: ``"fresh"``: entries are drawn from the present weights; ``"mean"``: each is the mean over its uses.
+        table_ratio: number of table entries over the number of weights, in (0, 1]; default: what the hash requires,
+            or 0.1.
+        hash: h.
+        scope: ``"layer"``: a table for each weight; ``"network"``: one table.
+        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights that read them.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
-        index: how the hash is evaluated.
-        scaled: with ``scope="network"``, multiply by each weight's scale; without it, weights equal their entries.
+        index: see :class:`HashedParametrization`.
+        scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their entries.
 
     Raises:
         ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
@@ -119,18 +119,16 @@ def hash_weights(
         (25, 250, 40)
     """
     check_choices(table_ratio, hash, scope, init)
-    chosen, skipped = _choose(model, parameters, hash, scope)
+    locations = locate_parameters(model)
+    chosen, skipped = _choose(model, parameters, locations, hash, scope)
     options = {"sign": sign, "density": density, "index": index}
-    _put_tables(model, _plan(model, chosen, table_ratio, hash, scope, scaled, options), init)
+    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled and not hash.include_biases, options)
+    _install_tables(model, locations, groups, init)
     return report(model, chosen, skipped)
 
 
 def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
-    """Raise where an argument of :func:`hash_weights` is wrong for any model.
-
-    Raises:
-        ConfigurationError: an argument is wrong.
-    """
+    """Raise a ConfigurationError if an argument of :func:`hash_weights` is wrong for any model."""
     if not isinstance(hash, Hash):
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     if table_ratio is not None:
@@ -140,22 +138,31 @@ def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) 
 
 
 def _choose(
-    model: nn.Module, parameters: Sequence[str], hash: Hash, scope: Literal["layer", "network"]
+    model: nn.Module,
+    parameters: Sequence[str],
+    locations: Mapping[str, ParameterLocation],
+    hash: Hash,
+    scope: Literal["layer", "network"],
 ) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
-    """Return the weights to hash, in the model's order, and the names that are skipped.
+    """Return the weights to hash, in the model's order, and the names of the parameters to skip.
 
     Raises:
         ConfigurationError: nothing can be hashed, or a weight or the hash does not fit.
     """
     selected = select(model, parameters)
-    locations = locate_parameters(model)
-    for name in selected:
-        if any(locations[name].attribute in derived.prefixes for derived in derived_in(locations[name].owner)):
-            raise ConfigurationError(f"{name!r} is the table of a hashed layer already")
+    if tables := [
+        name
+        for name in selected
+        if any(locations[name].attribute in derived.prefixes for derived in derived_in(locations[name].owner))
+    ]:
+        raise ConfigurationError(f"{tables[0]!r} is the table of a hashed layer already")
     if lazy := [name for name, weight in selected.items() if is_lazy(weight)]:
         raise ConfigurationError(f"{listed(lazy)}: not initialised yet; call the model on a batch first")
-    ordered = {name: selected[name] for name in locations if name in selected}
-    chosen = {name: weight for name, weight in ordered.items() if hash.include_biases or weight.ndim >= 2}
+    chosen = {
+        name: selected[name]
+        for name in locations  # in the model's order
+        if name in selected and (hash.include_biases or selected[name].ndim >= 2)
+    }
     if not chosen:
         raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
     for name in chosen:
@@ -164,106 +171,105 @@ def _choose(
     return chosen, tuple(name for name in selected if name not in chosen)
 
 
-class _Plan(NamedTuple):
-    name: str
-    weight: nn.Parameter
-    virtual: HashedParametrization
-
-
 def _plan(
-    model: nn.Module,
     weights: Mapping[str, nn.Parameter],
+    locations: Mapping[str, ParameterLocation],
     table_ratio: float | None,
     hash: Hash,
     scope: Literal["layer", "network"],
     scaled: bool,
     options: Mapping[str, Any],
-) -> list[list[_Plan]]:
-    """Return, for each table, the weights that share it, and their maps from the table."""
-    locations = locate_parameters(model)
+) -> list[dict[str, HashedParametrization]]:
+    """Return, for each table, the maps from the table to the weights that share it, by name."""
     special = {
         name: {**options, **embedding_options(locations[name].owner, locations[name].attribute, options["index"])}
         for name in weights
     }
     if scope == "network":
-        return [_plan_network(weights, table_ratio, hash, scaled, special)]
-    return [[_plan_layer(name, weight, table_ratio, hash, special[name])] for name, weight in weights.items()]
+        return [_plan_table(weights, table_ratio, hash, special, scaled)]
+    return [
+        _plan_table({name: weight}, table_ratio, hash, special, salt=zlib.crc32(name.encode()))
+        for name, weight in weights.items()
+    ]
 
 
-def _plan_layer(
-    name: str, weight: nn.Parameter, table_ratio: float | None, hash: Hash, options: Mapping[str, Any]
-) -> _Plan:
-    """Plan a weight with a table of its own; its name is mixed into the seed."""
-    salt = zlib.crc32(name.encode())
-    salted = hash.with_salt(salt)
-    size = table_entries(weight.numel(), table_ratio, salted)
-    virtual = HashedParametrization(weight.shape, size, salted, salt=salt if salted is hash else 0, **options)
-    return _Plan(name, weight, virtual)
-
-
-def _plan_network(
+def _plan_table(
     weights: Mapping[str, nn.Parameter],
     table_ratio: float | None,
     hash: Hash,
-    scaled: bool,
     options: Mapping[str, Mapping[str, Any]],
-) -> list[_Plan]:
-    """Plan weights with one table for all; identifiers go on from weight to weight."""
+    scaled: bool = False,
+    salt: int | None = None,
+) -> dict[str, HashedParametrization]:
+    """Return the maps from one table to all weights; identifiers continue from weight to weight."""
+    salted = hash if salt is None else hash.with_salt(salt)
     source, *others = weights
     for name in others:
         check_alike(weights[source], weights[name], f"{source!r} and {name!r} cannot share a table")
-    size = table_entries(sum(weight.numel() for weight in weights.values()), table_ratio, hash)
-    scales = _scales(weights) if scaled and not hash.include_biases else dict.fromkeys(weights, 1.0)
-    plans: list[_Plan] = []
-    first = 0
-    for name, weight in weights.items():
-        state = plans[0].virtual.state if plans else None
-        place: dict[str, Any] = {"first": first, "scale": scales[name], "state": state}
-        plans.append(_Plan(name, weight, HashedParametrization(weight.shape, size, hash, **place, **options[name])))
-        first += weight.numel()
-    return plans
-
-
-def _put_tables(model: nn.Module, groups: Sequence[Sequence[_Plan]], init: Init) -> None:
-    """Replace the weights of each group by tables, which are one parameter."""
-    locations = locate_parameters(model)
-    tables = [_first_table(group, init) for group in groups]  # before anything is changed
-    for group, table in zip(groups, tables, strict=True):
-        names = []
-        for name, weight, virtual in group:
-            attribute = locations[name].attribute
-            parameter = nn.Parameter(table.clone(), weight.requires_grad)
-            key = hash_attribute(locations[name].owner, attribute, virtual.to(table.device), parameter)
-            names.append(name.removesuffix(attribute) + key)
-        if len(names) > 1:
-            tie(model, [Tie(names[0], other) for other in names[1:]])
+    counts = [weight.numel() for weight in weights.values()]
+    size = table_entries(sum(counts), table_ratio, salted)
+    scales = _scales(weights) if scaled else dict.fromkeys(weights, 1.0)
+    state = HashState(salted.state(size))
+    return {
+        name: HashedParametrization(
+            weights[name].shape,
+            size,
+            salted,
+            salt=(salt or 0) if salted is hash else 0,
+            first=first,
+            scale=scales[name],
+            state=state,
+            **options[name],
+        )
+        for name, first in zip(weights, accumulate(counts[:-1], initial=0), strict=True)
+    }
 
 
 def _scales(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
-    """Return the standard deviation of each weight over the root mean square of those of all.
+    """Return the standard deviation of each weight over the root mean square of the deviations of all weights.
 
-    The table then has the scale of the weights, and an optimizer step moves these about as far as dense ones.
+    The table then has the scale of the weights, and an optimizer step moves weights about as far as dense ones.
     """
     deviations = {name: _deviation(weight) for name, weight in weights.items()}
-    count = sum(weight.numel() for weight in weights.values())
-    rms = math.sqrt(sum(weights[name].numel() * value**2 for name, value in deviations.items()) / count)
+    squares = sum(weights[name].numel() * value**2 for name, value in deviations.items())
+    rms = math.sqrt(squares / sum(weight.numel() for weight in weights.values()))
     return {name: value / rms for name, value in deviations.items()}
 
 
 def _deviation(weight: Tensor) -> float:
-    """Return the standard deviation of a weight, or if it is constant that of torch's linear layers."""
+    """Return the standard deviation of a weight; for a constant one, that of torch's initial linear weights."""
     deviation = 0.0 if weight.is_meta or weight.numel() < 2 else float(weight.double().std())
-    fan_in = max(1, weight.shape[1:].numel())
-    return deviation if deviation > 0 else (3 * fan_in) ** -0.5
+    return deviation if deviation > 0 else (3 * max(1, weight.shape[1:].numel())) ** -0.5
 
 
-def _first_table(group: Sequence[_Plan], init: Init) -> Tensor:
+def _install_tables(
+    model: nn.Module,
+    locations: Mapping[str, ParameterLocation],
+    groups: Sequence[Mapping[str, HashedParametrization]],
+    init: Init,
+) -> None:
+    """Replace the weights of each group by a table, which is one parameter."""
+    # all tables are computed before the first change of the model
+    tables = [
+        _initial_table([(virtual, locations[name].parameter) for name, virtual in group.items()], init)
+        for group in groups
+    ]
+    for group, table in zip(groups, tables, strict=True):
+        keys = []
+        for name, virtual in group.items():
+            owner, attribute = locations[name].owner, locations[name].attribute
+            parameter = nn.Parameter(table.clone(), locations[name].parameter.requires_grad)
+            key = hash_attribute(owner, attribute, virtual.to(table.device), parameter)
+            keys.append(name.removesuffix(attribute) + key)
+        if len(keys) > 1:
+            tie(model, [Tie(keys[0], other) for other in keys[1:]])
+
+
+def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], init: Init) -> Tensor:
     """Return the initial table of weights that share it."""
-    _, first, virtual = group[0]
-    if first.is_meta:
-        return first.new_empty(virtual.table_size)
+    virtual, weight = parts[0]
+    if weight.is_meta:
+        return weight.new_empty(virtual.table_size)
     if init == "mean":
-        return virtual.joint_inverse(
-            [(plan.virtual, plan.weight) for plan in group], first.new_zeros(virtual.table_size)
-        )
-    return virtual.drawn_from(torch.cat([plan.weight.flatten() / plan.virtual.scale for plan in group]))
+        return virtual.joint_inverse(parts, weight.new_zeros(virtual.table_size))
+    return virtual.drawn_from(torch.cat([weight.flatten() / virtual.scale for virtual, weight in parts]))

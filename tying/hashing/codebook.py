@@ -42,8 +42,7 @@ def starting_centroids(weights: Tensor, clusters: int, init: Start) -> Tensor:
 def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Tensor, Tensor]:
     """Return the centroids of k-means, and the index of each weight's nearest centroid.
 
-    This is scikit-learn's version of Lloyd's algorithm. If there are at most k distinct weights, they are the
-    centroids.
+    This is Lloyd's algorithm, by scikit-learn. If there are at most k distinct weights, they are the centroids.
 
     Args:
         weights: (n,).
@@ -73,14 +72,18 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         raise ConfigurationError("clustering needs scikit-learn: pip install 'tying[clustering]'") from None
     points = weights.detach().cpu().double()
     start = starting_centroids(points, clusters, init).numpy()[:, None]
-    fitted = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
-    _, labels = torch.unique(torch.from_numpy(fitted.labels_).long(), return_inverse=True)
-    means = torch.bincount(labels, points) / torch.bincount(labels)
-    return means.to(weights), labels.to(weights.device)
+    k_means = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])
+    _, labels = torch.unique(torch.from_numpy(k_means.labels_).long(), return_inverse=True)
+    return (torch.bincount(labels, points) / torch.bincount(labels)).to(weights), labels.to(weights.device)
 
 
 def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
-    """Return ``r = n b / (n log₂ k + k b)``: the size of n weights of b bits over that of indices and codebook.
+    """Return ``r = n b / (n log₂ k + k b)``: the bits of n dense weights over those of their indices and codebook.
+
+    Args:
+        weights: n.
+        clusters: k.
+        bits: b, the number of bits of a dense weight and of a codebook entry.
 
     Example:
         >>> compression_rate(16, 4)
@@ -91,10 +94,10 @@ def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
 
 @torch.no_grad()
 def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "linear") -> nn.Parameter:
-    """Replace a weight of a model by entries of a codebook; return the codebook.
+    """Cluster a weight of a model, and replace it by a codebook; return the codebook.
 
-    Zero weights, such as those of pruning, which becomes permanent, stay zero and belong to no cluster. If fewer
-    nonzero weights than clusters are left, each has its own codebook entry.
+    Zero weights stay zero and belong to no cluster. If torch prunes the weight, the pruning becomes permanent. If there
+    are fewer nonzero weights than clusters, each has a codebook entry.
 
     Args:
         model: changed in place.

@@ -1,4 +1,4 @@
-"""Fast paths: layers that are computed from the table without an index, and mostly without the whole weight."""
+"""Fast paths: compute layers from the table without an index, and mostly without the whole weight."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Size = int | Sequence[int]
 
 
 class FastPath(Protocol):
-    """A hash's own way to compute a weight, and a linear layer with that weight.
+    """Compute a weight, and a linear layer with that weight, in a way that suits one kind of hash.
 
     Attributes:
         zeros: whether the hash makes some weights zero.
@@ -35,10 +35,10 @@ class FastPath(Protocol):
 
 @dataclass(frozen=True)
 class RepeatedRows(FastPath):
-    """A weight that cycles through the table: its rows repeat, and its columns fold.
+    """A weight that cycles through the table, so that its rows repeat.
 
     Row r begins at slot ``(first + r · width) mod n``, so at most ``n / gcd(width, n)`` rows are distinct. If rows are
-    longer than the table, all inputs that meet the same entry are summed before the matrix product.
+    longer than the table, all inputs that are multiplied by the same entry are summed before the matrix product.
 
     Attributes:
         shape: shape of the weight; its first dimension counts rows.
@@ -69,19 +69,13 @@ class RepeatedRows(FastPath):
         if self.width <= self.size:
             return repeat_to(F.linear(x, self.rows(table)), self.shape[0], -1, bias)
         cycles = -(-self.width // self.size)
-        padded = F.pad(x, (0, cycles * self.size - self.width))
-        folded = padded.view(*x.shape[:-1], cycles, self.size).sum(dim=-2)
+        padded = F.pad(x, (0, cycles * self.size - self.width)).view(*x.shape[:-1], cycles, self.size)
         rotated = lookup(table, IndexSource(self.distinct * self.size, self._rotated)).view(self.distinct, self.size)
-        return repeat_to(F.linear(folded, rotated), self.shape[0], -1, bias)
+        return repeat_to(F.linear(padded.sum(dim=-2), rotated), self.shape[0], -1, bias)
 
     def _rotated(self, positions: Tensor) -> Tensor:
         """Return the slots of copies of the table, each rotated to begin with a distinct row's first weight."""
         return (self.first + self.width * (positions // self.size) + positions) % self.size
-
-    def convolve(self, table: Tensor, bias: Tensor | None, convolution: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return a convolution's output (..., channels, *size), computed from its distinct kernels."""
-        output = convolution(self.rows(table).view(-1, *self.shape[1:]))
-        return repeat_to(output, self.shape[0], 1 - len(self.shape), bias)
 
     def rows(self, table: Tensor) -> Tensor:
         """Return the distinct rows, (distinct, width)."""
@@ -94,7 +88,7 @@ class RepeatedRows(FastPath):
 
 @dataclass(frozen=True)
 class Blocks(FastPath):
-    """A weight that is read in contiguous blocks: only the slot where each block begins is computed.
+    """A weight whose blocks are read contiguously: only the first slot of each block is computed.
 
     Attributes:
         shape: shape of the weight.
@@ -112,14 +106,15 @@ class Blocks(FastPath):
     def weight(self, table: Tensor) -> Tensor:
         count = math.prod(self.shape)
         aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
-        source = IndexSource(count, self._slots, compiled_fn=self._chunk_slots if aligned else None)
+        source = IndexSource(
+            count,
+            compute=lambda positions: self.slot(positions + self.first),
+            compiled_fn=self._chunk_slots if aligned else None,
+        )
         return lookup(table, source).view(self.shape)
 
-    def _slots(self, positions: Tensor) -> Tensor:
-        return self.slot(positions + self.first)
-
     def _chunk_slots(self, begin: Tensor) -> Tensor:
-        """Return the slots of chunks of ``CHUNK`` weights, which are whole blocks, that begin at given positions."""
+        """Return the slots of chunks of ``CHUNK`` weights from the given positions on; chunks are whole blocks."""
         starts = self.slot(begin + self.first + torch.arange(0, CHUNK, self.block, device=begin.device))
         return (starts[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
 
@@ -145,7 +140,7 @@ class Convolution(FastPath):
 
     @override
     def weight(self, table: Tensor) -> Tensor:
-        # its columns are the outputs for unit vectors
+        # the columns are the outputs for unit vectors
         return self.linear(torch.eye(math.prod(self.images), dtype=table.dtype, device=table.device), table).T
 
     @override
@@ -165,12 +160,12 @@ def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Te
     extra = cycles * length - count
     repeated = x.unsqueeze(dim).expand(*x.shape[:dim], cycles, *x.shape[dim:])
     if bias is not None:  # adding it here saves a pass over the output
-        padded = F.pad(bias, (0, extra)) if extra else bias
-        repeated = repeated + padded.to(x.dtype).view(cycles, length, *[1] * (x.ndim - dim - 1))
+        bias = F.pad(bias, (0, extra)) if extra else bias
+        repeated = repeated + bias.to(x.dtype).view(cycles, length, *[1] * (x.ndim - dim - 1))
     flat = repeated.flatten(dim, dim + 1)
     return flat.narrow(dim, 0, count) if extra else flat
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Return height and width."""
+    """Return height and width; a single number stands for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.torch_workarounds import compile_apart, error_on_graph_break
 
 CHUNK = 1 << 17  # number of weights whose slots are computed at a time; they stay in the cache
-FEW = 1 << 20  # up to so many weights, torch's lookup on one thread is faster than chunks on two
+FEW = 1 << 20  # up to this number of weights, torch's lookup on one thread is faster than chunks on two
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class IndexSource:
         return self.compute(torch.arange(self.count, device=device)) if self.stored is None else self.stored
 
     def chunks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield chunks of a tensor with a number for each weight, (count,), and the slots of these weights.
+        """Yield chunks of a tensor that has one number for each weight, (count,), and the slots of these weights.
 
-        A chunk has two rows, one from each half of the weights, so that two threads read, or sum, one row each. The
-        last weight of an odd number is a chunk of its own, (1, 1). The next chunk may overwrite the slots of this one.
+        A chunk has two rows, one from each half of the weights, so that two threads read or sum one row each. If
+        ``count`` is odd, the last chunk is the last weight, (1, 1). Slots are valid only until the next chunk.
         """
         half = self.count // 2
         halves, starts = flat[: 2 * half].view(2, half), torch.tensor([[0], [half]], device="cpu")
@@ -106,12 +106,12 @@ def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
 
 
 def _in_chunks(tensor: Tensor) -> bool:
-    """Return whether to read in chunks; a compiler fuses the whole lookup, and a GPU does all at once."""
+    """Return whether to read in chunks: on a CPU, unless the compiler fuses the whole lookup."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _Indexing(torch.autograd.Function):
-    """``table[index]``, or for a given size its adjoint, sums over slots. Each is the other's backward."""
+    """``table[index]``, or if a size is given, sums over slots, its adjoint. Each is the other's backward."""
 
     @staticmethod
     @override
@@ -142,7 +142,7 @@ class _Indexing(torch.autograd.Function):
 
 
 def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
-    """Return a source whose slots are computed by compiled code on the CPU, or the same one if torch cannot compile.
+    """Return a source that computes its slots by compiled code on the CPU, or the same one if torch cannot compile.
 
     Args:
         source: without a stored index.
@@ -157,9 +157,8 @@ def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
         return source.compute(starts + torch.arange(CHUNK, device="cpu"))
 
     def read(table: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # compilation has been switched off: chunks need less memory
-            return gather(table, source)
-        return table[source.index(table.device)]
+        # if compilation is disabled, chunks need less memory
+        return table[source.index(table.device)] if torch.compiler.is_compiling() else gather(table, source)
 
     compiled_fn, compiled_read = compile_apart(slots_of_chunks), compile_apart(read)
     try:

@@ -1,4 +1,4 @@
-"""Hashes: which slot of a table each weight reads."""
+"""Hashes, which map each weight to a slot of a table, with the same results on every machine, device and release."""
 
 import math
 import zlib
@@ -15,8 +15,9 @@ from typing_extensions import override
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_range, listed
 from tying.hashing.fast_paths import Blocks, Convolution, FastPath, RepeatedRows, Size, pair
-from tying.hashing.integers import hash32, reduce_range, xxh32
 
+_LOW = 0xFFFFFFFF  # the low 32 bits
+_PRIME_2, _PRIME_3, _PRIME_4, _PRIME_5 = 2246822519, 3266489917, 668265263, 374761393  # of xxh32
 SIGN = 0x5349474E  # makes signs independent of slots
 _DIRICHLET = 0x4449524943484C45  # makes the probabilities of a Dirichlet hash independent of its slots
 
@@ -81,28 +82,30 @@ class Hash:
     def validate(
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
-        """Raise a ConfigurationError if the hash does not fit. Called several times, with what is known each time.
+        """Raise a ConfigurationError if the hash does not fit the weights or the table.
+
+        It is called several times; arguments that are not known at the time are None.
 
         Args:
-            shapes: shapes of the weights; or, if ``table_size`` is given, the number of all weights of that table.
+            shapes: shapes of the weights; if ``table_size`` is given, ``[(count,)]`` for the number of weights that
+                share the table.
             table_size: number of table entries.
-            scope: ``"layer"`` or ``"network"``, as of :func:`tying.hashing.hash_weights`.
+            scope: ``"layer"`` or ``"network"``, as in :func:`tying.hashing.hash_weights`.
         """
-        if table_size is None:
-            return
-        check_range("table_size", table_size, "[1, inf)")
-        count = sum(map(math.prod, shapes))
-        if (required := self.table_size(count)) not in (None, table_size):
-            raise ConfigurationError(
-                f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
-            )
+        if table_size is not None:
+            check_range("table_size", table_size, "[1, inf)")
+            count = sum(map(math.prod, shapes))
+            if (required := self.table_size(count)) not in (None, table_size):
+                raise ConfigurationError(
+                    f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
+                )
 
     def check(self, count: int, table_size: int) -> None:
-        """Raise a ConfigurationError if the hash does not fit so many weights, or such a table."""
+        """Raise a ConfigurationError if the hash does not fit this number of weights or table entries."""
         self.validate([(count,)], table_size)
 
     def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
-        """Raise a ConfigurationError if the hash does not fit all the weights to be hashed, in the model's order."""
+        """Raise a ConfigurationError if the hash does not fit the weights to hash, given in the model's order."""
         self.validate(shapes, scope=scope)
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -114,7 +117,7 @@ class Hash:
         return None
 
     def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        """Return a way to compute a layer without index or weight, or None.
+        """Return a way to compute a layer without an index, or None.
 
         Args:
             shape: shape of the layer's weight.
@@ -125,12 +128,14 @@ class Hash:
 
 
 def overrides_slot_only(hash: Hash, method: str) -> bool:
-    """Return whether a subclass overrides ``slot`` but inherits a method that describes its parent's slots."""
+    """Return whether a class overrides ``slot`` but inherits ``method``, which describes the slots of its parent."""
     return method not in vars(next(cls for cls in type(hash).__mro__ if {"slot", method} & vars(cls).keys()))
 
 
-def _of_own_slots(probabilities: Callable[[Any, int, int], Tensor]) -> Callable[[Any, int, int], Tensor | None]:
-    """Make a method return None in subclasses that override ``slot`` only."""
+def _none_if_slot_overridden(
+    probabilities: Callable[[Any, int, int], Tensor],
+) -> Callable[[Any, int, int], Tensor | None]:
+    """Make ``probabilities`` return None in subclasses that override ``slot`` only."""
 
     @wraps(probabilities)
     def known(self: Hash, count: int, table_size: int) -> Tensor | None:
@@ -190,8 +195,8 @@ class IdentityHash(Hash):
 class ModulusHash(Hash):
     """Cycle through the table: ``i mod n``; the loads of two slots differ by one at most.
 
-    A layer repeats units if its width and its table size have a common divisor: it has only ``n / gcd(in, n)`` distinct
-    ones.
+    A layer with in inputs has at most ``n / gcd(in, n)`` distinct units, so choose a table size n without a divisor in
+    common with the layer's width.
 
     Example:
         >>> ModulusHash().index(count=5, table_size=3).tolist()
@@ -207,14 +212,14 @@ class ModulusHash(Hash):
         return RepeatedRows(tuple(shape), table_size, first % table_size)
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         return _cycle_probabilities(count, table_size)
 
 
 def _cycle_probabilities(count: int, table_size: int) -> Tensor:
-    used_once_more = torch.arange(table_size, device="cpu") < count % table_size
-    return (count // table_size + used_once_more).double() / count
+    """Return the probabilities of slots that ``count`` weights read in turn."""
+    return (count // table_size + (torch.arange(table_size, device="cpu") < count % table_size)).double() / count
 
 
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ class UniformHash(SeededHash):
         return reduce_range(hash32(ids, self.seed), table_size)
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         return _equal_probabilities(table_size)
 
@@ -247,10 +252,10 @@ def _equal_probabilities(table_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DirichletHash(SeededHash):
-    """Draw slots independently, with probabilities p that are drawn once: ``p ~ Dir(α, …, α)``.
+    """Draw each slot independently with probabilities p, which are drawn once: ``p ~ Dir(α, …, α)``.
 
     Args:
-        alpha: α > 0; if small, most weights share a few slots; if large, all slots are about equally used.
+        alpha: α > 0; if it is small, most weights share a few slots; if it is large, loads are about equal.
         seed: any integer; hashes with equal seeds return equal slots.
 
     Raises:
@@ -270,45 +275,35 @@ class DirichletHash(SeededHash):
 
     @override
     def state(self, table_size: int) -> Tensor:
-        return cumulative(self.alpha, table_size, self.seed)
+        """Return where each slot's part of the 32-bit integers begins: (table_size,), int32, from −2³¹.
+
+        The lengths of the parts are proportional to p.
+
+        Example:
+            >>> DirichletHash(alpha=1e9).state(4).float().div(2**30).round().tolist()
+            [-2.0, -1.0, 0.0, 1.0]
+        """
+        cumulative = log_gammas(self.alpha, table_size, self.seed).softmax(dim=0).cumsum(dim=0)
+        ends = (cumulative * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
+        return (torch.cat([ends.new_zeros(1), ends[:-1]]) - (1 << 31)).to(torch.int32)
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        first = (self.state(table_size) if drawn is None else drawn).to(ids.device)
-        return torch.searchsorted(first, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
+        starts = (self.state(table_size) if drawn is None else drawn).to(ids.device)
+        return torch.searchsorted(starts, (hash32(ids, self.seed) - (1 << 31)).to(torch.int32), right=True) - 1
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
-        first = self.state(table_size).double()
-        return torch.diff(first, append=first.new_tensor([2.0**31])) / 2.0**32
-
-
-def cumulative(alpha: float, count: int, seed: int) -> Tensor:
-    """Divide the 32-bit integers among slots in proportion to p ~ Dir(α, …, α); return where each slot's part begins.
-
-    Args:
-        alpha: α > 0.
-        count: number of slots.
-        seed: any integer.
-
-    Returns:
-        int32, (count,), not decreasing, from −2³¹.
-
-    Example:
-        >>> cumulative(1e9, 4, seed=0).float().div(2**30).round().tolist()
-        [-2.0, -1.0, 0.0, 1.0]
-    """
-    shares = log_gammas(alpha, count, seed).softmax(dim=0)
-    ends = (shares.cumsum(dim=0) * 2.0**32).round().long().clamp(max=(1 << 32) - 1)
-    return (torch.cat([ends.new_zeros(1), ends[:-1]]) - (1 << 31)).to(torch.int32)
+        starts = self.state(table_size).double()
+        return torch.diff(starts, append=starts.new_tensor([2.0**31])) / 2.0**32
 
 
 def log_gammas(alpha: float, count: int, seed: int) -> Tensor:
-    """Return logarithms of independent Gamma(α) draws; float64, (count,).
+    """Return logarithms of independent Gamma(α) samples; float64, (count,).
 
-    Rejection draws Gamma(α + 1), and adding ``log(U) / α`` gives Gamma(α). Logarithms are needed because for small α
-    most draws are below the smallest float64.
+    Rejection samples Gamma(α + 1), and adding ``log(U) / α`` gives Gamma(α). Logarithms are needed because for small α
+    most samples are below the smallest float64.
 
     Source: G. Marsaglia and W. W. Tsang, A simple method for generating gamma variables, 2000.
     """
@@ -336,7 +331,7 @@ def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NeighborhoodHash(SeededHash):
-    """Draw a slot near that of the modulus: ``(i + U{−r, …, r}) mod n``.
+    """Draw a slot near that of the modulus hash: ``(i + U{−r, …, r}) mod n``.
 
     Radius 0 is the modulus hash; a radius of n / 2 or more is the uniform hash.
 
@@ -362,7 +357,7 @@ class NeighborhoodHash(SeededHash):
         return (ids + reduce_range(bits, width) - self.radius) % table_size
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         width = 2 * self.radius + 1
         if width > table_size:
@@ -373,7 +368,7 @@ class NeighborhoodHash(SeededHash):
 
 @dataclass(frozen=True)
 class XXHash(SeededHash):
-    """Take xxh32 of the identifier, modulo n; with ``sign=True`` of the layer this is HashedNets.
+    """Use the xxh32 digest of the identifier, modulo n. Layers with ``sign=True`` are then HashedNets.
 
     Args:
         seed: in [0, 2³²).
@@ -392,7 +387,7 @@ class XXHash(SeededHash):
         return xxh32(ids, self.seed) % table_size
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         return _equal_probabilities(table_size)
 
@@ -411,7 +406,7 @@ class XXHash(SeededHash):
 
 @dataclass(frozen=True)
 class BlockHash(SeededHash):
-    """Draw where each block of consecutive weights begins in the table, and read the block contiguously.
+    """Draw the slot where each block of consecutive weights begins; the block reads contiguous slots.
 
     Args:
         block: number of weights in a block, at most the size of the table.
@@ -448,7 +443,7 @@ class BlockHash(SeededHash):
             check_range("block", self.block, f"[1, {table_size}]")
 
     @override
-    @_of_own_slots
+    @_none_if_slot_overridden
     def probabilities(self, count: int, table_size: int) -> Tensor:
         covering = torch.arange(1, table_size + 1, dtype=torch.float64, device="cpu")
         covering = torch.minimum(covering, covering.flip(0)).clamp(max=min(self.block, table_size - self.block + 1))
@@ -465,7 +460,7 @@ class RecurrentHash(ModulusHash):
         layers: number of layers that share the table.
 
     Raises:
-        ConfigurationError: the weights do not form so many equal layers.
+        ConfigurationError: the weights are not those of ``layers`` equal layers.
     """
 
     include_biases = True
@@ -478,11 +473,10 @@ class RecurrentHash(ModulusHash):
         super().validate(shapes, table_size, scope)
         if scope == "layer":
             raise ConfigurationError(f"{self} shares the weights of layers: use scope='network'")
-        length, rest = divmod(len(shapes), max(1, self.layers))
-        layers = {tuple(map(tuple, shapes[i * length : (i + 1) * length])) for i in range(self.layers)}
-        if scope == "network" and (rest or len(layers) > 1):
+        sizes = [*map(tuple, shapes)]
+        if scope == "network" and sizes != sizes[: len(sizes) // max(1, self.layers)] * self.layers:
             raise ConfigurationError(
-                f"weights of shapes {listed(map(str, map(tuple, shapes)))} are not those of {self.layers} equal layers"
+                f"weights of shapes {listed(map(str, sizes))} are not those of {self.layers} equal layers"
             )
 
     @override
@@ -532,9 +526,8 @@ class ToeplitzHash(Hash):
 
     def __post_init__(self) -> None:
         for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
-            size = pair(getattr(self, name))
-            object.__setattr__(self, name, size)  # so that 3, [3, 3] and (3, 3) have one repr
-            check_range(name, min(size), f"[{least}, inf)")
+            object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have one repr
+            check_range(name, min(getattr(self, name)), f"[{least}, inf)")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
 
@@ -557,8 +550,9 @@ class ToeplitzHash(Hash):
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
-        images = (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
-        out, j, k, into, r, c = torch.unravel_index(ids, images)
+        out, j, k, into, r, c = torch.unravel_index(
+            ids, (self.out_channels, *self.output_size, self.in_channels, *pair(self.input_size))
+        )
         slot, fits = out * self.in_channels + into, torch.ones_like(ids, dtype=torch.bool)
         for (kernel, stride, padding, dilation), target, source in zip(self._axes(), (j, k), (r, c), strict=True):
             offset = source + padding - stride * target
@@ -591,9 +585,8 @@ class ToeplitzHash(Hash):
 
     def _check(self, fits: bool, weights: object) -> None:
         if not fits:
-            outputs, inputs = self.features
             raise ConfigurationError(
-                f"{self} is for a linear layer from {inputs} to {outputs}, not for {weights} weights"
+                f"{self} is for a linear layer from {self.features[1]} to {self.features[0]}, not for {weights} weights"
             )
 
 
@@ -624,12 +617,11 @@ class CodebookHash(Hash):
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
     ) -> None:
         super().validate(shapes, table_size, scope)
-        if table_size is None:
-            return
-        if (count := sum(map(math.prod, shapes))) != self.assignments.numel():
-            raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
-        for extreme in self.assignments.aminmax():
-            check_range("each assignment", int(extreme), f"[-1, {table_size})")
+        if table_size is not None:
+            if (count := sum(map(math.prod, shapes))) != self.assignments.numel():
+                raise ConfigurationError(f"{self.assignments.numel()} assignments do not fit {count} weights")
+            for extreme in self.assignments.aminmax():
+                check_range("each assignment", int(extreme), f"[-1, {table_size})")
 
     def __repr__(self) -> str:
         return f"CodebookHash({self.assignments.numel()} assignments)"
@@ -638,3 +630,65 @@ class CodebookHash(Hash):
 def _smallest_dtype(table_size: int) -> torch.dtype:
     """Return the smallest integer type for the slots of a table and −1."""
     return torch.int8 if table_size <= 1 << 7 else torch.int16 if table_size <= 1 << 15 else torch.int32
+
+
+def hash32(ids: Tensor, seed: int) -> Tensor:
+    """Return 32 pseudo-random bits for each identifier, independent for different seeds.
+
+    Multiplications and shifts mix the low 32 bits of an identifier, with two keys from the seed; the high bits are
+    folded in first.
+
+    Args:
+        ids: int64, of any shape.
+        seed: any integer.
+
+    Returns:
+        int64, in [0, 2³²).
+
+    Example:
+        >>> hash32(torch.arange(3), seed=0).tolist()
+        [2872864583, 1772158550, 138880084]
+    """
+    low_key, high_key = splitmix64(seed)
+    x = ((ids ^ ((ids >> 32) * 0x9E3779B1)) + low_key) & _LOW
+    x = ((x ^ (x >> 16)) * 0x7FEB352D & _LOW) ^ high_key
+    x = (x ^ (x >> 15)) * 0x846CA68B & _LOW
+    return x ^ (x >> 16)
+
+
+def reduce_range(bits: Tensor, count: int) -> Tensor:
+    """Map 32-bit integers to [0, count); each result is equally frequent to within 2⁻³² · count."""
+    return (bits * count) >> 32
+
+
+def xxh32(ids: Tensor, seed: int) -> Tensor:
+    """Return the xxh32 digest of each identifier as four little-endian bytes.
+
+    Args:
+        ids: int64, in [0, 2³²).
+        seed: in [0, 2³²).
+
+    Returns:
+        int64, in [0, 2³²).
+
+    Example:
+        >>> xxh32(torch.tensor([0, 1]), seed=0).tolist()
+        [148298089, 4089149075]
+
+    Source: Y. Collet, xxHash fast digest algorithm, 2012-2021, https://github.com/Cyan4973/xxHash.
+    """
+    x = (ids * _PRIME_3 + (seed + _PRIME_5 + 4)) & _LOW
+    x = (((x << 17) | (x >> 15)) & _LOW) * _PRIME_4 & _LOW
+    x = (x ^ (x >> 15)) * _PRIME_2 & _LOW
+    x = (x ^ (x >> 13)) * _PRIME_3 & _LOW
+    return x ^ (x >> 16)
+
+
+def splitmix64(seed: int) -> tuple[int, int]:
+    """Return two 32-bit keys for a seed: the halves of its splitmix64 hash."""
+    mask = (1 << 64) - 1
+    z = (seed + 1) * 0x9E3779B97F4A7C15 & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    z ^= z >> 31
+    return z & _LOW, z >> 32

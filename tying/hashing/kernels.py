@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from tying.hashing.integers import splitmix64
+from tying.hashing.hashes import splitmix64
 
-TILE = 32  # rows and columns of a tile; rows of the batch, too
+TILE = 32  # number of rows and of columns of a tile, of the weight or the batch
 
 
 @triton.jit
 def _slot(ids, low_key, high_key, size):  # type: ignore[no-untyped-def]  # Triton's language
-    """The uniform hash: integers.hash32 and integers.reduce_range, in unsigned arithmetic."""
+    """Compute the slots of a UniformHash: hash32 and reduce_range in unsigned arithmetic."""
     wide = ids.to(tl.uint64)
     x = (((wide ^ ((wide >> 32) * 0x9E3779B1)) + low_key) & 0xFFFFFFFF).to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x ^ high_key.to(tl.uint32)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ high_key.to(tl.uint32)
     x = (x ^ (x >> 15)) * 0x846CA68B
     x = x ^ (x >> 16)
     return ((x.to(tl.uint64) * size) >> 32).to(tl.int64)
@@ -34,7 +33,7 @@ def _slot(ids, low_key, high_key, size):  # type: ignore[no-untyped-def]  # Trit
 def _product(  # type: ignore[no-untyped-def]  # Triton's language
     x, table, y, batch, inner, outer, inner_stride, outer_stride, first, low_key, high_key, size, tile: tl.constexpr
 ):
-    """y[b, o] = Σ_i x[b, i] · t[h(first + i · inner_stride + o · outer_stride)]: output, or input gradient."""
+    """Compute y[b, o] = Σ_i x[b, i] · t[h(first + i · inner_stride + o · outer_stride)]: output, or input gradient."""
     b = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products exceed 2³¹
     o = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros((tile, tile), dtype=tl.float32)
@@ -52,7 +51,7 @@ def _product(  # type: ignore[no-untyped-def]  # Triton's language
 def _gradient(  # type: ignore[no-untyped-def]  # Triton's language
     x, upstream, sums, batch, inputs, outputs, first, low_key, high_key, size, tile: tl.constexpr
 ):
-    """sums[h(first + o · inputs + i)] += Σ_b upstream[b, o] · x[b, i]."""
+    """Add the table's gradient: sums[h(first + o · inputs + i)] += Σ_b upstream[b, o] · x[b, i]."""
     o = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)  # products exceed 2³¹
     i = tl.program_id(1) * tile + tl.arange(0, tile)
     total = tl.zeros((tile, tile), dtype=tl.float32)
@@ -67,7 +66,7 @@ def _gradient(  # type: ignore[no-untyped-def]  # Triton's language
 
 
 class FusedLinear(torch.autograd.Function):
-    """``x Wᵀ`` with ``w_i = t[uniform(i)]``, for x (batch, inputs) and a table (n,) on the same device."""
+    """``x Wᵀ`` with ``w_i = t[h(i)]`` for a uniform hash h, x (batch, inputs) and t (n,) on the same device."""
 
     @staticmethod
     @override
@@ -96,7 +95,7 @@ class FusedLinear(torch.autograd.Function):
 
 
 def fused_linear(x: Tensor, table: Tensor, outputs: int, first: int, seed: int) -> Tensor:
-    """Return ``x Wᵀ`` of a layer with a uniform hash. It has no second derivatives.
+    """Return ``x Wᵀ`` for a weight with a uniform hash. There are no second derivatives.
 
     Args:
         x: (..., inputs).
@@ -107,8 +106,7 @@ def fused_linear(x: Tensor, table: Tensor, outputs: int, first: int, seed: int) 
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    result: Tensor = FusedLinear.apply(flat, table, outputs, first, seed)
+    result: Tensor = FusedLinear.apply(x.reshape(-1, x.shape[-1]).contiguous(), table, outputs, first, seed)
     return result.view(*x.shape[:-1], outputs)
 
 

@@ -9,18 +9,17 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hashing.fast_paths import RepeatedRows, Size
+from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_entries
 from tying.torch_workarounds import convolve
 from tying.weights.derived import computed_property, install
 
 Device = torch.device | str | None
-Dense = nn.Linear | nn.Conv2d | nn.Embedding
 
 
 class Hashed(nn.Module):
-    """Base of layers whose ``weight`` is computed from a table; assigning it writes the nearest table.
+    """Base class of layers whose ``weight`` is computed from a table; assigning it writes the nearest table.
 
     Attributes:
         table: the parameter, (ceil(table_ratio · N),) for N weights.
@@ -33,29 +32,34 @@ class Hashed(nn.Module):
     weight = computed_property("table", "virtual")
 
     def _become(
-        self, dense: Dense, ratio: float | None, device: Device, dtype: torch.dtype | None, **options: Any
+        self,
+        dense: nn.Linear | nn.Conv2d | nn.Embedding,
+        ratio: float | None,
+        device: Device,
+        dtype: torch.dtype | None,
+        **options: Any,
     ) -> None:
-        """Take over the state of a dense layer on the meta device, except for its weight.
+        """Initialise the layer with the attributes of a dense layer, and a table instead of its weight.
 
         Args:
-            dense: the layer.
-            ratio: entries of the table for each weight.
-            device: of table and bias.
-            dtype: of table and bias.
-            options: of the map from the table to the weight.
+            dense: the layer, on the meta device.
+            ratio: number of table entries over the number of weights.
+            device: device of table and bias.
+            dtype: dtype of table and bias.
+            options: arguments of :class:`HashedParametrization`.
         """
         nn.Module.__init__(self)
         shape = dense.weight.shape
         size = table_entries(shape.numel(), ratio, options["hash"])
         self.__dict__.update(dense.__dict__)
-        table = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
-        install(self, "weight", HashedParametrization(shape, size, **options), table)
+        virtual = HashedParametrization(shape, size, **options | embedding_options(dense, "weight", options["index"]))
+        install(self, "weight", virtual, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
         if getattr(self, "bias", None) is not None:
             self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table and the bias as the dense layer draws its weight and bias."""
+        """Initialise the table and the bias as the dense layer initialises its weight and bias."""
         bound = 1 / math.sqrt(self.virtual.shape[1:].numel())
         nn.init.uniform_(self.table, -bound / self.virtual.scale, bound / self.virtual.scale)
         if isinstance(bias := getattr(self, "bias", None), Tensor):
@@ -69,14 +73,15 @@ class HashedLinear(Hashed, nn.Linear):
         in_features: size of an input.
         out_features: size of an output.
         bias: add a bias, which is not hashed.
-        table_ratio: entries of the table for each weight, in (0, 1]; a tenth, or what the hash fixes, by default.
+        table_ratio: number of table entries over the number of weights, in (0, 1]; default: what the hash requires,
+            or 0.1.
         hash: h.
         sign: multiply by ξ = ±1, as HashedNets do.
-        density: fraction of connections that are kept; the table has the same size.
-        index: ``"stored"`` (4 bytes a weight), ``"computed"`` anew each time, ``"structured"`` (no index:
-            modulus, Toeplitz, blocks), or the best of them.
-        device: of table and bias.
-        dtype: of table and bias.
+        density: fraction of connections that are kept; it does not change the table's size.
+        index: ``"stored"`` (4 bytes per weight), ``"computed"`` at each read, ``"structured"`` (without an index; for
+            modulus, Toeplitz and block hashes), or ``"auto"``.
+        device: device of table and bias.
+        dtype: dtype of table and bias.
 
     Shape: (..., in_features) to (..., out_features).
 
@@ -105,8 +110,16 @@ class HashedLinear(Hashed, nn.Linear):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dense = nn.Linear(in_features, out_features, bias, device="meta")
-        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
+        self._become(
+            nn.Linear(in_features, out_features, bias, device="meta"),
+            table_ratio,
+            device,
+            dtype,
+            hash=hash,
+            sign=sign,
+            density=density,
+            index=index,
+        )
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -127,22 +140,22 @@ class HashedConv2d(Hashed, nn.Conv2d):
     """A convolution whose weights share the entries of a table; see :class:`HashedLinear`.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
-        kernel_size: height and width.
-        stride: as of nn.Conv2d.
-        padding: as of nn.Conv2d.
-        dilation: as of nn.Conv2d.
-        groups: as of nn.Conv2d.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: height and width of the kernel.
+        stride: as in nn.Conv2d.
+        padding: as in nn.Conv2d.
+        dilation: as in nn.Conv2d.
+        groups: as in nn.Conv2d.
         bias: add a bias, which is not hashed.
-        padding_mode: as of nn.Conv2d.
-        table_ratio: entries of the table for each weight.
+        padding_mode: as in nn.Conv2d.
+        table_ratio: number of table entries over the number of weights.
         hash: h.
         sign: multiply by ±1.
         density: fraction of connections that are kept.
-        index: how the hash is evaluated.
-        device: of table and bias.
-        dtype: of table and bias.
+        index: as in :class:`HashedLinear`.
+        device: device of table and bias.
+        dtype: dtype of table and bias.
 
     Shape: (batch, in_channels, height, width) to (batch, out_channels, height, width).
 
@@ -171,16 +184,24 @@ class HashedConv2d(Hashed, nn.Conv2d):
         dtype: torch.dtype | None = None,
     ) -> None:
         geometry: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta")
-        dense = nn.Conv2d(in_channels, out_channels, *geometry)
-        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, index=index)
+        self._become(
+            nn.Conv2d(in_channels, out_channels, *geometry),
+            table_ratio,
+            device,
+            dtype,
+            hash=hash,
+            sign=sign,
+            density=density,
+            index=index,
+        )
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        structure = self.virtual.fast_path
-        if not isinstance(structure, RepeatedRows) or self.groups > 1:
+        fast_path = self.virtual.fast_path
+        if not isinstance(fast_path, RepeatedRows) or self.groups > 1:
             return convolve(self, input, self.weight, self.bias)
-        table = self.virtual.scaled(self.table)
-        return structure.convolve(table, self.bias, lambda kernels: convolve(self, input, kernels, None))
+        kernels = fast_path.rows(self.virtual.scaled(self.table)).view(-1, *fast_path.shape[1:])
+        return repeat_to(convolve(self, input, kernels, None), self.out_channels, -3, self.bias)
 
 
 class HashedEmbedding(Hashed, nn.Embedding):
@@ -189,14 +210,14 @@ class HashedEmbedding(Hashed, nn.Embedding):
     Args:
         num_embeddings: number of rows.
         embedding_dim: size of a row.
-        padding_idx: a row that is zero, and is not trained by its use.
-        table_ratio: entries of the table for each weight.
+        padding_idx: index of a row that is zero and has no gradient.
+        table_ratio: number of table entries over the number of weights.
         hash: h.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
-        index: how the hash is evaluated; ``"auto"`` is ``"computed"``.
-        device: of the table.
-        dtype: of the table.
+        index: as in :class:`HashedLinear`; ``"auto"`` is ``"computed"``.
+        device: device of the table.
+        dtype: dtype of the table.
 
     Shape: integers (...) to (..., embedding_dim).
 
@@ -220,9 +241,16 @@ class HashedEmbedding(Hashed, nn.Embedding):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dense = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta")
-        options = embedding_options(dense, "weight", index)
-        self._become(dense, table_ratio, device, dtype, hash=hash, sign=sign, density=density, **options)
+        self._become(
+            nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="meta"),
+            table_ratio,
+            device,
+            dtype,
+            hash=hash,
+            sign=sign,
+            density=density,
+            index=index,
+        )
 
     @override
     def reset_parameters(self) -> None:
@@ -234,11 +262,13 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
 
 def embedding_options(module: nn.Module, attribute: str, index: Index) -> dict[str, Any]:
-    """Return the further options of the map from table to weight where the weight is an embedding's.
+    """Return the arguments of :class:`HashedParametrization` that the weight of an embedding needs.
 
-    Only the rows that an ``nn.Embedding`` looks up are computed.
+    An ``nn.Embedding`` computes only the rows that it looks up, so it stores no index. Other weights need nothing.
     """
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or attribute != "weight":
         return {}
-    computed = index == "auto" and type(module) is nn.Embedding
-    return {"index": "computed" if computed else index, "zero_row": module.padding_idx}
+    return {
+        "index": "computed" if index == "auto" and type(module) is nn.Embedding else index,
+        "zero_row": module.padding_idx,
+    }

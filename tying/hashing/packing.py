@@ -1,9 +1,9 @@
-"""Packed files of clustered weights, in few bits each."""
+"""Save and load clustered weights in packed files, with a few bits per weight."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from tying.hashing.report import hashed_in
 
 VERSION = 1  # of packed files
 GAP_BITS = 5
-FILLER = (1 << GAP_BITS) - 1  # a gap of so many zeros that no weight follows
+FILLER = (1 << GAP_BITS) - 1  # a gap of this many zeros, after which no weight follows
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Packed:
         shape: shape of the weight.
         codebook: float32, (k,).
         indices: codebook indices of the nonzero weights, ⌈log₂ k⌉ bits each, packed.
-        gaps: number of zeros before each nonzero weight, 5 bits each, packed; 31 stands for 31 zeros without a weight
-            after them.
+        gaps: number of zeros before each nonzero weight, 5 bits each, packed; 31 means 31 zeros without a weight after
+            them.
         counts: number of indices, and of gaps.
     """
 
@@ -80,7 +80,7 @@ def packed(assignments: Tensor, codebook: Tensor) -> Packed:
 
 
 def indices_and_gaps(assignments: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the slots of nonzero weights, and the number of zeros before each, as in :class:`Packed`.
+    """Return the slots of nonzero weights, and the numbers of zeros before them, as in :class:`Packed`.
 
     Example:
         >>> indices_and_gaps(torch.tensor([3, -1, -1, 0]))
@@ -120,14 +120,13 @@ def huffman_bits(symbols: Tensor) -> int:
         >>> huffman_bits(torch.tensor([0, 0, 0, 1, 2]))
         7
     """
-    counts = torch.unique(symbols, return_counts=True)[1].tolist()
-    heapify(counts)
+    counts = sorted(torch.unique(symbols, return_counts=True)[1].tolist())  # a sorted list is a heap
     bits = 0
-    while len(counts) > 1:  # each symbol below the node of the two rarest gets one bit more
+    while len(counts) > 1:  # joining the two rarest nodes adds one bit to each symbol below them
         node = heappop(counts) + heappop(counts)
         bits += node
         heappush(counts, node)
-    return bits or sum(counts)  # a single symbol takes one bit, too
+    return bits or sum(counts)  # if there is a single symbol, it takes one bit
 
 
 def unpacked(content: Packed) -> Tensor:
@@ -135,13 +134,11 @@ def unpacked(content: Packed) -> Tensor:
     gaps = _unpack("gaps", content.gaps, content.counts[1], GAP_BITS)
     positions = torch.where(gaps == FILLER, FILLER, gaps + 1).cumsum(0)[gaps != FILLER] - 1
     indices = _unpack("indices", content.indices, content.counts[0], index_bits(len(content.codebook)))
-    weight = torch.zeros(math.prod(content.shape))
-    weight[positions] = content.codebook[indices]
-    return weight.view(content.shape)
+    return torch.zeros(math.prod(content.shape)).index_put((positions,), content.codebook[indices]).view(content.shape)
 
 
 def clustered(model: nn.Module) -> dict[str, tuple[HashedParametrization, Tensor]]:
-    """Return parametrization and codebook of each clustered weight of a model, by name."""
+    """Return the parametrization and the codebook of each clustered weight of a model, by name."""
     return {name: (weight, table) for name, weight, table in hashed_in(model) if isinstance(weight.hash, CodebookHash)}
 
 
@@ -163,8 +160,7 @@ def save_packed(model: nn.Module, path: Path | str) -> int:
     Raises:
         ConfigurationError: no weight is clustered.
     """
-    weights = packed_weights(model)
-    if not weights:
+    if not (weights := packed_weights(model)):
         raise ConfigurationError("no weight of the model is clustered")
     with atomically(Path(path)) as temporary:
         torch.save({"version": VERSION, "weights": {name: vars(weight) for name, weight in weights.items()}}, temporary)
@@ -172,13 +168,13 @@ def save_packed(model: nn.Module, path: Path | str) -> int:
 
 
 def load_packed(path: Path | str) -> dict[str, Tensor]:
-    """Return the clustered weights in a file of :func:`save_packed`, by name, in float32.
+    """Return the clustered weights in a file that :func:`save_packed` wrote, by name, in float32.
 
     ``model.load_state_dict(weights, strict=False)`` loads them into a plain model: it leaves other weights unchanged,
     and returns names without a counterpart as ``unexpected_keys``.
 
     Raises:
-        ConfigurationError: the file is of another kind or version, or damaged.
+        ConfigurationError: the file is missing, damaged, or of another kind or version.
     """
     content = read(path, "packed weights")
     if not isinstance(content, Mapping) or "version" not in content or "weights" not in content:

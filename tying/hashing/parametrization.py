@@ -1,13 +1,11 @@
-"""The parametrization of a hashed weight: its entries are those of a smaller table."""
-
-from __future__ import annotations
+"""The parametrization of a hashed weight, which reads its values from a smaller table."""
 
 import json
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +14,12 @@ from typing_extensions import override
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
-from tying.hashing.hashes import Hash, UniformHash, overrides_slot_only
-from tying.hashing.integers import hash32
+from tying.hashing.hashes import Hash, UniformHash, hash32, overrides_slot_only
 from tying.torch_workarounds import FollowsDevice, is_traced
 
 Index = Literal["auto", "stored", "computed", "structured"]
-STORED = 1 << 24  # "auto" stores an index of at most so many weights
-COMPILED = 1 << 20  # a computed index of at least so many weights is compiled
+STORED = 1 << 24  # "auto" stores an index of at most this number of weights
+COMPILED = 1 << 20  # a computed index of at least this number of weights is compiled
 FUSED = ("cuda",)  # devices for which Triton fuses layers
 _DENSITY = 0x44454E53  # makes the choice of kept weights independent of their slots
 
@@ -30,7 +27,8 @@ _DENSITY = 0x44454E53  # makes the choice of kept weights independent of their s
 def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     """Return the size of the table for ``count`` weights: ``ceil(ratio · count)``.
 
-    A float that is the nearest to k / count means k. The default ratio is that of the hash, or else a tenth.
+    If ``ratio`` is the float nearest to k / count, the size is k. The default is the ratio that the hash requires, or
+    else 0.1.
 
     Raises:
         ConfigurationError: the ratio is not in (0, 1], or the hash needs another one.
@@ -44,9 +42,8 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     if not count:
         raise ConfigurationError("a weight of no entries cannot be hashed")
-    required = hash.table_size(count)
     if ratio is None:
-        ratio = 0.1 if required is None else required / count
+        ratio = 0.1 if (required := hash.table_size(count)) is None else required / count
     check_range("table_ratio", ratio, "(0, 1]")
     exact = Fraction(ratio) * count
     size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
@@ -63,39 +60,39 @@ class HashState:
 
     def __init__(self, values: Tensor | None) -> None:
         self.values = values
-        self._successor: HashState | None = None
+        self._successor: Self | None = None
 
-    def loaded(self, values: Tensor) -> HashState:
-        """Return the state with other values: the same object for all weights that load equal ones."""
+    def loaded(self, values: Tensor) -> Self:
+        """Return a state with other values; all weights that load equal values get the same object."""
         if self._successor is None or not self._successor.equals(values):
-            self._successor = HashState(values.clone())  # the caller may change the checkpoint's tensor
+            self._successor = type(self)(values.clone())  # the caller may change the checkpoint's tensor
         return self._successor
 
     def equals(self, values: Tensor) -> bool:
-        """Return whether the state has these values, on this device."""
+        """Return whether the state has the given values, on the same device."""
         return self.values is not None and self.values.device == values.device and torch.equal(self.values, values)
 
 
 @class_aliases("tying.hashing.HashedParametrization")
 class HashedParametrization(FollowsDevice):
-    """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization.
+    """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization of torch.
 
-    Its state dict holds a description of the hash, and the hash's state, such as the assignments of a clustering. It
-    never holds an index that can be recomputed.
+    Its state dict contains a description of the hash, and the hash's state, such as the assignments of a clustering. It
+    never contains an index, which can be recomputed.
 
     Args:
         shape: shape of the weight.
         table_size: n, the number of table entries.
         hash: h.
         sign: multiply by ξ = ±1.
-        density: fraction of weights that are kept; the others are zero. The size of the table stays.
-        salt: makes the choice of kept weights independent of other weights with the same hash.
+        density: fraction of weights that are kept; the others are zero. It does not change the table's size.
+        salt: integer that makes the choice of kept weights independent of other weights with the same hash.
         index: ``"stored"`` (4 bytes per weight), ``"computed"`` at each read, ``"structured"`` (the hash's fast path,
             without an index), or ``"auto"``.
         first: identifier of the first weight.
         scale: a constant factor on all weights.
-        zero_row: a row that is zero: an embedding's padding.
-        state: ``state`` of another weight that shares the table.
+        zero_row: index of a row that is zero, such as an embedding's ``padding_idx``.
+        state: the ``state`` of another weight that shares the table; by default, the hash computes it.
 
     Raises:
         ConfigurationError: an argument is out of range, the hash does not fit, returns slots outside the table, or has
@@ -133,14 +130,16 @@ class HashedParametrization(FollowsDevice):
         self.first, self.scale, self.zero_row = first, scale, zero_row
         hash.check_shape(self.shape)
         self.state = state or HashState(hash.state(table_size))
-        applies = self._is_plain and not overrides_slot_only(hash, "fast_path")
-        fast_path = hash.fast_path(self.shape, table_size, first) if applies else None
+        fast_path = (
+            hash.fast_path(self.shape, table_size, first)
+            if self._is_plain and not overrides_slot_only(hash, "fast_path")
+            else None
+        )
         if index == "structured" and fast_path is None:
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
-        if index == "auto":
-            index = "structured" if fast_path else "stored" if self.shape.numel() <= STORED else "computed"
-        self.index = index
-        self.fast_path = fast_path if index == "structured" else None
+        best: Index = "structured" if fast_path else "stored" if self.shape.numel() <= STORED else "computed"
+        self.index = best if index == "auto" else index
+        self.fast_path = fast_path if self.index == "structured" else None
         self.check_slots()
         self._stored: Tensor | None = None
         self._compiled: IndexSource | None = None
@@ -166,8 +165,12 @@ class HashedParametrization(FollowsDevice):
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
             raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
-        checkable = chosen.device.type == "cpu" and chosen.numel() and not torch.compiler.is_compiling()
-        if checkable and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]:
+        if (
+            chosen.device.type == "cpu"  # on a GPU, reading the values would wait for it
+            and chosen.numel()
+            and not torch.compiler.is_compiling()
+            and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]
+        ):
             raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
         weights = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
@@ -175,28 +178,37 @@ class HashedParametrization(FollowsDevice):
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the table nearest to a weight: each entry is the mean of its weights, or zero without any."""
+        """Return the table nearest to a weight: each entry is the mean of the weights that read it, or zero."""
         return self.joint_inverse([(self, weight)], weight.new_zeros(self.table_size))
 
     @staticmethod
-    def joint_inverse(parts: Sequence[tuple[HashedParametrization, Tensor]], table: Tensor) -> Tensor:
-        """Return the table nearest to several weights that share it; entries that no weight reads stay."""
-        pairs = [parametrization.sums(weight) for parametrization, weight in parts]
+    def joint_inverse(parts: "Sequence[tuple[HashedParametrization, Tensor]]", table: Tensor) -> Tensor:
+        """Return the table nearest to several weights that share it.
+
+        Args:
+            parts: for each weight, its parametrization and its values.
+            table: (n,); entries that no weight reads keep their values.
+        """
+        pairs = (parametrization.sums(weight) for parametrization, weight in parts)
         sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
         return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 
     def drawn_from(self, pool: Tensor) -> Tensor:
-        """Return an initial table: entries sampled from a pool of numbers; for a recurrent hash, the first of them."""
+        """Return an initial table: n numbers sampled from a pool; for a recurrent hash, the first n numbers."""
         if self.hash.include_biases:
             return pool[: self.table_size]
-        size, too_few = self.table_size, len(pool) < self.table_size  # where several weights share the table
         sampled = (
-            torch.randint(len(pool), (size,), device="cpu") if too_few else torch.randperm(len(pool), device="cpu")
+            torch.randperm(len(pool), device="cpu")[: self.table_size]
+            if len(pool) >= self.table_size
+            else torch.randint(len(pool), (self.table_size,), device="cpu")  # the table serves other weights, too
         )
-        return pool[sampled[:size].to(pool.device)]
+        return pool[sampled.to(pool.device)]
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum of the weights that read each table entry, without signs and scale, and their number."""
+        """Return for each table entry the sum of the weights that read it, and their number.
+
+        The sum is that of the table's values: signs and scale are divided out.
+        """
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
@@ -208,11 +220,16 @@ class HashedParametrization(FollowsDevice):
 
     def fusible_seed(self, table: Tensor) -> int | None:
         """Return the seed for :func:`tying.hashing.kernels.fused_linear`, or None if the layer cannot be fused."""
-        if type(self.hash) is not UniformHash or self.index != "computed" or not self._is_plain:
-            return None
-        # the compiler fuses by itself; kernels sum in any order
-        excluded = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-        if excluded or table.device.type not in FUSED or table.dtype == torch.float64 or find_spec("triton") is None:
+        if (
+            type(self.hash) is not UniformHash
+            or self.index != "computed"
+            or not self._is_plain
+            or torch.compiler.is_compiling()  # the compiler fuses the plain operations
+            or torch.are_deterministic_algorithms_enabled()  # kernels add gradients in any order
+            or table.device.type not in FUSED
+            or table.dtype == torch.float64
+            or find_spec("triton") is None
+        ):
             return None
         return self.hash.seed
 
@@ -222,7 +239,7 @@ class HashedParametrization(FollowsDevice):
 
     @property
     def drawn(self) -> Tensor | None:
-        """The state of the hash, as the state dict holds it."""
+        """The state of the hash, as in the state dict."""
         return self.state.values
 
     def slots(self) -> Tensor:
@@ -230,11 +247,11 @@ class HashedParametrization(FollowsDevice):
         return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def extended_slots(self) -> Tensor:
-        """Return indices into ``[table, −table, 0]``; the parts without a use are left out of that table."""
+        """Return indices into ``[table, −table, 0]``, without ``−table`` if unsigned and without 0 if none is zero."""
         return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def distinct_rows(self) -> int:
-        """Return how many rows of the weight differ: a hash that repeats rows leaves fewer units than there seem to be.
+        """Return the number of distinct rows: if a hash repeats rows, the layer has fewer distinct units.
 
         Example:
             >>> from tying.hashing import ModulusHash
@@ -247,18 +264,24 @@ class HashedParametrization(FollowsDevice):
 
     def describe(self) -> str:
         """Describe shape, index, table and repeated rows, for reports."""
-        text = f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}"
-        distinct = self.distinct_rows()
-        return text + f"; only {distinct} of {self.shape[0]} units are distinct" * (distinct < self.shape[0])
+        return (
+            f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}"
+            f"{repeated_units(self.distinct_rows(), self.shape)}"
+        )
 
     def check_slots(self) -> None:
-        """Check the slots, and find out whether some weights are zero; with a fast path, the first and last slot only.
+        """Check that slots are in the table, and set ``zeros``: whether some weights are zero.
+
+        With a fast path, only the first and the last slot are computed.
 
         Raises:
             ConfigurationError: the hash returns slots outside the table.
         """
-        ends = torch.tensor([0, self.shape.numel() - 1], device="cpu")
-        chunks = [ends] if self.fast_path else self._positions(torch.device("cpu"))
+        chunks = (
+            [torch.tensor([0, self.shape.numel() - 1], device="cpu")]
+            if self.fast_path
+            else self._positions(torch.device("cpu"))
+        )
         extremes = torch.stack([torch.stack(self._slot(positions).aminmax()) for positions in chunks])
         low, high = int(extremes.min()), int(extremes.max())
         if low < -1 or high >= self.table_size or extremes.is_floating_point():
@@ -270,7 +293,7 @@ class HashedParametrization(FollowsDevice):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether weights are what the hash alone says: unsigned, none left out, no row of zeros."""
+        """Whether the hash alone determines the weights: no signs, no dropped weights, no row of zeros."""
         return not self.sign and self.density == 1 and self.zero_row is None
 
     @property
@@ -299,9 +322,11 @@ class HashedParametrization(FollowsDevice):
         return torch.where(slots < 0, self._extended_size - 1, extended) if self.zeros else extended
 
     def _source(self, device: torch.device) -> IndexSource:
-        if self._stored is not None:
-            return IndexSource(self.shape.numel(), self._extended_slot, self._stored.to(device))
-        source = IndexSource(self.shape.numel(), self._extended_slot)
+        source = IndexSource(
+            count=self.shape.numel(),
+            compute=self._extended_slot,
+            stored=None if self._stored is None else self._stored.to(device),
+        )
         if self.index != "computed" or source.count < COMPILED or device.type != "cpu" or is_traced():
             return source
         if self._compiled is None:
@@ -309,7 +334,7 @@ class HashedParametrization(FollowsDevice):
         return self._compiled
 
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
-        small_table = self.table_size <= source.count  # the scale multiplies whichever has fewer numbers
+        small_table = self.table_size <= source.count  # if so, scaling the table is cheaper than scaling the weights
         scaled = table * self.scale if small_table and self.scale != 1 else table
         parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
         weights = lookup(torch.cat(parts) if len(parts) > 1 else scaled, source)
@@ -324,7 +349,7 @@ class HashedParametrization(FollowsDevice):
 
     @property
     def _description(self) -> str:
-        """The text by which a checkpoint recognises the weight; it must stay as it is."""
+        """The text that checkpoints compare; a change would make older checkpoints unreadable."""
         return (
             f"{self.shape.numel()} weights from {self.first} on, of a table of {self.table_size} by {self.hash}"
             + ", signed" * self.sign
@@ -335,8 +360,8 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def get_extra_state(self) -> Tensor:
-        content = json.dumps({"described": self._description, "scale": self.scale})
-        return torch.frombuffer(bytearray(content, "utf-8"), dtype=torch.uint8)
+        content = json.dumps({"described": self._description, "scale": self.scale}).encode()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
@@ -353,7 +378,7 @@ class HashedParametrization(FollowsDevice):
         self.scale = content["scale"]
 
     def _save_drawn(self, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        """Add the hash's state to a state dict. It is no buffer: processes would broadcast it at every step."""
+        """Add the hash's state to a state dict. As a buffer, it would be broadcast at every step of DDP."""
         if self.drawn is not None:
             state_dict[f"{prefix}drawn"] = self.drawn
 
@@ -371,29 +396,28 @@ class HashedParametrization(FollowsDevice):
             if f"{prefix}_extra_state" in state_dict:  # checked first, and here, so that errors name the weight
                 self.set_extra_state(state_dict[f"{prefix}_extra_state"])
             if self.drawn is not None and f"{prefix}drawn" in state_dict:
-                self._take(self.drawn, state_dict.pop(f"{prefix}drawn"))  # torch reports keys that it does not know
+                self._take(self.drawn, state_dict.pop(f"{prefix}drawn"))  # torch would report the key as unexpected
             elif self.drawn is not None and strict:
                 missing_keys.append(f"{prefix}drawn")
         except ConfigurationError as error:
             raise ConfigurationError(f"{prefix.removesuffix('.')!r}: {error}") from None
 
     def _take(self, current: Tensor, loaded: Tensor) -> None:
-        """Replace the hash's state by a checkpoint's."""
+        """Replace the hash's state by a checkpoint's state."""
         ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (current, loaded))
         if ours != theirs:
             raise ConfigurationError(f"the state of its hash is {ours}; in the checkpoint it is {theirs}")
-        if loaded.is_meta or self.state.equals(loaded.to(current.device)):  # meta tensors have no values
-            return
-        previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
-        try:
-            self.check_slots()
-        except ConfigurationError:
-            self.state = previous
-            raise
-        self.move()
+        if not loaded.is_meta and not self.state.equals(loaded.to(current.device)):  # meta tensors have no values
+            previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
+            try:
+                self.check_slots()
+            except ConfigurationError:
+                self.state = previous
+                raise
+            self.move()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled: all but the index, which is recomputed."""
+        """Return what is copied or pickled: everything except the index, which is recomputed."""
         return {**self.__dict__, "_stored": None, "_compiled": None}
 
     @override
@@ -404,3 +428,8 @@ class HashedParametrization(FollowsDevice):
     @override
     def extra_repr(self) -> str:
         return f"{self._description}, index={self.index!r}"
+
+
+def repeated_units(distinct: int, shape: Sequence[int]) -> str:
+    """Describe how many units of a weight are distinct, for reports; empty if all are."""
+    return f"; only {distinct} of {shape[0]} units are distinct" * (distinct < shape[0])

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from tying.errors import ConfigurationError
 from tying.files import save_figure
-from tying.hashing.parametrization import HashedParametrization
+from tying.hashing.parametrization import HashedParametrization, repeated_units
 from tying.weights.derived import derived_weights
 from tying.weights.report import WeightRow
 
 
 def loads(index: Tensor, table_size: int) -> Tensor:
-    """Return how many weights use each entry of a table; zero weights (−1) use none.
+    """Return how many weights read each entry of a table; zero weights (−1) read none.
 
     Args:
         index: integers in [−1, table_size), of any shape.
@@ -34,34 +34,32 @@ def loads(index: Tensor, table_size: int) -> Tensor:
 
 
 def entropy(loads: Tensor) -> float:
-    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n for n equal ones, 0 for a single positive one.
+    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n if n are equal, 0 if a single one is positive.
 
     Args:
-        loads: (table_size,), not negative; need not sum to one. Zeros alone have entropy 0.
+        loads: (table_size,), not negative; they need not sum to 1. The entropy of zeros alone is 0.
 
     Example:
         >>> round(entropy(torch.ones(1000)), 2)
         6.91
     """
-    if not loads.any():
-        return 0.0
-    shares = loads.double() / loads.sum()
+    shares = loads.double() / (loads.sum() or 1)
     return float(-torch.special.xlogy(shares, shares).sum()) + 0.0
 
 
 @dataclass(frozen=True)
 class HashedWeight:
-    """A weight that is hashed, and the use of its table.
+    """A hashed weight, and how evenly its table is used.
 
     Attributes:
-        name: of the weight.
-        shape: of the weight.
-        table_size: entries of its table, which may be the network's.
-        holder: the first weight of its table: another name where they share it.
-        index: how the hash is evaluated.
-        units: distinct rows of the weight: a hash that repeats rows leaves fewer units than the shape suggests.
+        name: name of the weight.
+        shape: shape of the weight.
+        table_size: number of entries of its table, which other weights may share.
+        holder: name of the first weight that reads the table.
+        index: ``"stored"``, ``"computed"`` or ``"structured"``; see :class:`HashedParametrization`.
+        units: number of distinct rows of the weight.
         realised: entropy of the loads of the table's entries, in nats.
-        generating: entropy of the hash's probabilities, in nats, where they are known.
+        generating: entropy of the hash's probabilities, in nats, or None if they are unknown.
     """
 
     name: str
@@ -74,8 +72,15 @@ class HashedWeight:
     generating: float | None
 
     def __str__(self) -> str:
-        repeated = f"; only {self.units} of {self.shape[0]} units are distinct" * (self.units < self.shape[0])
-        return str(WeightRow((self.name,), self.index + repeated, self.shape, self.table_size, math.prod(self.shape)))
+        return str(
+            WeightRow(
+                names=(self.name,),
+                how=self.index + repeated_units(self.units, self.shape),
+                shape=self.shape,
+                stored=self.table_size,
+                used=math.prod(self.shape),
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,10 @@ class HashReport:
     """The hashed weights of a model; see :func:`hash_weights`.
 
     Attributes:
-        weights: the hashed weights, those of one table next to each other.
-        stored: entries of all tables.
+        weights: the hashed weights; weights that share a table are adjacent.
+        stored: number of entries of all tables.
         virtual: number of values of the hashed weights.
-        skipped: names of parameters of fewer than two dimensions, which are left unchanged.
+        skipped: names of parameters of fewer than two dimensions, which are not hashed.
     """
 
     weights: tuple[HashedWeight, ...]
@@ -95,10 +100,11 @@ class HashReport:
     skipped: tuple[str, ...]
 
     def __str__(self) -> str:
-        holders = {weight.holder for weight in self.weights}
-        tables = "a table" if len(holders) == 1 else f"{len(holders)} tables with a total"
+        count, tables = len(self.weights), len({weight.holder for weight in self.weights})
+        verb = "has" if count == 1 else "share" if tables < count else "have"
+        shared = "a table" if tables == 1 else f"{tables} tables with a total"
         lines = [
-            f"{len(self.weights)} weights ({self.virtual:,} values) share {tables} of {self.stored:,} entries "
+            f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) {verb} {shared} of {self.stored:,} entries "
             f"(ratio {self.stored / max(1, self.virtual):.3g})"
         ]
         for weight in self.weights:
@@ -110,47 +116,50 @@ class HashReport:
                 )
             lines.append(f"  {weight}")
         if self.skipped:
-            lines.append(f"skipped, having fewer than two dimensions: {', '.join(self.skipped)}")
+            lines.append(f"skipped because of fewer than two dimensions: {', '.join(self.skipped)}")
         return "\n".join(lines)
 
 
 def hashed_in(model: nn.Module) -> Iterator[tuple[str, HashedParametrization, nn.Parameter]]:
     """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
     for name, derived in derived_weights(model).items():
-        virtual = derived.steps[-1]
-        if isinstance(virtual, HashedParametrization):
-            prefix, *_ = derived.prefixes
-            is_list = prefix.endswith(".")
-            table = derived.owner.get_parameter(f"{prefix}original") if is_list else getattr(derived.owner, prefix)
-            yield name, virtual, table
+        if isinstance(virtual := derived.steps[-1], HashedParametrization):
+            owner, prefix = derived.owner, derived.prefixes[0]
+            is_list = prefix.endswith(".")  # of parametrizations; else the prefix is the table's name
+            yield name, virtual, owner.get_parameter(f"{prefix}original") if is_list else getattr(owner, prefix)
 
 
 def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str, dict[str, HashedParametrization]]:
-    """Return the weights of each table of a model, by the name of the first; all weights, or those of ``names``."""
+    """Return the weights of each table of a model, by the name of the first weight.
+
+    Args:
+        model: any module.
+        names: names of the weights to include; all by default.
+    """
     tables: dict[int, dict[str, HashedParametrization]] = {}
-    for name, virtual, table in [*hashed_in(model)]:  # a list: computed tables must live to have distinct ids
+    for name, virtual, table in [*hashed_in(model)]:  # a list keeps computed tables alive, so that their ids differ
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
     return {next(iter(group)): group for group in tables.values()}
 
 
 def loads_of(group: Mapping[str, HashedParametrization]) -> Tensor:
-    """Return how many weights, of all that share a table, use each entry."""
+    """Return how many of the weights that share a table read each entry."""
     return torch.stack([loads(virtual.slots(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
 
 
 def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
-    """Return the report of a model's hashed weights.
+    """Report how a model's hashed weights use their tables.
 
     Args:
         model: any module.
-        names: which weights; all by default.
-        skipped: names of parameters that were to be hashed, and were not.
+        names: names of the weights to include; all by default.
+        skipped: names of the parameters that :func:`hash_weights` skipped.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
         >>> print(report(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash()))))
-        1 weights (16 values) share a table of 4 entries (ratio 0.25)
+        1 weight (16 values) has a table of 4 entries (ratio 0.25)
         table of 4: entropy of loads 1.3863, of probabilities 1.3863, at most 1.3863 nats
           0.weight (4, 4): 16 values from 4, structured; only 1 of 4 units are distinct
     """
@@ -159,15 +168,20 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         size, hash = group[holder].table_size, group[holder].hash
         shares = hash.probabilities(sum(virtual.shape.numel() for virtual in group.values()), size)
         entropies = entropy(loads_of(group)), None if shares is None else entropy(shares)
-        for name, virtual in group.items():
-            shape, units = tuple(virtual.shape), virtual.distinct_rows()
-            weights.append(HashedWeight(name, shape, size, holder, virtual.index, units, *entropies))
-    stored = sum(weight.table_size for weight in weights if weight.name == weight.holder)
-    return HashReport(tuple(weights), stored, sum(math.prod(weight.shape) for weight in weights), skipped)
+        weights += [
+            HashedWeight(name, (*virtual.shape,), size, holder, virtual.index, virtual.distinct_rows(), *entropies)
+            for name, virtual in group.items()
+        ]
+    return HashReport(
+        weights=tuple(weights),
+        stored=sum(weight.table_size for weight in weights if weight.name == weight.holder),
+        virtual=sum(math.prod(weight.shape) for weight in weights),
+        skipped=skipped,
+    )
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
-    """Return how many weights use each entry of each table of a model, by the name of the first weight that does.
+    """Return how many weights read each entry of each table of a model, by the name of the table's first weight.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
@@ -178,7 +192,7 @@ def table_loads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plot_loads(model: nn.Module, path: Path | str) -> None:
-    """Write a PNG with the loads of each table of a model: as a heat map of its entries, and as a histogram.
+    """Write a PNG with the loads of each table of a model, as a heat map of the entries and as a histogram.
 
     Raises:
         ConfigurationError: no weight is hashed.
@@ -187,14 +201,21 @@ def plot_loads(model: nn.Module, path: Path | str) -> None:
 
 
 def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
-    """Write a PNG with a row of two panels for each title: loads, (table_size,), as a heat map and as a histogram."""
+    """Write a PNG with a row of two panels, heat map and histogram, for each table.
+
+    Args:
+        counts: loads, (table_size,), by title.
+        path: path of the file.
+
+    Raises:
+        ConfigurationError: there are no loads.
+    """
     from matplotlib.figure import Figure
 
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
     figure = Figure(figsize=(6.8, 2.9 * len(counts)), layout="constrained")
-    panels = figure.subplots(len(counts), 2, squeeze=False)
-    for (title, uses), (heat, bars) in zip(counts.items(), panels, strict=True):
+    for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
         figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
@@ -202,6 +223,7 @@ def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
         heat.set_title(title, fontsize="small", loc="left")
         bars.hist(uses.numpy(), bins=min(50, int(uses.max()) + 1))
         bars.set(xlabel="weights that use an entry", ylabel="entries")
-        title = f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats"
-        bars.set_title(title, fontsize="small", loc="right")
+        bars.set_title(
+            f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats", fontsize="small", loc="right"
+        )
     save_figure(figure, path)
