@@ -34,6 +34,7 @@ class Trainer(pl.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = True,
         plot: Path | None = None,
+        json: bool = False,
     ) -> None:
         """Print, without training, which weights each tie matches, and which weights no tie matches.
 
@@ -43,11 +44,13 @@ class Trainer(pl.Trainer):
             ckpt_path: take the weights of this checkpoint, or of the newest, ``"last"``.
             weights_only: unpickle nothing but tensors and plain types from it.
             plot: write how hashes use their tables to this PNG: heat maps and histograms.
+            json: print one JSON document instead of text.
 
         Raises:
-            ConfigurationError: ties do not fit the model; those that do are printed first.
+            ConfigurationError: ties do not fit the model; those that do are printed first, as text only.
         """
-        inspect(model, callbacks_of(self), None if ckpt_path is None else Path(ckpt_path), weights_only, plot)
+        checkpoint = None if ckpt_path is None else Path(ckpt_path)
+        inspect(model, callbacks_of(self), checkpoint, weights_only, plot, json)
 
 
 class SaveConfig(SaveConfigCallback):
