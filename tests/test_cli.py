@@ -437,7 +437,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--data.batch_size=5000"], "batch_size=5000 is more than the 4500 training images"),
         (["--data.download=true"], "download needs root"),
         (["--data.root=afile", "--data.download=true"], "CIFAR-10 could not be"),
-        (["--model.lr=-1"], "lr and weight_decay must be 0 or more"),
+        (["--model.lr=-1"], "lr must be 0 or more"),
         (["--model.warmup=-1"], "warmup from 0 to 1"),
         (["--model.network.width=0"], "width is a multiple of 1/16"),
         (["--trainer.max_epochs=-1", "--trainer.max_time=00:00:01:00"], "a learning rate's schedule needs an end"),

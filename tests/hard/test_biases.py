@@ -94,7 +94,7 @@ def test_a_tied_bias_and_one_seen_at_two_sizes_are_refused():
         untie_biases(model, ["0.bias"], torch.zeros(1, 2, 6, 6))
     with pytest.raises(ValueError, match=r"outputs of \[\(2, 2\), \(4, 4\)\]; one size"):
         untie_biases(Twice(), ["conv.bias"], torch.zeros(1, 2, 6, 6))
-    with pytest.raises(ValueError, match="input_size is that of one sample"):
+    with pytest.raises(ValueError, match="input_size must be that of one sample"):
         UntiedBiases(["0.bias"], [])
 
 

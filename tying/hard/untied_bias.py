@@ -1,6 +1,7 @@
 """Convolutions with a bias for each output position."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -106,14 +107,10 @@ def _output_sizes(model: nn.Module, layers: set[nn.Module], example: Tensor) -> 
     sizes: dict[nn.Module, set[tuple[int, ...]]] = {layer: set() for layer in layers}
 
     def add_size(layer: nn.Module, _: object, output: Tensor) -> None:
-        dimensions = layer.get_parameter("weight").ndim - 2
-        sizes[layer].add(tuple(output.shape[-dimensions:]))
+        sizes[layer].add(tuple(output.shape[2 - layer.get_parameter("weight").ndim :]))
 
-    hooks = [layer.register_forward_hook(add_size) for layer in layers]
-    try:
-        with eval_mode(model):
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, eval_mode(model):
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(add_size))
+        model(example)
     return sizes

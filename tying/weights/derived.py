@@ -66,13 +66,15 @@ def derived_in(module: nn.Module) -> list[DerivedWeight]:
 
     ``computes`` maps the weight's name to the names of a parameter and of the submodule that maps it to the weight.
     """
-    parametrized = [
-        DerivedWeight(module, name, (*steps,), (f"parametrizations.{name}.",))
-        for name, steps in _parametrizations(module).items()
-    ]
-    return parametrized + [
-        DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}."))
-        for name, (parameter, step) in _computes(module).items()
+    return [
+        *(
+            DerivedWeight(module, name, (*steps,), (f"parametrizations.{name}.",))
+            for name, steps in _parametrizations(module).items()
+        ),
+        *(
+            DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}."))
+            for name, (parameter, step) in _computes(module).items()
+        ),
     ]
 
 
@@ -88,11 +90,6 @@ def derived_weights(model: nn.Module, aliases: bool = False) -> dict[str, Derive
         for path, module in model.named_modules(remove_duplicate=not aliases)
         for derived in derived_in(module)
     }
-
-
-def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
-    """Tell whether all of these weights of a model, at least one, are derived."""
-    return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
 
 
 class _Generated:
@@ -145,27 +142,26 @@ def install(
         >>> remove(layer, "weight").shape, type(layer).__name__, [name for name, _ in layer.named_parameters()]
         (torch.Size([4, 6]), 'Linear', ['weight', 'bias'])
     """
-    computes = _computes(module)
     if table is None:
-        is_list = isinstance(step, ParametrizationList)
-        parametrizations: Any = step if is_list else ParametrizationList([step], module.get_parameter(name))
+        parametrizations: Any = (
+            step if isinstance(step, ParametrizationList) else ParametrizationList([step], module.get_parameter(name))
+        )
         parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
         delattr(module, name)
         if not is_parametrized(module):
             module.parametrizations = nn.ModuleDict()
         module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
+        _renew_class(module, _computes(module))
     else:
         _replace_parameter(module, name, keys[0], table)
         module.register_module(keys[1], step)
-        computes = {**computes, name: keys}
-    _renew_class(module, computes)
+        _renew_class(module, {**_computes(module), name: keys})
 
 
 def remove(module: nn.Module, name: str) -> nn.Parameter:
     """Replace a derived weight by a parameter of equal value, at the weight's former place; return it."""
     [derived] = [derived for derived in derived_in(module) if derived.name == name]
-    trained = any(parameter.requires_grad for parameter in derived.originals)
-    weight = nn.Parameter(getattr(module, name).detach().clone(), trained)
+    weight = nn.Parameter(getattr(module, name).detach().clone(), any(p.requires_grad for p in derived.originals))
     computes = _computes(module)
     if name in computes:
         table, step = computes[name]
@@ -211,8 +207,10 @@ def _computes(module: nn.Module | type[nn.Module]) -> dict[str, tuple[str, str]]
 
 def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in the place of another one: the state of optimizers depends on their order."""
-    items = module._parameters.items()
-    module._parameters = dict((name, parameter) if key == former else (key, value) for key, value in items)
+    module._parameters = {
+        name if key == former else key: parameter if key == former else value
+        for key, value in module._parameters.items()
+    }
 
 
 def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
@@ -227,9 +225,11 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
         and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
-        methods = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)]
-        members: dict[str, Any] = {"computes": computes} | {name: _reset(name, added) for name in methods}
-        members |= {name: computed_property(*keys) for name, keys in added.items()}
+        members: dict[str, Any] = {
+            "computes": computes,
+            **{name: _reset(name, added) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)},
+            **{name: computed_property(*keys) for name, keys in added.items()},
+        }
         kind = type(f"Hashed{kind.__name__.removeprefix('Hashed')}", (kind, _Generated), members)
     if is_parametrized(module):
         kind = type(f"Parametrized{kind.__name__}", (kind, _Generated), {"__module__": parametrize.__name__})
@@ -371,20 +371,18 @@ def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every weight that the forward pass uses; shared weights appear once per use.
-
-    A derived weight whose last step knows its shape (``shape``) is not computed: a meta tensor stands for it.
-    """
+    """Yield every weight that the forward pass uses, as :func:`effective_weight`; shared ones once per use."""
     with eval_mode(model):
         for path, module in model.named_modules(remove_duplicate=False):
             if "parametrizations" not in path.split("."):
                 derived = derived_in(module)
                 tables = {prefix for weight in derived for prefix in weight.prefixes}
-                yield from map(_effective, derived)
+                yield from map(effective_weight, derived)
                 yield from (p for name, p in module._parameters.items() if p is not None and name not in tables)
 
 
-def _effective(derived: DerivedWeight) -> Any:
+def effective_weight(derived: DerivedWeight) -> Any:
+    """Return a derived weight; a meta tensor of its shape where the last step stores that (``shape``)."""
     shape = getattr(derived.steps[-1], "shape", None)
     table = derived.owner._parameters.get(derived.prefixes[0])
     if isinstance(shape, torch.Size) and table is not None:
@@ -405,11 +403,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """
     used = sum(weight.numel() for weight in effective_weights(model))
     return sum(parameter.numel() for parameter in model.parameters()), used
-
-
-def saved_bytes(model: nn.Module) -> int:
-    """Return by how many bytes the weights that the forward pass uses exceed the stored parameters."""
-    return sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -440,9 +433,8 @@ class ParameterLocation:
         """The map from the parameter to the weight; ``None`` where a parametrization is not by :func:`tie`."""
         if self.holder is self.owner:
             return Relation()
-        steps = _parametrizations(self.owner)[self.attribute]
-        relation = getattr(steps[0], "relation", None) if len(steps) == 1 else None
-        return relation if isinstance(relation, Relation) else None
+        link = links_in(self.owner).get(self.attribute)
+        return link.relation if link else None
 
 
 def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:

@@ -1,12 +1,10 @@
 """Records of tied weights, kept in the modules that hold them, and the hooks on loading that keep them tied."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from uuid import uuid4
 
 import torch
@@ -40,7 +38,7 @@ class TieRecord:
     members: tuple[object, ...]
     root: str = ""
 
-    def within(self, path: str) -> TieRecord:
+    def within(self, path: str) -> Self:
         """Return the record with names relative to a model that holds the record's module at ``path``."""
         return replace(self, names=tuple(f"{path}.{name}".lstrip(".") for name in self.names))
 
@@ -63,8 +61,7 @@ class ModuleRecord:
 
 def record_in(module: nn.Module) -> ModuleRecord:
     """Return the record of a module, an empty one if it has none."""
-    record: ModuleRecord = module.__dict__.get(RECORD) or ModuleRecord()
-    return record
+    return module.__dict__.get(RECORD) or ModuleRecord()
 
 
 def records_below(model: nn.Module) -> list[tuple[str, ModuleRecord]]:
@@ -99,8 +96,8 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
 
 def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[str, ParameterLocation]) -> None:
     """Let all names hold ``source``, each in its own layout."""
-    members = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
-    for location, relation in members.items():  # a module may have several names
+    relations = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
+    for location, relation in relations.items():  # once, where a module has several names
         put_parameter(location, source, relation)
 
 
@@ -108,13 +105,13 @@ def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation
     """Replace the parameter at a location, and the weight there by the image of the new one."""
     if location.relation in (relation, None):  # others may have parametrized the weight
         setattr(location.holder, location.original, parameter)
-        return
-    if location.holder is not location.owner:
-        remove(location.owner, location.attribute)
-    if relation.steps:
-        link(location.owner, location.attribute, parameter, relation)
     else:
-        setattr(location.owner, location.attribute, parameter)
+        if location.holder is not location.owner:
+            remove(location.owner, location.attribute)
+        if relation.steps:
+            link(location.owner, location.attribute, parameter, relation)
+        else:
+            setattr(location.owner, location.attribute, parameter)
 
 
 def restore_ties(module: nn.Module, *_: Any) -> None:
@@ -127,13 +124,12 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
     locations = locate_parameters(module) if groups else {}
     for group in groups:
         members = [locations[name] for name in group.names if name in locations]
-        if len(members) < len(group.names) or any(m.relation is None or is_lazy(m.parameter) for m in members):
-            continue
-        source = members[0].parameter
-        shapes = [getattr(member.owner, member.attribute).shape for member in members]
-        with suppress(EinopsError):  # the source has another shape now
-            if shapes == [relation(source).shape for relation in group.relations]:
-                share_parameter(group, source, locations)
+        if len(members) == len(group.names) and not any(m.relation is None or is_lazy(m.parameter) for m in members):
+            source = members[0].parameter
+            shapes = [getattr(member.owner, member.attribute).shape for member in members]
+            with suppress(EinopsError):  # the source has another shape now
+                if shapes == [relation(source).shape for relation in group.relations]:
+                    share_parameter(group, source, locations)
 
 
 def reconcile(

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name
-from tying.weights.derived import count_parameters, eval_mode, saved_bytes
+from tying.weights.derived import count_parameters, effective_weight, effective_weights, eval_mode
 from tying.weights.record import tie_records
 from tying.weights.state_dict import derived_by_others
 from tying.weights.tie import tied
@@ -126,7 +125,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         relations=tuple(groups.values()),
         unique=unique,
         virtual=virtual,
-        saved_bytes=saved_bytes(model),
+        saved_bytes=sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters()),
         problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)),
         limits=tuple(_limits(model, groups)),
         rows=(*_folded(shared, parameters), *_derived_rows(model)),
@@ -155,9 +154,7 @@ def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
     with eval_mode(model):
         for name, derived in derived_by_others(model).items():
             step: Any = derived.steps[-1]
-            shape = getattr(step, "shape", None)  # known without computing the weight
-            if not isinstance(shape, torch.Size):
-                shape = getattr(derived.owner, derived.name).shape
+            shape = effective_weight(derived).shape
             how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
             yield WeightRow((name,), how, (*shape,), sum(p.numel() for p in derived.originals), shape.numel())
 

@@ -28,8 +28,8 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     """
     derived = derived_by_others(model)
     hidden = tuple(prefix for key, weight in derived.items() for prefix in _prefixes(key, weight))
-    state = {unwrapped(key): value for key, value in model.state_dict().items()}
-    plain = {clean_name(key): value for key, value in state.items() if not key.startswith(hidden)}
+    state = model.state_dict()
+    plain = {clean_name(key): state[key] for key in state if not unwrapped(key).startswith(hidden)}
     with eval_mode(model):
         plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
@@ -79,8 +79,7 @@ def _take_derived(
     assigned = {}
     for key, derived in derived_by_others(model).items():
         if key in plain:
-            like = derived.originals[0]
-            value = assigned[derived] = plain.pop(key).to(like.device, like.dtype)
+            value = assigned[derived] = plain.pop(key).to(derived.originals[0])
             for step in reversed(derived.steps):  # does it fit?
                 if not hasattr(step, "right_inverse"):
                     raise ConfigurationError(

@@ -59,10 +59,11 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     new = [tie for tie in parsed if tie not in record_in(model).ties]
     resolve(model, new)  # raises before anything is changed
     restore_ties(model)
-    names = {}
-    for tie, groups in zip(new, resolve_each(model, new), strict=True):
-        assert not isinstance(groups, ConfigurationError)  # because they resolve together
-        names[tie] = frozenset(name for group in groups for name in group.names)
+    names = {
+        tie: frozenset(name for group in groups for name in group.names)
+        for tie, groups in zip(new, resolve_each(model, new), strict=True)
+        if not isinstance(groups, ConfigurationError)  # none is: they resolve together
+    }
     tie_groups(model, resolve(model, new), init)
     ties_made = record_in(model).ties
     ties_made.update(names)
