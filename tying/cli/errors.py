@@ -67,17 +67,26 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
     for kind, pattern, only_of_checkpoint, explanation in EXPLANATIONS:
         if isinstance(error, kind) and re.match(pattern, message) and only_of_checkpoint <= of_checkpoint:
             line, *others = [line.strip() for line in message.splitlines()]
-            sentence, summary = message.partition(". ")[0], f"{line} {listed(others)}"
-            return explanation.format(message=message, line=line, sentence=sentence, summary=summary)
+            return explanation.format(
+                message=message,
+                line=line,
+                sentence=message.partition(". ")[0],
+                summary=f"{line} {listed(others)}",
+            )
     chain = [error]  # down to the first cause
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     if unreadable := [cause for cause in chain if isinstance(cause, UnicodeDecodeError)]:
         return f"a configuration is no text in UTF-8: {unreadable[0]}"
-    mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
-    if any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
-        return _summarize(chain)
-    return None
+    return (
+        _summarize(chain)
+        if any(
+            isinstance(cause, ArgumentError | ConfigurationError | MisconfigurationException)
+            or str(cause).startswith(UNION)
+            for cause in chain
+        )
+        else None
+    )
 
 
 def _summarize(chain: Sequence[BaseException]) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console, RenderableType
-from torch import Tensor
 
 from tying.callbacks import TyingCallback
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
@@ -50,7 +49,11 @@ def inspect(
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
     text: list[RenderableType] = []
     try:
-        document = _collect(model, callbacks, checkpoint, weights_only, plot, text)
+        document = _collect(model, callbacks, checkpoint, weights_only, text)
+        if plot is not None:
+            if not document["hashes"]["weights"]:
+                raise ConfigurationError("plot: no weight of the model is hashed")
+            plot_loads(model, plot)
     finally:
         for part in [] if json else text:
             if isinstance(part, str):
@@ -66,30 +69,34 @@ def _collect(
     callbacks: Sequence[pl.Callback],
     checkpoint: Path | None,
     weights_only: bool | None,
-    plot: Path | None,
     text: list[RenderableType],
 ) -> dict[str, Any]:
     """Return what :func:`inspect` reports as plain types; append the same to ``text``, as far as no error is raised."""
     model.configure_model()
-    effective, replaced = _effective(model, callbacks)
+    effective = _effective(model, callbacks)
+    replaced = [*dict.fromkeys(type(callback).__name__ for callback in callbacks if callback not in effective)]
     text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
     if checkpoint is not None:
-        load_weights(model, callbacks, _weights(checkpoint, weights_only), f"ckpt_path: {checkpoint}")
-    before = dict(model.named_parameters())
+        content = (
+            read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
+        )
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+        load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+    before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
-    after = model.named_parameters()  # computed weights have other names now
-    free = [clean_name(name) for name, parameter in after if name in before and id(parameter) not in affected]
+    free = [
+        clean_name(name)
+        for name, parameter in model.named_parameters()
+        if name in before and id(parameter) not in affected  # computed weights have other names now
+    ]
     text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
     if hashed.weights:
         text.append(f"Hashed: {hashed}")
-    if plot is not None:
-        if not hashed.weights:
-            raise ConfigurationError("plot: no weight of the model is hashed")
-        plot_loads(model, plot)
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
     problems = [problem for transform in transforms if (problem := averaging_before(transform, callbacks))]
@@ -106,16 +113,12 @@ def _collect(
     }
 
 
-def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> tuple[list[pl.Callback], list[str]]:
-    """Return the callbacks of the run, and the classes of the configuration's callbacks that are replaced.
-
-    The model's own callbacks replace those of one class: Lightning's rule.
-    """
+def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
+    """Return the configuration's callbacks and the model's own, which replace those of one class: Lightning's rule."""
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
     kinds = {type(callback) for callback in added}
-    replaced = dict.fromkeys(type(callback).__name__ for callback in callbacks if type(callback) in kinds)
-    return [*(callback for callback in callbacks if type(callback) not in kinds), *added], [*replaced]
+    return [*(callback for callback in callbacks if type(callback) not in kinds), *added]
 
 
 def _examine(
@@ -131,18 +134,17 @@ def _examine(
     """
     tying = [callback for callback in callbacks if isinstance(callback, TyingCallback)]
     entries: dict[TyingCallback, dict[str, Any]] = {}
-    pulled: list[TiedGroup] = []
-    rows: list[dict[str, Any]] = []  # of the pulled groups
+    pulled: list[tuple[dict[str, Any], TiedGroup]] = []  # with their rows
     errors: list[str] = []
     for callback in sorted(tying, key=lambda callback: not isinstance(callback, ModelTransform)):
         kind = type(callback).__name__
         try:
             ties, groups = _match_ties(model, callback, text)
-            found = [group_row(kind, group) for group in groups]  # before they are one: with their gaps
-            entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": found}
+            rows = [group_row(kind, group) for group in groups]  # before they are one: with their gaps
+            entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
             if isinstance(callback, ModelTransform):
                 if groups:
-                    text.append(summary(found, summary_lines(model, groups), max_rows=None))
+                    text.append(summary(rows, summary_lines(model, groups), max_rows=None))
                 callback.apply(model)
                 if not groups:
                     entries[callback]["description"] = callback.describe(model)
@@ -150,8 +152,7 @@ def _examine(
             elif not groups and (weights := callback.affected(model)):
                 text.append(f"{kind}: {len(weights)} weights: {listed(weights)}")
             else:
-                pulled += groups
-                rows += found
+                pulled += zip(rows, groups, strict=True)
         except ConfigurationError as error:
             errors.append(str(error))
     if errors:
@@ -159,10 +160,14 @@ def _examine(
     for callback in tying:
         callback.check_conflicts(model, callbacks)
     if pulled or not any(isinstance(callback, ModelTransform) for callback in tying):
-        text.append(summary(rows, summary_lines(model, pulled), max_rows=None))
+        text.append(
+            summary([row for row, _ in pulled], summary_lines(model, [group for _, group in pulled]), max_rows=None)
+        )
     affected = {callback: callback.affected(model) for callback in tying}
-    identities = {id(weight) for weights in affected.values() for weight in weights.values()}
-    return [{**entry, "affects": [*affected[callback]]} for callback, entry in entries.items()], identities
+    return (
+        [{**entry, "affects": [*affected[callback]]} for callback, entry in entries.items()],
+        {id(weight) for weights in affected.values() for weight in weights.values()},
+    )
 
 
 def _match_ties(
@@ -178,9 +183,11 @@ def _match_ties(
         for tie, result in zip(callback.ties, results, strict=True)
         if not isinstance(result, ConfigurationError)
     ]
-    for match in matches:
-        size = f"{match['weights']} weights in {match['groups']} group{'s' * (match['groups'] > 1)}"
-        text.append(f"{type(callback).__name__}: '{match['tie']}' matches {size}")
+    text += [
+        f"{type(callback).__name__}: '{match['tie']}' matches {match['weights']} weights in {match['groups']} "
+        f"group{'s' * (match['groups'] > 1)}"
+        for match in matches
+    ]
     if errors := [str(result) for result in results if isinstance(result, ConfigurationError)]:
         raise ConfigurationError("; ".join(errors))
     groups = resolve(model, callback.ties) if callback.ties else []
@@ -192,21 +199,13 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
     """Return how modules that share over depth or time describe themselves, merges apart, and their names."""
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        shares = type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge)
-        if shares and (description := module.extra_repr()):
-            names.setdefault(f"{type(module).__name__}({description})", []).append(clean_name(name))
+        if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
+            names.setdefault(f"{type(module).__name__}({module.extra_repr()})", []).append(clean_name(name))
     return names
 
 
-def _weights(path: Path, weights_only: bool | None) -> dict[str, Tensor]:
-    content = read(path, "ckpt_path") if weights_only else torch.load(path, "cpu", weights_only=weights_only)
-    if not isinstance(content, dict) or not isinstance(state_dict := content.get("state_dict"), dict):
-        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of Lightning: it has no state_dict")
-    return state_dict
-
-
 def load_weights(
-    model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, Tensor], context: str
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, torch.Tensor], context: str
 ) -> None:
     """Let callbacks change a model as training would have, and load the weights of that training.
 

@@ -47,9 +47,8 @@ def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
                 [0., 0., 1.]])
     """
     rows = coefficients if isinstance(coefficients, Tensor) else torch.stack([*coefficients])
-    unit = rows.detach() / rows.detach().norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    similarity: Tensor = (unit @ unit.T).abs()
-    return similarity
+    unit = F.normalize(rows.detach(), dim=1, eps=torch.finfo(rows.dtype).tiny)
+    return (unit @ unit.T).abs()
 
 
 class TemplateBank(nn.Module):

@@ -88,11 +88,12 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         if len(sizes[layer]) != 1:
             seen = f"with outputs of {sorted(sizes[layer])}" if sizes[layer] else "not at all"
             raise ConfigurationError(f"{name!r}: the example passes this convolution {seen}; one size is needed")
-    for name, layer in layers.items():
+    for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
-        bias = chosen[name].detach().view(-1, *[1] * len(size)).expand(-1, *size).clone()
         swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(bias, requires_grad=chosen[name].requires_grad)
+        layer.bias = nn.Parameter(
+            bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone(), bias.requires_grad
+        )
     return list(chosen)
 
 

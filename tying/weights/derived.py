@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,11 @@ class DerivedWeight:
     @property
     def originals(self) -> list[nn.Parameter]:
         """The parameters from which the weight is computed."""
-        parameters = self.owner.named_parameters(remove_duplicate=False)
-        return [parameter for name, parameter in parameters if name.startswith(self.prefixes)]
+        return [
+            parameter
+            for name, parameter in self.owner.named_parameters(remove_duplicate=False)
+            if name.startswith(self.prefixes)
+        ]
 
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
@@ -89,6 +92,15 @@ def derived_weights(model: nn.Module, aliases: bool = False) -> dict[str, Derive
         clean_name(f"{path}.{derived.name}".lstrip(".")): derived
         for path, module in model.named_modules(remove_duplicate=not aliases)
         for derived in derived_in(module)
+    }
+
+
+def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
+    """Return, by key, all derived weights except those of ties."""
+    return {
+        key: derived
+        for key, derived in derived_weights(model, aliases=True).items()
+        if derived.name not in links_in(derived.owner)
     }
 
 
@@ -267,10 +279,9 @@ def parametrize_all(
         ConfigurationError: a pattern matches nothing, or a weight is tied or parametrized already, or does not fit its
             parametrization; nothing is changed.
     """
-    chosen = select(model, parameters)
     locations = locate_parameters(model)
     steps: dict[str, nn.Module] = {}
-    for name, weight in chosen.items():
+    for name, weight in select(model, parameters).items():
         check_free(name, locations, ", which would not follow it")
         try:
             steps[name] = make(name, weight)
@@ -366,8 +377,8 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
 def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for name, relation in links_in(module).items():
         if prefix + name in state_dict:
-            weight = state_dict.pop(prefix + name)
-            state_dict[f"{prefix}parametrizations.{name}.original"] = relation.right_inverse(weight)
+            source = relation.right_inverse(state_dict.pop(prefix + name))
+            state_dict[f"{prefix}parametrizations.{name}.original"] = source
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -401,8 +412,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         >>> count_parameters(model)
         (4, 8)
     """
-    used = sum(weight.numel() for weight in effective_weights(model))
-    return sum(parameter.numel() for parameter in model.parameters()), used
+    return sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in effective_weights(model))
 
 
 @dataclass(frozen=True)
@@ -424,9 +434,8 @@ class ParameterLocation:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter at this location."""
-        parameter = self.holder._parameters[self.original]  # called for every parameter: get_parameter is slower
-        assert parameter is not None
-        return parameter
+        # called for every parameter: get_parameter is slower
+        return cast(nn.Parameter, self.holder._parameters[self.original])
 
     @property
     def relation(self) -> Relation | None:
@@ -447,8 +456,8 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
             owner = model.get_submodule(above.removesuffix("."))
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                name = clean_name(f"{path}.{attribute}".lstrip("."))
-                locations[name] = ParameterLocation(owner, weight or attribute, module, attribute)
+                location = ParameterLocation(owner, weight or attribute, module, attribute)
+                locations[clean_name(f"{path}.{attribute}".lstrip("."))] = location
     return locations
 
 
@@ -466,7 +475,6 @@ def check_free(name: str, locations: Mapping[str, ParameterLocation], because: s
     location = locations[name]
     if location.holder is not location.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = location.parameter
-    for other, alias in locations.items():
-        if alias.parameter is weight and alias != location:  # another name of its module is no tie
-            raise ConfigurationError(f"{name!r} is tied to {other!r}{because}: untie them, or choose others")
+    weight = location.parameter  # a module's second name is equal to its first, and no tie
+    if tied := [other for other, alias in locations.items() if alias.parameter is weight and alias != location]:
+        raise ConfigurationError(f"{name!r} is tied to {tied[0]!r}{because}: untie them, or choose others")

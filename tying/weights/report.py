@@ -1,7 +1,7 @@
 """Report which weights are shared or computed, what that saves, and what would break it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name
-from tying.weights.derived import count_parameters, effective_weight, effective_weights, eval_mode
-from tying.weights.record import tie_records
-from tying.weights.state_dict import derived_by_others
+from tying.weights.derived import count_parameters, derived_by_others, effective_weight, effective_weights, eval_mode
+from tying.weights.state_dict import tie_records
 from tying.weights.tie import tied
 
 OTHERS = "shared, by others"
@@ -126,7 +125,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         unique=unique,
         virtual=virtual,
         saved_bytes=sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters()),
-        problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)),
+        problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, [*optimizers])),
         limits=tuple(_limits(model, groups)),
         rows=(*_folded(shared, parameters), *_derived_rows(model)),
     )
@@ -183,8 +182,7 @@ def _on_one_storage(model: nn.Module) -> Iterable[str]:
         others.append((begin, end, clean_name(name)))
 
 
-def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterable[str]:
-    optimizers = list(optimizers)
+def _in_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterable[str]:
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
     trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:

@@ -12,7 +12,7 @@ from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.weights.derived import ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
-from tying.weights.record import (
+from tying.weights.state_dict import (
     TieRecord,
     install_record,
     put_parameter,
@@ -137,16 +137,14 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     """
     records = tie_records(model)
     locations = locate_parameters(model) if records else {}
-    groups = []
-    for record in records:
-        _check_tied(record, locations)
-        source = locations[record.names[0]].parameter
-        groups.append(TiedGroup(record.names, (source,) * len(record.names), record.relations, shared=True))
-    return groups
+    return [
+        TiedGroup(record.names, (_shared_by(record, locations),) * len(record.names), record.relations, shared=True)
+        for record in records
+    ]
 
 
-def _check_tied(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> None:
-    """Raise unless all names of a record hold one parameter."""
+def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
+    """Return the parameter that all names of a record hold; raise unless they hold one."""
     first = record.names[0]
     for name, relation in zip(record.names, record.relations, strict=True):
         message = f"{name!r} was tied to {first!r}, and"
@@ -161,10 +159,13 @@ def _check_tied(record: TieRecord, locations: Mapping[str, ParameterLocation]) -
             )
         parameter, source = locations[name].parameter, locations[first].parameter
         if parameter is not source:
-            remedy = "Tie again, or load a state dict into the whole model"
-            if parameter.shape != source.shape:
-                remedy = f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+            remedy = (
+                "Tie again, or load a state dict into the whole model"
+                if parameter.shape == source.shape
+                else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+            )
             raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
+    return locations[first].parameter
 
 
 def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
@@ -195,8 +196,7 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
             for alias, location in locations.items():
                 if location.parameter is parameter:
                     whole = relation.then(location.relation or Relation())
-                    is_equal = whole.agrees_with(Relation(), group.parameters[0].shape)
-                    names[alias] = Relation() if is_equal else whole
+                    names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
                     former.setdefault(alias, name)
                     if names[alias].steps and isinstance(location.owner, nn.RNNBase):
                         raise ConfigurationError(
