@@ -15,7 +15,7 @@ from yaml import YAMLError
 from tying.errors import ConfigurationError, listed, nearest
 
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
-TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # types that nobody meant
+TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # of types that users rarely mean
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # class of an error, pattern of the beginning of its message, whether it is explained only where a checkpoint is loaded,
 # and the explanation, with the message, its first line, its first sentence and its summary as fields
@@ -61,7 +61,7 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
 
     Args:
         error: what was raised.
-        of_checkpoint: whether a checkpoint was to be loaded, which may not fit.
+        of_checkpoint: whether the command loads a checkpoint, which may not fit the model.
     """
     message = str(error)
     for kind, pattern, only_of_checkpoint, explanation in EXPLANATIONS:

@@ -60,7 +60,7 @@ def inspect(
                 print(part)
             else:
                 Console().print(part, highlight=False)
-    if json:  # NaN and infinity are no JSON
+    if json:  # in JSON there is no NaN nor infinity
         print(dumps(loads(dumps(document), parse_constant=lambda name: None), indent=2))
 
 
@@ -71,7 +71,7 @@ def _collect(
     weights_only: bool | None,
     text: list[RenderableType],
 ) -> dict[str, Any]:
-    """Return what :func:`inspect` reports as plain types; append the same to ``text``, as far as no error is raised."""
+    """Return the report of :func:`inspect` as plain types; append it as text to ``text``, up to an error."""
     model.configure_model()
     effective = _effective(model, callbacks)
     replaced = [*dict.fromkeys(type(callback).__name__ for callback in callbacks if callback not in effective)]

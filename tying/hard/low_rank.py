@@ -10,7 +10,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError, check_range
 from tying.weights.derived import parametrize_all
 
-SWEEPS = 50  # alternations between factors and diagonal, to find both for a given weight
+SWEEPS = 50  # alternations between factors and diagonal when a weight is assigned
 
 
 def low_rank(left: Tensor, right: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     """Give convolutions a bias for each channel and output position, instead of each channel; return their names.
 
     Each bias starts with the value that it replaces at all positions, so that the model's outputs do not change. Biases
-    keep their names and take the size of the convolution's output, (channels, height, width), as one forward pass of
-    ``example`` finds it. The model then takes inputs of that size only.
+    keep their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
+    ``example``. The model then takes inputs of that size only.
 
     Args:
         model: changed in place.
@@ -59,8 +59,9 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         example: an input of the model, (batch, ...).
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a parameter that is not the bias of a convolution whose
-            outputs for ``example`` have one size; or a bias is tied, or its layer parametrized. Nothing is changed.
+        ConfigurationError: a pattern matches nothing, or a parameter that is not a convolution's bias; or a bias is
+            tied, its layer is parametrized, or the layer's outputs for ``example`` do not have one size. Nothing is
+            changed.
 
     Example:
         >>> import torch
@@ -68,7 +69,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         >>> untie_biases(model, ["0.bias"], torch.zeros(1, 1, 6, 7)), model[0].bias.shape
         (['0.bias'], torch.Size([3, 4, 5]))
 
-    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018, whose
+    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; their
     convolutions have such biases.
     """
     chosen, locations = select(model, parameters), locate_parameters(model)

@@ -107,13 +107,13 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
 class _Generated:
     """The second base of each generated class, in which the weights of one module are properties.
 
-    A generated class is never changed, and serves one module: a copy gets another one, because torch's
+    Each module has a generated class of its own, and so has each copy of a module, because torch's
     ``register_parametrization`` and ``remove_parametrizations`` write into the class of a parametrized module.
     """
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         copied = memo[id(self)] = object.__new__(type(self))
-        with torch.no_grad():  # the state of a recurrent layer has its weights: without a graph they can be copied
+        with torch.no_grad():  # a recurrent layer's state lists its weights; tensors with a graph cannot be copied
             copied.__setstate__(deepcopy(self.__getstate__(), memo))
         _renew_class(copied, _computes(copied))
         return copied
@@ -191,7 +191,9 @@ def remove(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def computed_property(parameter: str, step: str) -> property:
-    """Return the property of a weight that the submodule ``step`` computes; assigning it writes the nearest parameter.
+    """Return the property of a weight that the submodule ``step`` computes.
+
+    Assigning a weight stores the parameter for which the computed weight is nearest to it.
 
     Args:
         parameter: name of the parameter.
@@ -228,7 +230,7 @@ def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.
 def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
     """Give a module a new class with a property for each weight that it computes; without any, its plain class.
 
-    Parametrizations come last: torch takes their class away with the last of them.
+    The class of parametrized modules is the outermost: torch removes it with the last parametrization.
     """
     kind = next(
         cls
@@ -251,7 +253,7 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
-    """Return a method that draws tables, and all else, as the plain class's method of that name draws weights."""
+    """Return a reset method: it draws plain weights by the plain class's method, and tables from these."""
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
@@ -326,7 +328,7 @@ class Link(nn.Module):
 class LinkList(ParametrizationList):
     """Holds the source of a link, which torch must not overwrite when somebody removes the parametrization.
 
-    If ``is_tensor`` were true, torch would lay the source out as the weight, also for all others that hold it.
+    With ``is_tensor = True``, torch would write the weight into the source, in the wrong layout for its other users.
     """
 
     def __init__(self, link: Link, source: nn.Parameter) -> None:
@@ -351,7 +353,7 @@ class LinkList(ParametrizationList):
 
 
 def link(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
-    """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
+    """Compute a weight of ``module`` as ``relation(source)``; state dicts keep the weight's plain name and layout."""
     if not links_in(module):
         module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_pre_hook(_read_plainly)  # type: ignore[no-untyped-call]  # torch's
@@ -434,7 +436,7 @@ class ParameterLocation:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter at this location."""
-        # called for every parameter: get_parameter is slower
+        # read for every parameter: get_parameter would be slower
         return cast(nn.Parameter, self.holder._parameters[self.original])
 
     @property
@@ -467,7 +469,7 @@ def check_free(name: str, locations: Mapping[str, ParameterLocation], because: s
     Args:
         name: the weight's name.
         locations: of all parameters of the model.
-        because: what the message adds where the weight is tied.
+        because: added to the message where the weight is tied.
 
     Raises:
         ConfigurationError: the weight is parametrized, or tied.

@@ -55,7 +55,8 @@ class TieReport:
             optimizer states come on top.
         problems: what is wrong now, each with its remedy.
         limits: what would undo the ties, or store copies, each with its remedy.
-        rows: the groups, then the weights that something else than a tie computes; modules that are alike as one row.
+        rows: one for each group, then one for each weight that is computed without a tie; modules in which every
+            weight is shared in the same way are one row.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -89,7 +90,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
 
     Args:
         model: any module; also finds sharing that :func:`tying.hard.tie` has not made.
-        optimizers: what trains it, to find parameters that are missing, listed twice or no longer the model's.
+        optimizers: of the model, to find parameters that are missing, listed twice or no longer the model's.
 
     Example:
         >>> from tying.hard import tie
@@ -149,7 +150,7 @@ def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightR
 
 
 def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
-    """Yield the weights that something else than a tie computes."""
+    """Yield a row for each weight that is computed without a tie."""
     with eval_mode(model):
         for name, derived in derived_by_others(model).items():
             step: Any = derived.steps[-1]

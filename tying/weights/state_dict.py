@@ -37,8 +37,8 @@ class TieRecord:
     Attributes:
         names: all names that hold the parameter.
         relations: the map from the source's layout to each name's.
-        members: what tells the parameter that each name held before; equal for names that held the same one.
-        root: the token of the model of the tie.
+        members: an identifier of the parameter that each name held before; equal for names that held the same one.
+        root: the token of the model that was tied.
     """
 
     names: tuple[str, ...]
@@ -53,7 +53,7 @@ class TieRecord:
 
 @dataclass
 class ModuleRecord:
-    """What :func:`tie` records in a module.
+    """The record that :func:`tie` keeps in a module.
 
     Attributes:
         ties: the ties made with this module as the model, and the names that each has tied.
@@ -73,7 +73,10 @@ def record_in(module: nn.Module) -> ModuleRecord:
 
 
 def records_below(model: nn.Module) -> list[tuple[str, ModuleRecord]]:
-    """Return the records of a model and of its parts with the clean name of each module, the last if it has several."""
+    """Return the records of a model and of its parts, each with the clean name of its module.
+
+    Of a module with several names, the last one counts.
+    """
     paths = {module: path for path, module in model.named_modules(remove_duplicate=False) if RECORD in module.__dict__}
     return [(clean_name(path), record_in(module)) for module, path in paths.items()]
 
@@ -103,14 +106,14 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
 
 
 def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[str, ParameterLocation]) -> None:
-    """Let all names hold ``source``, each in its own layout."""
+    """Set the parameter of all names of a group to ``source``, each through its relation."""
     relations = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
     for location, relation in relations.items():  # once, where a module has several names
         put_parameter(location, source, relation)
 
 
 def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation: Relation) -> None:
-    """Replace the parameter at a location, and the weight there by the image of the new one."""
+    """Replace the parameter at a location; the weight there becomes ``relation(parameter)``."""
     if location.relation in (relation, None):  # others may have parametrized the weight
         setattr(location.holder, location.original, parameter)
     else:
@@ -123,9 +126,9 @@ def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation
 
 
 def restore_ties(module: nn.Module, *_: Any) -> None:
-    """Mend ties that ``load_state_dict(assign=True)`` or moving to the meta device has taken apart.
+    """Repair ties that ``load_state_dict(assign=True)`` or moving to the meta device has broken.
 
-    Weights that have been parametrized since, or replaced by others of another shape, are left as they are;
+    Weights that have been parametrized since, or replaced by weights of another shape, stay unchanged;
     :func:`tying.hard.tied` raises for them.
     """
     groups = tie_records(module)
@@ -143,7 +146,7 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
 def reconcile(
     model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
 ) -> list[str]:
-    """Make the copies of each tied weight in a state dict equal, and add missing ones; also a hook of each load.
+    """Make the copies of each tied weight in a state dict equal, and add missing ones; also torch's load hook.
 
     Args:
         model: the tied model.
@@ -203,7 +206,7 @@ def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
         ) from None
 
 
-def are_equal(one: Tensor, other: Tensor) -> bool:
+def are_equal(first: Tensor, second: Tensor) -> bool:
     """Tell whether two tensors are equal bit by bit.
 
     Example:
@@ -212,24 +215,20 @@ def are_equal(one: Tensor, other: Tensor) -> bool:
         >>> are_equal(torch.tensor(0.0), torch.tensor(-0.0))
         False
     """
-    if one.shape != other.shape or one.dtype != other.dtype:
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return (
-        one.is_meta
-        or other.is_meta
-        or torch.equal(
-            *(tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other.to(one.device)))
-        )
-    )
+    if first.is_meta or second.is_meta:
+        return True
+    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict that the untied model loads without this package.
 
-    Every tensor is a contiguous copy of its own on the CPU, so that any format can hold it, safetensors too; extra
-    state of modules that is no tensor stays as it is. Derived weights are computed, whoever has parametrized them.
-    These are weights alone: what a model does with them otherwise than a plain one, such as a merge that scales
-    branches at test time, is not in them.
+    Every tensor is a separate contiguous copy on the CPU, which any format can store, safetensors too; extra state that
+    is not a tensor stays unchanged. All derived weights are computed, also those of other people's parametrizations.
+    The state dict holds weights only: other changes to the forward pass, such as a merge that scales branches at test
+    time, are not in it.
 
     Example:
         >>> from tying.hard import tie
@@ -240,8 +239,9 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     """
     derived = derived_by_others(model)
     hidden = tuple(prefix for key, weight in derived.items() for prefix in _prefixes(key, weight))
-    state = model.state_dict()
-    plain = {clean_name(key): state[key] for key in state if not unwrapped(key).startswith(hidden)}
+    plain = {
+        clean_name(key): value for key, value in model.state_dict().items() if not unwrapped(key).startswith(hidden)
+    }
     with eval_mode(model):
         plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
@@ -306,8 +306,7 @@ def _take_derived(
                         f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
                     )
                 value = step.right_inverse(value)  # type: ignore[operator]  # a method
-            prefixes = _prefixes(key, derived)
-            plain |= {name: value for name, value in current.items() if name.startswith(prefixes)}
+            plain |= {name: value for name, value in current.items() if name.startswith(_prefixes(key, derived))}
     return assigned
 
 

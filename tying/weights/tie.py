@@ -31,8 +31,8 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
 
     Without a relation, all names hold the same ``Parameter``. With one, a weight is computed from the source by a
     parametrization. A ``state_dict`` has the names and shapes of the untied model. Loading one whose copies of a weight
-    are not bitwise equal raises before anything of ``model`` is written; a missing copy is taken from another one. Ties
-    that exist already are mended where something has taken them apart.
+    are not bitwise equal raises before anything of ``model`` is written; a missing copy is taken from another one.
+    Earlier ties that other code has broken are repaired.
 
     Args:
         model: the module whose names the patterns match; changed in place.
@@ -89,10 +89,10 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
 
 
 def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
-    """Give each weight that :func:`tie` has tied a parameter of its own, of equal value.
+    """Replace the weights that :func:`tie` has tied by separate parameters of equal value.
 
-    Names that held one parameter before they were tied hold one again. What something else has taken apart, or
-    replaced, stays as it is.
+    Names that held one parameter before they were tied hold one again. Weights that other code has replaced since stay
+    unchanged.
 
     Args:
         model: the tied model, or one that has it as a part.
@@ -133,7 +133,7 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     """Return the groups of weights that :func:`tie` has tied, in ``model`` or in a part of it.
 
     Raises:
-        ConfigurationError: some are separate again; tying again, or loading a state dict into the model, mends that.
+        ConfigurationError: some are separate again; tying again, or loading a state dict into the model, repairs them.
     """
     records = tie_records(model)
     locations = locate_parameters(model) if records else {}
@@ -175,7 +175,7 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
         ConfigurationError: the members of a group cannot be one parameter.
     """
     locations = locate_parameters(model)
-    former: dict[str, object] = {  # what tells the parameter that a name held before it was tied
+    former: dict[str, object] = {  # an identifier of the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
         for name, member in zip(record.names, record.members, strict=True)
@@ -214,7 +214,7 @@ def _mean(group: TiedGroup) -> Tensor:
 
 
 def _release(model: nn.Module, group: TieRecord) -> int:
-    """Give all members but the source parameters of their own, of equal value; return how many these are."""
+    """Replace all members but the source by separate parameters of equal value; return the number of these."""
     locations = locate_parameters(model)
     members = {
         locations[name]: member for name, member in zip(group.names, group.members, strict=True) if name in locations
