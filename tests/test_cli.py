@@ -1,4 +1,5 @@
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -350,6 +351,16 @@ def test_inspect(capsys):
     assert "269,722 unique parameters" in out
     assert "Not matched by any tie: 43: network.stem.conv.weight, " in out
     assert not Path("runs").exists()
+
+
+def test_inspect_as_json(capsys):
+    main(["inspect", BASE, SOFT, "--json=true"])
+    document = json.loads(capsys.readouterr().out)
+    [entry] = document["callbacks"]
+    assert entry["ties"][0] == {"tie": "network.layer1.*.branch.conv*.weight", "weights": 6, "groups": 1}
+    assert entry["groups"][0]["shape"] == [16, 16, 3, 3]
+    assert document["report"]["unique"] == 269722
+    assert len(document["unmatched"]) == 43
 
 
 def test_inspect_tells_what_a_hash_does(capsys):

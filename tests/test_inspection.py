@@ -1,5 +1,6 @@
 """What a configuration ties, without training: what training accepts, and nothing else."""
 
+import json
 import warnings
 
 import pytest
@@ -79,3 +80,44 @@ def test_the_weights_of_every_callback_are_told(capsys):
     told = capsys.readouterr().out
     assert "AnchorTying: 2 weights: encoder.0.weight, encoder.2.weight" in told
     assert "Not matched by any tie: 3: encoder.2.bias, decoder.0.weight, decoder.2.bias" in told
+
+
+def test_json_has_what_the_text_says(capsys):
+    def callbacks():
+        return [AnchorTying(["encoder.*.weight"], 0.1), HardTying([TIE]), SoftTying([f"{A} ~ {B}"]), hashed_bias()]
+
+    def hashed_bias():
+        return WeightHashing(["decoder.0.weight"], table_ratio=0.5)
+
+    inspect(Toy(), callbacks())
+    text = capsys.readouterr().out
+    inspect(Toy(), callbacks(), json=True)
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    entries = {entry["callback"]: entry for entry in document["callbacks"]}
+    assert [*entries] == ["HardTying", "WeightHashing", "AnchorTying", "SoftTying"]
+    assert entries["HardTying"]["ties"] == [{"tie": TIE, "weights": 2, "groups": 1}]
+    [group] = entries["HardTying"]["groups"]
+    assert group.items() >= {"names": [V, W], "shape": [5, 6], "relation": "o i -> i o"}.items()
+    assert f"{group['gap']:.4f}" in text
+    assert entries["AnchorTying"]["affects"] == ["encoder.0.weight", "encoder.2.weight"]
+    assert entries["WeightHashing"]["description"] in text
+    assert f"Not matched by any tie: {len(document['unmatched'])}: {', '.join(document['unmatched'])}\n" in text
+    assert document["report"]["rows"][0]["names"] == [V, W]
+    assert f"{document['report']['unique']} unique parameters" in text
+    assert [weight["name"] for weight in document["hashes"]["weights"]] == ["decoder.0.weight"]
+    assert document["problems"] == []
+    assert all(f"Limit: {limit}." in text for limit in document["limits"])
+
+
+def test_json_of_weights_that_are_not_finite(capsys):
+    model = Toy()
+    model.encoder[0].bias.data[0] = float("nan")
+    inspect(model, [SoftTying([f"{A} ~ {B}"])], json=True)
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert document["callbacks"][0]["groups"][0]["gap"] is None
+
+
+def test_errors_are_alone_where_json_is_asked_for(capsys):
+    with pytest.raises(ConfigurationError, match="matches no"):
+        inspect(Toy(), [SoftTying([TIE]), MixtureTying(["encodr.*"])], json=True)
+    assert capsys.readouterr().out == ""

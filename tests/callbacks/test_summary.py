@@ -6,7 +6,7 @@ from toys import TIES, Toy, train
 
 from tying import resolve
 from tying.callbacks import SoftTying, TyingSummary
-from tying.callbacks.observers.summary import summary_lines, summary_table
+from tying.callbacks.observers.summary import group_row, summary_lines, summary_table
 from tying.hashing import hash_weights
 from tying.soft import gap
 
@@ -20,25 +20,25 @@ def shown(table):
 
 def test_table_by_hand():
     model = Toy()
-    groups = [("SoftTying", group) for group in resolve(model, TIES)]
-    text = shown(summary_table(groups))
+    rows = [group_row("SoftTying", group) for group in resolve(model, TIES)]
+    text = shown(summary_table(rows))
     first = gap([model.encoder[0].weight, model.decoder[2].weight.T])
     assert re.search(rf"SoftTying .*encoder\.0\.weight.* 2 .*5×6 .*o i -> i o .*{first:.4f}", text)
     assert "decoder.2.weight" in text
-    assert "… and 2 more groups" in shown(summary_table(groups, max_rows=1))
+    assert "… and 2 more groups" in shown(summary_table(rows, max_rows=1))
 
 
 def test_full_table_names_all():
     model = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(4)])
-    groups = [("SoftTying", group) for group in resolve(model, ["*.weight"])]
-    assert "3.weight" not in shown(summary_table(groups))
-    assert "3.weight" in shown(summary_table(groups, max_rows=None))
+    rows = [group_row("SoftTying", group) for group in resolve(model, ["*.weight"])]
+    assert "3.weight" not in shown(summary_table(rows))
+    assert "3.weight" in shown(summary_table(rows, max_rows=None))
 
 
 def test_counts_by_hand():
     model = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False) for _ in range(4)])
     model[1].weight = model[0].weight
-    groups = [("SoftTying", group) for group in resolve(model, ["0.weight ~ 2.weight"])]
+    groups = resolve(model, ["0.weight ~ 2.weight"])
     shared = "0.weight = 1.weight (2, 2): 8 values from 4, shared, by others"
     assert summary_lines(model, groups) == [
         shared,

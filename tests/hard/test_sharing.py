@@ -8,7 +8,7 @@ from toys import TIES, Toy
 
 from tying import Tie, resolve
 from tying.hard import audit, bake, load_plain, tie, tied, untie
-from tying.weights.record import are_equal
+from tying.weights.state_dict import are_equal
 
 TRANSPOSED = "encoder.weight ~ decoder.weight | o i -> i o"
 

@@ -21,7 +21,7 @@ from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
 from tying.weights.optimizers import are_alike
-from tying.weights.record import record_in, tie_records
+from tying.weights.state_dict import record_in, tie_records
 from tying.weights.tie import Init
 
 

@@ -3,11 +3,9 @@
 from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from torch import Tensor
 
 from tying.cli.inspect import load_weights
 from tying.errors import ConfigurationError
@@ -31,12 +29,7 @@ def bake_parser() -> LightningArgumentParser:
     return parser
 
 
-def export(
-    checkpoint: Path,
-    out: Path,
-    configs: Sequence[str],
-    load: Callable[[Sequence[str]], LightningCLI],
-) -> None:
+def export(checkpoint: Path, out: Path, configs: Sequence[str], load: Callable[[Sequence[str]], LightningCLI]) -> None:
     """Write the plain weights of a checkpoint.
 
     Args:
@@ -50,7 +43,7 @@ def export(
     """
     content = read(checkpoint, "--ckpt")
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, torch.Tensor) for w in weights.values()):
         raise ConfigurationError(f"--ckpt: {checkpoint} holds no state dict")
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
         if not configs:
@@ -64,7 +57,17 @@ def export(
     plain = {
         unwrapped(key): value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()
     }
-    _save(plain, out)
+    save: Callable[..., object] = torch.save
+    if out.suffix == ".safetensors":
+        try:
+            from safetensors.torch import save_file as save
+        except ImportError:
+            raise ConfigurationError("a .safetensors file needs the package: pip install safetensors") from None
+    try:
+        with atomically(out) as partial:
+            save(plain, partial)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
+        raise ConfigurationError(f"--out: {out} cannot be written: {error}") from None
     print(f"{len(plain)} tensors, {sum(value.nbytes for value in plain.values()):,} bytes: {out}")
     for callback, state in content.get("callbacks", {}).items():
         if callback.startswith("ResidualMerging") and "scale='train'" not in str(state):
@@ -72,17 +75,3 @@ def export(
                 f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without\n"
                 "such merges, which also scale the branches that they keep, computes something else from them."
             )
-
-
-def _save(weights: dict[str, Tensor], path: Path) -> None:
-    save: Callable[[Any, Any], object] = torch.save
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file as save
-        except ImportError:
-            raise ConfigurationError("a .safetensors file needs the package: pip install safetensors") from None
-    try:
-        with atomically(path) as partial:
-            save(weights, partial)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-        raise ConfigurationError(f"--out: {path} cannot be written: {error}") from None

@@ -15,7 +15,7 @@ from yaml import YAMLError
 from tying.errors import ConfigurationError, listed, nearest
 
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
-TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # types that nobody meant
+TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # of types that users rarely mean
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # class of an error, pattern of the beginning of its message, whether it is explained only where a checkpoint is loaded,
 # and the explanation, with the message, its first line, its first sentence and its summary as fields
@@ -61,23 +61,32 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
 
     Args:
         error: what was raised.
-        of_checkpoint: whether a checkpoint was to be loaded, which may not fit.
+        of_checkpoint: whether the command loads a checkpoint, which may not fit the model.
     """
     message = str(error)
     for kind, pattern, only_of_checkpoint, explanation in EXPLANATIONS:
         if isinstance(error, kind) and re.match(pattern, message) and only_of_checkpoint <= of_checkpoint:
             line, *others = [line.strip() for line in message.splitlines()]
-            sentence, summary = message.partition(". ")[0], f"{line} {listed(others)}"
-            return explanation.format(message=message, line=line, sentence=sentence, summary=summary)
+            return explanation.format(
+                message=message,
+                line=line,
+                sentence=message.partition(". ")[0],
+                summary=f"{line} {listed(others)}",
+            )
     chain = [error]  # down to the first cause
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     if unreadable := [cause for cause in chain if isinstance(cause, UnicodeDecodeError)]:
         return f"a configuration is no text in UTF-8: {unreadable[0]}"
-    mistakes = (ArgumentError, ConfigurationError, MisconfigurationException)
-    if any(isinstance(cause, mistakes) or str(cause).startswith(UNION) for cause in chain):
-        return _summarize(chain)
-    return None
+    return (
+        _summarize(chain)
+        if any(
+            isinstance(cause, ArgumentError | ConfigurationError | MisconfigurationException)
+            or str(cause).startswith(UNION)
+            for cause in chain
+        )
+        else None
+    )
 
 
 def _summarize(chain: Sequence[BaseException]) -> str:

@@ -2,14 +2,17 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
+from json import dumps, loads
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from rich.console import Console, RenderableType
 
 from tying.callbacks import TyingCallback
-from tying.callbacks.observers.summary import print_summary
+from tying.callbacks.observers.summary import group_row, summary, summary_lines
 from tying.callbacks.transform import ModelTransform, averaging_before
 from tying.depth import Merge
 from tying.errors import ConfigurationError, listed
@@ -27,6 +30,7 @@ def inspect(
     checkpoint: Path | None = None,
     weights_only: bool | None = True,
     plot: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Print which weights each tie matches, and which weights no tie matches; change the model as training would.
 
@@ -36,122 +40,172 @@ def inspect(
         checkpoint: load the weights of this one.
         weights_only: unpickle nothing but tensors and plain types from it.
         plot: write how hashes use their tables to this PNG: heat maps and histograms.
+        json: print one JSON document instead of text; NaN and infinity become null.
 
     Raises:
-        ConfigurationError: ties do not fit the model; those that do are printed first.
+        ConfigurationError: ties do not fit the model; those that do are printed first, as text only.
     """
     if plot is not None and plot.is_dir():
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
+    text: list[RenderableType] = []
+    try:
+        document = _collect(model, callbacks, checkpoint, weights_only, text)
+        if plot is not None:
+            if not document["hashes"]["weights"]:
+                raise ConfigurationError("plot: no weight of the model is hashed")
+            plot_loads(model, plot)
+    finally:
+        for part in [] if json else text:
+            if isinstance(part, str):
+                print(part)
+            else:
+                Console().print(part, highlight=False)
+    if json:  # in JSON there is no NaN nor infinity
+        print(dumps(loads(dumps(document), parse_constant=lambda name: None), indent=2))
+
+
+def _collect(
+    model: pl.LightningModule,
+    callbacks: Sequence[pl.Callback],
+    checkpoint: Path | None,
+    weights_only: bool | None,
+    text: list[RenderableType],
+) -> dict[str, Any]:
+    """Return the report of :func:`inspect` as plain types; append it as text to ``text``, up to an error."""
     model.configure_model()
-    callbacks = [copy.copy(callback) for callback in _effective(model, callbacks)]
+    effective = _effective(model, callbacks)
+    replaced = [*dict.fromkeys(type(callback).__name__ for callback in callbacks if callback not in effective)]
+    text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
+    callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
     if checkpoint is not None:
-        load_weights(model, callbacks, _weights(checkpoint, weights_only), f"ckpt_path: {checkpoint}")
-    before = dict(model.named_parameters())
-    affected = _examine(model, callbacks)
-    after = model.named_parameters()  # computed weights have other names now
-    free = [clean_name(name) for name, parameter in after if name in before and id(parameter) not in affected]
-    print(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
-    for description, names in _shared_modules(model).items():
-        print(f"{description}: {listed(names)}")
-    audited, hashed = audit(model), report(model)
+        content = (
+            read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
+        )
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+        load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+    before = {name for name, _ in model.named_parameters()}
+    entries, affected = _examine(model, callbacks, text)
+    free = [
+        clean_name(name)
+        for name, parameter in model.named_parameters()
+        if name in before and id(parameter) not in affected  # computed weights have other names now
+    ]
+    text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
+    shared, audited, hashed = _shared_modules(model), audit(model), report(model)
+    text += [f"{description}: {listed(names)}" for description, names in shared.items()]
     if hashed.weights:
-        print(f"Hashed: {hashed}")
-        if plot is not None:
-            plot_loads(model, plot)
-    elif plot is not None:
-        raise ConfigurationError("plot: no weight of the model is hashed")
+        text.append(f"Hashed: {hashed}")
     if transforms:
-        print(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
+        text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
     problems = [problem for transform in transforms if (problem := averaging_before(transform, callbacks))]
-    for line in [*(f"Problem: {problem}." for problem in problems), *audited.remarks()]:
-        print(line)
+    text += [*(f"Problem: {problem}." for problem in problems), *audited.remarks()]
+    return {
+        "replaced": replaced,
+        "callbacks": entries,
+        "unmatched": free,
+        "modules": shared,
+        "report": audited.as_dict(),
+        "hashes": asdict(hashed),
+        "problems": [*problems, *audited.problems],
+        "limits": audited.limits,
+    }
 
 
 def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
     """Return the configuration's callbacks and the model's own, which replace those of one class: Lightning's rule."""
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
-    replaced = {type(callback) for callback in added}
-    for hidden in replaced & {type(callback) for callback in callbacks}:
-        print(f"{hidden.__name__} of the configuration is replaced by that of {type(model).__name__} itself")
-    return [*(callback for callback in callbacks if type(callback) not in replaced), *added]
+    kinds = {type(callback) for callback in added}
+    return [*(callback for callback in callbacks if type(callback) not in kinds), *added]
 
 
-def _examine(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> set[int]:
-    """Let callbacks change the model, transforms first as in training; print which weights each affects.
+def _examine(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], text: list[RenderableType]
+) -> tuple[list[dict[str, Any]], set[int]]:
+    """Let callbacks change the model, transforms first as in training; append to ``text`` which weights each affects.
 
     Returns:
-        The identities of all affected weights.
+        The ties, groups and affected weights of each callback, as plain types; the identities of all affected weights.
 
     Raises:
         ConfigurationError: some callbacks do not fit; the message has all of their errors.
     """
     tying = [callback for callback in callbacks if isinstance(callback, TyingCallback)]
-    transforms = [callback for callback in tying if isinstance(callback, ModelTransform)]
-    pulled: list[tuple[str, TiedGroup]] = []
+    entries: dict[TyingCallback, dict[str, Any]] = {}
+    pulled: list[tuple[dict[str, Any], TiedGroup]] = []  # with their rows
     errors: list[str] = []
-    for callback in [*transforms, *(callback for callback in tying if callback not in transforms)]:
+    for callback in sorted(tying, key=lambda callback: not isinstance(callback, ModelTransform)):
         kind = type(callback).__name__
         try:
-            groups = [(kind, group) for group in _match_ties(model, callback)]
+            ties, groups = _match_ties(model, callback, text)
+            rows = [group_row(kind, group) for group in groups]  # before they are one: with their gaps
+            entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
             if isinstance(callback, ModelTransform):
                 if groups:
-                    print_summary(model, groups, max_rows=None)  # before they are one: with their gaps
+                    text.append(summary(rows, summary_lines(model, groups), max_rows=None))
                 callback.apply(model)
                 if not groups:
-                    print(f"{kind}: {callback.describe(model)}")
+                    entries[callback]["description"] = callback.describe(model)
+                    text.append(f"{kind}: {entries[callback]['description']}")
             elif not groups and (weights := callback.affected(model)):
-                print(f"{kind}: {len(weights)} weights: {listed(weights)}")
+                text.append(f"{kind}: {len(weights)} weights: {listed(weights)}")
             else:
-                pulled += groups
+                pulled += zip(rows, groups, strict=True)
         except ConfigurationError as error:
             errors.append(str(error))
     if errors:
         raise ConfigurationError("; ".join(errors))
     for callback in tying:
         callback.check_conflicts(model, callbacks)
-    if pulled or not transforms:
-        print_summary(model, pulled, max_rows=None)
-    return {id(weight) for callback in tying for weight in callback.affected(model).values()}
+    if pulled or not any(isinstance(callback, ModelTransform) for callback in tying):
+        text.append(
+            summary([row for row, _ in pulled], summary_lines(model, [group for _, group in pulled]), max_rows=None)
+        )
+    affected = {callback: callback.affected(model) for callback in tying}
+    return (
+        [{**entry, "affects": [*affected[callback]]} for callback, entry in entries.items()],
+        {id(weight) for weights in affected.values() for weight in weights.values()},
+    )
 
 
-def _match_ties(model: pl.LightningModule, callback: TyingCallback) -> Sequence[TiedGroup]:
-    """Return the groups that a callback ties; print which weights its ties match."""
+def _match_ties(
+    model: pl.LightningModule, callback: TyingCallback, text: list[RenderableType]
+) -> tuple[list[dict[str, Any]], Sequence[TiedGroup]]:
+    """Return how many weights each tie of a callback matches, and the groups; append the former to ``text``."""
     if isinstance(callback, ModelTransform) and callback.is_applied(model):  # by the model itself
         callback.apply(model)
-        return callback.groups
+        return [], callback.groups
     results = resolve_each(model, callback.ties)
-    for tie, result in zip(callback.ties, results, strict=True):
-        if not isinstance(result, ConfigurationError):
-            weights, count = sum(map(len, result)), len(result)
-            print(f"{type(callback).__name__}: '{tie}' matches {weights} weights in {count} group{'s' * (count > 1)}")
+    matches: list[dict[str, Any]] = [
+        {"tie": str(tie), "weights": sum(map(len, result)), "groups": len(result)}
+        for tie, result in zip(callback.ties, results, strict=True)
+        if not isinstance(result, ConfigurationError)
+    ]
+    text += [
+        f"{type(callback).__name__}: '{match['tie']}' matches {match['weights']} weights in {match['groups']} "
+        f"group{'s' * (match['groups'] > 1)}"
+        for match in matches
+    ]
     if errors := [str(result) for result in results if isinstance(result, ConfigurationError)]:
         raise ConfigurationError("; ".join(errors))
     groups = resolve(model, callback.ties) if callback.ties else []
     callback.check_groups(groups)
-    return groups
+    return matches, groups
 
 
 def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
     """Return how modules that share over depth or time describe themselves, merges apart, and their names."""
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        shares = type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge)
-        if shares and (description := module.extra_repr()):
-            names.setdefault(f"{type(module).__name__}({description})", []).append(clean_name(name))
+        if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
+            names.setdefault(f"{type(module).__name__}({module.extra_repr()})", []).append(clean_name(name))
     return names
 
 
-def _weights(path: Path, weights_only: bool | None) -> dict[str, Tensor]:
-    content = read(path, "ckpt_path") if weights_only else torch.load(path, "cpu", weights_only=weights_only)
-    if not isinstance(content, dict) or not isinstance(state_dict := content.get("state_dict"), dict):
-        raise ConfigurationError(f"ckpt_path: {path} is no checkpoint of Lightning: it has no state_dict")
-    return state_dict
-
-
 def load_weights(
-    model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, Tensor], context: str
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, torch.Tensor], context: str
 ) -> None:
     """Let callbacks change a model as training would have, and load the weights of that training.
 

@@ -34,6 +34,7 @@ class Trainer(pl.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = True,
         plot: Path | None = None,
+        json: bool = False,
     ) -> None:
         """Print, without training, which weights each tie matches, and which weights no tie matches.
 
@@ -43,11 +44,19 @@ class Trainer(pl.Trainer):
             ckpt_path: take the weights of this checkpoint, or of the newest, ``"last"``.
             weights_only: unpickle nothing but tensors and plain types from it.
             plot: write how hashes use their tables to this PNG: heat maps and histograms.
+            json: print one JSON document instead of text.
 
         Raises:
-            ConfigurationError: ties do not fit the model; those that do are printed first.
+            ConfigurationError: ties do not fit the model; those that do are printed first, as text only.
         """
-        inspect(model, callbacks_of(self), None if ckpt_path is None else Path(ckpt_path), weights_only, plot)
+        inspect(
+            model,
+            callbacks_of(self),
+            None if ckpt_path is None else Path(ckpt_path),
+            weights_only,
+            plot,
+            json,
+        )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -144,8 +153,11 @@ def _places(trainer: pl.Trainer) -> dict[str, str]:
     places = {str(trainer.default_root_dir): "checkpoints/*.ckpt"}
     if logger := trainer.logger:
         places = {os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)): "*/checkpoints/*.ckpt"}
-    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    return places | {str(folder): "*.ckpt" for folder in folders if folder}
+    return places | {
+        str(folder): "*.ckpt"
+        for callback in trainer.checkpoint_callbacks
+        if (folder := getattr(callback, "dirpath", None))
+    }
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingCLI] = TyingCLI) -> TyingCLI:
@@ -188,12 +200,13 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else [*args]
     try:
         parse(given, run=True)
-    except NonFiniteError as error:
-        print(f"tying: error: {error}", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        explanation = explain(error, of_checkpoint=any(argument.startswith("--ckpt_path") for argument in given))
+        explanation = (
+            str(error)
+            if isinstance(error, NonFiniteError)
+            else explain(error, of_checkpoint=any(argument.startswith("--ckpt_path") for argument in given))
+        )
         if explanation is None:
             raise
         print(f"tying: error: {explanation}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, NonFiniteError) else 2)

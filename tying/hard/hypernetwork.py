@@ -86,8 +86,7 @@ class HyperWeight(nn.Module):
         with torch.no_grad():
             at_zero = self(self.inner.new_zeros(1, 1, count)).flatten()
             basis = self(torch.eye(count, dtype=self.inner.dtype, device=self.inner.device).view(count, 1, count))
-        slopes = basis.reshape(count, -1) - at_zero
-        nearest = least_squares(slopes.T, (tiles - at_zero).T)
+        nearest = least_squares((basis.reshape(count, -1) - at_zero).T, (tiles - at_zero).T)
         return nearest.T.reshape(rows, columns, count).to(kernel.dtype)
 
     @override

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError, check_range
 from tying.weights.derived import parametrize_all
 
-SWEEPS = 50  # alternations between factors and diagonal, to find both for a given weight
+SWEEPS = 50  # alternations between factors and diagonal when a weight is assigned
 
 
 def low_rank(left: Tensor, right: Tensor) -> Tensor:
@@ -50,8 +49,8 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     dead = (s <= s.amax() * torch.finfo(s.dtype).eps * max(weight.shape))[:rank]
     root = s[:rank].sqrt()
-    generator = torch.Generator().manual_seed(0)  # loading a weight must not advance the global generator
-    new = torch.randn(v[:rank].shape, generator=generator, dtype=s.dtype, device="cpu").to(s.device)
+    # a generator of its own: loading a weight must not advance the global one
+    new = torch.randn(v[:rank].shape, generator=torch.Generator().manual_seed(0), dtype=s.dtype, device="cpu").to(s)
     right = torch.where(dead[:, None], new * weight.shape[1] ** -0.5, root[:, None] * v[:rank])
     factors = u[:, :rank] * root.masked_fill(dead, 0), right
     return factors[0].to(weight.dtype).contiguous(), factors[1].to(weight.dtype).contiguous()
@@ -75,7 +74,7 @@ def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
 
 
 class _OfRank(nn.Module):
-    least: ClassVar[int]
+    least = 0
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -146,8 +145,6 @@ class LowRankPlusDiagonal(_OfRank):
 
     Source: A. V. Miceli Barone, Low-rank passthrough neural networks, 2016.
     """
-
-    least = 0
 
     @override
     def forward(self, left: Tensor, right: Tensor, diagonal: Tensor) -> Tensor:

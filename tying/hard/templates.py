@@ -47,9 +47,8 @@ def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
                 [0., 0., 1.]])
     """
     rows = coefficients if isinstance(coefficients, Tensor) else torch.stack([*coefficients])
-    unit = rows.detach() / rows.detach().norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    similarity: Tensor = (unit @ unit.T).abs()
-    return similarity
+    unit = F.normalize(rows.detach(), dim=1, eps=torch.finfo(rows.dtype).tiny)
+    return (unit @ unit.T).abs()
 
 
 class TemplateBank(nn.Module):
@@ -204,14 +203,10 @@ def fold(model: nn.Module, threshold: float = 0.999) -> list[tuple[str, ...]]:
     layers = mixtures(model)
     loops: dict[str, list[str]] = {}  # by the name of the first layer
 
-    def are_equal(first: str, name: str) -> bool:
-        (alpha, bank), (beta, other) = (
-            (layer.original.detach(), bank) for layer, bank in (layers[first], layers[name])
-        )
-        return bank is other and float(F.cosine_similarity(alpha, beta, dim=0)) >= threshold
-
-    for name, (layer, _) in layers.items():
-        first = next((first for first in loops if are_equal(first, name)), name)
+    for name, (layer, bank) in layers.items():
+        alphas = {first: layers[first][0].original.detach() for first in loops if layers[first][1] is bank}
+        cosines = {first: float(F.cosine_similarity(a, layer.original.detach(), dim=0)) for first, a in alphas.items()}
+        first = next((first for first, cosine in cosines.items() if cosine >= threshold), name)
         layer.original = layers[first][0].original
         loops.setdefault(first, []).append(name)
     return [tuple(names) for names in loops.values() if len(names) > 1]

@@ -1,6 +1,7 @@
 """Convolutions with a bias for each output position."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -49,8 +50,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     """Give convolutions a bias for each channel and output position, instead of each channel; return their names.
 
     Each bias starts with the value that it replaces at all positions, so that the model's outputs do not change. Biases
-    keep their names and take the size of the convolution's output, (channels, height, width), as one forward pass of
-    ``example`` finds it. The model then takes inputs of that size only.
+    keep their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
+    ``example``. The model then takes inputs of that size only.
 
     Args:
         model: changed in place.
@@ -58,8 +59,9 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         example: an input of the model, (batch, ...).
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a parameter that is not the bias of a convolution whose
-            outputs for ``example`` have one size; or a bias is tied, or its layer parametrized. Nothing is changed.
+        ConfigurationError: a pattern matches nothing, or a parameter that is not a convolution's bias; or a bias is
+            tied, its layer is parametrized, or the layer's outputs for ``example`` do not have one size. Nothing is
+            changed.
 
     Example:
         >>> import torch
@@ -67,7 +69,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         >>> untie_biases(model, ["0.bias"], torch.zeros(1, 1, 6, 7)), model[0].bias.shape
         (['0.bias'], torch.Size([3, 4, 5]))
 
-    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018, whose
+    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; their
     convolutions have such biases.
     """
     chosen, locations = select(model, parameters), locate_parameters(model)
@@ -87,11 +89,12 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         if len(sizes[layer]) != 1:
             seen = f"with outputs of {sorted(sizes[layer])}" if sizes[layer] else "not at all"
             raise ConfigurationError(f"{name!r}: the example passes this convolution {seen}; one size is needed")
-    for name, layer in layers.items():
+    for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
-        bias = chosen[name].detach().view(-1, *[1] * len(size)).expand(-1, *size).clone()
         swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(bias, requires_grad=chosen[name].requires_grad)
+        layer.bias = nn.Parameter(
+            bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone(), bias.requires_grad
+        )
     return list(chosen)
 
 
@@ -106,14 +109,10 @@ def _output_sizes(model: nn.Module, layers: set[nn.Module], example: Tensor) -> 
     sizes: dict[nn.Module, set[tuple[int, ...]]] = {layer: set() for layer in layers}
 
     def add_size(layer: nn.Module, _: object, output: Tensor) -> None:
-        dimensions = layer.get_parameter("weight").ndim - 2
-        sizes[layer].add(tuple(output.shape[-dimensions:]))
+        sizes[layer].add(tuple(output.shape[2 - layer.get_parameter("weight").ndim :]))
 
-    hooks = [layer.register_forward_hook(add_size) for layer in layers]
-    try:
-        with eval_mode(model):
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, eval_mode(model):
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(add_size))
+        model(example)
     return sizes

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,11 @@ class DerivedWeight:
     @property
     def originals(self) -> list[nn.Parameter]:
         """The parameters from which the weight is computed."""
-        parameters = self.owner.named_parameters(remove_duplicate=False)
-        return [parameter for name, parameter in parameters if name.startswith(self.prefixes)]
+        return [
+            parameter
+            for name, parameter in self.owner.named_parameters(remove_duplicate=False)
+            if name.startswith(self.prefixes)
+        ]
 
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
@@ -66,13 +69,15 @@ def derived_in(module: nn.Module) -> list[DerivedWeight]:
 
     ``computes`` maps the weight's name to the names of a parameter and of the submodule that maps it to the weight.
     """
-    parametrized = [
-        DerivedWeight(module, name, (*steps,), (f"parametrizations.{name}.",))
-        for name, steps in _parametrizations(module).items()
-    ]
-    return parametrized + [
-        DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}."))
-        for name, (parameter, step) in _computes(module).items()
+    return [
+        *(
+            DerivedWeight(module, name, (*steps,), (f"parametrizations.{name}.",))
+            for name, steps in _parametrizations(module).items()
+        ),
+        *(
+            DerivedWeight(module, name, (getattr(module, step),), (parameter, f"{step}."))
+            for name, (parameter, step) in _computes(module).items()
+        ),
     ]
 
 
@@ -90,21 +95,25 @@ def derived_weights(model: nn.Module, aliases: bool = False) -> dict[str, Derive
     }
 
 
-def are_computed(model: nn.Module, names: Sequence[str]) -> bool:
-    """Tell whether all of these weights of a model, at least one, are derived."""
-    return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
+def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
+    """Return, by key, all derived weights except those of ties."""
+    return {
+        key: derived
+        for key, derived in derived_weights(model, aliases=True).items()
+        if derived.name not in links_in(derived.owner)
+    }
 
 
 class _Generated:
     """The second base of each generated class, in which the weights of one module are properties.
 
-    A generated class is never changed, and serves one module: a copy gets another one, because torch's
+    Each module has a generated class of its own, and so has each copy of a module, because torch's
     ``register_parametrization`` and ``remove_parametrizations`` write into the class of a parametrized module.
     """
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         copied = memo[id(self)] = object.__new__(type(self))
-        with torch.no_grad():  # the state of a recurrent layer has its weights: without a graph they can be copied
+        with torch.no_grad():  # a recurrent layer's state lists its weights; tensors with a graph cannot be copied
             copied.__setstate__(deepcopy(self.__getstate__(), memo))
         _renew_class(copied, _computes(copied))
         return copied
@@ -145,27 +154,26 @@ def install(
         >>> remove(layer, "weight").shape, type(layer).__name__, [name for name, _ in layer.named_parameters()]
         (torch.Size([4, 6]), 'Linear', ['weight', 'bias'])
     """
-    computes = _computes(module)
     if table is None:
-        is_list = isinstance(step, ParametrizationList)
-        parametrizations: Any = step if is_list else ParametrizationList([step], module.get_parameter(name))
+        parametrizations: Any = (
+            step if isinstance(step, ParametrizationList) else ParametrizationList([step], module.get_parameter(name))
+        )
         parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
         delattr(module, name)
         if not is_parametrized(module):
             module.parametrizations = nn.ModuleDict()
         module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
+        _renew_class(module, _computes(module))
     else:
         _replace_parameter(module, name, keys[0], table)
         module.register_module(keys[1], step)
-        computes = {**computes, name: keys}
-    _renew_class(module, computes)
+        _renew_class(module, {**_computes(module), name: keys})
 
 
 def remove(module: nn.Module, name: str) -> nn.Parameter:
     """Replace a derived weight by a parameter of equal value, at the weight's former place; return it."""
     [derived] = [derived for derived in derived_in(module) if derived.name == name]
-    trained = any(parameter.requires_grad for parameter in derived.originals)
-    weight = nn.Parameter(getattr(module, name).detach().clone(), trained)
+    weight = nn.Parameter(getattr(module, name).detach().clone(), any(p.requires_grad for p in derived.originals))
     computes = _computes(module)
     if name in computes:
         table, step = computes[name]
@@ -183,7 +191,9 @@ def remove(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def computed_property(parameter: str, step: str) -> property:
-    """Return the property of a weight that the submodule ``step`` computes; assigning it writes the nearest parameter.
+    """Return the property of a weight that the submodule ``step`` computes.
+
+    Assigning a weight stores the parameter for which the computed weight is nearest to it.
 
     Args:
         parameter: name of the parameter.
@@ -211,14 +221,16 @@ def _computes(module: nn.Module | type[nn.Module]) -> dict[str, tuple[str, str]]
 
 def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.Parameter) -> None:
     """Put a parameter in the place of another one: the state of optimizers depends on their order."""
-    items = module._parameters.items()
-    module._parameters = dict((name, parameter) if key == former else (key, value) for key, value in items)
+    module._parameters = {
+        name if key == former else key: parameter if key == former else value
+        for key, value in module._parameters.items()
+    }
 
 
 def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
     """Give a module a new class with a property for each weight that it computes; without any, its plain class.
 
-    Parametrizations come last: torch takes their class away with the last of them.
+    The class of parametrized modules is the outermost: torch removes it with the last parametrization.
     """
     kind = next(
         cls
@@ -227,9 +239,11 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
         and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
-        methods = [name for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)]
-        members: dict[str, Any] = {"computes": computes} | {name: _reset(name, added) for name in methods}
-        members |= {name: computed_property(*keys) for name, keys in added.items()}
+        members: dict[str, Any] = {
+            "computes": computes,
+            **{name: _reset(name, added) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)},
+            **{name: computed_property(*keys) for name, keys in added.items()},
+        }
         kind = type(f"Hashed{kind.__name__.removeprefix('Hashed')}", (kind, _Generated), members)
     if is_parametrized(module):
         kind = type(f"Parametrized{kind.__name__}", (kind, _Generated), {"__module__": parametrize.__name__})
@@ -239,7 +253,7 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
-    """Return a method that draws tables, and all else, as the plain class's method of that name draws weights."""
+    """Return a reset method: it draws plain weights by the plain class's method, and tables from these."""
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
@@ -267,10 +281,9 @@ def parametrize_all(
         ConfigurationError: a pattern matches nothing, or a weight is tied or parametrized already, or does not fit its
             parametrization; nothing is changed.
     """
-    chosen = select(model, parameters)
     locations = locate_parameters(model)
     steps: dict[str, nn.Module] = {}
-    for name, weight in chosen.items():
+    for name, weight in select(model, parameters).items():
         check_free(name, locations, ", which would not follow it")
         try:
             steps[name] = make(name, weight)
@@ -315,7 +328,7 @@ class Link(nn.Module):
 class LinkList(ParametrizationList):
     """Holds the source of a link, which torch must not overwrite when somebody removes the parametrization.
 
-    If ``is_tensor`` were true, torch would lay the source out as the weight, also for all others that hold it.
+    With ``is_tensor = True``, torch would write the weight into the source, in the wrong layout for its other users.
     """
 
     def __init__(self, link: Link, source: nn.Parameter) -> None:
@@ -340,7 +353,7 @@ class LinkList(ParametrizationList):
 
 
 def link(module: nn.Module, name: str, source: nn.Parameter, relation: Relation) -> None:
-    """Make a parameter of ``module`` the image of ``source``; checkpoints keep its plain name and layout."""
+    """Compute a weight of ``module`` as ``relation(source)``; state dicts keep the weight's plain name and layout."""
     if not links_in(module):
         module.register_state_dict_post_hook(_store_plainly)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_pre_hook(_read_plainly)  # type: ignore[no-untyped-call]  # torch's
@@ -366,25 +379,23 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
 def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for name, relation in links_in(module).items():
         if prefix + name in state_dict:
-            weight = state_dict.pop(prefix + name)
-            state_dict[f"{prefix}parametrizations.{name}.original"] = relation.right_inverse(weight)
+            source = relation.right_inverse(state_dict.pop(prefix + name))
+            state_dict[f"{prefix}parametrizations.{name}.original"] = source
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every weight that the forward pass uses; shared weights appear once per use.
-
-    A derived weight whose last step knows its shape (``shape``) is not computed: a meta tensor stands for it.
-    """
+    """Yield every weight that the forward pass uses, as :func:`effective_weight`; shared ones once per use."""
     with eval_mode(model):
         for path, module in model.named_modules(remove_duplicate=False):
             if "parametrizations" not in path.split("."):
                 derived = derived_in(module)
                 tables = {prefix for weight in derived for prefix in weight.prefixes}
-                yield from map(_effective, derived)
+                yield from map(effective_weight, derived)
                 yield from (p for name, p in module._parameters.items() if p is not None and name not in tables)
 
 
-def _effective(derived: DerivedWeight) -> Any:
+def effective_weight(derived: DerivedWeight) -> Any:
+    """Return a derived weight; a meta tensor of its shape where the last step stores that (``shape``)."""
     shape = getattr(derived.steps[-1], "shape", None)
     table = derived.owner._parameters.get(derived.prefixes[0])
     if isinstance(shape, torch.Size) and table is not None:
@@ -403,13 +414,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         >>> count_parameters(model)
         (4, 8)
     """
-    used = sum(weight.numel() for weight in effective_weights(model))
-    return sum(parameter.numel() for parameter in model.parameters()), used
-
-
-def saved_bytes(model: nn.Module) -> int:
-    """Return by how many bytes the weights that the forward pass uses exceed the stored parameters."""
-    return sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters())
+    return sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in effective_weights(model))
 
 
 @dataclass(frozen=True)
@@ -431,18 +436,16 @@ class ParameterLocation:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter at this location."""
-        parameter = self.holder._parameters[self.original]  # called for every parameter: get_parameter is slower
-        assert parameter is not None
-        return parameter
+        # read for every parameter: get_parameter would be slower
+        return cast(nn.Parameter, self.holder._parameters[self.original])
 
     @property
     def relation(self) -> Relation | None:
         """The map from the parameter to the weight; ``None`` where a parametrization is not by :func:`tie`."""
         if self.holder is self.owner:
             return Relation()
-        steps = _parametrizations(self.owner)[self.attribute]
-        relation = getattr(steps[0], "relation", None) if len(steps) == 1 else None
-        return relation if isinstance(relation, Relation) else None
+        link = links_in(self.owner).get(self.attribute)
+        return link.relation if link else None
 
 
 def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
@@ -455,8 +458,8 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
             owner = model.get_submodule(above.removesuffix("."))
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                name = clean_name(f"{path}.{attribute}".lstrip("."))
-                locations[name] = ParameterLocation(owner, weight or attribute, module, attribute)
+                location = ParameterLocation(owner, weight or attribute, module, attribute)
+                locations[clean_name(f"{path}.{attribute}".lstrip("."))] = location
     return locations
 
 
@@ -466,7 +469,7 @@ def check_free(name: str, locations: Mapping[str, ParameterLocation], because: s
     Args:
         name: the weight's name.
         locations: of all parameters of the model.
-        because: what the message adds where the weight is tied.
+        because: added to the message where the weight is tied.
 
     Raises:
         ConfigurationError: the weight is parametrized, or tied.
@@ -474,7 +477,6 @@ def check_free(name: str, locations: Mapping[str, ParameterLocation], because: s
     location = locations[name]
     if location.holder is not location.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = location.parameter
-    for other, alias in locations.items():
-        if alias.parameter is weight and alias != location:  # another name of its module is no tie
-            raise ConfigurationError(f"{name!r} is tied to {other!r}{because}: untie them, or choose others")
+    weight = location.parameter  # a module's second name is equal to its first, and no tie
+    if tied := [other for other, alias in locations.items() if alias.parameter is weight and alias != location]:
+        raise ConfigurationError(f"{name!r} is tied to {tied[0]!r}{because}: untie them, or choose others")

@@ -36,8 +36,8 @@ def merge_optimizer_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> 
     merged = states.get(id(source), {})
     for key, value in merged.items():
         if isinstance(value, Tensor) and value.shape == source.shape and value.ndim:
-            members = zip(group.parameters, group.to_source, strict=True)
-            copies = [(read, states.get(id(p), {}).get(key)) for p, read in members]
+            members = zip(group.to_source, group.parameters, strict=True)
+            copies = ((read, states.get(id(parameter), {}).get(key)) for read, parameter in members)
             merged[key] = torch.stack([read(copy) for read, copy in copies if isinstance(copy, Tensor)]).mean(dim=0)
     param_groups = [param_group for optimizer in optimizers for param_group in optimizer.param_groups]
     removed = {id(parameter) for parameter in others}

@@ -1,19 +1,17 @@
 """Report which weights are shared or computed, what that saves, and what would break it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name
-from tying.weights.derived import count_parameters, eval_mode, saved_bytes
-from tying.weights.record import tie_records
-from tying.weights.state_dict import derived_by_others
+from tying.weights.derived import count_parameters, derived_by_others, effective_weight, effective_weights, eval_mode
+from tying.weights.state_dict import tie_records
 from tying.weights.tie import tied
 
 OTHERS = "shared, by others"
@@ -57,7 +55,8 @@ class TieReport:
             optimizer states come on top.
         problems: what is wrong now, each with its remedy.
         limits: what would undo the ties, or store copies, each with its remedy.
-        rows: the groups, then the weights that something else than a tie computes; modules that are alike as one row.
+        rows: one for each group, then one for each weight that is computed without a tie; modules in which every
+            weight is shared in the same way are one row.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -91,7 +90,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
 
     Args:
         model: any module; also finds sharing that :func:`tying.hard.tie` has not made.
-        optimizers: what trains it, to find parameters that are missing, listed twice or no longer the model's.
+        optimizers: of the model, to find parameters that are missing, listed twice or no longer the model's.
 
     Example:
         >>> from tying.hard import tie
@@ -126,8 +125,8 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         relations=tuple(groups.values()),
         unique=unique,
         virtual=virtual,
-        saved_bytes=saved_bytes(model),
-        problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, optimizers)),
+        saved_bytes=sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters()),
+        problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, [*optimizers])),
         limits=tuple(_limits(model, groups)),
         rows=(*_folded(shared, parameters), *_derived_rows(model)),
     )
@@ -151,13 +150,11 @@ def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightR
 
 
 def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
-    """Yield the weights that something else than a tie computes."""
+    """Yield a row for each weight that is computed without a tie."""
     with eval_mode(model):
         for name, derived in derived_by_others(model).items():
             step: Any = derived.steps[-1]
-            shape = getattr(step, "shape", None)  # known without computing the weight
-            if not isinstance(shape, torch.Size):
-                shape = getattr(derived.owner, derived.name).shape
+            shape = effective_weight(derived).shape
             how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
             yield WeightRow((name,), how, (*shape,), sum(p.numel() for p in derived.originals), shape.numel())
 
@@ -186,8 +183,7 @@ def _on_one_storage(model: nn.Module) -> Iterable[str]:
         others.append((begin, end, clean_name(name)))
 
 
-def _in_optimizers(model: nn.Module, optimizers: Iterable[Optimizer]) -> Iterable[str]:
-    optimizers = list(optimizers)
+def _in_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterable[str]:
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
     trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:

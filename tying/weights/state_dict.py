@@ -1,23 +1,234 @@
-"""Plain state dicts of models with shared or derived weights."""
+"""State dicts of models with shared or derived weights: load them without breaking ties, and save plain weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix
+from typing import Any, Literal, Self
+from uuid import uuid4
 
 import torch
+from einops import EinopsError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError, check_choice
-from tying.selection.index import clean_name, unwrapped
-from tying.weights.derived import DerivedWeight, derived_weights, eval_mode, links_in
-from tying.weights.record import Unequal, reconcile
+from tying.selection.index import clean_name, plain_name, unwrapped
+from tying.selection.relation import Relation
+from tying.selection.tie import Tie
+from tying.weights.derived import (
+    DerivedWeight,
+    ParameterLocation,
+    derived_by_others,
+    eval_mode,
+    link,
+    locate_parameters,
+    remove,
+)
+
+RECORD = "_hard_ties"  # the attribute of a module that holds its record
+Unequal = Literal["error", "source", "mean"]
+
+
+@dataclass(frozen=True)
+class TieRecord:
+    """The names that hold one parameter, the source first, and the relation of each to the source.
+
+    Attributes:
+        names: all names that hold the parameter.
+        relations: the map from the source's layout to each name's.
+        members: an identifier of the parameter that each name held before; equal for names that held the same one.
+        root: the token of the model that was tied.
+    """
+
+    names: tuple[str, ...]
+    relations: tuple[Relation, ...]
+    members: tuple[object, ...]
+    root: str = ""
+
+    def within(self, path: str) -> Self:
+        """Return the record with names relative to a model that holds the record's module at ``path``."""
+        return replace(self, names=tuple(f"{path}.{name}".lstrip(".") for name in self.names))
+
+
+@dataclass
+class ModuleRecord:
+    """The record that :func:`tie` keeps in a module.
+
+    Attributes:
+        ties: the ties made with this module as the model, and the names that each has tied.
+        groups: the tied names whose innermost common module this is: loading the module alone is checked too, and a
+            copy of it stays tied.
+        token: identifies this module, and its copies, as the model of a tie.
+    """
+
+    ties: dict[Tie, frozenset[str]] = field(default_factory=dict)
+    groups: list[TieRecord] = field(default_factory=list)
+    token: str = field(default_factory=lambda: uuid4().hex)
+
+
+def record_in(module: nn.Module) -> ModuleRecord:
+    """Return the record of a module, an empty one if it has none."""
+    return module.__dict__.get(RECORD) or ModuleRecord()
+
+
+def records_below(model: nn.Module) -> list[tuple[str, ModuleRecord]]:
+    """Return the records of a model and of its parts, each with the clean name of its module.
+
+    Of a module with several names, the last one counts.
+    """
+    paths = {module: path for path, module in model.named_modules(remove_duplicate=False) if RECORD in module.__dict__}
+    return [(clean_name(path), record_in(module)) for module, path in paths.items()]
+
+
+def tie_records(model: nn.Module) -> list[TieRecord]:
+    """Return all groups of tied names in a model: tied in the model, in its parts, or in a model above."""
+    return [group.within(path) for path, record in records_below(model) for group in record.groups]
+
+
+def install_record(model: nn.Module, groups: Sequence[TieRecord]) -> None:
+    """Record groups of tied names, each in the innermost module that holds all of them."""
+    token = _writable_record(model).token  # loads of the model are checked before anything is written
+    modules = {clean_name(path): module for path, module in model.named_modules()}
+    for group in groups:
+        common = commonprefix([name.split(".")[:-1] for name in group.names])  # noqa: RUF071  # lists, compared by parts
+        path = ".".join(common) if ".".join(common) in modules else ""
+        inside = replace(group, names=tuple(name.removeprefix(f"{path}.") for name in group.names), root=token)
+        _writable_record(modules[path]).groups.append(inside)
+
+
+def _writable_record(module: nn.Module) -> ModuleRecord:
+    if RECORD not in module.__dict__:
+        module.__dict__[RECORD] = ModuleRecord()
+        module.register_load_state_dict_pre_hook(reconcile)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_post_hook(restore_ties)  # type: ignore[no-untyped-call]  # torch's
+    return record_in(module)
+
+
+def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[str, ParameterLocation]) -> None:
+    """Set the parameter of all names of a group to ``source``, each through its relation."""
+    relations = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
+    for location, relation in relations.items():  # once, where a module has several names
+        put_parameter(location, source, relation)
+
+
+def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation: Relation) -> None:
+    """Replace the parameter at a location; the weight there becomes ``relation(parameter)``."""
+    if location.relation in (relation, None):  # others may have parametrized the weight
+        setattr(location.holder, location.original, parameter)
+    else:
+        if location.holder is not location.owner:
+            remove(location.owner, location.attribute)
+        if relation.steps:
+            link(location.owner, location.attribute, parameter, relation)
+        else:
+            setattr(location.owner, location.attribute, parameter)
+
+
+def restore_ties(module: nn.Module, *_: Any) -> None:
+    """Repair ties that ``load_state_dict(assign=True)`` or moving to the meta device has broken.
+
+    Weights that have been parametrized since, or replaced by weights of another shape, stay unchanged;
+    :func:`tying.hard.tied` raises for them.
+    """
+    groups = tie_records(module)
+    locations = locate_parameters(module) if groups else {}
+    for group in groups:
+        members = [locations[name] for name in group.names if name in locations]
+        if len(members) == len(group.names) and not any(m.relation is None or is_lazy(m.parameter) for m in members):
+            source = members[0].parameter
+            shapes = [getattr(member.owner, member.attribute).shape for member in members]
+            with suppress(EinopsError):  # the source has another shape now
+                if shapes == [relation(source).shape for relation in group.relations]:
+                    share_parameter(group, source, locations)
+
+
+def reconcile(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
+) -> list[str]:
+    """Make the copies of each tied weight in a state dict equal, and add missing ones; also torch's load hook.
+
+    Args:
+        model: the tied model.
+        state_dict: changed in place.
+        prefix: of the model's keys.
+        unequal: what to do where copies differ: raise, take that of the source, or take their mean.
+
+    Returns:
+        The names of the weights whose copies differed.
+
+    Raises:
+        ConfigurationError: two copies differ, or an entry is no tensor of the weight's shape.
+    """
+    groups = tie_records(model)
+    keys = {unwrapped(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)} if groups else {}
+    raw_names = {clean_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)} if groups else {}
+    locations = locate_parameters(model) if groups else {}
+    differing: list[str] = []
+    for group in groups:
+        relations = dict(zip(group.names, group.relations, strict=True))
+        copies = {
+            name: _to_source(keys[name], state_dict[keys[name]], relation)
+            for name, relation in relations.items()
+            if name in keys
+        }
+        if not copies:
+            continue
+        first, weight = next(iter(copies.items()))
+        if others := [name for name, copy in copies.items() if not are_equal(weight, copy)]:
+            if unequal == "error" or copies[others[0]].shape != weight.shape:
+                how = "but differ" if copies[others[0]].shape == weight.shape else "and differ in shape"
+                raise ConfigurationError(
+                    f"{keys[first]!r} and {keys[others[0]]!r} are tied, {how} in this state dict. To load copies that "
+                    "differ, use tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load them as "
+                    "they are, tying.hard.untie(model) first"
+                )
+            if unequal == "mean":
+                weight = torch.stack([*copies.values()]).mean(dim=0)
+            state_dict.update({keys[name]: relations[name](weight) for name in copies})
+            differing += copies
+        for name, relation in relations.items():
+            if name not in keys and name in locations and locations[name].relation is not None:
+                written = plain_name(raw_names.get(name, name)).replace("_checkpoint_wrapped_module.", "")
+                state_dict[prefix + written] = relation(weight)
+    return differing
+
+
+def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
+    """Return an entry of a state dict in the layout of the source of its tie."""
+    if not isinstance(value, Tensor):
+        raise ConfigurationError(f"{key!r} is no tensor in this state dict, but {type(value).__name__}")
+    try:
+        return relation.inverse()(value)
+    except EinopsError:
+        raise ConfigurationError(
+            f"{key!r} has shape {tuple(value.shape)} in this state dict, which is not that of the model"
+        ) from None
+
+
+def are_equal(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors are equal bit by bit.
+
+    Example:
+        >>> are_equal(torch.tensor([0.0, float("nan")]), torch.tensor([0.0, float("nan")]))
+        True
+        >>> are_equal(torch.tensor(0.0), torch.tensor(-0.0))
+        False
+    """
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    if first.is_meta or second.is_meta:
+        return True
+    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict that the untied model loads without this package.
 
-    Every tensor is a contiguous copy of its own on the CPU, so that any format can hold it, safetensors too; extra
-    state of modules that is no tensor stays as it is. Derived weights are computed, whoever has parametrized them.
-    These are weights alone: what a model does with them otherwise than a plain one, such as a merge that scales
-    branches at test time, is not in them.
+    Every tensor is a separate contiguous copy on the CPU, which any format can store, safetensors too; extra state that
+    is not a tensor stays unchanged. All derived weights are computed, also those of other people's parametrizations.
+    The state dict holds weights only: other changes to the forward pass, such as a merge that scales branches at test
+    time, are not in it.
 
     Example:
         >>> from tying.hard import tie
@@ -28,8 +239,9 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     """
     derived = derived_by_others(model)
     hidden = tuple(prefix for key, weight in derived.items() for prefix in _prefixes(key, weight))
-    state = {unwrapped(key): value for key, value in model.state_dict().items()}
-    plain = {clean_name(key): value for key, value in state.items() if not key.startswith(hidden)}
+    plain = {
+        clean_name(key): value for key, value in model.state_dict().items() if not unwrapped(key).startswith(hidden)
+    }
     with eval_mode(model):
         plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
@@ -64,7 +276,15 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     assigned = _take_derived(model, plain, {unwrapped(key): value for key, value in current.items()})
     keys = {unwrapped(key): key for key in current}
     model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
-    _assign(assigned)
+    sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by the parameter
+    for derived, weight in assigned.items():
+        if len(derived.steps) == len(derived.originals) == 1 and hasattr(derived.steps[0], "joint_inverse"):
+            sharing.setdefault(derived.originals[0], []).append((derived.steps[0], weight))
+        else:
+            setattr(derived.owner, derived.name, weight)
+    for table, parts in sharing.items():  # together: the table becomes the nearest to all
+        with torch.no_grad():
+            table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
     return differing
 
 
@@ -79,36 +299,15 @@ def _take_derived(
     assigned = {}
     for key, derived in derived_by_others(model).items():
         if key in plain:
-            like = derived.originals[0]
-            value = assigned[derived] = plain.pop(key).to(like.device, like.dtype)
+            value = assigned[derived] = plain.pop(key).to(derived.originals[0])
             for step in reversed(derived.steps):  # does it fit?
                 if not hasattr(step, "right_inverse"):
                     raise ConfigurationError(
                         f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
                     )
                 value = step.right_inverse(value)  # type: ignore[operator]  # a method
-            prefixes = _prefixes(key, derived)
-            plain |= {name: value for name, value in current.items() if name.startswith(prefixes)}
+            plain |= {name: value for name, value in current.items() if name.startswith(_prefixes(key, derived))}
     return assigned
-
-
-def _assign(weights: Mapping[DerivedWeight, Tensor]) -> None:
-    """Assign derived weights; those computed from one parameter together, so that it becomes the nearest to all."""
-    sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by that parameter
-    for derived, weight in weights.items():
-        if len(derived.steps) == len(derived.originals) == 1 and hasattr(derived.steps[0], "joint_inverse"):
-            sharing.setdefault(derived.originals[0], []).append((derived.steps[0], weight))
-        else:
-            setattr(derived.owner, derived.name, weight)
-    for table, parts in sharing.items():
-        with torch.no_grad():
-            table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
-
-
-def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
-    """Return, by key, all derived weights except those of ties."""
-    derived = derived_weights(model, aliases=True)
-    return {key: weight for key, weight in derived.items() if weight.name not in links_in(weight.owner)}
 
 
 def _prefixes(key: str, derived: DerivedWeight) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.weights.derived import ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
-from tying.weights.record import (
+from tying.weights.state_dict import (
     TieRecord,
     install_record,
     put_parameter,
@@ -31,8 +31,8 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
 
     Without a relation, all names hold the same ``Parameter``. With one, a weight is computed from the source by a
     parametrization. A ``state_dict`` has the names and shapes of the untied model. Loading one whose copies of a weight
-    are not bitwise equal raises before anything of ``model`` is written; a missing copy is taken from another one. Ties
-    that exist already are mended where something has taken them apart.
+    are not bitwise equal raises before anything of ``model`` is written; a missing copy is taken from another one.
+    Earlier ties that other code has broken are repaired.
 
     Args:
         model: the module whose names the patterns match; changed in place.
@@ -59,10 +59,11 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     new = [tie for tie in parsed if tie not in record_in(model).ties]
     resolve(model, new)  # raises before anything is changed
     restore_ties(model)
-    names = {}
-    for tie, groups in zip(new, resolve_each(model, new), strict=True):
-        assert not isinstance(groups, ConfigurationError)  # because they resolve together
-        names[tie] = frozenset(name for group in groups for name in group.names)
+    names = {
+        tie: frozenset(name for group in groups for name in group.names)
+        for tie, groups in zip(new, resolve_each(model, new), strict=True)
+        if not isinstance(groups, ConfigurationError)  # none is: they resolve together
+    }
     tie_groups(model, resolve(model, new), init)
     ties_made = record_in(model).ties
     ties_made.update(names)
@@ -88,10 +89,10 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
 
 
 def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
-    """Give each weight that :func:`tie` has tied a parameter of its own, of equal value.
+    """Replace the weights that :func:`tie` has tied by separate parameters of equal value.
 
-    Names that held one parameter before they were tied hold one again. What something else has taken apart, or
-    replaced, stays as it is.
+    Names that held one parameter before they were tied hold one again. Weights that other code has replaced since stay
+    unchanged.
 
     Args:
         model: the tied model, or one that has it as a part.
@@ -132,20 +133,18 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     """Return the groups of weights that :func:`tie` has tied, in ``model`` or in a part of it.
 
     Raises:
-        ConfigurationError: some are separate again; tying again, or loading a state dict into the model, mends that.
+        ConfigurationError: some are separate again; tying again, or loading a state dict into the model, repairs them.
     """
     records = tie_records(model)
     locations = locate_parameters(model) if records else {}
-    groups = []
-    for record in records:
-        _check_tied(record, locations)
-        source = locations[record.names[0]].parameter
-        groups.append(TiedGroup(record.names, (source,) * len(record.names), record.relations, shared=True))
-    return groups
+    return [
+        TiedGroup(record.names, (_shared_by(record, locations),) * len(record.names), record.relations, shared=True)
+        for record in records
+    ]
 
 
-def _check_tied(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> None:
-    """Raise unless all names of a record hold one parameter."""
+def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
+    """Return the parameter that all names of a record hold; raise unless they hold one."""
     first = record.names[0]
     for name, relation in zip(record.names, record.relations, strict=True):
         message = f"{name!r} was tied to {first!r}, and"
@@ -160,10 +159,13 @@ def _check_tied(record: TieRecord, locations: Mapping[str, ParameterLocation]) -
             )
         parameter, source = locations[name].parameter, locations[first].parameter
         if parameter is not source:
-            remedy = "Tie again, or load a state dict into the whole model"
-            if parameter.shape != source.shape:
-                remedy = f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+            remedy = (
+                "Tie again, or load a state dict into the whole model"
+                if parameter.shape == source.shape
+                else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+            )
             raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
+    return locations[first].parameter
 
 
 def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
@@ -173,7 +175,7 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
         ConfigurationError: the members of a group cannot be one parameter.
     """
     locations = locate_parameters(model)
-    former: dict[str, object] = {  # what tells the parameter that a name held before it was tied
+    former: dict[str, object] = {  # an identifier of the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
         for name, member in zip(record.names, record.members, strict=True)
@@ -194,8 +196,7 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
             for alias, location in locations.items():
                 if location.parameter is parameter:
                     whole = relation.then(location.relation or Relation())
-                    is_equal = whole.agrees_with(Relation(), group.parameters[0].shape)
-                    names[alias] = Relation() if is_equal else whole
+                    names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
                     former.setdefault(alias, name)
                     if names[alias].steps and isinstance(location.owner, nn.RNNBase):
                         raise ConfigurationError(
@@ -213,7 +214,7 @@ def _mean(group: TiedGroup) -> Tensor:
 
 
 def _release(model: nn.Module, group: TieRecord) -> int:
-    """Give all members but the source parameters of their own, of equal value; return how many these are."""
+    """Replace all members but the source by separate parameters of equal value; return the number of these."""
     locations = locate_parameters(model)
     members = {
         locations[name]: member for name, member in zip(group.names, group.members, strict=True) if name in locations

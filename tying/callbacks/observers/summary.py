@@ -1,9 +1,10 @@
 """Print a table of tied weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Column, Table
 from torch import nn
 from typing_extensions import override
@@ -33,44 +34,48 @@ class TyingSummary(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not in on_fit_start: by now every callback knows its groups, and a checkpoint's weights are loaded
         if trainer.is_global_zero:
-            print_summary(pl_module, tied_groups(trainer), self.max_rows)
+            groups = tied_groups(trainer)
+            lines = summary_lines(pl_module, [group for _, group in groups])
+            Console().print(summary([group_row(*item) for item in groups], lines, self.max_rows), highlight=False)
 
 
-def summary_table(groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None = 40) -> Table:
+def group_row(callback: str, group: TiedGroup) -> dict[str, Any]:
+    """Return a tied group as plain types: who ties it, and its names, source's shape, relation and gap."""
+    shape, relation = [*group.parameters[0].shape], group.relation
+    return {"by": callback, "names": group.names, "shape": shape, "relation": relation, "gap": gap(group.tensors())}
+
+
+def summary_table(rows: Sequence[dict[str, Any]], max_rows: int | None = 40) -> Table:
     """Return a table with a row for each group: callback, members, shape, relation and gap.
 
     Args:
-        groups: with the names of the callbacks that tie them.
+        rows: as :func:`group_row` returns them.
         max_rows: how many groups to list, and two names of each; ``None`` for all groups and names.
     """
     columns = (Column("weights", overflow="fold"), Column("m", justify="right"), "shape", "relation", "gap")
     table = Table("by", *columns, title="Tied weights", title_justify="left")
-    for kind, group in groups[:max_rows]:
-        names = [*group.names] if max_rows is None else [*group.names[:2], *["…"] * (len(group) > 2)]
-        shape = "×".join(map(str, group.parameters[0].shape)) or "scalar"
-        distance = f"{gap(group.tensors()):.4f}"
-        table.add_row(kind, "\n".join(names), str(len(group)), shape, group.relation or "", distance)
-    if max_rows is not None and len(groups) > max_rows:
-        table.add_row("", f"… and {len(groups) - max_rows} more groups")
+    for row in rows[:max_rows]:
+        count = len(row["names"])
+        names = row["names"] if max_rows is None else [*row["names"][:2], *["…"] * (count > 2)]
+        shape = "×".join(map(str, row["shape"])) or "scalar"
+        table.add_row(row["by"], "\n".join(names), str(count), shape, row["relation"] or "", f"{row['gap']:.4f}")
+    if max_rows is not None and len(rows) > max_rows:
+        table.add_row("", f"… and {len(rows) - max_rows} more groups")
     return table
 
 
-def summary_lines(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]]) -> list[str]:
-    """Return the lines below the table: weights that are one or computed, counts, and what harder ties would save."""
+def summary_lines(model: nn.Module, groups: Iterable[TiedGroup]) -> list[str]:
+    """Return the lines below the table: weights that are shared or computed, counts, and what hard ties would save."""
     report = audit(model)
     lines = [*map(str, report.rows), report.counts()]
-    if spare := {parameter for _, group in groups if not group.shared for parameter in group.parameters[1:]}:
+    if spare := {parameter for group in groups if not group.shared for parameter in group.parameters[1:]}:
         values, size = sum(parameter.numel() for parameter in spare), sum(parameter.nbytes for parameter in spare)
         lines.append(f"Hard ties in place of soft ones would save {values:,} parameters and {size:,} bytes.")
     return lines
 
 
-def print_summary(model: nn.Module, groups: Sequence[tuple[str, TiedGroup]], max_rows: int | None = 40) -> None:
-    """Print the table and the lines of :func:`summary_table` and :func:`summary_lines`."""
-    lines = summary_lines(model, groups)
-    console = Console()
-    if groups:
-        console.print(summary_table(groups, max_rows))
-    elif len(lines) == 1:
-        console.print("No tied weights.")
-    console.print(*lines, sep="\n", highlight=False)
+def summary(rows: Sequence[dict[str, Any]], lines: Sequence[str], max_rows: int | None = 40) -> Group:
+    """Return the table and the lines of :func:`summary_table` and :func:`summary_lines`, to be printed by rich."""
+    if rows:
+        return Group(summary_table(rows, max_rows), *lines)
+    return Group(*["No tied weights."] * (len(lines) == 1), *lines)
