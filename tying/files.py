@@ -46,23 +46,24 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(partial, format="png", dpi=120)
 
 
-def read(path: str | Path, context: str) -> Any:
-    """Return the content of a file of torch, on the CPU; it may hold nothing but tensors and plain types.
+def read(path: str | Path, context: str, mmap: bool = False) -> Any:
+    """Load tensors and plain types from a file that ``torch.save`` wrote, onto the CPU.
 
     Args:
-        path: of the file.
-        context: begins the error message.
+        path: path of the file.
+        context: first words of the error message.
+        mmap: see :func:`torch.load`.
 
     Raises:
-        ConfigurationError: there is no such file, it is truncated or corrupted, or it holds other objects.
+        ConfigurationError: the file is missing, truncated or corrupted, or contains other objects.
     """
     check_whole(path, context)
     try:
-        return torch.load(path, "cpu", weights_only=True)
+        return torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ConfigurationError(
-            f"{context}: {path} is no checkpoint of tensors and plain types, or is truncated (of one that holds other "
-            f"objects, save the state dict alone): {error}"
+            f"{context}: {path} is no checkpoint of tensors and plain types, or is truncated (if it contains other "
+            f"objects, save only its state dict): {error}"
         ) from None
 
 
