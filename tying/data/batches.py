@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from tying.data.resuming import ResumableLoader
 
@@ -54,7 +53,7 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
     samples = torch.arange(count, device=images.device)[:, None, None] * (height + 2 * pad)
     # indices into the flattened padded batch: index_select is faster than advanced indexing
     pixels = (samples + rows[:, :, None]) * (width + 2 * pad) + columns[:, None, :]
-    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    padded = nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
     return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
 
 

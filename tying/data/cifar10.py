@@ -85,9 +85,9 @@ class CIFAR10(Images):
         source = self._chosen_source()
         if source == "sample" or self.root is None:
             return load_sample()
-        if source == "folder":
-            return load_folder(self.root, CLASSES, (32, 32))
-        return load_archive(self.root, self.download)
+        return (
+            load_folder(self.root, CLASSES, (32, 32)) if source == "folder" else load_archive(self.root, self.download)
+        )
 
     @property
     def description(self) -> str:  # type: ignore[override]  # an attribute of other data modules
@@ -162,9 +162,12 @@ class TwoDomains(CIFAR10):
         chosen = draw_balanced(labels, spread_evenly(self.grey, labels, "grey"))
         if chosen.all():
             raise ConfigurationError(f"grey={self.grey} leaves no image in colour, of {len(labels)} for training")
-        in_grey = {"grey": (images[chosen], labels[chosen])}
-        in_grey |= {f"{split} in grey": self._splits[split] for split in ("val", "test")}
-        in_grey = {split: (degrade(images, self.shrink), labels) for split, (images, labels) in in_grey.items()}
+        splits = {
+            "grey": (images[chosen], labels[chosen]),
+            "val in grey": self._splits["val"],
+            "test in grey": self._splits["test"],
+        }
+        in_grey = {split: (degrade(images, self.shrink), labels) for split, (images, labels) in splits.items()}
         return {"colour": (images[~chosen], labels[~chosen])} | in_grey
 
     @override
@@ -190,8 +193,11 @@ def load_archive(root: Path, download: bool = False) -> dict[str, Split]:
         ConfigurationError: files are missing or have the wrong md5, and cannot be extracted or downloaded.
     """
     folder, packed = root / Official.base_folder, root / Official.filename
-    checksums = [*Official.train_list, *Official.test_list, (Official.meta["filename"], Official.meta["md5"])]
-    broken = [name for name, md5 in checksums if not check_integrity(str(folder / name), md5)]
+    broken = [
+        name
+        for name, md5 in (*Official.train_list, *Official.test_list, (Official.meta["filename"], Official.meta["md5"]))
+        if not check_integrity(str(folder / name), md5)
+    ]
     if broken and not packed.exists():
         if folder.exists():
             raise ConfigurationError(
@@ -232,7 +238,6 @@ def degrade(images: Tensor, shrink: int) -> Tensor:
         >>> degrade(torch.tensor([255, 0, 0, 0, 255, 0], dtype=torch.uint8).view(1, 1, 2, 3), 1).flatten()
         tensor([ 76,  76,  76, 150, 150, 150], dtype=torch.uint8)
     """
-    luma = images.float() @ torch.tensor([0.299, 0.587, 0.114])
-    small = F.avg_pool2d(luma.unsqueeze(1), shrink)
-    grey = F.interpolate(small, scale_factor=shrink, mode="nearest").round().to(torch.uint8)
-    return grey.permute(0, 2, 3, 1).expand_as(images).contiguous()
+    luma = (images.float() @ torch.tensor([0.299, 0.587, 0.114])).unsqueeze(1)
+    grey = F.interpolate(F.avg_pool2d(luma, shrink), scale_factor=shrink, mode="nearest")
+    return grey.round().to(torch.uint8).permute(0, 2, 3, 1).expand_as(images).contiguous()

@@ -90,21 +90,24 @@ class Images(ResumableData):
     def setup(self, stage: str) -> None:
         if self._splits:
             return
-        loaded = {split: self._of_classes(*part) for split, part in self.load().items()}
+        loaded = {split: self._select_classes(*part) for split, part in self.load().items()}
         checksum = 0
         for images, labels in loaded.values():
             checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data, checksum))
         self.key = f"{checksum:08x}"
         images, labels = loaded["train"]
         held_out = draw_balanced(labels, [round(self.validation * count) for count in labels.bincount().tolist()])
-        fit = images[~held_out], labels[~held_out]
-        self._splits = {"fit": fit, "val": (images[held_out], labels[held_out]), "test": loaded["test"]}
-        self._splits |= self.divide(*fit)
+        self._splits = {
+            "fit": (images[~held_out], labels[~held_out]),
+            "val": (images[held_out], labels[held_out]),
+            "test": loaded["test"],
+        }
+        self._splits |= self.divide(*self._splits["fit"])
         counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
         place = f" at {root}" if (root := getattr(self, "root", None)) else ""
         rank_zero_info(f"{type(self).__name__}: {self.description}{place} ({counts})")
 
-    def _of_classes(self, images: Tensor, labels: Tensor) -> Split:
+    def _select_classes(self, images: Tensor, labels: Tensor) -> Split:
         if self.classes is None:
             return images, labels
         if missing := {*self.classes} - {*labels.tolist()}:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torchvision.datasets import MNIST as Official
 from typing_extensions import override
 
@@ -188,5 +187,5 @@ def pixels_in_order(images: Tensor, order: Tensor, shrink: int = 1) -> Tensor:
         >>> pixels_in_order(torch.arange(4.0).view(1, 1, 2, 2), torch.tensor([3, 0, 1, 2])).flatten().tolist()
         [3.0, 0.0, 1.0, 2.0]
     """
-    pooled = F.avg_pool2d(images, shrink) if shrink > 1 else images
+    pooled = nn.functional.avg_pool2d(images, shrink) if shrink > 1 else images
     return pooled.flatten(1).index_select(1, order.to(images.device)).unsqueeze(2)
