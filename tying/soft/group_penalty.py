@@ -55,12 +55,11 @@ class TyingPenalty(nn.Module):
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
         self.strength = strength
-        for group in self.groups:
-            if self.penalty.pairs_only and len(group) > 2:
-                raise ConfigurationError(
-                    f"{self.penalty} takes pairs, but {listed(group.names)} are one group of {len(group)}: "
-                    "use 'l2' or 'l1', or ties that share no weight"
-                )
+        if self.penalty.pairs_only and (names := next((group.names for group in self.groups if len(group) > 2), None)):
+            raise ConfigurationError(
+                f"{self.penalty} takes pairs, but {listed(names)} are one group of {len(names)}: "
+                "use 'l2' or 'l1', or ties that share no weight"
+            )
 
     def forward(self) -> Tensor:
         """Return Ω summed over all groups, a differentiable scalar; half-precision weights are summed in float32."""
@@ -88,10 +87,15 @@ class TyingPenalty(nn.Module):
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
-                values = self.penalty.prox(group.tensors(), s, speeds)
-                for i, (parameter, value) in enumerate(zip(group.parameters, values, strict=True)):
-                    if speeds[i]:
-                        parameter.copy_(group.relations[i](value))
+                for parameter, relation, speed, value in zip(
+                    group.parameters,
+                    group.relations,
+                    speeds,
+                    self.penalty.prox(group.tensors(), s, speeds),
+                    strict=True,
+                ):
+                    if speed:
+                        parameter.copy_(relation(value))
 
     def check_rates(self, rates: Rates) -> None:
         """Raise an error if the penalty has no proximal step for these rates; change no weight.
@@ -157,7 +161,7 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
 
     Args:
         weights: w, by name.
-        anchors: w⁰, by the same names; they are copied.
+        anchors: w⁰, by the same names.
         strength: see :class:`TyingPenalty`.
 
     Example:
@@ -172,7 +176,9 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
     """
     groups = []
     for name, weight in weights.items():
-        anchor = nn.Parameter(anchors[name].detach().to(weight, copy=True), requires_grad=False)
+        # a state dict's tensor changes with its weight
+        aliased = anchors[name].untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        anchor = nn.Parameter(anchors[name].detach().to(weight, copy=aliased), requires_grad=False)
         groups.append(TiedGroup((name, f"anchor of {name}"), (weight, anchor), (Relation(), Relation())))
     return TyingPenalty(groups, strength=strength)
 
@@ -183,14 +189,12 @@ def as_penalty(penalty: str | Penalty) -> Penalty:
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if isinstance(penalty, Penalty):
-        return penalty
-    if penalty not in PENALTIES:
+    if not isinstance(penalty, Penalty) and penalty not in PENALTIES:
         raise ConfigurationError(
             f"unknown penalty {penalty!r}: use {', '.join(map(repr, PENALTIES))}, Huber(delta) or a subclass of "
             f"tying.soft.Penalty.{nearest(str(penalty), PENALTIES)}"
         )
-    return PENALTIES[penalty]
+    return penalty if isinstance(penalty, Penalty) else PENALTIES[penalty]
 
 
 def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:

@@ -18,9 +18,6 @@ DEVICE_CHUNK = 1 << 20
 NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ changes no sum; much smaller densities are subnormal numbers, which are slow
 
 
-Gamma = tuple[float, float]
-
-
 class GaussianMixturePrior(nn.Module):
     """The mixture prior of Ullrich et al.: one component fixed at zero, learned components, and hyper-priors.
 
@@ -57,8 +54,8 @@ class GaussianMixturePrior(nn.Module):
         low: float = -0.6,
         high: float = 0.6,
         std: float | None = None,
-        zero_gamma: Gamma = (5e3, 2.0),
-        gamma: Gamma = (250.0, 0.1),
+        zero_gamma: tuple[float, float] = (5e3, 2.0),
+        gamma: tuple[float, float] = (250.0, 0.1),
     ) -> None:
         super().__init__()
         check_range("components", components, "[2, inf)")
@@ -150,11 +147,11 @@ class GaussianMixturePrior(nn.Module):
             variance = (share * (2 * power * log_stds[group]).exp()).sum() ** power
             mean = means.new_zeros(()) if group[0] else (share * means[group]).sum()
             merged.append((mean, variance.log() / 2, shares[group].sum()))
-        columns = [torch.stack(column).to(self.means) for column in zip(*merged, strict=True)]
-        self.zero_weight = min(float(columns[2][0]), 1 - 1e-12)
-        self.means = nn.Parameter(columns[0][1:])
-        self.log_stds = nn.Parameter(columns[1])
-        self.logits = nn.Parameter(columns[2][1:].log())
+        means, log_stds, shares = (torch.stack(column).to(self.means) for column in zip(*merged, strict=True))
+        self.zero_weight = min(float(shares[0]), 1 - 1e-12)
+        self.means = nn.Parameter(means[1:])
+        self.log_stds = nn.Parameter(log_stds)
+        self.logits = nn.Parameter(shares[1:].log())
         return len(merged)
 
     @torch.no_grad()
@@ -186,7 +183,8 @@ class GaussianMixturePrior(nn.Module):
         return self.all_means().to(weights)[self.assign(weights)]
 
     def _most_responsible(self, weights: Tensor) -> Tensor:
-        mixture, chunks = self.mixture(), torch.split(weights.flatten(), _chunk_size(weights))
+        mixture = self.mixture()
+        chunks = torch.split(weights.flatten(), _chunk_size(weights))
         return torch.cat([_log_joint(chunk, *mixture).argmax(dim=0) for chunk in chunks]).view(weights.shape)
 
     @override
@@ -248,8 +246,7 @@ class _MixtureNLL(torch.autograd.Function):
 def _fit_components(prior: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Resize a prior's parameters to the number of components in a state dict, which merging may have reduced."""
     for name, parameter in prior.named_parameters():
-        loaded = state_dict.get(f"{prefix}{name}", parameter)
-        if loaded.shape != parameter.shape:
+        if (loaded := state_dict.get(f"{prefix}{name}", parameter)).shape != parameter.shape:
             setattr(prior, name, nn.Parameter(parameter.new_empty(loaded.shape)))
 
 
@@ -268,14 +265,15 @@ def _evaluate(
     means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)
     precisions = (-2 * log_stds).exp()
     pulls = torch.stack([torch.ones_like(means), precisions, precisions * means])
-    chunk = _chunk_size(weights)
-    count, longest = len(means), min(chunk, max(1, weights.numel()))
-    sums = torch.zeros(count, 3, dtype=torch.float64, device=weights.device)
+    chunk = min(_chunk_size(weights), max(1, weights.numel()))
+    sums = torch.zeros(len(means), 3, dtype=torch.float64, device=weights.device)
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
-    buffer, moments = means.new_empty(count, longest), means.new_empty(3, longest)
+    buffer, moments = means.new_empty(len(means), chunk), means.new_empty(3, chunk)
     in_place = weights.is_contiguous() and into.is_contiguous()
     gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
-    for part, received in zip(weights.reshape(-1).split(chunk), gradient.view(-1).split(chunk), strict=True):
+    for part, received in zip(
+        torch.split(weights.reshape(-1), chunk), torch.split(gradient.view(-1), chunk), strict=True
+    ):
         w = part.to(dtype)
         density = _log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
         largest = density.amax(dim=0, keepdim=True)
