@@ -1,4 +1,4 @@
-"""Former public names, which still work and warn."""
+"""Former public names: they still work, with a DeprecationWarning."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
 
-# by module or class: former name to current name
+# for each module or class, its former names and their current names
 ALIASES: dict[str, dict[str, str]] = {
     "tying.callbacks.TyingCallback": {"check": "check_groups"},
     "tying.depth.Merge": {
@@ -39,7 +39,7 @@ def _warn(owner: str, former: str, current: str) -> None:
 
 
 def module_aliases(module: str) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__``, which looks up its former names."""
+    """Return the ``__getattr__`` of a module, which finds its former names."""
 
     def find(name: str) -> Any:
         if name not in ALIASES[module]:
@@ -51,7 +51,7 @@ def module_aliases(module: str) -> Callable[[str], Any]:
 
 
 def class_aliases(owner: str) -> Callable[[T], T]:
-    """Return a class decorator with which former names can be read, written, and overridden by subclasses.
+    """Return a class decorator that lets code read and write former names, and subclasses override them.
 
     Example:
         >>> ALIASES["Shelf"] = {"volumes": "books"}
@@ -71,12 +71,12 @@ def class_aliases(owner: str) -> Callable[[T], T]:
                 if former in vars(subclass):
                     _warn(owner, former, current)
                     setattr(subclass, current, vars(subclass)[former])
-                elif current in vars(subclass):  # for overrides further down that call super().former()
+                elif current in vars(subclass):  # overrides in its subclasses may call super().former()
                     setattr(subclass, former, _Alias(owner, former, current, vars(subclass)[current]))
 
         inherited_dir: Any = cls.__dir__
 
-        def dir_without_aliases(self: Any) -> list[str]:  # torch.jit reads all that it lists
+        def dir_without_aliases(self: Any) -> list[str]:  # torch.jit reads every attribute in this list
             return [name for name in inherited_dir(self) if name not in ALIASES[owner]]
 
         for former, current in ALIASES[owner].items():
@@ -89,7 +89,7 @@ def class_aliases(owner: str) -> Callable[[T], T]:
 
 
 class _Alias:
-    """The former name of an attribute of a class, and of a method as this class defines it."""
+    """A descriptor under the former name of an attribute; for a method, it returns the method of the class it is in."""
 
     def __init__(self, owner: str, former: str, current: str, value: Any) -> None:
         self.owner, self.former, self.current, self.value = owner, former, current, value

@@ -1,4 +1,4 @@
-"""Errors of configuration and of training, and checks of arguments that raise them."""
+"""Errors of configuration and training, and checks of arguments."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ class NonFiniteError(ArithmeticError):
 
 
 def nearest(name: str, existing: Iterable[str]) -> str:
-    """Return a sentence with the existing names closest to ``name``, or an empty string.
+    """Return a sentence with the existing names that are most similar to ``name``, or an empty string.
 
     Example:
         >>> nearest("encoder.0.weigth", ["encoder.0.weight", "head.bias"])
@@ -25,7 +25,7 @@ def nearest(name: str, existing: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:
-    """Return the first ``limit`` names, separated by commas, and the number of others.
+    """Return the first ``limit`` names, separated by commas, and the number of the other names.
 
     Example:
         >>> listed(["a", "b", "c"], limit=2)
@@ -37,15 +37,15 @@ def listed(names: Iterable[str], limit: int = 6) -> str:
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise unless an argument is one of the given choices.
+    """Raise an error unless the value of an argument is one of the given choices.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: name of the argument.
+        value: value of the argument.
         choices: the valid values.
 
     Raises:
-        ConfigurationError: the value is no choice; the message lists the choices and names the nearest.
+        ConfigurationError: the value is not a choice. The message lists the choices and the most similar one.
 
     Example:
         >>> check_choice("init", "sorce", ("source", "mean"))
@@ -60,12 +60,12 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_range(name: str, value: float, interval: str) -> None:
-    """Raise unless an argument lies in an interval.
+    """Raise an error unless the value of an argument lies in an interval.
 
     Args:
-        name: of the argument.
-        value: of the argument.
-        interval: in mathematical notation: ``"[0, 1]"``, ``"(0, 1]"``, ``"[1, inf)"``; ``inf]`` admits infinity.
+        name: name of the argument.
+        value: value of the argument.
+        interval: in mathematical notation: ``"[0, 1]"``, ``"(0, 1]"``, ``"[1, inf)"``; ``inf]`` includes infinity.
 
     Raises:
         ConfigurationError: the value is outside, NaN, or not a number.

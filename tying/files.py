@@ -16,12 +16,12 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # which takes long to import
+    from matplotlib.figure import Figure  # a slow import
 
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which replaces ``path`` at the end; after an error, it is removed.
+    """Yield a temporary path; rename it to ``path`` at the end, or remove it after an error.
 
     Example:
         >>> import tempfile
@@ -32,7 +32,7 @@ def atomically(path: Path) -> Iterator[Path]:
         ('1,2', 1)
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat on other machines
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process ids are not unique across machines
     try:
         yield partial
         partial.replace(path)
@@ -41,37 +41,38 @@ def atomically(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, completely or not at all."""
+    """Write a figure as a PNG file, atomically."""
     with atomically(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
-def read(path: str | Path, context: str) -> Any:
-    """Return the content of a file of torch, on the CPU; it may hold nothing but tensors and plain types.
+def read(path: str | Path, context: str, mmap: bool = False) -> Any:
+    """Load tensors and plain types from a file that ``torch.save`` wrote, onto the CPU.
 
     Args:
-        path: of the file.
-        context: begins the error message.
+        path: path of the file.
+        context: first words of the error message.
+        mmap: see :func:`torch.load`.
 
     Raises:
-        ConfigurationError: there is no such file, it is truncated or corrupted, or it holds other objects.
+        ConfigurationError: the file is missing, truncated or corrupted, or contains other objects.
     """
     check_whole(path, context)
     try:
-        return torch.load(path, "cpu", weights_only=True)
+        return torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ConfigurationError(
-            f"{context}: {path} is no checkpoint of tensors and plain types, or is truncated (of one that holds other "
-            f"objects, save the state dict alone): {error}"
+            f"{context}: {path} is no checkpoint of tensors and plain types, or is truncated (if it contains other "
+            f"objects, save only its state dict): {error}"
         ) from None
 
 
 def check_whole(path: str | Path, context: str) -> None:
-    """Raise unless a file exists and its checksums are right; ``torch.load`` does not check them.
+    """Raise an error unless a file exists and its checksums are right; ``torch.load`` does not check them.
 
     Args:
-        path: of the file.
-        context: begins the error message.
+        path: path of the file.
+        context: first words of the error message.
 
     Raises:
         ConfigurationError: the file is missing or corrupted.
@@ -83,14 +84,14 @@ def check_whole(path: str | Path, context: str) -> None:
 
 
 def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
-    """Return the tensors of a Lightning checkpoint, or of a state dict, by clean name, on the CPU.
+    """Load the tensors of a Lightning checkpoint or of a state dict, by clean name, onto the CPU.
 
     Args:
-        path: of the file.
-        context: begins the error message.
+        path: path of the file.
+        context: first words of the error message.
 
     Raises:
-        ConfigurationError: there is no such file, it is corrupted, or holds other objects than tensors and plain types.
+        ConfigurationError: the file is missing or corrupted, or contains other objects than tensors and plain types.
     """
     content = read(path, context)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -98,7 +99,7 @@ def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
 
 
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
-    """Return the newest checkpoint that is whole: a killed process may leave a truncated one."""
+    """Return the newest checkpoint with correct checksums, or ``None``: a killed process may leave a truncated one."""
     newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next(filter(_is_whole, newest_first), None)
 

@@ -1,6 +1,6 @@
-"""Names of torch that are private, each with the reason; written against torch 2.11 to 2.15.
+"""Uses of private names of torch, each with the reason; tested with torch 2.11 to 2.15.
 
-Everything else in this package uses torch's public names, `lightning_workarounds` holds those of Lightning.
+The rest of this package uses public names of torch. The private names of Lightning are in `lightning_workarounds`.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
 
-# fused operations over lists of tensors, as torch's own optimizers use them: there is no public name
+# fused operations over lists of tensors, which torch's optimizers use: they have no public name
 foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
-# the two branches of an encoder layer; its public forward adds both to their shortcuts, which a merge does instead
+# the two branches of an encoder layer: its public forward adds them to their shortcuts, where a merge should do that
 attention_branch = nn.TransformerEncoderLayer._sa_block
 feed_forward_branch = nn.TransformerEncoderLayer._ff_block
 
 
 def is_traced() -> bool:
-    """Return whether operations are being recorded, or run on tensors without values: compiled code cannot run then.
+    """Return whether operations are traced or run on fake tensors: compiled code cannot run then.
 
-    torch has no public test for dispatch modes, such as that of fake tensors.
+    torch has no public test for dispatch modes, which fake tensors use.
     """
     if torch.compiler.is_compiling():
         return True
@@ -36,7 +36,7 @@ def is_traced() -> bool:
 
 
 def error_on_graph_break() -> AbstractContextManager[None]:
-    """Return a context in which compilation fails instead of falling back to Python.
+    """Return a context in which a graph break raises an error, instead of a fallback to Python.
 
     The public ``fullgraph=True`` also traces the Python code that a hash runs for each number.
     """
@@ -45,21 +45,21 @@ def error_on_graph_break() -> AbstractContextManager[None]:
 
 
 def compile_apart(function: Any) -> Any:
-    """Compile a closure with its own code object.
+    """Compile a closure with a copy of its code object.
 
-    torch counts recompilations per code object, publicly with one limit for all: closures over different hashes would
-    soon reach it.
+    torch counts recompilations per code object, and the public limit holds for all functions: closures over different
+    hashes share one code object, and would soon reach the limit.
     """
     return torch.compile(FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__))
 
 
 class FollowsDevice(nn.Module):
-    """A module with tensors that are neither parameters nor buffers, and that move to its device with it.
+    """A module that moves tensors to its device although they are neither parameters nor buffers.
 
-    torch has no hook for moves: ``_apply`` is what ``to``, ``cuda``, ``to_empty`` and the like call.
+    torch has no public hook for moves; ``to``, ``cuda`` and ``to_empty`` all call ``_apply``.
 
     Attributes:
-        device: the device of these tensors; a module on the meta device keeps them where they were.
+        device: the device of these tensors; they stay where they are if the module moves to the meta device.
     """
 
     def __init__(self) -> None:
@@ -80,12 +80,12 @@ class FollowsDevice(nn.Module):
         return self
 
 
-# makes a parametrized weight a property of its module's class, with the cache of `parametrize.cached()`: publicly this
-# comes only with torch's own class, which copies share
+# makes a parametrized weight a property of its module's class, with the cache of `parametrize.cached()`; the public
+# `register_parametrization` also makes a class of its own, which copies of the module share
 inject_property = parametrize._inject_property
 
 
 def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a convolution layer's output with another weight and bias: publicly, a layer takes only its own."""
+    """Return the output of a convolution layer for another weight and bias; the public forward uses only its own."""
     output: Tensor = layer._conv_forward(input, weight, bias)  # type: ignore[operator]  # a convolution's
     return output

@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -81,14 +80,7 @@ def test_decoded_once(folder, store, monkeypatch):
     first = ready(folder)
     monkeypatch.setattr(folders, "decode", None)
     assert torch.equal(ready(folder)._splits["fit"][0], first._splits["fit"][0])
-    [made] = store.iterdir()
-    assert sorted(path.name for path in made.iterdir()) == [
-        "meta.json",
-        "test.images",
-        "test.labels",
-        "train.images",
-        "train.labels",
-    ]
+    assert [path.suffix for path in store.iterdir()] == [".pt"]
 
 
 def test_changed_content_is_decoded_again(folder, store):
@@ -114,25 +106,26 @@ def test_two_processes_start_at_once(folder, store):
     assert len(list(store.iterdir())) == 1
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "meta", "version", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "replaced"])
 def test_broken_cache_is_named(folder, store, damage):
-    ready(folder)
+    images = ready(folder)._splits["fit"][0]
     [made] = store.iterdir()
-    content = (made / "train.images").read_bytes()
-    if damage == "truncated":
-        (made / "train.images").write_bytes(content[:-1])
-    elif damage == "flipped":
-        (made / "train.images").write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    elif damage == "meta":
-        (made / "meta.json").write_text("{")
-    elif damage == "version":
-        meta = json.loads((made / "meta.json").read_text())
-        (made / "meta.json").write_text(json.dumps({**meta, "version": 0}))
-    else:
-        (made / "test.labels").unlink()
-    message = {"meta": "incomplete", "version": "of version 0, not 1"}.get(damage, "truncated or corrupted in")
-    with pytest.raises(ConfigurationError, match=rf"cache {made}.*{message}.*Remove {made}"):
+    content = made.read_bytes()
+    at = content.index(images.numpy().tobytes()) + 100
+    made.write_bytes(
+        {
+            "truncated": content[:-1],
+            "flipped": content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :],
+            "empty": b"",
+            "replaced": b"{" + content[1:],
+        }[damage]
+    )
+    message = "is corrupted: its checksums are wrong" if damage in ("flipped", "replaced") else "is truncated"
+    with pytest.raises(ConfigurationError, match=rf"cached images: {made} .*{message}.*Remove {made}, and it will be"):
         ready(folder)
+    assert made.exists()
+    made.unlink()
+    assert torch.equal(ready(folder)._splits["fit"][0], images)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.xz", "a.tar.gz", "a.zip"])
@@ -261,20 +254,11 @@ def test_what_is_no_file(folder):
         ready(folder)
 
 
-@pytest.mark.parametrize(
-    ("meta", "told"),
-    [
-        ("[]", "has no readable meta.json"),
-        ('{"version": 1}', "has no readable meta.json"),
-        ('{"version": 1, "splits": {}, "checksums": {}}', "is corrupted in meta.json"),
-        ('{"version": 2, "splits": {}, "checksums": {}}', "is of version 2, not 1"),
-    ],
-)
-def test_a_cache_that_says_something_else(folder, store, meta, told):
+def test_a_cache_of_other_objects_is_named(folder, store):
     ready(folder)
-    [path] = store.glob("*/meta.json")
-    path.write_text(meta)
-    with pytest.raises(ConfigurationError, match=rf"{told}. Remove .*made again"):
+    [made] = store.iterdir()
+    torch.save(Path("elsewhere"), made)
+    with pytest.raises(ConfigurationError, match=rf"(?s){made} is no checkpoint of tensors .*Remove {made}"):
         ready(folder)
 
 
@@ -296,15 +280,16 @@ def test_nothing_is_extracted_outside(folder, tmp_path):
 
 def test_cache_that_cannot_be_written(folder, monkeypatch):
     Path(os.environ["TYING_CACHE"]).write_text("a file where the folder should be")
-    with pytest.raises(ConfigurationError, match=r"could not be kept under .*cache.*TYING_CACHE"):
+    with pytest.raises(ConfigurationError, match=r"could not be written to .*cache.*TYING_CACHE"):
         ready(folder)
 
 
 def test_a_full_disk_leaves_nothing_half_written(folder, store, monkeypatch):
-    def full(path, content):
+    def full(content, path):
+        Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ConfigurationError, match="No space left on device"):
         ready(folder)
     assert list(store.iterdir()) == []

@@ -1,6 +1,7 @@
-"""Batches of images held in memory, cropped and flipped as whole tensors.
+"""Load and augment batches of images that are held in memory.
 
-Order and augmentation are functions of (seed, epoch, batch index) alone, whatever the device or number of processes.
+The order and the augmentation depend only on the seed, the epoch and the batch index, not on the device or the number
+of processes.
 """
 
 import math
@@ -10,20 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from tying.data.resuming import ResumableLoader
 
 
 class RawBatch(NamedTuple):
-    """A batch before augmentation, small to move to a device.
+    """A batch of uint8 images before augmentation, which is a quarter of the size of float32 images.
 
     Attributes:
         images: uint8 (batch, height, width, channels).
         labels: int64 (batch,).
-        offsets: int64 (batch, 2): top and left of each crop in the padded image; ``None`` leaves images as they are.
-        flips: bool (batch,): which images to mirror; ``None`` together with the offsets.
+        offsets: int64 (batch, 2): top and left of each crop in the padded image; ``None`` for no augmentation.
+        flips: bool (batch,): which images to mirror; ``None`` for no augmentation.
     """
 
     images: Tensor
@@ -33,7 +33,7 @@ class RawBatch(NamedTuple):
 
 
 def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
-    """Return each image shifted and perhaps mirrored: a crop of the image padded with ``pad`` black pixels.
+    """Crop each image from its copy with ``pad`` black pixels on every side, and mirror some of the crops.
 
     Args:
         images: (batch, height, width, channels), any dtype.
@@ -47,23 +47,23 @@ def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
         tensor([1, 0, 3, 0])
     """
     count, height, width, channels = images.shape
-    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    tall, wide = height + 2 * pad, width + 2 * pad
     across = torch.arange(width, device=images.device)
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
     columns = offsets[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
-    samples = torch.arange(count, device=images.device)[:, None, None] * tall
-    pixels = (samples + rows[:, :, None]) * wide + columns[:, None, :]  # indices into the flattened padded batch
+    samples = torch.arange(count, device=images.device)[:, None, None] * (height + 2 * pad)
+    # indices into the flattened padded batch: index_select is faster than advanced indexing
+    pixels = (samples + rows[:, :, None]) * (width + 2 * pad) + columns[:, None, :]
+    padded = nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
     return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return float images with zero mean and unit deviation in each channel.
+    """Scale pixels to [0, 1], subtract the mean of each channel, and divide by its standard deviation.
 
     Args:
         images: uint8 (batch, height, width, channels).
-        mean: (channels,), of pixels scaled to [0, 1].
-        std: (channels,), likewise.
+        mean: mean of each channel, for pixels scaled to [0, 1]; (channels,).
+        std: standard deviation of each channel, for pixels scaled to [0, 1]; (channels,).
 
     Returns:
         float32 (batch, channels, height, width), contiguous.
@@ -75,27 +75,28 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @dataclass(eq=False, repr=False)
 class BatchLoader(ResumableLoader):
-    """Iterate over images in memory, a raw batch at a time.
+    """Iterate over raw batches of images that are held in memory.
 
-    Several processes share each batch of ``world × batch_size`` samples, so that they see jointly what one process
-    sees with the larger batch. A loader that is restarted within an epoch takes another order. A training run resumes
-    with the very batch at which it was interrupted.
+    Several processes split each batch of ``world × batch_size`` samples: together they see the batches that one
+    process sees with that batch size. Each iteration within an epoch has its own order. A training run resumes at the
+    batch where it was interrupted.
 
     Args:
         images: uint8 (count, height, width, channels).
         labels: int64 (count,).
-        batch_size: samples of a batch, per process.
-        train: shuffle, augment and drop an incomplete last batch; or yield all images in order, unchanged.
+        batch_size: samples in a batch, per process.
+        train: if true, shuffle, augment and drop an incomplete last batch; if false, yield all images in order,
+            unchanged.
         augment: crop and flip when training.
         pad: the largest shift of a crop, in pixels.
-        flip: mirror every second image, on average, when augmenting.
-        seed: of order and augmentation.
-        same: give every epoch the order and augmentation of the first.
-        rank: this process, of ``world``.
+        flip: mirror an image with probability 0.5 when augmenting.
+        seed: seed of the order and the augmentation.
+        same: repeat the order and the augmentation of the first epoch in every epoch.
+        rank: rank of this process.
         world: number of processes.
 
     Attributes:
-        dataset: the labels, whose length is that of the data.
+        dataset: the labels; Lightning asks it for the number of samples.
 
     Example:
         >>> loader = BatchLoader(torch.zeros(10, 2, 2, 1, dtype=torch.uint8), torch.arange(10), 4, train=False)
@@ -126,24 +127,22 @@ class BatchLoader(ResumableLoader):
 
     def __iter__(self) -> Iterator[RawBatch]:
         key = (self.seed, 0, 0) if self.same else (self.seed, self._place["epoch"], self._place["cycle"])
-        order = torch.arange(len(self.labels))
-        if self.train:
-            order = torch.randperm(len(self.labels), generator=_generator(*key))
-        for index in self._numbers(len(self)):
-            chosen = order[index * self._joint : (index + 1) * self._joint]
+        count = len(self.labels)
+        order = torch.randperm(count, generator=_generator(*key)) if self.train else torch.arange(count)
+        for number in self._numbers(len(self)):
+            chosen = order[number * self._joint : (number + 1) * self._joint]
             part = slice(self.rank * len(chosen) // self.world, (self.rank + 1) * len(chosen) // self.world)
             if part.start == part.stop:  # fewer samples are left than there are processes
                 continue
             batch = RawBatch(self.images.index_select(0, chosen[part]), self.labels[chosen[part]])
             if self.augment and self.train:
-                generator = _generator(*key, index)
+                generator = _generator(*key, number)  # all processes draw for the joint batch, and take their part
                 offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
-                chances = torch.rand(len(chosen), generator=generator) if self.flip else torch.ones(len(chosen))
-                batch = batch._replace(offsets=offsets[part], flips=chances[part] < 0.5)
+                flips = torch.rand(len(chosen), generator=generator) < (0.5 if self.flip else 0.0)
+                batch = batch._replace(offsets=offsets[part], flips=flips[part])
             yield batch
 
 
 def _generator(*key: int) -> torch.Generator:
-    """Return a generator that depends on all numbers of ``key``, and shares no stream with another key."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(seed >> 1)
+    """Return a generator whose seed is a hash of the integers in ``key``."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1)

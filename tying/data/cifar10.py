@@ -21,24 +21,24 @@ Source = Literal["auto", "archive", "folder", "sample"]
 
 
 class CIFAR10(Images):
-    """CIFAR-10 in memory, cropped, flipped and normalised as whole tensors, on the training device.
+    """CIFAR-10 in memory; whole batches are cropped, flipped and normalised on the training device.
 
     Args:
-        root: where the data is: the folder of the official archive or of its extracted files, a folder of class
-            folders ``{train,test}/<class>/``, or a tar or zip file of such a folder.
-        source: ``"archive"``, the official data; ``"folder"``, class folders, packed or not; ``"sample"``, the
-            embedded 5,000 + 1,000 images, class-balanced, from a JPEG copy. ``"auto"`` takes the first of these that
-            ``root`` holds, or the sample without ``root``.
-        batch_size: samples of a batch, per process.
-        validation: share of the training images held out; see :class:`tying.data.images.Images`, also for the rest.
-        labelled: keep this many labels.
-        augment: random crops (4 pixels) and flips in training.
-        seed: of order and augmentation.
-        download: fetch the official archive if it is missing.
-        classes: keep images of these classes alone.
+        root: the folder that contains the official archive or its extracted files, a folder of class folders
+            ``{train,test}/<class>/``, or a tar or zip file of class folders.
+        source: ``"archive"``, the official data; ``"folder"``, class folders or a file of them; ``"sample"``, the
+            embedded class-balanced sample of a JPEG copy: 5,000 training and 1,000 test images. ``"auto"`` is the
+            official data or the class folders, whichever ``root`` contains, and the sample without ``root``.
+        batch_size: samples in a batch, per process.
+        validation: fraction of the training images to hold out; see :class:`tying.data.images.Images` for details.
+        labelled: number of labels to keep.
+        augment: apply random crops (by up to 4 pixels) and flips in training.
+        seed: seed of the order and the augmentation.
+        download: download the official archive if it is missing.
+        classes: use only images of these classes.
 
     Raises:
-        ConfigurationError: an argument out of range; when data is prepared, missing or broken data.
+        ConfigurationError: an argument is out of range; in ``prepare_data``, the data is missing or broken.
 
     Example:
         >>> data = CIFAR10(batch_size=100)
@@ -70,7 +70,7 @@ class CIFAR10(Images):
         check_choice("source", source, get_args(Source))
         if root is None and (download or source in ("archive", "folder")):
             reason = "download" if download else f"source={source!r}"
-            raise ConfigurationError(f"{reason} needs root: the folder that holds CIFAR-10, or will hold it")
+            raise ConfigurationError(f"{reason} needs root: the folder that contains CIFAR-10, or will contain it")
         self.root = None if root is None else Path(root)
         self.source = source
         self.download = download
@@ -78,59 +78,56 @@ class CIFAR10(Images):
     @override
     def prepare_data(self) -> None:
         if self._chosen_source() != "sample":
-            self.load()  # one process downloads, extracts and decodes before all others
+            self.load()  # Lightning calls this in one process, before the others load
 
     @override
     def load(self) -> dict[str, Split]:
         source = self._chosen_source()
         if source == "sample" or self.root is None:
             return load_sample()
-        if source == "folder":
-            return load_folder(self.root, CLASSES, (32, 32))
-        return load_archive(self.root, self.download)
+        return (
+            load_folder(self.root, CLASSES, (32, 32)) if source == "folder" else load_archive(self.root, self.download)
+        )
 
     @property
     def description(self) -> str:  # type: ignore[override]  # an attribute of other data modules
-        """Which data this is, for the log."""
-        descriptions = {
+        """The source of the images, for the log."""
+        return {
             "sample": "embedded sample of a JPEG copy",
             "archive": "official archive",
             "folder": f"class folders in {Path(self.root or '').name}",
-        }
-        return descriptions[self._chosen_source()]
+        }[self._chosen_source()]
 
     def _chosen_source(self) -> str:
-        if self.source != "auto":
-            return self.source
-        if self.root is None:
-            return "sample"
+        if self.source != "auto" or self.root is None:
+            return "sample" if self.source == "auto" else self.source
         official = any((self.root / name).exists() for name in (Official.filename, Official.base_folder))
         folder = self.root.name.lower().endswith(PACKED) or find_splits(self.root)
         return "folder" if folder and not official else "archive"
 
 
 class TwoDomains(CIFAR10):
-    """CIFAR-10 as two domains of the same classes: most images in colour, a few others grey and of low resolution.
+    """CIFAR-10 as two domains with the same classes: many images in colour, and few in grey at a lower resolution.
 
-    No image is in both domains in training. For validation and test, each image is in both.
+    In training, an image is in one domain. In validation and testing, every image is in both domains.
 
     Args:
-        grey: number of training images of the second domain, class-balanced and the same whatever else is set.
+        grey: number of training images in grey, class-balanced; the choice does not depend on the seed.
         shrink: side of the squares of pixels over which grey images are averaged; it divides 32.
-        root: see :class:`tying.data.CIFAR10`, also for the rest.
-        source: likewise.
-        batch_size: samples of a batch of each domain, per process; of all of a smaller domain.
-        validation: share of the training images held out.
-        augment: random crops and flips in training.
-        seed: of order and augmentation.
-        download: fetch the official archive if it is missing.
+        root: see :class:`tying.data.CIFAR10`.
+        source: see :class:`tying.data.CIFAR10`.
+        batch_size: samples of each domain in a batch, per process; a domain with fewer images gives all of them.
+        validation: fraction of the training images to hold out.
+        augment: apply random crops and flips in training.
+        seed: seed of the order and the augmentation.
+        download: download the official archive if it is missing.
 
-    Shape: batches are dictionaries with ``colour`` and ``grey``, each (images, labels), images of shape
-    (batch, 3, 32, 32); in training, the smaller domain is restarted as often as the larger one needs. Predictions
-    are made for one domain after the other.
+    Shape: a batch is a dictionary with ``colour`` and ``grey``, each (images, labels), with images of shape
+    (batch, 3, 32, 32). In training, the loader of the smaller domain restarts until the larger one ends. Prediction
+    goes through the colour images first, and then through the grey ones.
 
     Raises:
-        ConfigurationError: as CIFAR10; ``grey`` is less than one for each class or leaves no image in colour;
+        ConfigurationError: see CIFAR10; ``grey`` is below the number of classes, or leaves no image in colour;
             ``shrink`` does not divide 32.
 
     Example:
@@ -165,10 +162,13 @@ class TwoDomains(CIFAR10):
         chosen = draw_balanced(labels, spread_evenly(self.grey, labels, "grey"))
         if chosen.all():
             raise ConfigurationError(f"grey={self.grey} leaves no image in colour, of {len(labels)} for training")
-        in_grey = {"grey": (images[chosen], labels[chosen])}
-        in_grey |= {f"{split} in grey": self._splits[split] for split in ("val", "test")}
-        in_grey = {split: (degrade(images, self.shrink), labels) for split, (images, labels) in in_grey.items()}
-        return {"colour": (images[~chosen], labels[~chosen]), **in_grey}
+        splits = {
+            "grey": (images[chosen], labels[chosen]),
+            "val in grey": self._splits["val"],
+            "test in grey": self._splits["test"],
+        }
+        in_grey = {split: (degrade(images, self.shrink), labels) for split, (images, labels) in splits.items()}
+        return {"colour": (images[~chosen], labels[~chosen])} | in_grey
 
     @override
     def predict_dataloader(self) -> CombinedLoader:
@@ -186,15 +186,18 @@ def load_archive(root: Path, download: bool = False) -> dict[str, Split]:
     """Return uint8 images (count, 32, 32, 3) and int64 labels of the splits ``train`` and ``test``.
 
     Args:
-        root: holds the official archive or its batch files; the archive is extracted there, and downloaded on request.
-        download: fetch the archive if it is missing or broken.
+        root: the folder that contains the official archive or its batch files. The archive is extracted there.
+        download: download the archive if it is missing or broken.
 
     Raises:
-        ConfigurationError: files are missing or their md5 is wrong, and cannot be extracted or downloaded.
+        ConfigurationError: files are missing or have the wrong md5, and cannot be extracted or downloaded.
     """
     folder, packed = root / Official.base_folder, root / Official.filename
-    checksums = [*Official.train_list, *Official.test_list, (Official.meta["filename"], Official.meta["md5"])]
-    broken = [name for name, md5 in checksums if not check_integrity(str(folder / name), md5)]
+    broken = [
+        name
+        for name, md5 in (*Official.train_list, *Official.test_list, (Official.meta["filename"], Official.meta["md5"]))
+        if not check_integrity(str(folder / name), md5)
+    ]
     if broken and not packed.exists():
         if folder.exists():
             raise ConfigurationError(
@@ -222,20 +225,19 @@ def load_archive(root: Path, download: bool = False) -> dict[str, Split]:
 
 
 def degrade(images: Tensor, shrink: int) -> Tensor:
-    """Return images in grey, with the mean over each square of ``shrink`` by ``shrink`` pixels.
+    """Convert images to grey, and average over squares of ``shrink × shrink`` pixels.
 
     Args:
-        images: uint8 (count, height, width, 3), red, green and blue; height and width are multiples of ``shrink``.
-        shrink: pixels.
+        images: uint8 (count, height, width, 3) in RGB; height and width are multiples of ``shrink``.
+        shrink: side of a square, in pixels.
 
     Returns:
-        uint8, of the same shape: the luma of ITU-R BT.601 in each channel.
+        uint8, of the same shape: the luma of ITU-R BT.601, repeated in each channel.
 
     Example:
         >>> degrade(torch.tensor([255, 0, 0, 0, 255, 0], dtype=torch.uint8).view(1, 1, 2, 3), 1).flatten()
         tensor([ 76,  76,  76, 150, 150, 150], dtype=torch.uint8)
     """
-    luma = images.float() @ torch.tensor([0.299, 0.587, 0.114])
-    coarse = F.avg_pool2d(luma.unsqueeze(1), shrink)
-    whole = F.interpolate(coarse, scale_factor=shrink, mode="nearest").round().to(torch.uint8)
-    return whole.permute(0, 2, 3, 1).expand_as(images).contiguous()
+    luma = (images.float() @ torch.tensor([0.299, 0.587, 0.114])).unsqueeze(1)
+    grey = F.interpolate(F.avg_pool2d(luma, shrink), scale_factor=shrink, mode="nearest")
+    return grey.round().to(torch.uint8).permute(0, 2, 3, 1).expand_as(images).contiguous()

@@ -1,16 +1,11 @@
-"""Images in class folders, unpacked or in one tar or zip file, decoded once.
-
-Decoded images are cached in files that are mapped into memory.
-"""
+"""Load images from class folders, or from a tar or zip file of them, and cache the decoded images."""
 
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import os
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,31 +20,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tying.errors import ConfigurationError, listed
+from tying.files import atomically, read
 
 PACKED = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".zip")
 UNPACK: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".tgz": gzip.open}
 SPLITS = ("train", "test")
-CACHE_VERSION = 1
-LARGEST_IMAGE = 2**20  # bytes, packed: no image of 32 × 32 pixels comes near it
-LARGEST_READ = 2 * LARGEST_IMAGE  # at once
-LARGEST_TOTAL = 2**32  # bytes, unpacked: nothing of an archive is ever written to disk
+LARGEST_IMAGE = 2**20  # bytes of an image file: one of 32 × 32 pixels is far smaller
+LARGEST_READ = 2 * LARGEST_IMAGE  # bytes of one read
+LARGEST_TOTAL = 2**32  # bytes of an unpacked archive, which is never written to disk
 
 Split = tuple[Tensor, Tensor]  # uint8 images (count, height, width, channels), int64 labels (count,)
-Packed = tuple[str, int, Callable[[], Any]]  # name, size unpacked, a function that opens it
+Packed = tuple[str, int, Callable[[], Any]]  # name, unpacked size, and a function that opens the file
 
 
 class Bounded(io.BufferedReader):
-    """A stream that refuses to read more at once than a small image needs, whatever length a header states."""
+    """A stream that raises on reads larger than a small image needs, which a broken header may ask for."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return that many bytes."""
+        """Return ``size`` bytes, or all that remain."""
         if size is not None and size > LARGEST_READ:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return super().read(size)
 
 
 def find_splits(path: Path) -> Path | None:
-    """Return the folder that holds ``train`` and ``test``: this one, or one just below it; ``None`` without one."""
+    """Return the folder that contains ``train`` and ``test``: the given one or a child of it, or ``None``."""
     candidates = [path, *sorted(child for child in path.iterdir() if child.is_dir())] if path.is_dir() else []
     return next((top for top in candidates if all((top / split).is_dir() for split in SPLITS)), None)
 
@@ -57,16 +52,16 @@ def find_splits(path: Path) -> Path | None:
 def load_folder(path: Path, classes: Sequence[str], size: tuple[int, int]) -> dict[str, Split]:
     """Return the images of ``.../{train,test}/<class>/<file>`` below a folder, or in a tar or zip file.
 
-    They are decoded once, with a progress bar, and then mapped from a cache that is keyed by their content.
+    They are decoded once, with a progress bar, and then read from a cache whose key is a hash of their content.
 
     Args:
-        path: a folder, or a ``.tar``, ``.tar.xz``, ``.tar.gz`` or ``.zip`` of one.
-        classes: the class folders that must be there, in the order of their labels.
-        size: width and height that each image must have, in pixels.
+        path: a folder, or a ``.tar``, ``.tar.xz``, ``.tar.gz`` or ``.zip`` file of one.
+        classes: names of the class folders, in the order of their labels.
+        size: width and height of every image, in pixels.
 
     Raises:
-        ConfigurationError: nothing is there, the file is truncated or corrupted, a class is missing or empty, or an
-            image is broken or of another size.
+        ConfigurationError: the path does not exist, the file is truncated or corrupted, a class is missing or empty,
+            or an image is broken or of another size.
     """
     if not path.exists():
         raise ConfigurationError(
@@ -92,18 +87,19 @@ def _key(path: Path) -> str:
 
 
 def decode(path: Path, classes: Sequence[str], size: tuple[int, int], show_progress: bool = True) -> dict[str, Split]:
-    """Return the images of each split, sorted by class and name, labelled by the positions of their classes.
+    """Decode the images of each split, sorted by class and name; the label of a class is its position in ``classes``.
 
     Raises:
         ConfigurationError: a class is missing or empty, or an image is broken or of another size.
     """
     decoded: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
-    bar = tqdm(files(path), desc=f"decoding {path.name}", unit="image", leave=False, disable=not show_progress)
-    for split, kind, name, content in bar:
+    for split, kind, name, content in tqdm(
+        files(path), f"decoding {path.name}", leave=False, unit="image", disable=not show_progress
+    ):
         where = f"{split}/{kind}/{name} in {path}"
         try:
             image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
-            if image.size == size:  # only the header is read so far
+            if image.size == size:  # only the header has been read
                 decoded.setdefault((split, kind), []).append((name, np.asarray(image.convert("RGB"))))
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise ConfigurationError(f"{where} is not a readable image: {error}") from None
@@ -119,9 +115,8 @@ def decode(path: Path, classes: Sequence[str], size: tuple[int, int], show_progr
                 f"{listed(sorted(kinds - {*classes})) or 'none'}"
             )
         ordered = [sorted(decoded[split, kind], key=lambda named: named[0]) for kind in classes]
-        images = np.stack([pixels for named in ordered for _, pixels in named])
-        labels = torch.tensor([label for label, named in enumerate(ordered) for _ in named])
-        splits[split] = torch.from_numpy(images), labels
+        images = torch.from_numpy(np.stack([pixels for named in ordered for _, pixels in named]))
+        splits[split] = images, torch.tensor([label for label, named in enumerate(ordered) for _ in named])
     return splits
 
 
@@ -129,7 +124,7 @@ def files(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
     """Yield the images of ``.../{train,test}/<class>/<file>`` below a folder, or in a tar or zip file.
 
     Yields:
-        split, class, file name and content.
+        The split, class, file name and content of each.
     """
     if path.is_dir():
         for split in SPLITS:
@@ -149,13 +144,12 @@ def files(path: Path) -> Iterator[tuple[str, str, str, bytes]]:
             if size > LARGEST_IMAGE:
                 raise ConfigurationError(f"{name} in {path} unpacks to {size:,} bytes: not a small image")
             with unpack() as stream:
-                yield parts[-3], parts[-2], parts[-1], stream.read(size)  # no more than the stated size is unpacked
+                yield parts[-3], parts[-2], parts[-1], stream.read(size)  # unpack no more than the stated size
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith(
-        "._"
-    )  # macOS puts these beside files
+    # macOS adds files that begin with "._"
+    return name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("._")
 
 
 def _tarred(path: Path) -> Iterator[Packed]:
@@ -164,7 +158,7 @@ def _tarred(path: Path) -> Iterator[Packed]:
             for member in tar:
                 if member.isfile():  # neither links nor devices
                     yield member.name, member.size, partial(tar.extractfile, member)
-        while stream.read(LARGEST_IMAGE):  # the checksum is at the end
+        while stream.read(LARGEST_IMAGE):  # the checksum at the end is tested there
             if stream.tell() > LARGEST_TOTAL:
                 raise tarfile.ReadError(f"it unpacks to more than {LARGEST_TOTAL:,} bytes")
 
@@ -177,82 +171,36 @@ def _zipped(path: Path) -> Iterator[Packed]:
 
 
 def cache_root() -> Path:
-    """Return the folder of all caches: ``$TYING_CACHE``, or ``tying`` in the user's cache folder."""
+    """Return the folder of all caches: ``$TYING_CACHE``, by default ``tying`` in the user's cache folder."""
     root = os.environ.get("TYING_CACHE")
     return Path(root) if root is not None else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "tying")
 
 
 def cached(key: str, decode: Callable[[], dict[str, Split]]) -> dict[str, Split]:
-    """Return the splits of ``decode``, from the cache of that key if there is one.
+    """Return the splits from the cache file of a key; call ``decode`` and write the file if it is missing.
 
-    A cache is written to a temporary folder and renamed, so that it is never incomplete. Of several processes that
-    start at once, the first writes the cache, and all read it.
+    The file is written atomically. Processes that start at once may each write it, with the same content.
 
     Args:
-        key: identifies the content that is decoded.
+        key: identifies the content to decode.
         decode: returns uint8 images (count, height, width, channels) and int64 labels of each split.
 
     Raises:
-        ConfigurationError: the cache is of another version, truncated or corrupted; it is named, and left alone.
+        ConfigurationError: the file cannot be written, or is truncated or corrupted; a damaged file is not removed.
     """
-    folder = cache_root() / key
-    if not folder.exists():
+    path = cache_root() / f"{key}.pt"
+    if not path.exists():
         splits = decode()
         try:
-            _write(folder, splits)
-        except OSError as error:
+            with atomically(path) as partial_path:
+                torch.save(splits, partial_path)
+        except (OSError, RuntimeError) as error:  # the latter from torch, for a full disk
             raise ConfigurationError(
-                f"decoded images could not be kept under {folder.parent}: {error}. Set the environment variable "
-                "TYING_CACHE to a folder with room"
+                f"decoded images could not be written to {path.parent}: {error}. Set the environment variable "
+                "TYING_CACHE to a folder with free space"
             ) from None
-    return _read(folder)
-
-
-def _write(folder: Path, splits: dict[str, Split]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    files = {
-        f"{split}.{part}": tensor.contiguous().numpy().data.cast("B")
-        for split, tensors in splits.items()
-        for part, tensor in zip(("images", "labels"), tensors, strict=True)
-    }
-    meta = {
-        "version": CACHE_VERSION,
-        "splits": {split: [*images.shape] for split, (images, _) in splits.items()},
-        "checksums": {name: zlib.crc32(content) for name, content in files.items()},
-    }
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as made:
-        for name, content in files.items():
-            Path(made, name).write_bytes(content)
-        Path(made, "meta.json").write_text(json.dumps(meta))
-        try:
-            Path(made).rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-
-
-def _read(folder: Path) -> dict[str, Split]:
-    remedy = f"Remove {folder}, and it will be made again"
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        version, shapes, checksums = meta["version"], dict(meta["splits"]), dict(meta["checksums"])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise ConfigurationError(f"the cache {folder} is incomplete: it has no readable meta.json. {remedy}") from None
-    if version != CACHE_VERSION:
-        raise ConfigurationError(f"the cache {folder} is of version {version}, not {CACHE_VERSION}. {remedy}")
-    if len(checksums) != 2 * len(shapes) or not shapes:
-        raise ConfigurationError(f"the cache {folder} is corrupted in meta.json. {remedy}")
-
-    def mapped(name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        path, count = folder / name, torch.Size(shape).numel()
-        if path.exists() and path.stat().st_size == count * dtype.itemsize:
-            # a private mapping: pages are read when touched, and writing to the tensor leaves the file alone
-            tensor = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
-            if zlib.crc32(tensor.numpy().data.cast("B")) == checksums.get(name):
-                return tensor
-        raise ConfigurationError(f"the cache {folder} is truncated or corrupted in {name}. {remedy}")
-
-    return {
-        split: (mapped(f"{split}.images", torch.uint8, shape), mapped(f"{split}.labels", torch.int64, shape[:1]))
-        for split, shape in shapes.items()
-    }
+        # mapped into memory: pages are read when they are used, and writing to a tensor does not change the file
+        return dict(read(path, "cached images", mmap=True))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}. Remove {path}, and it will be written again") from None

@@ -1,4 +1,4 @@
-"""Data modules of small images that are held in memory."""
+"""The base class of data modules with images in memory."""
 
 import zlib
 from collections.abc import Sequence
@@ -16,26 +16,28 @@ from tying.errors import ConfigurationError, check_range, listed
 
 
 class Images(ResumableData):
-    """Images held in memory as uint8; augmented and normalised as whole tensors, on the training device.
+    """Images held in memory as uint8; whole batches are augmented and normalised on the training device.
 
-    Subclasses write ``load``, which returns the splits ``train`` and ``test``.
+    A subclass defines ``load``, which returns the splits ``train`` and ``test``.
 
     Args:
-        batch_size: samples of a batch, per process.
-        validation: share of the training images held out, class-balanced and always the same ones; 0 for none.
-        labelled: keep this many labels, class-balanced and the same whatever else is set. Training batches are then
-            dictionaries: ``labelled``, and ``unlabelled`` with −1 for every label; the smaller part is restarted as
-            often as the larger one needs.
-        augment: random crops, and flips where ``flip`` is set, in training.
-        seed: of order and augmentation.
-        classes: keep images of these classes alone, and relabel them by their positions in this list.
+        batch_size: samples in a batch, per process.
+        validation: fraction of the training images to hold out, class-balanced; the choice does not depend on the
+            seed. 0 holds out none.
+        labelled: number of labels to keep, class-balanced; the choice does not depend on the seed. Training batches
+            are then dictionaries with ``labelled`` and ``unlabelled``, whose labels are −1. The loader of the smaller
+            part restarts until the larger one ends.
+        augment: apply random crops, and flips if ``flip`` is set, in training.
+        seed: seed of the order and the augmentation.
+        classes: use only images of these classes, and relabel them by their positions in this list.
 
     Attributes:
-        mean: (channels,), of pixels scaled to [0, 1].
-        std: (channels,), likewise.
+        mean: mean of each channel, for pixels scaled to [0, 1]; (channels,).
+        std: standard deviation of each channel, for pixels scaled to [0, 1]; (channels,).
         pad: the largest shift of a random crop, in pixels.
-        flip: mirror images at random, where a mirrored image is as good.
-        description: which data this is, for the log.
+        flip: whether to mirror images at random.
+        description: the source of the images, for the log.
+        parts: names of the splits that each training batch combines, if :meth:`divide` returns them.
 
     Raises:
         ConfigurationError: an argument out of range.
@@ -46,7 +48,7 @@ class Images(ResumableData):
     pad: int
     flip: bool
     description: str
-    parts = ("labelled", "unlabelled")  # of the training images, each of them in every batch
+    parts = ("labelled", "unlabelled")
 
     def __init__(
         self,
@@ -72,45 +74,47 @@ class Images(ResumableData):
 
     def load(self) -> dict[str, Split]:
         """Return the splits ``train`` and ``test``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define load(), which returns the splits train and test")
 
     def divide(self, images: Tensor, labels: Tensor) -> dict[str, Split]:
-        """Return splits made of the training images, for batches of several parts, and any further splits."""
+        """Return the splits named in ``parts``, cut from the training images, and any further splits."""
         if self.labelled is None:
             return {}
-        kept = draw_balanced(labels, spread_evenly(self.labelled, labels, "labelled"))
+        chosen = draw_balanced(labels, spread_evenly(self.labelled, labels, "labelled"))
         return {
-            "labelled": (images[kept], labels[kept]),
-            "unlabelled": (images[~kept], torch.full_like(labels[~kept], -1)),
+            "labelled": (images[chosen], labels[chosen]),
+            "unlabelled": (images[~chosen], torch.full_like(labels[~chosen], -1)),
         }
 
     @override
     def setup(self, stage: str) -> None:
         if self._splits:
             return
-        loaded = {split: self._of_classes(*part) for split, part in self.load().items()}
+        loaded = {split: self._select_classes(*part) for split, part in self.load().items()}
         checksum = 0
         for images, labels in loaded.values():
             checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.contiguous().numpy().data, checksum))
         self.key = f"{checksum:08x}"
         images, labels = loaded["train"]
         held_out = draw_balanced(labels, [round(self.validation * count) for count in labels.bincount().tolist()])
-        fit = images[~held_out], labels[~held_out]
-        self._splits = {"fit": fit, "val": (images[held_out], labels[held_out]), "test": loaded["test"]}
-        self._splits |= self.divide(*fit)
+        self._splits = {
+            "fit": (images[~held_out], labels[~held_out]),
+            "val": (images[held_out], labels[held_out]),
+            "test": loaded["test"],
+        }
+        self._splits |= self.divide(*self._splits["fit"])
         counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
-        root = getattr(self, "root", None)
-        place = "" if root is None else f" at {root}"
+        place = f" at {root}" if (root := getattr(self, "root", None)) else ""
         rank_zero_info(f"{type(self).__name__}: {self.description}{place} ({counts})")
 
-    def _of_classes(self, images: Tensor, labels: Tensor) -> Split:
+    def _select_classes(self, images: Tensor, labels: Tensor) -> Split:
         if self.classes is None:
             return images, labels
         if missing := {*self.classes} - {*labels.tolist()}:
             raise ConfigurationError(f"classes: there is no image of {listed(map(str, sorted(missing)))}")
         match = labels[:, None] == torch.tensor(self.classes)
-        kept = match.any(dim=1)
-        return images[kept], match[kept].long().argmax(dim=1)
+        chosen = match.any(dim=1)
+        return images[chosen], match[chosen].long().argmax(dim=1)
 
     @override
     def train_dataloader(self) -> Any:
@@ -145,20 +149,20 @@ class Images(ResumableData):
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict):
-            return {part: self.on_after_batch_transfer(content, dataloader_idx) for part, content in batch.items()}
+            return {part: self.on_after_batch_transfer(raw, dataloader_idx) for part, raw in batch.items()}
         if not isinstance(batch, RawBatch):
             return batch
-        images = batch.images
-        if batch.offsets is not None and batch.flips is not None:
-            images = augment(images, batch.offsets, batch.flips, self.pad)
+        images, labels, offsets, flips = batch
+        if offsets is not None and flips is not None:
+            images = augment(images, offsets, flips, self.pad)
         images = normalize(images, self.mean, self.std)
-        if self.trainer:  # Lightning converted the batch before, when it held integers
+        if self.trainer:  # Lightning converted the batch to its precision before, when the images were integers
             images = self.trainer.precision_plugin.convert_input(images)
-        return images, batch.labels
+        return images, labels
 
 
 def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:
-    """Return a mask of ``per_class[k]`` samples of each class k, drawn once and for all.
+    """Return a mask of ``per_class[k]`` random samples of each class k; the seed is fixed.
 
     Example:
         >>> draw_balanced(torch.tensor([0, 0, 1, 1]), [1, 2]).sum().item()
@@ -173,15 +177,15 @@ def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:
 
 
 def spread_evenly(total: int, labels: Tensor, name: str) -> list[int]:
-    """Return how many samples of each class make up a total, as equal as can be.
+    """Return the number of samples to draw from each class; the numbers differ by at most one.
 
     Args:
-        total: number of samples.
-        labels: of all samples there are.
-        name: of the total, for errors.
+        total: number of samples to draw, at least one for each class.
+        labels: labels of all samples.
+        name: name of the argument that gives the total, for errors.
 
     Raises:
-        ConfigurationError: there are too few samples, or too few are asked for.
+        ConfigurationError: the total is too small, or a class has too few samples.
 
     Example:
         >>> spread_evenly(3, torch.tensor([0, 0, 1, 1]), "labelled")

@@ -1,4 +1,4 @@
-"""MNIST as images, and pixel by pixel, as LightningDataModules."""
+"""MNIST, as images or as sequences of pixels, as LightningDataModules."""
 
 import gzip
 import math
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torchvision.datasets import MNIST as Official
 from typing_extensions import override
 
@@ -18,27 +17,27 @@ from tying.data.images import Images
 from tying.errors import ConfigurationError
 
 FILES = {
-    split: (f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte")
+    split: (f"MNIST/raw/{prefix}-images-idx3-ubyte", f"MNIST/raw/{prefix}-labels-idx1-ubyte")
     for split, prefix in {"train": "train", "test": "t10k"}.items()
 }
-LARGEST = 2**28  # bytes: five times those of all images
+LARGEST = 2**28  # bytes: more than five times the size of all images
 
 
 class MNIST(Images):
-    """MNIST in memory, from its idx files in torchvision's layout, compressed or not.
+    """MNIST in memory, from the idx files in torchvision's folder layout, compressed or not.
 
     Args:
-        root: the folder that holds ``MNIST/raw/``.
-        batch_size: samples of a batch, per process.
-        validation: share of the training images held out; see :class:`tying.data.images.Images`, also for the rest.
-        labelled: keep this many labels.
-        augment: random crops (2 pixels) in training; never flips.
-        seed: of order and augmentation.
-        download: fetch the files if they are missing.
-        classes: keep images of these classes alone.
+        root: the folder that contains ``MNIST/raw/``.
+        batch_size: samples in a batch, per process.
+        validation: fraction of the training images to hold out; see :class:`tying.data.images.Images` for details.
+        labelled: number of labels to keep.
+        augment: apply random crops (by up to 2 pixels) in training; images are never flipped.
+        seed: seed of the order and the augmentation.
+        download: download the files if they are missing.
+        classes: use only images of these classes.
 
     Raises:
-        ConfigurationError: an argument out of range; when data is prepared, missing or broken files.
+        ConfigurationError: an argument is out of range; in ``prepare_data`` and ``setup``, a file is missing or broken.
 
     Source: Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, Gradient-based learning applied to document recognition,
     1998.
@@ -67,8 +66,7 @@ class MNIST(Images):
 
     @override
     def prepare_data(self) -> None:
-        raw = self.root / "MNIST" / "raw"
-        if self.download and not all(_existing(raw / name) for names in FILES.values() for name in names):
+        if self.download and not all(_existing(self.root / name) for names in FILES.values() for name in names):
             try:
                 Official(str(self.root), download=True)
             except (OSError, RuntimeError) as error:
@@ -76,35 +74,34 @@ class MNIST(Images):
 
     @override
     def load(self) -> dict[str, Split]:
-        raw = self.root / "MNIST" / "raw"
         splits: dict[str, Split] = {}
         for split, names in FILES.items():
-            images, labels = (read_idx(raw / name) for name in names)
+            images, labels = (read_idx(self.root / name) for name in names)
             if len(images) != len(labels):
-                raise ConfigurationError(f"MNIST in {raw}: {split} has {len(images)} images but {len(labels)} labels")
+                raise ConfigurationError(f"{self.root}: {split} has {len(images)} images but {len(labels)} labels")
             if images.shape[1:] != (28, 28):
-                raise ConfigurationError(f"MNIST in {raw}: {split} has images of {tuple(images.shape[1:])}")
+                raise ConfigurationError(f"{self.root}: {split} has images of {tuple(images.shape[1:])} pixels")
             splits[split] = images.unsqueeze(-1), labels.long()
         return splits
 
 
 class SequentialMNIST(MNIST):
-    """MNIST as sequences of pixels, row by row, or in one random order for all images.
+    """MNIST as sequences of pixels, row by row or in a random order, which is the same for all images.
 
     Args:
-        root: the folder that holds ``MNIST/raw/``.
-        permuted: take the pixels in a random order, drawn with ``permutation_seed``.
-        shrink: side of the squares of pixels that are averaged, for shorter sequences; it divides 28.
-        permutation_seed: of the order.
-        batch_size: see :class:`tying.data.MNIST`, also for the rest.
-        validation: share of the training images held out.
-        seed: of order and augmentation.
-        download: fetch the files if they are missing.
+        root: the folder that contains ``MNIST/raw/``.
+        permuted: read the pixels in a random order.
+        shrink: side of the squares of pixels that are averaged to shorten the sequences; it divides 28.
+        permutation_seed: seed of the random order.
+        batch_size: see :class:`tying.data.MNIST`.
+        validation: fraction of the training images to hold out.
+        seed: seed of the order of the images.
+        download: download the files if they are missing.
 
     Shape: batches of sequences (batch, (28 / shrink)², 1) and labels (batch,).
 
     Raises:
-        ConfigurationError: as MNIST; ``shrink`` does not divide 28.
+        ConfigurationError: see MNIST; ``shrink`` does not divide 28.
 
     Source: Q. Le, N. Jaitly and G. Hinton, A simple way to initialize recurrent networks of rectified linear units,
     2015.
@@ -126,8 +123,8 @@ class SequentialMNIST(MNIST):
             raise ConfigurationError(f"shrink must divide the images' 28 pixels, not {shrink}")
         self.shrink = shrink
         steps = (28 // shrink) ** 2
-        drawn = torch.randperm(steps, generator=torch.Generator().manual_seed(permutation_seed))
-        self.order = drawn if permuted else torch.arange(steps)
+        generator = torch.Generator().manual_seed(permutation_seed)
+        self.order = torch.randperm(steps, generator=generator) if permuted else torch.arange(steps)
 
     @override
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -136,19 +133,19 @@ class SequentialMNIST(MNIST):
 
 
 def read_idx(path: Path) -> Tensor:
-    """Return the uint8 tensor of an idx file, ``path`` itself or ``path`` + ``.gz``.
+    """Return the uint8 tensor in an idx file, ``path`` or ``path`` + ``.gz``.
 
-    The format is two zero bytes, 8 for unsigned bytes, the number of dimensions, each dimension as four bytes, big
-    endian, and then the entries. No more is unpacked than these dimensions need.
+    The file begins with two zero bytes, the byte 8 for uint8 entries, one byte for the number of dimensions, and four
+    bytes for each dimension, in big-endian order. The entries follow. No more than these is unpacked.
 
     Raises:
-        ConfigurationError: the file is missing, truncated, corrupted or of another kind.
+        ConfigurationError: the file is missing, truncated or corrupted, or no idx file of uint8 entries.
     """
     existing = _existing(path)
     if existing is None:
         raise ConfigurationError(
-            f"no {path.name} or {path.name}.gz in {path.parent}. Set root to the folder that holds MNIST/raw, or "
-            "download: true to fetch it"
+            f"no {path.name} or {path.name}.gz in {path.parent}. Set root to the folder that contains MNIST/raw, or "
+            "download: true"
         )
     try:
         with existing.open("rb") if existing == path else gzip.open(existing) as stream:
@@ -171,7 +168,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def _existing(path: Path) -> Path | None:
-    """Return the file itself, or the compressed one, whichever exists."""
+    """Return the path of the file or, if it does not exist, of the compressed file; ``None`` if both are missing."""
     return next((file for file in (path, path.with_name(path.name + ".gz")) if file.exists()), None)
 
 
@@ -180,8 +177,8 @@ def pixels_in_order(images: Tensor, order: Tensor, shrink: int = 1) -> Tensor:
 
     Args:
         images: (batch, 1, height, width).
-        order: (height · width / shrink²,): the pixel of each step, counted row by row.
-        shrink: side of the squares of pixels that are averaged first.
+        order: index of the pixel at each step, in row-major order; (height · width / shrink²,).
+        shrink: side of the squares of pixels to average first.
 
     Returns:
         (batch, steps, 1).
@@ -190,5 +187,5 @@ def pixels_in_order(images: Tensor, order: Tensor, shrink: int = 1) -> Tensor:
         >>> pixels_in_order(torch.arange(4.0).view(1, 1, 2, 2), torch.tensor([3, 0, 1, 2])).flatten().tolist()
         [3.0, 0.0, 1.0, 2.0]
     """
-    small = F.avg_pool2d(images, shrink) if shrink > 1 else images
-    return small.flatten(1).index_select(1, order.to(images.device)).unsqueeze(2)
+    pooled = nn.functional.avg_pool2d(images, shrink) if shrink > 1 else images
+    return pooled.flatten(1).index_select(1, order.to(images.device)).unsqueeze(2)

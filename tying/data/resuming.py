@@ -9,43 +9,44 @@ from typing_extensions import override
 
 
 class ResumableLoader:
-    """A loader whose position can be saved: the epoch, how often it was restarted within it, and the next batch.
+    """A loader that saves and restores its position: the epoch, the number of restarts within it, and the next batch.
 
-    Lightning sets the epoch through ``batch_sampler``. ``__iter__`` of a subclass yields one batch for each number of
-    :meth:`_numbers`.
+    Lightning sets the epoch through ``batch_sampler``. A subclass defines ``__iter__``, which yields one batch for
+    each number from :meth:`_numbers`.
     """
 
     def __init__(self) -> None:
         self._place = {"epoch": 0, "cycle": 0, "batch": 0}
-        self._resumed = False
+        self._first = 0  # the number of the batch at which the next iteration begins
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for ``set_epoch``: it rebuilds a loader with a ``sampler`` for ``overfit_batches``."""
+        """The object on which Lightning calls ``sampler.set_epoch``.
+
+        The loader itself has no ``sampler``: Lightning would rebuild it for ``overfit_batches``.
+        """
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration. A position that was restored in the same epoch stays."""
+        """Set the epoch of the next iteration; keep a restored position of the same epoch."""
         if epoch != self._place["epoch"]:
             self._place = {"epoch": epoch, "cycle": 0, "batch": 0}
-            self._resumed = False
+            self._first = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: the epoch, how often the loader was restarted, and the next batch."""
+        """Return the position: the epoch, the number of restarts, and the next batch."""
         return dict(self._place)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin at a saved position."""
+        """Begin the next iteration at a saved position."""
         self._place = {key: int(state[key]) for key in self._place}
-        self._resumed = True
+        self._first = self._place["batch"]
 
     def _numbers(self, count: int) -> Iterator[int]:
-        """Yield the numbers of an epoch's batches, from 0 or the restored one, and keep the position up to date."""
-        if not self._resumed:
-            self._place = {**self._place, "batch": 0}
-        self._resumed = False
-        for number in range(self._place["batch"], count):
-            self._place = {**self._place, "batch": number + 1}  # a new dictionary: copies of the loader share the old
+        """Yield the numbers of an epoch's batches, from 0 or the restored one, and update the position."""
+        first, self._first = self._first, 0
+        for number in range(first, count):
+            self._place = {**self._place, "batch": number + 1}  # copies of the loader share the old dictionary
             yield number
         self._place = {**self._place, "cycle": self._place["cycle"] + 1, "batch": 0}
 
@@ -53,25 +54,26 @@ class ResumableLoader:
 class ResumableData(pl.LightningDataModule):
     """A data module that saves the positions of its training loaders in checkpoints.
 
-    Subclasses write :meth:`make_loader`.
+    A subclass defines :meth:`make_loader`.
 
     Attributes:
-        key: checksum of the content after ``setup``, the same wherever and in whatever form the data is stored.
+        key: checksum of the content, set by ``setup``; it does not depend on where or in which format the data is
+            stored.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.key = ""
         self._training: dict[str, ResumableLoader] = {}  # by split
-        self._positions: dict[str, Any] = {}  # restored; by split
+        self._positions: dict[str, Any] = {}  # those of a checkpoint, by split
 
     def make_loader(self, split: str, train: bool, rank: int, world: int) -> ResumableLoader:
-        """Return a loader of a split, for the process ``rank`` of ``world``."""
-        raise NotImplementedError
+        """Create the loader of a split for the process ``rank`` of ``world`` processes."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_loader(split, train, rank, world)")
 
     def _loader(self, split: str, train: bool = False) -> Any:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        loader = self.make_loader(split, train, rank, world)
+        ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        loader = self.make_loader(split, train, *ranks)
         if train:
             self._training[split] = loader
             if split in self._positions:
@@ -80,8 +82,8 @@ class ResumableData(pl.LightningDataModule):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # Lightning also saves the state of stateful loaders, but does not restore it where the number of steps was
-        # asked for (`estimated_stepping_batches`) before training started
+        # Lightning also saves the state of stateful loaders, but does not restore it if `estimated_stepping_batches`
+        # was read before training started
         return {split: loader.state_dict() for split, loader in self._training.items()}
 
     @override
@@ -100,6 +102,4 @@ class ResumableData(pl.LightningDataModule):
     def test_dataloader(self) -> Any:
         return self._loader("test")
 
-    @override
-    def predict_dataloader(self) -> Any:
-        return self._loader("test")
+    predict_dataloader = test_dataloader

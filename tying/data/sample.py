@@ -1,13 +1,11 @@
 """The embedded sample: a class-balanced part of a JPEG copy of CIFAR-10.
 
-``python -m tying.data.sample ARCHIVE OUT`` cuts it from a tar file that holds
-``cifar10/{train,test}/<class>/NNNN.jpg``.
+``python -m tying.data.sample ARCHIVE OUT`` writes it from a tar file with ``cifar10/{train,test}/<class>/NNNN.jpg``.
 """
 
 import io
 import sys
 import tarfile
-from collections import defaultdict
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +21,7 @@ def load_sample() -> dict[str, Split]:
     """Return the embedded images and labels of the splits ``train`` (5,000) and ``test`` (1,000).
 
     Returns:
-        For each split, uint8 images of shape (count, 32, 32, 3) and int64 labels, sorted by class and name.
+        For each split, uint8 images (count, 32, 32, 3) and int64 labels (count,), sorted by class and file name.
 
     Example:
         >>> images, labels = load_sample()["test"]
@@ -36,15 +34,13 @@ def load_sample() -> dict[str, Split]:
 def cut_sample(archive: Path, out: Path) -> int:
     """Write evenly spaced images of each class and split of ``archive`` to ``out``; return the number of bytes.
 
-    The result depends on the images alone: times and owners are fixed. ``out`` is written atomically.
+    Times and owners in the file are fixed, so that equal images give equal bytes. ``out`` is written atomically.
     """
-    grouped: dict[tuple[str, str], list[tuple[str, bytes]]] = defaultdict(list)
-    for split, kind, name, content in files(archive):
-        grouped[split, kind].append((name, content))
+    everything = sorted(files(archive))  # by split, class and name
     with atomically(out) as partial, tarfile.open(partial, "w:xz", preset=9) as tar:
         for (split, count), kind in product(PER_CLASS.items(), CLASSES):
-            images = sorted(grouped[split, kind])
-            for name, content in images[:: max(1, len(images) // count)][:count]:
+            images = [image for image in everything if image[:2] == (split, kind)]
+            for *_, name, content in images[:: max(1, len(images) // count)][:count]:
                 info = tarfile.TarInfo(f"cifar10/{split}/{kind}/{name}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

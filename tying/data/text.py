@@ -1,4 +1,4 @@
-"""Text, character by character."""
+"""Text as sequences of characters, as a LightningDataModule."""
 
 import sys
 import sysconfig
@@ -16,25 +16,25 @@ from typing_extensions import override
 from tying.data.resuming import ResumableData, ResumableLoader
 from tying.errors import ConfigurationError, check_range
 
-UNKNOWN = 0  # the id of characters that are rare in the training text, or not in it
-HELD_OUT = 20  # one of this many files, or equal parts of a file, is for validation, and one for testing
+UNKNOWN = 0  # the id of all characters outside the vocabulary
+HELD_OUT = 20  # a 20th of the text (or of the files) is for validation, and another one for testing
 
 
 class StreamLoader(ResumableLoader):
-    """Iterate over a text in windows, in parallel streams: each batch begins where the previous one ended.
+    """Iterate over parallel streams of a text in windows: each batch begins where the previous one ended.
 
-    Several processes share the streams. A training run resumes with the very batch at which it was interrupted.
+    Several processes divide the streams among them. A training run resumes at the batch where it was interrupted.
 
     Args:
         ids: int64, (characters,).
-        streams: samples of a batch, per process.
-        window: characters of a sample.
-        rank: this process, of ``world``.
+        streams: streams per process, which is the number of samples in a batch.
+        window: characters in a sample.
+        rank: rank of this process.
         world: number of processes.
 
     Attributes:
         ids: int64, (streams, characters).
-        dataset: the same, flat: its length is that of the data.
+        dataset: the ids in one dimension; Lightning asks it for the number of samples.
 
     Example:
         >>> loader = StreamLoader(torch.arange(9), streams=2, window=2)
@@ -60,27 +60,27 @@ class StreamLoader(ResumableLoader):
 
 
 class Text(ResumableData):
-    """The characters of a text, each to be predicted from those before it.
+    """The characters of a text; the target of each character is the next one.
 
     Args:
-        path: a text file, whose last twentieths are for validation and testing; by default the sources of Python's
-            standard library, those modules that are one file: the CRC-32 of a file's name, modulo 20, decides whether
-            it is for validation (0), testing (1) or training.
-        window: characters of a sample.
-        batch_size: samples of a batch, per process: streams of text, each of which continues from batch to batch.
-        vocabulary: number of ids: the most frequent characters of the training text have one each, and all others
-            share one.
-        characters: use only this many characters of the training text; all by default.
-        encoding: of the file.
+        path: a text file. The last 20th is for testing, and the one before it for validation. By default, the text is
+            the single-file modules of Python's standard library, and the CRC-32 of a file's name, modulo 20, assigns
+            the file to validation (0), testing (1) or training.
+        window: characters in a sample.
+        batch_size: streams of text, per process; each sample continues the sample of the previous batch.
+        vocabulary: number of ids. The most frequent characters of the training text have one id each; all others
+            share the id 0.
+        characters: number of characters of the training text to use; default: all.
+        encoding: encoding of the file.
 
     Attributes:
-        letters: the characters with an id, from 1 on.
+        letters: the characters with ids 1, 2, …
 
-    Shape: batches of characters (batch, window) and of those that follow each, int64.
+    Shape: batches of ids (batch, window) and of targets (batch, window), int64.
 
     Raises:
-        ConfigurationError: an argument out of range; when it is set up, no such file, or a text shorter than one
-            window for each sample.
+        ConfigurationError: an argument is out of range; in ``setup``, the file cannot be read, or the text is shorter
+            than a window; when a loader is created, the text is too short for the streams.
 
     Example:
         >>> data = Text(window=50, batch_size=8, characters=20_000)
@@ -102,8 +102,7 @@ class Text(ResumableData):
         check_range("window", window, "[1, inf)")
         check_range("batch_size", batch_size, "[1, inf)")
         check_range("vocabulary", vocabulary, "[2, inf)")
-        if characters is not None:
-            check_range("characters", characters, "[2, inf)")
+        check_range("characters", 2 if characters is None else characters, "[2, inf)")
         self.path, self.window, self.batch_size = path, window, batch_size
         self.vocabulary, self.characters, self.encoding = vocabulary, characters, encoding
         self.letters = ""
@@ -134,24 +133,24 @@ class Text(ResumableData):
 
     @property
     def description(self) -> str:
-        """Which text this is, for the log."""
+        """The source of the text, for the log."""
         return f"sources of Python {sys.version.split()[0]}" if self.path is None else Path(self.path).name
 
     def text(self, ids: Tensor) -> str:
-        """Return the characters of ids; � for unknown ones, and for ids that no character has."""
+        """Convert ids to characters; ids without a character become �."""
         letters = dict(enumerate(self.letters, start=1))
         return "".join(letters.get(number, "�") for number in ids.flatten().tolist())
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # version 0.1.0 saved the position alone
+        # version 0.1.0 saved only the position of the training loader
         super().load_state_dict({"fit": state_dict} if "epoch" in state_dict else state_dict)
 
     @override
     def make_loader(self, split: str, train: bool, rank: int, world: int) -> StreamLoader:
-        ids, streams = self._ids[split], self.batch_size
-        if not train:  # as many streams as have one window at least
-            streams = min(streams, max(1, (len(ids) - 1) // (self.window + 1) // world))
+        ids = self._ids[split]
+        longest = max(1, (len(ids) - 1) // (self.window + 1) // world)  # the most streams with a window each
+        streams = self.batch_size if train else min(self.batch_size, longest)
         loader = StreamLoader(ids, streams, self.window, rank, world)
         if not len(loader):
             raise ConfigurationError(

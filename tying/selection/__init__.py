@@ -1,4 +1,4 @@
-"""Select weights that belong together: from name patterns to groups of tensors."""
+"""Select weights by name patterns, and group those that belong together."""
 
 from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve, select

@@ -1,4 +1,4 @@
-"""The parameters and modules of a model by name, and the patterns that match them."""
+"""Find the parameters and modules of a model by name patterns."""
 
 import re
 from collections.abc import Sequence
@@ -46,11 +46,11 @@ class Match:
     """A weight that a pattern matches.
 
     Attributes:
-        captures: what the pattern captures of its name, or of the name of the module above it.
-        relative: its name below the module that the pattern matches; empty where it matches the weight itself.
-        name: its clean name.
-        parameter: the parameter behind it.
-        layout: the map from the parameter to the weight.
+        captures: the captured parts of the matched name, which is that of the weight or of a module above it.
+        relative: the weight's name relative to the matched module; empty if the pattern matches the weight itself.
+        name: the clean name of the weight.
+        parameter: the parameter that stores the weight.
+        layout: the map from the layout of the parameter to that of the weight.
     """
 
     captures: Captures
@@ -61,7 +61,7 @@ class Match:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return tuple(self.layout(self.parameter.detach()).shape) if self.layout.steps else tuple(self.parameter.shape)
 
 
@@ -75,7 +75,7 @@ class Names:
 
     @cached_property
     def layouts(self) -> dict[str, Relation]:
-        """The map from a parameter to the weight of this name, where the weight is another layout of it."""
+        """The map from the layout of a parameter to that of the weight, by name, where the two differ."""
         return {
             clean_name(f"{path}.original"): relation
             for path, module in self.modules.items()
@@ -86,20 +86,20 @@ class Names:
 
     @cached_property
     def plain(self) -> dict[int, str]:
-        """The first name under which each parameter has the layout of its weight, by identity."""
-        names = reversed(self.parameters.items())  # the first name comes last, and stays
-        return {id(parameter): name for name, parameter in names if name not in self.layouts}
+        """The first name under which each parameter has the layout of its weight, by the parameter's identity."""
+        # reversed, so that the first name overwrites the later ones
+        return {id(p): name for name, p in reversed(self.parameters.items()) if name not in self.layouts}
 
     def find(self, text: str, exclude: Sequence[str], context: str) -> list[Match]:
-        """Return the weights that a pattern matches, less those that others exclude.
+        """Return the weights that a pattern matches, without the excluded ones.
 
         Args:
-            text: a pattern. If it matches no weight, the weights below the modules that it matches are found.
-            exclude: patterns of weights or modules.
-            context: what the pattern is part of; errors begin with it.
+            text: a pattern. If it matches no weight, it selects all weights below the modules that it matches.
+            exclude: patterns of weights or modules to leave out.
+            context: first words of the error message.
 
         Raises:
-            ConfigurationError: a pattern matches nothing, or nothing is left.
+            ConfigurationError: a pattern matches nothing, or all matches are excluded.
         """
         pattern = Pattern(text)
         matches = [
@@ -108,12 +108,14 @@ class Names:
             if (captures := pattern.match(name)) is not None
         ] or self._below_modules(pattern)
         if not matches:
-            hint = self._derived(pattern) or self._near(text)
+            hint = self._explain_derived(pattern) or nearest(text, [*self.parameters, *self.modules])
             raise ConfigurationError(f"{context}: pattern {text!r} matches no parameter or module.{hint}")
         for other in map(Pattern, exclude):
             if not any(covers(other, name) for name in self.parameters):
-                hint = self._near(other.text)
-                raise ConfigurationError(f"{context}: exclude pattern {other.text!r} covers no parameter.{hint}")
+                raise ConfigurationError(
+                    f"{context}: exclude pattern {other.text!r} covers no parameter."
+                    + nearest(other.text, [*self.parameters, *self.modules])
+                )
             matches = [match for match in matches if not covers(other, match.name)]
         if not matches:
             raise ConfigurationError(f"{context}: exclude={list(exclude)} leaves nothing of {text!r}")
@@ -134,28 +136,28 @@ class Names:
             if module in outermost
         ]
 
-    def _near(self, text: str) -> str:
-        return nearest(text, [*self.parameters, *self.modules])
-
-    def _derived(self, pattern: Pattern) -> str:
-        """Return a sentence on the first weight that matches and is computed, and so has no parameter of its name."""
+    def _explain_derived(self, pattern: Pattern) -> str:
+        """Return a hint if the pattern matches a weight that is computed from parameters, else an empty string."""
         names = (
             clean_name(f"{path}.{name}".lstrip("."))
             for path, module in self.modules.items()
             for name in (*getattr(module, "parametrizations", ()), *getattr(type(module), "computes", ()))
         )
         computed = next((n for n in names if n not in self.parameters and pattern.match(n) is not None), None)
-        hint = f" {computed!r} is computed from others: hash or parametrize it, or tie it, but not both."
-        return hint if computed else ""
+        return (
+            f" {computed!r} is computed from others: hash or parametrize it, or tie it, but not both."
+            if computed
+            else ""
+        )
 
 
 def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
+    """Return the names of the modules above a name, the outermost first."""
+    return [name[:position] for position, letter in enumerate(name) if letter == "."]
 
 
 def covers(pattern: Pattern, name: str) -> bool:
-    """Return whether a pattern matches a name, or one of the modules above it.
+    """Return whether a pattern matches a name or a module above it.
 
     Example:
         >>> covers(Pattern("encoder.*"), "encoder.0.weight")

@@ -1,4 +1,4 @@
-"""Patterns of dotted names: shell wildcards within a part, ``**`` across parts, and captures."""
+"""Patterns of dotted names, with the wildcards of a shell, ``**`` across parts, and captures."""
 
 import re
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ Captures = tuple[tuple[str, str], ...]  # (capture, text) in the pattern's order
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern over dotted names.
+    """A pattern of dotted names.
 
-    ``*``, ``?`` and ``[...]`` work as in a shell within one dotted part; ``**`` is zero or more whole parts;
-    ``{i}`` captures text within one part; ``{-i}`` captures it too, to be paired in mirrored order.
+    ``*``, ``?`` and ``[...]`` work as in a shell, within one dotted part. ``**`` matches zero or more whole parts.
+    ``{i}`` captures text within one part. ``{-i}`` also captures text; its values are paired in mirrored order.
 
     Example:
         >>> Pattern("encoder.{i}.weight").match("encoder.0.weight")
@@ -35,16 +35,16 @@ class Pattern:
 
     @cached_property
     def captures(self) -> tuple[str, ...]:
-        """Names of all captures, in the order in which they first stand."""
+        """Names of all captures, in the order of the pattern."""
         return tuple(dict.fromkeys(m["name"] for m in _TOKEN.finditer(self.text) if m["name"]))
 
     @cached_property
     def literal(self) -> bool:
-        """Whether the pattern is a plain name."""
+        """Whether the pattern is a name without wildcards and captures."""
         return not set(self.text) & set("*?[]{}")
 
     def match(self, name: str) -> Captures | None:
-        """Return the captures of a match with the whole of ``name``, or ``None``."""
+        """Return the captures if the pattern matches the whole ``name``, else ``None``."""
         if self.literal:
             return () if name == self.text else None
         match = self._regex.fullmatch(f"{name}.")
@@ -52,7 +52,7 @@ class Pattern:
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        """The expression that matches a name followed by a dot, so that every part of the name ends with one."""
+        """The regular expression; it matches a name with a dot after it, so that every part ends with a dot."""
         parts = self.text.split(".")
         if not all(parts):
             raise ConfigurationError(f"pattern {self.text!r} has an empty part between its dots")
@@ -61,12 +61,12 @@ class Pattern:
         for part, before in zip(parts, ["", *parts], strict=False):
             if part != "**":
                 regex += self._translate(part, captured) + r"\."
-            elif before != "**":  # a second one adds nothing but time
+            elif before != "**":  # a repeated ** matches the same names, but slowly
                 regex += r"(?:[^.]+\.)*"
         return re.compile(regex)
 
     def _translate(self, part: str, captured: set[str]) -> str:
-        """Return the expression of one part, and add its captures to those of the parts before it."""
+        """Return the regular expression of one part, and add the names of its captures to ``captured``."""
         if "**" in part:
             raise ConfigurationError(f"pattern {self.text!r}: '**' must be a whole part between dots")
         regex = ""
@@ -77,7 +77,7 @@ class Pattern:
                 regex += f"(?P={name})" if name in captured else f"(?P<{name}>[^.]+)"
                 captured.add(name)
             elif token["set"]:
-                # fnmatch knows the rules of a shell's sets; the lookahead keeps them from matching a dot
+                # fnmatch translates the sets of a shell; the lookahead excludes the dot
                 regex += r"(?!\.)" + translate(token["set"]).removeprefix("(?s:")[:-3]
             elif token["char"] in "{}[]":
                 raise ConfigurationError(
@@ -91,14 +91,13 @@ class Pattern:
 def mirror_ranks(matches: list[Captures], capture: str, within: Sequence[str] = ()) -> dict[Captures, tuple[int, int]]:
     """Return, for each match, the rank of its value of ``capture`` and the number of distinct values.
 
-    Values are ranked in numeric order if all are integers, else in the order given; among all matches, or among
-    those that agree on the captures ``within``.
+    Values are ranked in numeric order if all are integers, else in the order of ``matches``. Matches with different
+    values of the captures ``within`` are ranked apart.
     """
     siblings = {captures: tuple(dict(captures)[other] for other in within) for captures in matches}
     ranks: dict[tuple[str, ...], dict[str, int]] = {}
     for captures, key in siblings.items():
-        values = ranks.setdefault(key, {})
-        values.setdefault(dict(captures)[capture], len(values))
+        ranks.setdefault(key, {}).setdefault(dict(captures)[capture], len(ranks[key]))
     for key, values in ranks.items():
         if all(re.fullmatch(r"\d+", value) for value in values):
             ranks[key] = {value: rank for rank, value in enumerate(sorted(values, key=int))}

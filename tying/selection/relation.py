@@ -1,7 +1,7 @@
 """Maps between the layouts of two tensors, written as einops patterns.
 
-A relation such as ``"o i -> i o"`` maps the source's layout to the target's. It only rearranges entries, so it can
-be inverted, composed and compared exactly.
+A relation, for example ``"o i -> i o"``, maps the source's layout to the target's. It only rearranges entries, so it
+can be inverted, composed and compared exactly.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Relation:
-    """An exact, invertible map from the source's layout to the target's; without steps, the identity.
+    """An invertible rearrangement from the source's layout to the target's; without steps, it is the identity.
 
     Example:
         >>> relation = bind("o i -> i o", (2, 3), (3, 2))
@@ -52,7 +52,7 @@ class Relation:
     steps: tuple[Step, ...] = ()
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` in the target's layout: a view where torch allows one, else a copy."""
+        """Return ``tensor`` in the target's layout, as a view if possible, else as a copy."""
         for step in self.steps:
             tensor = step(tensor)
         return tensor
@@ -62,7 +62,7 @@ class Relation:
         return Relation(tuple(step.inverse() for step in reversed(self.steps)))
 
     def then(self, following: Relation) -> Relation:
-        """Return the composition: this map first, ``following`` after it."""
+        """Return the composition that applies this map first and ``following`` second."""
         if self.steps and following.steps and self.steps[-1] == following.steps[0].inverse():
             return Relation(self.steps[:-1]).then(Relation(following.steps[1:]))
         return Relation(self.steps + following.steps)
@@ -79,10 +79,10 @@ class Relation:
 
 
 def check(pattern: str) -> None:
-    """Raise unless ``pattern`` is an einops pattern that can be inverted.
+    """Raise an error unless ``pattern`` is an einops pattern that can be inverted.
 
     Raises:
-        ConfigurationError: the pattern does not parse, or drops, repeats or invents an axis.
+        ConfigurationError: the pattern does not parse, or an axis does not stand once on each side.
 
     Example:
         >>> check("o i -> o")
@@ -102,10 +102,9 @@ def check(pattern: str) -> None:
     if reserved := {str(axis) for axis in left.identifiers if re.fullmatch(r"tensor|pattern|ellipsis\d+", str(axis))}:
         raise ConfigurationError(f"relation {pattern!r}: axis {reserved.pop()!r} needs another name")
     if one_sided := left.identifiers ^ right.identifiers:
-        axes = ", ".join(sorted(one_sided)).replace("…", "...")
         raise ConfigurationError(
-            f"relation {pattern!r} cannot be inverted: axes {axes} stand on one side only; "
-            "every axis must stand once on each side"
+            f"relation {pattern!r} cannot be inverted: axes {', '.join(sorted(one_sided)).replace('…', '...')} "
+            "stand on one side only; every axis must stand once on each side"
         )
 
 
@@ -137,16 +136,15 @@ def bind(pattern: str | None, source: Shape, target: Shape) -> Relation:
     left, right = (" ".join(side.split()) for side in pattern.replace("...", f" {ellipsis} ").split("->"))
     axes = [cast(list[list[str]], ParsedExpression(side).composition) for side in (left, right)]
     fits = [len(side) for side in axes] == [len(source), len(target)]
-    sizes = _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)]) if fits else None
-    if sizes is None:
+    if not fits or (sizes := _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)])) is None:
         raise ConfigurationError(f"relation {pattern!r} does not map shape {source} to shape {target}")
     return Relation() if left == right else Relation((Step(f"{left} -> {right}", tuple(sorted(sizes.items()))),))
 
 
 def _solve_axes(dimensions: list[tuple[list[str], int]]) -> dict[str, int] | None:
-    """Find the size of each axis from products of axes of known size; ``None`` if there is no unique solution."""
+    """Return the size of each axis, given the size of each product of axes; ``None`` without a unique solution."""
     sizes: dict[str, int] = {}
-    for _ in dimensions:  # a pass solves one more dimension, or there is none that can be solved
+    for _ in dimensions:  # each pass solves at least one dimension, until none can be solved
         for axes, size in dimensions:
             unknown = [axis for axis in axes if axis not in sizes]
             known = math.prod(sizes[axis] for axis in axes if axis in sizes)

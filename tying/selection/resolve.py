@@ -1,8 +1,7 @@
-"""Resolve name patterns to groups of tensors that belong together."""
+"""Resolve ties to groups of tensors."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -15,18 +14,18 @@ from tying.selection.tie import Tie, TiedGroup
 
 
 def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
-    """Return the groups of tensors that ties put together.
+    """Return the groups of tensors that ties describe.
 
-    Aliases of a tensor count once. A tie is an equivalence: groups that share a tensor become one. Names are those
-    without the wrappers of compilation, activation checkpointing and parametrization.
+    Aliases of a tensor count once. Groups that share a tensor are merged into one. Names do not contain the parts that
+    compilation, activation checkpointing and parametrization add.
 
     Args:
-        model: the module whose names the patterns match.
+        model: the module with the parameters to tie.
         ties: ties, or their string form ``"source ~ target | relation"``.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, a binding has no partner, shapes do not meet, a weight is
-            tied to itself, or composed relations disagree. The message names the pattern and the tensors.
+        ConfigurationError: a pattern matches nothing, a weight has no partner, shapes do not fit, a weight is tied to
+            itself, or composed relations disagree. The message names the pattern and the tensors.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
@@ -42,10 +41,10 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters that a list of patterns names; a leading ``!`` excludes. Aliases count once.
+    """Return the parameters that match a list of patterns; a leading ``!`` excludes matches. Aliases count once.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or nothing is left.
+        ConfigurationError: a pattern matches nothing, or all matches are excluded.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -56,14 +55,18 @@ def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
         raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
     names = Names(model)
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
-    include = [pattern for pattern in patterns if not pattern.startswith("!")]
-    matches = [match for pattern in include for match in names.find(pattern, exclude, f"parameters {list(patterns)}")]
+    matches = [
+        match
+        for pattern in patterns
+        if not pattern.startswith("!")
+        for match in names.find(pattern, exclude, f"parameters {list(patterns)}")
+    ]
     first_names = {id(match.parameter): match.name for match in reversed(matches)}
     return {first_names[id(match.parameter)]: match.parameter for match in matches}
 
 
 def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedGroup] | ConfigurationError]:
-    """Resolve each tie without the others: return its groups, or the error that it raises.
+    """Resolve each tie separately; return its groups, or the error that it raises.
 
     Example:
         >>> resolve_each(nn.Linear(2, 2), ["weigth"])
@@ -85,13 +88,12 @@ Member = tuple[str, nn.Parameter, Relation]
 @dataclass
 class _Group:
     members: dict[int, Member]  # by identity of the parameter, the source first
-    age: int = 0
+    age: int  # groups with a smaller number were made earlier
 
 
 def _resolve(names: Names, ties: Sequence[Tie | str]) -> list[TiedGroup]:
-    groups: dict[int, _Group] = {}  # by identity of each parameter: the group that holds it
-    for tie in ties:
-        tie = Tie.parse(tie) if isinstance(tie, str) else tie
+    groups: dict[int, _Group] = {}  # the group of each parameter, by identity
+    for tie in (Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties):
         for members in _groups_of(tie, names):
             _unite(members, groups, tie)
     # in the order in which they were made
@@ -99,8 +101,8 @@ def _resolve(names: Names, ties: Sequence[Tie | str]) -> list[TiedGroup]:
     return [TiedGroup(names, parameters, relations) for names, parameters, relations in columns.values()]
 
 
-def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
-    """Yield the members of each group that one tie makes, the source first."""
+def _groups_of(tie: Tie, names: Names) -> list[dict[int, Member]]:
+    """Return the members of each group that one tie describes, the source first."""
     source, target = Pattern(tie.source), Pattern(tie.target or "")
     shared, mirrored = source.captures, source.mirrored
     if tie.target is not None:
@@ -114,8 +116,11 @@ def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
             )
         shared, mirrored = target.captures, source.mirrored ^ target.mirrored
     elif tie.relation or mirrored:
-        what = f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}"
-        raise ConfigurationError(f"tie '{tie}': {what} needs a target")
+        raise ConfigurationError(
+            f"tie '{tie}': "
+            + (f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}")
+            + " needs a target"
+        )
     sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), shared, mirrored)
     targets: dict[tuple[object, ...], list[Match]] = {}
     if tie.target is not None:
@@ -127,16 +132,19 @@ def _groups_of(tie: Tie, names: Names) -> Iterable[dict[int, Member]]:
                     f"tie '{tie}': {alone[0]!r} has no partner among what {pattern!r} matches: {listed(partners)}."
                     + nearest(alone[0], partners)
                 )
-    for binding, matches in sources.items():
-        yield _members(tie, matches, targets.get(binding, []), names.plain)
+    return [_members(tie, matches, targets.get(binding, []), names.plain) for binding, matches in sources.items()]
 
 
 def _by_binding(
     matches: list[Match], shared: Sequence[str], mirrored: Iterable[str], backwards: bool = False
 ) -> dict[tuple[object, ...], list[Match]]:
-    """Group matches by the values of the shared captures; of a mirrored one its rank counts, from either end."""
-    plain = [capture for capture in shared if capture not in mirrored]
-    ranks = {capture: mirror_ranks([match.captures for match in matches], capture, plain) for capture in mirrored}
+    """Group matches by the values of the shared captures; for a mirrored capture, by the rank of its value."""
+    ranks = {
+        capture: mirror_ranks(
+            [match.captures for match in matches], capture, [other for other in shared if other not in mirrored]
+        )
+        for capture in mirrored
+    }
     bindings: dict[tuple[object, ...], list[Match]] = {}
     for match in matches:
         values: dict[str, object] = dict(match.captures)
@@ -148,7 +156,7 @@ def _by_binding(
 
 
 def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[int, str]) -> dict[int, Member]:
-    """Return the members of one group by identity; ``names`` holds the name of each parameter in its own layout."""
+    """Return the members of one group by identity; ``names`` gives the name of each parameter in its own layout."""
     first = sources[0]
     matches = [*sources, *targets]
     if lazy := next((match.name for match in matches if is_lazy(match.parameter)), None):
@@ -158,12 +166,15 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
         try:
             relation = bind(tie.relation if position >= len(sources) else None, first.shape, match.shape)
         except ConfigurationError as error:
-            transposed = first.shape == match.shape[::-1] != match.shape
-            hint = "the relation 'o i -> i o' would fit" if transposed else "name a relation, or exclude one of them"
+            hint = (
+                "the relation 'o i -> i o' would fit"
+                if first.shape == match.shape[::-1] != match.shape
+                else "give a relation, or exclude one of them"
+            )
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None
-        # between the parameters, whose layouts may differ from those of their weights
+        # from parameter to parameter: their layouts may differ from those of the weights
         between = first.layout.then(relation).then(match.layout.inverse())
         name = names.get(id(match.parameter), match.name) if match.layout.steps else match.name
         _, _, known = members.setdefault(id(match.parameter), (name, match.parameter, between))
@@ -171,25 +182,26 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
             raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(between)!r}")
     if len(members) == 1:
         same = [match.name for match in matches if match.name != first.name]
-        what = f"{same[0]!r} is already the same tensor as {first.name!r}" if same else f"only {first.name!r} is in it"
         raise ConfigurationError(
-            f"tie '{tie}' would tie a weight to itself: {what}. Name two different tensors, exclude this one, or "
-            "write * in place of a capture to put all matches in one group"
+            f"tie '{tie}' would tie a weight to itself: "
+            + (f"{same[0]!r} is already the same tensor as {first.name!r}" if same else f"only {first.name!r} is in it")
+            + ". Name two different tensors, exclude this one, or write * in place of a capture to put all matches in "
+            "one group"
         )
     return members
 
 
 def _unite(members: dict[int, Member], groups: dict[int, _Group], tie: Tie) -> None:
-    """Add a group to those that share a parameter with it, in the layout of the oldest of these."""
+    """Merge a new group with the groups that share a parameter with it, in the layout of the oldest group."""
     touching = {id(group): group for key in members if (group := groups.get(key))}
     if not touching:
         groups.update(dict.fromkeys(members, _Group(members, age=len(groups))))
         return
-    oldest, *younger = sorted(touching.values(), key=attrgetter("age"))
+    oldest, *younger = sorted(touching.values(), key=lambda group: group.age)
     name, source, _ = next(iter(oldest.members.values()))
     for others in (members, *(group.members for group in younger)):
         shared = next(key for key in others if key in oldest.members)
-        # from the layout of the oldest group to that of the others
+        # from the oldest group's layout to that of the others
         between = oldest.members[shared][2].then(others[shared][2].inverse())
         for key, (member, parameter, relation) in others.items():
             composed = between.then(relation)

@@ -1,4 +1,4 @@
-"""Ties between weights by name, and the groups of tensors that they resolve to."""
+"""Ties between weights, by name, and the groups of tensors that they select."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Tie:
 
     Args:
         source: a pattern of parameter or module names. ``*``, ``?`` and ``[...]`` match within one dotted part,
-            ``**`` any number of parts, ``{i}`` captures text. A pattern that matches no parameter may name modules:
-            every parameter below them is then tied by its relative name.
-        target: a pattern of the partners, one group per value of the captures it shares with ``source``. ``{-i}``
-            pairs in mirrored order: the first with the last. ``None``: all that ``source`` matches is one group,
-            or one per value of its captures.
-        relation: an invertible einops pattern from the source's layout to the target's, such as ``"o i -> i o"``.
+            ``**`` matches any number of parts, ``{i}`` captures text. A pattern that matches no parameter may match
+            modules: every parameter below them is then tied by its relative name.
+        target: a pattern of the partners; there is one group per value of the captures shared with ``source``.
+            ``{-i}`` pairs values in mirrored order: the first with the last. If ``None``, all matches of ``source``
+            are one group, or one group per value of its captures.
+        relation: an invertible einops pattern from the source's layout to the target's, for example ``"o i -> i o"``.
         exclude: patterns of parameters or modules to leave out.
 
     Example:
@@ -45,15 +45,20 @@ class Tie:
         """
         names, bar, relation = text.partition("|")
         source, tilde, target = names.partition("~")
-        parts = [source, *[target] * bool(tilde), *[relation] * bool(bar)]
-        if "|" in relation or "~" in target + relation or not all(part.strip() for part in parts):
+        if (
+            "|" in relation
+            or "~" in target + relation
+            or not source.strip()
+            or (tilde and not target.strip())
+            or (bar and not relation.strip())
+        ):
             raise ConfigurationError(f"tie {text!r} must have the form 'source ~ target | relation'")
         return cls(source.strip(), target.strip() or None, relation.strip() or None)
 
     def __post_init__(self) -> None:
-        if isinstance(self.exclude, str):  # type: ignore[unreachable]  # where types are not checked
+        if isinstance(self.exclude, str):  # type: ignore[unreachable]  # callers may not check types
             raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
-        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML gives lists, which have no hash
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML gives lists, which are not hashable
         for pattern in (self.source, *([] if self.target is None else [self.target]), *self.exclude):
             if not pattern or set(pattern) & set("~|=,: \t\n"):
                 raise ConfigurationError(
@@ -68,13 +73,13 @@ class Tie:
 
 @dataclass(frozen=True, eq=False)
 class TiedGroup:
-    """Distinct tensors that belong together; the first is the source, in whose layout the others are read.
+    """Distinct tensors that belong together; the first one is the source.
 
     Attributes:
         names: one name per tensor, relative to the model.
-        parameters: the tensors as the model holds them.
+        parameters: the parameters of the model, in their own layouts.
         relations: the map from the source's layout to that of each tensor.
-        shared: the tensors are one parameter, which ``parameters`` repeats for each name.
+        shared: whether all names are those of one parameter, which ``parameters`` then repeats for each name.
     """
 
     names: tuple[str, ...]
@@ -87,7 +92,7 @@ class TiedGroup:
 
     @property
     def relation(self) -> str | None:
-        """The relation as written, ``None`` if all layouts are equal; several are joined by ``"; "``."""
+        """The einops pattern, or ``None`` if all layouts are equal; different patterns are joined by ``"; "``."""
         return "; ".join(dict.fromkeys(str(relation) for relation in self.relations if relation.steps)) or None
 
     @cached_property
@@ -96,23 +101,24 @@ class TiedGroup:
         return tuple(relation.inverse() for relation in self.relations)
 
     def tensors(self) -> list[Tensor]:
-        """Return the group's tensors, attached to the graph, in the source's layout."""
-        if self.shared:
-            return [*self.parameters]
-        return [read(parameter) for read, parameter in zip(self.to_source, self.parameters, strict=True)]
+        """Return the group's tensors in the source's layout, differentiable with respect to the parameters."""
+        pairs = zip(self.to_source, self.parameters, strict=True)
+        return [*self.parameters] if self.shared else [to_source(parameter) for to_source, parameter in pairs]
 
 
 def parse_ties(ties: Sequence[Tie | str]) -> list[Tie]:
-    """Return ties, with strings parsed.
+    """Parse the strings in a list of ties.
 
     Raises:
-        ConfigurationError: the list is empty or no list, or a string is malformed.
+        ConfigurationError: ``ties`` is not a list, or is empty, or a string is malformed.
     """
     if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
-        hint = (
-            f"; write [{str(ties)!r}]"
-            if isinstance(ties, Tie | str)
-            else f" of at least one Tie or string, not {ties!r}"
+        raise ConfigurationError(
+            "ties must be a list"
+            + (
+                f"; write [{str(ties)!r}]"
+                if isinstance(ties, Tie | str)
+                else f" of at least one Tie or string, not {ties!r}"
+            )
         )
-        raise ConfigurationError(f"ties must be a list{hint}")
     return [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]

@@ -1,8 +1,7 @@
-"""Penalties and priors that pull weights towards each other."""
+"""Penalties and priors that pull weights towards each other or towards constants."""
 
-from tying.soft.anchor import anchored
 from tying.soft.coupling import coupling_strength
-from tying.soft.group_penalty import TyingPenalty, gap
+from tying.soft.group_penalty import TyingPenalty, anchored, gap
 from tying.soft.mixture import GaussianMixturePrior, mixture_nll, responsibilities
 from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
 from tying.soft.schedule import Schedule

@@ -1,4 +1,4 @@
-"""The coupling of two models by a prior on the difference of their weights."""
+"""The strength of a prior that couples the weights of two models."""
 
 import math
 
@@ -11,10 +11,10 @@ def coupling_strength(alpha: float, exponent: float = 2.0) -> float:
     Args:
         alpha: in [0, 1]. 0 shares all weights (strength inf, the generative model); 1 leaves the models uncoupled
             (strength 0, the discriminative model).
-        exponent: above 0; the strengths at both limits do not depend on it.
+        exponent: above 0; it does not change the strengths for α = 0 and α = 1.
 
     Raises:
-        ConfigurationError: α is not in [0, 1], or the exponent not above 0.
+        ConfigurationError: α is not in [0, 1], or the exponent is not above 0.
 
     Example:
         >>> [coupling_strength(alpha) for alpha in (0.0, 0.2, 0.5, 1.0)]

@@ -1,4 +1,4 @@
-"""A penalty on the groups of a model: as a value, a gradient, an explicit step or a proximal step."""
+"""The penalty on all groups of a model: its value, its gradient, an explicit step and a proximal step."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +13,8 @@ from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
 from tying.soft.penalties import L1, L2, Penalty, group_mean
 
-CPU_BATCH = 2**19  # entries: the differences of a batch fit the cache
-DEVICE_BATCH = 2**26  # entries: few kernel launches, and a bounded buffer
+CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
+DEVICE_BATCH = 2**26  # entries: few kernel launches, and a buffer of bounded size
 PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 Rates = Mapping[nn.Parameter, float]
 Lane = Sequence[Any]  # the m tensors of a group; then the m tensors to which their gradients are added, or None
@@ -23,17 +23,17 @@ Lane = Sequence[Any]  # the m tensors of a group; then the m tensors to which th
 class TyingPenalty(nn.Module):
     """The penalty Ω of all groups of a model, and three ways to lower it.
 
-    The in-place methods move members that require a gradient; with ``rates``, only the parameters in it, each at its
-    rate (a learning rate, for example). All other members are constants.
+    The in-place methods change the members that require gradients. With ``rates``, they change only the parameters in
+    it, each in proportion to its rate (for example, its learning rate). All other members are constants.
 
     Args:
         groups: tied groups, from :func:`tying.resolve`.
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` or an instance of a subclass of :class:`Penalty`.
-        strength: the factor on Ω with which a callback lowers this penalty. The methods here do not use it: their
-            values and steps are those of Ω alone, times the factor that they are given.
+        strength: the factor on Ω that a callback applies. The methods of this class do not use it: they take a factor
+            as an argument.
 
     Raises:
-        ConfigurationError: the penalty is unknown, or accepts only pairs and a group is larger.
+        ConfigurationError: the penalty is unknown, or it accepts only pairs and a group is larger.
 
     Example:
         >>> from tying import resolve
@@ -55,15 +55,14 @@ class TyingPenalty(nn.Module):
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
         self.strength = strength
-        for group in self.groups:
-            if self.penalty.pairs_only and len(group) > 2:
-                raise ConfigurationError(
-                    f"{self.penalty} takes pairs, but {listed(group.names)} are one group of {len(group)}: "
-                    "use 'l2' or 'l1', or ties that share no weight"
-                )
+        if self.penalty.pairs_only and (names := next((group.names for group in self.groups if len(group) > 2), None)):
+            raise ConfigurationError(
+                f"{self.penalty} takes pairs, but {listed(names)} are one group of {len(names)}: "
+                "use 'l2' or 'l1', or ties that share no weight"
+            )
 
     def forward(self) -> Tensor:
-        """Return Ω summed over all groups: a differentiable scalar, in float32 if weights have half precision."""
+        """Return Ω summed over all groups, a differentiable scalar; half-precision weights are summed in float32."""
         values = [
             self.penalty.value([w.to(torch.promote_types(w.dtype, torch.float32)) for w in group.tensors()])
             for group in self.groups
@@ -72,7 +71,7 @@ class TyingPenalty(nn.Module):
 
     @torch.no_grad()
     def add_gradients_(self, strength: float, rates: Rates | None = None) -> None:
-        """Add ``strength · ∂Ω`` (times the rate) to the gradients, which are created where they are missing."""
+        """Add ``strength · ∂Ω`` (times the rate) to the gradients; create missing gradients."""
         self._add_(strength, rates, gradient_of)
 
     @torch.no_grad()
@@ -88,18 +87,21 @@ class TyingPenalty(nn.Module):
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
-                values = self.penalty.prox(group.tensors(), s, speeds)
-                for parameter, relation, value, speed in zip(
-                    group.parameters, group.relations, values, speeds, strict=True
+                for parameter, relation, speed, value in zip(
+                    group.parameters,
+                    group.relations,
+                    speeds,
+                    self.penalty.prox(group.tensors(), s, speeds),
+                    strict=True,
                 ):
                     if speed:
                         parameter.copy_(relation(value))
 
     def check_rates(self, rates: Rates) -> None:
-        """Raise an error if the penalty has no proximal step for these rates; no weight moves.
+        """Raise an error if the penalty has no proximal step for these rates; change no weight.
 
         Raises:
-            ConfigurationError: the rates within a group differ where the penalty needs one rate.
+            ConfigurationError: the penalty needs equal rates within a group, and they differ.
         """
         for speeds in {_rates(group, rates) for group in self.groups}:
             self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
@@ -107,8 +109,8 @@ class TyingPenalty(nn.Module):
     def stability_warning(self, step: float, rates: Rates) -> str | None:
         """Describe the first group for which explicit steps ``w ← w − step · rate · ∂Ω`` diverge, or return ``None``.
 
-        A group of m members diverges when ``rate · step · curvature > 2 / m``; if a single member moves, when it is
-        above ``2 / (m − 1)``.
+        A group of m members diverges when ``rate · step · curvature > 2 / m``. The bound is ``2 / (m − 1)`` if a single
+        member changes.
         """
         if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / max(
             map(len, self.groups), default=1
@@ -140,7 +142,7 @@ class TyingPenalty(nn.Module):
                     if speeds[i]:
                         target = receiver(parameter)
                         view = group.to_source[i](target)
-                        if view.data_ptr() != target.data_ptr():  # the relation copies: add to the target afterwards
+                        if view.data_ptr() != target.data_ptr():  # a copy, not a view: add it to the target at the end
                             view = torch.zeros_like(view)
                             copies.append((target, group.relations[i], view))
                         views[i] = view
@@ -148,30 +150,55 @@ class TyingPenalty(nn.Module):
         for speeds, alike in lanes.items():
             for batch in _batches(alike):
                 columns = [[*column] for column in zip(*batch, strict=True)]
-                weights, receivers = columns[: len(speeds)], columns[len(speeds) :]
-                self.penalty.add_gradient_(weights, receivers, [scale * speed for speed in speeds])
+                m = len(speeds)
+                self.penalty.add_gradient_(columns[:m], columns[m:], [scale * speed for speed in speeds])
         for target, relation, gradient in copies:
             target.add_(relation(gradient))
 
 
+def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor], strength: float = 1.0) -> TyingPenalty:
+    """Return the penalty ``½ Σ ‖w − w⁰‖²``, which ties each weight softly to a constant.
+
+    Args:
+        weights: w, by name.
+        anchors: w⁰, by the same names.
+        strength: see :class:`TyingPenalty`.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 4.0]))
+        >>> penalty = anchored({"w": w}, {"w": torch.tensor([1.0, 2.0])})
+        >>> penalty.prox_(1.0)
+        >>> w.tolist()
+        [1.0, 3.0]
+
+    Source: X. Li, Y. Grandvalet and F. Davoine, Explicit inductive bias for transfer learning with convolutional
+    networks, 2018.
+    """
+    groups = []
+    for name, weight in weights.items():
+        # a state dict's tensor changes with its weight
+        aliased = anchors[name].untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        anchor = nn.Parameter(anchors[name].detach().to(weight, copy=aliased), requires_grad=False)
+        groups.append(TiedGroup((name, f"anchor of {name}"), (weight, anchor), (Relation(), Relation())))
+    return TyingPenalty(groups, strength=strength)
+
+
 def as_penalty(penalty: str | Penalty) -> Penalty:
-    """Return the penalty of a name; a penalty is returned unchanged.
+    """Return the penalty with a name; return a penalty unchanged.
 
     Raises:
         ConfigurationError: the name is unknown.
     """
-    if isinstance(penalty, Penalty):
-        return penalty
-    if penalty not in PENALTIES:
+    if not isinstance(penalty, Penalty) and penalty not in PENALTIES:
         raise ConfigurationError(
             f"unknown penalty {penalty!r}: use {', '.join(map(repr, PENALTIES))}, Huber(delta) or a subclass of "
             f"tying.soft.Penalty.{nearest(str(penalty), PENALTIES)}"
         )
-    return PENALTIES[penalty]
+    return penalty if isinstance(penalty, Penalty) else PENALTIES[penalty]
 
 
 def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
-    """Return the rate of each member of a group, 0 for constants."""
+    """Return the rate of each member of a group; constants have the rate 0."""
     return tuple(
         (1.0 if rates is None else rates.get(parameter, 0.0)) if parameter.requires_grad else 0.0
         for parameter in group.parameters
@@ -182,7 +209,7 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     """Return the gradient of a parameter; create it if it is missing.
 
     Raises:
-        ConfigurationError: it is sparse.
+        ConfigurationError: the gradient is sparse.
     """
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
@@ -195,7 +222,7 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
 
 
 def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
-    """Split and collect groups of equal size into batches whose differences fit a processor's cache."""
+    """Split large groups and collect small ones into batches whose differences fit in the processor's cache."""
     batch: list[Lane] = []
     filled = 0
     for lane in lanes:
@@ -211,7 +238,7 @@ def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
 
 
 def _pieces(lane: Lane, limit: int) -> Iterable[Lane]:
-    """Split one group into pieces of about ``limit`` entries: flat if all is contiguous, else along dimension 0."""
+    """Split a group into pieces of about ``limit`` entries; flatten contiguous tensors, else split dimension 0."""
     weight = lane[0]
     if weight.numel() <= limit or not weight.dim():
         return [lane]
@@ -231,6 +258,5 @@ def gap(tensors: Sequence[Tensor]) -> float:
     """
     tensors = [w.double() for w in tensors]
     mean = group_mean(tensors)
-    apart = sum(float((w - mean).square().sum()) for w in tensors)
-    size = sum(float(w.square().sum()) for w in tensors)
-    return math.sqrt(apart / size) if apart else 0.0
+    deviation = sum(float((w - mean).square().sum()) for w in tensors)
+    return math.sqrt(deviation / sum(float(w.square().sum()) for w in tensors)) if deviation else 0.0

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians as the prior of weights, which gather around a few learned values."""
+"""A mixture of Gaussians as the prior of weights: it pulls them towards a few learned values."""
 
 import math
 from collections.abc import Sequence
@@ -13,29 +13,26 @@ from tying.errors import ConfigurationError, check_range
 from tying.soft.group_penalty import gradient_of
 from tying.torch_workarounds import foreach_add_
 
-CPU_CHUNK = 1 << 13  # weights at a time: their densities under all components fit the cache
+CPU_CHUNK = 1 << 13  # weights: their densities under all components fit in the cache
 DEVICE_CHUNK = 1 << 20
-NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ changes no sum, and much smaller ones are subnormal, which is slow
-
-
-Gamma = tuple[float, float]
+NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ changes no sum; much smaller densities are subnormal numbers, which are slow
 
 
 class GaussianMixturePrior(nn.Module):
     """The mixture prior of Ullrich et al.: one component fixed at zero, learned components, and hyper-priors.
 
-    Its value is :func:`mixture_nll` plus ``Σ_j (1 − a) log λ_j + b λ_j``, the negative logarithms (up to constants) of
-    Gamma priors of the precisions ``λ_j = 1/σ_j²``. They keep a component at a repeated value from collapsing.
+    Its value is :func:`mixture_nll` plus ``Σ_j (1 − a) log λ_j + b λ_j``, the negative logarithm (up to constants) of
+    Gamma priors on the precisions ``λ_j = 1/σ_j²``. These priors keep the variances of the components above 0.
 
     Args:
         components: J, including the component at zero.
         zero_weight: proportion π_0 of the component at zero, which is not learned; the others start equal.
-        low: the learned means start at equal distances from low to high.
-        high: see low.
-        std: initial σ of each component; default: the spacing of the means, and for the component at zero the mode of
+        low: smallest initial mean; the initial means are evenly spaced from low to high.
+        high: largest initial mean.
+        std: initial σ of each component; default: the spacing of the means and, for the component at zero, the mode of
             its hyper-prior.
-        zero_gamma: a and b of the precision at zero.
-        gamma: a and b of the other precisions.
+        zero_gamma: a and b of the Gamma prior for the component at zero.
+        gamma: a and b of the Gamma priors for the other components.
 
     Shape: weights of any shape, to a scalar.
 
@@ -57,8 +54,8 @@ class GaussianMixturePrior(nn.Module):
         low: float = -0.6,
         high: float = 0.6,
         std: float | None = None,
-        zero_gamma: Gamma = (5e3, 2.0),
-        gamma: Gamma = (250.0, 0.1),
+        zero_gamma: tuple[float, float] = (5e3, 2.0),
+        gamma: tuple[float, float] = (250.0, 0.1),
     ) -> None:
         super().__init__()
         check_range("components", components, "[2, inf)")
@@ -71,8 +68,8 @@ class GaussianMixturePrior(nn.Module):
             check_range(f"b of {name}", b, "(0, inf)")
         free = components - 1
         self.zero_weight, self.zero_gamma, self.gamma = zero_weight, tuple(zero_gamma), tuple(gamma)
-        apart = (high - low) / max(1, free - 1)
-        stds = [std or math.sqrt(zero_gamma[1] / (zero_gamma[0] - 1)), *[std or apart] * free]
+        spacing = (high - low) / max(1, free - 1)
+        stds = [std or math.sqrt(zero_gamma[1] / (zero_gamma[0] - 1)), *[std or spacing] * free]
         self.means = nn.Parameter(torch.linspace(low, high, free))  # μ_1, …
         self.log_stds = nn.Parameter(torch.tensor(stds).log())  # ξ_0, ξ_1, …
         self.logits = nn.Parameter(torch.zeros(free))  # η_1, …
@@ -89,7 +86,7 @@ class GaussianMixturePrior(nn.Module):
         return self.all_means(), self.log_stds, torch.cat([zero, others])
 
     def all_means(self) -> Tensor:
-        """Return the means of all components, (J,), 0 first."""
+        """Return the means of all components, (J,); the first is 0."""
         return torch.cat([self.means.new_zeros(1), self.means])
 
     def hyper_penalty(self) -> Tensor:
@@ -99,12 +96,12 @@ class GaussianMixturePrior(nn.Module):
         return ((1 - a) * log_precisions + b * log_precisions.exp()).sum()
 
     def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
-        """Add the gradients of ``strength`` times the prior to those of weights and mixture; return the prior.
+        """Add the gradients of ``strength`` times the prior to those of weights and mixture; return the prior's value.
 
         Args:
-            weights: the weights that share the mixture. Missing gradients are created; frozen weights affect only the
+            weights: the weights that share the mixture. Missing gradients are created. Frozen weights affect only the
                 gradients of the mixture.
-            strength: of the prior.
+            strength: factor on the prior.
             scale: an additional factor on the gradients of the weights.
         """
         mixture = [part.detach() for part in self.mixture()]
@@ -124,21 +121,21 @@ class GaussianMixturePrior(nn.Module):
 
     @torch.no_grad()
     def merge(self, threshold: float = 1e-10, average: Literal["variance", "precision"] = "variance") -> int:
-        """Merge components that hardly differ; return the number of those that remain.
+        """Merge similar components; return the number of components that remain.
 
-        Components i and j become one if ``KL(i‖j)`` or ``KL(j‖i)`` is below the threshold, and so do components that a
-        chain of such pairs connects. Proportions are added; means and variances are averaged, weighted by them.
-        Components that merge with the one at zero move to zero.
+        Components i and j are merged if ``KL(i‖j)`` or ``KL(j‖i)`` is below the threshold, or if a chain of these pairs
+        connects them. Their proportions are added. Their means and variances are averaged with the proportions as
+        weights; the mean is 0 if the component at zero is among them.
 
         Args:
-            threshold: in nats.
-            average: average the variances, as in the paper, or the precisions, as in the code of its authors.
+            threshold: largest divergence, in nats.
+            average: average the variances, as in the paper, or the precisions, as in the authors' code.
         """
         means, log_stds, log_proportions = (part.double() for part in self.mixture())
         variances = (2 * log_stds).exp()
-        distances = (means[:, None] - means).square()
         # KL(i‖j) = log(σ_j/σ_i) + (σ_i² + (μ_i − μ_j)²)/(2σ_j²) − ½
-        near = log_stds - log_stds[:, None] + (variances[:, None] + distances) / (2 * variances) - 0.5 < threshold
+        scatter = variances[:, None] + (means[:, None] - means).square()
+        near = log_stds - log_stds[:, None] + scatter / (2 * variances) - 0.5 < threshold
         near |= near.T.clone()
         for _ in range(len(near)):  # follow chains of pairs
             near |= (near.double() @ near.double()) > 0
@@ -150,44 +147,45 @@ class GaussianMixturePrior(nn.Module):
             variance = (share * (2 * power * log_stds[group]).exp()).sum() ** power
             mean = means.new_zeros(()) if group[0] else (share * means[group]).sum()
             merged.append((mean, variance.log() / 2, shares[group].sum()))
-        columns = [torch.stack(column).to(self.means) for column in zip(*merged, strict=True)]
-        self.zero_weight = min(float(columns[2][0]), 1 - 1e-12)
-        self.means = nn.Parameter(columns[0][1:])
-        self.log_stds = nn.Parameter(columns[1])
-        self.logits = nn.Parameter(columns[2][1:].log())
+        means, log_stds, shares = (torch.stack(column).to(self.means) for column in zip(*merged, strict=True))
+        self.zero_weight = min(float(shares[0]), 1 - 1e-12)
+        self.means = nn.Parameter(means[1:])
+        self.log_stds = nn.Parameter(log_stds)
+        self.logits = nn.Parameter(shares[1:].log())
         return len(merged)
 
     @torch.no_grad()
     def assign(self, weights: Tensor) -> Tensor:
         """Return the component of each weight.
 
-        This is the most responsible component; where another one is more responsible for its mean, that one, and so on.
+        This is the component with the largest responsibility for the weight. If another component has a larger
+        responsibility for its mean, it is replaced by that component, and so on.
 
         Args:
-            weights: of any shape.
+            weights: weights of any shape.
 
         Returns:
-            int64, of that shape; 0 is the component at zero.
+            int64, the same shape; 0 is the component at zero.
         """
         owner = self._most_responsible(self.all_means())
-        for _ in owner:  # each step leads to a higher peak, hence to an end
+        for _ in owner:  # each replacement has a higher peak, so that there is a last one
             owner = owner[owner]
         assigned = owner[self._most_responsible(weights)]
-        if weights.dtype in (torch.float16, torch.bfloat16):  # rounded, a mean may be nearer to another component
+        if weights.dtype in (torch.float16, torch.bfloat16):  # a rounded mean may be nearer to another component
             for component in torch.unique(owner):
-                mean = self.all_means()[component].to(weights.dtype)
-                assigned = torch.where(weights == mean, component, assigned)
+                is_mean = weights == self.all_means()[component].to(weights.dtype)
+                assigned = torch.where(is_mean, component, assigned)
         return assigned
 
     @torch.no_grad()
     def quantize(self, weights: Tensor) -> Tensor:
-        """Return the mean of each weight's component, see :meth:`assign`; idempotent."""
+        """Replace each weight by the mean of its component, see :meth:`assign`; idempotent."""
         return self.all_means().to(weights)[self.assign(weights)]
 
     def _most_responsible(self, weights: Tensor) -> Tensor:
         mixture = self.mixture()
-        parts = torch.split(weights.flatten(), _chunk_size(weights))
-        return torch.cat([_log_joint(part, *mixture).argmax(dim=0) for part in parts]).view(weights.shape)
+        chunks = torch.split(weights.flatten(), _chunk_size(weights))
+        return torch.cat([_log_joint(chunk, *mixture).argmax(dim=0) for chunk in chunks]).view(weights.shape)
 
     @override
     def extra_repr(self) -> str:
@@ -203,16 +201,16 @@ class GaussianMixturePrior(nn.Module):
 
 
 def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
-    """Return ``−Σ_i log Σ_j π_j N(w_i; μ_j, σ_j²)``, differentiable once in all arguments.
+    """Return ``−Σ_i log Σ_j π_j N(w_i; μ_j, σ_j²)``, differentiable once with respect to all arguments.
 
     Args:
-        weights: of any shape.
+        weights: w, of any shape.
         means: μ, (J,).
         log_stds: ξ = log σ, (J,).
         log_proportions: log π, (J,).
 
     Returns:
-        A scalar, in the weights' precision, float32 at least.
+        A scalar in the dtype of the weights, but float32 for half precision.
 
     Example:
         >>> round(mixture_nll(torch.zeros(2), *torch.zeros(3, 1)).item(), 4)  # −2 log N(0; 0, 1)
@@ -224,7 +222,7 @@ def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportion
 
 
 def responsibilities(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportions: Tensor) -> Tensor:
-    """Return the probability that each component has generated each weight, (J, N); see :func:`mixture_nll`."""
+    """Return the posterior probability of each component for each weight, (J, N); see :func:`mixture_nll`."""
     return _log_joint(weights.flatten(), means, log_stds, log_proportions).softmax(dim=0)
 
 
@@ -246,19 +244,18 @@ class _MixtureNLL(torch.autograd.Function):
 
 
 def _fit_components(prior: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Resize a prior's parameters to a state dict's number of components, which merging may have reduced."""
+    """Resize a prior's parameters to the number of components in a state dict, which merging may have reduced."""
     for name, parameter in prior.named_parameters():
-        loaded = state_dict.get(f"{prefix}{name}", parameter)
-        if loaded.shape != parameter.shape:
+        if (loaded := state_dict.get(f"{prefix}{name}", parameter)).shape != parameter.shape:
             setattr(prior, name, nn.Parameter(parameter.new_empty(loaded.shape)))
 
 
 def _evaluate(
     weights: Tensor, mixture: Sequence[Tensor], into: Tensor, scale: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Return Ω, and its gradients in the mixture's three parts; add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
+    """Return Ω and its gradients for means, log standard deviations and log proportions; see :func:`mixture_nll`.
 
-    The parts are those of :func:`mixture_nll`: means, log standard deviations and log proportions.
+    Add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
 
     With the responsibilities r: ``∂Ω/∂w_i = Σ_j r_ij (w_i − μ_j)/σ_j²``, ``∂Ω/∂μ_j = Σ_i r_ij (μ_j − w_i)/σ_j²``,
     ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from those of
@@ -268,15 +265,15 @@ def _evaluate(
     means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)
     precisions = (-2 * log_stds).exp()
     pulls = torch.stack([torch.ones_like(means), precisions, precisions * means])
-    chunk = _chunk_size(weights)
-    count, longest = len(means), min(chunk, max(1, weights.numel()))
-    sums = torch.zeros(count, 3, dtype=torch.float64, device=weights.device)
+    chunk = min(_chunk_size(weights), max(1, weights.numel()))
+    sums = torch.zeros(len(means), 3, dtype=torch.float64, device=weights.device)
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
-    buffer, moments = means.new_empty(count, longest), means.new_empty(3, longest)
+    buffer, moments = means.new_empty(len(means), chunk), means.new_empty(3, chunk)
     in_place = weights.is_contiguous() and into.is_contiguous()
     gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
-    pieces = (torch.split(flat, chunk) for flat in (weights.reshape(-1), gradient.view(-1)))
-    for part, received in zip(*pieces, strict=True):
+    for part, received in zip(
+        torch.split(weights.reshape(-1), chunk), torch.split(gradient.view(-1), chunk), strict=True
+    ):
         w = part.to(dtype)
         density = _log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
         largest = density.amax(dim=0, keepdim=True)

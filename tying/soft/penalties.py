@@ -1,6 +1,6 @@
-"""Penalties on the differences within a group of tensors: value, gradient and proximal step of each.
+"""Penalties on the differences between tensors of a group, with their gradients and proximal steps.
 
-For a group of m tensors in one layout the penalty is ``Ω = Σ_{i<j} ρ(w_i − w_j)``, summed over entries.
+The penalty of a group of m tensors in one layout is ``Ω = Σ_{i<j} ρ(w_i − w_j)``, summed over entries.
 """
 
 import math
@@ -32,7 +32,7 @@ def l2(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def l1(tensors: Sequence[Tensor]) -> Tensor:
-    """Return ``Σ_{i<j} |w_i − w_j| = Σ_k (2k − m − 1) w_(k)``, where ``w_(k)`` is the k-th smallest of an entry.
+    """Return ``Σ_{i<j} |w_i − w_j| = Σ_k (2k − m − 1) w_(k)``, where ``w_(k)`` is the k-th smallest of the m values.
 
     Args:
         tensors: m ≥ 2 tensors of one shape.
@@ -42,7 +42,7 @@ def l1(tensors: Sequence[Tensor]) -> Tensor:
         tensor(10.)
     """
     ordered = torch.stack([*tensors], dim=-1).sort(dim=-1).values
-    # differences of neighbours, so that equal tensors give exactly 0: the k-th gap is crossed by k (m − k) pairs
+    # k (m − k) pairs differ by the k-th gap between neighbours; with gaps, equal tensors give exactly 0
     k = torch.arange(1, len(tensors), dtype=ordered.dtype, device=ordered.device)
     return (ordered.diff(dim=-1) * (k * (len(tensors) - k))).sum()
 
@@ -51,8 +51,8 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
     """Return ``Σ ρ(a − b)`` with ``ρ(d) = d²/2`` up to ``|d| = δ`` and ``δ (|d| − δ/2)`` beyond.
 
     Args:
-        a: one tensor.
-        b: the other, of the same shape.
+        a: the first tensor.
+        b: the second tensor, of the same shape.
         delta: δ > 0, in the unit of the weights.
 
     Example:
@@ -67,11 +67,11 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
 class Penalty:
     """A penalty on a group of tensors in one layout. A subclass must define ``value``.
 
-    The default gradient is that of autograd. ``prox`` is needed for proximal updates only.
+    By default, autograd computes the gradient. Only proximal updates need ``prox``.
 
     Attributes:
-        curvature: the largest second derivative of ρ, which bounds the size of explicit steps; 0 if unknown.
-        pairs_only: whether groups of more than two raise an error.
+        curvature: the largest second derivative of ρ, which limits the size of explicit steps; 0 if unknown.
+        pairs_only: whether the penalty accepts only groups of two.
 
     Example:
         >>> class LogCosh(Penalty):
@@ -102,9 +102,9 @@ class Penalty:
         """Add ``scale_i · ∂Ω/∂w_i`` in place, for several groups of m tensors at once.
 
         Args:
-            tensors: the i-th list holds the i-th tensor of every group.
-            into: the tensors to which their gradients are added; ``None``, in all groups, where the scale is 0.
-            scales: one factor for each of the m positions.
+            tensors: m lists; the i-th list contains the i-th tensor of every group.
+            into: the tensors to add the gradients to, in the same lists; a list of ``None`` if its scale is 0.
+            scales: one factor for each of the m lists.
         """
         for group, receivers in zip(zip(*tensors, strict=True), zip(*into, strict=True), strict=True):
             for receiver, gradient, scale in zip(receivers, self.gradient(group), scales, strict=True):
@@ -139,15 +139,15 @@ class L2(Penalty):
     def add_gradient_(
         self, tensors: Sequence[list[Tensor]], into: Sequence[list[Tensor | None]], scales: Sequence[float]
     ) -> None:
-        """Add ``scale_i m (w_i − w̄)`` in place with fused operations: each tensor is read and written once."""
+        """Add ``scale_i m (w_i − w̄)`` in place, with operations that are fused over all groups."""
         m, (first, *others) = len(tensors), tensors
-        apart = foreach_sub(others[0], first)
-        if m == 2:  # one difference serves both
-            pulls = zip(into, [apart, apart], [-scales[0], scales[1]], strict=True)
+        differences = foreach_sub(others[0], first)
+        if m == 2:  # both gradients are this difference, up to the sign
+            pulls = zip(into, [differences, differences], [-scales[0], scales[1]], strict=True)
         else:
             for other in others[1:]:
-                foreach_add_(apart, foreach_sub(other, first))
-            mean = foreach_add(first, apart, alpha=1 / m)
+                foreach_add_(differences, foreach_sub(other, first))
+            mean = foreach_add(first, differences, alpha=1 / m)
             pulls = zip(into, (foreach_sub(w, mean) for w in tensors), [m * s for s in scales], strict=True)
         for receivers, deviations, scale in pulls:
             if scale:
@@ -157,9 +157,12 @@ class L2(Penalty):
         """Return ``c + b_i (w_i − c)``, where ``b_i = 1/(1 + m s r_i)`` and c is the mean of all w weighted by b."""
         b = [1 / (1 + len(tensors) * strength * rate) if rate else 1.0 for rate in rates]
         weights = b if any(b) else [1 / rate for rate in rates]  # the limit of b, up to a factor, as s → ∞
-        first = weights.index(max(weights))  # this tensor is exactly c if all other weights are 0
-        others = [(p / sum(weights), w) for i, (p, w) in enumerate(zip(weights, tensors, strict=True)) if i != first]
-        c = tensors[first] + sum(p * (w - tensors[first]) for p, w in others)
+        first = weights.index(max(weights))  # c is exactly this tensor if all other weights are 0
+        c = tensors[first] + sum(
+            p / sum(weights) * (w - tensors[first])
+            for i, (p, w) in enumerate(zip(weights, tensors, strict=True))
+            if i != first
+        )
         return [c + b_i * (w - c) if b_i != 1 else w for b_i, w in zip(b, tensors, strict=True)]
 
 
@@ -171,7 +174,7 @@ class L1(Penalty):
         return l1(tensors)
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller partners minus that of larger ones."""
+        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller values minus that of larger ones."""
         stacked = torch.stack([*tensors], dim=-1)
         ordered = stacked.sort(dim=-1).values
         smaller = torch.searchsorted(ordered, stacked)
@@ -179,9 +182,9 @@ class L1(Penalty):
         return [*(smaller + not_larger - len(tensors)).to(stacked.dtype).unbind(-1)]
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
-        """Return the proximal step; in groups of more than two, all tensors that move need the same rate.
+        """Return the proximal step; in groups of more than two, all rates above 0 must be equal.
 
-        Each entry of the tensors that move is pulled first to the others', then to the constants.
+        The step pulls the tensors towards each other first, and then towards the constants.
         """
         if len(tensors) == 2:
             d = tensors[0] - tensors[1]
@@ -207,10 +210,10 @@ class Huber(Penalty):
     """The penalty :func:`huber`, for pairs.
 
     Args:
-        delta: δ > 0, where ρ turns from quadratic to linear, in the unit of the weights.
+        delta: δ > 0, in the unit of the weights: ρ is quadratic up to δ, and linear beyond.
 
     Raises:
-        ConfigurationError: δ is not finite or not positive.
+        ConfigurationError: δ is not in (0, inf).
     """
 
     delta: float = 1.0
@@ -230,32 +233,32 @@ class Huber(Penalty):
         return [pull, -pull]
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
-        """Return the proximal step: a small difference is divided by 1 + t, a large one shrinks by tδ."""
+        """Return the proximal step: with t = s Σ r_i, divide small differences by 1 + t, and lower others by tδ."""
         d, t = tensors[0] - tensors[1], strength * sum(rates) if any(rates) else 0.0
         far = d - d.sign() * t * self.delta if math.isfinite(t) else d
         return _prox_pair(tensors, torch.where(d.abs() <= self.delta * (1 + t), d / (1 + t), far), rates)
 
 
 def group_mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the mean, computed relative to the first tensor, so that the mean of equal tensors is exact."""
+    """Return the mean; it is computed relative to the first tensor, so that the mean of equal tensors is exact."""
     first, *others = tensors
     return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)
 
 
 def _prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[float]) -> list[Tensor]:
-    """Move two tensors, in proportion to their rates, until they differ by ``difference``."""
+    """Move two tensors towards each other, in proportion to their rates, until they differ by ``difference``."""
     (a, b), (rate_a, rate_b) = tensors, rates
-    if not (rate_a and rate_b):  # one of them is a constant, or both
+    if not (rate_a and rate_b):  # at least one is a constant
         return [b + difference if rate_a else a, a - difference if rate_b else b]
     moved = a - rate_a / (rate_a + rate_b) * (a - b - difference)
     return [moved, moved - difference]
 
 
 def _prox_sorted(w: Tensor, step: float) -> Tensor:
-    """Return ``argmin_v ½‖v − w‖² + t Σ_{i<j} |v_i − v_j|`` along the last dimension, where w is sorted.
+    """Return ``argmin_v ½‖v − w‖² + t Σ_{i<j} |v_i − v_j|`` along the last dimension, for sorted w.
 
-    Sorted values keep their order, so the penalty is linear in them: its step shifts w_k by ``−t (2k − p − 1)``, and
-    isotonic regression makes the result monotone again: ``v_k = max_{a≤k} min_{b≥k} mean(shifted w_a..w_b)``.
+    The solution is sorted too, and the penalty of p sorted values is linear: it shifts w_k by ``−t (2k − p − 1)``.
+    Isotonic regression then restores the order: ``v_k = max_{a≤k} min_{b≥k} mean(shifted w_a..w_b)``.
 
     Source: R. E. Barlow, D. J. Bartholomew, J. M. Bremner and H. D. Brunk, Statistical inference under order
     restrictions, 1972.
@@ -268,8 +271,8 @@ def _prox_sorted(w: Tensor, step: float) -> Tensor:
     for a in range(1, p + 1):
         b = torch.arange(a, p + 1, dtype=w.dtype, device=w.device)
         means = (w[..., a - 1 :] - base).cumsum(dim=-1) / (b - a + 1) - step * (a + b - p - 1)
-        smallest = means.flip(-1).cummin(dim=-1).values.flip(-1)  # of all b from k on
-        v[..., a - 1 :] = torch.maximum(v[..., a - 1 :], smallest)
+        # the reversed cumulative minimum is over b ≥ k
+        v[..., a - 1 :] = torch.maximum(v[..., a - 1 :], means.flip(-1).cummin(dim=-1).values.flip(-1))
     return base + v
 
 
@@ -278,6 +281,6 @@ def _prox_to_constants(z: Tensor, constants: list[Tensor], step: float) -> Tenso
     k = len(constants)
     if not k:
         return z
-    shifts = [step * (k - 2 * j) if k != 2 * j else 0.0 for j in range(k + 1)]
-    candidates = [f.unsqueeze(-1).expand_as(z) for f in constants] + [z + shift for shift in shifts]
+    candidates = [f.unsqueeze(-1).expand_as(z) for f in constants]
+    candidates += [z + (step * (k - 2 * j) if k != 2 * j else 0.0) for j in range(k + 1)]  # the step may be infinite
     return torch.stack(candidates).median(dim=0).values

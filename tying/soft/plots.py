@@ -1,4 +1,4 @@
-"""A picture of weights and of the mixture that is their prior."""
+"""Plot a histogram of weights and the mixture that is their prior."""
 
 import torch
 from matplotlib.figure import Figure
@@ -11,18 +11,18 @@ BINS = 200
 
 @torch.no_grad()
 def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = "") -> Figure:
-    """Return a histogram of weights, with the number that the mixture expects in each bin.
+    """Plot a histogram of weights, and the number of weights that the mixture predicts for each bin.
 
     Args:
-        weights: of any shape.
-        prior: of these weights.
-        title: of the figure.
+        weights: weights of any shape.
+        prior: the mixture prior of the weights.
+        title: title of the figure.
     """
     flat = weights.flatten().double().cpu()
     means, log_stds, log_proportions = (part.double().cpu() for part in prior.mixture())
     low, high = (float(bound) for bound in torch.cat([flat, means]).aminmax())
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-    below = torch.special.ndtr((edges - means[:, None]) / log_stds.exp()[:, None])
+    below = torch.special.ndtr((edges - means[:, None]) / log_stds.exp()[:, None])  # cumulative distributions
     expected = len(flat) * log_proportions.exp()[:, None] * below.diff(dim=1)
     middle = (edges[1:] + edges[:-1]) / 2
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Schedules of a strength over training."""
+"""Schedules of the strength of a penalty."""
 
 import math
 from dataclasses import dataclass
@@ -9,19 +9,21 @@ from tying.errors import ConfigurationError, check_choice, check_range
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor on a strength that changes from ``start`` to ``end`` over ``length`` steps or epochs, and stays there.
+    """A factor on a strength that changes from ``start`` to ``end`` over ``length`` steps or epochs, and then stays.
 
-    ``Schedule(0.0, 1.0, 500)`` warms up over 500 steps; ``Schedule(1.0, 0.0, 20, "cosine", "epoch")`` fades out.
+    ``Schedule(0.0, 1.0, 500)`` increases the factor from 0 to 1 over 500 steps; ``Schedule(1.0, 0.0, 20, "cosine",
+    "epoch")`` decreases it to 0 over 20 epochs.
 
     Args:
         start: factor at the first step, ≥ 0.
         end: factor after ``length`` units, ≥ 0.
-        length: the number of units that the change takes; 0 for a constant ``end``.
-        shape: straight, or half a period of a cosine.
-        unit: ``"step"`` counts the steps of each optimizer, ``"epoch"`` whole epochs.
+        length: number of units from ``start`` to ``end``; 0 for the constant factor ``end``.
+        shape: ``"linear"``, or ``"cosine"`` for half a period of a cosine.
+        unit: ``"step"`` counts the steps of each optimizer, ``"epoch"`` counts epochs.
 
     Raises:
-        ConfigurationError: a factor is negative or not finite, the length is negative, or 0 where it is needed.
+        ConfigurationError: a factor is negative or infinite, the length is negative, or the length is 0 and the factors
+            differ.
 
     Example:
         >>> [Schedule(0.0, 1.0, 4)(count) for count in (0, 1, 4, 9)]
@@ -37,9 +39,8 @@ class Schedule:
     def __call__(self, count: int) -> float:
         """Return the factor after ``count`` units."""
         progress = min(count / self.length, 1.0) if self.length else 1.0
-        if self.shape == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return self.start + (self.end - self.start) * progress
+        share = (1 - math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else progress
+        return self.start + (self.end - self.start) * share
 
     def __post_init__(self) -> None:
         check_range("a schedule's start", self.start, "[0, inf)")
