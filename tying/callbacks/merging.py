@@ -18,20 +18,20 @@ from tying.soft import Schedule
 class ResidualMerging(ModelTransform):
     """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or a subclass of Merge.
 
-    See :func:`tying.depth.apply_merge` for the supported blocks. Names and values of the model's state stay: a
-    checkpoint that is loaded without this callback or mixin gives plain sums. If a Trainer loads it, Lightning warns
-    that the callback is missing, and this callback warns of other merges than those of the training.
+    See :func:`tying.depth.apply_merge` for the supported blocks. The model's state dict does not change: without this
+    callback or mixin, a model with its weights computes plain sums. When a Trainer loads a checkpoint, Lightning warns
+    if the callback is missing, and this callback warns if its merges differ from those of the training.
 
     Args:
         blocks: a pattern of names of modules, or several.
-        merge: each block gets a copy.
+        merge: the merge; each block gets a copy.
         keep_schedule: the drop probabilities by depth: ``"linear"``: block n of L drops n/L of the merge's drop
             probabilities; ``"uniform"``: each block drops as the merge does; or the keep probability of each block.
         schedule: a factor on the drop probabilities, from 0 to 1, over training: to warm up, or to fade out. Tests and
-            predictions use its end.
+            predictions use the value at its end.
 
     Raises:
-        ConfigurationError: as apply_merge, when the model is set up; ``keep_schedule`` is unknown.
+        ConfigurationError: ``keep_schedule`` is unknown; when the model is set up, as apply_merge.
 
     Example:
         >>> from tying.depth import StochasticDepth
@@ -70,7 +70,7 @@ class ResidualMerging(ModelTransform):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"merges": self._description}  # Lightning warns if a checkpoint has a state, but the test no callback
+        return {"merges": self._description}  # Lightning warns if a checkpoint has the state of a missing callback
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ class ResidualMerging(ModelTransform):
             apply_merge(model, self.blocks, self.merge, self.keep_schedule)
             for block in blocks.values():
                 block.__dict__["_merged_by"] = self._mark
-            self._set_scale(self._merges_of(model), self._last_scale)  # as at the end, wherever the model is loaded
+            self._set_scale(self._merges_of(model), self._last_scale)  # also without a Trainer
         return len(blocks)
 
     @property
@@ -111,16 +111,17 @@ class ResidualMerging(ModelTransform):
 
     @property
     def _description(self) -> str:
-        """The merges, in words that are the same in every process."""
-        merge = f"{type(self.merge).__name__}({self.merge.extra_repr()})"
-        return f"{merge} in {self.blocks}, keep_schedule={self.keep_schedule}, schedule={self.schedule}"
+        """A description of the merges that is the same in every process."""
+        return (
+            f"{type(self.merge).__name__}({self.merge.extra_repr()}) in {self.blocks}, "
+            f"keep_schedule={self.keep_schedule}, schedule={self.schedule}"
+        )
 
     @property
     def _mark(self) -> str:
         """The callback's arguments, and all attributes of its merge: the same for equal callbacks."""
         public = {key: value for key, value in vars(self.merge).items() if key[0] != "_" and key != "training"}
-        merge = f"{type(self.merge).__qualname__} {public} {self.merge!r}"
-        return f"{self.blocks} {merge} {self.keep_schedule} {self.schedule}"
+        return f"{self.blocks} {type(self.merge)} {public} {self.merge!r} {self.keep_schedule} {self.schedule}"
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,8 +144,8 @@ class ResidualMerging(ModelTransform):
             merge.drop_scale = scale
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:
-        merges = (block.merge for block in residual_blocks(model, self.blocks).values())
-        return [merge for merge in merges if isinstance(merge, Merge)]
+        blocks = residual_blocks(model, self.blocks).values()
+        return [block.merge for block in blocks if isinstance(block.merge, Merge)]
 
     @override
     def describe(self, model: nn.Module) -> str:

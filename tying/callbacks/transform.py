@@ -7,11 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import SHARDING, TyingCallback, configure_model, parameters_beside
+from tying.callbacks.base import AVERAGING, SHARDING, TyingCallback, configure_model, parameters_beside
 from tying.errors import ConfigurationError, listed
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
@@ -20,15 +19,15 @@ from tying.weights.derived import derived_weights, eval_mode
 
 
 class ModelTransform(TyingCallback):
-    """Changes the model before the optimizers are made, once; a subclass says how in :meth:`change`.
+    """Changes the model once, before the optimizers are made; a subclass does so in :meth:`change`.
 
     Args:
         parameters: patterns of names of the weights to change; a leading ``!`` excludes. Subclasses that select weights
-            otherwise have their own constructors.
+            in another way have their own constructors.
 
     Raises:
         ConfigurationError: a callback that averages weights stands before it, the strategy splits weights, or an
-            optimizer holds weights of before the change.
+            optimizer holds weights from before the change.
     """
 
     parameters: Sequence[str] = ()
@@ -53,7 +52,7 @@ class ModelTransform(TyingCallback):
         return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
 
     def changed(self, model: nn.Module) -> list[str]:
-        """Return the names of the weights that were changed, none before that."""
+        """Return the names of the changed weights; empty before the change."""
         return recorded(model, self)
 
     def describe(self, model: nn.Module) -> str:
@@ -85,8 +84,7 @@ class ModelTransform(TyingCallback):
                 f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, "
                 "before it is sharded, and shard tied modules together, as tying.hard.audit says"
             )
-        problem = averaging_before(self, callbacks_of(trainer))
-        if problem and not self.is_applied(pl_module):  # a copy of a changed model is right
+        if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
         configure_model(trainer, pl_module)
         self.apply(pl_module)
@@ -115,36 +113,35 @@ class ModelTransform(TyingCallback):
 
 def arguments_of(callback: pl.Callback) -> str:
     """Return a callback's class and arguments, which are the same for equal callbacks."""
-    # those of all its classes: a subclass may pass on others than it takes, or store none
+    # from all its classes: a subclass may have other arguments than its base
     names = dict.fromkeys(name for cls in type(callback).__mro__ for name in signature(cls).parameters)
     arguments = [f"{name}={getattr(callback, name)!r}" for name in names if hasattr(callback, name)]
     return f"{type(callback).__name__}({', '.join(arguments)})"
 
 
 def record(model: nn.Module, callback: pl.Callback, names: list[str]) -> None:
-    """Record in a model which weights a callback, and any equal one, has changed or is to change."""
+    """Record in a model the names of the weights that a callback, or one with equal arguments, changes."""
     model.__dict__.setdefault("_computed_by", {})[arguments_of(callback)] = names
 
 
 def recorded(model: nn.Module, callback: pl.Callback) -> list[str]:
-    """Return the names that :func:`record` has stored for a callback, or none."""
-    names: list[str] = model.__dict__.get("_computed_by", {}).get(arguments_of(callback), [])
-    return names
+    """Return the names that :func:`record` has stored for a callback; empty if there are none."""
+    return [*model.__dict__.get("_computed_by", {}).get(arguments_of(callback), ())]
 
 
 def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters that are weights of these names, pruned or not, or from which these are computed."""
+    """Return the parameters of weights of these names: also pruned ones, and those from which weights are computed."""
     derived = derived_weights(model, aliases=True)
     originals = {id(p) for name in weights if name in derived for p in derived[name].originals}
-    every = model.named_parameters(remove_duplicate=False)
-    parameters = {clean_name(name).removesuffix("_orig"): parameter for name, parameter in every}
-    return {name: p for name, p in parameters.items() if id(p) in originals or name in weights}
+    parameters = model.named_parameters(remove_duplicate=False)
+    named = ((clean_name(name).removesuffix("_orig"), parameter) for name, parameter in parameters)
+    return {name: p for name, p in named if id(p) in originals or name in weights}
 
 
 def shared_with(
     callback: TyingCallback, model: nn.Module, others: Sequence[pl.Callback]
 ) -> Iterator[tuple[str, TyingCallback]]:
-    """Yield the name of each affected weight that another callback ties or pulls, too, with that callback.
+    """Yield the name of each affected weight that another callback ties or pulls, too, and that callback.
 
     Transforms without ties do not count: they have replaced the weights that they affect.
     """
@@ -155,10 +152,10 @@ def shared_with(
 
 
 def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> str:
-    """Return what is wrong where a callback that averages weights stands before one that changes the model."""
+    """Describe the error if a callback that averages weights stands before one that changes the model, or return ""."""
+    kind = type(callback).__name__
     for other in callbacks[: [*callbacks].index(callback)]:
-        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
-            kind = type(callback).__name__
+        if isinstance(other, AVERAGING):
             return (
                 f"{type(other).__name__} stands before {kind} and would average the weights of a copy that it has not "
                 f"changed: list {kind} first. A mixin adds it as the last callback: call self.configure_model() at "
@@ -168,22 +165,22 @@ def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) ->
 
 
 def dedupe_param_groups(trainer: pl.Trainer) -> None:
-    """Keep each weight once per parameter group, although modules from which the group was made share it."""
+    """Drop duplicate weights from parameter groups, which come from modules that share weights."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group in [*groups, *finetuning_groups(callbacks_of(trainer))]:
         group["params"] = [*dict.fromkeys(group["params"])]
 
 
 def check_optimizer_current(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise if an optimizer holds weights of before the model was changed.
+    """Raise if an optimizer holds weights from before the model was changed.
 
     Args:
-        trainer: of the run.
+        trainer: the trainer.
         model: the changed model.
-        shapes: of the weights that were changed, by name.
+        shapes: shape of each changed weight, by name.
 
     Raises:
-        ConfigurationError: an optimizer holds a tensor of such a shape that is no parameter of the model.
+        ConfigurationError: an optimizer holds a tensor of one of these shapes that is no parameter of the model.
     """
     parameters = {id(parameter) for parameter in model.parameters()}
     optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
