@@ -60,7 +60,6 @@ class AnchorTying(PenaltyCallback):
         check_strength("head_strength", head_strength, update)
         self.parameters, self.head_strength, self.anchor = parameters, float(head_strength), anchor
         self._anchors: dict[str, Tensor] = {}
-        self._steps_checked = 0  # at the end of the last epoch in which some anchored weight was trained
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -121,11 +120,12 @@ class AnchorTying(PenaltyCallback):
         self._anchors = self._read_anchors(module) or {name: w.detach().clone() for name, w in weights.items()}
         if missing := weights.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
-        self._steps_checked = 0
+        self._steps_checked = 0  # steps at the end of the last epoch in which some anchored weight was trained
         penalties = [anchored(weights, self._anchors, self.strength)]
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
-            zeros = {name: torch.zeros_like(weight) for name, weight in head.items()}
-            penalties.append(anchored(head, zeros, self.head_strength))
+            penalties.append(
+                anchored(head, {name: torch.zeros_like(w) for name, w in head.items()}, self.head_strength)
+            )
         return penalties
 
     @override

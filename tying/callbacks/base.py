@@ -90,8 +90,8 @@ class TyingCallback(pl.Callback):
     ) -> None:
         self._finite_check.report()
         if trainer.gradient_clip_val:
-            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            self._finite_check.measure_gradients(optimizer, scaled)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._finite_check.measure_gradients(optimizer, scaled=scaler is not None)
 
     @override
     def on_train_batch_end(
@@ -192,9 +192,10 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     Raises:
         ConfigurationError: there are such copies.
     """
-    holders = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING)]
-    if processes and isinstance(trainer.strategy, SHARDING):
-        holders.append(type(trainer.strategy).__name__)
+    kinds = AVERAGING | SHARDING if processes else AVERAGING
+    holders = [
+        type(holder).__name__ for holder in (*callbacks_of(trainer), trainer.strategy) if isinstance(holder, kinds)
+    ]
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:

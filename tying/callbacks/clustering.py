@@ -87,7 +87,6 @@ class WeightClustering(TyingCallback):
         self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
         self.gradient = gradient
         self.names: list[str] = []
-        self._hook: RemovableHandle | None = None
         self._compression: float | None = None
         self._uses: list[tuple[Tensor, Tensor]] = []  # codebooks, and the number of weights that use each entry
 
@@ -95,15 +94,15 @@ class WeightClustering(TyingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         reject_copies(trainer, "WeightClustering", "the dense weights")
         configure_model(trainer, pl_module)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelPruning) and prunes_in(callback, self.start_epoch):
-                raise ConfigurationError(
-                    f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
-                    f"apply_pruning=BeforeEpoch({self.start_epoch})"
-                )
+        pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
+        if any(prunes_in(callback, self.start_epoch) for callback in pruning):
+            raise ConfigurationError(
+                f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
+                f"apply_pruning=BeforeEpoch({self.start_epoch})"
+            )
         self.names, self._compression, self._uses = self._find(pl_module), None, []
         record(pl_module, self, self.names)  # no pattern matches them after they are clustered
-        self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
+        self._hook: RemovableHandle = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
 
@@ -117,8 +116,7 @@ class WeightClustering(TyingCallback):
         """Return the names of the weights that are clustered, or will be."""
         if names := recorded(model, self):
             return names
-        names = [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]
-        if not names:
+        if not (names := [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]):
             raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
         locations = locate_parameters(model)
         for name in names:
@@ -150,14 +148,13 @@ class WeightClustering(TyingCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.remove()
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run that resumes from the last step of an epoch does not start the next one
+        # Lightning skips on_train_epoch_start in a run that resumes at the end of an epoch
         if batch_idx > 0 or trainer.current_epoch < self.start_epoch or self._is_done(pl_module):
             return
         weights = self.affected(pl_module)
@@ -214,8 +211,9 @@ def _put_codebooks(
         owner = model.get_submodule(path)
         table, virtual = (prefixes[owner] + key for key in table_names(type(owner), attribute))
         if f"{virtual}.drawn" in state_dict and name not in done:
-            assignments = torch.zeros(owner.get_parameter(attribute).numel()).long()  # to be loaded
-            put_codebook(owner, attribute, assignments, state_dict[table])
+            put_codebook(
+                owner, attribute, torch.zeros(owner.get_parameter(attribute).numel()).long(), state_dict[table]
+            )
 
 
 def _prune_again(model: nn.Module, names: Sequence[str]) -> None:

@@ -59,11 +59,10 @@ class HardTying(ModelTransform):
 
     @override
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
-        for group in groups:
-            if not are_alike(group.parameters):
-                raise ConfigurationError(
-                    f"{listed(group.names)} cannot be one weight: they differ in requires_grad, dtype or device"
-                )
+        if unlike := [group for group in groups if not are_alike(group.parameters)]:
+            raise ConfigurationError(
+                f"{listed(unlike[0].names)} cannot be one weight: they differ in requires_grad, dtype or device"
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -247,7 +246,6 @@ class WeightHashing(ModelTransform):
         check_choices(table_ratio, hash, scope, init)
         self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
-        self._entropy = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -37,10 +37,10 @@ class Magnitudes:
         """Measure tensors, except lazy and empty ones."""
         tensors = {name: tensor.detach() for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.numel()}
         names, values = (*tensors,), [*tensors.values()]
-        if all(tensor.device.type == "cpu" for tensor in values):
-            sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in values)
-            if all(math.isfinite(abs(total.item())) for total in sums):  # the fastest check, nearly always sufficient
-                return cls(names, torch.zeros(len(names)))
+        sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in values)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in values)
+        if on_cpu and all(math.isfinite(abs(total.item())) for total in sums):  # the fastest check, and mostly enough
+            return cls(names, torch.zeros(len(names)))
         norms = foreach_norm(values, float("inf"))
         dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
         largest = torch.stack([norm.to(norms[0].device, dtype) for norm in norms])

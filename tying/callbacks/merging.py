@@ -61,7 +61,6 @@ class ResidualMerging(ModelTransform):
         if schedule is not None and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")
         self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
-        self._merges: list[Merge] = []  # of the model in training
 
     @property
     @override
@@ -85,7 +84,7 @@ class ResidualMerging(ModelTransform):
         super().setup(trainer, pl_module, stage)
         rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
         if stage != "fit":
-            self._set_scale(self._merges_of(pl_module), self._last_scale)
+            self._end_schedule(pl_module)
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -102,12 +101,12 @@ class ResidualMerging(ModelTransform):
             apply_merge(model, self.blocks, self.merge, self.keep_schedule)
             for block in blocks.values():
                 block.__dict__["_merged_by"] = self._mark
-            self._set_scale(self._merges_of(model), self._last_scale)  # also without a Trainer
+            self._end_schedule(model)  # without training, merges drop as they do at its end
         return len(blocks)
 
-    @property
-    def _last_scale(self) -> float:
-        return self.schedule.end if self.schedule else 1.0
+    def _end_schedule(self, model: nn.Module) -> None:
+        for merge in self._merges_of(model):
+            merge.drop_scale = self.schedule.end if self.schedule else 1.0
 
     @property
     def _description(self) -> str:
@@ -136,12 +135,8 @@ class ResidualMerging(ModelTransform):
         if self.schedule is not None:
             steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
             count = steps if self.schedule.unit == "step" else trainer.current_epoch
-            self._set_scale(self._merges, self.schedule(count))
-
-    @staticmethod
-    def _set_scale(merges: list[Merge], scale: float) -> None:
-        for merge in merges:
-            merge.drop_scale = scale
+            for merge in self._merges:
+                merge.drop_scale = self.schedule(count)
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:
         blocks = residual_blocks(model, self.blocks).values()

@@ -85,10 +85,8 @@ class MixtureTying(PenaltyCallback):
         self.parameters, self.components, self.zero_weight = parameters, components, zero_weight
         self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, rates, batch_norms
         self.prior: GaussianMixturePrior | None = None
-        self._weights: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None  # of the prior, until components are merged
         self._restored: dict[str, Any] = {}
-        self._value: Tensor | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -113,7 +111,8 @@ class MixtureTying(PenaltyCallback):
 
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
-        self._weights, self._value = self.affected(module), None
+        self._weights = self.affected(module)
+        self._value: Tensor | None = None  # of the penalty at the last step
         trained = {weight for weight in self._weights.values() if weight.requires_grad}
         if not trained or not any(
             trained <= {p for group in optimizer.param_groups for p in group["params"]}
@@ -218,8 +217,10 @@ class MixtureTying(PenaltyCallback):
             estimate_batch_norms(trainer, model, "MixtureTying")
         used, slots = torch.unique(torch.cat([assignment.flatten() for assignment in assignments]), return_inverse=True)
         zeros = int(0 in used)  # the component at zero is no entry of the codebook
-        parts = (slots - zeros).split([assignment.numel() for assignment in assignments])
-        packed, huffman = (32 * len(slots) / bits for bits in sizes(parts, max(1, len(used) - zeros)))
+        packed, huffman = (
+            32 * len(slots) / bits
+            for bits in sizes((slots - zeros).split([a.numel() for a in assignments]), max(1, len(used) - zeros))
+        )
         nonzero = float((slots >= zeros).double().mean())
         rank_zero_info(
             f"MixtureTying: {len(slots):,} weights have {len(used)} values, {nonzero:.2%} of them are not zero; "

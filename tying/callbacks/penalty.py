@@ -72,7 +72,6 @@ class PenaltyCallback(TyingCallback):
         self._steps: Counter[int] = Counter()  # by index of the optimizer
         self._window = 1.0  # fraction of a full accumulation window that the current step covers
         self._last_factor = 0.0  # on all strengths, at the last step
-        self._log_class = ""  # the class's name, if another callback has the same name
         self._hooks: dict[Optimizer, RemovableHandle] = {}
 
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
@@ -137,7 +136,7 @@ class PenaltyCallback(TyingCallback):
         super().on_fit_start(trainer, pl_module)
 
     def _register_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._remove_hooks()
+        self.teardown(trainer, pl_module, "fit")
         for optimizer in trainer.optimizers:
             if self.update == "gradient" and optimizer.param_groups[0].get("line_search_fn"):  # of LBFGS
                 raise ConfigurationError(
@@ -165,8 +164,9 @@ class PenaltyCallback(TyingCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._hooks and optimizer not in self._hooks:  # it was made during training
             self._register_hooks(trainer, pl_module)
-        automatic = pl_module.automatic_optimization
-        self._window = self._micro_batches / trainer.accumulate_grad_batches if automatic else 1.0
+        self._window = (
+            self._micro_batches / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        )
         self._announced, self._micro_batches = True, 0
         if self.update == "gradient" and self._window:
             factor, rates = self._factor(trainer, optimizer), _learning_rates(optimizer)
@@ -233,13 +233,10 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove_hooks()  # Lightning skips the teardown then
+        self.teardown(trainer, pl_module, "fit")  # Lightning skips it after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._remove_hooks()
-
-    def _remove_hooks(self) -> None:
         while self._hooks:
             self._hooks.popitem()[1].remove()
 

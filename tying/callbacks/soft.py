@@ -98,10 +98,9 @@ class SoftTying(PenaltyCallback):
                 trainer, "harden_below", "the weights apart: train on with HardTying from a checkpoint instead"
             )
         parameters = {id(parameter) for parameter in pl_module.parameters()}
-        is_other_model = any(id(group.parameters[0]) not in parameters for group in self._hardened)
         if self._hardened and trainer.ckpt_path is not None:  # the checkpoint may be from before they were hardened
             untie(pl_module, {name for group in self._hardened for name in group.names})
-        if trainer.ckpt_path is not None or is_other_model:
+        if trainer.ckpt_path is not None or any(id(g.parameters[0]) not in parameters for g in self._hardened):
             self._hardened = []
 
     @override
@@ -144,8 +143,7 @@ class SoftTying(PenaltyCallback):
         if near:
             rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         self._harden(trainer, pl_module, near, "mean")
-        remaining = [group for group in penalty.groups if group not in near]
-        self.penalties = [TyingPenalty(remaining, self.penalty, self.strength)]
+        self.penalties = [TyingPenalty([g for g in penalty.groups if g not in near], self.penalty, self.strength)]
         self.monitor(pl_module)
         pl_module.log(f"{self.log_prefix}/hardened", float(len(self._hardened)))
 

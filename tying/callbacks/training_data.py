@@ -106,9 +106,12 @@ def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchN
     loader: Any = only_loader(trainer.train_dataloader)
     if isinstance(loader, Mapping | Sequence):
         raise TypeError(f"they are those of {len(loader)} loaders")
-    loader = copy.copy(loader)  # whose position does not move the other's
-    generators = {getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None))}
-    states = {generator: generator.get_state() for generator in generators if isinstance(generator, torch.Generator)}
+    loader = copy.copy(loader)  # the position of the original does not move
+    states = {
+        generator: generator.get_state()
+        for source in (loader, getattr(loader, "sampler", None))
+        if isinstance(generator := getattr(source, "generator", None), torch.Generator)
+    }
     batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
     try:
         for norm in momenta:

@@ -6,7 +6,6 @@ from operator import attrgetter
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -78,11 +77,10 @@ class ModelTransform(TyingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._optimizer_size = 0
-        kind = type(self).__name__
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
-                f"{kind} does not support {type(trainer.strategy).__name__}: change the model in configure_model, "
-                "before it is sharded, and shard tied modules together, as tying.hard.audit says"
+                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}: change the model in "
+                "configure_model, before it is sharded, and shard tied modules together, as tying.hard.audit says"
             )
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
@@ -93,9 +91,16 @@ class ModelTransform(TyingCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         dedupe_param_groups(trainer)
+        parameters = {id(parameter) for parameter in pl_module.parameters()}
+        optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
         with eval_mode(pl_module):
-            shapes = {name: attrgetter(name)(pl_module).shape for name in self.changed(pl_module)}
-        check_optimizer_current(trainer, pl_module, shapes)
+            stale = [name for name in self.changed(pl_module) if attrgetter(name)(pl_module).shape in strangers]
+        if stale:
+            raise ConfigurationError(
+                f"an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it was made before "
+                "the model was changed. Make it in configure_optimizers"
+            )
 
     @override
     def on_train_batch_start(
@@ -133,9 +138,11 @@ def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Pa
     """Return the parameters of weights of these names: also pruned ones, and those from which weights are computed."""
     derived = derived_weights(model, aliases=True)
     originals = {id(p) for name in weights if name in derived for p in derived[name].originals}
-    parameters = model.named_parameters(remove_duplicate=False)
-    named = ((clean_name(name).removesuffix("_orig"), parameter) for name, parameter in parameters)
-    return {name: p for name, p in named if id(p) in originals or name in weights}
+    return {
+        name: parameter
+        for path, parameter in model.named_parameters(remove_duplicate=False)
+        if (name := clean_name(path).removesuffix("_orig")) in weights or id(parameter) in originals
+    }
 
 
 def shared_with(
@@ -169,24 +176,3 @@ def dedupe_param_groups(trainer: pl.Trainer) -> None:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group in [*groups, *finetuning_groups(callbacks_of(trainer))]:
         group["params"] = [*dict.fromkeys(group["params"])]
-
-
-def check_optimizer_current(trainer: pl.Trainer, model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise if an optimizer holds weights from before the model was changed.
-
-    Args:
-        trainer: the trainer.
-        model: the changed model.
-        shapes: shape of each changed weight, by name.
-
-    Raises:
-        ConfigurationError: an optimizer holds a tensor of one of these shapes that is no parameter of the model.
-    """
-    parameters = {id(parameter) for parameter in model.parameters()}
-    optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
-    strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
-    if stale := [name for name, shape in shapes.items() if shape in strangers]:
-        raise ConfigurationError(
-            f"an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it was made before the "
-            "model was changed. Make it in configure_optimizers"
-        )
