@@ -1,4 +1,4 @@
-"""The base of all callbacks that tie weights, and what they share."""
+"""The base class of all callbacks that tie weights, and functions that they share."""
 
 import tempfile
 import warnings
@@ -90,8 +90,9 @@ class TyingCallback(pl.Callback):
     ) -> None:
         self._finite_check.report()
         if trainer.gradient_clip_val:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._finite_check.measure_gradients(optimizer, scaled=scaler is not None)
+            self._finite_check.measure_gradients(
+                optimizer, getattr(trainer.precision_plugin, "scaler", None) is not None
+            )
 
     @override
     def on_train_batch_end(

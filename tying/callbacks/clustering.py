@@ -28,10 +28,10 @@ from tying.weights.derived import locate_parameters
 
 @dataclass(frozen=True)
 class BeforeEpoch:
-    """A predicate of epochs: true before a given one. Lightning's ``ModelPruning`` takes it as ``apply_pruning``.
+    """A predicate of epochs: true before a given epoch. Lightning's ``ModelPruning`` takes it as ``apply_pruning``.
 
     Args:
-        epoch: the first one for which it is false.
+        epoch: the first epoch for which it is false.
 
     Example:
         >>> [BeforeEpoch(2)(epoch) for epoch in range(4)]
@@ -140,7 +140,7 @@ class WeightClustering(TyingCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ConfigurationError("LBFGS keeps its weights to itself: it cannot take codebooks instead")
+            raise ConfigurationError("LBFGS keeps its weights to itself: codebooks cannot replace them")
         if not self._is_done(pl_module):
             warn_if_too_late(trainer, "WeightClustering", self.start_epoch)
         if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):

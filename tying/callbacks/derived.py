@@ -110,7 +110,7 @@ class LowRankWeights(ModelTransform):
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
-        rank: of each weight.
+        rank: rank of each weight.
         diagonal: add a diagonal; for square weights.
 
     Example:
@@ -160,8 +160,8 @@ class GeneratedWeights(ModelTransform):
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
-        in_channels: of a basic kernel.
-        out_channels: of a basic kernel.
+        in_channels: number of input channels of a basic kernel.
+        out_channels: number of output channels of a basic kernel.
 
     Example:
         >>> GeneratedWeights(["network.layer*.conv*.weight"]).embedding

@@ -73,7 +73,7 @@ class FiniteCheck:
     one step later does not wait.
 
     Args:
-        context: the callback that ties the weights, for messages.
+        context: name of the callback that ties the weights, for messages.
 
     Attributes:
         weights: the weights to measure, by name.

@@ -1,4 +1,4 @@
-"""Put merges into the residual blocks of a model, in training."""
+"""Put merges into the residual blocks of a model, for training."""
 
 import warnings
 from typing import Any, Literal
@@ -55,8 +55,8 @@ class ResidualMerging(ModelTransform):
             )
         if not isinstance(merge, Merge) and (keep_schedule != "uniform" or schedule is not None):
             raise ConfigurationError(
-                f"{type(merge).__name__} is no tying.depth.Merge, whose keep probabilities are known: it takes only "
-                "keep_schedule='uniform', and no schedule"
+                f"{type(merge).__name__} is no tying.depth.Merge: its keep probabilities are not known. Use "
+                "keep_schedule='uniform', without a schedule"
             )
         if schedule is not None and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")

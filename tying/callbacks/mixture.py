@@ -254,8 +254,11 @@ def _untrained(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[str]:
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        is_parameter = attribute in dict(owner.named_parameters(recurse=False))  # not computed, nor pruned
-        if weight.ndim >= 2 and is_parameter and hasattr(owner, "reset_parameters"):
+        if (
+            weight.ndim >= 2
+            and hasattr(owner, "reset_parameters")
+            and attribute in dict(owner.named_parameters(recurse=False))  # neither computed nor pruned
+        ):
             twin = copy.deepcopy(owner)
             with torch.random.fork_rng():
                 twin.reset_parameters()  # type: ignore[operator]  # a method

@@ -136,7 +136,7 @@ class PenaltyCallback(TyingCallback):
         super().on_fit_start(trainer, pl_module)
 
     def _register_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.teardown(trainer, pl_module, "fit")
+        self._remove_hooks()
         for optimizer in trainer.optimizers:
             if self.update == "gradient" and optimizer.param_groups[0].get("line_search_fn"):  # of LBFGS
                 raise ConfigurationError(
@@ -212,7 +212,7 @@ class PenaltyCallback(TyingCallback):
         self.on_step(rates)
 
     def on_step(self, rates: Rates) -> None:
-        """Called after a step of an optimizer with these learning rates, for subclasses that do more."""
+        """Do more after a step of an optimizer with these learning rates; a subclass may override this."""
 
     @override
     def on_train_batch_end(
@@ -225,7 +225,7 @@ class PenaltyCallback(TyingCallback):
 
     @torch.no_grad()
     def value(self) -> torch.Tensor | None:
-        """Return the sum of ``strength · Ω``, with the last step's strengths, or None if a strength is infinite."""
+        """Return the sum of ``strength · Ω`` with the last step's strengths; None without any, or if it is infinite."""
         strengths = [_product(self._last_factor, penalty.strength) for penalty in self.penalties]
         if not strengths or not all(map(math.isfinite, strengths)):
             return None
@@ -233,10 +233,13 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # Lightning skips it after an exception
+        self._remove_hooks()  # Lightning skips teardown after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
         while self._hooks:
             self._hooks.popitem()[1].remove()
 
