@@ -1,4 +1,4 @@
-"""Names of Lightning that are private or untyped, each with the reason; seen in Lightning 2.6.
+"""All uses of private or untyped names of Lightning, each with its reason; checked with Lightning 2.6.
 
 Everything else in this package uses Lightning's public names.
 """
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Return the trainer's callbacks: the attribute is public, but set by a connector that mypy does not see."""
+    """Return the trainer's callbacks. The attribute is public, but mypy does not see it: a connector sets it."""
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
@@ -27,40 +27,40 @@ def finetuning_groups(callbacks: Iterable[pl.Callback]) -> list[dict[str, Any]]:
 
 
 def weights_to_prune(pruning: ModelPruning) -> list[tuple[nn.Module, str]]:
-    """Return the modules and attributes that ``ModelPruning`` prunes: no public method lists them before it does."""
+    """Return the modules and attributes that ``ModelPruning`` prunes; no public method lists them before pruning."""
     return [*(pruning._parameters_to_prune or ())]
 
 
 def prunes_in(pruning: ModelPruning, epoch: int) -> bool:
-    """Return whether ``ModelPruning`` prunes in an epoch: the public ``apply_pruning`` is the method that prunes."""
+    """Return whether ``ModelPruning`` prunes in an epoch; no public method answers this."""
     decision = pruning._apply_pruning
     return bool(decision(epoch) if callable(decision) else decision)
 
 
 def can_stop_early(trainer: pl.Trainer) -> bool:
-    """Return whether ``should_stop`` ends training now: the minimum of epochs and steps is known to the loop alone."""
+    """Return whether ``should_stop`` ends training now: only the loop checks the minimum of epochs and steps."""
     return trainer.fit_loop._can_stop_early
 
 
 def restart_loader(trainer: pl.Trainer) -> None:
-    """Begin the epoch's pass over the training data anew: Lightning starts it before ``on_train_start``."""
+    """Restart the epoch's pass over the training data, which Lightning starts before ``on_train_start``."""
     iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # set by now
 
 
 def training_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-    """Return a batch of the loader as training steps get it.
+    """Return a batch of the loader as a training step receives it.
 
-    ``strategy.batch_to_device`` calls every other hook, but not ``on_before_batch_transfer`` of module or data module.
+    ``strategy.batch_to_device`` calls all hooks but ``on_before_batch_transfer`` of the module or data module.
     """
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     return trainer.strategy.batch_to_device(batch)
 
 
 def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """Return the factor that gradients still carry in ``on_before_optimizer_step``.
+    """Return the factor by which gradients are scaled in ``on_before_optimizer_step``.
 
-    Lightning unscales them before, unless the optimizer says by torch's private ``_step_supports_amp_scaling`` that it
-    does so itself, when it steps.
+    Lightning unscales them before, unless torch's private ``_step_supports_amp_scaling`` of the optimizer says that its
+    step unscales them.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0

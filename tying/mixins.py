@@ -1,7 +1,7 @@
-"""The callbacks for people who inherit rather than configure."""
+"""Mixins that add a callback to a LightningModule by inheritance."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning.pytorch as pl
 from typing_extensions import override
@@ -14,7 +14,8 @@ from tying.errors import ConfigurationError
 class CallbackMixin(pl.LightningModule):
     """Adds the callbacks of all mixins that a model inherits, those of base classes first.
 
-    Each mixin names its callback's class, and the class attribute that holds the callback's keyword arguments.
+    Each mixin has in ``_brings`` the class of its callback, and the name of the class attribute that holds the
+    callback's keyword arguments.
     """
 
     _brings: ClassVar[tuple[type[TyingCallback], str]]
@@ -32,22 +33,20 @@ class CallbackMixin(pl.LightningModule):
         return [*([inherited] if isinstance(inherited, pl.Callback) else inherited), *self._callbacks()]
 
     def _callbacks(self) -> list[TyingCallback]:
-        """Return the mixins' callbacks: the same for all calls, since they may count steps."""
-        callbacks: dict[str, TyingCallback] = self.__dict__.setdefault("_mixin_callbacks", {})
-        for mixin in reversed(type(self).__mro__):
-            if not issubclass(mixin, CallbackMixin) or "_brings" not in vars(mixin) or mixin.__name__ in callbacks:
-                continue
-            kind, attribute = mixin._brings
-            arguments, model = getattr(self, attribute, None), type(self).__name__
-            if not isinstance(arguments, Mapping):
+        """Return the mixins' callbacks, the same objects in all calls: they may count steps."""
+        callbacks: dict[type, TyingCallback] = self.__dict__.setdefault("_mixin_callbacks", {})
+        mixins = [mixin for mixin in reversed(type(self).__mro__) if "_brings" in vars(mixin)]
+        for mixin in (mixin for mixin in mixins if mixin not in callbacks):
+            kind, attribute = vars(mixin)["_brings"]
+            if not isinstance(arguments := getattr(self, attribute, None), Mapping):
                 raise ConfigurationError(
-                    f"{model} inherits {mixin.__name__} and must set {attribute} to a dictionary of {kind.__name__}'s "
-                    f"arguments, not {arguments!r}"
+                    f"{type(self).__name__} inherits {mixin.__name__} and must set {attribute} to a dictionary of "
+                    f"{kind.__name__}'s arguments, not {arguments!r}"
                 )
             try:
-                callbacks[mixin.__name__] = kind(**arguments)
+                callbacks[mixin] = kind(**arguments)
             except TypeError as error:
-                raise ConfigurationError(f"{model}.{attribute}: {error}") from None
+                raise ConfigurationError(f"{type(self).__name__}.{attribute}: {error}") from None
         return [*callbacks.values()]
 
 
@@ -66,7 +65,6 @@ class SoftTyingMixin(CallbackMixin):
         0.001
     """
 
-    soft_tying: ClassVar[Mapping[str, Any]]
     _brings = SoftTying, "soft_tying"
 
 
@@ -83,7 +81,6 @@ class CouplingMixin(CallbackMixin):
         0.4
     """
 
-    coupling: ClassVar[Mapping[str, Any]]
     _brings = Coupling, "coupling"
 
 
@@ -108,7 +105,6 @@ class HardTyingMixin(CallbackMixin):
         True
     """
 
-    hard_tying: ClassVar[Mapping[str, Any]]
     _brings = HardTying, "hard_tying"
 
 
@@ -133,7 +129,6 @@ class WeightHashingMixin(CallbackMixin):
         torch.Size([16])
     """
 
-    weight_hashing: ClassVar[Mapping[str, Any]]
     _brings = WeightHashing, "weight_hashing"
 
 
@@ -159,5 +154,4 @@ class ResidualMergingMixin(CallbackMixin):
         [0.75, 0.5]
     """
 
-    residual_merging: ClassVar[Mapping[str, Any]]
     _brings = ResidualMerging, "residual_merging"

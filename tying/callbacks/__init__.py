@@ -1,4 +1,4 @@
-"""Lightning callbacks: the families, attached to a training run."""
+"""Lightning callbacks that tie weights during training."""
 
 from tying.callbacks.anchor import AnchorTying
 from tying.callbacks.base import TyingCallback

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -61,12 +60,10 @@ class AnchorTying(PenaltyCallback):
         check_strength("head_strength", head_strength, update)
         self.parameters, self.head_strength, self.anchor = parameters, float(head_strength), anchor
         self._anchors: dict[str, Tensor] = {}
-        self._steps_checked = 0  # at the end of the last epoch in which some anchored weight was trained
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        anchors = {"anchors": self._anchors} if self.anchor == "initial" else {}
-        return {**super().state_dict(), **anchors}
+        return super().state_dict() | ({"anchors": self._anchors} if self.anchor == "initial" else {})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -81,12 +78,10 @@ class AnchorTying(PenaltyCallback):
 
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        chosen = select(model, self.parameters)
-        if not self.head_strength:
-            return chosen
-        known = {id(weight) for weight in chosen.values()}
-        trained = {clean_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
-        return chosen | {name: weight for name, weight in trained.items() if id(weight) not in known}
+        weights = select(model, self.parameters)
+        known = {*weights.values()}
+        head = {clean_name(name): w for name, w in model.named_parameters() if w.requires_grad and w not in known}
+        return weights | head if self.head_strength else weights
 
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
@@ -94,20 +89,30 @@ class AnchorTying(PenaltyCallback):
             self._read_anchors(model)
 
     def _read_anchors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the anchors that are known: those of a file, or of a checkpoint that training resumes from.
+        """Return the anchors of the file, or those of the checkpoint that training resumes from, if any.
 
         Raises:
-            ConfigurationError: the file does not fit, or a weight is computed from its anchor's counterpart.
+            ConfigurationError: there is no such file; it lacks weights, or has them in other shapes (all are listed);
+                or a weight is tied to its source through a relation.
         """
         if self.anchor == "initial":
             return self._anchors
-        weights, locations = select(model, self.parameters), locate_parameters(model)
-        relations = {name: locations[name].relation for name in weights if name in locations}
+        weights = select(model, self.parameters)
+        relations = {name: place.relation for name, place in locate_parameters(model).items() if name in weights}
         if related := [name for name, relation in relations.items() if relation is not None and relation.steps]:
             raise ConfigurationError(
                 f"{listed(related)}: tied through a relation; anchor the source of the tie instead"
             )
-        return anchors_of(Path(self.anchor), weights)
+        saved = saved_weights(self.anchor, "anchor (or 'initial', the weights at the start)")
+        if missing := [name for name in weights if name not in saved]:
+            raise ConfigurationError(f"anchor: {self.anchor} lacks {listed(missing)}.{nearest(missing[0], saved)}")
+        if wrong := [
+            f"{name!r} is {tuple(saved[name].shape)} there and {tuple(weight.shape)} here"
+            for name, weight in weights.items()
+            if saved[name].shape != weight.shape
+        ]:
+            raise ConfigurationError(f"anchor: {self.anchor}: {listed(wrong)}")
+        return {name: saved[name].to(weight) for name, weight in weights.items()}
 
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
@@ -115,11 +120,12 @@ class AnchorTying(PenaltyCallback):
         self._anchors = self._read_anchors(module) or {name: w.detach().clone() for name, w in weights.items()}
         if missing := weights.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
-        self._steps_checked = 0
+        self._steps_checked = 0  # steps at the end of the last epoch in which some anchored weight was trained
         penalties = [anchored(weights, self._anchors, self.strength)]
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
-            zeros = {name: torch.zeros_like(weight) for name, weight in head.items()}
-            penalties.append(anchored(head, zeros, self.head_strength))
+            penalties.append(
+                anchored(head, {name: torch.zeros_like(w) for name, w in head.items()}, self.head_strength)
+            )
         return penalties
 
     @override
@@ -127,32 +133,11 @@ class AnchorTying(PenaltyCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         penalty, *_ = self.penalties
         frozen = not any(weight.requires_grad for group in penalty.groups for weight in group.parameters)
-        first = self._steps_checked == 0 < self.steps_taken and not frozen
-        if first and 0 < self.strength < math.inf and float(penalty()) == 0:
+        is_first = self._steps_checked == 0 < self.steps_taken and not frozen
+        if is_first and 0 < self.strength < math.inf and float(penalty()) == 0:
             warnings.warn(
                 f"AnchorTying: after {self.steps_taken} steps every anchored weight is still exactly its anchor. Does "
                 "an optimizer train them, with a learning rate above 0?",
                 stacklevel=2,
             )
         self._steps_checked = 0 if frozen else self.steps_taken
-
-
-def anchors_of(path: Path, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the tensors that a checkpoint has under the names of weights.
-
-    Args:
-        path: of a checkpoint of Lightning, or of a state dict.
-        weights: by name.
-
-    Raises:
-        ConfigurationError: there is no such file, or it lacks weights, or has them in other shapes; all are listed.
-    """
-    saved = saved_weights(path, "anchor (or 'initial', the weights at the start)")
-    if missing := [name for name in weights if name not in saved]:
-        raise ConfigurationError(f"anchor: {path} lacks {listed(missing)}.{nearest(missing[0], saved)}")
-    shapes = {name: (tuple(saved[name].shape), tuple(weight.shape)) for name, weight in weights.items()}
-    if wrong := [
-        f"{name!r} is {there} there and {here} here" for name, (there, here) in shapes.items() if there != here
-    ]:
-        raise ConfigurationError(f"anchor: {path}: {listed(wrong)}")
-    return {name: saved[name].to(weight) for name, weight in weights.items()}

@@ -28,10 +28,10 @@ from tying.weights.derived import locate_parameters
 
 @dataclass(frozen=True)
 class BeforeEpoch:
-    """A predicate of epochs: true before a given one. Lightning's ``ModelPruning`` takes it as ``apply_pruning``.
+    """A predicate of epochs: true before a given epoch. Lightning's ``ModelPruning`` takes it as ``apply_pruning``.
 
     Args:
-        epoch: the first one for which it is false.
+        epoch: the first epoch for which it is false.
 
     Example:
         >>> [BeforeEpoch(2)(epoch) for epoch in range(4)]
@@ -48,18 +48,20 @@ class BeforeEpoch:
 class WeightClustering(TyingCallback):
     """Replace each weight by entries of its own codebook, from an epoch on; see :func:`tying.hashing.cluster_weight`.
 
-    Assignments are frozen; the codebook is trained, by the sum or the mean of its weights' gradients. Zeros stay zeros:
-    those of Lightning's ``ModelPruning``, say, which must have ended by then (``apply_pruning=BeforeEpoch(...)``).
-    In the optimizers, codebooks replace the weights, without their state. Logs ``tying/compression``: bits of
-    the dense weights over those of codebooks, indices and 5-bit gaps; see :func:`tying.hashing.save_packed`.
+    Assignments are frozen; the codebook is trained, by the sum or the mean of its weights' gradients. Zeros stay zeros,
+    such as those of Lightning's ``ModelPruning``, which must end before (``apply_pruning=BeforeEpoch(...)``).
+    In the optimizers, codebooks replace the weights; the weights' optimizer state is dropped. Logs
+    ``tying/compression``: bits of the dense weights over those of codebooks, indices and 5-bit gaps; see
+    :func:`tying.hashing.save_packed`.
 
     Args:
-        parameters: patterns of names; a leading ``!`` excludes. Those of fewer than two dimensions are skipped.
-        clusters: entries of each codebook.
-        start_epoch: epoch at whose start weights are clustered.
+        parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped.
+        clusters: number of entries of each codebook.
+        start_epoch: weights are clustered when this epoch starts.
         init: initial centroids of k-means: ``"linear"``, ``"density"`` or ``"forgy"``.
-        gradient: of an entry: the ``"sum"`` of its weights' gradients, as in the paper; or their ``"mean"``, which
-            moves an entry as far as the dense weights would move: use it with plain SGD at their learning rate.
+        gradient: the gradient of an entry: the ``"sum"`` of its weights' gradients, as in the paper; or their
+            ``"mean"``, which moves an entry as far as the dense weights would move: use it with plain SGD at their
+            learning rate.
 
     Raises:
         ConfigurationError: an argument is out of range, there are several processes, a callback averages weights, or a
@@ -85,23 +87,22 @@ class WeightClustering(TyingCallback):
         self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
         self.gradient = gradient
         self.names: list[str] = []
-        self._hook: RemovableHandle | None = None
         self._compression: float | None = None
-        self._uses: list[tuple[Tensor, Tensor]] = []  # codebooks, and how many weights use each entry
+        self._uses: list[tuple[Tensor, Tensor]] = []  # codebooks, and the number of weights that use each entry
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         reject_copies(trainer, "WeightClustering", "the dense weights")
         configure_model(trainer, pl_module)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelPruning) and prunes_in(callback, self.start_epoch):
-                raise ConfigurationError(
-                    f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
-                    f"apply_pruning=BeforeEpoch({self.start_epoch})"
-                )
+        pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
+        if any(prunes_in(callback, self.start_epoch) for callback in pruning):
+            raise ConfigurationError(
+                f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
+                f"apply_pruning=BeforeEpoch({self.start_epoch})"
+            )
         self.names, self._compression, self._uses = self._find(pl_module), None, []
-        record(pl_module, self, self.names)  # once they are clustered, no pattern matches them
-        self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
+        record(pl_module, self, self.names)  # no pattern matches them after they are clustered
+        self._hook: RemovableHandle = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
 
@@ -112,11 +113,10 @@ class WeightClustering(TyingCallback):
         _put_codebooks(names, model, state_dict, "")
 
     def _find(self, model: nn.Module) -> list[str]:
-        """Return the names of the weights that are clustered or are to be."""
+        """Return the names of the weights that are clustered, or will be."""
         if names := recorded(model, self):
             return names
-        names = [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]
-        if not names:
+        if not (names := [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]):
             raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
         locations = locate_parameters(model)
         for name in names:
@@ -140,23 +140,21 @@ class WeightClustering(TyingCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ConfigurationError("LBFGS keeps its weights to itself: it cannot take codebooks instead")
+            raise ConfigurationError("LBFGS keeps its weights to itself: codebooks cannot replace them")
         if not self._is_done(pl_module):
             warn_if_too_late(trainer, "WeightClustering", self.start_epoch)
         if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
-            for name in self.names:
-                _prune_again(pl_module, name)
+            _prune_again(pl_module, self.names)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._hook is not None:
-            self._hook.remove()
+        self._hook.remove()
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run that resumes from the last step of an epoch does not start the next one
+        # Lightning skips on_train_epoch_start in a run that resumes at the end of an epoch
         if batch_idx > 0 or trainer.current_epoch < self.start_epoch or self._is_done(pl_module):
             return
         weights = self.affected(pl_module)
@@ -196,7 +194,7 @@ class WeightClustering(TyingCallback):
         return clustered(model).keys() >= {*self.names}
 
     def _rate(self, model: nn.Module) -> float:
-        if self._compression is None:  # it stays: assignments are frozen
+        if self._compression is None:  # it does not change: assignments are frozen
             dense, packed = clustered_size(model, self.names)
             self._compression = dense / packed
         return self._compression
@@ -205,7 +203,7 @@ class WeightClustering(TyingCallback):
 def _put_codebooks(
     names: Sequence[str], model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Give a model the codebooks that a state dict has, before their values are loaded."""
+    """Replace weights of a model by the codebooks that a state dict contains, before it is loaded."""
     done = clustered(model)
     prefixes = {module: f"{prefix}{path}." if path else prefix for path, module in model.named_modules()}
     for name in names:
@@ -213,14 +211,15 @@ def _put_codebooks(
         owner = model.get_submodule(path)
         table, virtual = (prefixes[owner] + key for key in table_names(type(owner), attribute))
         if f"{virtual}.drawn" in state_dict and name not in done:
-            unassigned = torch.zeros(owner.get_parameter(attribute).numel()).long()
-            put_codebook(owner, attribute, unassigned, state_dict[table])
+            put_codebook(
+                owner, attribute, torch.zeros(owner.get_parameter(attribute).numel()).long(), state_dict[table]
+            )
 
 
-def _prune_again(model: nn.Module, name: str) -> None:
-    """Keep a weight's zeros zero: Lightning's checkpoints contain them, but not the mask that keeps them."""
-    path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(path)
-    weight = dict(owner.named_parameters(recurse=False)).get(attribute)
-    if weight is not None and bool((weight == 0).any()):
-        prune.custom_from_mask(owner, attribute, (weight != 0).to(weight.dtype))  # type: ignore[no-untyped-call]  # torch's
+def _prune_again(model: nn.Module, names: Sequence[str]) -> None:
+    """Prune the zeros of weights again: Lightning's checkpoints contain the zeros, but not the masks."""
+    locations = locate_parameters(model)
+    for location in (locations[name] for name in names if name in locations):
+        mask = location.parameter != 0
+        if not mask.all():
+            prune.custom_from_mask(location.owner, location.attribute, mask)  # type: ignore[no-untyped-call]  # torch's

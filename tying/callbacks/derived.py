@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
@@ -30,7 +29,7 @@ class HardTying(ModelTransform):
 
     Args:
         ties: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
-        init: the value of the one weight: the source's, or the mean.
+        init: the value of the shared weight: the source's, or the mean.
         name: distinguishes several callbacks of this class.
 
     Raises:
@@ -60,11 +59,10 @@ class HardTying(ModelTransform):
 
     @override
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
-        for group in groups:
-            if not are_alike(group.parameters):
-                raise ConfigurationError(
-                    f"{listed(group.names)} cannot be one weight: they differ in requires_grad, dtype or device"
-                )
+        if unlike := [group for group in groups if not are_alike(group.parameters)]:
+            raise ConfigurationError(
+                f"{listed(unlike[0].names)} cannot be one weight: they differ in requires_grad, dtype or device"
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -75,8 +73,7 @@ class HardTying(ModelTransform):
 
     @override
     def check_optimizers(self, trainer: pl.Trainer) -> None:
-        optimized = [g for optimizer in trainer.optimizers for g in optimizer.param_groups]
-        parameters = [id(parameter) for g in optimized for parameter in g["params"]]
+        parameters = [id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
         for group in self._groups:
             if (count := parameters.count(id(group.parameters[0]))) > 1:
                 raise ConfigurationError(
@@ -94,8 +91,8 @@ class HardTying(ModelTransform):
 
     @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:
-        whole = not any(parameter.is_meta for parameter in model.parameters())
-        gaps = [] if tie_records(model) or not whole else [gap(group.tensors()) for group in resolve(model, self.ties)]
+        measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
+        gaps = [gap(group.tensors()) for group in (resolve(model, self.ties) if measurable else ())]
         self._groups = tie(model, self.ties, self.init)
         if any(gaps):
             rank_zero_info(f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})")
@@ -113,7 +110,7 @@ class LowRankWeights(ModelTransform):
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
-        rank: of each weight.
+        rank: rank of each weight.
         diagonal: add a diagonal; for square weights.
 
     Example:
@@ -163,8 +160,8 @@ class GeneratedWeights(ModelTransform):
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
-        in_channels: of a basic kernel.
-        out_channels: of a basic kernel.
+        in_channels: number of input channels of a basic kernel.
+        out_channels: number of output channels of a basic kernel.
 
     Example:
         >>> GeneratedWeights(["network.layer*.conv*.weight"]).embedding
@@ -187,10 +184,10 @@ class UntiedBiases(ModelTransform):
 
     Args:
         parameters: patterns of names of biases; a leading ``!`` excludes.
-        input_size: size of one sample that the model takes, such as (3, 32, 32).
+        input_size: size of one sample of the model's input, such as (3, 32, 32).
 
     Raises:
-        ConfigurationError: ``input_size`` is no size.
+        ConfigurationError: ``input_size`` is empty, or has a number below 1.
 
     Example:
         >>> UntiedBiases(["features.*.bias"], input_size=(3, 32, 32)).input_size
@@ -209,23 +206,21 @@ class UntiedBiases(ModelTransform):
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        like = next(model.parameters())
-        example = torch.zeros(1, *self.input_size, dtype=like.dtype, device=like.device)
-        return untie_biases(model, self.parameters, example)
+        return untie_biases(model, self.parameters, next(model.parameters()).new_zeros(1, *self.input_size))
 
 
 class WeightHashing(ModelTransform):
-    """Let each weight, or all weights together, share the entries of a table; see :func:`tying.hashing.hash_weights`.
+    """Read each weight, or all weights together, from a table; see :func:`tying.hashing.hash_weights`.
 
-    When training starts, the use of the tables' entries is plotted as ``hash_loads.png`` in the logger's directory.
+    When training starts, the loads of the tables' entries are plotted as ``hash_loads.png`` in the logger's directory.
     Logs ``tying/entropy``: the entropy of the entries' loads, in nats, averaged over the tables.
 
     Args:
-        parameters: patterns of names; a leading ``!`` excludes. Those of fewer than two dimensions are skipped.
-        table_ratio: entries of a table per weight, in (0, 1]; by default a tenth, or what the hash fixes.
+        parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped.
+        table_ratio: entries of a table per weight, in (0, 1]; by default 0.1, or the ratio that the hash fixes.
         hash: maps each weight to its slot in the table.
-        scope: a table for each weight, or one for all.
-        init: entries are drawn from the weights as initialised, or are the mean over their uses.
+        scope: a table for each weight, or one table for all.
+        init: draw entries from the initialised weights, or take the mean of the weights that read an entry.
         sign: multiply by ±1, as HashedNets do.
         density: fraction of weights that are kept.
         index: how the hash is evaluated.
@@ -251,7 +246,6 @@ class WeightHashing(ModelTransform):
         check_choices(table_ratio, hash, scope, init)
         self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
-        self._entropy = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -279,7 +273,7 @@ class WeightHashing(ModelTransform):
             index=self.index,
             scaled=self.scaled,
         )
-        count = sum(weight.name == weight.holder for weight in report.weights)
+        count = sum(weight.name == weight.holder for weight in report.weights)  # of tables
         rank_zero_info(
             f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
             f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "

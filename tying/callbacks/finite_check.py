@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,12 +20,12 @@ from tying.torch_workarounds import foreach_norm
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """The largest magnitude in each of some tensors, NaN where it contains one.
+    """The largest magnitude in each tensor; NaN if the tensor contains NaN.
 
     Attributes:
-        names: of the tensors.
-        largest: one value per tensor, in memory of the CPU.
-        event: after which ``largest`` is filled, if a GPU still computes it.
+        names: the names of the tensors.
+        largest: one value per tensor, in the CPU's memory.
+        event: CUDA event after which ``largest`` is filled; None if it is filled already.
     """
 
     names: tuple[str, ...] = ()
@@ -34,13 +34,13 @@ class Magnitudes:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Magnitudes:
-        """Measure tensors; those that are lazy or empty are left out."""
+        """Measure tensors, except lazy and empty ones."""
         tensors = {name: tensor.detach() for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.numel()}
         names, values = (*tensors,), [*tensors.values()]
-        if all(tensor.device.type == "cpu" for tensor in values):
-            sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in values)
-            if all(math.isfinite(abs(total.item())) for total in sums):  # the fastest check, nearly always sufficient
-                return cls(names, torch.zeros(len(names)))
+        sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in values)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in values)
+        if on_cpu and all(math.isfinite(abs(total.item())) for total in sums):  # the fastest check, and mostly enough
+            return cls(names, torch.zeros(len(names)))
         norms = foreach_norm(values, float("inf"))
         dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
         largest = torch.stack([norm.to(norms[0].device, dtype) for norm in norms])
@@ -59,22 +59,26 @@ class Magnitudes:
         """Return "NaN" or "infinity" for each tensor that is not finite, by name."""
         if self.event is not None:
             self.event.synchronize()
-        values = zip(self.names, self.largest.tolist(), strict=True)
-        return {name: "NaN" if value != value else "infinity" for name, value in values if not value < float("inf")}
+        return {
+            name: "NaN" if math.isnan(value) else "infinity"
+            for name, value in zip(self.names, self.largest.tolist(), strict=True)
+            if not math.isfinite(value)
+        }
 
 
 class FiniteCheck:
-    """Detects weights that contain NaN or infinity, and names the gradients that did so before.
+    """Detects weights that contain NaN or infinity, and names their gradients that did before.
 
-    Measuring is one reduction. On a GPU its result is copied to pinned memory in the background: a report one step
-    later does not wait.
+    A measurement is one reduction. On a GPU its result is copied to pinned memory in the background, so that a report
+    one step later does not wait.
 
     Args:
-        context: the callback that ties the weights, for messages.
+        context: name of the callback that ties the weights, for messages.
 
     Attributes:
-        weights: what to measure, by name.
-        groups: the tied groups, so that errors can name the partners of a weight.
+        weights: the weights to measure, by name.
+        groups: the tied groups: errors name the weights to which a non-finite one is tied.
+        steps_seen: the number of steps at the last measurement.
 
     Example:
         >>> check, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(3))
@@ -93,30 +97,31 @@ class FiniteCheck:
         self._context = context
         self.weights: Mapping[str, nn.Parameter] = {}
         self.groups: Sequence[TiedGroup] = ()
-        self._measured: Magnitudes | None = None  # until they are reported
+        self.steps_seen = 0
+        self._measured: Magnitudes | None = None  # None if reported
         self._gradients = Magnitudes()
         self._warns = True
 
     def check(self) -> None:
-        """Measure and report weights and constants at once, before training starts.
+        """Measure and report all weights at once, frozen ones too, before training starts.
 
         Raises:
             NonFiniteError: some are not finite.
         """
         if nonfinite := Magnitudes.of(self.weights).nonfinite():
-            message = self._describe(nonfinite)
-            raise NonFiniteError(f"{message}. The initial weights are not finite: check what they were loaded from")
+            raise NonFiniteError(
+                f"{self._describe(nonfinite)}. The initial weights are not finite: check what they were loaded from"
+            )
 
     def measure_gradients(self, optimizer: Optimizer, scaled: bool = False) -> None:
         """Measure the gradients of weights, before clipping spreads or hides a non-finite one.
 
         Args:
-            optimizer: which is about to step; gradients of weights that it does not hold are left out.
-            scaled: whether the loss is scaled: a scaler skips steps with non-finite gradients, which is no fault.
+            optimizer: the optimizer that is about to step; only gradients of its parameters are measured.
+            scaled: whether the loss is scaled. A scaler skips steps with non-finite gradients: there is no warning.
         """
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        weights = {name: weight for name, weight in self.weights.items() if id(weight) in stepped}
-        self._gradients = Magnitudes.of(_gradients(weights))
+        self._gradients = Magnitudes.of(_gradients({n: w for n, w in self.weights.items() if id(w) in stepped}))
         self._warns &= not scaled
 
     def measure(self) -> None:
@@ -127,14 +132,14 @@ class FiniteCheck:
         """Report the last measurement, unless it has been reported.
 
         Args:
-            wait: whether to wait for a GPU; without, a measurement that is not ready is reported later.
+            wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later.
 
         Raises:
             NonFiniteError: some weights are not finite.
 
         Warns:
-            UserWarning: once, where weights are finite only because clipping, or the optimizer, hid gradients that
-                were not.
+            UserWarning: once, if weights are finite only because clipping, or the optimizer, hid gradients that are
+                not.
         """
         if self._measured is None or not (wait or self._measured.is_known()):
             return
@@ -149,15 +154,23 @@ class FiniteCheck:
         if self._warns and (wait or self._gradients.is_known()):
             if hidden := self._gradients.nonfinite():
                 self._warns = False
-                message = f"{self._context}: {_describe_gradients(hidden)} before it was clipped: inspect the batch"
-                warnings.warn(message, stacklevel=2)
+                warnings.warn(
+                    f"{self._context}: {_describe_gradients(hidden)} before it was clipped: inspect the batch",
+                    stacklevel=2,
+                )
             self._gradients = Magnitudes()
 
     def _describe(self, nonfinite: Mapping[str, str], gradients: Mapping[str, str] | None = None) -> str:
+        partners = (
+            f"{listed(sorted(broken))} is tied to {listed(others)}"
+            for group in self.groups
+            if (broken := nonfinite.keys() & {*group.names})
+            and (others := [name for name in group.names if name not in broken])
+        )
         parts = [
             listed((f"{name!r} holds {kind}" for name, kind in nonfinite.items()), limit=3),
             _describe_gradients(gradients or {}),
-            listed(filter(None, (_describe_partners(group, nonfinite) for group in self.groups)), limit=3),
+            listed(partners, limit=3),
         ]
         return f"{self._context}: {'; '.join(filter(None, parts))}"
 
@@ -168,10 +181,3 @@ def _gradients(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def _describe_gradients(nonfinite: Mapping[str, str]) -> str:
     return listed((f"the gradient of {name!r} held {kind}" for name, kind in nonfinite.items()), limit=3)
-
-
-def _describe_partners(group: TiedGroup, nonfinite: Iterable[str]) -> str:
-    """Return which members a group ties to non-finite ones, or "" where it has none of these or no others."""
-    broken = {*nonfinite} & {*group.names}
-    others = [name for name in group.names if name not in broken]
-    return f"{listed(sorted(broken))} is tied to {listed(others)}" if broken and others else ""

@@ -1,4 +1,4 @@
-"""Callbacks of hierarchical multiscale LSTMs: their slope in training, and the boundaries that they detect."""
+"""Callbacks for hierarchical multiscale LSTMs: anneal their slope in training, and plot the boundaries they detect."""
 
 import warnings
 from typing import Any
@@ -22,8 +22,8 @@ class SlopeAnnealing(pl.Callback):
     It replaces the slope with which the layer was constructed.
 
     Args:
-        rate: increase per epoch, ≥ 0.
-        maximum: of the slope, ≥ 1.
+        rate: increase of the slope per epoch, ≥ 0.
+        maximum: largest slope, ≥ 1.
 
     Raises:
         ConfigurationError: an argument is out of range; when training starts, the model has no HMLSTM.
@@ -42,21 +42,19 @@ class SlopeAnnealing(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._anneal(trainer, pl_module)  # a run that resumes within an epoch has no first batch
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 0:  # a run that resumes from the last step of an epoch does not start the next one
-            self._anneal(trainer, pl_module)
-
-    def _anneal(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # here, too: a run that resumes within an epoch has no first batch
         layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
         if not layers:
             raise ConfigurationError("SlopeAnnealing: the model has no tying.depth.HMLSTM")
         for layer in layers:
             layer.slope = min(self.maximum, 1 + self.rate * trainer.current_epoch)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # Lightning skips on_train_epoch_start in a run that resumes at the end of an epoch
+            self.on_train_start(trainer, pl_module)
 
 
 LINE = 80  # characters
@@ -87,10 +85,6 @@ class BoundaryPlot(pl.Callback):
         check_range("characters", characters, "[1, inf)")
         self.characters = characters
         self._hook: RemovableHandle | None = None
-        self._last = torch.zeros(0)  # boundaries of the last forward pass, (steps, batch, layers − 1)
-        self._sum = torch.zeros(())  # of boundaries; (layers − 1,) after the first batch
-        self._steps = 0
-        self._drawn: list[tuple[Tensor, Tensor]] = []  # of the first sample: characters and their boundaries
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,15 +93,16 @@ class BoundaryPlot(pl.Callback):
             raise ConfigurationError(f"BoundaryPlot draws one tying.depth.HMLSTM; the model has {len(layers)}")
         if not callable(getattr(trainer.datamodule, "text", None)):  # type: ignore[attr-defined]  # untyped
             raise ConfigurationError(
-                "BoundaryPlot: the data module has no method text(ids), which maps indices to characters, as that of "
-                "tying.data.Text"
+                "BoundaryPlot: the data module has no method text(ids) that maps indices to characters, as "
+                "tying.data.Text has"
             )
-        self._sum, self._steps, self._drawn = torch.zeros(()), 0, []
+        self._sum, self._steps = torch.zeros(()), 0  # of the boundaries: (layers − 1,) after the first batch
+        self._drawn: list[tuple[Tensor, Tensor]] = []  # characters of the first sample, and their boundaries
         self._hook = layers[0].register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: Any, output: HMOutput) -> None:
         boundaries = output.boundaries.detach().float()
-        self._last = boundaries.transpose(0, 1) if module.batch_first else boundaries
+        self._last = boundaries.transpose(0, 1) if module.batch_first else boundaries  # (steps, batch, layers − 1)
 
     @override
     def on_test_batch_end(
@@ -137,7 +132,7 @@ class BoundaryPlot(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "test")
+        self.teardown(trainer, pl_module, "test")  # Lightning skips it after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -146,7 +141,7 @@ class BoundaryPlot(pl.Callback):
 
 
 def boundary_figure(text: str, boundaries: Tensor) -> Figure:
-    """Return a figure of a text, in lines, and the boundaries found at each character.
+    """Return a figure of a text and, below each character, of its boundaries.
 
     Args:
         text: the characters.

@@ -1,4 +1,4 @@
-"""Put merges into the residual blocks of a model, in training."""
+"""Put merges into the residual blocks of a model, for training."""
 
 import warnings
 from typing import Any, Literal
@@ -18,20 +18,20 @@ from tying.soft import Schedule
 class ResidualMerging(ModelTransform):
     """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or a subclass of Merge.
 
-    See :func:`tying.depth.apply_merge` for the supported blocks. Names and values of the model's state stay: a
-    checkpoint that is loaded without this callback or mixin gives plain sums. If a Trainer loads it, Lightning warns
-    that the callback is missing, and this callback warns of other merges than those of the training.
+    See :func:`tying.depth.apply_merge` for the supported blocks. The model's state dict does not change: without this
+    callback or mixin, a model with its weights computes plain sums. When a Trainer loads a checkpoint, Lightning warns
+    if the callback is missing, and this callback warns if its merges differ from those of the training.
 
     Args:
         blocks: a pattern of names of modules, or several.
-        merge: each block gets a copy.
+        merge: the merge; each block gets a copy.
         keep_schedule: the drop probabilities by depth: ``"linear"``: block n of L drops n/L of the merge's drop
             probabilities; ``"uniform"``: each block drops as the merge does; or the keep probability of each block.
         schedule: a factor on the drop probabilities, from 0 to 1, over training: to warm up, or to fade out. Tests and
-            predictions use its end.
+            predictions use the value at its end.
 
     Raises:
-        ConfigurationError: as apply_merge, when the model is set up; ``keep_schedule`` is unknown.
+        ConfigurationError: ``keep_schedule`` is unknown; when the model is set up, as apply_merge.
 
     Example:
         >>> from tying.depth import StochasticDepth
@@ -55,13 +55,12 @@ class ResidualMerging(ModelTransform):
             )
         if not isinstance(merge, Merge) and (keep_schedule != "uniform" or schedule is not None):
             raise ConfigurationError(
-                f"{type(merge).__name__} is no tying.depth.Merge, whose keep probabilities are known: it takes only "
-                "keep_schedule='uniform', and no schedule"
+                f"{type(merge).__name__} is no tying.depth.Merge: its keep probabilities are not known. Use "
+                "keep_schedule='uniform', without a schedule"
             )
         if schedule is not None and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")
         self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
-        self._merges: list[Merge] = []  # of the model in training
 
     @property
     @override
@@ -70,7 +69,7 @@ class ResidualMerging(ModelTransform):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"merges": self._description}  # Lightning warns if a checkpoint has a state, but the test no callback
+        return {"merges": self._description}  # Lightning warns if a checkpoint has the state of a missing callback
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -85,7 +84,7 @@ class ResidualMerging(ModelTransform):
         super().setup(trainer, pl_module, stage)
         rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
         if stage != "fit":
-            self._set_scale(self._merges_of(pl_module), self._last_scale)
+            self._end_schedule(pl_module)
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -102,25 +101,26 @@ class ResidualMerging(ModelTransform):
             apply_merge(model, self.blocks, self.merge, self.keep_schedule)
             for block in blocks.values():
                 block.__dict__["_merged_by"] = self._mark
-            self._set_scale(self._merges_of(model), self._last_scale)  # as at the end, wherever the model is loaded
+            self._end_schedule(model)  # without training, merges drop as they do at its end
         return len(blocks)
 
-    @property
-    def _last_scale(self) -> float:
-        return self.schedule.end if self.schedule else 1.0
+    def _end_schedule(self, model: nn.Module) -> None:
+        for merge in self._merges_of(model):
+            merge.drop_scale = self.schedule.end if self.schedule else 1.0
 
     @property
     def _description(self) -> str:
-        """The merges, in words that are the same in every process."""
-        merge = f"{type(self.merge).__name__}({self.merge.extra_repr()})"
-        return f"{merge} in {self.blocks}, keep_schedule={self.keep_schedule}, schedule={self.schedule}"
+        """A description of the merges that is the same in every process."""
+        return (
+            f"{type(self.merge).__name__}({self.merge.extra_repr()}) in {self.blocks}, "
+            f"keep_schedule={self.keep_schedule}, schedule={self.schedule}"
+        )
 
     @property
     def _mark(self) -> str:
         """The callback's arguments, and all attributes of its merge: the same for equal callbacks."""
         public = {key: value for key, value in vars(self.merge).items() if key[0] != "_" and key != "training"}
-        merge = f"{type(self.merge).__qualname__} {public} {self.merge!r}"
-        return f"{self.blocks} {merge} {self.keep_schedule} {self.schedule}"
+        return f"{self.blocks} {type(self.merge)} {public} {self.merge!r} {self.keep_schedule} {self.schedule}"
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -135,16 +135,12 @@ class ResidualMerging(ModelTransform):
         if self.schedule is not None:
             steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
             count = steps if self.schedule.unit == "step" else trainer.current_epoch
-            self._set_scale(self._merges, self.schedule(count))
-
-    @staticmethod
-    def _set_scale(merges: list[Merge], scale: float) -> None:
-        for merge in merges:
-            merge.drop_scale = scale
+            for merge in self._merges:
+                merge.drop_scale = self.schedule(count)
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:
-        merges = (block.merge for block in residual_blocks(model, self.blocks).values())
-        return [merge for merge in merges if isinstance(merge, Merge)]
+        blocks = residual_blocks(model, self.blocks).values()
+        return [block.merge for block in blocks if isinstance(block.merge, Merge)]
 
     @override
     def describe(self, model: nn.Module) -> str:

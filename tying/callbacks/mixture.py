@@ -29,10 +29,10 @@ class MixtureTying(PenaltyCallback):
 
     From ``start_epoch`` on, the gradient of ``strength / examples`` times :class:`tying.soft.GaussianMixturePrior` is
     added to those of the weights, before clipping and the optimizer's step; a separate Adam trains the mixture. At
-    the end of the last epoch components are merged, and each weight becomes the mean of its component: later tests use
-    the quantised network, and so do checkpoints that are saved when training epochs end (checkpoints that Lightning
-    saves after a validation within an epoch, or only after some epochs, are older). The statistics of batch norms are
-    then estimated anew, for the quantised weights.
+    the end of the last epoch components are merged, and each weight becomes the mean of its component. Later tests use
+    the quantised network, and checkpoints that are saved at the end of the last training epoch contain it (those that
+    Lightning saves after a validation within an epoch, or only after some epochs, are older). The statistics of batch
+    norms are then estimated again, for the quantised weights.
 
     Logs ``tying/strength`` and ``tying/penalty``; at the end ``tying/distinct`` values, the fraction of nonzero
     weights, ``tying/nonzero``, and the compression by a codebook and indices, ``tying/compression`` (bits of a
@@ -44,17 +44,17 @@ class MixtureTying(PenaltyCallback):
         strength: τ, the weight of the prior against a sum over the training examples.
         components: number of components, one of them at zero. The means begin evenly over the range of the weights.
         zero_weight: the proportion of the component at zero.
-        start_epoch: epoch at whose start the mixture begins; train the network before.
-        examples: number of training examples; by default that of the training data.
+        start_epoch: the mixture begins when this epoch starts; train the network before.
+        examples: number of training examples; by default the number in the training data.
         rates: Adam's learning rates of means, log standard deviations and proportions.
         name: distinguishes several callbacks of this class.
-        batch_norms: estimate the statistics of batch norms for the quantised weights, by an epoch without training
-            that calls the model on each batch, or its first element; batch norms that are not called keep theirs, and
+        batch_norms: estimate the statistics of batch norms for the quantised weights: an epoch without training calls
+            the model on each batch, or its first element. Batch norms that are not called keep their statistics, and
             a warning names them.
 
     Raises:
-        ConfigurationError: an argument is out of range, a pattern matches nothing, or not one optimizer trains the
-            weights.
+        ConfigurationError: an argument is out of range, a pattern matches nothing, or no single optimizer trains all
+            of the weights.
 
     Example:
         >>> MixtureTying(["network.**"], components=17, start_epoch=10).zero_weight
@@ -79,17 +79,14 @@ class MixtureTying(PenaltyCallback):
         super().__init__(strength, "gradient", None, name)
         GaussianMixturePrior(components, zero_weight)  # raises if an argument is out of range
         check_range("start_epoch", start_epoch, "[0, inf)")
-        if examples is not None:
-            check_range("examples", examples, "[1, inf)")
+        check_range("examples", 1 if examples is None else examples, "[1, inf)")
         if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
         self.parameters, self.components, self.zero_weight = parameters, components, zero_weight
         self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, rates, batch_norms
         self.prior: GaussianMixturePrior | None = None
-        self._weights: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None  # of the prior, until components are merged
         self._restored: dict[str, Any] = {}
-        self._value: Tensor | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -114,12 +111,13 @@ class MixtureTying(PenaltyCallback):
 
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
-        self._weights, self._value = self.affected(module), None
+        self._weights = self.affected(module)
+        self._value: Tensor | None = None  # of the penalty at the last step
         trained = {weight for weight in self._weights.values() if weight.requires_grad}
-        optimized = [
-            {p for group in optimizer.param_groups for p in group["params"]} for optimizer in trainer.optimizers
-        ]
-        if not trained or not any(trained <= parameters for parameters in optimized):
+        if not trained or not any(
+            trained <= {p for group in optimizer.param_groups for p in group["params"]}
+            for optimizer in trainer.optimizers
+        ):
             raise ConfigurationError(f"no one optimizer trains {listed(self._weights) or self.parameters}")
         if "prior" in self._restored:
             prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._values())
@@ -140,12 +138,12 @@ class MixtureTying(PenaltyCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run that resumes from the last step of an epoch does not start the next one
+        # Lightning skips on_train_epoch_start in a run that resumes at the end of an epoch
         if batch_idx == 0 and self.prior is None and trainer.current_epoch >= self.start_epoch:
             if trainer.global_step == 0 and (untrained := _untrained(pl_module, self._weights)):
                 warnings.warn(
                     f"MixtureTying begins with {listed(untrained)} as initialised: the means are spread over the range "
-                    "of the weights, and a trained network's is another. Give start_epoch, or load a trained network",
+                    "of the weights, which training changes. Give start_epoch, or load a trained network",
                     stacklevel=2,
                 )
             values = self._values()
@@ -160,10 +158,11 @@ class MixtureTying(PenaltyCallback):
             self._draw(trainer, "mixture_start")
 
     def _learn(self, prior: GaussianMixturePrior, state: dict[str, Any] | None = None) -> None:
-        """Train a mixture from now on, by an Adam in the given state."""
+        """Train a mixture from now on, by Adam, from the given state of its optimizer."""
         self.prior = prior
-        parts = zip(prior.parameters(), self.rates, strict=True)
-        self._optimizer = torch.optim.Adam([{"params": [part], "lr": rate} for part, rate in parts])
+        self._optimizer = torch.optim.Adam(
+            [{"params": [part], "lr": rate} for part, rate in zip(prior.parameters(), self.rates, strict=True)]
+        )
         if state is not None:
             self._optimizer.load_state_dict(state)
 
@@ -180,7 +179,7 @@ class MixtureTying(PenaltyCallback):
             self._optimizer.step()
 
     def _trains(self, rates: Rates) -> bool:
-        """Return whether the mixture learns, and an optimizer's step moves some of the weights."""
+        """Return whether the mixture is trained, and an optimizer with these rates moves some of the weights."""
         return self._optimizer is not None and not rates.keys().isdisjoint(self._weights.values())
 
     @override
@@ -189,12 +188,10 @@ class MixtureTying(PenaltyCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
         progress: Any = trainer.fit_loop.epoch_progress.current
-        ends = 0 < epochs <= progress.processed or 0 < steps <= trainer.global_step
+        ends = 0 < (trainer.max_epochs or -1) <= progress.processed or 0 < trainer.max_steps <= trainer.global_step
         if self._optimizer is not None and (ends or (trainer.should_stop and can_stop_early(trainer))):
-            for name, value in self._finish(trainer, pl_module).items():
-                pl_module.log(f"{self.log_prefix}/{name}", value)
+            pl_module.log_dict(self._finish(trainer, pl_module))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -208,7 +205,7 @@ class MixtureTying(PenaltyCallback):
 
     @torch.no_grad()
     def _finish(self, trainer: pl.Trainer, model: pl.LightningModule) -> dict[str, float]:
-        """Draw the mixture, merge its components and quantise the weights; return what to log of the result."""
+        """Draw the mixture, merge its components and quantise the weights; return the values to log, by name."""
         assert self.prior is not None
         self._draw(trainer, "mixture_end")
         self.prior.merge()
@@ -220,18 +217,20 @@ class MixtureTying(PenaltyCallback):
             estimate_batch_norms(trainer, model, "MixtureTying")
         used, slots = torch.unique(torch.cat([assignment.flatten() for assignment in assignments]), return_inverse=True)
         zeros = int(0 in used)  # the component at zero is no entry of the codebook
-        parts = torch.split(slots - zeros, [assignment.numel() for assignment in assignments])
-        packed, huffman = (32 * len(slots) / bits for bits in sizes(parts, max(1, len(used) - zeros)))
+        packed, huffman = (
+            32 * len(slots) / bits
+            for bits in sizes((slots - zeros).split([a.numel() for a in assignments]), max(1, len(used) - zeros))
+        )
         nonzero = float((slots >= zeros).double().mean())
         rank_zero_info(
             f"MixtureTying: {len(slots):,} weights have {len(used)} values, {nonzero:.2%} of them are not zero; "
             f"{packed:.1f} times smaller, {huffman:.1f} with Huffman's code"
         )
         return {
-            "distinct": float(len(used)),
-            "nonzero": nonzero,
-            "compression": packed,
-            "compression_huffman": huffman,
+            f"{self.log_prefix}/distinct": float(len(used)),
+            f"{self.log_prefix}/nonzero": nonzero,
+            f"{self.log_prefix}/compression": packed,
+            f"{self.log_prefix}/compression_huffman": huffman,
         }
 
     def _values(self) -> Tensor:
@@ -250,21 +249,19 @@ class MixtureTying(PenaltyCallback):
 
 
 def _untrained(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[str]:
-    """Return the names of weights, if all that can be initialised again look as if they had just been initialised."""
-    untrained, examined = [], 0
+    """Return the names of the weights that can be initialised again, if all of them have the initial spread."""
+    similar = {}
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         if (
-            weight.ndim < 2
-            or not hasattr(owner, "reset_parameters")
-            or attribute not in dict(owner.named_parameters(recurse=False))
+            weight.ndim >= 2
+            and hasattr(owner, "reset_parameters")
+            and attribute in dict(owner.named_parameters(recurse=False))  # neither computed nor pruned
         ):
-            continue
-        twin = copy.deepcopy(owner)
-        with torch.random.fork_rng():
-            twin.reset_parameters()  # type: ignore[operator]  # a method
-        initial, examined = twin.get_parameter(attribute), examined + 1
-        if abs(float(weight.detach().std() / initial.detach().std().clamp(min=1e-12)) - 1) < 3 / weight.numel() ** 0.5:
-            untrained.append(name)
-    return untrained if len(untrained) == examined else []
+            twin = copy.deepcopy(owner)
+            with torch.random.fork_rng():
+                twin.reset_parameters()  # type: ignore[operator]  # a method
+            ratio = weight.detach().std() / twin.get_parameter(attribute).detach().std().clamp(min=1e-12)
+            similar[name] = abs(float(ratio) - 1) < 3 / weight.numel() ** 0.5
+    return [*similar] if all(similar.values()) else []

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -28,15 +28,15 @@ class PenaltyCallback(TyingCallback):
     """Lowers penalties on weights while they train; a subclass creates them in :meth:`build_penalties`.
 
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
-    if the penalty were part of the loss; with several optimizers, each adds it at the weights' values when it steps.
+    if the penalty were part of the loss; with several optimizers, it is computed anew before each of their steps.
     ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``, outside momentum and adaptive scaling.
     ``"proximal"`` takes the proximal step instead, stable at any strength.
     Each member moves with its own parameter group's learning rate; members that no optimizer trains stay.
 
-    Logs ``tying/strength``, as the last step used it, and ``tying/penalty`` (that strength · Ω, where it is finite).
+    Logs ``tying/strength``, as the last step used it, and ``tying/penalty`` (that strength · Ω, if it is finite).
     In a shortened last accumulation window the added gradient shrinks like the loss, which Lightning divides by the
-    full window; the other two updates follow the learning rate alone. Where callbacks of several classes share a name,
-    or have none, each logs under its class: ``tying/SoftTying/penalty``.
+    full window; the other two updates depend on the learning rate alone. If several callbacks share a name, or have
+    none, each logs under its class: ``tying/SoftTying/penalty``.
 
     Args:
         strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``.
@@ -46,8 +46,8 @@ class PenaltyCallback(TyingCallback):
 
     Attributes:
         penalties: those of the model in training, each with its strength.
-        examples_scale: factor on all strengths: one over the number of training examples, where a penalty is weighed
-            against the loss summed over these.
+        examples_scale: factor on all strengths: one over the number of training examples, if the penalty belongs to
+            the sum of the losses over them.
 
     Raises:
         ConfigurationError: at construction, for arguments out of range; when training starts, for optimizers and
@@ -70,13 +70,9 @@ class PenaltyCallback(TyingCallback):
         self.penalties: list[TyingPenalty] = []
         self.examples_scale = 1.0
         self._steps: Counter[int] = Counter()  # by index of the optimizer
-        self._micro_batches = 0  # since the last step
         self._window = 1.0  # fraction of a full accumulation window that the current step covers
         self._last_factor = 0.0  # on all strengths, at the last step
-        self._log_class = ""  # the class's name, where another class would log under the same name
         self._hooks: dict[Optimizer, RemovableHandle] = {}
-        self._announced = False  # whether Lightning has announced the coming step
-        self._warned_unstable = self._warned_unannounced = False
 
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         """Create the penalties to lower, each with its strength. Called once, when training starts."""
@@ -89,16 +85,16 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return {**self.affected(model), **members(self.groups)} if self.strength else {}  # constants, too
+        return self.affected(model) | members(self.groups) if self.strength else {}  # constants, too
 
     @property
     def log_prefix(self) -> str:
-        """How the names of logged values begin."""
+        """The prefix of the names of logged values."""
         return "/".join(filter(None, ("tying", self._log_class, self.name)))
 
     @property
     def steps_taken(self) -> int:
-        """The number of steps in training so far, of all optimizers together."""
+        """The number of steps so far, summed over the optimizers."""
         return self._steps.total()
 
     @property
@@ -129,8 +125,9 @@ class PenaltyCallback(TyingCallback):
         namesakes = [c for c in callbacks_of(trainer) if isinstance(c, PenaltyCallback) and c.name == self.name]
         self._log_class = type(self).__name__ if len(namesakes) > 1 else ""
         self.penalties = self.build_penalties(trainer, pl_module)
-        self._micro_batches = 0
-        self._announced = self._warned_unstable = self._warned_unannounced = False
+        self._micro_batches = 0  # since the last step
+        self._announced = False  # whether Lightning has announced the coming step
+        self._warned_unstable = self._warned_unannounced = False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         idle = [group.names[0] for group in self.groups if trained.isdisjoint(group.parameters)]
         if idle and not any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer)):  # which adds them later
@@ -141,8 +138,7 @@ class PenaltyCallback(TyingCallback):
     def _register_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
         for optimizer in trainer.optimizers:
-            searches = isinstance(optimizer, LBFGS) and optimizer.param_groups[0]["line_search_fn"]
-            if searches and self.update == "gradient":
+            if self.update == "gradient" and optimizer.param_groups[0].get("line_search_fn"):  # of LBFGS
                 raise ConfigurationError(
                     "update='gradient' is wrong with the line search of LBFGS, whose loss would lack the penalty: use "
                     "update='proximal', line_search_fn=None, or add tying.soft.TyingPenalty to your training_step"
@@ -154,7 +150,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        if pl_module.automatic_optimization:  # gradients summed since the last step are gone, if they were not used
+        if pl_module.automatic_optimization:  # gradients that were summed without a step are dropped
             self._micro_batches = 0
 
     @override
@@ -168,10 +164,10 @@ class PenaltyCallback(TyingCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._hooks and optimizer not in self._hooks:  # it was made during training
             self._register_hooks(trainer, pl_module)
-        self._announced, self._window = True, 1.0
-        if pl_module.automatic_optimization:
-            self._window = self._micro_batches / trainer.accumulate_grad_batches
-        self._micro_batches = 0
+        self._window = (
+            self._micro_batches / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
+        )
+        self._announced, self._micro_batches = True, 0
         if self.update == "gradient" and self._window:
             factor, rates = self._factor(trainer, optimizer), _learning_rates(optimizer)
             if isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups):
@@ -182,9 +178,9 @@ class PenaltyCallback(TyingCallback):
         """Add the penalties' gradients to those of the loss.
 
         Args:
-            factor: on all strengths.
-            scale: by which the loss is multiplied, and so its gradients.
-            rates: learning rates, by parameter, of those that the optimizer holds.
+            factor: factor on all strengths.
+            scale: factor on the loss, and so on its gradients.
+            rates: learning rate of each parameter of the optimizer.
         """
         for penalty in self.penalties:
             penalty.add_gradients_(factor * scale * penalty.strength, dict.fromkeys(rates, 1.0))
@@ -201,8 +197,7 @@ class PenaltyCallback(TyingCallback):
                     stacklevel=2,
                 )
             return
-        found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler while a fused optimizer steps
-        if not self._window or (found_inf is not None and float(found_inf) > 0):
+        if not self._window or getattr(optimizer, "found_inf", None):  # set by a scaler while a fused optimizer steps
             return
         self.check_finite(wait=self.update != "gradient")  # before NaN spreads from one weight to another
         self._last_factor, rates = self._factor(trainer, optimizer), _learning_rates(optimizer)
@@ -217,21 +212,20 @@ class PenaltyCallback(TyingCallback):
         self.on_step(rates)
 
     def on_step(self, rates: Rates) -> None:
-        """Do more after a step of an optimizer that holds the parameters of these learning rates."""
+        """Do more after a step of an optimizer with these learning rates; a subclass may override this."""
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._micro_batches or not is_logging_step(trainer, pl_module):
-            return
-        pl_module.log(f"{self.log_prefix}/strength", _product(self._last_factor, self.strength))
-        if (value := self.value()) is not None:
-            pl_module.log(f"{self.log_prefix}/penalty", value)
+        if not self._micro_batches and is_logging_step(trainer, pl_module):
+            pl_module.log(f"{self.log_prefix}/strength", _product(self._last_factor, self.strength))
+            if (value := self.value()) is not None:
+                pl_module.log(f"{self.log_prefix}/penalty", value)
 
     @torch.no_grad()
     def value(self) -> torch.Tensor | None:
-        """Return the sum of all ``strength · Ω`` as the last step used them, or None if it is not finite."""
+        """Return the sum of ``strength · Ω`` with the last step's strengths; None without any, or if it is infinite."""
         strengths = [_product(self._last_factor, penalty.strength) for penalty in self.penalties]
         if not strengths or not all(map(math.isfinite, strengths)):
             return None
@@ -239,7 +233,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._remove_hooks()  # Lightning skips the teardown then
+        self._remove_hooks()  # Lightning skips teardown after an exception
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -250,7 +244,7 @@ class PenaltyCallback(TyingCallback):
             self._hooks.popitem()[1].remove()
 
     def _factor(self, trainer: pl.Trainer, optimizer: Optimizer) -> float:
-        """Return the factor on all strengths that an optimizer's next step uses."""
+        """Return the factor on all strengths in an optimizer's next step."""
         steps = self._steps[trainer.optimizers.index(optimizer)]
         return self.examples_scale * self.schedule(steps if self.schedule.unit == "step" else trainer.current_epoch)
 

@@ -1,6 +1,7 @@
 """Save random generators in checkpoints."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,19 +31,19 @@ def all_gather_object(value: Any) -> list[Any]:
 class RandomState(pl.Callback):
     """Save the states of each process's random generators in checkpoints, and restore them when training resumes.
 
-    They are Python's, NumPy's and torch's global generators, on the CPU and on the process's GPUs. States of another
-    number of processes are not restored, and a warning says so.
+    These are the global generators of Python, NumPy and torch, on the CPU and on the process's GPUs. The states are not
+    restored, with a warning, if the checkpoint is from another number of processes.
 
     Example:
         >>> sorted(RandomState().state_dict()["processes"][0])
         ['cuda', 'numpy', 'python', 'torch']
     """
 
-    _restored: dict[str, Any] | None = None
+    _restored: Sequence[dict[str, Any]] = ()  # the states of the processes, until they are restored
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._restored = None  # from an evaluation; a checkpoint to resume from is restored after this
+        self._restored = ()  # states from an evaluation; a checkpoint to resume from is loaded after this
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class RandomState(pl.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        self._restored = state_dict["processes"]
 
     @override
     def on_load_checkpoint(
@@ -63,7 +64,7 @@ class RandomState(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore(trainer)
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        if self._restored is not None and (progress.is_last_batch or progress.current.ready == 0):  # an epoch begins
+        if self._restored and (progress.is_last_batch or progress.current.ready == 0):  # an epoch begins
             restart_loader(trainer)  # Lightning shuffled before the states were restored
 
     @override
@@ -73,28 +74,25 @@ class RandomState(pl.Callback):
         # a run that resumes within an epoch may just have drawn numbers to skip batches
         if batch_idx > 0:
             self._restore(trainer)
-        self._restored = None
+        self._restored = ()
 
     def _restore(self, trainer: pl.Trainer) -> None:
-        if self._restored is None:
-            return
-        processes = self._restored["processes"]
-        if len(processes) == trainer.world_size:
-            restore_generators(processes[trainer.global_rank])
-        else:
+        if len(self._restored) == trainer.world_size:
+            restore_generators(self._restored[trainer.global_rank])
+        elif self._restored:
             rank_zero_warn(
-                f"the checkpoint holds random states of {len(processes)} processes, not of {trainer.world_size}: "
+                f"the checkpoint holds random states of {len(self._restored)} processes, not of {trainer.world_size}: "
                 "random numbers will differ from those of the uninterrupted run"
             )
-            self._restored = None
+            self._restored = ()
 
 
 def _correct_progress(loop: dict[str, Any], by_steps: bool) -> None:
-    """Correct where training resumes from a checkpoint of an epoch's end: Lightning 2.6 gets two cases wrong.
+    """Correct the progress in a checkpoint from the end of an epoch: Lightning 2.6 resumes two cases wrongly.
 
     Args:
         loop: the state of the fit loop.
-        by_steps: whether training ends after a number of steps: Lightning then resumes within an epoch that is over.
+        by_steps: whether training ends after a number of steps: Lightning then resumes within the complete epoch.
     """
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     if epochs["current"]["processed"] < epochs["current"]["ready"]:

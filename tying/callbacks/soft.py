@@ -37,9 +37,9 @@ class SoftTying(PenaltyCallback):
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a subclass of :class:`tying.soft.Penalty`.
         update: add to the gradients, or move the weights after the step, explicitly or by a proximal step.
         schedule: a factor on ``strength`` over steps or epochs.
-        harden_below: at the end of each epoch, groups whose gap is below this become one weight, their mean, as by
-            :class:`HardTying`; optimizer states are averaged, too.
-        name: distinguishes several of these callbacks, in checkpoints and in the log (``tying/<name>/penalty``).
+        harden_below: at the end of each epoch, groups with a gap below this become one weight, their mean, as by
+            :class:`HardTying`; their optimizer states are averaged, too.
+        name: distinguishes several callbacks of this class, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Raises:
         ConfigurationError: at construction, for arguments out of range; when training starts, for ties that do not
@@ -67,8 +67,7 @@ class SoftTying(PenaltyCallback):
         self.ties, self.penalty, self.harden_below = parse_ties(ties), as_penalty(penalty), harden_below
         if update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
-        if harden_below is not None:
-            check_range("harden_below", harden_below, "(0, 1]")
+        check_range("harden_below", 1 if harden_below is None else harden_below, "(0, 1]")
         self._hardened: list[TiedGroup] = []  # in the order in which they became one weight
         self._restored: list[set[str]] = []  # names of the groups that are one weight in a checkpoint
 
@@ -83,8 +82,8 @@ class SoftTying(PenaltyCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        hardened = {"hardened": [list(group.names) for group in self._hardened]} if self._hardened else {}
-        return {**super().state_dict(), **hardened}
+        hardened = [list(group.names) for group in self._hardened]
+        return super().state_dict() | ({"hardened": hardened} if hardened else {})
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -95,13 +94,13 @@ class SoftTying(PenaltyCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.harden_below is not None:
-            content = "the weights apart: train on with HardTying from a checkpoint instead"
-            reject_copies(trainer, "harden_below", content)
+            reject_copies(
+                trainer, "harden_below", "the weights apart: train on with HardTying from a checkpoint instead"
+            )
         parameters = {id(parameter) for parameter in pl_module.parameters()}
-        if self._hardened and trainer.ckpt_path is not None:  # a checkpoint may be from before they were hardened
+        if self._hardened and trainer.ckpt_path is not None:  # the checkpoint may be from before they were hardened
             untie(pl_module, {name for group in self._hardened for name in group.names})
-            self._hardened = []
-        elif any(id(group.parameters[0]) not in parameters for group in self._hardened):  # of another model
+        if trainer.ckpt_path is not None or any(id(g.parameters[0]) not in parameters for g in self._hardened):
             self._hardened = []
 
     @override
@@ -109,8 +108,7 @@ class SoftTying(PenaltyCallback):
         groups = self.penalties[0].groups if self.penalties and self._hardened else resolve(module, self.ties)
         if self.harden_below is not None:
             plan(module, groups)  # raises if they could not become one weight
-        # optimizer states, which are restored next, are assigned by position: hence the optimizers as they were made,
-        # and the order in which groups hardened
+        # optimizer states are restored next, by position: hence harden only now, in the order in which groups hardened
         for names in self._restored:
             self._harden(trainer, module, [group for group in groups if not names.isdisjoint(group.names)], "source")
             groups = [group for group in groups if names.isdisjoint(group.names)]
@@ -121,14 +119,15 @@ class SoftTying(PenaltyCallback):
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if self.harden_below is None:
             return
-        names = {id(weight): name for name, weight in self.affected(model).items()}
-        for pruning in (callback for callback in others if isinstance(callback, ModelPruning)):
-            pruned = (id(getattr(module, name, None)) for module, name in weights_to_prune(pruning))
-            if conflicts := [names[weight] for weight in pruned if weight in names]:
-                raise ConfigurationError(
-                    f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
-                    "prune other weights, or in a run after this, or leave harden_below out"
-                )
+        pruning = [callback for callback in others if isinstance(callback, ModelPruning)]
+        pruned = {
+            id(getattr(module, name, None)) for callback in pruning for module, name in weights_to_prune(callback)
+        }
+        if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
+            raise ConfigurationError(
+                f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
+                "prune other weights, or in a run after this, or leave harden_below out"
+            )
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(
                 f"harden_below would replace {name!r}, which another {type(other).__name__} ties too: put "
@@ -144,8 +143,7 @@ class SoftTying(PenaltyCallback):
         if near:
             rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         self._harden(trainer, pl_module, near, "mean")
-        apart = [group for group in penalty.groups if group not in near]
-        self.penalties = [TyingPenalty(apart, self.penalty, self.strength)]
+        self.penalties = [TyingPenalty([g for g in penalty.groups if g not in near], self.penalty, self.strength)]
         self.monitor(pl_module)
         pl_module.log(f"{self.log_prefix}/hardened", float(len(self._hardened)))
 
@@ -159,23 +157,23 @@ class SoftTying(PenaltyCallback):
 class Coupling(PenaltyCallback):
     """Couple two submodules, whose weights are paired by name, by a prior on their difference.
 
-    The loss must be a mean over labelled examples. The prior, which is weighed against a sum over them, is divided by
-    their number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
-    does the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
+    The loss must be a mean over labelled examples. The prior belongs to the sum over them, and is divided by their
+    number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples`` does
+    the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
 
     Args:
         first: a module, or a pattern of parameters, of the discriminative model.
         second: its partner in the generative model.
-        alpha: in [0, 1]: 0 makes both one, generative model; 1 leaves the discriminative model uncoupled.
+        alpha: in [0, 1]: 0 shares all weights (one generative model); 1 leaves the models uncoupled.
         exponent: as in :func:`tying.soft.coupling_strength`.
-        examples: number of labelled examples; by default that of the training data, or of its loader ``labelled``
-            where batches are dictionaries.
+        examples: number of labelled examples; by default the number in the training data, or in its loader
+            ``labelled`` if batches are dictionaries.
         update: as for SoftTying; α = 0 needs ``"proximal"``.
         name: distinguishes several callbacks of this class.
 
     Raises:
         ConfigurationError: α is out of range, or 0 with an explicit update; weights of one module have no partner of
-            their shape in the other, all of which are listed; or the number of examples is not known.
+            their shape in the other (all are listed); or the number of examples is not known.
 
     Example:
         >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
@@ -195,8 +193,7 @@ class Coupling(PenaltyCallback):
         update: Update = "proximal",
         name: str | None = None,
     ) -> None:
-        if examples is not None:
-            check_range("examples", examples, "[1, inf)")
+        check_range("examples", 1 if examples is None else examples, "[1, inf)")
         strength = coupling_strength(alpha, exponent)
         if math.isinf(strength) and update != "proximal":
             raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")
@@ -213,12 +210,12 @@ class Coupling(PenaltyCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if 0 < self.strength < math.inf:  # the training data is there only now
+        if 0 < self.strength < math.inf:  # the training data is loaded only now
             self.examples_scale = 1 / (self.examples or num_train_samples(trainer))
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
-    """Return the weights of two modules that have no partner of their name and shape; nothing if these are no modules.
+    """List the weights of two modules without a partner of their name and shape; empty if the names are no modules.
 
     Example:
         >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")

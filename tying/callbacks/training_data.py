@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler
@@ -18,7 +17,7 @@ from tying.lightning_workarounds import training_batch
 
 
 def only_loader(loaders: Any) -> Any:
-    """Return the one loader of a sequence of one; anything else unchanged."""
+    """Return the loader in a sequence of one loader; return anything else unchanged."""
     return loaders[0] if isinstance(loaders, Sequence) and len(loaders) == 1 else loaders
 
 
@@ -29,11 +28,10 @@ def num_train_samples(trainer: pl.Trainer) -> int:
         ConfigurationError: it is not known.
     """
     loaders: Any = trainer.train_dataloader
-    loaders = loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
     loader = only_loader(loaders.get("labelled") if isinstance(loaders, Mapping) else loaders)
     sampler = getattr(loader, "sampler", None)
     try:
-        if isinstance(sampler, Sampler) and not isinstance(sampler, DistributedSampler):  # of a subset, say
+        if isinstance(sampler, Sampler) and not isinstance(sampler, DistributedSampler):  # for example of a subset
             return len(sampler)  # type: ignore[arg-type]  # one without a length raises
         return len(loader.dataset)
     except (AttributeError, TypeError):
@@ -48,23 +46,26 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 @torch.no_grad()
 def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callback: str) -> None:
-    """Estimate means and variances of batch norms anew, by a pass over the training data without training.
+    """Estimate means and variances of batch norms again, by a pass over the training data without training.
 
-    All batches count alike, as in ``torch.optim.swa_utils.update_bn``: those of one epoch, or as many as training
-    took, if those are fewer. Batch norms in evaluation mode, which are frozen, stay unchanged, and so do random
-    generators and the loader's position. Statistics are averaged over processes.
+    All batches have the same weight, as in ``torch.optim.swa_utils.update_bn``. They are those of one epoch, or as many
+    as training took, if these are fewer. Batch norms in evaluation mode (frozen ones), random generators and the
+    loader's position do not change. Statistics are averaged over processes.
 
     Args:
-        trainer: that trains.
-        model: is called on a batch, or if that is a tuple or a list on its first element.
+        trainer: the trainer, in training.
+        model: it is called on each batch, or on its first element if the batch is a tuple or a list.
         callback: name of the callback that changed the weights, for the warning.
 
     Warns:
-        UserWarning: the model cannot be called on that, or does not call all of its batch norms then; these keep the
+        UserWarning: the model cannot be called on these inputs, or does not call all of its batch norms; these keep the
             statistics of the previous weights.
     """
-    modules = {name: module for name, module in model.named_modules() if isinstance(module, BatchNorm)}
-    norms = {name: norm for name, norm in modules.items() if norm.training and norm.running_mean is not None}
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and module.training and module.running_mean is not None
+    }
     before = {name: [buffer.clone() for buffer in norm.buffers()] for name, norm in norms.items()}
     if not norms:
         return
@@ -76,9 +77,9 @@ def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callbac
     except BaseException:  # an interrupt
         _restore(norms, before)
         raise
-    decide = trainer.strategy.reduce_boolean_decision  # all processes keep what one could not estimate
-    succeeded = decide(not reason)
-    kept = {n: norm for n, norm in norms.items() if not (succeeded and decide(bool(norm.num_batches_tracked)))}
+    all_ranks = trainer.strategy.reduce_boolean_decision  # all processes keep what one could not estimate
+    succeeded = all_ranks(not reason)
+    kept = {n: norm for n, norm in norms.items() if not (succeeded and all_ranks(bool(norm.num_batches_tracked)))}
     _restore(kept, before)
     for norm in (norm for name, norm in norms.items() if name not in kept):
         for buffer in (norm.running_mean, norm.running_var):
@@ -100,14 +101,17 @@ def _restore(norms: Mapping[str, BatchNorm], before: Mapping[str, list[Tensor]])
 
 
 def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
-    """Call a model on its training batches; batch norms average over these."""
+    """Call a model on its training batches; the statistics of its batch norms become the means over them."""
     momenta = {norm: norm.momentum for norm in norms}
     loader: Any = only_loader(trainer.train_dataloader)
     if isinstance(loader, Mapping | Sequence):
         raise TypeError(f"they are those of {len(loader)} loaders")
-    loader = copy.copy(loader)  # which has a position of its own
-    generators = {getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None))}
-    states = {generator: generator.get_state() for generator in generators if isinstance(generator, torch.Generator)}
+    loader = copy.copy(loader)  # the position of the original does not move
+    states = {
+        generator: generator.get_state()
+        for source in (loader, getattr(loader, "sampler", None))
+        if isinstance(generator := getattr(source, "generator", None), torch.Generator)
+    }
     batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
     try:
         for norm in momenta:

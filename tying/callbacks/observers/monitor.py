@@ -1,6 +1,5 @@
 """Log and plot the gaps of tied groups."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,7 @@ class TyingMonitor(pl.Callback):
     """Log ``tying/gap``, the largest gap of all tied groups, and plot the gaps when training ends.
 
     The gap of a group is ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``; see :func:`tying.soft.gap`. It is logged at the trainer's
-    ``log_every_n_steps``, to whatever logger is attached. The plot is ``tying_gap.png`` in the logger's directory.
+    ``log_every_n_steps``, to the trainer's loggers. The plot is ``tying_gap.png`` in the logger's directory.
 
     Args:
         max_lines: how many groups the plot shows.
@@ -29,7 +28,7 @@ class TyingMonitor(pl.Callback):
     def __init__(self, max_lines: int = 12) -> None:
         self.max_lines = max_lines
         self.steps: list[int] = []
-        # pairs of step and gap, by the callback and the names of a group's first two weights
+        # pairs of step and gap, by callback and the names of the group's first two weights
         self.history: dict[str, list[tuple[int, float]]] = {}
 
     @override
@@ -49,30 +48,25 @@ class TyingMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        groups = tied_groups(trainer)
-        new_step = trainer.global_step > max(self.steps, default=0)
-        if not (groups and new_step and is_logging_step(trainer, pl_module)):
-            return
-        gaps = [gap(group.tensors()) for _, group in groups]
-        pl_module.log("tying/gap", max(gaps))
-        self.steps.append(trainer.global_step)
-        for (callback, group), value in zip(groups, gaps, strict=True):
-            line = f"{callback}: {' ~ '.join(group.names[:2])}"
-            if line in self.history or len(self.history) < self.max_lines:
-                self.history.setdefault(line, []).append((trainer.global_step, value))
+        groups, step = tied_groups(trainer), trainer.global_step
+        if groups and step > max(self.steps, default=0) and is_logging_step(trainer, pl_module):
+            gaps = [gap(group.tensors()) for _, group in groups]
+            pl_module.log("tying/gap", max(gaps))
+            self.steps.append(step)
+            for (callback, group), value in zip(groups, gaps, strict=True):
+                line = f"{callback}: {' ~ '.join(group.names[:2])}"
+                if line in self.history or len(self.history) < self.max_lines:
+                    self.history.setdefault(line, []).append((step, value))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (folder := picture_folder(trainer)) and self.steps:
-            plot_gaps(self.history, folder / "tying_gap.png")
-
-
-def plot_gaps(history: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """Write a PNG with one line per group to ``path``."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean")
-    for name, gaps in history.items():
-        axes.plot(*zip(*gaps, strict=True), label=name, marker="." if len(gaps) < 20 else None)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="best", fontsize="x-small")
-    save_figure(figure, path)
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.add_subplot(
+                xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean"
+            )
+            for name, gaps in self.history.items():
+                axes.plot(*zip(*gaps, strict=True), label=name, marker="." if len(gaps) < 20 else None)
+            axes.set_ylim(bottom=0)
+            axes.legend(loc="best", fontsize="x-small")
+            save_figure(figure, folder / "tying_gap.png")

@@ -36,13 +36,12 @@ class Unrolling(pl.Callback):
         if not extra:
             raise ConfigurationError("extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not []")
         self.extra = [*extra]
-        self._correct: dict[int, list[Tensor]] = {}
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not any(isinstance(module, Recurrent) for module in pl_module.modules()):
             raise ConfigurationError("Unrolling: the model has no tying.depth.Recurrent")
-        self._correct = {extra: [] for extra in self.extra}
+        self._correct: dict[int, list[Tensor]] = {extra: [] for extra in self.extra}
 
     @override
     @torch.no_grad()
@@ -71,8 +70,8 @@ class Unrolling(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         answers = [torch.cat(correct) for correct in self._correct.values()]
         counts = torch.tensor([[int(correct.sum()), len(correct)] for correct in answers], device=pl_module.device)
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")
-        accuracies = dict(zip(self._correct, counts[:, 0] / counts[:, 1], strict=True))
+        correct, total = trainer.strategy.reduce(counts, reduce_op="sum").unbind(dim=1)
+        accuracies = dict(zip(self._correct, correct / total, strict=True))
         for extra, accuracy in accuracies.items():
             pl_module.log(f"test/steps{extra:+d}/accuracy", accuracy)
         if folder := picture_folder(trainer):
