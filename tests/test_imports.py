@@ -21,7 +21,7 @@ ALLOWED = {
     **dict.fromkeys(["soft", "hard", "hashing", "depth"], EARLY | {"weights"}),
     "data": EARLY,
     "callbacks": EARLY | {"lightning_workarounds", "weights", "soft", "hard", "hashing", "depth"},
-    "models": EARLY | {"weights", "depth", "callbacks"},
+    "models": EARLY | {"weights", "depth"},
     "mixins": EARLY | {"callbacks"},
 }
 ALONE = {("depth/rnn/passthrough.py", "hard.low_rank")}  # a recurrent network of low rank

@@ -7,25 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from tying.lightning_workarounds import restart_loader
-
-
-def all_gather_object(value: Any) -> list[Any]:
-    """Return the values of all processes, by rank; every process must call it.
-
-    Example:
-        >>> all_gather_object("here")
-        ['here']
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+from tying.weights.sharding import all_gather_object
 
 
 class RandomState(pl.Callback):

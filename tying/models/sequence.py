@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.callbacks.random_state import all_gather_object
 from tying.depth import HMLSTM, HMState
 from tying.errors import ConfigurationError, check_choice
 from tying.models.classifier import Classification
+from tying.weights.sharding import all_gather_object
 
 Task = Literal["classification", "language"]
 
