@@ -133,8 +133,12 @@ class AnchorTying(PenaltyCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         penalty, *_ = self.penalties
         frozen = not any(weight.requires_grad for group in penalty.groups for weight in group.parameters)
-        is_first = self._steps_checked == 0 < self.steps_taken and not frozen
-        if is_first and 0 < self.strength < math.inf and float(penalty()) == 0:
+        if (
+            self._steps_checked == 0 < self.steps_taken
+            and not frozen
+            and 0 < self.strength < math.inf
+            and float(penalty()) == 0
+        ):
             warnings.warn(
                 f"AnchorTying: after {self.steps_taken} steps every anchored weight is still exactly its anchor. Does "
                 "an optimizer train them, with a learning rate above 0?",

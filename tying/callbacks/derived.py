@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
@@ -206,7 +207,10 @@ class UntiedBiases(ModelTransform):
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        return untie_biases(model, self.parameters, next(model.parameters()).new_zeros(1, *self.input_size))
+        like = next(model.parameters())  # which may be lazy: it has no new_zeros then
+        return untie_biases(
+            model, self.parameters, torch.zeros(1, *self.input_size, dtype=like.dtype, device=like.device)
+        )
 
 
 class WeightHashing(ModelTransform):

@@ -136,8 +136,12 @@ def recorded(model: nn.Module, callback: pl.Callback) -> list[str]:
 
 def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Parameter]:
     """Return the parameters of weights of these names: also pruned ones, and those from which weights are computed."""
-    derived = derived_weights(model, aliases=True)
-    originals = {id(p) for name in weights if name in derived for p in derived[name].originals}
+    originals = {
+        id(original)
+        for name, derived in derived_weights(model, aliases=True).items()
+        if name in weights
+        for original in derived.originals
+    }
     return {
         name: parameter
         for path, parameter in model.named_parameters(remove_duplicate=False)
