@@ -12,8 +12,10 @@ from benchmarks.report import table
 from tying.errors import ConfigurationError
 
 # fewer repetitions than a kept table has: the checkouts take turns several times instead
-SHORTER = {"hashing": {"ROUNDS": 1}, "depth": {"ROUNDS": 1}, "hard": {"PAIRS": 80, "ROUNDS": 8}, "soft": {}}
+SHORTER = {"hashing": {"ROUNDS": 1}, "depth": {"BLOCKS": 2}, "hard": {"PAIRS": 80, "ROUNDS": 8}, "soft": {}}
 CODE = """
+import torch
+torch.manual_seed(0)
 import benchmarks.speed.{family} as module
 for name, value in {constants}.items():
     setattr(module, name, value)
