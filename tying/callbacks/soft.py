@@ -37,8 +37,8 @@ class SoftTying(PenaltyCallback):
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a subclass of :class:`tying.soft.Penalty`.
         update: add to the gradients, or move the weights after the step, explicitly or by a proximal step.
         schedule: a factor on ``strength`` over steps or epochs.
-        harden_below: at the end of each epoch, groups with a gap below this become one weight, their mean, as by
-            :class:`HardTying`; their optimizer states are averaged, too.
+        harden_below: at the end of each epoch, groups with a gap below this become one weight, their mean, see
+            :class:`HardTying`; their optimizer states are also averaged.
         name: distinguishes several callbacks of this class, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Raises:
@@ -155,11 +155,11 @@ class SoftTying(PenaltyCallback):
 
 
 class Coupling(PenaltyCallback):
-    """Couple two submodules, whose weights are paired by name, by a prior on their difference.
+    """Couple two submodules by a prior on the difference of their weights, which are paired by name.
 
-    The loss must be a mean over labelled examples. The prior belongs to the sum over them, and is divided by their
-    number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples`` does
-    the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
+    The loss must be a mean over labelled examples. The prior belongs to the sum over the examples, so it is divided by
+    their number. :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
+    is equivalent. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
 
     Args:
         first: a module, or a pattern of parameters, of the discriminative model.
@@ -173,7 +173,7 @@ class Coupling(PenaltyCallback):
 
     Raises:
         ConfigurationError: α is out of range, or 0 with an explicit update; weights of one module have no partner of
-            their shape in the other (all are listed); or the number of examples is not known.
+            their shape in the other (the message lists all); or the number of examples is not known.
 
     Example:
         >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
@@ -215,7 +215,7 @@ class Coupling(PenaltyCallback):
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
-    """List the weights of two modules without a partner of their name and shape; empty if the names are no modules.
+    """List the weights of two modules without a partner of equal name and shape; empty if a name is no module.
 
     Example:
         >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")

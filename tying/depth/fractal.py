@@ -38,7 +38,7 @@ def draw_paths(count: int, drop: float) -> list[int]:
     return [i for i in range(count) if numbers[i] >= drop] or [min(int(numbers[count] * count), count - 1)]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
 def draw_column(columns: int, probability: float) -> int | None:
     """Return a random column with the given probability, and ``None`` otherwise.
 

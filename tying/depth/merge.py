@@ -47,8 +47,8 @@ class Branch:
 def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
 
-    Without it, parameters of a layer that was skipped would have no gradient: optimizers would not apply weight decay
-    and momentum to them, and distributed training would wait for the missing gradients. The next layer may overwrite
+    Without it, parameters of a skipped layer would have no gradient: optimizers would not apply weight decay and
+    momentum to them, and distributed training would wait for the missing gradients. The next layer may overwrite
     the copy in place.
 
     Args:

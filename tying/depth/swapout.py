@@ -18,7 +18,7 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
         x: the shortcut.
         f: the branch, of x's shape.
         skips: Θ₁, a bool mask that broadcasts to x's shape; ``None`` for ones.
-        branches: Θ₂, a bool mask likewise.
+        branches: Θ₂, a bool mask that broadcasts to x's shape; ``None`` for ones.
 
     Example:
         >>> on = torch.tensor([True, False])

@@ -84,7 +84,7 @@ def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
     """
     probability = (slope * x + 1) / 2  # clamped by the comparison
     boundary = (torch.rand_like(x) < probability if sample else x > 0).to(x.dtype)
-    # straight-through estimator: what is added is zero
+    # straight-through estimator: the added value is zero
     return boundary + torch.where((slope * x).abs() < 1, probability - probability.detach(), 0)
 
 
@@ -92,8 +92,8 @@ class HMLSTM(nn.Module):
     """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
     A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary itself in the
-    step before, and otherwise copies its state; see :func:`hm_update`. The gradient of a boundary is that of a hard
-    sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
+    step before, and otherwise copies its state; see :func:`hm_update`. The gradient of a boundary is the gradient of a
+    hard sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
 
     Args:
         input_size: size of the input.
