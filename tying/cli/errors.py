@@ -90,7 +90,7 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
 
 
 def _summarize(chain: Sequence[BaseException]) -> str:
-    """Return where a mistake is, and its first cause, without the types that the parser tried in vain.
+    """Return the location of a mistake and its first cause, without the types that the parser tried in vain.
 
     Example:
         >>> outer, inner = ValueError('Parser key "data": ...'), ValueError("batch_size must be 1 or more, not 0")
