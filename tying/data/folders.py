@@ -34,10 +34,10 @@ Packed = tuple[str, int, Callable[[], Any]]  # name, unpacked size, and a functi
 
 
 class Bounded(io.BufferedReader):
-    """A stream that raises on reads larger than a small image needs, which a broken header may ask for."""
+    """A stream that raises an error on reads larger than a small image needs; a broken header may cause these."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return ``size`` bytes, or all that remain."""
+        """Return ``size`` bytes, or all remaining bytes."""
         if size is not None and size > LARGEST_READ:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return super().read(size)

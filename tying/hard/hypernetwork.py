@@ -127,7 +127,7 @@ def generate_weights(
                 f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: leave it out"
             )
         if not shared:
-            with torch.device("cpu"):  # ignore the default device: equal values on every device
+            with torch.device("cpu"):  # not on the default device; then moved to the weight's
                 shared.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
         return shared[0]
 

@@ -156,7 +156,7 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
 
     def make(name: str, weight: nn.Parameter) -> TemplateMixture:
         if weight.shape not in banks:
-            with torch.device("cpu"):  # ignore the default device: equal values on every device
+            with torch.device("cpu"):  # not on the default device; then moved to the weight's
                 banks[weight.shape] = TemplateBank(templates, weight.shape).to(weight)
         chosen[name] = banks[weight.shape]
         return TemplateMixture(chosen[name])

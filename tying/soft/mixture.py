@@ -1,4 +1,4 @@
-"""A mixture of Gaussians as the prior of weights: it pulls them towards a few learned values."""
+"""A mixture of Gaussians as the prior of weights, which pulls them towards a few learned values."""
 
 import math
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ class GaussianMixturePrior(nn.Module):
         return ((1 - a) * log_precisions + b * log_precisions.exp()).sum()
 
     def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
-        """Add the gradients of ``strength`` times the prior to those of weights and mixture; return the prior's value.
+        """Add gradients of ``strength`` times the prior to the weights and the mixture; return the prior's value.
 
         Args:
             weights: the weights that share the mixture. Missing gradients are created. Frozen weights affect only the

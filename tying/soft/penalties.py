@@ -174,7 +174,7 @@ class L1(Penalty):
         return l1(tensors)
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller values minus that of larger ones."""
+        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller minus the number of larger values."""
         stacked = torch.stack([*tensors], dim=-1)
         ordered = stacked.sort(dim=-1).values
         smaller = torch.searchsorted(ordered, stacked)
