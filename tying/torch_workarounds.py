@@ -1,4 +1,4 @@
-"""Uses of private names of torch, each with the reason; tested with torch 2.11 to 2.15.
+"""All uses of private names of torch, each with its reason; tested with torch 2.11 to 2.15.
 
 The rest of this package uses public names of torch. The private names of Lightning are in `lightning_workarounds`.
 """

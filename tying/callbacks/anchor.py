@@ -1,4 +1,4 @@
-"""Pull weights to their initial values, or to those of a checkpoint."""
+"""Pull weights to their initial values, or to the values in a checkpoint."""
 
 import math
 import warnings

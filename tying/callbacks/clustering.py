@@ -102,7 +102,7 @@ class WeightClustering(TyingCallback):
                 f"apply_pruning=BeforeEpoch({self.start_epoch})"
             )
         self.names, self._compression, self._uses = self._find(pl_module), None, []
-        record(pl_module, self, self.names)  # no pattern matches them after they are clustered
+        record(pl_module, self, self.names)  # patterns do not match clustered weights
         self._hook: RemovableHandle = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )

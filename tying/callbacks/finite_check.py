@@ -129,7 +129,7 @@ class FiniteCheck:
         self._measured = Magnitudes.of({name: weight for name, weight in self.weights.items() if weight.requires_grad})
 
     def report(self, wait: bool = True) -> None:
-        """Report the last measurement, unless it has been reported.
+        """Report the last measurement unless it has already been reported.
 
         Args:
             wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later.

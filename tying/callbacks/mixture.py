@@ -123,7 +123,7 @@ class MixtureTying(PenaltyCallback):
         if "prior" in self._restored:
             prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._values())
             prior.load_state_dict(self._restored["prior"])
-            self._learn(prior, self._restored.get("optimizer"))  # none is saved after components are merged
+            self._learn(prior, self._restored.get("optimizer"))  # not saved after components are merged
             self._restored = {}
         elif self.prior is not None and self._optimizer is None:  # training continues after its end
             self._learn(self.prior)

@@ -85,7 +85,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return self.affected(model) | members(self.groups) if self.strength else {}  # constants, too
+        return self.affected(model) | members(self.groups) if self.strength else {}  # including constants
 
     @property
     def log_prefix(self) -> str:
@@ -175,11 +175,11 @@ class PenaltyCallback(TyingCallback):
             self.add_gradients(factor * self._window, loss_scale(trainer, optimizer), rates)
 
     def add_gradients(self, factor: float, scale: float, rates: Rates) -> None:
-        """Add the penalties' gradients to those of the loss.
+        """Add the gradients of the penalties to the gradients of the loss.
 
         Args:
             factor: factor on all strengths.
-            scale: factor on the loss, and so on its gradients.
+            scale: factor by which the loss, and hence its gradients, is scaled.
             rates: learning rate of each parameter of the optimizer.
         """
         for penalty in self.penalties:
@@ -263,7 +263,7 @@ def check_strength(name: str, strength: float, update: str) -> None:
 
 
 def _product(factor: float, strength: float) -> float:
-    return factor * strength if factor else 0.0  # also where the strength is infinite
+    return factor * strength if factor else 0.0  # also for an infinite strength
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[nn.Parameter, float]:

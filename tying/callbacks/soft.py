@@ -68,7 +68,7 @@ class SoftTying(PenaltyCallback):
         if update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
         check_range("harden_below", 1 if harden_below is None else harden_below, "(0, 1]")
-        self._hardened: list[TiedGroup] = []  # in the order in which they became one weight
+        self._hardened: list[TiedGroup] = []  # in the order of hardening
         self._restored: list[set[str]] = []  # names of the groups that are one weight in a checkpoint
 
     @property

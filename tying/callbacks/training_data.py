@@ -77,7 +77,7 @@ def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callbac
     except BaseException:  # an interrupt
         _restore(norms, before)
         raise
-    all_ranks = trainer.strategy.reduce_boolean_decision  # all processes keep what one could not estimate
+    all_ranks = trainer.strategy.reduce_boolean_decision  # true if true in every process
     succeeded = all_ranks(not reason)
     kept = {n: norm for n, norm in norms.items() if not (succeeded and all_ranks(bool(norm.num_batches_tracked)))}
     _restore(kept, before)

@@ -21,7 +21,7 @@ def bake_parser() -> LightningArgumentParser:
     """Return the parser of the arguments of :func:`export`."""
     parser = LightningArgumentParser(description=HELP, exit_on_error=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint of Lightning, or a state dict")
-    parser.add_argument("--seed_everything", type=bool, default=False, help=SUPPRESS)  # Lightning asks for it
+    parser.add_argument("--seed_everything", type=bool, default=False, help=SUPPRESS)  # Lightning requires it
     parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its suffix")
     parser.add_argument(
         "--config", action="append", default=[], help="the run's configuration, where the model computes weights"

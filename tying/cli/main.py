@@ -97,7 +97,7 @@ class TyingCLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # without Lightning's warning where a program passes its own arguments
+        self.config = parser.parse_args(args)  # Lightning would warn about arguments that a program passes
         options = self.config.get(str(self.config.get("subcommand")), {})
         if options.get("weights_only", False) is None:
             options.weights_only = True  # Lightning would unpickle any object from a URL

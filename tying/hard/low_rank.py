@@ -154,7 +154,7 @@ class LowRankPlusDiagonal(_OfRank):
         """Return factors and diagonal whose weight is near the given one."""
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
             raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
-        _as_matrix(weight, self.rank)  # raises where the rank is too high
+        _as_matrix(weight, self.rank)  # raises if the rank is too high
         diagonal = weight.new_zeros(len(weight))
         for _ in range(1 + SWEEPS if self.rank else 1):
             left, right = factorize(weight - torch.diag(diagonal), self.rank)

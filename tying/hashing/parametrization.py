@@ -200,7 +200,7 @@ class HashedParametrization(FollowsDevice):
         sampled = (
             torch.randperm(len(pool), device="cpu")[: self.table_size]
             if len(pool) >= self.table_size
-            else torch.randint(len(pool), (self.table_size,), device="cpu")  # the table serves other weights, too
+            else torch.randint(len(pool), (self.table_size,), device="cpu")  # other weights read the table
         )
         return pool[sampled.to(pool.device)]
 

@@ -30,7 +30,7 @@ class ResNet(nn.Module):
         shared: use one block for all blocks of a stage that keep the shape (:class:`tying.depth.Recurrent`).
         per_step_norm: with ``shared``: each use of a block has separate normalisation layers.
         preactivation: normalise and activate before each convolution instead of after it, and not after the merge.
-        shortcut: where the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
+        shortcut: used if the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
             ``"pool"``: take means of 2 by 2 pixels, and pad; ``"project"``: a convolution.
 
     Shape: (batch, in_channels, height, width) to (batch, num_classes).

@@ -174,7 +174,7 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None
-        # from parameter to parameter: their layouts may differ from those of the weights
+        # map between parameters, whose layouts may differ from the layouts of the weights
         between = first.layout.then(relation).then(match.layout.inverse())
         name = names.get(id(match.parameter), match.name) if match.layout.steps else match.name
         _, _, known = members.setdefault(id(match.parameter), (name, match.parameter, between))

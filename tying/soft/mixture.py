@@ -15,7 +15,7 @@ from tying.torch_workarounds import foreach_add_
 
 CPU_CHUNK = 1 << 13  # weights: their densities under all components fit in the cache
 DEVICE_CHUNK = 1 << 20
-NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ changes no sum; much smaller densities are subnormal numbers, which are slow
+NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ does not change a sum; much smaller ones are subnormal numbers, which are slow
 
 
 class GaussianMixturePrior(nn.Module):
@@ -258,8 +258,8 @@ def _evaluate(
     Add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
 
     With the responsibilities r: ``∂Ω/∂w_i = Σ_j r_ij (w_i − μ_j)/σ_j²``, ``∂Ω/∂μ_j = Σ_i r_ij (μ_j − w_i)/σ_j²``,
-    ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from those of
-    r, r w and r w².
+    ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from the
+    sums of r, r w and r w².
     """
     dtype = torch.promote_types(weights.dtype, torch.float32)
     means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)

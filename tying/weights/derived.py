@@ -236,7 +236,7 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
     kind = next(
         cls
         for cls in type(module).__mro__
-        if cls.__module__ not in (parametrize.__name__, __name__)  # where torch, and this function, generate classes
+        if cls.__module__ not in (parametrize.__name__, __name__)  # modules of generated classes
         and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:

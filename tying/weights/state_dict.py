@@ -114,7 +114,7 @@ def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[s
 
 def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation: Relation) -> None:
     """Replace the parameter at a location; the weight there becomes ``relation(parameter)``."""
-    if location.relation in (relation, None):  # others may have parametrized the weight
+    if location.relation in (relation, None):  # other code may have parametrized the weight
         setattr(location.holder, location.original, parameter)
     else:
         if location.holder is not location.owner:

@@ -62,7 +62,7 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     names = {
         tie: frozenset(name for group in groups for name in group.names)
         for tie, groups in zip(new, resolve_each(model, new), strict=True)
-        if not isinstance(groups, ConfigurationError)  # none is: they resolve together
+        if not isinstance(groups, ConfigurationError)  # never an error: they resolve together
     }
     tie_groups(model, resolve(model, new), init)
     ties_made = record_in(model).ties

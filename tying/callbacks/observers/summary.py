@@ -32,7 +32,7 @@ class TyingSummary(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not in on_fit_start: by now every callback knows its groups, and a checkpoint's weights are loaded
+        # not in on_fit_start: only now every callback knows its groups and the checkpoint's weights are loaded
         if trainer.is_global_zero:
             groups = tied_groups(trainer)
             lines = summary_lines(pl_module, [group for _, group in groups])

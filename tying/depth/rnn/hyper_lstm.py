@@ -81,7 +81,7 @@ class HyperLSTMCell(nn.LSTMCell):
     @override
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if not hasattr(self, "shift"):  # the constructor of nn.LSTMCell calls this method, too
+        if not hasattr(self, "shift"):  # called by the constructor of nn.LSTMCell
             return
         self.hyper.reset_parameters()
         nn.init.zeros_(self.scale_embedding.weight)

@@ -14,7 +14,7 @@ from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import initial_state, steps_first
 from tying.errors import ConfigurationError, check_range
 
-Keep = Tensor | float  # probability of taking the new value; or a mask, true where a unit takes it
+Keep = Tensor | float  # probability of taking the new value, or a mask of the units that take it
 State = tuple[Tensor, Tensor]
 
 
@@ -155,7 +155,7 @@ def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
     elif not isinstance(keep, Tensor) and keep in (
         0.0,
         1.0,
-    ):  # without the other value, which may be infinite or not a number
+    ):  # without the other value, which may be NaN
         out.copy_(new if keep else old)
     else:
         torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
