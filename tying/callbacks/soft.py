@@ -126,7 +126,7 @@ class SoftTying(PenaltyCallback):
         if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
             raise ConfigurationError(
                 f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
-                "prune other weights, or in a run after this, or leave harden_below out"
+                "prune other weights, prune in a later run, or leave harden_below out"
             )
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(

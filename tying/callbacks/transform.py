@@ -80,7 +80,7 @@ class ModelTransform(TyingCallback):
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}: change the model in "
-                "configure_model, before it is sharded, and shard tied modules together, as tying.hard.audit says"
+                "configure_model, before it is sharded, and shard tied modules together; see tying.hard.audit"
             )
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)

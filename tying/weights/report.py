@@ -224,10 +224,10 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
         yield f"FSDP must shard the modules of a group together: {several[0]},{more} or a module that holds them all"
     if groups:
         yield (
-            "formats without sharing, such as safetensors, refuse or store copies: save tying.hard.bake(model), and "
-            "load it by load_state_dict"
+            "formats without sharing, such as safetensors, raise errors or store copies: save tying.hard.bake(model), "
+            "and load it by load_state_dict"
         )
         yield (
-            "after to_empty, or load_state_dict(assign=True) of a part, the weights are separate until a state dict is "
-            "loaded into the whole model"
+            "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate until a state "
+            "dict is loaded into the whole model"
         )
