@@ -57,7 +57,7 @@ def training_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) 
 
 
 def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """Return the factor by which gradients are scaled in ``on_before_optimizer_step``.
+    """Return the scale of the gradients in ``on_before_optimizer_step``.
 
     Lightning has already unscaled them, unless the optimizer's step unscales them itself (torch's private
     ``_step_supports_amp_scaling``).

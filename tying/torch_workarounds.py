@@ -36,7 +36,7 @@ def is_traced() -> bool:
 
 
 def error_on_graph_break() -> AbstractContextManager[None]:
-    """Return a context in which a graph break raises an error, instead of a fallback to Python.
+    """Return a context in which a graph break raises an error instead of falling back to Python.
 
     The public ``fullgraph=True`` also traces the Python code that a hash runs for each number.
     """

@@ -204,7 +204,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
 
 
 def warn_if_too_late(trainer: pl.Trainer, context: str, start_epoch: int) -> None:
-    """Warn if training ends before the epoch in which a callback begins to act."""
+    """Warn if training ends before a callback's first epoch."""
     if 0 <= (trainer.max_epochs or -1) <= start_epoch:
         warnings.warn(
             f"{context} begins in epoch {start_epoch}, and training ends before: max_epochs is {trainer.max_epochs}",

@@ -29,7 +29,7 @@ from tying.weights.tie import Init, plan, tie_groups
 class SoftTying(PenaltyCallback):
     """Pull tied weights together while they train.
 
-    :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates and what is logged.
+    :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates and the logged values.
 
     Args:
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
@@ -69,7 +69,7 @@ class SoftTying(PenaltyCallback):
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
         check_range("harden_below", 1 if harden_below is None else harden_below, "(0, 1]")
         self._hardened: list[TiedGroup] = []  # in the order of hardening
-        self._restored: list[set[str]] = []  # names of the groups that are one weight in a checkpoint
+        self._restored: list[set[str]] = []  # names of hardened groups in a checkpoint
 
     @property
     @override
@@ -107,8 +107,8 @@ class SoftTying(PenaltyCallback):
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         groups = self.penalties[0].groups if self.penalties and self._hardened else resolve(module, self.ties)
         if self.harden_below is not None:
-            plan(module, groups)  # raises if they could not become one weight
-        # optimizer states are restored next, by position: hence harden only now, in the order in which groups hardened
+            plan(module, groups)  # raises if they cannot become one weight
+        # optimizer states are restored next, by position: harden now, in the original order of hardening
         for names in self._restored:
             self._harden(trainer, module, [group for group in groups if not names.isdisjoint(group.names)], "source")
             groups = [group for group in groups if names.isdisjoint(group.names)]

@@ -149,7 +149,7 @@ def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
 
 
 def _places(trainer: pl.Trainer) -> dict[str, str]:
-    """Return the folders in which runs of this name save checkpoints, each with the checkpoints' pattern there."""
+    """Return the checkpoint folders of runs of this name, each with the pattern of its checkpoints."""
     places = {str(trainer.default_root_dir): "checkpoints/*.ckpt"}
     if logger := trainer.logger:
         places = {os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)): "*/checkpoints/*.ckpt"}

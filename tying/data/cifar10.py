@@ -78,7 +78,7 @@ class CIFAR10(Images):
     @override
     def prepare_data(self) -> None:
         if self._chosen_source() != "sample":
-            self.load()  # Lightning calls this in one process, before the others load
+            self.load()  # Lightning calls this in one process before other processes load
 
     @override
     def load(self) -> dict[str, Split]:

@@ -25,7 +25,7 @@ from tying.files import atomically, read
 PACKED = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".zip")
 UNPACK: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".tgz": gzip.open}
 SPLITS = ("train", "test")
-LARGEST_IMAGE = 2**20  # bytes of an image file: one of 32 × 32 pixels is far smaller
+LARGEST_IMAGE = 2**20  # bytes of an image file; files of 32 × 32 pixels are far smaller
 LARGEST_READ = 2 * LARGEST_IMAGE  # bytes of one read
 LARGEST_TOTAL = 2**32  # bytes of an unpacked archive, which is never written to disk
 

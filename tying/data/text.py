@@ -17,7 +17,7 @@ from tying.data.resuming import ResumableData, ResumableLoader
 from tying.errors import ConfigurationError, check_range
 
 UNKNOWN = 0  # the id of all characters outside the vocabulary
-HELD_OUT = 20  # a 20th of the text (or of the files) is for validation, and another one for testing
+HELD_OUT = 20  # 1/20 of the text (or of the files) is for validation, and 1/20 for testing
 
 
 class StreamLoader(ResumableLoader):

@@ -90,7 +90,7 @@ class StochasticDepth(Merge):
 
     Args:
         keep: probability of computing the branch.
-        mode: what is drawn: ``"batch"``, ``"row"``, ``"subset"`` or ``"auto"``.
+        mode: unit of the draws: ``"batch"``, ``"row"``, ``"subset"`` or ``"auto"``.
         scale: when outputs are scaled: ``"test"`` or ``"train"``.
 
     Raises:

@@ -110,7 +110,7 @@ class LowRank(_OfRank):
     """
 
     least = 1
-    shape: tuple[int, ...] | None = None  # of the weight, once one was assigned
+    shape: tuple[int, ...] | None = None  # of the assigned weight
 
     @override
     def forward(self, left: Tensor, right: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def hash_weights(
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
     their weights from the table. With ``scope="layer"`` each weight has a table, and its name is mixed into the seed of
     the hash. With ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from
-    weight to weight, and each weight is scaled by a constant: its initial standard deviation over that of all weights.
+    weight to weight, and each weight is scaled by its initial standard deviation relative to all weights.
 
     Args:
         model: changed in place.
@@ -238,7 +238,7 @@ def _scales(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
 
 
 def _deviation(weight: Tensor) -> float:
-    """Return the standard deviation of a weight; for a constant one, that of torch's initial linear weights."""
+    """Return the standard deviation of a weight; if it is constant, use torch's initial value for linear weights."""
     deviation = 0.0 if weight.is_meta or weight.numel() < 2 else float(weight.double().std())
     return deviation if deviation > 0 else (3 * max(1, weight.shape[1:].numel())) ** -0.5
 

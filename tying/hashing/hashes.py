@@ -270,7 +270,7 @@ class DirichletHash(SeededHash):
 
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, "(0, inf)")
-        object.__setattr__(self, "alpha", float(self.alpha))  # so that 1 and 1.0 have one repr
+        object.__setattr__(self, "alpha", float(self.alpha))  # so that 1 and 1.0 have the same repr
 
     @override
     def state(self, table_size: int) -> Tensor:
@@ -525,7 +525,7 @@ class ToeplitzHash(Hash):
 
     def __post_init__(self) -> None:
         for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
-            object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have one repr
+            object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have the same repr
             check_range(name, min(getattr(self, name)), f"[{least}, inf)")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")

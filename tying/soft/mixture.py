@@ -168,7 +168,7 @@ class GaussianMixturePrior(nn.Module):
             int64, the same shape; 0 is the component at zero.
         """
         owner = self._most_responsible(self.all_means())
-        for _ in owner:  # each replacement has a higher peak, so that there is a last one
+        for _ in owner:  # terminates: each replacement has a higher peak
             owner = owner[owner]
         assigned = owner[self._most_responsible(weights)]
         if weights.dtype in (torch.float16, torch.bfloat16):  # a rounded mean may be nearer to another component

@@ -134,8 +134,8 @@ def install(
 ) -> None:
     """Let a module compute one of its weights.
 
-    The module's class becomes a generated subclass in which the weight is a property. Without ``table``, this is what
-    ``torch.nn.utils.parametrize.register_parametrization`` does: the weight's parameters are
+    The module's class becomes a generated subclass with a property for the weight. Without ``table``, this is like
+    ``torch.nn.utils.parametrize.register_parametrization``: the weight's parameters are
     ``parametrizations.{name}.original`` and so on.
 
     Args:

@@ -55,8 +55,8 @@ class TieReport:
             gradients and optimizer states.
         problems: present mistakes, each with its remedy.
         limits: operations that would undo the ties or store copies, each with its remedy.
-        rows: one for each group, then one for each weight that is computed without a tie; modules in which every
-            weight is shared in the same way are one row.
+        rows: one for each group, then one for each weight that is computed without a tie. Modules whose weights are all
+            shared in the same way form one row.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -133,7 +133,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
 
 
 def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightRow]:
-    """Return rows of weights, with one row for modules in which every weight is shared in the same way."""
+    """Return rows of weights, with one row for modules whose weights are all shared in the same way."""
     alike = {(row.names, row.how): row for row in rows}
     folded = {}
     for key, row in alike.items():
