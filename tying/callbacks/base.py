@@ -21,8 +21,8 @@ from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 
-SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # they split weights over processes
-AVERAGING = StochasticWeightAveraging | WeightAveraging  # they average weights in a copy of the model
+SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # strategies that split weights over processes
+AVERAGING = StochasticWeightAveraging | WeightAveraging  # callbacks that average weights in a copy of the model
 
 
 @class_aliases("tying.callbacks.TyingCallback")

@@ -118,14 +118,14 @@ class ModelTransform(TyingCallback):
 
 def arguments_of(callback: pl.Callback) -> str:
     """Return a callback's class and arguments as a string; equal callbacks have equal strings."""
-    # from all its classes: a subclass may have other arguments than its base
+    # includes the arguments of base classes, which a subclass may not have
     names = dict.fromkeys(name for cls in type(callback).__mro__ for name in signature(cls).parameters)
     arguments = [f"{name}={getattr(callback, name)!r}" for name in names if hasattr(callback, name)]
     return f"{type(callback).__name__}({', '.join(arguments)})"
 
 
 def record(model: nn.Module, callback: pl.Callback, names: list[str]) -> None:
-    """Record in a model the names of the weights that a callback, or one with equal arguments, changes."""
+    """Store in a model the names of the weights that a callback changes; equal callbacks share the entry."""
     model.__dict__.setdefault("_computed_by", {})[arguments_of(callback)] = names
 
 

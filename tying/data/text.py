@@ -163,7 +163,7 @@ class Text(ResumableData):
 def _split(path: Path, encoding: str) -> dict[str, str]:
     try:
         text = path.read_text(encoding)
-    except (OSError, UnicodeError, LookupError) as error:  # the last for an unknown encoding
+    except (OSError, UnicodeError, LookupError) as error:  # LookupError for an unknown encoding
         raise ConfigurationError(f"path: {path} cannot be read as {encoding}: {error}") from None
     last, before = (len(text) - share * len(text) // HELD_OUT for share in (1, 2))
     return {"fit": text[:before], "val": text[before:last], "test": text[last:]}

@@ -254,7 +254,7 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
-    """Return a reset method, which calls the plain class's method and then computes tables from the new weights."""
+    """Return a reset method, which calls the plain class's method and then draws tables from the new weights."""
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
