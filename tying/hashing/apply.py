@@ -102,8 +102,7 @@ def hash_weights(
             or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
-        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: an entry is the mean of
-            the weights that read it.
+        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights per entry.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
         index: see :class:`HashedParametrization`.
