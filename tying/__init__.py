@@ -1,4 +1,4 @@
-"""Parameter tying and sharing: say which weights belong together, and how strictly."""
+"""Parameter tying and sharing: define which weights are tied, and how strictly."""
 
 from tying.errors import ConfigurationError
 from tying.selection.resolve import resolve

@@ -51,7 +51,7 @@ def module_aliases(module: str) -> Callable[[str], Any]:
 
 
 def class_aliases(owner: str) -> Callable[[T], T]:
-    """Return a class decorator that lets code read and write former names, and subclasses override them.
+    """Return a class decorator for former names: code can read and write them, and subclasses can override them.
 
     Example:
         >>> ALIASES["Shelf"] = {"volumes": "books"}

@@ -68,7 +68,7 @@ def read(path: str | Path, context: str, mmap: bool = False) -> Any:
 
 
 def check_whole(path: str | Path, context: str) -> None:
-    """Raise an error unless a file exists and its checksums are right; ``torch.load`` does not check them.
+    """Raise an error unless a file exists and its checksums are correct; ``torch.load`` does not check them.
 
     Args:
         path: path of the file.
@@ -91,7 +91,7 @@ def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
         context: first words of the error message.
 
     Raises:
-        ConfigurationError: the file is missing or corrupted, or contains other objects than tensors and plain types.
+        ConfigurationError: the file is missing or corrupted, or contains objects other than tensors and plain types.
     """
     content = read(path, context)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -99,7 +99,7 @@ def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
 
 
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:
-    """Return the newest checkpoint with correct checksums, or ``None``: a killed process may leave a truncated one."""
+    """Return the newest checkpoint with correct checksums, or ``None``. A killed process may leave a truncated file."""
     newest_first = sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next(filter(_is_whole, newest_first), None)
 

@@ -20,7 +20,7 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 def finetuning_groups(callbacks: Iterable[pl.Callback]) -> list[dict[str, Any]]:
     """Return the parameter groups, as names, from which ``BaseFinetuning`` restores optimizers in a resumed run.
 
-    They are written to checkpoints; no public method changes them.
+    Lightning writes them to checkpoints; no public method changes them.
     """
     finetuning = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
     return [g for callback in finetuning for groups in callback._internal_optimizer_metadata.values() for g in groups]
@@ -50,17 +50,17 @@ def restart_loader(trainer: pl.Trainer) -> None:
 def training_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
     """Return a batch of the loader as a training step receives it.
 
-    ``strategy.batch_to_device`` calls all hooks but ``on_before_batch_transfer`` of the module or data module.
+    ``strategy.batch_to_device`` calls all hooks of the module or data module except ``on_before_batch_transfer``.
     """
     batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     return trainer.strategy.batch_to_device(batch)
 
 
 def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """Return the factor by which gradients are scaled in ``on_before_optimizer_step``.
+    """Return the scale of the gradients in ``on_before_optimizer_step``.
 
-    Lightning unscales them before, unless torch's private ``_step_supports_amp_scaling`` of the optimizer says that its
-    step unscales them.
+    Lightning has already unscaled them, unless the optimizer's step unscales them itself (torch's private
+    ``_step_supports_amp_scaling``).
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0

@@ -12,10 +12,10 @@ from tying.errors import ConfigurationError
 
 
 class CallbackMixin(pl.LightningModule):
-    """Adds the callbacks of all mixins that a model inherits, those of base classes first.
+    """Adds the callbacks of all mixins that a model inherits; base classes come first.
 
-    Each mixin has in ``_brings`` the class of its callback, and the name of the class attribute that holds the
-    callback's keyword arguments.
+    The attribute ``_brings`` of a mixin contains the class of its callback, and the name of the class attribute that
+    holds the callback's keyword arguments.
     """
 
     _brings: ClassVar[tuple[type[TyingCallback], str]]

@@ -1,4 +1,4 @@
-"""Uses of private names of torch, each with the reason; tested with torch 2.11 to 2.15.
+"""All uses of private names of torch, each with its reason; tested with torch 2.11 to 2.15.
 
 The rest of this package uses public names of torch. The private names of Lightning are in `lightning_workarounds`.
 """
@@ -20,7 +20,7 @@ foreach_add_ = torch._foreach_add_
 foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 
-# the two branches of an encoder layer: its public forward adds them to their shortcuts, where a merge should do that
+# the two branches of an encoder layer: its public forward adds them to their shortcuts, which a merge must do instead
 attention_branch = nn.TransformerEncoderLayer._sa_block
 feed_forward_branch = nn.TransformerEncoderLayer._ff_block
 
@@ -36,7 +36,7 @@ def is_traced() -> bool:
 
 
 def error_on_graph_break() -> AbstractContextManager[None]:
-    """Return a context in which a graph break raises an error, instead of a fallback to Python.
+    """Return a context in which a graph break raises an error instead of falling back to Python.
 
     The public ``fullgraph=True`` also traces the Python code that a hash runs for each number.
     """
@@ -59,7 +59,7 @@ class FollowsDevice(nn.Module):
     torch has no public hook for moves; ``to``, ``cuda`` and ``to_empty`` all call ``_apply``.
 
     Attributes:
-        device: the device of these tensors; they stay where they are if the module moves to the meta device.
+        device: the device of these tensors; a move of the module to the meta device does not move them.
     """
 
     def __init__(self) -> None:
@@ -81,11 +81,11 @@ class FollowsDevice(nn.Module):
 
 
 # makes a parametrized weight a property of its module's class, with the cache of `parametrize.cached()`; the public
-# `register_parametrization` also makes a class of its own, which copies of the module share
+# `register_parametrization` also makes a class, which copies of the module share
 inject_property = parametrize._inject_property
 
 
 def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the output of a convolution layer for another weight and bias; the public forward uses only its own."""
+    """Return a convolution layer's output for another weight and bias, which the public forward does not accept."""
     output: Tensor = layer._conv_forward(input, weight, bias)  # type: ignore[operator]  # a convolution's
     return output

@@ -1,4 +1,4 @@
-"""Pull weights to their initial values, or to those of a checkpoint."""
+"""Pull weights to their initial values, or to the values in a checkpoint."""
 
 import math
 import warnings
@@ -21,23 +21,24 @@ from tying.weights.derived import locate_parameters
 
 
 class AnchorTying(PenaltyCallback):
-    """Pull weights to an anchor, ``strength/2 ‖w − w⁰‖²``, and all others to zero, ``head_strength/2 ‖w‖²``.
+    """Pull weights to an anchor by ``strength/2 ‖w − w⁰‖²``, and all others to zero by ``head_strength/2 ‖w‖²``.
 
     This is soft tying of each weight with a constant; :class:`tying.callbacks.penalty.PenaltyCallback` defines the
-    updates and what is logged. Anchors of initial weights are saved in checkpoints; those of a file are read again.
+    updates and the logged values. Checkpoints contain anchors that are initial weights, but not anchors from a file,
+    which is read again.
 
     Args:
         parameters: patterns of names of the anchored weights, S; a leading ``!`` excludes.
-        strength: α ≥ 0; ``inf`` with ``update="proximal"`` freezes them.
-        head_strength: β ≥ 0, for all other trained weights: a new head.
+        strength: α ≥ 0; ``inf`` with ``update="proximal"`` freezes the weights.
+        head_strength: β ≥ 0, for all other trained weights, for example a new head.
         anchor: w⁰: ``"initial"``, the weights when training first starts; or the path of a checkpoint with the names
             of the model.
         update: as for SoftTying.
         name: distinguishes several callbacks of this class.
 
     Raises:
-        ConfigurationError: an argument is out of range, a pattern matches nothing, or the file lacks an anchored
-            weight, or has it in another shape.
+        ConfigurationError: an argument is out of range, a pattern matches nothing, or an anchored weight is
+            missing from the file or has another shape there.
 
     Example:
         >>> AnchorTying(["backbone.**"], strength=0.1, head_strength=0.01).anchor
@@ -89,11 +90,11 @@ class AnchorTying(PenaltyCallback):
             self._read_anchors(model)
 
     def _read_anchors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the anchors of the file, or those of the checkpoint that training resumes from, if any.
+        """Return the anchors from the file or from the checkpoint that training resumes from, if any.
 
         Raises:
-            ConfigurationError: there is no such file; it lacks weights, or has them in other shapes (all are listed);
-                or a weight is tied to its source through a relation.
+            ConfigurationError: the file does not exist; weights are missing from it or have other shapes there (the
+                message lists all); or a weight is tied to its source through a relation.
         """
         if self.anchor == "initial":
             return self._anchors

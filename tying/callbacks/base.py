@@ -1,4 +1,4 @@
-"""The base class of all callbacks that tie weights, and functions that they share."""
+"""The base class of all callbacks that tie weights, and shared functions."""
 
 import tempfile
 import warnings
@@ -21,20 +21,20 @@ from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 
-SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # they split weights over processes
-AVERAGING = StochasticWeightAveraging | WeightAveraging  # they average weights in a copy of the model
+SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # strategies that split weights over processes
+AVERAGING = StochasticWeightAveraging | WeightAveraging  # callbacks that average weights in a copy of the model
 
 
 @class_aliases("tying.callbacks.TyingCallback")
 class TyingCallback(pl.Callback):
-    """A callback that acts on weights; it ends training when one of them is not finite.
+    """A callback that acts on weights. It stops training with an error when a weight is not finite.
 
     Attributes:
         ties: the ties that the callback makes, if any.
         name: distinguishes several callbacks of a class.
 
     Raises:
-        ConfigurationError: when training starts, another callback acts on the same weights in a way that excludes it.
+        ConfigurationError: when training starts, another callback acts on the same weights in an incompatible way.
         NonFiniteError: when training starts, or during it, an affected weight is NaN or infinite.
     """
 
@@ -62,13 +62,13 @@ class TyingCallback(pl.Callback):
         return self.affected(model)
 
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        """Change a model as training changes it, so that it can load a state dict of that training."""
+        """Apply the changes of training to a model, so that it can load a state dict from that training."""
 
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback cannot tie these groups."""
 
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
-        """Raise a ConfigurationError if other callbacks act on the same weights in a way that excludes this one."""
+        """Raise a ConfigurationError if other callbacks act on the same weights in an incompatible way."""
 
     def monitor(self, model: nn.Module) -> None:
         """Check the monitored weights from now on. Call this again when the callback has replaced some."""
@@ -126,7 +126,7 @@ def members(groups: Iterable[TiedGroup]) -> dict[str, nn.Parameter]:
 
 
 def parameters_beside(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Return all parameters of the modules that have weights of these names, by name."""
+    """Return all parameters of the modules that contain the named weights, by name."""
     parameters = {id(p) for name in weights for p in model.get_submodule(name.rpartition(".")[0]).parameters()}
     return {clean_name(name): p for name, p in model.named_parameters() if id(p) in parameters}
 
@@ -142,9 +142,9 @@ def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
 
 
 def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Call a module's ``configure_model``, so that a callback can change the layers that it makes in ``setup``.
+    """Call a module's ``configure_model`` in ``setup``, so that a callback can change the layers that it creates.
 
-    Lightning calls ``configure_model`` again after ``setup``: it must be able to run twice.
+    Lightning calls ``configure_model`` again after ``setup``, so it must be safe to call twice.
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
     with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
@@ -157,7 +157,7 @@ def is_fresh_run(trainer: pl.Trainer, stage: str) -> bool:
 
 
 def is_logging_step(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Return whether Lightning writes what ``on_train_batch_end`` logs: every ``log_every_n_steps``, and at the end."""
+    """Return whether Lightning writes logs in this step: every ``log_every_n_steps`` steps, and in the last one."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # untyped
     progress = trainer.fit_loop.epoch_loop.batch_progress
     step = trainer.global_step if module.automatic_optimization else progress.total.ready
@@ -187,8 +187,8 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     Args:
         trainer: the trainer.
         context: the name of the callback that replaces weights.
-        content: what the copies would keep.
-        processes: whether to reject several processes; not needed if each of them makes the same change.
+        content: what the copies would still contain, for the error message.
+        processes: whether to reject several processes; False if each process makes the same change.
 
     Raises:
         ConfigurationError: there are such copies.
@@ -204,7 +204,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
 
 
 def warn_if_too_late(trainer: pl.Trainer, context: str, start_epoch: int) -> None:
-    """Warn if training ends before the epoch in which a callback begins to act."""
+    """Warn if training ends before a callback's first epoch."""
     if 0 <= (trainer.max_epochs or -1) <= start_epoch:
         warnings.warn(
             f"{context} begins in epoch {start_epoch}, and training ends before: max_epochs is {trainer.max_epochs}",

@@ -1,4 +1,4 @@
-"""Trained quantisation, in training."""
+"""Quantise weights during training, and train the codebooks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,12 +46,13 @@ class BeforeEpoch:
 
 
 class WeightClustering(TyingCallback):
-    """Replace each weight by entries of its own codebook, from an epoch on; see :func:`tying.hashing.cluster_weight`.
+    """Replace each weight by entries of a codebook from an epoch on; see :func:`tying.hashing.cluster_weight`.
 
-    Assignments are frozen; the codebook is trained, by the sum or the mean of its weights' gradients. Zeros stay zeros,
-    such as those of Lightning's ``ModelPruning``, which must end before (``apply_pruning=BeforeEpoch(...)``).
+    Each weight has its own codebook. Assignments are frozen; the codebook is trained by the sum or the mean of its
+    weights' gradients. Zero weights stay zero, for example those that Lightning's ``ModelPruning`` pruned; it must stop
+    before ``start_epoch`` (``apply_pruning=BeforeEpoch(...)``).
     In the optimizers, codebooks replace the weights; the weights' optimizer state is dropped. Logs
-    ``tying/compression``: bits of the dense weights over those of codebooks, indices and 5-bit gaps; see
+    ``tying/compression``: the bits of the dense weights divided by the bits of codebooks, indices and 5-bit gaps; see
     :func:`tying.hashing.save_packed`.
 
     Args:
@@ -101,7 +102,7 @@ class WeightClustering(TyingCallback):
                 f"apply_pruning=BeforeEpoch({self.start_epoch})"
             )
         self.names, self._compression, self._uses = self._find(pl_module), None, []
-        record(pl_module, self, self.names)  # no pattern matches them after they are clustered
+        record(pl_module, self, self.names)  # patterns do not match clustered weights
         self._hook: RemovableHandle = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
@@ -113,7 +114,7 @@ class WeightClustering(TyingCallback):
         _put_codebooks(names, model, state_dict, "")
 
     def _find(self, model: nn.Module) -> list[str]:
-        """Return the names of the weights that are clustered, or will be."""
+        """Return the names of the weights that are or will be clustered."""
         if names := recorded(model, self):
             return names
         if not (names := [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]):

@@ -34,7 +34,7 @@ class HardTying(ModelTransform):
         name: distinguishes several callbacks of this class.
 
     Raises:
-        ConfigurationError: the ties do not fit the model, a callback that averages weights stands before this one, the
+        ConfigurationError: the ties do not fit the model, a callback that averages weights comes before this one, the
             strategy splits weights, or an optimizer does not hold the tied weights.
 
     Example:
@@ -207,7 +207,7 @@ class UntiedBiases(ModelTransform):
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        like = next(model.parameters())  # which may be lazy: it has no new_zeros then
+        like = next(model.parameters())  # the weight may be lazy, without new_zeros
         return untie_biases(
             model, self.parameters, torch.zeros(1, *self.input_size, dtype=like.dtype, device=like.device)
         )

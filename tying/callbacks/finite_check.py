@@ -39,7 +39,7 @@ class Magnitudes:
         names, values = (*tensors,), [*tensors.values()]
         sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in values)
         on_cpu = all(tensor.device.type == "cpu" for tensor in values)
-        if on_cpu and all(math.isfinite(abs(total.item())) for total in sums):  # the fastest check, and mostly enough
+        if on_cpu and all(math.isfinite(abs(total.item())) for total in sums):  # fastest, and usually enough
             return cls(names, torch.zeros(len(names)))
         norms = foreach_norm(values, float("inf"))
         dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
@@ -67,7 +67,7 @@ class Magnitudes:
 
 
 class FiniteCheck:
-    """Detects weights that contain NaN or infinity, and names their gradients that did before.
+    """Detects weights that contain NaN or infinity, and reports which gradients were non-finite before.
 
     A measurement is one reduction. On a GPU its result is copied to pinned memory in the background, so that a report
     one step later does not wait.
@@ -77,7 +77,7 @@ class FiniteCheck:
 
     Attributes:
         weights: the weights to measure, by name.
-        groups: the tied groups: errors name the weights to which a non-finite one is tied.
+        groups: the tied groups; errors name the weights to which a non-finite weight is tied.
         steps_seen: the number of steps at the last measurement.
 
     Example:
@@ -129,7 +129,7 @@ class FiniteCheck:
         self._measured = Magnitudes.of({name: weight for name, weight in self.weights.items() if weight.requires_grad})
 
     def report(self, wait: bool = True) -> None:
-        """Report the last measurement, unless it has been reported.
+        """Report the last measurement unless it has already been reported.
 
         Args:
             wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later.
@@ -138,8 +138,8 @@ class FiniteCheck:
             NonFiniteError: some weights are not finite.
 
         Warns:
-            UserWarning: once, if weights are finite only because clipping, or the optimizer, hid gradients that are
-                not.
+            UserWarning: once, if weights are finite although gradients are not, because clipping or the optimizer hid
+                them.
         """
         if self._measured is None or not (wait or self._measured.is_known()):
             return

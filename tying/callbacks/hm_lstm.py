@@ -1,4 +1,4 @@
-"""Callbacks for hierarchical multiscale LSTMs: anneal their slope in training, and plot the boundaries they detect."""
+"""Callbacks for hierarchical multiscale LSTMs: anneal the slope in training, and plot detected boundaries."""
 
 import warnings
 from typing import Any
@@ -42,7 +42,7 @@ class SlopeAnnealing(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # here, too: a run that resumes within an epoch has no first batch
+        # also here: a run that resumes within an epoch has no first batch
         layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
         if not layers:
             raise ConfigurationError("SlopeAnnealing: the model has no tying.depth.HMLSTM")
@@ -65,14 +65,14 @@ class BoundaryPlot(pl.Callback):
     """Draw the boundaries that a :class:`tying.depth.HMLSTM` finds in the first characters of the test text.
 
     Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that detects a
-    boundary there. Logs the fraction of steps at which each layer does, ``test/boundaries/1`` and so on.
+    boundary there. Logs the fraction of steps with a boundary for each layer, as ``test/boundaries/1`` and so on.
 
     Args:
-        characters: how many to draw: of the first sample of the first batch, and of the batches that continue it.
+        characters: number of characters to draw, from the first sample of the first batch and of the following batches.
 
     Raises:
         ConfigurationError: ``characters`` is below 1; when testing starts, the model has no HMLSTM or several, or the
-            data module has no method ``text`` that maps indices to characters, as :meth:`tying.data.Text.text`.
+            data module has no method ``text`` that maps indices to characters, see :meth:`tying.data.Text.text`.
 
     Example:
         >>> BoundaryPlot(characters=160).characters
@@ -127,7 +127,7 @@ class BoundaryPlot(pl.Callback):
             ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
             text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph")  # a character that the font lacks is a box
+                warnings.filterwarnings("ignore", "Glyph")  # matplotlib draws a box for a character that the font lacks
                 save_figure(boundary_figure(text, marks), folder / "boundaries.png")
 
     @override

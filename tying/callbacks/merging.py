@@ -1,4 +1,4 @@
-"""Put merges into the residual blocks of a model, for training."""
+"""Put merges into the residual blocks of a model."""
 
 import warnings
 from typing import Any, Literal
@@ -18,20 +18,20 @@ from tying.soft import Schedule
 class ResidualMerging(ModelTransform):
     """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or a subclass of Merge.
 
-    See :func:`tying.depth.apply_merge` for the supported blocks. The model's state dict does not change: without this
-    callback or mixin, a model with its weights computes plain sums. When a Trainer loads a checkpoint, Lightning warns
-    if the callback is missing, and this callback warns if its merges differ from those of the training.
+    See :func:`tying.depth.apply_merge` for the supported blocks. The model's state dict does not change: a model that
+    loads it without this callback or mixin computes plain sums. When a Trainer loads a checkpoint, Lightning warns
+    if the callback is missing, and this callback warns if its merges differ from the merges used in training.
 
     Args:
         blocks: a pattern of names of modules, or several.
         merge: the merge; each block gets a copy.
         keep_schedule: the drop probabilities by depth: ``"linear"``: block n of L drops n/L of the merge's drop
             probabilities; ``"uniform"``: each block drops as the merge does; or the keep probability of each block.
-        schedule: a factor on the drop probabilities, from 0 to 1, over training: to warm up, or to fade out. Tests and
-            predictions use the value at its end.
+        schedule: a factor in [0, 1] on the drop probabilities that changes during training. Tests and predictions use
+            its final value.
 
     Raises:
-        ConfigurationError: ``keep_schedule`` is unknown; when the model is set up, as apply_merge.
+        ConfigurationError: ``keep_schedule`` is unknown; when the model is set up, see apply_merge.
 
     Example:
         >>> from tying.depth import StochasticDepth
@@ -101,7 +101,7 @@ class ResidualMerging(ModelTransform):
             apply_merge(model, self.blocks, self.merge, self.keep_schedule)
             for block in blocks.values():
                 block.__dict__["_merged_by"] = self._mark
-            self._end_schedule(model)  # without training, merges drop as they do at its end
+            self._end_schedule(model)  # outside training, merges use the final drop probabilities
         return len(blocks)
 
     def _end_schedule(self, model: nn.Module) -> None:

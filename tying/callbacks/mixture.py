@@ -30,8 +30,8 @@ class MixtureTying(PenaltyCallback):
     From ``start_epoch`` on, the gradient of ``strength / examples`` times :class:`tying.soft.GaussianMixturePrior` is
     added to those of the weights, before clipping and the optimizer's step; a separate Adam trains the mixture. At
     the end of the last epoch components are merged, and each weight becomes the mean of its component. Later tests use
-    the quantised network, and checkpoints that are saved at the end of the last training epoch contain it (those that
-    Lightning saves after a validation within an epoch, or only after some epochs, are older). The statistics of batch
+    the quantised network. Checkpoints that are saved at the end of the last training epoch contain it; checkpoints that
+    Lightning saves after a validation within an epoch, or only after some epochs, are older. The statistics of batch
     norms are then estimated again, for the quantised weights.
 
     Logs ``tying/strength`` and ``tying/penalty``; at the end ``tying/distinct`` values, the fraction of nonzero
@@ -41,20 +41,21 @@ class MixtureTying(PenaltyCallback):
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
-        strength: τ, the weight of the prior against a sum over the training examples.
-        components: number of components, one of them at zero. The means begin evenly over the range of the weights.
+        strength: τ, the weight of the prior relative to the loss summed over the training examples.
+        components: number of components, including the one at zero. Initial means are evenly spaced over the range of
+            the weights.
         zero_weight: the proportion of the component at zero.
-        start_epoch: the mixture begins when this epoch starts; train the network before.
+        start_epoch: first epoch in which the mixture acts; train the network before it.
         examples: number of training examples; by default the number in the training data.
         rates: Adam's learning rates of means, log standard deviations and proportions.
         name: distinguishes several callbacks of this class.
-        batch_norms: estimate the statistics of batch norms for the quantised weights: an epoch without training calls
-            the model on each batch, or its first element. Batch norms that are not called keep their statistics, and
-            a warning names them.
+        batch_norms: estimate the statistics of batch norms for the quantised weights. An epoch without training calls
+            the model on each batch, or on the batch's first element. Batch norms that are not called keep their
+            statistics, and a warning names them.
 
     Raises:
         ConfigurationError: an argument is out of range, a pattern matches nothing, or no single optimizer trains all
-            of the weights.
+            weights.
 
     Example:
         >>> MixtureTying(["network.**"], components=17, start_epoch=10).zero_weight
@@ -122,7 +123,7 @@ class MixtureTying(PenaltyCallback):
         if "prior" in self._restored:
             prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._values())
             prior.load_state_dict(self._restored["prior"])
-            self._learn(prior, self._restored.get("optimizer"))  # none is saved after components are merged
+            self._learn(prior, self._restored.get("optimizer"))  # not saved after components are merged
             self._restored = {}
         elif self.prior is not None and self._optimizer is None:  # training continues after its end
             self._learn(self.prior)
@@ -158,7 +159,7 @@ class MixtureTying(PenaltyCallback):
             self._draw(trainer, "mixture_start")
 
     def _learn(self, prior: GaussianMixturePrior, state: dict[str, Any] | None = None) -> None:
-        """Train a mixture from now on, by Adam, from the given state of its optimizer."""
+        """Train a mixture from now on, by Adam, starting from the given optimizer state."""
         self.prior = prior
         self._optimizer = torch.optim.Adam(
             [{"params": [part], "lr": rate} for part, rate in zip(prior.parameters(), self.rates, strict=True)]

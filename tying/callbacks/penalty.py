@@ -30,10 +30,10 @@ class PenaltyCallback(TyingCallback):
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
     if the penalty were part of the loss; with several optimizers, it is computed anew before each of their steps.
     ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``, outside momentum and adaptive scaling.
-    ``"proximal"`` takes the proximal step instead, stable at any strength.
-    Each member moves with its own parameter group's learning rate; members that no optimizer trains stay.
+    ``"proximal"`` takes the proximal step instead, which is stable at any strength.
+    Each member moves with the learning rate of its parameter group; members that no optimizer trains do not move.
 
-    Logs ``tying/strength``, as the last step used it, and ``tying/penalty`` (that strength · Ω, if it is finite).
+    Logs ``tying/strength``, the strength in the last step, and ``tying/penalty``, this strength · Ω if it is finite.
     In a shortened last accumulation window the added gradient shrinks like the loss, which Lightning divides by the
     full window; the other two updates depend on the learning rate alone. If several callbacks share a name, or have
     none, each logs under its class: ``tying/SoftTying/penalty``.
@@ -45,7 +45,7 @@ class PenaltyCallback(TyingCallback):
         name: distinguishes several callbacks of a class, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Attributes:
-        penalties: those of the model in training, each with its strength.
+        penalties: the penalties of the model in training, each with its strength.
         examples_scale: factor on all strengths: one over the number of training examples, if the penalty belongs to
             the sum of the losses over them.
 
@@ -85,7 +85,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return self.affected(model) | members(self.groups) if self.strength else {}  # constants, too
+        return self.affected(model) | members(self.groups) if self.strength else {}  # including constants
 
     @property
     def log_prefix(self) -> str:
@@ -150,7 +150,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        if pl_module.automatic_optimization:  # gradients that were summed without a step are dropped
+        if pl_module.automatic_optimization:  # drop gradients that were accumulated without a step
             self._micro_batches = 0
 
     @override
@@ -175,11 +175,11 @@ class PenaltyCallback(TyingCallback):
             self.add_gradients(factor * self._window, loss_scale(trainer, optimizer), rates)
 
     def add_gradients(self, factor: float, scale: float, rates: Rates) -> None:
-        """Add the penalties' gradients to those of the loss.
+        """Add the gradients of the penalties to the gradients of the loss.
 
         Args:
             factor: factor on all strengths.
-            scale: factor on the loss, and so on its gradients.
+            scale: factor by which the loss, and hence its gradients, is scaled.
             rates: learning rate of each parameter of the optimizer.
         """
         for penalty in self.penalties:
@@ -212,7 +212,7 @@ class PenaltyCallback(TyingCallback):
         self.on_step(rates)
 
     def on_step(self, rates: Rates) -> None:
-        """Do more after a step of an optimizer with these learning rates; a subclass may override this."""
+        """Hook for subclasses, called after a step of an optimizer with these learning rates."""
 
     @override
     def on_train_batch_end(
@@ -225,7 +225,7 @@ class PenaltyCallback(TyingCallback):
 
     @torch.no_grad()
     def value(self) -> torch.Tensor | None:
-        """Return the sum of ``strength · Ω`` with the last step's strengths; None without any, or if it is infinite."""
+        """Return the sum of ``strength · Ω`` with the last step's strengths; None without penalties, or if infinite."""
         strengths = [_product(self._last_factor, penalty.strength) for penalty in self.penalties]
         if not strengths or not all(map(math.isfinite, strengths)):
             return None
@@ -263,7 +263,7 @@ def check_strength(name: str, strength: float, update: str) -> None:
 
 
 def _product(factor: float, strength: float) -> float:
-    return factor * strength if factor else 0.0  # also where the strength is infinite
+    return factor * strength if factor else 0.0  # also for an infinite strength
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[nn.Parameter, float]:

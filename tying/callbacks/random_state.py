@@ -57,7 +57,7 @@ class RandomState(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # a run that resumes within an epoch may just have drawn numbers to skip batches
+        # a run that resumes within an epoch may have drawn numbers to skip batches
         if batch_idx > 0:
             self._restore(trainer)
         self._restored = ()
@@ -84,7 +84,7 @@ def _correct_progress(loop: dict[str, Any], by_steps: bool) -> None:
     if epochs["current"]["processed"] < epochs["current"]["ready"]:
         return  # the checkpoint is from within an epoch
     for progress in (epochs["current"], epochs["total"]):
-        if not batches["is_last_batch"]:  # training ended within the epoch, which Lightning takes as complete
+        if not batches["is_last_batch"]:  # training ended within the epoch, but Lightning assumes that it is complete
             progress["processed"] = progress["completed"] = progress["ready"] - 1
         elif by_steps:
             progress["completed"] = progress["processed"]

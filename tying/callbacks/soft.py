@@ -29,7 +29,7 @@ from tying.weights.tie import Init, plan, tie_groups
 class SoftTying(PenaltyCallback):
     """Pull tied weights together while they train.
 
-    :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates and what is logged.
+    :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates and the logged values.
 
     Args:
         ties: which weights belong together: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
@@ -37,8 +37,8 @@ class SoftTying(PenaltyCallback):
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` for pairs, or a subclass of :class:`tying.soft.Penalty`.
         update: add to the gradients, or move the weights after the step, explicitly or by a proximal step.
         schedule: a factor on ``strength`` over steps or epochs.
-        harden_below: at the end of each epoch, groups with a gap below this become one weight, their mean, as by
-            :class:`HardTying`; their optimizer states are averaged, too.
+        harden_below: at the end of each epoch, groups with a gap below this become one weight, their mean, see
+            :class:`HardTying`; their optimizer states are also averaged.
         name: distinguishes several callbacks of this class, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Raises:
@@ -68,8 +68,8 @@ class SoftTying(PenaltyCallback):
         if update == "proximal" and type(self.penalty).prox is Penalty.prox:
             raise ConfigurationError(f"{type(self.penalty).__name__} has no prox method, which update='proximal' needs")
         check_range("harden_below", 1 if harden_below is None else harden_below, "(0, 1]")
-        self._hardened: list[TiedGroup] = []  # in the order in which they became one weight
-        self._restored: list[set[str]] = []  # names of the groups that are one weight in a checkpoint
+        self._hardened: list[TiedGroup] = []  # in the order of hardening
+        self._restored: list[set[str]] = []  # names of hardened groups in a checkpoint
 
     @property
     @override
@@ -107,8 +107,8 @@ class SoftTying(PenaltyCallback):
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         groups = self.penalties[0].groups if self.penalties and self._hardened else resolve(module, self.ties)
         if self.harden_below is not None:
-            plan(module, groups)  # raises if they could not become one weight
-        # optimizer states are restored next, by position: hence harden only now, in the order in which groups hardened
+            plan(module, groups)  # raises if they cannot become one weight
+        # optimizer states are restored next, by position: harden now, in the original order of hardening
         for names in self._restored:
             self._harden(trainer, module, [group for group in groups if not names.isdisjoint(group.names)], "source")
             groups = [group for group in groups if names.isdisjoint(group.names)]
@@ -126,7 +126,7 @@ class SoftTying(PenaltyCallback):
         if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
             raise ConfigurationError(
                 f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
-                "prune other weights, or in a run after this, or leave harden_below out"
+                "prune other weights, prune in a later run, or leave harden_below out"
             )
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(
@@ -155,11 +155,11 @@ class SoftTying(PenaltyCallback):
 
 
 class Coupling(PenaltyCallback):
-    """Couple two submodules, whose weights are paired by name, by a prior on their difference.
+    """Couple two submodules by a prior on the difference of their weights, which are paired by name.
 
-    The loss must be a mean over labelled examples. The prior belongs to the sum over them, and is divided by their
-    number: :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples`` does
-    the same. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
+    The loss must be a mean over labelled examples. The prior belongs to the sum over the examples, so it is divided by
+    their number. :class:`tying.callbacks.SoftTying` with ``strength = coupling_strength(alpha, exponent) / examples``
+    is equivalent. :class:`tying.callbacks.penalty.PenaltyCallback` defines the updates.
 
     Args:
         first: a module, or a pattern of parameters, of the discriminative model.
@@ -173,7 +173,7 @@ class Coupling(PenaltyCallback):
 
     Raises:
         ConfigurationError: α is out of range, or 0 with an explicit update; weights of one module have no partner of
-            their shape in the other (all are listed); or the number of examples is not known.
+            their shape in the other (the message lists all); or the number of examples is not known.
 
     Example:
         >>> Coupling("classifier.encoder", "autoencoder.encoder", alpha=0.2, examples=500).strength
@@ -215,7 +215,7 @@ class Coupling(PenaltyCallback):
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
-    """List the weights of two modules without a partner of their name and shape; empty if the names are no modules.
+    """List the weights of two modules without a partner of equal name and shape; empty if a name is no module.
 
     Example:
         >>> unpaired(nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.Linear(2, 4, bias=False)}), "a", "b")

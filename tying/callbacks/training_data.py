@@ -48,8 +48,8 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callback: str) -> None:
     """Estimate means and variances of batch norms again, by a pass over the training data without training.
 
-    All batches have the same weight, as in ``torch.optim.swa_utils.update_bn``. They are those of one epoch, or as many
-    as training took, if these are fewer. Batch norms in evaluation mode (frozen ones), random generators and the
+    All batches have the same weight, as in ``torch.optim.swa_utils.update_bn``. Their number is that of one epoch, or
+    of the training batches if there were fewer. Batch norms in evaluation mode (frozen ones), random generators and the
     loader's position do not change. Statistics are averaged over processes.
 
     Args:
@@ -77,7 +77,7 @@ def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callbac
     except BaseException:  # an interrupt
         _restore(norms, before)
         raise
-    all_ranks = trainer.strategy.reduce_boolean_decision  # all processes keep what one could not estimate
+    all_ranks = trainer.strategy.reduce_boolean_decision  # true if true in every process
     succeeded = all_ranks(not reason)
     kept = {n: norm for n, norm in norms.items() if not (succeeded and all_ranks(bool(norm.num_batches_tracked)))}
     _restore(kept, before)

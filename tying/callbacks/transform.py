@@ -18,14 +18,14 @@ from tying.weights.derived import derived_weights, eval_mode
 
 
 class ModelTransform(TyingCallback):
-    """Changes the model once, before the optimizers are made; a subclass does so in :meth:`change`.
+    """Changes the model once, before the optimizers are created. A subclass implements :meth:`change`.
 
     Args:
-        parameters: patterns of names of the weights to change; a leading ``!`` excludes. Subclasses that select weights
-            in another way have their own constructors.
+        parameters: patterns of names of the weights to change; a leading ``!`` excludes. Subclasses may define other
+            constructors.
 
     Raises:
-        ConfigurationError: a callback that averages weights stands before it, the strategy splits weights, or an
+        ConfigurationError: a callback that averages weights comes before it, the strategy splits weights, or an
             optimizer holds weights from before the change.
     """
 
@@ -36,17 +36,17 @@ class ModelTransform(TyingCallback):
         self.parameters = parameters
 
     def change(self, model: nn.Module) -> list[str]:
-        """Change the model; return the names of the weights that it computes from now on."""
+        """Change the model; return the names of the weights that become computed."""
         raise NotImplementedError
 
     def apply(self, model: nn.Module) -> object:
-        """Change the model, unless it is changed already; return the names of the changed weights."""
+        """Change the model unless it is already changed; return the names of the changed weights."""
         if not self.is_applied(model):
             record(model, self, self.change(model))
         return self.changed(model)
 
     def is_applied(self, model: nn.Module) -> bool:
-        """Return whether the model is changed already, by this callback or an equal one."""
+        """Return whether this callback, or an equal one, has already changed the model."""
         names = self.changed(model)
         return bool(names) and derived_weights(model, aliases=True).keys() >= {*names}
 
@@ -80,7 +80,7 @@ class ModelTransform(TyingCallback):
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}: change the model in "
-                "configure_model, before it is sharded, and shard tied modules together, as tying.hard.audit says"
+                "configure_model, before it is sharded, and shard tied modules together; see tying.hard.audit"
             )
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
@@ -117,15 +117,15 @@ class ModelTransform(TyingCallback):
 
 
 def arguments_of(callback: pl.Callback) -> str:
-    """Return a callback's class and arguments, which are the same for equal callbacks."""
-    # from all its classes: a subclass may have other arguments than its base
+    """Return a callback's class and arguments as a string; equal callbacks have equal strings."""
+    # includes the arguments of base classes, which a subclass may not have
     names = dict.fromkeys(name for cls in type(callback).__mro__ for name in signature(cls).parameters)
     arguments = [f"{name}={getattr(callback, name)!r}" for name in names if hasattr(callback, name)]
     return f"{type(callback).__name__}({', '.join(arguments)})"
 
 
 def record(model: nn.Module, callback: pl.Callback, names: list[str]) -> None:
-    """Record in a model the names of the weights that a callback, or one with equal arguments, changes."""
+    """Store in a model the names of the weights that a callback changes; equal callbacks share the entry."""
     model.__dict__.setdefault("_computed_by", {})[arguments_of(callback)] = names
 
 
@@ -135,7 +135,7 @@ def recorded(model: nn.Module, callback: pl.Callback) -> list[str]:
 
 
 def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters of weights of these names: also pruned ones, and those from which weights are computed."""
+    """Return the parameters of the named weights, including those of pruned and of computed weights."""
     originals = {
         id(original)
         for name, derived in derived_weights(model, aliases=True).items()
@@ -152,9 +152,9 @@ def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Pa
 def shared_with(
     callback: TyingCallback, model: nn.Module, others: Sequence[pl.Callback]
 ) -> Iterator[tuple[str, TyingCallback]]:
-    """Yield the name of each affected weight that another callback ties or pulls, too, and that callback.
+    """Yield the name of each affected weight that another callback also ties or pulls, and that callback.
 
-    Transforms without ties do not count: they have replaced the weights that they affect.
+    Transforms without ties are ignored, since they have replaced the weights that they affect.
     """
     names = {id(weight): name for name, weight in callback.affected(model).items()}
     for other in (other for other in others if isinstance(other, TyingCallback) and other is not callback):
@@ -163,7 +163,7 @@ def shared_with(
 
 
 def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> str:
-    """Describe the error if a callback that averages weights stands before one that changes the model, or return ""."""
+    """Describe the error if a callback that averages weights comes before one that changes the model, or return ""."""
     kind = type(callback).__name__
     for other in callbacks[: [*callbacks].index(callback)]:
         if isinstance(other, AVERAGING):
@@ -176,7 +176,7 @@ def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) ->
 
 
 def dedupe_param_groups(trainer: pl.Trainer) -> None:
-    """Drop duplicate weights from parameter groups, which come from modules that share weights."""
+    """Remove duplicate weights from parameter groups; modules that share weights cause duplicates."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     for group in [*groups, *finetuning_groups(callbacks_of(trainer))]:
         group["params"] = [*dict.fromkeys(group["params"])]

@@ -21,7 +21,7 @@ def bake_parser() -> LightningArgumentParser:
     """Return the parser of the arguments of :func:`export`."""
     parser = LightningArgumentParser(description=HELP, exit_on_error=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint of Lightning, or a state dict")
-    parser.add_argument("--seed_everything", type=bool, default=False, help=SUPPRESS)  # Lightning asks for it
+    parser.add_argument("--seed_everything", type=bool, default=False, help=SUPPRESS)  # Lightning requires it
     parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its suffix")
     parser.add_argument(
         "--config", action="append", default=[], help="the run's configuration, where the model computes weights"
@@ -35,8 +35,8 @@ def export(checkpoint: Path, out: Path, configs: Sequence[str], load: Callable[[
     Args:
         checkpoint: a checkpoint of Lightning, or a state dict.
         out: a file of torch, or of safetensors by its suffix.
-        configs: of the run; needed where the model computes weights.
-        load: returns the command line with the trainer and the model that configurations describe.
+        configs: configurations of the run; required if the model computes weights.
+        load: function from configurations to the command line, which has their trainer and model.
 
     Raises:
         ConfigurationError: the checkpoint is missing or holds no weights, or needs a configuration.

@@ -17,7 +17,7 @@ from tying.errors import ConfigurationError, listed, nearest
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
 TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # of types that users rarely mean
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# class of an error, pattern of the beginning of its message, whether it is explained only where a checkpoint is loaded,
+# class of an error, pattern of the beginning of its message, whether it is explained only if a checkpoint is loaded,
 # and the explanation, with the message, its first line, its first sentence and its summary as fields
 EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
     (
@@ -90,7 +90,7 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
 
 
 def _summarize(chain: Sequence[BaseException]) -> str:
-    """Return where a mistake is, and its first cause, without the types that the parser tried in vain.
+    """Return the location of a mistake and its first cause, without the types that the parser tried in vain.
 
     Example:
         >>> outer, inner = ValueError('Parser key "data": ...'), ValueError("batch_size must be 1 or more, not 0")

@@ -32,18 +32,18 @@ def inspect(
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Print which weights each tie matches, and which weights no tie matches; change the model as training would.
+    """Print which weights each tie matches, and which weights no tie matches. This changes the model, like training.
 
     Args:
         model: the model to inspect.
-        callbacks: those of the configuration; they are left as they are.
-        checkpoint: load the weights of this one.
-        weights_only: unpickle nothing but tensors and plain types from it.
-        plot: write how hashes use their tables to this PNG: heat maps and histograms.
+        callbacks: the callbacks of the configuration; they are not changed.
+        checkpoint: path of a checkpoint to load weights from.
+        weights_only: unpickle only tensors and plain types from the checkpoint.
+        plot: path of a PNG for heat maps and histograms of how hashes use their tables.
         json: print one JSON document instead of text; NaN and infinity become null.
 
     Raises:
-        ConfigurationError: ties do not fit the model; those that do are printed first, as text only.
+        ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
     """
     if plot is not None and plot.is_dir():
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
@@ -114,7 +114,7 @@ def _collect(
 
 
 def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
-    """Return the configuration's callbacks and the model's own, which replace those of one class: Lightning's rule."""
+    """Return the callbacks of the configuration and of the model; the model's replace those of the same class."""
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
     kinds = {type(callback) for callback in added}
@@ -140,7 +140,7 @@ def _examine(
         kind = type(callback).__name__
         try:
             ties, groups = _match_ties(model, callback, text)
-            rows = [group_row(kind, group) for group in groups]  # before they are one: with their gaps
+            rows = [group_row(kind, group) for group in groups]  # before they become one weight, to report their gaps
             entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
             if isinstance(callback, ModelTransform):
                 if groups:
@@ -196,7 +196,7 @@ def _match_ties(
 
 
 def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
-    """Return how modules that share over depth or time describe themselves, merges apart, and their names."""
+    """Return the names of modules that share weights over depth or time, except merges, by their description."""
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
@@ -207,7 +207,7 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
 def load_weights(
     model: pl.LightningModule, callbacks: Sequence[pl.Callback], weights: dict[str, torch.Tensor], context: str
 ) -> None:
-    """Let callbacks change a model as training would have, and load the weights of that training.
+    """Let callbacks change a model as they do in training, and load the weights of that training.
 
     Raises:
         ConfigurationError: they do not fit.

@@ -39,15 +39,15 @@ class Trainer(pl.Trainer):
         """Print, without training, which weights each tie matches, and which weights no tie matches.
 
         Args:
-            model: what to inspect.
+            model: the model to inspect.
             datamodule: not used; accepted because configurations of training runs have it.
-            ckpt_path: take the weights of this checkpoint, or of the newest, ``"last"``.
-            weights_only: unpickle nothing but tensors and plain types from it.
-            plot: write how hashes use their tables to this PNG: heat maps and histograms.
+            ckpt_path: path of a checkpoint to load weights from, or ``"last"`` for the newest.
+            weights_only: unpickle only tensors and plain types from the checkpoint.
+            plot: path of a PNG for heat maps and histograms of how hashes use their tables.
             json: print one JSON document instead of text.
 
         Raises:
-            ConfigurationError: ties do not fit the model; those that do are printed first, as text only.
+            ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
         """
         inspect(
             model,
@@ -60,7 +60,7 @@ class Trainer(pl.Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the configuration in the logger's directory; without a logger, nowhere."""
+    """Save the configuration in the logger's directory; do nothing without a logger."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -93,14 +93,14 @@ class TyingCLI(LightningCLI):
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**{"exit_on_error": False, **kwargs})  # main explains errors in fewer words
+        return super().init_parser(**{"exit_on_error": False, **kwargs})  # main prints shorter errors
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)  # without Lightning's warning where a program passes its own arguments
+        self.config = parser.parse_args(args)  # Lightning would warn about arguments that a program passes
         options = self.config.get(str(self.config.get("subcommand")), {})
         if options.get("weights_only", False) is None:
-            options.weights_only = True  # Lightning itself would unpickle anything that comes from a URL
+            options.weights_only = True  # Lightning would unpickle any object from a URL
         path = self._ckpt_path = options.get("ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and "://" not in path and not Path(path).is_dir():
             check_whole(path, "ckpt_path")
@@ -127,8 +127,8 @@ class TyingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Replace ``--ckpt_path last`` by the newest checkpoint of any earlier run of this name.
 
-        Lightning itself looks only where this run will write, which is a new directory for each run. Without a
-        checkpoint, ``fit`` begins anew, and the other subcommands raise.
+        Lightning itself searches only the directory of this run, which is new for each run. Without a checkpoint,
+        ``fit`` begins anew, and the other subcommands raise an error.
         """
         options: Any = self.config_init[self.subcommand] if self.subcommand else {}
         if options.get("ckpt_path") != "last":
@@ -149,7 +149,7 @@ def newest_checkpoint(trainer: pl.Trainer) -> Path | None:
 
 
 def _places(trainer: pl.Trainer) -> dict[str, str]:
-    """Return the folders in which runs of this name save checkpoints, each with the checkpoints' pattern there."""
+    """Return the checkpoint folders of runs of this name, each with the pattern of its checkpoints."""
     places = {str(trainer.default_root_dir): "checkpoints/*.ckpt"}
     if logger := trainer.logger:
         places = {os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name)): "*/checkpoints/*.ckpt"}
@@ -161,7 +161,7 @@ def _places(trainer: pl.Trainer) -> dict[str, str]:
 
 
 def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingCLI] = TyingCLI) -> TyingCLI:
-    """Return trainer, model and data as the arguments say; with ``run``, the first of these is a subcommand to run.
+    """Parse arguments and instantiate trainer, model and data; with ``run``, the first argument is a subcommand to run.
 
     Example:
         >>> model = ["--model=Autoencoder", "--model.sizes=[8, 4]"]

@@ -96,7 +96,7 @@ class BatchLoader(ResumableLoader):
         world: number of processes.
 
     Attributes:
-        dataset: the labels; Lightning asks it for the number of samples.
+        dataset: the labels, from which Lightning gets the number of samples.
 
     Example:
         >>> loader = BatchLoader(torch.zeros(10, 2, 2, 1, dtype=torch.uint8), torch.arange(10), 4, train=False)

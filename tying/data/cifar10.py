@@ -78,7 +78,7 @@ class CIFAR10(Images):
     @override
     def prepare_data(self) -> None:
         if self._chosen_source() != "sample":
-            self.load()  # Lightning calls this in one process, before the others load
+            self.load()  # Lightning calls this in one process before other processes load
 
     @override
     def load(self) -> dict[str, Split]:
@@ -107,7 +107,7 @@ class CIFAR10(Images):
 
 
 class TwoDomains(CIFAR10):
-    """CIFAR-10 as two domains with the same classes: many images in colour, and few in grey at a lower resolution.
+    """CIFAR-10 as two domains with the same classes: many colour images, and few grey images of a lower resolution.
 
     In training, an image is in one domain. In validation and testing, every image is in both domains.
 
@@ -116,7 +116,7 @@ class TwoDomains(CIFAR10):
         shrink: side of the squares of pixels over which grey images are averaged; it divides 32.
         root: see :class:`tying.data.CIFAR10`.
         source: see :class:`tying.data.CIFAR10`.
-        batch_size: samples of each domain in a batch, per process; a domain with fewer images gives all of them.
+        batch_size: samples of each domain in a batch, per process; at most the number of images of the domain.
         validation: fraction of the training images to hold out.
         augment: apply random crops and flips in training.
         seed: seed of the order and the augmentation.

@@ -25,7 +25,7 @@ from tying.files import atomically, read
 PACKED = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".zip")
 UNPACK: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".tgz": gzip.open}
 SPLITS = ("train", "test")
-LARGEST_IMAGE = 2**20  # bytes of an image file: one of 32 × 32 pixels is far smaller
+LARGEST_IMAGE = 2**20  # bytes of an image file; files of 32 × 32 pixels are far smaller
 LARGEST_READ = 2 * LARGEST_IMAGE  # bytes of one read
 LARGEST_TOTAL = 2**32  # bytes of an unpacked archive, which is never written to disk
 
@@ -34,10 +34,10 @@ Packed = tuple[str, int, Callable[[], Any]]  # name, unpacked size, and a functi
 
 
 class Bounded(io.BufferedReader):
-    """A stream that raises on reads larger than a small image needs, which a broken header may ask for."""
+    """A stream that raises an error on reads larger than a small image needs; a broken header may cause these."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return ``size`` bytes, or all that remain."""
+        """Return ``size`` bytes, or all remaining bytes."""
         if size is not None and size > LARGEST_READ:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return super().read(size)

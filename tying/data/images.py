@@ -40,7 +40,7 @@ class Images(ResumableData):
         parts: names of the splits that each training batch combines, if :meth:`divide` returns them.
 
     Raises:
-        ConfigurationError: an argument out of range.
+        ConfigurationError: an argument is out of range.
     """
 
     mean: Tensor
@@ -156,7 +156,7 @@ class Images(ResumableData):
         if offsets is not None and flips is not None:
             images = augment(images, offsets, flips, self.pad)
         images = normalize(images, self.mean, self.std)
-        if self.trainer:  # Lightning converted the batch to its precision before, when the images were integers
+        if self.trainer:  # Lightning's conversion to its precision skipped the images, which were integers
             images = self.trainer.precision_plugin.convert_input(images)
         return images, labels
 

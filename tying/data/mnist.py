@@ -136,10 +136,10 @@ def read_idx(path: Path) -> Tensor:
     """Return the uint8 tensor in an idx file, ``path`` or ``path`` + ``.gz``.
 
     The file begins with two zero bytes, the byte 8 for uint8 entries, one byte for the number of dimensions, and four
-    bytes for each dimension, in big-endian order. The entries follow. No more than these is unpacked.
+    bytes for each dimension, in big-endian order. The entries follow. Only these are unpacked.
 
     Raises:
-        ConfigurationError: the file is missing, truncated or corrupted, or no idx file of uint8 entries.
+        ConfigurationError: the file is missing, truncated or corrupted, or is not an idx file of uint8 entries.
     """
     existing = _existing(path)
     if existing is None:

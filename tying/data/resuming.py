@@ -65,7 +65,7 @@ class ResumableData(pl.LightningDataModule):
         super().__init__()
         self.key = ""
         self._training: dict[str, ResumableLoader] = {}  # by split
-        self._positions: dict[str, Any] = {}  # those of a checkpoint, by split
+        self._positions: dict[str, Any] = {}  # positions from a checkpoint, by split
 
     def make_loader(self, split: str, train: bool, rank: int, world: int) -> ResumableLoader:
         """Create the loader of a split for the process ``rank`` of ``world`` processes."""

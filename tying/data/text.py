@@ -17,7 +17,7 @@ from tying.data.resuming import ResumableData, ResumableLoader
 from tying.errors import ConfigurationError, check_range
 
 UNKNOWN = 0  # the id of all characters outside the vocabulary
-HELD_OUT = 20  # a 20th of the text (or of the files) is for validation, and another one for testing
+HELD_OUT = 20  # 1/20 of the text (or of the files) is for validation, and 1/20 for testing
 
 
 class StreamLoader(ResumableLoader):
@@ -34,7 +34,7 @@ class StreamLoader(ResumableLoader):
 
     Attributes:
         ids: int64, (streams, characters).
-        dataset: the ids in one dimension; Lightning asks it for the number of samples.
+        dataset: the ids in one dimension, from which Lightning gets the number of samples.
 
     Example:
         >>> loader = StreamLoader(torch.arange(9), streams=2, window=2)
@@ -63,9 +63,9 @@ class Text(ResumableData):
     """The characters of a text; the target of each character is the next one.
 
     Args:
-        path: a text file. The last 20th is for testing, and the one before it for validation. By default, the text is
-            the single-file modules of Python's standard library, and the CRC-32 of a file's name, modulo 20, assigns
-            the file to validation (0), testing (1) or training.
+        path: a text file. The last 5 % are for testing, and the 5 % before them for validation. The default is the
+            single-file modules of Python's standard library; the CRC-32 of a file's name, modulo 20, assigns the file
+            to validation (0), testing (1) or training.
         window: characters in a sample.
         batch_size: streams of text, per process; each sample continues the sample of the previous batch.
         vocabulary: number of ids. The most frequent characters of the training text have one id each; all others
@@ -149,7 +149,7 @@ class Text(ResumableData):
     @override
     def make_loader(self, split: str, train: bool, rank: int, world: int) -> StreamLoader:
         ids = self._ids[split]
-        longest = max(1, (len(ids) - 1) // (self.window + 1) // world)  # the most streams with a window each
+        longest = max(1, (len(ids) - 1) // (self.window + 1) // world)  # every stream needs a window
         streams = self.batch_size if train else min(self.batch_size, longest)
         loader = StreamLoader(ids, streams, self.window, rank, world)
         if not len(loader):
@@ -163,7 +163,7 @@ class Text(ResumableData):
 def _split(path: Path, encoding: str) -> dict[str, str]:
     try:
         text = path.read_text(encoding)
-    except (OSError, UnicodeError, LookupError) as error:  # the last for an unknown encoding
+    except (OSError, UnicodeError, LookupError) as error:  # LookupError for an unknown encoding
         raise ConfigurationError(f"path: {path} cannot be read as {encoding}: {error}") from None
     last, before = (len(text) - share * len(text) // HELD_OUT for share in (1, 2))
     return {"fit": text[:before], "val": text[before:last], "test": text[last:]}

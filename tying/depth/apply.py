@@ -56,8 +56,8 @@ def apply_merge(
         model: changed in place.
         blocks: a pattern of module names, or several.
         merge: each block gets a copy, called as ``merge(shortcut, branch)``.
-        keep: keep probabilities of the blocks. ``None`` or ``"uniform"``: those of the merge. ``"linear"``: block n of
-            L drops n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. A number
+        keep: keep probabilities of the blocks. ``None`` or ``"uniform"``: the merge's. ``"linear"``: block n of L drops
+            n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. A number
             replaces every keep probability of the merge; a list has one number for each block, in the model's order.
 
     Raises:
@@ -158,7 +158,7 @@ def remove_merge(model: nn.Module) -> int:
 def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
     """Map each block class of torch and torchvision to its subclass with a merge."""
     classes: dict[type[nn.Module], type[nn.Module]] = {nn.TransformerEncoderLayer: MergedTransformerEncoderLayer}
-    if "torchvision.models.resnet" in sys.modules:  # otherwise no model has its blocks; the import takes a second
+    if "torchvision.models.resnet" in sys.modules:  # importing it is slow
         from tying.depth.torchvision_blocks import CLASSES
 
         classes |= CLASSES

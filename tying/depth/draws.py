@@ -50,9 +50,9 @@ def draw(keep: float) -> bool:
 
 
 def agreed_rand(*shape: int) -> Tensor:
-    """Return uniform random numbers (float64), the same in all processes: those that the first process draws.
+    """Return uniform random numbers (float64) that the first process draws; all processes return the same numbers.
 
-    Generators may be in different states in different processes, which must still take the same decisions. While
+    Processes may have generators in different states, but must take the same decisions. While
     ``per_rank_rng`` is true, each process returns the numbers that it draws itself.
     """
     numbers = torch.rand(shape, dtype=torch.float64)

@@ -38,7 +38,7 @@ def draw_paths(count: int, drop: float) -> list[int]:
     return [i for i in range(count) if numbers[i] >= drop] or [min(int(numbers[count] * count), count - 1)]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
 def draw_column(columns: int, probability: float) -> int | None:
     """Return a random column with the given probability, and ``None`` otherwise.
 
@@ -121,7 +121,7 @@ class FractalBlock(nn.Module):
         if column is not None and not 0 <= column < len(self.columns):
             raise ConfigurationError(f"columns are 0 to {len(self.columns) - 1}, not {column}")
         columns = [[*stack.children()] for stack in self.columns]
-        steps = len(columns[-1])  # one for each layer of the deepest column; layers of other columns take several
+        steps = len(columns[-1])  # one iteration per layer of the deepest column; layers of other columns span several
         layers: list[tuple[nn.Module, _Node]] = []
         inputs = [_Node(lambda: x)] * len(columns)  # input of the next layer of each column
         for step in range(1, steps + 1):  # all draws are made before anything is computed
@@ -138,7 +138,7 @@ class FractalBlock(nn.Module):
 
     def _kept(self, outputs: list[_Node], first: int, column: int | None) -> list[_Node]:
         """Return the inputs of a join that are not dropped; they come from column ``first`` and all deeper columns."""
-        if column is not None:  # if it is shallower than the first, nothing reads this join
+        if column is not None:  # no node reads this join if the column is shallower than the first
             return [output for number, output in enumerate(outputs, first) if number == column]
         if self.training and self.drop_path and len(outputs) > 1:
             return [outputs[path] for path in draw_paths(len(outputs), self.drop_path)]

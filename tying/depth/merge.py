@@ -47,8 +47,8 @@ class Branch:
 def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
 
-    Without it, parameters of a layer that was skipped would have no gradient: optimizers would not apply weight decay
-    and momentum to them, and distributed training would wait for the missing gradients. The next layer may overwrite
+    Without it, parameters of a skipped layer would have no gradient: optimizers would not apply weight decay and
+    momentum to them, and distributed training would wait for the missing gradients. The next layer may overwrite
     the copy in place.
 
     Args:
@@ -106,7 +106,7 @@ def take_rows(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
     order = _memory_order(x)
     if x.ndim < 2 or order[0] != dim:
         return x.index_select(dim, rows)
-    stored = x.permute(order)  # contiguous, with each sample in one row: several times faster
+    stored = x.permute(order)  # several times faster if each sample is one contiguous row
     taken = stored.flatten(1).index_select(0, rows)
     return taken.view(len(rows), *stored.shape[1:]).permute(_inverse(order))
 

@@ -23,16 +23,16 @@ NORMS = (
 
 
 class Recurrent(nn.Module):
-    """Apply a block several times, ``h_{t+1} = block(h_t)``: a hard tie makes its copies share their weights.
+    """Apply a block several times, ``h_{t+1} = block(h_t)``; all applications share its weights.
 
     Args:
-        block: maps its input to an output of the same shape; it becomes the first of ``blocks``.
+        block: maps its input to an output of the same shape; it becomes the first entry of ``blocks``.
         steps: number of applications, T.
-        per_step_norm: whether each step has its own normalisation layers, with its own statistics, or all steps use
-            those of the first.
+        per_step_norm: whether each step has separate normalisation layers and statistics; if False, all steps use the
+            first step's.
 
-    ``steps`` may be set to another number afterwards, even above the number it was built for: further steps then use
-    the normalisation layers of the last step.
+    ``steps`` may be changed later, even to more than the initial number: additional steps use the normalisation layers
+    of the last step.
 
     Shape: the output has the shape of the input.
 
@@ -71,7 +71,7 @@ class Recurrent(nn.Module):
 
     @property
     def steps(self) -> int:
-        """How many times the block is applied."""
+        """Number of applications of the block."""
         return self._steps
 
     @steps.setter

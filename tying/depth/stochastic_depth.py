@@ -31,12 +31,13 @@ def stochastic_depth(
         x: the shortcut; samples along the first dimension, or along ``branch.dim``.
         branch: computes F, of x's shape. A :class:`tying.depth.merge.Branch` can be computed for some samples, and
             gives its parameters a gradient of zero if it is skipped.
-        keep: probability of b = 1. With 0 the result is x, and with 1 it is x + F, whatever the scale.
+        keep: probability of b = 1. With 0 the result is x, and with 1 it is x + F, for either scale.
         mode: ``"batch"``: one draw for all samples and processes; F is not computed for b = 0. ``"row"``: one draw for
             each sample; F is computed for all. ``"subset"``: one draw for each sample; F is computed for those with
-            b = 1, and takes its batch statistics from them. ``"auto"``: as ``"subset"`` while that is faster; as
-            ``"row"`` otherwise, and wherever ``"subset"`` raises.
-        scale: ``"test"``: as above and as published; ``"train"``: b / keep in training, and x + F in evaluation.
+            b = 1, and takes its batch statistics from them. ``"auto"``: like ``"subset"`` if that is faster and
+            possible, else like ``"row"``.
+        scale: ``"test"``: the equations above, as published; ``"train"``: x + b / keep · F in training, and x + F in
+            evaluation.
         training: whether to draw.
 
     Raises:
@@ -67,7 +68,7 @@ def stochastic_depth(
 
 
 def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
-    """Return why a branch cannot be computed for ``selected`` of ``count`` samples alone, or None if it can."""
+    """Return why a branch cannot be computed for only ``selected`` of ``count`` samples, or None if it can."""
     norms = [
         part
         for module in branch.modules
@@ -89,7 +90,7 @@ class StochasticDepth(Merge):
 
     Args:
         keep: probability of computing the branch.
-        mode: what is drawn: ``"batch"``, ``"row"``, ``"subset"`` or ``"auto"``.
+        mode: unit of the draws: ``"batch"``, ``"row"``, ``"subset"`` or ``"auto"``.
         scale: when outputs are scaled: ``"test"`` or ``"train"``.
 
     Raises:

@@ -18,7 +18,7 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
         x: the shortcut.
         f: the branch, of x's shape.
         skips: Θ₁, a bool mask that broadcasts to x's shape; ``None`` for ones.
-        branches: Θ₂, a bool mask likewise.
+        branches: Θ₂, a bool mask that broadcasts to x's shape; ``None`` for ones.
 
     Example:
         >>> on = torch.tensor([True, False])
@@ -31,7 +31,7 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
 
 
 def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
-    """Return ``f`` where the mask is true, and ``x`` elsewhere: swapout with Θ₁ = 1 − Θ₂.
+    """Return ``torch.where(branches, f, x)``: swapout with Θ₁ = 1 − Θ₂.
 
     Example:
         >>> skip_forward(torch.ones(2), torch.zeros(2), torch.tensor([True, False]))

@@ -10,7 +10,7 @@ from tying.depth.merge import Branch
 
 
 class _Merged(nn.Module):
-    """Base class of both blocks: the branch is ``conv1``, ``bn1``, ReLU, ``conv2``, ``bn2``, …, without a last ReLU."""
+    """Base class of both blocks. The branch is ``conv1``, ``bn1``, ReLU, ``conv2``, ``bn2``, …, with no final ReLU."""
 
     merge: nn.Module
 
@@ -33,7 +33,7 @@ class MergedBasicBlock(_Merged, BasicBlock):  # type: ignore[misc]  # torchvisio
     """torchvision's BasicBlock with a merge."""
 
 
-class MergedBottleneck(_Merged, Bottleneck):  # type: ignore[misc]  # likewise
+class MergedBottleneck(_Merged, Bottleneck):  # type: ignore[misc]  # torchvision has no types
     """torchvision's Bottleneck with a merge."""
 
 

@@ -32,15 +32,15 @@ def generate(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor
 class HyperWeight(nn.Module):
     """The parametrization of convolution kernels by a static hypernetwork; see :func:`generate`.
 
-    One instance parametrizes any number of layers, and each layer stores only its embeddings: one for each basic kernel
-    of which its own kernel is tiled. Assigning a kernel stores the embeddings of the nearest kernel.
+    One instance parametrizes any number of layers, and each layer stores only its embeddings, one for each basic kernel
+    in the tiling of its kernel. Assigning a kernel stores the embeddings of the nearest kernel.
 
     Args:
         in_channels: N_in of a basic kernel.
         out_channels: N_out of a basic kernel.
         kernel_size: f.
         embedding: size of an embedding, N_z.
-        hidden: size of a hidden layer, d; by default the embedding's.
+        hidden: size of a hidden layer, d; default: the size of an embedding.
 
     Raises:
         ConfigurationError: a kernel cannot be tiled from basic kernels.
@@ -107,12 +107,12 @@ def generate_weights(
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
-        in_channels: of a basic kernel.
-        out_channels: of a basic kernel.
+        in_channels: number of input channels of a basic kernel.
+        out_channels: number of output channels of a basic kernel.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a kernel cannot be tiled from basic kernels; nothing is
-            changed.
+        ConfigurationError: a pattern matches nothing, or a kernel cannot be tiled from basic kernels. The model is
+            not changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 32, 3))
@@ -127,7 +127,7 @@ def generate_weights(
                 f"a weight of shape {tuple(weight.shape)} is no kernel of a 2-d convolution: leave it out"
             )
         if not shared:
-            with torch.device("cpu"):  # whatever the default device, it then goes to the weight's
+            with torch.device("cpu"):  # not on the default device; then moved to the weight's
                 shared.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
         return shared[0]
 

@@ -35,10 +35,10 @@ def low_rank_plus_diagonal(left: Tensor, right: Tensor, diagonal: Tensor) -> Ten
 
 
 def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors (n, d) and (d, m) of the nearest matrix of a rank, from its singular value decomposition.
+    """Return the factors (n, d) and (d, m) of the nearest matrix of the given rank, by singular value decomposition.
 
-    Each factor is scaled by the square roots of the singular values. For a singular value of zero only the column of
-    the left factor is zero, and the row of the right one is random: with both at zero, neither would have a gradient.
+    Each factor is scaled by the square roots of the singular values. For a singular value of zero, the column of the
+    left factor is zero and the row of the right factor is random: if both were zero, neither would have a gradient.
 
     Example:
         >>> left, right = factorize(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), rank=1)
@@ -49,7 +49,7 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     dead = (s <= s.amax() * torch.finfo(s.dtype).eps * max(weight.shape))[:rank]
     root = s[:rank].sqrt()
-    # a generator of its own: loading a weight must not advance the global one
+    # a separate generator: loading a weight must not advance the global one
     new = torch.randn(v[:rank].shape, generator=torch.Generator().manual_seed(0), dtype=s.dtype, device="cpu").to(s)
     right = torch.where(dead[:, None], new * weight.shape[1] ** -0.5, root[:, None] * v[:rank])
     factors = u[:, :rank] * root.masked_fill(dead, 0), right
@@ -93,8 +93,8 @@ class _OfRank(nn.Module):
 class LowRank(_OfRank):
     """The parametrization ``W = P Q`` with P (n, d) and Q (d, m); see :func:`low_rank`.
 
-    A weight of more than two dimensions is a matrix of its first dimension by all others. Assigning a weight stores the
-    nearest weight of that rank.
+    A weight of more than two dimensions is flattened to a matrix from its second dimension on. Assigning a weight
+    stores the nearest weight of this rank.
 
     Args:
         rank: d.
@@ -110,7 +110,7 @@ class LowRank(_OfRank):
     """
 
     least = 1
-    shape: tuple[int, ...] | None = None  # of the weight, once one was assigned
+    shape: tuple[int, ...] | None = None  # of the assigned weight
 
     @override
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
@@ -151,10 +151,10 @@ class LowRankPlusDiagonal(_OfRank):
         return low_rank_plus_diagonal(left, right, diagonal)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return factors and diagonal of a weight of this form near the given one."""
+        """Return factors and diagonal whose weight is near the given one."""
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
             raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
-        _as_matrix(weight, self.rank)  # raises where the rank is too high
+        _as_matrix(weight, self.rank)  # raises if the rank is too high
         diagonal = weight.new_zeros(len(weight))
         for _ in range(1 + SWEEPS if self.rank else 1):
             left, right = factorize(weight - torch.diag(diagonal), self.rank)
@@ -163,16 +163,16 @@ class LowRankPlusDiagonal(_OfRank):
 
 
 def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:
-    """Parametrize weights of a model by low rank, each starting at the nearest such weight; return their names.
+    """Parametrize weights of a model by low rank, starting at the nearest weight of that rank; return their names.
 
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.
-        rank: of each weight.
+        rank: rank of each weight.
         diagonal: add a diagonal; for square weights.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight cannot have that rank; nothing is changed.
+        ConfigurationError: a pattern matches nothing, or a weight cannot have that rank. The model is not changed.
 
     Example:
         >>> lower_rank(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["1.weight"], rank=2)

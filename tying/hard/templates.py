@@ -1,4 +1,4 @@
-"""Layers as mixtures of a few templates, which they share."""
+"""Layers whose weights are mixtures of a few shared templates."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def mix_templates(templates: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
-    """Return ``|⟨α_i, α_l⟩| / (‖α_i‖ ‖α_l‖)``: 1 where two layers are equal up to scale.
+    """Return ``|⟨α_i, α_l⟩| / (‖α_i‖ ‖α_l‖)``: 1 if two layers are equal up to scale.
 
     Args:
         coefficients: (layers, k), or a list with a vector (k,) for each layer.
@@ -56,7 +56,7 @@ class TemplateBank(nn.Module):
 
     Args:
         templates: number of templates, k.
-        shape: of each template, and of the weights.
+        shape: shape of each template and of the weights.
 
     Example:
         >>> tuple(TemplateBank(2, (8, 4, 3, 3)).templates.shape)
@@ -88,7 +88,7 @@ class TemplateBank(nn.Module):
 class TemplateMixture(nn.Module):
     """The parametrization ``W = Σ_j α_j T_j`` with a bank that several weights share; see :func:`mix_templates`.
 
-    Assigning a weight takes the nearest mixture. The coefficients should have no weight decay.
+    Assigning a weight stores the nearest mixture. Do not apply weight decay to the coefficients.
 
     Args:
         bank: the templates.
@@ -144,7 +144,7 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
         The bank of each weight, by name.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight cannot be a mixture; nothing is changed.
+        ConfigurationError: a pattern matches nothing, or a weight cannot be a mixture. The model is not changed.
 
     Example:
         >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
@@ -156,7 +156,7 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
 
     def make(name: str, weight: nn.Parameter) -> TemplateMixture:
         if weight.shape not in banks:
-            with torch.device("cpu"):  # whatever the default device, it then goes to the weight's
+            with torch.device("cpu"):  # not on the default device; then moved to the weight's
                 banks[weight.shape] = TemplateBank(templates, weight.shape).to(weight)
         chosen[name] = banks[weight.shape]
         return TemplateMixture(chosen[name])

@@ -49,7 +49,7 @@ _UNTIED: dict[type[nn.Module], type[nn.Module]] = {
 def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -> list[str]:
     """Give convolutions a bias for each channel and output position, instead of each channel; return their names.
 
-    Each bias starts with the value that it replaces at all positions, so that the model's outputs do not change. Biases
+    Each bias starts with the former value at all positions, so that the model's outputs do not change. Biases
     keep their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
     ``example``. The model then takes inputs of that size only.
 
@@ -69,8 +69,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         >>> untie_biases(model, ["0.bias"], torch.zeros(1, 1, 6, 7)), model[0].bias.shape
         (['0.bias'], torch.Size([3, 4, 5]))
 
-    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; their
-    convolutions have such biases.
+    Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; whose
+    convolutions have these biases.
     """
     chosen, locations = select(model, parameters), locate_parameters(model)
     layers = {name: locations[name].owner for name in chosen}
@@ -99,7 +99,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
 
 
 def has_untied_bias(model: nn.Module, name: str) -> bool:
-    """Tell whether a model has a bias of this name for each output position."""
+    """Return whether the named bias of a model has an entry for each output position."""
     locations = locate_parameters(model)
     return name in locations and isinstance(locations[name].owner, _UntiedBias)
 

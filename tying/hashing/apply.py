@@ -30,7 +30,7 @@ Init = Literal["fresh", "mean"]
 
 
 def table_names(kind: type[nn.Module], weight: str) -> tuple[str, str]:
-    """Return the attribute names of a weight's table and of the map from it, in a hashed module.
+    """Return the attribute names, in a hashed module, of a weight's table and of the map from the table to the weight.
 
     Args:
         kind: the class of the module before it is hashed.
@@ -53,7 +53,7 @@ def hash_attribute(module: nn.Module, name: str, virtual: HashedParametrization,
 
 
 def check_hashable(name: str, locations: Mapping[str, ParameterLocation]) -> None:
-    """Raise if a weight cannot be replaced by a table.
+    """Raise an error unless a weight can be replaced by a table.
 
     Args:
         name: the weight's name.
@@ -61,7 +61,7 @@ def check_hashable(name: str, locations: Mapping[str, ParameterLocation]) -> Non
 
     Raises:
         ConfigurationError: the weight is empty, parametrized, or tied, or belongs to an embedding with an option that
-            hashed embeddings lack.
+            hashed embeddings do not support.
     """
     check_free(name, locations)
     owner = locations[name].owner
@@ -87,12 +87,12 @@ def hash_weights(
     index: Index = "auto",
     scaled: bool = True,
 ) -> HashReport:
-    """Replace weights of a model by smaller tables whose entries they share: one table each, or one for all.
+    """Replace weights of a model by smaller tables of shared entries: one table for each weight, or one for all.
 
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
-    their weights. With ``scope="layer"`` each weight has a table, and its name is mixed into the seed of the hash. With
-    ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from weight to weight,
-    and each weight is scaled by a constant: its initial standard deviation over that of all weights.
+    their weights from the table. With ``scope="layer"`` each weight has a table, and its name is mixed into the seed of
+    the hash. With ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from
+    weight to weight, and each weight is scaled by its initial standard deviation relative to all weights.
 
     Args:
         model: changed in place.
@@ -102,15 +102,15 @@ def hash_weights(
             or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
-        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights that read them.
+        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights per entry.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
         index: see :class:`HashedParametrization`.
         scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their entries.
 
     Raises:
-        ConfigurationError: a pattern matches nothing that can be hashed, a weight is tied, parametrized or hashed
-            already, weights of one table differ in dtype, device or requires_grad, or the hash does not fit.
+        ConfigurationError: a pattern matches nothing that can be hashed, a weight is already tied, parametrized
+            or hashed, weights of one table differ in dtype, device or requires_grad, or the hash does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
@@ -237,7 +237,7 @@ def _scales(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
 
 
 def _deviation(weight: Tensor) -> float:
-    """Return the standard deviation of a weight; for a constant one, that of torch's initial linear weights."""
+    """Return the standard deviation of a weight; if it is constant, use torch's initial value for linear weights."""
     deviation = 0.0 if weight.is_meta or weight.numel() < 2 else float(weight.double().std())
     return deviation if deviation > 0 else (3 * max(1, weight.shape[1:].numel())) ** -0.5
 
@@ -266,7 +266,7 @@ def _install_tables(
 
 
 def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], init: Init) -> Tensor:
-    """Return the initial table of weights that share it."""
+    """Return the initial table for weights that share it."""
     virtual, weight = parts[0]
     if weight.is_meta:
         return weight.new_empty(virtual.table_size)

@@ -78,7 +78,7 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
 
 
 def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
-    """Return ``r = n b / (n log₂ k + k b)``: the bits of n dense weights over those of their indices and codebook.
+    """Return ``r = n b / (n log₂ k + k b)``: bits of n dense weights, divided by bits of their indices and codebook.
 
     Args:
         weights: n.
@@ -106,8 +106,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         init: see :func:`starting_centroids`.
 
     Raises:
-        ConfigurationError: there are more clusters than weights, or the weight is tied, computed, or of an embedding
-            with an option that hashed embeddings lack.
+        ConfigurationError: there are more clusters than weights, or the weight is tied or computed, or belongs to an
+            embedding with an option that hashed embeddings do not support.
 
     Example:
         >>> layer = nn.Linear(100, 10)

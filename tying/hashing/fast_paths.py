@@ -1,4 +1,4 @@
-"""Fast paths: compute layers from the table without an index, and mostly without the whole weight."""
+"""Fast paths, which compute layers from the table without an index and, in most cases, without the whole weight."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Size = int | Sequence[int]
 
 
 class FastPath(Protocol):
-    """Compute a weight, and a linear layer with that weight, in a way that suits one kind of hash.
+    """Computes a weight, and a linear layer with this weight, efficiently for one kind of hash.
 
     Attributes:
         zeros: whether the hash makes some weights zero.
@@ -74,7 +74,7 @@ class RepeatedRows(FastPath):
         return repeat_to(F.linear(padded.sum(dim=-2), rotated), self.shape[0], -1, bias)
 
     def _rotated(self, positions: Tensor) -> Tensor:
-        """Return the slots of copies of the table, each rotated to begin with a distinct row's first weight."""
+        """Return the slots of a copy of the table for each distinct row, rotated to begin at the row's first weight."""
         return (self.first + self.width * (positions // self.size) + positions) % self.size
 
     def rows(self, table: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Blocks(FastPath):
         return lookup(table, source).view(self.shape)
 
     def _chunk_slots(self, begin: Tensor) -> Tensor:
-        """Return the slots of chunks of ``CHUNK`` weights from the given positions on; chunks are whole blocks."""
+        """Return the slots of chunks of ``CHUNK`` weights that begin at the given positions; blocks are not split."""
         starts = self.slot(begin + self.first + torch.arange(0, CHUNK, self.block, device=begin.device))
         return (starts[..., None] + torch.arange(self.block, device=begin.device)).flatten(1)
 

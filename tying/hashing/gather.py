@@ -42,7 +42,7 @@ class IndexSource:
         return self.compute(torch.arange(self.count, device=device)) if self.stored is None else self.stored
 
     def chunks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield chunks of a tensor that has one number for each weight, (count,), and the slots of these weights.
+        """Yield chunks of a tensor with one number per weight, (count,), and the slots of these weights.
 
         A chunk has two rows, one from each half of the weights, so that two threads read or sum one row each. If
         ``count`` is odd, the last chunk is the last weight, (1, 1). Slots are valid only until the next chunk.
@@ -87,7 +87,7 @@ def gather(table: Tensor, source: IndexSource) -> Tensor:
     if not _in_chunks(table):
         return table.index_select(0, source.index(table.device))
     if source.compiled_read is not None:
-        return source.compiled_read(table.detach())  # detached, so that it is compiled once whether trained or not
+        return source.compiled_read(table.detach())  # detached: compiled once for trained and frozen tables
     weights, tables = table.new_empty(source.count), table.expand(2, -1)
     for chunk, slots in source.chunks(weights):
         torch.gather(tables, 1, slots, out=chunk)
@@ -111,7 +111,7 @@ def _in_chunks(tensor: Tensor) -> bool:
 
 
 class _Indexing(torch.autograd.Function):
-    """``table[index]``, or if a size is given, sums over slots, its adjoint. Each is the other's backward."""
+    """``table[index]`` or, if a size is given, its adjoint: sums over slots. Each is the backward of the other."""
 
     @staticmethod
     @override
@@ -142,10 +142,10 @@ class _Indexing(torch.autograd.Function):
 
 
 def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
-    """Return a source that computes its slots by compiled code on the CPU, or the same one if torch cannot compile.
+    """Return a source that computes slots by compiled code on the CPU, or the given source if torch cannot compile.
 
     Args:
-        source: without a stored index.
+        source: an index that is not stored.
         size: number of table entries.
         name: name of the hash, for the warning.
 

@@ -24,7 +24,7 @@ _DIRICHLET = 0x4449524943484C45  # makes the probabilities of a Dirichlet hash i
 
 @class_aliases("tying.hashing.Hash")
 class Hash:
-    """Base class of all hashes. A subclass implements :meth:`slot`; everything else is optional.
+    """Base class of all hashes. A subclass implements :meth:`slot`; all other methods are optional.
 
     Each weight of a layer has an identifier: its position in the flattened weight. Layers that share one table number
     their weights consecutively. A hash uses integer arithmetic on identifiers and on its arguments only, so that it
@@ -58,7 +58,7 @@ class Hash:
         raise NotImplementedError
 
     def state(self, table_size: int) -> Tensor | None:
-        """Return a tensor to save with the weights, because another machine might compute it differently."""
+        """Return a tensor to save in checkpoints because other machines might compute other values, or None."""
         return None
 
     def sign(self, ids: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Hash:
     ) -> None:
         """Raise a ConfigurationError if the hash does not fit the weights or the table.
 
-        It is called several times; arguments that are not known at the time are None.
+        It is called several times; arguments that are not yet known are None.
 
         Args:
             shapes: shapes of the weights; if ``table_size`` is given, ``[(count,)]`` for the number of weights that
@@ -145,7 +145,7 @@ def _none_if_slot_overridden(
 
 
 def _represent(value: object) -> str:
-    """Return a string that is equal for equal values; torch abbreviates long tensors, so those get a checksum."""
+    """Return a string that is equal for equal values. Tensors get a checksum, since torch abbreviates long ones."""
     if not isinstance(value, Tensor):
         return repr(value)
     checksum = zlib.crc32(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -193,10 +193,9 @@ class IdentityHash(Hash):
 
 @dataclass(frozen=True)
 class ModulusHash(Hash):
-    """Cycle through the table: ``i mod n``; the loads of two slots differ by one at most.
+    """Cycle through the table: ``i mod n``; the loads of two slots differ by at most one.
 
-    A layer with in inputs has at most ``n / gcd(in, n)`` distinct units, so choose a table size n without a divisor in
-    common with the layer's width.
+    A layer with k inputs has at most ``n / gcd(k, n)`` distinct units, so choose a table size n that is coprime to k.
 
     Example:
         >>> ModulusHash().index(count=5, table_size=3).tolist()
@@ -271,13 +270,13 @@ class DirichletHash(SeededHash):
 
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, "(0, inf)")
-        object.__setattr__(self, "alpha", float(self.alpha))  # so that 1 and 1.0 have one repr
+        object.__setattr__(self, "alpha", float(self.alpha))  # so that 1 and 1.0 have the same repr
 
     @override
     def state(self, table_size: int) -> Tensor:
-        """Return where each slot's part of the 32-bit integers begins: (table_size,), int32, from −2³¹.
+        """Return the first 32-bit integer of each slot's interval: (table_size,), int32, from −2³¹.
 
-        The lengths of the parts are proportional to p.
+        The lengths of the intervals are proportional to p.
 
         Example:
             >>> DirichletHash(alpha=1e9).state(4).float().div(2**30).round().tolist()
@@ -331,9 +330,9 @@ def _uniform(ids: Tensor, seed: int, stream: int) -> Tensor:
 
 @dataclass(frozen=True)
 class NeighborhoodHash(SeededHash):
-    """Draw a slot near that of the modulus hash: ``(i + U{−r, …, r}) mod n``.
+    """Draw a slot near the slot of the modulus hash: ``(i + U{−r, …, r}) mod n``.
 
-    Radius 0 is the modulus hash; a radius of n / 2 or more is the uniform hash.
+    Radius 0 gives the modulus hash; a radius of n / 2 or more gives the uniform hash.
 
     Args:
         radius: r ≥ 0.
@@ -368,7 +367,7 @@ class NeighborhoodHash(SeededHash):
 
 @dataclass(frozen=True)
 class XXHash(SeededHash):
-    """Use the xxh32 digest of the identifier, modulo n. Layers with ``sign=True`` are then HashedNets.
+    """Use the xxh32 digest of the identifier, modulo n. With ``sign=True``, layers are HashedNets.
 
     Args:
         seed: in [0, 2³²).
@@ -406,7 +405,7 @@ class XXHash(SeededHash):
 
 @dataclass(frozen=True)
 class BlockHash(SeededHash):
-    """Draw the slot where each block of consecutive weights begins; the block reads contiguous slots.
+    """Draw the first slot of each block of consecutive weights; the block reads contiguous slots.
 
     Args:
         block: number of weights in a block, at most the size of the table.
@@ -454,13 +453,13 @@ class BlockHash(SeededHash):
 class RecurrentHash(ModulusHash):
     """Give layers of equal shapes the same weights and biases: a recurrent network.
 
-    This is the modulus hash over all layers, with a table for one layer. It needs ``scope="network"``.
+    This is the modulus hash over all layers, with a table of the size of one layer. It needs ``scope="network"``.
 
     Args:
         layers: number of layers that share the table.
 
     Raises:
-        ConfigurationError: the weights are not those of ``layers`` equal layers.
+        ConfigurationError: the weights do not form ``layers`` layers of equal shapes.
     """
 
     include_biases = True
@@ -526,13 +525,13 @@ class ToeplitzHash(Hash):
 
     def __post_init__(self) -> None:
         for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
-            object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have one repr
+            object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have the same repr
             check_range(name, min(getattr(self, name)), f"[{least}, inf)")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
 
     def _axes(self, *sizes: Size) -> Any:
-        """Yield kernel size, stride, padding and dilation along each axis, and the given sizes before them."""
+        """Yield, for each axis, the given sizes, then kernel size, stride, padding and dilation."""
         return zip(*map(pair, (*sizes, self.kernel_size, self.stride, self.padding, self.dilation)), strict=True)
 
     @property
@@ -592,7 +591,7 @@ class ToeplitzHash(Hash):
 
 @dataclass(frozen=True, eq=False)
 class CodebookHash(Hash):
-    """Use given assignments, such as those of a clustering.
+    """Use given assignments, for example from a clustering.
 
     Args:
         assignments: the slot of each weight, integers in [−1, table_size), (count,); −1 makes the weight zero.
@@ -635,8 +634,8 @@ def _smallest_dtype(table_size: int) -> torch.dtype:
 def hash32(ids: Tensor, seed: int) -> Tensor:
     """Return 32 pseudo-random bits for each identifier, independent for different seeds.
 
-    Multiplications and shifts mix the low 32 bits of an identifier, with two keys from the seed; the high bits are
-    folded in first.
+    Multiplications and shifts mix the low 32 bits of an identifier with two keys from the seed. The high bits are first
+    folded into the low bits.
 
     Args:
         ids: int64, of any shape.

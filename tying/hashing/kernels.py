@@ -1,6 +1,6 @@
 """Triton kernels for hashed linear layers on a GPU: the whole weight and its gradient are never in memory.
 
-The matrix product computes the slots of each tile of the weight, and reads them from the table, when it needs the tile.
+The matrix product computes the slots of a tile of the weight, and reads the table, only when it needs the tile.
 Triton's interpreter (``TRITON_INTERPRET=1``) runs the same kernels on the CPU, for tests.
 """
 

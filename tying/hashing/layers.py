@@ -19,7 +19,7 @@ Device = torch.device | str | None
 
 
 class Hashed(nn.Module):
-    """Base class of layers whose ``weight`` is computed from a table; assigning it writes the nearest table.
+    """Base class of layers whose ``weight`` is computed from a table; assigning a weight stores the nearest table.
 
     Attributes:
         table: the parameter, (ceil(table_ratio · N),) for N weights.
@@ -59,7 +59,7 @@ class Hashed(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the table and the bias as the dense layer initialises its weight and bias."""
+        """Initialise the table and the bias like the weight and the bias of the dense layer."""
         bound = 1 / math.sqrt(self.virtual.shape[1:].numel())
         nn.init.uniform_(self.table, -bound / self.virtual.scale, bound / self.virtual.scale)
         if isinstance(bias := getattr(self, "bias", None), Tensor):
@@ -264,7 +264,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
 def embedding_options(module: nn.Module, attribute: str, index: Index) -> dict[str, Any]:
     """Return the arguments of :class:`HashedParametrization` that the weight of an embedding needs.
 
-    An ``nn.Embedding`` computes only the rows that it looks up, so it stores no index. Other weights need nothing.
+    An ``nn.Embedding`` computes only the rows that it looks up, so it stores no index. Other weights need no arguments.
     """
     if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or attribute != "weight":
         return {}

@@ -18,7 +18,7 @@ from tying.hashing.report import hashed_in
 
 VERSION = 1  # of packed files
 GAP_BITS = 5
-FILLER = (1 << GAP_BITS) - 1  # a gap of this many zeros, after which no weight follows
+FILLER = (1 << GAP_BITS) - 1  # a gap of this many zeros without a weight after it
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def load_packed(path: Path | str) -> dict[str, Tensor]:
     and returns names without a counterpart as ``unexpected_keys``.
 
     Raises:
-        ConfigurationError: the file is missing, damaged, or of another kind or version.
+        ConfigurationError: the file is missing, damaged, or has another kind or version.
     """
     content = read(path, "packed weights")
     if not isinstance(content, Mapping) or "version" not in content or "weights" not in content:

@@ -28,10 +28,10 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     """Return the size of the table for ``count`` weights: ``ceil(ratio · count)``.
 
     If ``ratio`` is the float nearest to k / count, the size is k. The default is the ratio that the hash requires, or
-    else 0.1.
+    0.1 if it requires none.
 
     Raises:
-        ConfigurationError: the ratio is not in (0, 1], or the hash needs another one.
+        ConfigurationError: the ratio is not in (0, 1], or the hash requires another ratio.
 
     Example:
         >>> from tying.hashing import UniformHash
@@ -63,7 +63,7 @@ class HashState:
         self._successor: Self | None = None
 
     def loaded(self, values: Tensor) -> Self:
-        """Return a state with other values; all weights that load equal values get the same object."""
+        """Return a state with the given values; all weights that load equal values get the same object."""
         if self._successor is None or not self._successor.equals(values):
             self._successor = type(self)(values.clone())  # the caller may change the checkpoint's tensor
         return self._successor
@@ -75,10 +75,10 @@ class HashState:
 
 @class_aliases("tying.hashing.HashedParametrization")
 class HashedParametrization(FollowsDevice):
-    """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; also a parametrization of torch.
+    """The map from a table to a weight, ``w_i = ξ(i) · t[h(i)]``; usable with ``torch.nn.utils.parametrize``.
 
-    Its state dict contains a description of the hash, and the hash's state, such as the assignments of a clustering. It
-    never contains an index, which can be recomputed.
+    Its state dict contains a description of the hash and the hash's state, for example the assignments of a clustering.
+    It does not contain an index, which can be recomputed.
 
     Args:
         shape: shape of the weight.
@@ -91,12 +91,12 @@ class HashedParametrization(FollowsDevice):
             without an index), or ``"auto"``.
         first: identifier of the first weight.
         scale: a constant factor on all weights.
-        zero_row: index of a row that is zero, such as an embedding's ``padding_idx``.
+        zero_row: index of a row of zeros, for example an embedding's ``padding_idx``.
         state: the ``state`` of another weight that shares the table; by default, the hash computes it.
 
     Raises:
-        ConfigurationError: an argument is out of range, the hash does not fit, returns slots outside the table, or has
-            no fast path.
+        ConfigurationError: an argument is out of range, or the hash does not fit, returns slots outside the table, or
+            has no fast path.
 
     Example:
         >>> from tying.hashing import ModulusHash
@@ -200,14 +200,14 @@ class HashedParametrization(FollowsDevice):
         sampled = (
             torch.randperm(len(pool), device="cpu")[: self.table_size]
             if len(pool) >= self.table_size
-            else torch.randint(len(pool), (self.table_size,), device="cpu")  # the table serves other weights, too
+            else torch.randint(len(pool), (self.table_size,), device="cpu")  # other weights read the table
         )
         return pool[sampled.to(pool.device)]
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return for each table entry the sum of the weights that read it, and their number.
+        """Return, for each table entry, the sum of the weights that read it, and the number of these weights.
 
-        The sum is that of the table's values: signs and scale are divided out.
+        Signs and scale are divided out before summation.
         """
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
@@ -247,7 +247,7 @@ class HashedParametrization(FollowsDevice):
         return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def extended_slots(self) -> Tensor:
-        """Return indices into ``[table, −table, 0]``, without ``−table`` if unsigned and without 0 if none is zero."""
+        """Return indices into ``[table, −table, 0]``; ``−table`` is left out if unsigned, 0 if no weight is zero."""
         return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def distinct_rows(self) -> int:
@@ -263,7 +263,7 @@ class HashedParametrization(FollowsDevice):
         return len(torch.unique((hash32(rows, 0) * factors).sum(dim=1)))
 
     def describe(self) -> str:
-        """Describe shape, index, table and repeated rows, for reports."""
+        """Return a description of shape, index, table and repeated rows, for reports."""
         return (
             f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}"
             f"{repeated_units(self.distinct_rows(), self.shape)}"
@@ -393,7 +393,7 @@ class HashedParametrization(FollowsDevice):
     ) -> None:
         """Load the hash's state before torch reads the rest of a state dict."""
         try:
-            if f"{prefix}_extra_state" in state_dict:  # checked first, and here, so that errors name the weight
+            if f"{prefix}_extra_state" in state_dict:  # check here, so that errors name the weight
                 self.set_extra_state(state_dict[f"{prefix}_extra_state"])
             if self.drawn is not None and f"{prefix}drawn" in state_dict:
                 self._take(self.drawn, state_dict.pop(f"{prefix}drawn"))  # torch would report the key as unexpected
@@ -417,7 +417,7 @@ class HashedParametrization(FollowsDevice):
             self.move()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled: everything except the index, which is recomputed."""
+        """Return the state to copy or pickle: all attributes except the index, which is recomputed."""
         return {**self.__dict__, "_stored": None, "_compiled": None}
 
     @override

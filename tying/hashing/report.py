@@ -34,10 +34,10 @@ def loads(index: Tensor, table_size: int) -> Tensor:
 
 
 def entropy(loads: Tensor) -> float:
-    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n if n are equal, 0 if a single one is positive.
+    """Return ``H = −Σ p ln p`` of loads or probabilities, in nats: ln n for n equal values, 0 for one positive value.
 
     Args:
-        loads: (table_size,), not negative; they need not sum to 1. The entropy of zeros alone is 0.
+        loads: (table_size,), not negative; they need not sum to 1. If all are 0, so is the entropy.
 
     Example:
         >>> round(entropy(torch.ones(1000)), 2)

@@ -1,4 +1,4 @@
-"""An autoencoder of two mirrored stacks; ties can pair their layers."""
+"""An autoencoder with a decoder that mirrors the encoder, so that ties can pair their layers."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,7 +13,7 @@ from tying.models.networks import stack
 
 
 class Autoencoder(SingleStep):
-    """Linear layers with ReLUs from the input to a code, and mirrored layers back; trained on the mean squared error.
+    """Linear layers with ReLUs from the input to a code, and mirrored layers back; the loss is the mean squared error.
 
     The layers are ``encoder.0``, ``encoder.2``, ... and ``decoder.0``, ``decoder.2``, ..., so that
     ``"encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"`` ties each layer to its mirror image.
@@ -22,7 +22,7 @@ class Autoencoder(SingleStep):
         sizes: units of each layer, from input to code.
         lr: learning rate of Adam.
 
-    Shape: (batch, ...) with ``sizes[0]`` entries a sample; the reconstruction has the input's shape.
+    Shape: (batch, ...) with ``sizes[0]`` entries per sample; the reconstruction has the input's shape.
 
     Example:
         >>> [tuple(p.shape) for name, p in Autoencoder([8, 4, 2]).named_parameters() if name.endswith("weight")]

@@ -28,7 +28,7 @@ RANGES = {
 
 
 class SingleStep(pl.LightningModule):
-    """A LightningModule that trains, validates and tests by the same method, :meth:`step`."""
+    """A LightningModule that trains, validates and tests with the same method, :meth:`step`."""
 
     def step(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log it.
@@ -75,7 +75,7 @@ class Classification(SingleStep):
             :class:`tying.depth.Sampled`.
 
     Shape: batches are (inputs, labels), with integer labels of shape (batch,). A training batch may also be a
-    dictionary that holds such a batch under ``labelled``.
+    dictionary with a batch of this form under ``labelled``.
 
     Raises:
         ConfigurationError: the optimizer or schedule is unknown, or a number is out of range; in use, the number of
@@ -135,7 +135,7 @@ class Classification(SingleStep):
     def log_loss(self, place: str, logits: Tensor, y: Tensor) -> Tensor:
         """Return the mean cross entropy; log it and the accuracy as ``<place>/loss`` and ``<place>/accuracy``.
 
-        Labels are smoothed where ``place`` begins with "train".
+        Labels are smoothed if ``place`` begins with "train".
         """
         training = place.startswith("train")
         loss = F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"] if training else 0.0)

@@ -13,7 +13,7 @@ from tying.models.classifier import Classification
 
 
 class DomainClassifiers(Classification):
-    """Train one network for each domain: copies of one network, with the same initial weights, ``networks.<domain>``.
+    """Train a copy of one network for each domain, ``networks.<domain>``; all copies start with the same weights.
 
     The loss is the sum of the domains' mean cross entropies. The networks are independent unless they are tied.
 
@@ -26,8 +26,8 @@ class DomainClassifiers(Classification):
     list in the order of the domains: Lightning runs one loader after another.
 
     Raises:
-        ConfigurationError: there is no domain, or a name is repeated or is not an identifier; a batch has other
-            domains.
+        ConfigurationError: there is no domain, or a name is repeated or is not an identifier; in use, a batch has
+            other domains.
 
     Example:
         >>> from tying.models import MLP

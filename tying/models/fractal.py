@@ -14,7 +14,7 @@ from tying.errors import ConfigurationError, check_range
 
 
 class FractalNet(nn.Module):
-    """A network of fractal blocks, each followed by pooling; a layer is convolution, dropout, normalisation and ReLU.
+    """Fractal blocks with pooling after each; a layer is a convolution, dropout, normalisation and ReLU.
 
     In training, a fraction of mini-batches passes through a single column, drawn for the whole network; for all others,
     every join drops inputs (:class:`tying.depth.FractalBlock`). In evaluation nothing is dropped.

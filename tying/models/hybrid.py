@@ -27,8 +27,8 @@ class HybridClassifier(Classification):
         reconstruction: weight of the autoencoder's loss, ≥ 0.
         options: further arguments of :class:`tying.models.classifier.Classification`.
 
-    Shape: training batches are dictionaries with ``labelled`` and ``unlabelled``, each (images, labels); others are
-    (images, labels).
+    Shape: training batches are dictionaries with ``labelled`` and ``unlabelled``, each (images, labels); other batches
+    are (images, labels).
 
     Raises:
         ConfigurationError: ``reconstruction`` is negative, or the training data has no unlabelled part.

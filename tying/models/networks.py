@@ -19,7 +19,7 @@ class MLP(nn.Sequential):
         activation: ``"relu"`` or ``"elu"``.
         norm: add an activation and batch normalisation after each layer, including the last, as in ArbNets.
 
-    Shape: (batch, ...) with ``sizes[0]`` entries a sample, to (batch, ``sizes[-1]``).
+    Shape: (batch, ...) with ``sizes[0]`` entries per sample, to (batch, ``sizes[-1]``).
 
     Example:
         >>> import torch

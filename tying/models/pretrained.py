@@ -20,8 +20,8 @@ def load_pretrained(model: nn.Module, path: str | Path, fresh: Sequence[str] = (
         fresh: patterns of parameters, buffers or modules that are not loaded, such as a new head.
 
     Raises:
-        ConfigurationError: the file is missing or of another kind; a pattern matches nothing; the file lacks a tensor,
-            or has it in another shape. The model is then unchanged.
+        ConfigurationError: the file is missing or of another kind; a pattern matches nothing; a tensor is missing from
+            the file or has another shape there. The model is not changed.
 
     Example:
         >>> import tempfile, torch

@@ -1,4 +1,4 @@
-"""Residual networks for small images, with a choice of merges, and with blocks that may share weights."""
+"""Residual networks for small images, with a choice of merges and optional weight sharing between blocks."""
 
 import copy
 from collections import OrderedDict
@@ -25,12 +25,12 @@ class ResNet(nn.Module):
         width: factor on the channels 16, 32 and 64 of the stages; a multiple of 1/16.
         num_classes: number of outputs.
         in_channels: channels of the images.
-        merge: the merge of every block; ``None`` for a sum. :class:`tying.callbacks.ResidualMerging` makes it vary with
-            depth.
+        merge: the merge of every block; ``None`` for a sum. To vary it with depth, use
+            :class:`tying.callbacks.ResidualMerging`.
         shared: use one block for all blocks of a stage that keep the shape (:class:`tying.depth.Recurrent`).
         per_step_norm: with ``shared``: each use of a block has separate normalisation layers.
         preactivation: normalise and activate before each convolution instead of after it, and not after the merge.
-        shortcut: where the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
+        shortcut: used if the shape changes: ``"pad"``: take every second pixel, and pad with channels of zeros;
             ``"pool"``: take means of 2 by 2 pixels, and pad; ``"project"``: a convolution.
 
     Shape: (batch, in_channels, height, width) to (batch, num_classes).
@@ -107,10 +107,10 @@ class ResNet(nn.Module):
 
 
 class PadShortcut(nn.Sequential):
-    """A shortcut without parameters to a smaller image of more channels: subsample, and pad with channels of zeros.
+    """A shortcut without parameters that subsamples an image and pads it with channels of zeros.
 
     Args:
-        extra_channels: how many channels of zeros to add.
+        extra_channels: number of channels of zeros to add.
         stride: take every stride-th pixel.
         pool: take the mean of stride by stride pixels instead.
 

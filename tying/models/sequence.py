@@ -26,8 +26,8 @@ class SequenceModel(Classification):
     ``head``; if the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` ties both.
 
     A language model logs bits per character, ``…/bits``. It carries the detached state from batch to batch, and starts
-    each epoch and each evaluation without a state. Checkpoints hold the state of each process; a run that resumes with
-    another number of processes starts without a state, and warns.
+    each epoch and each evaluation without a state. Checkpoints contain the state of each process; a run that resumes
+    with another number of processes warns and starts without a state.
 
     Args:
         network: the recurrent network.
@@ -118,7 +118,7 @@ class SequenceModel(Classification):
         return self.log_loss(stage, logits, y)
 
     def _run_on(self, stage: str, x: Tensor, batch_idx: int) -> Tensor:
-        """Return logits; a language model starts from the state after the epoch's previous batch, if there is one."""
+        """Return logits. A language model starts from the state after the previous batch of the epoch, if any."""
         carried = self._carried.get(stage) if batch_idx else None
         fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
         logits, state = self.run(x, carried if fits else None)
@@ -166,7 +166,7 @@ class HMNetwork(nn.Module):
         layers: number of layers.
         slope: slope of the boundary detectors.
 
-    Shape: as ``nn.LSTM``: inputs (steps, batch, features) to outputs (steps, batch, size), and a state.
+    Shape: see ``nn.LSTM``: inputs (steps, batch, features) to outputs (steps, batch, size), and a state.
 
     Example:
         >>> outputs, state = HMNetwork(4, 8)(torch.zeros(5, 2, 4))

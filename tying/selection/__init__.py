@@ -1,4 +1,4 @@
-"""Select weights by name patterns, and group those that belong together."""
+"""Select weights by name patterns, and group weights to tie."""
 
 from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve, select

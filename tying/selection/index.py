@@ -46,11 +46,11 @@ class Match:
     """A weight that a pattern matches.
 
     Attributes:
-        captures: the captured parts of the matched name, which is that of the weight or of a module above it.
+        captures: the captured parts of the matched name, which names the weight or a module that contains it.
         relative: the weight's name relative to the matched module; empty if the pattern matches the weight itself.
         name: the clean name of the weight.
         parameter: the parameter that stores the weight.
-        layout: the map from the layout of the parameter to that of the weight.
+        layout: the map from the layout of the parameter to the layout of the weight.
     """
 
     captures: Captures
@@ -75,7 +75,7 @@ class Names:
 
     @cached_property
     def layouts(self) -> dict[str, Relation]:
-        """The map from the layout of a parameter to that of the weight, by name, where the two differ."""
+        """The maps from the layout of a parameter to the layout of its weight, by name, if the two differ."""
         return {
             clean_name(f"{path}.original"): relation
             for path, module in self.modules.items()
@@ -94,7 +94,7 @@ class Names:
         """Return the weights that a pattern matches, without the excluded ones.
 
         Args:
-            text: a pattern. If it matches no weight, it selects all weights below the modules that it matches.
+            text: a pattern. If it matches no weight, it selects all weights in the modules that it matches.
             exclude: patterns of weights or modules to leave out.
             context: first words of the error message.
 
@@ -152,12 +152,12 @@ class Names:
 
 
 def _parents(name: str) -> list[str]:
-    """Return the names of the modules above a name, the outermost first."""
+    """Return the names of the modules that contain a name, the outermost first."""
     return [name[:position] for position, letter in enumerate(name) if letter == "."]
 
 
 def covers(pattern: Pattern, name: str) -> bool:
-    """Return whether a pattern matches a name or a module above it.
+    """Return whether a pattern matches a name or a module that contains it.
 
     Example:
         >>> covers(Pattern("encoder.*"), "encoder.0.weight")

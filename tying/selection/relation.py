@@ -82,7 +82,7 @@ def check(pattern: str) -> None:
     """Raise an error unless ``pattern`` is an einops pattern that can be inverted.
 
     Raises:
-        ConfigurationError: the pattern does not parse, or an axis does not stand once on each side.
+        ConfigurationError: the pattern does not parse, or an axis does not occur once on each side.
 
     Example:
         >>> check("o i -> o")

@@ -96,7 +96,7 @@ def _resolve(names: Names, ties: Sequence[Tie | str]) -> list[TiedGroup]:
     for tie in (Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties):
         for members in _groups_of(tie, names):
             _unite(members, groups, tie)
-    # in the order in which they were made
+    # in order of creation
     columns = {id(group): zip(*group.members.values(), strict=True) for group in groups.values()}
     return [TiedGroup(names, parameters, relations) for names, parameters, relations in columns.values()]
 
@@ -174,7 +174,7 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None
-        # from parameter to parameter: their layouts may differ from those of the weights
+        # map between parameters, whose layouts may differ from the layouts of the weights
         between = first.layout.then(relation).then(match.layout.inverse())
         name = names.get(id(match.parameter), match.name) if match.layout.steps else match.name
         _, _, known = members.setdefault(id(match.parameter), (name, match.parameter, between))
@@ -201,7 +201,7 @@ def _unite(members: dict[int, Member], groups: dict[int, _Group], tie: Tie) -> N
     name, source, _ = next(iter(oldest.members.values()))
     for others in (members, *(group.members for group in younger)):
         shared = next(key for key in others if key in oldest.members)
-        # from the oldest group's layout to that of the others
+        # from the oldest group's layout to the others' layouts
         between = oldest.members[shared][2].then(others[shared][2].inverse())
         for key, (member, parameter, relation) in others.items():
             composed = between.then(relation)

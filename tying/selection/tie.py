@@ -14,13 +14,13 @@ from tying.selection.relation import Relation
 
 @dataclass(frozen=True)
 class Tie:
-    """Weights that belong together, by name.
+    """Selects weights to tie, by name.
 
     Args:
         source: a pattern of parameter or module names. ``*``, ``?`` and ``[...]`` match within one dotted part,
             ``**`` matches any number of parts, ``{i}`` captures text. A pattern that matches no parameter may match
-            modules: every parameter below them is then tied by its relative name.
-        target: a pattern of the partners; there is one group per value of the captures shared with ``source``.
+            modules: every parameter in them is then tied by its relative name.
+        target: a pattern of the partners. Each value of the captures shared with ``source`` gives one group.
             ``{-i}`` pairs values in mirrored order: the first with the last. If ``None``, all matches of ``source``
             are one group, or one group per value of its captures.
         relation: an invertible einops pattern from the source's layout to the target's, for example ``"o i -> i o"``.
@@ -41,7 +41,7 @@ class Tie:
         """Parse the string form ``"source ~ target | relation"``, whose last two parts are optional.
 
         Raises:
-            ConfigurationError: a part is missing or stands twice.
+            ConfigurationError: a part is missing or repeated.
         """
         names, bar, relation = text.partition("|")
         source, tilde, target = names.partition("~")
@@ -73,13 +73,13 @@ class Tie:
 
 @dataclass(frozen=True, eq=False)
 class TiedGroup:
-    """Distinct tensors that belong together; the first one is the source.
+    """Distinct tensors that are tied; the first one is the source.
 
     Attributes:
         names: one name per tensor, relative to the model.
         parameters: the parameters of the model, in their own layouts.
-        relations: the map from the source's layout to that of each tensor.
-        shared: whether all names are those of one parameter, which ``parameters`` then repeats for each name.
+        relations: the map from the source's layout to the layout of each tensor.
+        shared: whether all names refer to one parameter, which ``parameters`` then repeats for each name.
     """
 
     names: tuple[str, ...]

@@ -17,7 +17,7 @@ CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
 DEVICE_BATCH = 2**26  # entries: few kernel launches, and a buffer of bounded size
 PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 Rates = Mapping[nn.Parameter, float]
-Lane = Sequence[Any]  # the m tensors of a group; then the m tensors to which their gradients are added, or None
+Lane = Sequence[Any]  # m tensors of a group, and m tensors (or None) to which their gradients are added
 
 
 class TyingPenalty(nn.Module):

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians as the prior of weights: it pulls them towards a few learned values."""
+"""A mixture of Gaussians as the prior of weights, which pulls them towards a few learned values."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tying.torch_workarounds import foreach_add_
 
 CPU_CHUNK = 1 << 13  # weights: their densities under all components fit in the cache
 DEVICE_CHUNK = 1 << 20
-NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ changes no sum; much smaller densities are subnormal numbers, which are slow
+NEGLIGIBLE = -60.0  # a density of e⁻⁶⁰ does not change a sum; much smaller ones are subnormal numbers, which are slow
 
 
 class GaussianMixturePrior(nn.Module):
@@ -96,7 +96,7 @@ class GaussianMixturePrior(nn.Module):
         return ((1 - a) * log_precisions + b * log_precisions.exp()).sum()
 
     def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
-        """Add the gradients of ``strength`` times the prior to those of weights and mixture; return the prior's value.
+        """Add gradients of ``strength`` times the prior to the weights and the mixture; return the prior's value.
 
         Args:
             weights: the weights that share the mixture. Missing gradients are created. Frozen weights affect only the
@@ -168,7 +168,7 @@ class GaussianMixturePrior(nn.Module):
             int64, the same shape; 0 is the component at zero.
         """
         owner = self._most_responsible(self.all_means())
-        for _ in owner:  # each replacement has a higher peak, so that there is a last one
+        for _ in owner:  # terminates: each replacement has a higher peak
             owner = owner[owner]
         assigned = owner[self._most_responsible(weights)]
         if weights.dtype in (torch.float16, torch.bfloat16):  # a rounded mean may be nearer to another component
@@ -258,8 +258,8 @@ def _evaluate(
     Add ``scale · ∂Ω/∂w`` to ``into``, chunk by chunk.
 
     With the responsibilities r: ``∂Ω/∂w_i = Σ_j r_ij (w_i − μ_j)/σ_j²``, ``∂Ω/∂μ_j = Σ_i r_ij (μ_j − w_i)/σ_j²``,
-    ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from those of
-    r, r w and r w².
+    ``∂Ω/∂ξ_j = Σ_i r_ij (1 − (w_i − μ_j)²/σ_j²)``, ``∂Ω/∂log π_j = −Σ_i r_ij``. Sums over i follow from the
+    sums of r, r w and r w².
     """
     dtype = torch.promote_types(weights.dtype, torch.float32)
     means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)

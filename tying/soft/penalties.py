@@ -174,7 +174,7 @@ class L1(Penalty):
         return l1(tensors)
 
     def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller values minus that of larger ones."""
+        """Return ``Σ_j sign(w_i − w_j)`` for each tensor: the number of smaller minus the number of larger values."""
         stacked = torch.stack([*tensors], dim=-1)
         ordered = stacked.sort(dim=-1).values
         smaller = torch.searchsorted(ordered, stacked)
@@ -248,7 +248,7 @@ def group_mean(tensors: Sequence[Tensor]) -> Tensor:
 def _prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[float]) -> list[Tensor]:
     """Move two tensors towards each other, in proportion to their rates, until they differ by ``difference``."""
     (a, b), (rate_a, rate_b) = tensors, rates
-    if not (rate_a and rate_b):  # at least one is a constant
+    if not (rate_a and rate_b):  # a constant is among them
         return [b + difference if rate_a else a, a - difference if rate_b else b]
     moved = a - rate_a / (rate_a + rate_b) * (a - b - difference)
     return [moved, moved - difference]

@@ -45,7 +45,7 @@ class DerivedWeight:
         owner: the module.
         name: the weight's attribute name in the owner.
         steps: the modules that compute the weight, one after another; each may have a ``right_inverse``, and a
-            ``describe() -> str`` for reports.
+            ``describe() -> str``, which reports show.
         prefixes: prefixes of the weight's keys in the owner's state dict.
     """
 
@@ -96,7 +96,7 @@ def derived_weights(model: nn.Module, aliases: bool = False) -> dict[str, Derive
 
 
 def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
-    """Return, by key, all derived weights except those of ties."""
+    """Return all derived weights that no tie made, by name."""
     return {
         key: derived
         for key, derived in derived_weights(model, aliases=True).items()
@@ -105,10 +105,10 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
 
 
 class _Generated:
-    """The second base of each generated class, in which the weights of one module are properties.
+    """The second base of each generated class. The class defines the derived weights of one module as properties.
 
-    Each module has a generated class of its own, and so has each copy of a module, because torch's
-    ``register_parametrization`` and ``remove_parametrizations`` write into the class of a parametrized module.
+    Modules, and copies of a module, do not share generated classes, because torch's ``register_parametrization`` and
+    ``remove_parametrizations`` change the class of a parametrized module.
     """
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
@@ -134,15 +134,15 @@ def install(
 ) -> None:
     """Let a module compute one of its weights.
 
-    The module's class becomes a generated subclass in which the weight is a property. Without ``table``, this is what
-    ``torch.nn.utils.parametrize.register_parametrization`` does: the weight's parameters are
+    The module's class becomes a generated subclass with a property for the weight. Without ``table``, this is like
+    ``torch.nn.utils.parametrize.register_parametrization``: the weight's parameters are
     ``parametrizations.{name}.original`` and so on.
 
     Args:
         module: changed in place.
         name: the weight's attribute name.
         step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
-        table: a parameter to take the weight's place in the order of parameters; ``step`` needs a ``joint_inverse``.
+        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``joint_inverse``.
         keys: the attribute names of the table and of ``step`` in the module.
 
     Example:
@@ -171,7 +171,7 @@ def install(
 
 
 def remove(module: nn.Module, name: str) -> nn.Parameter:
-    """Replace a derived weight by a parameter of equal value, at the weight's former place; return it."""
+    """Replace a derived weight by a parameter of equal value, at its former position; return the parameter."""
     [derived] = [derived for derived in derived_in(module) if derived.name == name]
     weight = nn.Parameter(getattr(module, name).detach().clone(), any(p.requires_grad for p in derived.originals))
     computes = _computes(module)
@@ -193,7 +193,7 @@ def remove(module: nn.Module, name: str) -> nn.Parameter:
 def computed_property(parameter: str, step: str) -> property:
     """Return the property of a weight that the submodule ``step`` computes.
 
-    Assigning a weight stores the parameter for which the computed weight is nearest to it.
+    Assigning a weight stores the parameter whose computed weight is nearest to the assigned one.
 
     Args:
         parameter: name of the parameter.
@@ -220,7 +220,7 @@ def _computes(module: nn.Module | type[nn.Module]) -> dict[str, tuple[str, str]]
 
 
 def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.Parameter) -> None:
-    """Put a parameter in the place of another one: the state of optimizers depends on their order."""
+    """Replace a parameter and keep the order of parameters, on which the state of optimizers depends."""
     module._parameters = {
         name if key == former else key: parameter if key == former else value
         for key, value in module._parameters.items()
@@ -228,14 +228,15 @@ def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.
 
 
 def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
-    """Give a module a new class with a property for each weight that it computes; without any, its plain class.
+    """Give a module a new class with a property for each derived weight, or its plain class if it has none.
 
-    The class of parametrized modules is the outermost: torch removes it with the last parametrization.
+    The class that torch generates for parametrized modules is the outermost; torch removes it with the last
+    parametrization.
     """
     kind = next(
         cls
         for cls in type(module).__mro__
-        if cls.__module__ not in (parametrize.__name__, __name__)  # where torch, and this function, generate classes
+        if cls.__module__ not in (parametrize.__name__, __name__)  # modules of generated classes
         and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
@@ -253,7 +254,7 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
-    """Return a reset method: it draws plain weights by the plain class's method, and tables from these."""
+    """Return a reset method, which calls the plain class's method and then draws tables from the new weights."""
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
@@ -278,8 +279,8 @@ def parametrize_all(
         make: returns the parametrization of a weight; it must have a ``right_inverse``.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is tied or parametrized already, or does not fit its
-            parametrization; nothing is changed.
+        ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, or does not fit its
+            parametrization. The model is not changed.
     """
     locations = locate_parameters(model)
     steps: dict[str, nn.Module] = {}
@@ -326,7 +327,7 @@ class Link(nn.Module):
 
 
 class LinkList(ParametrizationList):
-    """Holds the source of a link, which torch must not overwrite when somebody removes the parametrization.
+    """Holds the source of a link, which torch must not overwrite when the parametrization is removed.
 
     With ``is_tensor = True``, torch would write the weight into the source, in the wrong layout for its other users.
     """
@@ -384,7 +385,7 @@ def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield every weight that the forward pass uses, as :func:`effective_weight`; shared ones once per use."""
+    """Yield every weight that the forward pass uses, shared weights once per use; see :func:`effective_weight`."""
     with eval_mode(model):
         for path, module in model.named_modules(remove_duplicate=False):
             if "parametrizations" not in path.split("."):
@@ -395,7 +396,7 @@ def effective_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def effective_weight(derived: DerivedWeight) -> Any:
-    """Return a derived weight; a meta tensor of its shape where the last step stores that (``shape``)."""
+    """Return a derived weight, or a meta tensor of its shape if the last step has an attribute ``shape``."""
     shape = getattr(derived.steps[-1], "shape", None)
     table = derived.owner._parameters.get(derived.prefixes[0])
     if isinstance(shape, torch.Size) and table is not None:
@@ -406,7 +407,7 @@ def effective_weight(derived: DerivedWeight) -> Any:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of stored parameter values, and of the values that the forward pass uses.
 
-    The latter counts a shared weight once per use, and of a derived weight its entries.
+    The second number counts a shared weight once per use, and all entries of a derived weight.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -422,7 +423,7 @@ class ParameterLocation:
     """Where a model holds a parameter.
 
     Attributes:
-        owner: the module whose weight it is.
+        owner: the module that uses the weight.
         attribute: the weight's attribute name in the owner.
         holder: the module that holds the parameter: the owner, or the list of parametrizations of its weight.
         original: the parameter's name in the holder.
@@ -441,7 +442,7 @@ class ParameterLocation:
 
     @property
     def relation(self) -> Relation | None:
-        """The map from the parameter to the weight; ``None`` where a parametrization is not by :func:`tie`."""
+        """The map from the parameter to the weight; ``None`` for a parametrization that :func:`tie` did not make."""
         if self.holder is self.owner:
             return Relation()
         link = links_in(self.owner).get(self.attribute)
@@ -449,7 +450,7 @@ class ParameterLocation:
 
 
 def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
-    """Return where a model holds its parameters, by clean name, aliases included."""
+    """Return the locations of a model's parameters, by clean name, including aliases."""
     locations = {}
     for path, module in model.named_modules(remove_duplicate=False):
         owner, weight = module, None
@@ -464,12 +465,12 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
 
 
 def check_free(name: str, locations: Mapping[str, ParameterLocation], because: str = "") -> None:
-    """Raise where a weight cannot be replaced by a derived one.
+    """Raise an error unless a weight can be replaced by a derived weight.
 
     Args:
         name: the weight's name.
-        locations: of all parameters of the model.
-        because: added to the message where the weight is tied.
+        locations: the locations of all parameters of the model.
+        because: a reason, which is added to the message if the weight is tied.
 
     Raises:
         ConfigurationError: the weight is parametrized, or tied.
@@ -477,6 +478,6 @@ def check_free(name: str, locations: Mapping[str, ParameterLocation], because: s
     location = locations[name]
     if location.holder is not location.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = location.parameter  # a module's second name is equal to its first, and no tie
+    weight = location.parameter  # two names of one module are no tie
     if tied := [other for other, alias in locations.items() if alias.parameter is weight and alias != location]:
         raise ConfigurationError(f"{name!r} is tied to {tied[0]!r}{because}: untie them, or choose others")

@@ -12,10 +12,10 @@ from tying.selection.tie import TiedGroup
 
 @torch.no_grad()
 def merge_optimizer_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> None:
-    """Let optimizers hold one parameter for a group: the source, in its own parameter group.
+    """Replace the members of a group in the optimizers by the source, which stays in its parameter group.
 
-    State of the source's shape becomes the mean over the members, in the source's layout; numbers, such as a count of
-    steps, stay the source's.
+    State tensors of the source's shape become the mean over the members, in the source's layout. Numbers, such as a
+    step count, keep the source's value.
 
     Args:
         optimizers: changed in place.
@@ -54,12 +54,12 @@ def merge_optimizer_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> 
 
 
 def are_alike(parameters: Iterable[nn.Parameter]) -> bool:
-    """Tell whether weights could be one parameter: all trained or all frozen, of one dtype, on one device."""
+    """Return whether weights can be one parameter: all trained or all frozen, of one dtype, on one device."""
     return len({(p.requires_grad, p.dtype, p.device) for p in parameters}) == 1
 
 
 def check_alike(first: nn.Parameter, second: nn.Parameter, message: str) -> None:
-    """Raise a ConfigurationError that begins with ``message`` where two weights could not be one parameter."""
+    """Raise a ConfigurationError that begins with ``message`` unless two weights can be one parameter."""
     for what in ("requires_grad", "dtype", "device"):
         if getattr(first, what) != getattr(second, what):
             raise ConfigurationError(

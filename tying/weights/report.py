@@ -1,4 +1,4 @@
-"""Report which weights are shared or computed, what that saves, and what would break it."""
+"""Report which weights are shared or computed, how much memory that saves, and what would break it."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,12 +22,12 @@ class WeightRow:
     """A weight that is shared or computed, or modules whose weights are all shared in the same way.
 
     Attributes:
-        names: of the weight or the modules, the source first.
-        how: ``"shared"``, a relation, or the description that a derived weight gives of itself.
-        shape: of the weight, in the source's layout; empty for modules.
+        names: names of the weight or of the modules, the source first.
+        how: ``"shared"``, a relation, or the description of a derived weight.
+        shape: shape of the weight, in the source's layout; empty for modules.
         stored: number of values of the parameters, which other rows may share.
         used: number of values that the forward pass uses: each use counts.
-        weights: how many weights each module has; 1 for a weight.
+        weights: number of weights in each module; 1 for a weight.
     """
 
     names: tuple[str, ...]
@@ -44,19 +44,19 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class TieReport:
-    """The shared and computed weights of a model, and what they save; see :func:`audit`.
+    """The shared and computed weights of a model, and the memory that they save; see :func:`audit`.
 
     Attributes:
-        groups: all names of each weight that has several, the source first.
-        relations: how each group is tied: ``"shared"``, or the relations that stand in it.
-        unique: number of parameter values that are stored.
-        virtual: number of values the model computes with: each use counts.
-        saved_bytes: by how many bytes the weights that the model computes with exceed what is stored; gradients and
-            optimizer states come on top.
-        problems: what is wrong now, each with its remedy.
-        limits: what would undo the ties, or store copies, each with its remedy.
-        rows: one for each group, then one for each weight that is computed without a tie; modules in which every
-            weight is shared in the same way are one row.
+        groups: the names of each shared weight, the source first.
+        relations: how each group is tied: ``"shared"``, or its relations.
+        unique: number of stored parameter values.
+        virtual: number of values that the forward pass uses: each use counts.
+        saved_bytes: size of the values that the forward pass uses minus the size of the stored values, without
+            gradients and optimizer states.
+        problems: present mistakes, each with its remedy.
+        limits: operations that would undo the ties or store copies, each with its remedy.
+        rows: one for each group, then one for each weight that is computed without a tie. Modules whose weights are all
+            shared in the same way form one row.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -76,21 +76,21 @@ class TieReport:
         return asdict(self)
 
     def counts(self) -> str:
-        """Return the numbers, in a sentence."""
+        """Return the counts as a sentence."""
         saved = f"{abs(self.saved_bytes):,} bytes {'saved' if self.saved_bytes >= 0 else 'more'} by sharing"
         return f"{self.unique:,} unique parameters, {self.virtual:,} counting each use; {saved}."
 
     def remarks(self) -> list[str]:
-        """Return problems and limits, a line each."""
+        """Return problems and limits, one per line."""
         return [f"Problem: {problem}." for problem in self.problems] + [f"Limit: {limit}." for limit in self.limits]
 
 
 def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
-    """Report which weights of a model are shared or computed, what that saves, what is wrong and what would break.
+    """Report which weights of a model are shared or computed, the memory saved, mistakes and limits.
 
     Args:
-        model: any module; also finds sharing that :func:`tying.hard.tie` has not made.
-        optimizers: of the model, to find parameters that are missing, listed twice or no longer the model's.
+        model: any module. Weights that were shared without :func:`tying.hard.tie` are found too.
+        optimizers: the model's optimizers, to find parameters that are missing, listed twice or no longer the model's.
 
     Example:
         >>> from tying.hard import tie
@@ -133,7 +133,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
 
 
 def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightRow]:
-    """Return rows of weights, with one row for modules in which every weight is shared in the same way."""
+    """Return rows of weights, with one row for modules whose weights are all shared in the same way."""
     alike = {(row.names, row.how): row for row in rows}
     folded = {}
     for key, row in alike.items():
@@ -167,7 +167,7 @@ def _broken(model: nn.Module) -> Iterable[str]:
 
 
 def _on_one_storage(model: nn.Module) -> Iterable[str]:
-    spans: dict[int, list[tuple[int, int, str]]] = {}  # by storage: first byte, the byte behind the last, name
+    spans: dict[int, list[tuple[int, int, str]]] = {}  # for each storage: first byte, end byte (exclusive), name
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.numel() or hasattr(parameter, "full_tensor"):
             continue
@@ -224,10 +224,10 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
         yield f"FSDP must shard the modules of a group together: {several[0]},{more} or a module that holds them all"
     if groups:
         yield (
-            "formats without sharing, such as safetensors, refuse or store copies: save tying.hard.bake(model), and "
-            "load it by load_state_dict"
+            "formats without sharing, such as safetensors, raise errors or store copies: save tying.hard.bake(model), "
+            "and load it by load_state_dict"
         )
         yield (
-            "after to_empty, or load_state_dict(assign=True) of a part, the weights are separate until a state dict is "
-            "loaded into the whole model"
+            "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate until a state "
+            "dict is loaded into the whole model"
         )

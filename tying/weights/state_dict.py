@@ -37,7 +37,7 @@ class TieRecord:
     Attributes:
         names: all names that hold the parameter.
         relations: the map from the source's layout to each name's.
-        members: an identifier of the parameter that each name held before; equal for names that held the same one.
+        members: an identifier of the parameter that each name held before; equal for names of the same parameter.
         root: the token of the model that was tied.
     """
 
@@ -56,9 +56,9 @@ class ModuleRecord:
     """The record that :func:`tie` keeps in a module.
 
     Attributes:
-        ties: the ties made with this module as the model, and the names that each has tied.
-        groups: the tied names whose innermost common module this is: loading the module alone is checked too, and a
-            copy of it stays tied.
+        ties: the ties made with this module as the model, each with the names that it has tied.
+        groups: the groups of tied names for which this is the innermost common module. Because they are stored here,
+            loading this module alone is checked too, and a copy of it stays tied.
         token: identifies this module, and its copies, as the model of a tie.
     """
 
@@ -68,27 +68,27 @@ class ModuleRecord:
 
 
 def record_in(module: nn.Module) -> ModuleRecord:
-    """Return the record of a module, an empty one if it has none."""
+    """Return the record of a module, or an empty record if it has none."""
     return module.__dict__.get(RECORD) or ModuleRecord()
 
 
 def records_below(model: nn.Module) -> list[tuple[str, ModuleRecord]]:
     """Return the records of a model and of its parts, each with the clean name of its module.
 
-    Of a module with several names, the last one counts.
+    A module with several names is listed under its last name.
     """
     paths = {module: path for path, module in model.named_modules(remove_duplicate=False) if RECORD in module.__dict__}
     return [(clean_name(path), record_in(module)) for module, path in paths.items()]
 
 
 def tie_records(model: nn.Module) -> list[TieRecord]:
-    """Return all groups of tied names in a model: tied in the model, in its parts, or in a model above."""
+    """Return all groups of tied names in a model, whether tied in it, in a submodule, or in a containing model."""
     return [group.within(path) for path, record in records_below(model) for group in record.groups]
 
 
 def install_record(model: nn.Module, groups: Sequence[TieRecord]) -> None:
     """Record groups of tied names, each in the innermost module that holds all of them."""
-    token = _writable_record(model).token  # loads of the model are checked before anything is written
+    token = _writable_record(model).token  # loading checks the whole model before it changes a weight
     modules = {clean_name(path): module for path, module in model.named_modules()}
     for group in groups:
         common = commonprefix([name.split(".")[:-1] for name in group.names])  # noqa: RUF071  # lists, compared by parts
@@ -108,13 +108,13 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
 def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[str, ParameterLocation]) -> None:
     """Set the parameter of all names of a group to ``source``, each through its relation."""
     relations = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
-    for location, relation in relations.items():  # once, where a module has several names
+    for location, relation in relations.items():  # only once if a module has several names
         put_parameter(location, source, relation)
 
 
 def put_parameter(location: ParameterLocation, parameter: nn.Parameter, relation: Relation) -> None:
     """Replace the parameter at a location; the weight there becomes ``relation(parameter)``."""
-    if location.relation in (relation, None):  # others may have parametrized the weight
+    if location.relation in (relation, None):  # other code may have parametrized the weight
         setattr(location.holder, location.original, parameter)
     else:
         if location.holder is not location.owner:
@@ -146,19 +146,19 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
 def reconcile(
     model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
 ) -> list[str]:
-    """Make the copies of each tied weight in a state dict equal, and add missing ones; also torch's load hook.
+    """Make the copies of each tied weight in a state dict equal, and add missing copies; also a load hook.
 
     Args:
         model: the tied model.
         state_dict: changed in place.
         prefix: of the model's keys.
-        unequal: what to do where copies differ: raise, take that of the source, or take their mean.
+        unequal: what to do if copies differ: raise an error, use the source's copy, or use their mean.
 
     Returns:
-        The names of the weights whose copies differed.
+        The names of the weights with different copies.
 
     Raises:
-        ConfigurationError: two copies differ, or an entry is no tensor of the weight's shape.
+        ConfigurationError: two copies differ, or an entry is not a tensor of the weight's shape.
     """
     groups = tie_records(model)
     keys = {unwrapped(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)} if groups else {}
@@ -207,7 +207,7 @@ def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors are equal bit by bit.
+    """Return whether two tensors are bitwise equal.
 
     Example:
         >>> are_equal(torch.tensor([0.0, float("nan")]), torch.tensor([0.0, float("nan")]))
@@ -225,10 +225,10 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
 def bake(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict that the untied model loads without this package.
 
-    Every tensor is a separate contiguous copy on the CPU, which any format can store, safetensors too; extra state that
-    is not a tensor stays unchanged. All derived weights are computed, also those of other people's parametrizations.
-    The state dict holds weights only: other changes to the forward pass, such as a merge that scales branches at test
-    time, are not in it.
+    Every tensor is a separate contiguous copy on the CPU, which any format can store, including safetensors; extra
+    state that is not a tensor stays unchanged. All derived weights are computed, even if this package did not
+    parametrize them. The state dict holds weights only: other changes to the forward pass, such as a merge that scales
+    branches at test time, are not in it.
 
     Example:
         >>> from tying.hard import tie
@@ -254,20 +254,20 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Unequal = "error") -> list[str]:
-    """Load a state dict of the untied model into a tied one, also where its copies of a tied weight differ.
+    """Load a state dict of the untied model into a tied one, even if its copies of a tied weight differ.
 
     Args:
         model: the tied model; may have derived weights whose steps have a ``right_inverse``.
-        state_dict: with the names of the untied model.
-        unequal: what to do where copies differ: raise, take that of the source, or take their mean.
+        state_dict: a state dict with the names of the untied model.
+        unequal: what to do if copies differ: raise an error, use the source's copy, or use their mean.
 
     Returns:
-        The names of the weights whose copies differed.
+        The names of the weights with different copies.
 
     Raises:
-        ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized; nothing is
-            loaded.
-        RuntimeError: names or shapes do not fit, as of ``load_state_dict``.
+        ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized. Nothing
+            is loaded.
+        RuntimeError: names or shapes do not fit; see ``load_state_dict``.
     """
     check_choice("unequal", unequal, ("error", "source", "mean"))
     plain = {unwrapped(key): value for key, value in state_dict.items()}
@@ -282,7 +282,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
             sharing.setdefault(derived.originals[0], []).append((derived.steps[0], weight))
         else:
             setattr(derived.owner, derived.name, weight)
-    for table, parts in sharing.items():  # together: the table becomes the nearest to all
+    for table, parts in sharing.items():  # together: the table becomes the one nearest to all weights
         with torch.no_grad():
             table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
     return differing
@@ -291,16 +291,16 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 def _take_derived(
     model: nn.Module, plain: dict[str, Tensor], current: Mapping[str, Tensor]
 ) -> dict[DerivedWeight, Tensor]:
-    """Replace the entries of derived weights by the current ones of their parameters; return the former.
+    """Replace the entries of derived weights by the values of their parameters; return the removed entries.
 
     Raises:
-        ConfigurationError: a derived weight cannot take its entry.
+        ConfigurationError: a derived weight cannot be set to its entry.
     """
     assigned = {}
     for key, derived in derived_by_others(model).items():
         if key in plain:
             value = assigned[derived] = plain.pop(key).to(derived.originals[0])
-            for step in reversed(derived.steps):  # does it fit?
+            for step in reversed(derived.steps):  # raises if it does not fit
                 if not hasattr(step, "right_inverse"):
                     raise ConfigurationError(
                         f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
@@ -311,5 +311,5 @@ def _take_derived(
 
 
 def _prefixes(key: str, derived: DerivedWeight) -> tuple[str, ...]:
-    """Return the prefixes, in the model's state dict, of the keys that stand for a derived weight."""
+    """Return the prefixes, in the model's state dict, of the keys that belong to a derived weight."""
     return tuple(key.removesuffix(derived.name) + prefix for prefix in derived.prefixes)

@@ -27,24 +27,24 @@ Init = Literal["source", "mean"]
 
 
 def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> list[TiedGroup]:
-    """Make the weights that each tie names one parameter.
+    """Tie weights: replace the weights that each tie names by one parameter.
 
-    Without a relation, all names hold the same ``Parameter``. With one, a weight is computed from the source by a
-    parametrization. A ``state_dict`` has the names and shapes of the untied model. Loading one whose copies of a weight
-    are not bitwise equal raises before anything of ``model`` is written; a missing copy is taken from another one.
+    Without a relation, all names hold the same ``Parameter``. With a relation, a parametrization computes the weight
+    from the source. The ``state_dict`` has the names and shapes of the untied model. ``load_state_dict`` raises an
+    error before it changes ``model`` if the copies of a weight are not bitwise equal; it fills in missing copies.
     Earlier ties that other code has broken are repaired.
 
     Args:
         model: the module whose names the patterns match; changed in place.
         ties: ties, or their string form ``"source ~ target | relation"``.
-        init: the values of the shared weight: those of the source, or the mean over the members.
+        init: initial value of the shared weight: the source's value, or the mean over the members.
 
     Returns:
         The groups of these ties, merged with earlier ones; ``parameters`` holds the shared parameter for each name.
 
     Raises:
         ConfigurationError: the ties do not fit the model, or the members of a group differ in dtype or device, are
-            partly frozen, or parametrized otherwise; nothing is changed.
+            partly frozen, or have other parametrizations. The model is not changed.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
@@ -62,7 +62,7 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     names = {
         tie: frozenset(name for group in groups for name in group.names)
         for tie, groups in zip(new, resolve_each(model, new), strict=True)
-        if not isinstance(groups, ConfigurationError)  # none is: they resolve together
+        if not isinstance(groups, ConfigurationError)  # never an error: they resolve together
     }
     tie_groups(model, resolve(model, new), init)
     ties_made = record_in(model).ties
@@ -82,7 +82,7 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
     for group, record in zip(groups, records, strict=True):
         share_parameter(record, group.parameters[0], locations)
     names = {name for record in records for name in record.names}
-    for path, kept in records_below(model):  # a group that grows is recorded anew
+    for path, kept in records_below(model):  # a larger group replaces its former record
         kept.groups = [record for record in kept.groups if names.isdisjoint(record.within(path).names)]
     install_record(model, records)
     return [group for group in tied(model) if not names.isdisjoint(group.names)]
@@ -91,18 +91,18 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
 def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
     """Replace the weights that :func:`tie` has tied by separate parameters of equal value.
 
-    Names that held one parameter before they were tied hold one again. Weights that other code has replaced since stay
-    unchanged.
+    Names that shared a parameter before the tie share one again. Weights that other code has replaced since the tie do
+    not change.
 
     Args:
-        model: the tied model, or one that has it as a part.
-        names: untie only groups that hold one of these names; all by default.
+        model: the tied model, or a model that contains it.
+        names: untie only groups that contain one of these names; default: all groups.
 
     Returns:
         The number of new parameters.
 
     Raises:
-        ConfigurationError: the ties were made in a model of which this is a part.
+        ConfigurationError: the ties were made in a model that contains this one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
@@ -130,10 +130,10 @@ def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
 
 
 def tied(model: nn.Module) -> list[TiedGroup]:
-    """Return the groups of weights that :func:`tie` has tied, in ``model`` or in a part of it.
+    """Return the groups of weights that :func:`tie` has tied, in ``model`` or in its submodules.
 
     Raises:
-        ConfigurationError: some are separate again; tying again, or loading a state dict into the model, repairs them.
+        ConfigurationError: some weights are separate again. To repair them, tie again or load a state dict.
     """
     records = tie_records(model)
     locations = locate_parameters(model) if records else {}
@@ -144,7 +144,7 @@ def tied(model: nn.Module) -> list[TiedGroup]:
 
 
 def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
-    """Return the parameter that all names of a record hold; raise unless they hold one."""
+    """Return the parameter that all names of a record hold; raise an error if they hold different ones."""
     first = record.names[0]
     for name, relation in zip(record.names, record.relations, strict=True):
         message = f"{name!r} was tied to {first!r}, and"
@@ -214,7 +214,7 @@ def _mean(group: TiedGroup) -> Tensor:
 
 
 def _release(model: nn.Module, group: TieRecord) -> int:
-    """Replace all members but the source by separate parameters of equal value; return the number of these."""
+    """Replace all members but the source by separate parameters of equal value; return the number of new parameters."""
     locations = locate_parameters(model)
     members = {
         locations[name]: member for name, member in zip(group.names, group.members, strict=True) if name in locations

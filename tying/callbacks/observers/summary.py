@@ -16,7 +16,7 @@ from tying.weights.report import audit
 
 
 class TyingSummary(pl.Callback):
-    """Print, when training starts, which weights are tied or computed, and what that saves.
+    """Print, when training starts, which weights are tied or computed, and how much memory that saves.
 
     Args:
         max_rows: how many groups to list.
@@ -32,7 +32,7 @@ class TyingSummary(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not in on_fit_start: by now every callback knows its groups, and a checkpoint's weights are loaded
+        # not in on_fit_start: only now every callback knows its groups and the checkpoint's weights are loaded
         if trainer.is_global_zero:
             groups = tied_groups(trainer)
             lines = summary_lines(pl_module, [group for _, group in groups])
@@ -40,7 +40,7 @@ class TyingSummary(pl.Callback):
 
 
 def group_row(callback: str, group: TiedGroup) -> dict[str, Any]:
-    """Return a tied group as plain types: who ties it, and its names, source's shape, relation and gap."""
+    """Return a tied group as plain types: its callback, names, source's shape, relation and gap."""
     shape, relation = [*group.parameters[0].shape], group.relation
     return {"by": callback, "names": group.names, "shape": shape, "relation": relation, "gap": gap(group.tensors())}
 

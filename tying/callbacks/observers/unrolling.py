@@ -21,8 +21,8 @@ class Unrolling(pl.Callback):
     directory. Additional steps use the normalisation layers of the last trained step.
 
     Args:
-        extra: numbers of steps to add to those of each :class:`tying.depth.Recurrent`; negative for fewer, but at
-            least one step is left.
+        extra: numbers of steps to add to each :class:`tying.depth.Recurrent`; negative numbers remove steps, and at
+            least one step remains.
 
     Raises:
         ConfigurationError: ``extra`` is empty, or the model has no recurrent block.

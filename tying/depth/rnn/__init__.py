@@ -1,1 +1,1 @@
-"""Recurrent networks that skip, share or generate over time."""
+"""Recurrent networks that skip updates, share weights or generate weights over time."""

@@ -45,15 +45,15 @@ def hm_update(
 ) -> tuple[Tensor, Tensor]:
     """Return a layer's next hidden state and cell.
 
-    If the layer had a boundary in the step before, FLUSH: ``c = i ⊙ g``. Otherwise, if the layer below has a boundary,
-    UPDATE: ``c = f ⊙ c + i ⊙ g``. In both cases ``h = o ⊙ tanh(c)``. Otherwise COPY: h and c stay the same.
+    If the layer had a boundary in the previous step, FLUSH: ``c = i ⊙ g``. Otherwise, if the layer below has a
+    boundary, UPDATE: ``c = f ⊙ c + i ⊙ g``. In both cases ``h = o ⊙ tanh(c)``. Otherwise COPY: h and c stay the same.
 
     Args:
         h: hidden state, (batch, size).
         c: cell, (batch, size).
         gates: f, i, o and g, after their nonlinearities, each (batch, size).
-        z_before: 1 where the layer itself had a boundary in the step before, else 0, (batch, 1).
-        z_below: 1 where the layer below has a boundary in this step, else 0, (batch, 1).
+        z_before: 1 if this layer had a boundary in the previous step, else 0, (batch, 1).
+        z_below: 1 if the layer below has a boundary in this step, else 0, (batch, 1).
 
     Example:
         >>> one, zero = torch.ones(1, 1), torch.zeros(1, 1)
@@ -84,15 +84,15 @@ def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
     """
     probability = (slope * x + 1) / 2  # clamped by the comparison
     boundary = (torch.rand_like(x) < probability if sample else x > 0).to(x.dtype)
-    # straight-through estimator: what is added is zero
+    # straight-through estimator: the added value is zero
     return boundary + torch.where((slope * x).abs() < 1, probability - probability.detach(), 0)
 
 
 class HMLSTM(nn.Module):
     """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
-    A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary itself in the
-    step before, and otherwise copies its state; see :func:`hm_update`. The gradient of a boundary is that of a hard
+    A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary in the
+    previous step, and otherwise copies its state; see :func:`hm_update`. The gradient of a boundary is that of a hard
     sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
 
     Args:

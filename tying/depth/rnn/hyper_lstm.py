@@ -40,8 +40,8 @@ class HyperLSTMCell(nn.LSTMCell):
 
     ``hyper`` reads ``(h_{t−1}, x_t)``. Its hidden state ``ĥ_t`` gives each gate y of i, f, g and o separate embeddings
     z, and ``y = d_h(z_h) ⊙ W_h h_{t−1} + d_x(z_x) ⊙ W_x x_t + b(z_b) + b₀``: the weight is ``W(z) = diag(d(z)) W``,
-    which is never materialised. Initially the scales d are 1 and the shifts b(z) are 0, so that the cell starts as the
-    plain LSTM of its weights, which have the names of ``nn.LSTMCell``. (The authors start from 0.1, under layer
+    which is never materialised. Initially the scales d are 1 and the shifts b(z) are 0, so that the cell starts as a
+    plain LSTM. Its weights have the names of ``nn.LSTMCell``. (The authors start from 0.1, under layer
     normalisation.)
 
     Args:
@@ -49,7 +49,7 @@ class HyperLSTMCell(nn.LSTMCell):
         hidden_size: size of the state.
         hyper_size: size of the state of the small LSTM.
         embedding_size: size of each z.
-        bias: whether there is b₀.
+        bias: whether to add b₀.
 
     Shape: inputs (batch, inputs) and an optional state to :class:`HyperState`.
 
@@ -81,7 +81,7 @@ class HyperLSTMCell(nn.LSTMCell):
     @override
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if not hasattr(self, "shift"):  # the constructor of nn.LSTMCell calls this method, too
+        if not hasattr(self, "shift"):  # called by the constructor of nn.LSTMCell
             return
         self.hyper.reset_parameters()
         nn.init.zeros_(self.scale_embedding.weight)
@@ -150,14 +150,14 @@ class HyperLSTM(nn.Module):
         hyper_size: size of the state of each layer's small LSTM.
         embedding_size: size of the embeddings z.
         num_layers: number of layers; each reads the outputs of the layer below.
-        bias: whether there is b₀.
+        bias: whether to add b₀.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
 
     Shape: inputs (steps, batch, inputs) and an optional :class:`HyperState` to outputs (steps, batch, size) and the
     last state.
 
     Raises:
-        ConfigurationError: as :class:`HyperLSTMCell`; ``num_layers`` is below 1, or a sequence is empty.
+        ConfigurationError: see :class:`HyperLSTMCell`; ``num_layers`` is below 1, or a sequence is empty.
 
     Example:
         >>> outputs, state = HyperLSTM(4, 8, hyper_size=3, embedding_size=2)(torch.zeros(5, 2, 4))

@@ -17,7 +17,7 @@ class StateMatrix(nn.Module):
     Args:
         size: n, size of the state.
         rank: d, rank of P Q; 0 for the diagonal alone.
-        diagonal: whether there is s.
+        diagonal: whether to add diag(s).
 
     Shape: (..., n) to (..., n).
 
@@ -109,7 +109,7 @@ class PassthroughGRU(nn.Module):
     """A gated recurrent unit with square matrices of low rank, optionally plus a diagonal.
 
     ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and
-    ``h' = (1 − u) ⊙ m + u ⊙ h``, each U being a :class:`StateMatrix`. (``nn.GRU`` resets after the product instead.)
+    ``h' = (1 − u) ⊙ m + u ⊙ h``; each U is a :class:`StateMatrix`. (``nn.GRU`` instead resets after the product.)
 
     Args:
         input_size: size of the input.
@@ -124,7 +124,7 @@ class PassthroughGRU(nn.Module):
     Shape: inputs (steps, batch, inputs) and optional states (layers, batch, n) to outputs (steps, batch, n) and states.
 
     Raises:
-        ConfigurationError: as :class:`StateMatrix`; ``num_layers`` is below 1; an input or state has another shape, or
+        ConfigurationError: see :class:`StateMatrix`; ``num_layers`` is below 1; an input or state has another shape, or
             no steps.
 
     Example:

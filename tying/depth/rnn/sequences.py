@@ -30,7 +30,7 @@ def steps_first(x: Tensor | PackedSequence, features: int, batch_first: bool = F
 
 
 def initial_state(x: Tensor, state: Sequence[Tensor] | None, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Return the parts of a state, or zeros of the same shapes in x's dtype and device where no state is given.
+    """Return the parts of a state, or zeros of these shapes in x's dtype and device if no state is given.
 
     Raises:
         ConfigurationError: the parts have other shapes.

@@ -14,7 +14,7 @@ from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import initial_state, steps_first
 from tying.errors import ConfigurationError, check_range
 
-Keep = Tensor | float  # probability of taking the new value; or a mask, true where a unit takes it
+Keep = Tensor | float  # probability of taking the new value, or a mask of the units that take it
 State = tuple[Tensor, Tensor]
 
 
@@ -41,11 +41,11 @@ def zoned_lstm(
         weight_hh: (4 · size, size).
         bias: (4 · size).
         keep_cell: k_c, a number or a mask of shape (steps, batch, size) or (steps, batch, 1).
-        keep_hidden: k_h, likewise.
+        keep_hidden: k_h, see ``keep_cell``.
 
     Shape: outputs (steps, batch, size), hidden state and cell (batch, size). Under autocast they have its dtype.
 
-    There is no double backward, and ``torch.func`` does not support this function.
+    Double backward and ``torch.func`` are not supported.
 
     Raises:
         ConfigurationError: k_c or k_h requires a gradient.
@@ -155,7 +155,7 @@ def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
     elif not isinstance(keep, Tensor) and keep in (
         0.0,
         1.0,
-    ):  # without the other value, which may be infinite or not a number
+    ):  # without the other value, which may be NaN
         out.copy_(new if keep else old)
     else:
         torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
@@ -241,9 +241,9 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
 class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
-    Projections (``proj_size``) are not supported. In evaluation, old and new values are averaged with these
-    probabilities. The outputs are the hidden states after zoneout. There is no double backward, ``torch.func`` does not
-    support the layer, and ``torch.compile`` breaks its graph at it.
+    Projections (``proj_size``) are not supported. In evaluation, states are averages of old and new values with
+    the zoneout probabilities as weights. The outputs are the hidden states after zoneout. Double backward and
+    ``torch.func`` are not supported, and ``torch.compile`` has a graph break at this layer.
 
     Args:
         input_size: size of the input.
@@ -258,7 +258,7 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
         zoneout_cell: probability that a unit of the cell keeps its old value, at each step.
         zoneout_hidden: probability that a unit of the hidden state keeps its old value.
 
-    Shape: as ``nn.LSTM``, packed sequences and single ones included.
+    Shape: see ``nn.LSTM``; packed sequences and unbatched inputs are supported.
 
     Raises:
         ConfigurationError: a probability is not in [0, 1]; an input or state has another shape, or no steps.
