@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Errors and warnings
 
-Every error that the package raises, and every warning, as it is written in the source; in braces stands what is told of the case. Each has
+Every error that the package raises, and every warning, as it is written in the source; braces hold values of the case. Each has
 been read with three questions: does it name what is wrong, and the value; does it say what would be right; was anything
 changed before it was raised.
 """
