@@ -188,6 +188,8 @@ def test_last_is_found_wherever_runs_save(where, more, caplog, capsys):
     main(["validate", *TINY, *more, "--ckpt_path=last"])
     assert re.search(f"taking the weights of .*{where}/{checkpoint.name}", caplog.text)
     main(["inspect", *TINY, *more, "--ckpt_path=last"])
+    cli = parse([*TINY, *more])
+    cli.trainer.inspect(cli.model, ckpt_path="last")
     assert "No tied weights" in capsys.readouterr().out
     main(["fit", *TINY, *more, "--trainer.max_epochs=2", "--ckpt_path=last"])
     assert re.search(f"going on from .*{where}/{checkpoint.name}", caplog.text)
@@ -615,7 +617,8 @@ trainer:
     main(["fit", BASE, "--config=low.yaml", *SMALL, "--trainer.logger.name=low"])
     [checkpoint] = Path("runs").glob("low/*/checkpoints/*.ckpt")
     (tmp_path / "small.yaml").write_text("model: {init_args: {network: {init_args: {depth: 8}}}}")
-    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", BASE, "--config=low.yaml", "--config=small.yaml"])
+    Path("of_a_test.yaml").write_text(Path("low.yaml").read_text() + "verbose: true\nreturn_predictions: true\n")
+    main(["bake", f"--ckpt={checkpoint}", "--out=a.pt", BASE, "--config=of_a_test.yaml", "--config=small.yaml"])
     assert "network.layer3.0.branch.conv2.weight" in torch.load("a.pt", weights_only=True)
 
 

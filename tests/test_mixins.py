@@ -146,3 +146,36 @@ def test_inspecting_a_model_that_ties_itself(capsys, tmp_path, monkeypatch):
     told = capsys.readouterr().out
     assert "With HardTying: 58 unique parameters, 98 counting each use; 160 bytes saved by sharing." in told
     assert "pickling the model refuses" in told
+
+
+class Pair(SoftTyingMixin):
+    """Creates its layers in ``configure_model``, and brings no callback but those of mixins above it."""
+
+    soft_tying: ClassVar = {"ties": ["a.weight ~ b.weight"]}
+
+    def configure_model(self):
+        super().configure_model()
+        if not hasattr(self, "a"):
+            self.a, self.b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+    def configure_callbacks(self):
+        return []
+
+
+def test_a_mixin_wraps_the_overrides_of_the_classes_below_it():
+    class Tied(HardTyingMixin, Pair):
+        hard_tying: ClassVar = {"ties": ["a.weight ~ b.weight"]}
+
+    model = Tied()
+    model.configure_model()
+    assert model.a.weight is model.b.weight
+    assert [type(callback).__name__ for callback in model.configure_callbacks()] == ["HardTying"]
+
+
+def test_a_mixin_without_arguments_is_refused_where_its_callback_is_needed():
+    class Untied(SoftTyingMixin):
+        pass
+
+    Untied().configure_model()  # as in load_from_checkpoint
+    with pytest.raises(ConfigurationError, match="must set soft_tying"):
+        Untied().configure_callbacks()

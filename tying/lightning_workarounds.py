@@ -42,6 +42,14 @@ def can_stop_early(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop._can_stop_early
 
 
+def is_logging_step(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning writes logs in this step.
+
+    With manual optimization Lightning counts batches, except those that a hook has skipped, in a private attribute.
+    """
+    return trainer._logger_connector.should_update_logs
+
+
 def restart_loader(trainer: pl.Trainer) -> None:
     """Restart the epoch's pass over the training data, which Lightning starts before ``on_train_start``."""
     iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # set by now

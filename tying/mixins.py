@@ -1,56 +1,61 @@
 """Mixins that add a callback to a LightningModule by inheritance."""
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-from typing_extensions import override
 
 from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, TyingCallback, WeightHashing
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
 
+Mixin = TypeVar("Mixin", bound=type[pl.LightningModule])
 
-class CallbackMixin(pl.LightningModule):
-    """Adds the callbacks of all mixins that a model inherits; base classes come first.
 
-    The attribute ``_brings`` of a mixin contains the class of its callback, and the name of the class attribute that
-    holds the callback's keyword arguments.
+def adds(kind: type[TyingCallback], attribute: str) -> Callable[[Mixin], Mixin]:
+    """Return a class decorator: the mixin adds a callback to a model, after those of its bases.
+
+    Args:
+        kind: the class of the callback. A :class:`ModelTransform` also changes the model, in ``configure_model``.
+        attribute: the class attribute of the model that holds the callback's keyword arguments.
     """
 
-    _brings: ClassVar[tuple[type[TyingCallback], str]]
+    def decorate(mixin: Mixin) -> Mixin:
+        def configure_callbacks(module: Any) -> list[pl.Callback]:
+            inherited = super(mixin, module).configure_callbacks()  # type: ignore[arg-type]  # a class
+            callback = _callback(module, mixin.__name__, kind, attribute)
+            return [*([inherited] if isinstance(inherited, pl.Callback) else inherited), callback]
 
-    @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        for callback in self._callbacks():
-            if isinstance(callback, ModelTransform):
-                callback.apply(self)
+        def configure_model(module: Any) -> None:
+            super(mixin, module).configure_model()  # type: ignore[arg-type]  # a class
+            _callback(module, mixin.__name__, kind, attribute).apply(module)
 
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        inherited = super().configure_callbacks()
-        return [*([inherited] if isinstance(inherited, pl.Callback) else inherited), *self._callbacks()]
+        setattr(mixin, "configure_callbacks", configure_callbacks)  # noqa: B010  # mypy takes methods for constant
+        if issubclass(kind, ModelTransform):
+            setattr(mixin, "configure_model", configure_model)  # noqa: B010
+        return mixin
 
-    def _callbacks(self) -> list[TyingCallback]:
-        """Return the mixins' callbacks, the same objects in all calls: they may count steps."""
-        callbacks: dict[type, TyingCallback] = self.__dict__.setdefault("_mixin_callbacks", {})
-        mixins = [mixin for mixin in reversed(type(self).__mro__) if "_brings" in vars(mixin)]
-        for mixin in (mixin for mixin in mixins if mixin not in callbacks):
-            kind, attribute = vars(mixin)["_brings"]
-            if not isinstance(arguments := getattr(self, attribute, None), Mapping):
-                raise ConfigurationError(
-                    f"{type(self).__name__} inherits {mixin.__name__} and must set {attribute} to a dictionary of "
-                    f"{kind.__name__}'s arguments, not {arguments!r}"
-                )
-            try:
-                callbacks[mixin] = kind(**arguments)
-            except TypeError as error:
-                raise ConfigurationError(f"{type(self).__name__}.{attribute}: {error}") from None
-        return [*callbacks.values()]
+    return decorate
 
 
-class SoftTyingMixin(CallbackMixin):
+def _callback(module: pl.LightningModule, mixin: str, kind: type[TyingCallback], attribute: str) -> Any:
+    """Return a mixin's callback, the same object in all calls: it may count steps."""
+    callbacks: dict[str, TyingCallback] = module.__dict__.setdefault("_mixin_callbacks", {})
+    if mixin not in callbacks:
+        if not isinstance(arguments := getattr(module, attribute, None), Mapping):
+            raise ConfigurationError(
+                f"{type(module).__name__} inherits {mixin} and must set {attribute} to a dictionary of "
+                f"{kind.__name__}'s arguments, not {arguments!r}"
+            )
+        try:
+            callbacks[mixin] = kind(**arguments)
+        except TypeError as error:
+            raise ConfigurationError(f"{type(module).__name__}.{attribute}: {error}") from None
+    return callbacks[mixin]
+
+
+@adds(SoftTying, "soft_tying")
+class SoftTyingMixin(pl.LightningModule):
     """Adds :class:`tying.callbacks.SoftTying` to a model; ``soft_tying`` holds its keyword arguments.
 
     Like every callback that a module returns, it replaces one of the same class given to the Trainer.
@@ -65,10 +70,9 @@ class SoftTyingMixin(CallbackMixin):
         0.001
     """
 
-    _brings = SoftTying, "soft_tying"
 
-
-class CouplingMixin(CallbackMixin):
+@adds(Coupling, "coupling")
+class CouplingMixin(pl.LightningModule):
     """Adds :class:`tying.callbacks.Coupling` to a model; ``coupling`` holds its keyword arguments.
 
     Raises:
@@ -81,10 +85,9 @@ class CouplingMixin(CallbackMixin):
         0.4
     """
 
-    _brings = Coupling, "coupling"
 
-
-class HardTyingMixin(CallbackMixin):
+@adds(HardTying, "hard_tying")
+class HardTyingMixin(pl.LightningModule):
     """Adds :class:`tying.callbacks.HardTying` to a model; ``hard_tying`` holds its keyword arguments.
 
     The weights are tied in ``configure_model``, hence also by ``load_from_checkpoint``, without a Trainer's callback.
@@ -105,10 +108,9 @@ class HardTyingMixin(CallbackMixin):
         True
     """
 
-    _brings = HardTying, "hard_tying"
 
-
-class WeightHashingMixin(CallbackMixin):
+@adds(WeightHashing, "weight_hashing")
+class WeightHashingMixin(pl.LightningModule):
     """Adds :class:`tying.callbacks.WeightHashing` to a model; ``weight_hashing`` holds its keyword arguments.
 
     The weights are hashed in ``configure_model``, hence also by ``load_from_checkpoint``.
@@ -129,10 +131,9 @@ class WeightHashingMixin(CallbackMixin):
         torch.Size([16])
     """
 
-    _brings = WeightHashing, "weight_hashing"
 
-
-class ResidualMergingMixin(CallbackMixin):
+@adds(ResidualMerging, "residual_merging")
+class ResidualMergingMixin(pl.LightningModule):
     """Adds :class:`tying.callbacks.ResidualMerging` to a model; ``residual_merging`` holds its keyword arguments.
 
     The merges are put in by ``configure_model``, hence also by ``load_from_checkpoint``.
@@ -153,5 +154,3 @@ class ResidualMergingMixin(CallbackMixin):
         >>> [block.merge.keep for block in model.network]
         [0.75, 0.5]
     """
-
-    _brings = ResidualMerging, "residual_merging"

@@ -318,3 +318,13 @@ def test_a_table_that_modules_share_is_stepped_once():
 def test_ties_on_the_meta_device():
     model = Toy().to("meta")
     assert [group.shared for group in HardTying(TIES).apply(model)] == [True] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_sharded_model")
+def test_layers_of_the_deprecated_hook_are_tied():
+    class Sharded(Late):
+        configure_sharded_model, configure_model = Late.configure_model, pl.LightningModule.configure_model
+
+    model = Sharded()
+    train(model, [HardTying(TIES)])
+    assert len(tied(model)) == 3

@@ -9,7 +9,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW
 from toys import STRENGTH, TIES, Toy, batches, by_hand, largest_difference, same, train
 
 from tying import ConfigurationError
-from tying.callbacks import AnchorTying, Coupling, MixtureTying, SoftTying
+from tying.callbacks import AnchorTying, Coupling, HardTying, MixtureTying, SoftTying, WeightClustering
 
 pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 UPDATES = ["gradient", "decoupled", "proximal"]
@@ -367,3 +367,15 @@ def test_compiled_module_equals_eager(backend, update):
     train(eager, [SoftTying(TIES, strength=STRENGTH, update=update)])
     train(torch.compile(compiled, backend=backend), [SoftTying(TIES, strength=STRENGTH, update=update)])
     assert largest_difference(eager, compiled) < 1e-10
+
+
+@pytest.mark.parametrize("kind", [lambda: SoftTying(TIES), lambda: WeightClustering(["a"]), lambda: HardTying(TIES)])
+def test_callbacks_that_were_never_set_up_are_torn_down(kind):
+    callback = kind()
+    callback.teardown(None, None, "fit")
+    assert callback.groups == []
+    assert getattr(callback, "log_prefix", "tying") == "tying"
+
+
+def test_a_strength_in_words_is_a_number():
+    assert SoftTying(TIES, strength="1e-3").strength == 0.001

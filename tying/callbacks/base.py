@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -147,21 +148,15 @@ def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     Lightning calls ``configure_model`` again after ``setup``, so it must be safe to call twice.
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
-    with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
-        module.configure_model()
+    for hook in ("configure_sharded_model", "configure_model"):  # the former is deprecated, and still called
+        if is_overridden(hook, module):
+            with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
+                getattr(module, hook)()
 
 
 def is_fresh_run(trainer: pl.Trainer, stage: str) -> bool:
     """Return whether ``setup`` begins training. Lightning restores the state of a checkpoint, if any, later."""
     return stage == "fit" and trainer.global_step == 0
-
-
-def is_logging_step(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Return whether Lightning writes logs in this step: every ``log_every_n_steps`` steps, and in the last one."""
-    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # untyped
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    step = trainer.global_step if module.automatic_optimization else progress.total.ready
-    return every > 0 and (step % every == 0 or trainer.should_stop)
 
 
 def picture_folder(trainer: pl.Trainer) -> Path | None:

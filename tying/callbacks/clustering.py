@@ -88,6 +88,7 @@ class WeightClustering(TyingCallback):
         self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
         self.gradient = gradient
         self.names: list[str] = []
+        self._hook: RemovableHandle | None = None
         self._compression: float | None = None
         self._uses: list[tuple[Tensor, Tensor]] = []  # codebooks, and the number of weights that use each entry
 
@@ -103,7 +104,7 @@ class WeightClustering(TyingCallback):
             )
         self.names, self._compression, self._uses = self._find(pl_module), None, []
         record(pl_module, self, self.names)  # patterns do not match clustered weights
-        self._hook: RemovableHandle = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
+        self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
 
@@ -149,7 +150,8 @@ class WeightClustering(TyingCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
 
     @override
     def on_train_batch_start(
@@ -161,12 +163,12 @@ class WeightClustering(TyingCallback):
         weights = self.affected(pl_module)
         for name in self.names:
             table = cluster_weight(pl_module, name, self.clusters, self.init)
+            weight = weights.get(name)  # none, if an interrupted run has clustered it already
             for optimizer in trainer.optimizers:
-                optimizer.state.pop(weights[name], None)
+                if weight is not None:
+                    optimizer.state.pop(weight, None)
                 for group in optimizer.param_groups:
-                    group["params"] = [
-                        table if parameter is weights[name] else parameter for parameter in group["params"]
-                    ]
+                    group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
         self.monitor(pl_module)
         rank_zero_info(
             f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"

@@ -14,9 +14,9 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, is_logging_step, members
+from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, members
 from tying.errors import ConfigurationError, check_choice, check_range, listed
-from tying.lightning_workarounds import callbacks_of, loss_scale
+from tying.lightning_workarounds import callbacks_of, is_logging_step, loss_scale
 from tying.selection.tie import TiedGroup
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.group_penalty import Rates
@@ -63,7 +63,7 @@ class PenaltyCallback(TyingCallback):
         name: str | None = None,
     ) -> None:
         check_choice("update", update, get_args(Update))
-        check_strength("strength", strength, update)
+        check_strength("strength", float(strength), update)
         if schedule is not None and not isinstance(schedule, Schedule):
             raise ConfigurationError(f"schedule must be a tying.soft.Schedule, not {schedule!r}")
         self.strength, self.update, self.schedule, self.name = float(strength), update, schedule or Schedule(), name
@@ -73,6 +73,8 @@ class PenaltyCallback(TyingCallback):
         self._window = 1.0  # fraction of a full accumulation window that the current step covers
         self._last_factor = 0.0  # on all strengths, at the last step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
+
+    _log_class = ""  # the class, if another callback logs under the same name
 
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         """Create the penalties to lower, each with its strength. Called once, when training starts."""
@@ -208,7 +210,7 @@ class PenaltyCallback(TyingCallback):
                 penalty.pull_(_product(self._last_factor, penalty.strength), rates)
             elif self.update == "proximal":
                 penalty.prox_(_product(self._last_factor, penalty.strength), rates)
-        self._steps[trainer.optimizers.index(optimizer)] += 1
+        self._steps[self._index(optimizer)] += 1
         self.on_step(rates)
 
     def on_step(self, rates: Rates) -> None:
@@ -218,7 +220,7 @@ class PenaltyCallback(TyingCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._micro_batches and is_logging_step(trainer, pl_module):
+        if not self._micro_batches and is_logging_step(trainer):
             pl_module.log(f"{self.log_prefix}/strength", _product(self._last_factor, self.strength))
             if (value := self.value()) is not None:
                 pl_module.log(f"{self.log_prefix}/penalty", value)
@@ -243,9 +245,12 @@ class PenaltyCallback(TyingCallback):
         while self._hooks:
             self._hooks.popitem()[1].remove()
 
+    def _index(self, optimizer: Optimizer) -> int:
+        return [*self._hooks].index(optimizer)
+
     def _factor(self, trainer: pl.Trainer, optimizer: Optimizer) -> float:
         """Return the factor on all strengths in an optimizer's next step."""
-        steps = self._steps[trainer.optimizers.index(optimizer)]
+        steps = self._steps[self._index(optimizer)]
         return self.examples_scale * self.schedule(steps if self.schedule.unit == "step" else trainer.current_epoch)
 
     def _warn_if_unstable(self, factor: float, rates: Rates) -> None:

@@ -5,10 +5,13 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -22,6 +25,8 @@ from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError
 from tying.files import check_whole, newest_intact
 from tying.lightning_workarounds import callbacks_of
+
+SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's configuration, without its subcommand's options
 
 
 class Trainer(pl.Trainer):
@@ -49,6 +54,8 @@ class Trainer(pl.Trainer):
         Raises:
             ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
         """
+        if ckpt_path == "last" and (ckpt_path := newest_checkpoint(self)) is None:  # type: ignore[assignment]
+            raise ConfigurationError("ckpt_path=last: there is no checkpoint of this name yet")
         inspect(
             model,
             callbacks_of(self),
@@ -189,8 +196,16 @@ class Loading(TyingCLI):
 
 
 def load(configs: Sequence[str]) -> TyingCLI:
-    """Return the trainer and the model that the configurations of a run describe."""
-    return parse(["inspect", *(f"--config={config}" for config in configs), "--ckpt_path=null"], run=True, cli=Loading)
+    """Return the trainer and the model that the configurations of a run, of any subcommand, describe."""
+    arguments = ["inspect"]
+    with TemporaryDirectory() as folder:
+        for number, config in enumerate(configs):
+            path = Path(folder) / f"{number}.yaml"
+            with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # which the parser explains
+                content = yaml.safe_load(Path(config).read_text()).items()
+                path.write_text(yaml.safe_dump({key: value for key, value in content if key in SECTIONS}))
+            arguments.append(f"--config={path if path.exists() else config}")
+        return parse([*arguments, "--ckpt_path=null"], run=True, cli=Loading)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -6,8 +6,9 @@ import lightning.pytorch as pl
 from matplotlib.figure import Figure
 from typing_extensions import override
 
-from tying.callbacks.base import is_fresh_run, is_logging_step, picture_folder, tied_groups
+from tying.callbacks.base import is_fresh_run, picture_folder, tied_groups
 from tying.files import save_figure
+from tying.lightning_workarounds import is_logging_step
 from tying.soft import gap
 
 
@@ -49,7 +50,7 @@ class TyingMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         groups, step = tied_groups(trainer), trainer.global_step
-        if groups and step > max(self.steps, default=0) and is_logging_step(trainer, pl_module):
+        if groups and step > max(self.steps, default=0) and is_logging_step(trainer):
             gaps = [gap(group.tensors()) for _, group in groups]
             pl_module.log("tying/gap", max(gaps))
             self.steps.append(step)
