@@ -139,7 +139,8 @@ class PenaltyCallback(TyingCallback):
 
     def _register_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
-        for optimizer in trainer.optimizers:
+        self._optimizers = [*trainer.optimizers]  # whose steps are counted, by their place here
+        for optimizer in self._optimizers:
             if self.update == "gradient" and optimizer.param_groups[0].get("line_search_fn"):  # of LBFGS
                 raise ConfigurationError(
                     "update='gradient' is wrong with the line search of LBFGS, whose loss would lack the penalty: use "
@@ -210,7 +211,7 @@ class PenaltyCallback(TyingCallback):
                 penalty.pull_(_product(self._last_factor, penalty.strength), rates)
             elif self.update == "proximal":
                 penalty.prox_(_product(self._last_factor, penalty.strength), rates)
-        self._steps[self._index(optimizer)] += 1
+        self._steps[self._optimizers.index(optimizer)] += 1
         self.on_step(rates)
 
     def on_step(self, rates: Rates) -> None:
@@ -245,12 +246,9 @@ class PenaltyCallback(TyingCallback):
         while self._hooks:
             self._hooks.popitem()[1].remove()
 
-    def _index(self, optimizer: Optimizer) -> int:
-        return [*self._hooks].index(optimizer)
-
     def _factor(self, trainer: pl.Trainer, optimizer: Optimizer) -> float:
         """Return the factor on all strengths in an optimizer's next step."""
-        steps = self._steps[self._index(optimizer)]
+        steps = self._steps[self._optimizers.index(optimizer)]
         return self.examples_scale * self.schedule(steps if self.schedule.unit == "step" else trainer.current_epoch)
 
     def _warn_if_unstable(self, factor: float, rates: Rates) -> None:
