@@ -95,11 +95,11 @@ def lines(folder):
 
 def main(folders):
     for folder in folders:
-        found = trees(folder)
+        sources = trees(folder)
         rooms = Counter()
-        for path, tree in found.items():
+        for path, tree in sources.items():
             rooms[path.parts[0]] += statements(tree)
-        text = sum(node.end_lineno - node.lineno + 1 for tree in found.values() for node in docstrings(tree))
+        text = sum(node.end_lineno - node.lineno + 1 for tree in sources.values() for node in docstrings(tree))
         print(f"{folder}: {rooms.total()} statements, docstrings {text / lines(folder):.4f} of the lines")
         print("  " + ", ".join(f"{room} {count}" for room, count in rooms.most_common()))
 

@@ -39,15 +39,15 @@ def of_check(call):
 
 def messages(path):
     """Return what a file's errors and warnings say, in the order of its lines."""
-    found = []
+    numbered = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            found.append((node.lineno, text(node.exc.args[0])))
+            numbered.append((node.lineno, text(node.exc.args[0])))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "rank_zero_warn"):
-            found.append((node.lineno, text(node.args[0])))
+            numbered.append((node.lineno, text(node.args[0])))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_range", "check_choice"):
-            found.append((node.lineno, of_check(node)))
-    return [message for _, message in sorted(found)]
+            numbered.append((node.lineno, of_check(node)))
+    return [message for _, message in sorted(numbered)]
 
 
 def page():

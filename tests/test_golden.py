@@ -36,7 +36,7 @@ def test_runs_go_on(version, family):
     weights = train(family, ckpt_path=GOLDEN / version / f"{family.replace(', ', '-')}.ckpt")
     assert [*weights] == [*end]
     for name, value in weights.items():
-        torch.testing.assert_close(value, end[name], msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(value, end[name], msg=lambda message, name=name: f"{name}: {message}")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

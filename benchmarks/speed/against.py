@@ -32,7 +32,7 @@ def ratios(text: str) -> dict[str, float]:
         >>> ratios("| side | ms | / copy |\n|---|--:|--:|\n| proximal | 15.0 | 1.91 (1.83–3.65) |")
         {'proximal, / copy': 1.91}
     """
-    found: dict[str, float] = {}
+    by_row: dict[str, float] = {}
     heading: list[str] = []
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -45,8 +45,8 @@ def ratios(text: str) -> dict[str, float]:
             label = ", ".join(cells[: next((place for place, name in enumerate(heading) if "ms" in name), 1)])
             for place in columns:
                 if (number := NUMBER.match(cells[place])) and place:
-                    found[f"{label}, {heading[place]}"] = float(number[0])
-    return found
+                    by_row[f"{label}, {heading[place]}"] = float(number[0])
+    return by_row
 
 
 def measure(checkout: Path, family: str) -> dict[str, float]:
