@@ -124,9 +124,14 @@ def test_experiments_run(capsys, monkeypatch):
 def test_make_targets_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {target for text in PAGES.values() for target in re.findall(r"`make ([a-z-]+)`", text)} <= {*targets}
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
-    dry = subprocess.run(["make", "--dry-run", "test", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "`make test docs`" in PAGES["README"]
+    assert "\nmake test docs\n" in (ROOT / ".ci" / "run").read_text()
+    dry = subprocess.run(
+        ["make", "--dry-run", "test", "docs", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "pytest" in dry.stdout
+    assert "mkdocs build --strict" in dry.stdout
+    assert "--quiet" not in dry.stdout.partition("mkdocs")[2].partition("\n")[0]  # it silences what strict counts
     assert "benchmarks demo" in dry.stdout
 
 
