@@ -15,6 +15,7 @@ from benchmarks.archive import pack, unpack
 from benchmarks.declared import suites
 from benchmarks.machine import describe, supports_bf16
 from benchmarks.report import PAGES, RESULTS, paste, write
+from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
 from benchmarks.speed import against
 from benchmarks.sweep import Sweep
@@ -53,12 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout, in turns")
     speed.add_argument("--turns", type=int, default=5, help="measurements of each checkout, with --against")
     restore = commands.add_parser("restore", help="put a suite's kept runs where runs are, to go on from them")
+    sizes = commands.add_parser("sizes", help="measure anew the bytes of a suite's models, without training them")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
     run.add_argument("suite", metavar="SUITE", help=told)
     report.add_argument("suite", metavar="SUITE", nargs="?", help=f"{told}; by default, all that is kept, as HTML")
-    restore.add_argument("suite", metavar="SUITE", help="its name, or a YAML file")
-    for command in (run, report, restore):
+    for command in (restore, sizes):
+        command.add_argument("suite", metavar="SUITE", help="its name, or a YAML file")
+    for command in (run, report, restore, sizes):
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
         command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
     for command in (run, report):
@@ -85,6 +88,8 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
         sweep = experiment.prepare(known.suite, known.out, known.data)
         restored = unpack(_archive(sweep), sweep.out)
         print(f"{len(restored)} runs put back in {sweep.out}")
+    elif known.command == "sizes":
+        print(remeasure(experiment.prepare(known.suite, known.out, known.data, as_begun=True)))
     elif known.command == "report" and known.suite is None:
         if given := [f"--{name}" for name in ("data", "only", "out", "seeds") if vars(known)[name] is not None]:
             raise ConfigurationError(

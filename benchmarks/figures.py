@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.inference import moments
+from tying.figures import LEGEND, line_style
 from tying.files import save_figure
 
 Row = Mapping[str, str]
@@ -63,26 +64,29 @@ def final(rows: Sequence[Row]) -> list[Row]:
 def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     """Write a PNG: a point for each setting, of mean x and mean y over its seeds, with both standard deviations.
 
-    Lines go through points in order of x. With ``lines="run"`` each point bears its setting's name instead. Where a
-    value is not finite, there is no point.
+    Lines go through points in order of x, and no two of 40 look the same. With ``lines="run"`` each point bears its
+    setting's name instead. Where a value is not finite, there is no point.
     """
     figure = Figure(figsize=(7, 5) if plot.lines == "run" else (5, 3.8), layout="constrained")
     axes = figure.subplots()
     metrics = [plot.y] if isinstance(plot.y, str) else plot.y
     names: list[tuple[str, float, float]] = []
+    number = 0
     for (line, found), y in itertools.product(lines_of(rows, plot.lines).items(), metrics):
         points: dict[str, list[tuple[float, float]]] = {}  # by setting
         for row in found:
             if row.get(plot.x) and row.get(y):
                 points.setdefault(row["run"], []).append((float(row[plot.x]), float(row[y])))
-        if not points:
+        settings = [[moments(values) for values in zip(*pairs, strict=True)] for pairs in points.values()]
+        settings = sorted(setting for setting in settings if all(math.isfinite(mean) for mean, _ in setting))
+        if not settings:
             continue
-        settings = sorted([moments(values) for values in zip(*pairs, strict=True)] for pairs in points.values())
         (xs, x_spreads), (ys, y_spreads) = (zip(*side, strict=True) for side in zip(*settings, strict=True))
         label = (line if plot.lines == "run" else f"{plot.lines} {line}") + (f", {y}" if len(metrics) > 1 else "")
         across = x_spreads if any(x_spreads) else None
-        axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=label, marker=".", capsize=2)
-        if plot.lines == "run" and math.isfinite(xs[0] + ys[0]):
+        axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=label, capsize=2, **line_style(number))
+        number += 1
+        if plot.lines == "run":
             names.append((label, xs[0], ys[0]))
     if plot.log:
         every = {x for row in final(rows) if row.get(plot.x) and math.isfinite(x := float(row[plot.x]))}
@@ -92,7 +96,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
             axes.set_xscale("log")
     axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
     if plot.lines != "run" and axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize="x-small")
+        axes.legend(loc="best", **LEGEND)
     if names:
         _write_names(figure, axes, names)
     save_figure(figure, path)

@@ -18,9 +18,8 @@ from benchmarks.machine import in_words
 from benchmarks.report import table
 from benchmarks.suite import Run, Suite
 from tying.errors import ConfigurationError, listed, nearest
+from tying.figures import LEGEND, line_style
 from tying.files import save_figure
-
-STYLES = ("-", "--", ":")
 
 
 def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
@@ -134,14 +133,13 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
                 epochs = points.setdefault(row["run"], {})
                 epochs.setdefault(int(row["epoch"]), []).append(float(row[metric]))
         for setting, epochs in points.items():
-            means = [moments(values)[0] for values in epochs.values()]
-            style = {"color": f"C{settings[setting] % 10}", "linestyle": STYLES[settings[setting] // 10 % len(STYLES)]}
-            [lines[setting]] = axes.plot([*epochs], means, marker=".", **style)
+            means = [moments(epochs[epoch])[0] for epoch in sorted(epochs)]
+            [lines[setting]] = axes.plot(sorted(epochs), means, **line_style(settings[setting]))
         axes.set(xlabel="epoch", ylabel=metric)
     if beside:
-        figure.legend(lines.values(), lines, fontsize="x-small", loc="outside right upper")
+        figure.legend(lines.values(), lines, loc="outside right upper", **LEGEND)
     elif lines:
-        axes.legend(lines.values(), lines, loc="best", fontsize="x-small")
+        axes.legend(lines.values(), lines, loc="best", **LEGEND)
     save_figure(figure, path)
 
 

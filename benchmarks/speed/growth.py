@@ -110,7 +110,10 @@ def measure() -> tuple[str, Figure]:
     chosen = growths()
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     rows = []
-    for growth, axes in zip(chosen, figure.subplots(2, (len(chosen) + 1) // 2).flat, strict=True):
+    panels = [*figure.subplots(2, (len(chosen) + 1) // 2).flat]
+    for unused in panels[len(chosen) :]:
+        unused.set_axis_off()
+    for growth, axes in zip(chosen, panels, strict=False):
         result = race({str(size): growth.build(size) for size in growth.sizes}, races=RACES, rounds=ROUNDS)
         milliseconds = [1e3 * result.median(str(size)) for size in growth.sizes]
         slopes = [slope(growth.sizes, own) for own in zip(*result.seconds.values(), strict=True)]

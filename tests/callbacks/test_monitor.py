@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from PIL import Image
 from toys import TIES, Toy, train
 
@@ -46,10 +47,23 @@ def test_history_is_resumed(tmp_path):
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["TyingMonitor"]["steps"] == monitor.steps
 
 
-def test_plots_a_limited_number_of_groups(tmp_path):
-    monitor = TyingMonitor(max_lines=2)
-    train(Toy(), [SoftTying(TIES), monitor], max_epochs=1, default_root_dir=tmp_path)
-    assert len(monitor.history) == 2
+def test_the_plot_is_of_what_is_logged(tmp_path, monkeypatch):
+    """Also where most groups have no line: its largest value is the gap that is logged, at every step."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure) or path.touch())
+    model, logger = Toy(), CSVLogger(tmp_path, name="run", version=0)
+    with torch.no_grad():
+        model.encoder[0].bias.fill_(9.0)
+        model.decoder[0].bias.fill_(-9.0)  # the last group is furthest apart
+    monitor = TyingMonitor(max_lines=1)
+    train(model, [SoftTying(TIES), monitor], logger=logger, max_epochs=2)
+    with open(tmp_path / "run" / "version_0" / "metrics.csv") as file:
+        logged = [float(row["tying/gap"]) for row in csv.DictReader(file) if row["tying/gap"]]
+    largest, line = drawn[0].axes[0].lines
+    assert line.get_label() == "SoftTying: encoder.0.bias ~ decoder.0.bias"
+    assert largest.get_ydata() == pytest.approx(logged, rel=1e-6)
+    assert line.get_ydata() == pytest.approx(logged, rel=1e-6)
+    assert len(monitor.history) == 3
 
 
 def test_groups_that_start_with_the_same_weight(tmp_path):
@@ -72,14 +86,14 @@ def test_two_callbacks_that_pull_the_same_weights(tmp_path):
 
 
 def test_groups_that_harden_keep_their_lines(tmp_path):
-    model, monitor = Toy(), TyingMonitor(max_lines=2)
+    model, monitor = Toy(), TyingMonitor()
     with torch.no_grad():
         model.encoder[0].weight.copy_(model.decoder[2].weight.T)  # hardens first, and then is the last of the groups
     trainer = train(
         model, [SoftTying(TIES, strength=1e-3, harden_below=0.3), monitor], max_epochs=3, default_root_dir=tmp_path
     )
     assert float(trainer.callback_metrics["tying/hardened"]) in (1, 2)
-    assert [[step for step, _ in history] for history in monitor.history.values()] == [[*range(1, 31)]] * 2
+    assert [[step for step, _ in history] for history in monitor.history.values()] == [[*range(1, 31)]] * 3
 
 
 def test_other_callbacks_may_have_groups_too(tmp_path):

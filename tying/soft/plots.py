@@ -1,12 +1,42 @@
-"""Plot a histogram of weights and the mixture that is their prior."""
+"""Plot how far apart tied weights are, and the mixture that is the prior of weights."""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from tying.figures import LEGEND, line_style
 from tying.soft.mixture import GaussianMixturePrior
 
 BINS = 200
+MARKED = 20  # points of a line that bear a marker, at most
+
+
+def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) -> Figure:
+    """Plot the gaps of the groups that are furthest apart at the end, below the largest of all groups at each step.
+
+    Args:
+        gaps: pairs of step and gap, by the name of the group.
+        max_lines: how many groups to show.
+    """
+    largest: dict[int, float] = {}
+    for step, value in (pair for pairs in gaps.values() for pair in pairs):
+        largest[step] = max(value, largest.get(step, 0.0))
+    furthest = sorted(gaps, key=lambda name: -gaps[name][-1][1])[:max_lines]
+    title = "Distance of tied weights from their mean"
+    if len(furthest) < len(gaps):
+        title += f": the {len(furthest)} of {len(gaps)} groups that end furthest apart"
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap")
+    axes.set_title(title, fontsize="small")
+    axes.plot(*zip(*sorted(largest.items()), strict=True), color="0.8", linewidth=4, label="largest of all groups")
+    for number, name in enumerate(furthest):
+        every = max(1, len(gaps[name]) // MARKED)
+        axes.plot(*zip(*gaps[name], strict=True), label=name, markevery=every, **line_style(number))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", **LEGEND)
+    return figure
 
 
 @torch.no_grad()

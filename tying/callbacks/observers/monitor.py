@@ -3,13 +3,13 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from matplotlib.figure import Figure
 from typing_extensions import override
 
 from tying.callbacks.base import is_fresh_run, picture_folder, tied_groups
 from tying.files import save_figure
 from tying.lightning_workarounds import is_logging_step
 from tying.soft import gap
+from tying.soft.plots import gap_figure
 
 
 class TyingMonitor(pl.Callback):
@@ -19,7 +19,8 @@ class TyingMonitor(pl.Callback):
     ``log_every_n_steps``, to the trainer's loggers. The plot is ``tying_gap.png`` in the logger's directory.
 
     Args:
-        max_lines: how many groups the plot shows.
+        max_lines: how many groups the plot shows: those that end furthest apart. The largest gap of all groups is a
+            line of its own.
 
     Example:
         >>> TyingMonitor(max_lines=4).history
@@ -55,19 +56,9 @@ class TyingMonitor(pl.Callback):
             pl_module.log("tying/gap", max(gaps))
             self.steps.append(step)
             for (callback, group), value in zip(groups, gaps, strict=True):
-                line = f"{callback}: {' ~ '.join(group.names[:2])}"
-                if line in self.history or len(self.history) < self.max_lines:
-                    self.history.setdefault(line, []).append((step, value))
+                self.history.setdefault(f"{callback}: {' ~ '.join(group.names[:2])}", []).append((step, value))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (folder := picture_folder(trainer)) and self.steps:
-            figure = Figure(figsize=(7, 4), layout="constrained")
-            axes = figure.add_subplot(
-                xlabel="optimizer steps", ylabel="gap", title="Distance of tied weights from their mean"
-            )
-            for name, gaps in self.history.items():
-                axes.plot(*zip(*gaps, strict=True), label=name, marker="." if len(gaps) < 20 else None)
-            axes.set_ylim(bottom=0)
-            axes.legend(loc="best", fontsize="x-small")
-            save_figure(figure, folder / "tying_gap.png")
+            save_figure(gap_figure(self.history, self.max_lines), folder / "tying_gap.png")
