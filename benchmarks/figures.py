@@ -104,7 +104,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
 
 def _write_names(figure: Figure, axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
     """Write a name beside each point, those of near points below or above each other."""
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     figure.draw_without_rendering()  # only now it is known where points are
     line, letter = 9.0, 4.6  # height and width of letters, in pixels
     taken: list[tuple[float, float, float]] = []

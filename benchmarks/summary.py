@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.folder import Folder
 from benchmarks.inference import interval, moments
@@ -136,6 +137,7 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
             means = [moments(epochs[epoch])[0] for epoch in sorted(epochs)]
             [lines[setting]] = axes.plot(sorted(epochs), means, **line_style(settings[setting]))
         axes.set(xlabel="epoch", ylabel=metric)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if beside:
         figure.legend(lines.values(), lines, loc="outside right upper", **LEGEND)
     elif lines:
