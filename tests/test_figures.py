@@ -50,14 +50,15 @@ def result(run, seed, epoch, **metrics):
 def test_gaps():
     """The groups that end furthest apart, however they began, and the largest of all, which is logged."""
     gaps = {"a": [(1, 0.9), (2, 0.1)], "b": [(1, 0.2), (2, 0.5)], "c": [(1, 0.3), (2, 0.4)]}
-    [axes] = gap_figure(gaps, max_lines=2).axes
+    figure = gap_figure(gaps, max_lines=2)
+    [axes] = figure.axes
     assert lines(axes) == {
         "largest of all groups": ([1, 2], [0.9, 0.5]),
         "b": ([1, 2], [0.2, 0.5]),
         "c": ([1, 2], [0.3, 0.4]),
     }
     assert axes.get_title() == "Distance of tied weights from their mean: the 2 of 3 groups that end furthest apart"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["largest of all groups", "b", "c"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["largest of all groups", "b", "c"]
     low, high = axes.get_ylim()
     assert low == 0 < 0.9 <= high
     [whole] = gap_figure(gaps, max_lines=3).axes

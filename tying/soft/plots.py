@@ -27,7 +27,7 @@ def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) 
     title = "Distance of tied weights from their mean"
     if len(furthest) < len(gaps):
         title += f": the {len(furthest)} of {len(gaps)} groups that end furthest apart"
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 3.6 + 0.16 * len(furthest)), layout="constrained")
     axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap")
     axes.set_title(title, fontsize="small")
     axes.plot(*zip(*sorted(largest.items()), strict=True), color="0.8", linewidth=4, label="largest of all groups")
@@ -35,7 +35,7 @@ def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) 
         every = max(1, len(gaps[name]) // MARKED)
         axes.plot(*zip(*gaps[name], strict=True), label=name, markevery=every, **line_style(number))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="best", **LEGEND)
+    figure.legend(loc="outside lower left", **LEGEND)  # over the lines, long names would hide them
     return figure
 
 
