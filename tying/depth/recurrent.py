@@ -3,6 +3,7 @@
 import copy
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
@@ -85,7 +86,7 @@ class Recurrent(nn.Module):
         """Return the output of the last step."""
         for step in range(self.steps):
             out: Tensor = self.blocks[min(step, len(self.blocks) - 1)](x)
-            if out.shape != x.shape:
+            if not isinstance(out, Proxy) and out.shape != x.shape:  # torch.fx knows no shapes
                 raise ConfigurationError(
                     "a recurrent block must keep the shape of its input: "
                     f"it returns {tuple(out.shape)} for {tuple(x.shape)}"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, check_range
 
 
@@ -35,7 +36,7 @@ def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-class HyperLSTMCell(nn.LSTMCell):
+class HyperLSTMCell(LeafModule, nn.LSTMCell):
     """An LSTM cell whose weights a small LSTM, ``hyper``, rescales row by row at each step.
 
     ``hyper`` reads ``(h_{t−1}, x_t)``. Its hidden state ``ĥ_t`` gives each gate y of i, f, g and o separate embeddings
@@ -141,7 +142,7 @@ class HyperLSTMCell(nn.LSTMCell):
         return f"{super().extra_repr()}, hyper_size={self.hyper.hidden_size}, embedding_size={self.scale.shape[1]}"
 
 
-class HyperLSTM(nn.Module):
+class HyperLSTM(LeafModule):
     """Layers of :class:`HyperLSTMCell` over sequences.
 
     Args:
