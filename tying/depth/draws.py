@@ -38,7 +38,7 @@ def keep_mask(keep: float, shape: torch.Size | tuple[int, ...], device: torch.de
     """
     threshold = round(keep * LEVELS)
     if threshold in (0, LEVELS):
-        return torch.full(shape, threshold > 0, dtype=torch.bool, device=device)
+        return (torch.ones if threshold else torch.zeros)(shape, dtype=torch.bool, device=device)
     if torch.compiler.is_compiling() or is_recorded():  # in-place draws and odd counts of unknown sizes do not go there
         return torch.rand(shape, dtype=torch.float32, device=device) < threshold / LEVELS
     count = math.prod(shape)

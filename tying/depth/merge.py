@@ -90,7 +90,7 @@ def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> T
         >>> same_shape(torch.ones(2), torch.zeros(2))
         tensor([0., 0.])
     """
-    if isinstance(x, Proxy):  # torch.fx knows no shapes
+    if isinstance(x, Proxy) or torch.jit.is_tracing():  # type: ignore[no-untyped-call]  # shapes are part of the graph
         return f
     shape = x.shape if rows is None else torch.Size((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
     if f.shape != shape:

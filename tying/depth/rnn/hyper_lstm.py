@@ -98,7 +98,7 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
     def forward(self, input: Tensor, hx: tuple[Tensor, ...] | None = None) -> HyperState:  # type: ignore[override]
         if input.ndim != 2 or input.shape[1] != self.input_size:
             raise ConfigurationError(f"inputs are (batch, {self.input_size}), not {tuple(input.shape)}")
-        return self.run(input.unsqueeze(0), self.initial_state(input, hx, len(input)))[1]
+        return self.run(input.unsqueeze(0), self.initial_state(input, hx, input.shape[0]))[1]
 
     def initial_state(self, x: Tensor, hx: Sequence[Tensor] | None, *leading: int) -> list[Tensor]:
         """Check the shapes of a state and return its parts, or zeros for None; shapes begin with ``leading``."""
@@ -135,7 +135,7 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
     @staticmethod
     def _by_embedding(z: Tensor, weight: Tensor) -> Tensor:
         """Multiply embeddings (batch, k · embedding) by weights (k, embedding, size) to (k, batch, size)."""
-        return torch.bmm(z.view(len(z), *weight.shape[:2]).transpose(0, 1), weight)
+        return torch.bmm(z.view(z.shape[0], *weight.shape[:2]).transpose(0, 1), weight)
 
     @override
     def extra_repr(self) -> str:
