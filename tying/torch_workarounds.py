@@ -46,8 +46,8 @@ def is_recorded() -> bool:
         return torch.compiler.is_exporting()
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        or any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or (is_in_torch_dispatch_mode() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()))
     )
 
 

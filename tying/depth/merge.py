@@ -7,11 +7,10 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from typing_extensions import override
 
 from tying.deprecated import class_aliases
-from tying.depth.tracing import leaf_function, record_module
+from tying.depth.tracing import leaf_function, record_module, tracer_of
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import is_recorded
 
@@ -90,8 +89,8 @@ def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> T
         >>> same_shape(torch.ones(2), torch.zeros(2))
         tensor([0., 0.])
     """
-    if isinstance(x, Proxy) or torch.jit.is_tracing():  # type: ignore[no-untyped-call]  # shapes are part of the graph
-        return f
+    if tracer_of(x) is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return f  # the shapes are not known yet
     shape = x.shape if rows is None else torch.Size((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
     if f.shape != shape:
         raise ConfigurationError(
@@ -255,12 +254,13 @@ class Merge(nn.Module):
             check_range(name, keep, "[0, 1]")
             setattr(self, name, float(keep))
 
-    def __call__(self, x: Tensor, branch: Callable[[], Tensor] | Tensor, dim: int = 0) -> Any:
-        """Combine x with a branch or, in graphs of ``torch.fx``, with its output; samples lie along ``dim``."""
-        if isinstance(x, Proxy) and self.draws:
-            f, dim = (branch, dim) if isinstance(branch, Proxy) else (branch(), branch_dim(branch))  # type: ignore[operator,arg-type]  # a proxy is both
-            return record_module(x.tracer, self, (x, f, dim), {})
-        return super().__call__(x, ComputedBranch(branch, dim) if isinstance(branch, Tensor) else branch)
+    def __call__(self, x: Tensor, branch: Any, dim: int = 0) -> Any:
+        """Combine x with a branch or, in graphs of ``torch.fx``, with its output, whose samples lie along ``dim``."""
+        computed = isinstance(branch, Tensor) or tracer_of(branch) is not None
+        if self.draws and (tracer := tracer_of(x)) is not None:
+            arguments = (x, branch, dim) if computed else (x, branch(), branch_dim(branch))
+            return record_module(tracer, self, arguments, {})
+        return super().__call__(x, ComputedBranch(branch, dim) if computed else branch)
 
     def keep_prob(self, name: str) -> float:
         """Return the current value of a keep probability, ``1 − (1 − keep) · drop_scale``."""

@@ -5,12 +5,11 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from typing_extensions import override
 
 from tying.depth.draws import draw, keep_mask
 from tying.depth.merge import Branch, ComputedBranch, Merge, add_rows, branch_dim, same_shape, skip_branch
-from tying.depth.tracing import leaf_function
+from tying.depth.tracing import leaf_function, tracer_of
 from tying.errors import ConfigurationError, check_choice
 from tying.torch_workarounds import is_recorded
 
@@ -54,7 +53,7 @@ def stochastic_depth(
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
     dim = branch_dim(branch)
-    if isinstance(x, Proxy):
+    if tracer_of(x) is not None:
         return _merge_computed(x, branch(), dim, keep, mode, scale, training)
     if keep == 0:
         return skip_branch(x, branch)

@@ -61,13 +61,17 @@ def leaf_function(function: Callable[P, R]) -> Callable[P, R]:
 def find_tracer(values: Iterable[object]) -> Tracer | None:
     """Return the tracer of the first ``torch.fx.Proxy`` among values, lists and tuples, or None."""
     for value in values:
-        if isinstance(value, Proxy):
-            return cast(Tracer, value.tracer)
-        if isinstance(value, list | tuple) and (tracer := find_tracer(value)) is not None:
+        tracer = find_tracer(value) if isinstance(value, (list, tuple)) else tracer_of(value)
+        if tracer is not None:
             return tracer
     return None
 
 
+def tracer_of(x: object) -> Tracer | None:
+    """Return the tracer of x if it is a ``torch.fx.Proxy``, which stands for a tensor during a trace."""
+    return cast(Tracer, x.tracer) if isinstance(x, Proxy) else None
+
+
 def in_graph(x: object) -> bool:
     """Return whether operations on x become part of a graph or transform: decisions must be masks, not Python's."""
-    return isinstance(x, Proxy) or is_recorded()
+    return tracer_of(x) is not None or is_recorded()

@@ -69,7 +69,8 @@ def zoned_lstm(
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
     with torch.autocast(device, enabled=False):
         compute = _zoned_loop if is_recorded() else _ZonedLSTM.apply
-        return cast(tuple[Tensor, Tensor, Tensor], compute(*tensors, *keeps))
+        arguments: list[Any] = [*tensors, *keeps]
+        return cast(tuple[Tensor, Tensor, Tensor], compute(*arguments))
 
 
 def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float]:
