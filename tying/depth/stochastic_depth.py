@@ -52,17 +52,21 @@ def stochastic_depth(
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
-    dim = branch_dim(branch)
     if tracer_of(x) is not None:
-        return _merge_computed(x, branch(), dim, keep, mode, scale, training)
+        return _merge_computed(x, branch(), branch_dim(branch), keep, mode, scale, training)
     if keep == 0:
         return skip_branch(x, branch)
     if keep == 1 or not training:
         return torch.add(x, same_shape(x, branch()), alpha=keep if scale == "test" else 1)
     factor = 1 if scale == "test" else 1 / keep
-    recorded = is_recorded()
-    if mode == "batch" and not recorded:
+    if mode == "batch" and not is_recorded():
         return torch.add(x, same_shape(x, branch()), alpha=factor) if draw(keep) else skip_branch(x, branch)
+    return _masked_depth(x, branch, keep, mode, factor)
+
+
+def _masked_depth(x: Tensor, branch: Callable[[], Tensor], keep: float, mode: Mode, factor: float) -> Tensor:
+    """Return ``x + factor · b · F`` with a mask b: of one draw in mode ``"batch"``, else of one for each sample."""
+    dim, recorded = branch_dim(branch), is_recorded()
     mask = keep_mask(keep, (1 if mode == "batch" else x.shape[dim],), x.device)
     obstacle: str | None = "needs a branch that can be computed for some samples: use Residual"
     if isinstance(branch, Branch) and not recorded and (mode == "subset" or (mode == "auto" and keep <= BREAK_EVEN)):
