@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 from typing_extensions import override
 
 # fused operations over lists of tensors, which torch's optimizers use: they have no public name
@@ -33,6 +33,22 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_recorded() -> bool:
+    """Return whether operations are exported, recorded or transformed, so that Python cannot decide by their values.
+
+    These are ``torch.export``, ``torch.jit.trace``, ``make_fx``, fake tensors, and transforms such as
+    ``torch.func.vmap``. Code under ``torch.compile`` may decide in Python, at a graph break. torch has no public test
+    for transforms, nor for the dispatch modes of ``make_fx`` and fake tensors.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or (is_in_torch_dispatch_mode() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()))
+    )
 
 
 def error_on_graph_break() -> AbstractContextManager[None]:

@@ -389,6 +389,9 @@ def test_export_in_evaluation():
 def test_keeps_by_depth():
     assert keep_schedule(1.0, 0.5, 5) == [1.0, 0.875, 0.75, 0.625, 0.5]
     assert keep_schedule(0.9, 0.5, 1) == [0.5]
+    for count in range(2, 40):
+        keeps = keep_schedule(0.9, 0.3, count)
+        assert (len(keeps), keeps[0], keeps[-1]) == (count, 0.9, 0.3)  # both ends, bitwise
     depth = sum(keep_schedule(1 - 0.5 / 54, 0.5, 54))
     assert depth == pytest.approx((3 * 54 - 1) / 4)  # the paper's: about 40 of 54
 

@@ -10,6 +10,7 @@ from torchvision.models import resnet18, resnet50
 from torchvision.models.resnet import BasicBlock
 
 from tying import ConfigurationError
+from tying.callbacks import ResidualMerging
 from tying.depth import Recurrent, Residual, StochasticDepth, Sum, Swapout, apply_merge, keep_schedule, remove_merge
 from tying.models import ResNet
 
@@ -96,13 +97,23 @@ def test_keeps_by_block():
 
 @pytest.mark.parametrize("merge", [StochasticDepth(0.5), StochasticDepth(0.1), Swapout(0.4, 0.8)], ids=repr)
 @pytest.mark.parametrize("count", [1, 3, 7])
-def test_linear_keeps_are_those_of_the_formula_and_of_the_schedule(merge, count):
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda model, merge: apply_merge(model, "*", merge, keep="linear"),
+        lambda model, merge: ResidualMerging("*", merge, keep_schedule="linear").apply(model),
+        lambda model, merge: ResidualMerging("*", merge).apply(model),
+    ],
+    ids=["function", "callback", "callback's default"],
+)
+def test_linear_keeps_are_those_of_the_formula_and_of_the_schedule(put, merge, count):
     model = nn.Sequential(*(Residual(nn.Linear(2, 2)) for _ in range(count)))
-    assert apply_merge(model, "*", merge, keep="linear") == count
+    assert put(model, merge) == count
     for name in merge.prob_names:
         p, keeps = getattr(merge, name), [getattr(block.merge, name) for block in model]
-        assert keeps == [1 - (1 - p) * (n / count) for n in range(1, count + 1)]  # bitwise
-        assert keeps == pytest.approx(keep_schedule(1 - (1 - p) / count, p, count), abs=1e-15)
+        assert keeps == keep_schedule(1 - (1 - p) / count, p, count)  # bitwise
+        assert keeps[-1] == p
+        assert keeps == pytest.approx([1 - (1 - p) * n / count for n in range(1, count + 1)], abs=1e-15)
 
 
 def test_uniform_is_the_merge_itself():

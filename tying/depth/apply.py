@@ -37,7 +37,7 @@ def keep_schedule(first: float, last: float, count: int) -> list[float]:
     check_range("count", count, "[1, inf)")
     check_range("first", first, "[0, 1]")
     check_range("last", last, "[0, 1]")
-    return [first + (last - first) * block / (count - 1) for block in range(count)] if count > 1 else [last]
+    return [*(first + (last - first) * block / (count - 1) for block in range(count - 1)), last]
 
 
 def apply_merge(
@@ -87,7 +87,14 @@ def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Seque
     if not isinstance(merge, Merge):
         raise ConfigurationError(f"keep needs a tying.depth.Merge, which {type(merge).__name__} is not")
     if isinstance(keep, str) and keep == "linear":
-        return [merge.scaled(block / len(names)) for block in range(1, len(names) + 1)]
+        count, probabilities = len(names), [getattr(merge, name) for name in merge.prob_names]
+        schedules = [keep_schedule(1 - (1 - p) / count, p, count) for p in probabilities]
+        return [
+            merge.with_probabilities(
+                {name: keeps[block] for name, keeps in zip(merge.prob_names, schedules, strict=True)}
+            )
+            for block in range(count)
+        ]
     try:
         keeps = [float(k) for k in keep] if isinstance(keep, Iterable) else [float(keep)] * len(names)  # type: ignore[arg-type]  # the except clause checks it
     except (TypeError, ValueError):

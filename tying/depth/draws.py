@@ -12,10 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tying.depth.tracing import leaf_function
+from tying.torch_workarounds import is_recorded
+
 LEVELS = 2**16  # probabilities are rounded to multiples of 1 / LEVELS
 per_rank_rng: ContextVar[bool] = ContextVar("per_rank_rng", default=False)  # whether processes may draw differently
 
 
+@leaf_function
 def keep_mask(keep: float, shape: torch.Size | tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Return a mask of independent draws, each true with probability ``keep``, rounded to a multiple of 2⁻¹⁶.
 
@@ -34,12 +38,11 @@ def keep_mask(keep: float, shape: torch.Size | tuple[int, ...], device: torch.de
     """
     threshold = round(keep * LEVELS)
     if threshold in (0, LEVELS):
-        return torch.full(shape, threshold > 0, dtype=torch.bool, device=device)
+        return (torch.ones if threshold else torch.zeros)(shape, dtype=torch.bool, device=device)
+    if torch.compiler.is_compiling() or is_recorded():  # in-place draws and odd counts of unknown sizes do not go there
+        return torch.rand(shape, dtype=torch.float32, device=device) < threshold / LEVELS
     count = math.prod(shape)
-    if torch.compiler.is_compiling():  # the compiler does not support in-place draws
-        words = torch.randint(-(2**31), 2**31 - 1, ((count + 1) // 2,), dtype=torch.int32, device=device)
-    else:
-        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
     return (words.view(torch.int16)[:count] < threshold - LEVELS // 2).view(shape)
 
 
@@ -53,10 +56,12 @@ def agreed_rand(*shape: int) -> Tensor:
     """Return uniform random numbers (float64) that the first process draws; all processes return the same numbers.
 
     Processes may have generators in different states, but must take the same decisions. While
-    ``per_rank_rng`` is true, each process returns the numbers that it draws itself.
+    ``per_rank_rng`` is true, or if the draw is recorded, each process returns the numbers that it draws itself.
     """
     numbers = torch.rand(shape, dtype=torch.float64)
-    if not per_rank_rng.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_recorded() or per_rank_rng.get():
+        return numbers
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(numbers, src=0, group=_cpu_group(dist.group.WORLD))
     return numbers
 

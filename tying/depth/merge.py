@@ -1,15 +1,18 @@
 """Merges, which combine a branch with its shortcut, and residual blocks made of them."""
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tying.deprecated import class_aliases
+from tying.depth.tracing import leaf_function, record_module, tracer_of
 from tying.errors import ConfigurationError, check_range
+from tying.torch_workarounds import is_recorded
 
 
 @dataclass(eq=False)
@@ -43,6 +46,59 @@ class Branch:
             *(x if rows is None or x is None or dim is None else take_rows(x, rows, dim) for x, dim in self.inputs)
         )
 
+    def unused(self) -> Iterable[Tensor]:
+        """Return the tensors that get a gradient of zero if a merge skips the branch."""
+        return (parameter for module in self.modules for parameter in module.parameters())
+
+
+class ComputedBranch(Branch):
+    """A branch whose output is already computed, as in a graph of ``torch.fx``.
+
+    Args:
+        output: the output of the branch for all samples.
+        dim: the dimension of samples.
+    """
+
+    def __init__(self, output: Tensor, dim: int = 0) -> None:
+        super().__init__(lambda output: output, [(output, dim)])
+        self.output = output
+
+    @override
+    def unused(self) -> Iterable[Tensor]:
+        return [self.output]
+
+
+def branch_dim(branch: Callable[[], Tensor]) -> int:
+    """Return the dimension of samples of a branch; it is 0 for a function that is not a :class:`Branch`."""
+    return branch.dim if isinstance(branch, Branch) else 0
+
+
+def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> Tensor:
+    """Return the output f of a branch, whose shape must be that of the shortcut x: a sum would broadcast others.
+
+    Args:
+        x: the shortcut.
+        f: the output of the branch.
+        rows: number of samples along ``dim`` that the branch was computed for; ``None`` for all.
+        dim: the dimension of samples.
+
+    Raises:
+        ConfigurationError: the shapes differ.
+
+    Example:
+        >>> same_shape(torch.ones(2), torch.zeros(2))
+        tensor([0., 0.])
+    """
+    if tracer_of(x) is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return f  # the shapes are not known yet
+    shape = x.shape if rows is None else torch.Size((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
+    if f.shape != shape:
+        raise ConfigurationError(
+            f"a merge needs a branch and a shortcut of the same shape, not {tuple(f.shape)} and {tuple(shape)}: let "
+            "the branch keep the shape of its input, or give Residual a shortcut that changes it as the branch does"
+        )
+    return f
+
 
 def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
@@ -62,14 +118,23 @@ def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
         tensor([[0., 0.],
                 [0., 0.]])
     """
+    return _zero_gradients(x, [*unused])
+
+
+@leaf_function
+def _zero_gradients(x: Tensor, unused: list[Tensor]) -> Tensor:
     trainable = [tensor for tensor in unused if tensor.requires_grad] if torch.is_grad_enabled() else []
-    return cast(Tensor, _ZeroGradients.apply(x, *trainable)) if trainable else x.clone()
+    if not is_recorded():
+        return cast(Tensor, _ZeroGradients.apply(x, *trainable)) if trainable else x.clone()
+    out = x.clone()
+    for tensor in trainable:  # export traces through autograd functions: only an operation has a gradient there
+        out = out + tensor.flatten()[:0].sum().to(x)  # the sum of no entries is 0
+    return out
 
 
 def skip_branch(x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
     """Return a copy of the shortcut x; the parameters of a :class:`Branch` get a gradient of zero."""
-    modules = branch.modules if isinstance(branch, Branch) else ()
-    return zero_gradients(x, (parameter for module in modules for parameter in module.parameters()))
+    return zero_gradients(x, branch.unused() if isinstance(branch, Branch) else ())
 
 
 class _ZeroGradients(torch.autograd.Function):
@@ -164,16 +229,22 @@ class Merge(nn.Module):
 
     A subclass defines ``forward(x, branch)``: ``branch()`` computes the branch, a tensor of x's shape.
 
+    ``torch.fx`` records a merge as one node that takes the output of the branch: the graph always computes the branch,
+    and the merge draws anew in each run. ``torch.export`` and ``torch.func.vmap`` replace decisions by masks.
+
     Args:
         probabilities: keep probabilities by name; each becomes an attribute.
 
     Attributes:
+        draws: whether the merge is random; ``torch.fx`` traces the forward of one that is not.
         prob_names: names of the keep probabilities.
         drop_scale: factor on every drop probability ``1 − keep``; a schedule may change it during training.
 
     Raises:
         ConfigurationError: a probability is not in [0, 1].
     """
+
+    draws: ClassVar[bool] = True
 
     def __init__(self, **probabilities: float) -> None:
         super().__init__()
@@ -182,6 +253,14 @@ class Merge(nn.Module):
         for name, keep in probabilities.items():
             check_range(name, keep, "[0, 1]")
             setattr(self, name, float(keep))
+
+    def __call__(self, x: Tensor, branch: Any, dim: int = 0) -> Any:
+        """Combine x with a branch or, in graphs of ``torch.fx``, with its output, whose samples lie along ``dim``."""
+        computed = isinstance(branch, Tensor) or tracer_of(branch) is not None
+        if self.draws and (tracer := tracer_of(x)) is not None:
+            arguments = (x, branch, dim) if computed else (x, branch(), branch_dim(branch))
+            return record_module(tracer, self, arguments, {})
+        return super().__call__(x, ComputedBranch(branch, dim) if computed else branch)
 
     def keep_prob(self, name: str) -> float:
         """Return the current value of a keep probability, ``1 − (1 − keep) · drop_scale``."""
@@ -197,13 +276,14 @@ class Merge(nn.Module):
         if not self.prob_names:
             raise ConfigurationError(f"{type(self).__name__} keeps everything: it takes no keep")
         check_range("keep", keep, "[0, 1]")
-        return self._with(dict.fromkeys(self.prob_names, float(keep)))
+        return self.with_probabilities(dict.fromkeys(self.prob_names, float(keep)))
 
     def scaled(self, factor: float) -> Self:
         """Return a copy in which each keep probability p is ``1 − (1 − p) · factor``."""
-        return self._with({name: 1 - (1 - getattr(self, name)) * factor for name in self.prob_names})
+        return self.with_probabilities({name: 1 - (1 - getattr(self, name)) * factor for name in self.prob_names})
 
-    def _with(self, probabilities: dict[str, float]) -> Self:
+    def with_probabilities(self, probabilities: Mapping[str, float]) -> Self:
+        """Return a copy with these keep probabilities, by name."""
         merge = copy.deepcopy(self)
         for name, keep in probabilities.items():
             setattr(merge, name, keep)
@@ -227,9 +307,11 @@ class Sum(Merge):
     Source: K. He, X. Zhang, S. Ren and J. Sun, Deep residual learning for image recognition, 2016.
     """
 
+    draws = False
+
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         """Return the shortcut plus the branch."""
-        return x + branch()
+        return x + same_shape(x, branch())
 
 
 class FeedForward(Merge):
@@ -241,9 +323,11 @@ class FeedForward(Merge):
         tensor([0., 0.])
     """
 
+    draws = False
+
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         """Return the branch; the shortcut gets a gradient of zero."""
-        return zero_gradients(branch(), [x])
+        return zero_gradients(same_shape(x, branch()), [x])
 
 
 class Residual(nn.Module):

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.draws import draw, keep_mask
-from tying.depth.merge import Branch, Merge, add_rows, skip_branch
+from tying.depth.merge import Branch, ComputedBranch, Merge, add_rows, branch_dim, same_shape, skip_branch
+from tying.depth.tracing import leaf_function, tracer_of
 from tying.errors import ConfigurationError, check_choice
+from tying.torch_workarounds import is_recorded
 
 Mode = Literal["batch", "row", "subset", "auto"]
 Scale = Literal["test", "train"]
@@ -40,31 +42,50 @@ def stochastic_depth(
             evaluation.
         training: whether to draw.
 
+    In graphs and transforms the branch is computed for all samples: ``torch.fx`` records the merge of the branch's
+    output as one node; ``torch.export`` and ``torch.func.vmap`` draw a mask, one for all samples in mode ``"batch"``
+    (each process then draws its own) and one for each sample in the others.
+
     Raises:
-        ConfigurationError: mode is ``"subset"``, and the branch is not a Branch, or has SyncBatchNorm, or has batch
-            normalisation while only one sample is kept.
+        ConfigurationError: x and the output of the branch differ in shape; mode is ``"subset"``, and the branch is not
+            a Branch, or has SyncBatchNorm, or has batch normalisation while only one sample is kept.
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
+    if tracer_of(x) is not None:
+        return _merge_computed(x, branch(), branch_dim(branch), keep, mode, scale, training)
     if keep == 0:
         return skip_branch(x, branch)
     if keep == 1 or not training:
-        return torch.add(x, branch(), alpha=keep if scale == "test" else 1)
+        return torch.add(x, same_shape(x, branch()), alpha=keep if scale == "test" else 1)
     factor = 1 if scale == "test" else 1 / keep
-    if mode == "batch":
-        return torch.add(x, branch(), alpha=factor) if draw(keep) else skip_branch(x, branch)
-    dim = branch.dim if isinstance(branch, Branch) else 0
-    mask = keep_mask(keep, (x.shape[dim],), x.device)
+    if mode == "batch" and not is_recorded():
+        return torch.add(x, same_shape(x, branch()), alpha=factor) if draw(keep) else skip_branch(x, branch)
+    return _masked_depth(x, branch, keep, mode, factor)
+
+
+def _masked_depth(x: Tensor, branch: Callable[[], Tensor], keep: float, mode: Mode, factor: float) -> Tensor:
+    """Return ``x + factor · b · F`` with a mask b: of one draw in mode ``"batch"``, else of one for each sample."""
+    dim, recorded = branch_dim(branch), is_recorded()
+    mask = keep_mask(keep, (1 if mode == "batch" else x.shape[dim],), x.device)
     obstacle: str | None = "needs a branch that can be computed for some samples: use Residual"
-    if isinstance(branch, Branch) and (mode == "subset" or (mode == "auto" and keep <= BREAK_EVEN)):
+    if isinstance(branch, Branch) and not recorded and (mode == "subset" or (mode == "auto" and keep <= BREAK_EVEN)):
         rows = mask.nonzero().flatten()
         if (obstacle := _subset_obstacle(branch, len(rows), len(mask))) is None:
-            return add_rows(x, rows, branch(rows), dim, factor) if len(rows) else skip_branch(x, branch)
-    if mode == "subset":
+            if not len(rows):
+                return skip_branch(x, branch)
+            return add_rows(x, rows, same_shape(x, branch(rows), len(rows), dim), dim, factor)
+    if mode == "subset" and not recorded:
         raise ConfigurationError(f"mode='subset' {obstacle}")
-    f = branch()
+    f = same_shape(x, branch())
     shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
     return torch.add(x, f * mask.to(f.dtype).view(shape), alpha=factor)
+
+
+@leaf_function
+def _merge_computed(x: Tensor, f: Tensor, dim: int, keep: float, mode: Mode, scale: Scale, training: bool) -> Tensor:
+    """Merge the output of a branch when a graph of ``torch.fx`` runs."""
+    return stochastic_depth(x, ComputedBranch(f, dim), keep, mode, scale, training)
 
 
 def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:

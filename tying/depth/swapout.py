@@ -8,9 +8,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.depth.draws import keep_mask
-from tying.depth.merge import Merge, skip_branch, zero_gradients
+from tying.depth.merge import Merge, same_shape, skip_branch, zero_gradients
+from tying.depth.tracing import leaf_function
+from tying.torch_workarounds import is_recorded
 
 
+@leaf_function
 def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None) -> Tensor:
     """Return ``Θ₁ ⊙ x + Θ₂ ⊙ f``.
 
@@ -20,6 +23,9 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
         skips: Θ₁, a bool mask that broadcasts to x's shape; ``None`` for ones.
         branches: Θ₂, a bool mask that broadcasts to x's shape; ``None`` for ones.
 
+    Raises:
+        ConfigurationError: the branch has another shape than x.
+
     Example:
         >>> on = torch.tensor([True, False])
         >>> swapout(torch.ones(2), torch.full((2,), 5.0), on, None), swapout(torch.ones(2), torch.ones(2), on, ~on)
@@ -27,17 +33,21 @@ def swapout(x: Tensor, f: Tensor, skips: Tensor | None, branches: Tensor | None)
 
     Source: S. Singh, D. Hoiem and D. Forsyth, Swapout: learning an ensemble of deep architectures, 2016.
     """
-    return _masked(x, skips) + _masked(f, branches)
+    return _masked(x, skips) + _masked(same_shape(x, f), branches)
 
 
+@leaf_function
 def skip_forward(x: Tensor, f: Tensor, branches: Tensor) -> Tensor:
     """Return ``torch.where(branches, f, x)``: swapout with Θ₁ = 1 − Θ₂.
+
+    Raises:
+        ConfigurationError: the branch has another shape than x.
 
     Example:
         >>> skip_forward(torch.ones(2), torch.zeros(2), torch.tensor([True, False]))
         tensor([0., 1.])
     """
-    return torch.where(branches, f, x)
+    return torch.where(branches, same_shape(x, f), x)
 
 
 class Swapout(Merge):
@@ -66,7 +76,7 @@ class Swapout(Merge):
         keep_skip, keep_branch = self.keep_prob("keep_skip"), self.keep_prob("keep_branch")
         if keep_branch == 0:
             return skip_branch(x, branch) * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
-        f = branch()
+        f = same_shape(x, branch())
         if self.training:
             return swapout(x, f, *(None if keep == 1 else _mask(x, keep) for keep in (keep_skip, keep_branch)))
         return torch.add(keep_skip * x if keep_skip < 1 else x, f, alpha=keep_branch)
@@ -96,7 +106,7 @@ class SkipForward(Merge):
         keep = self.keep_prob("keep")
         if keep == 0:
             return skip_branch(x, branch)
-        f = branch()
+        f = same_shape(x, branch())
         if keep == 1:
             return zero_gradients(f, [x])
         return skip_forward(x, f, _mask(x, keep)) if self.training else torch.add(keep * f, x, alpha=1 - keep)
@@ -104,13 +114,15 @@ class SkipForward(Merge):
 
 def _mask(x: Tensor, keep: float) -> Tensor:
     """Return a random mask in x's memory format; another format takes twice the time to apply."""
+    if is_recorded():
+        return keep_mask(keep, x.shape, x.device)
     return keep_mask(keep, (x.numel(),), x.device).as_strided(x.shape, torch.empty_like(x, dtype=torch.bool).stride())
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x
-    return cast(Tensor, _Masked.apply(x, mask)) if mask.shape == x.shape else x * mask
+    return cast(Tensor, _Masked.apply(x, mask)) if mask.shape == x.shape and not is_recorded() else x * mask
 
 
 class _Masked(torch.autograd.Function):

@@ -5,11 +5,15 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.merge import Branch
+from tying.depth.tracing import LeafModule
 from tying.torch_workarounds import attention_branch, feed_forward_branch
 
 
-class MergedTransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """torch's TransformerEncoderLayer with a merge, which combines each of its two branches with its shortcut."""
+class MergedTransformerEncoderLayer(LeafModule, nn.TransformerEncoderLayer):
+    """torch's TransformerEncoderLayer with a merge, which combines each of its two branches with its shortcut.
+
+    ``torch.fx`` records it as one node, like torch's.
+    """
 
     merge: nn.Module
 

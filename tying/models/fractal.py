@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth import FractalBlock
-from tying.depth.fractal import draw_column
+from tying.depth.fractal import column_index, draw_column
+from tying.depth.tracing import in_graph
 from tying.errors import ConfigurationError, check_range
 
 
@@ -73,7 +74,10 @@ class FractalNet(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
-        column = draw_column(self.columns, self.global_share) if self.training else self.column
+        column: int | Tensor | None = self.column
+        if self.training:
+            draw = partial(column_index, x) if in_graph(x) else draw_column
+            column = draw(self.columns, self.global_share)
         for block in self.blocks:
             x = self.pool(block(x, column))
         return cast(Tensor, self.head(x.mean(dim=(2, 3))))

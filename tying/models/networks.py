@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, check_choice
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
@@ -32,7 +33,7 @@ class MLP(nn.Sequential):
         super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm))
 
 
-class GRU(nn.GRU):
+class GRU(LeafModule, nn.GRU):
     """``torch.nn.GRU`` without ``proj_size``, which configurations would pass and ``torch.nn.GRU`` rejects.
 
     Example:

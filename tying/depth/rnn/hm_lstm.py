@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.rnn.sequences import check_shapes, initial_state, steps_first
+from tying.depth.tracing import LeafModule
 from tying.errors import check_choice, check_range
 
 Boundary = Literal["step", "sample"]
@@ -88,7 +89,7 @@ def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
     return boundary + torch.where((slope * x).abs() < 1, probability - probability.detach(), 0)
 
 
-class HMLSTM(nn.Module):
+class HMLSTM(LeafModule):
     """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
     A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary in the

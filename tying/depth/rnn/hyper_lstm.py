@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, check_range
 
 
@@ -35,7 +36,7 @@ def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-class HyperLSTMCell(nn.LSTMCell):
+class HyperLSTMCell(LeafModule, nn.LSTMCell):
     """An LSTM cell whose weights a small LSTM, ``hyper``, rescales row by row at each step.
 
     ``hyper`` reads ``(h_{t−1}, x_t)``. Its hidden state ``ĥ_t`` gives each gate y of i, f, g and o separate embeddings
@@ -97,7 +98,7 @@ class HyperLSTMCell(nn.LSTMCell):
     def forward(self, input: Tensor, hx: tuple[Tensor, ...] | None = None) -> HyperState:  # type: ignore[override]
         if input.ndim != 2 or input.shape[1] != self.input_size:
             raise ConfigurationError(f"inputs are (batch, {self.input_size}), not {tuple(input.shape)}")
-        return self.run(input.unsqueeze(0), self.initial_state(input, hx, len(input)))[1]
+        return self.run(input.unsqueeze(0), self.initial_state(input, hx, input.shape[0]))[1]
 
     def initial_state(self, x: Tensor, hx: Sequence[Tensor] | None, *leading: int) -> list[Tensor]:
         """Check the shapes of a state and return its parts, or zeros for None; shapes begin with ``leading``."""
@@ -134,14 +135,14 @@ class HyperLSTMCell(nn.LSTMCell):
     @staticmethod
     def _by_embedding(z: Tensor, weight: Tensor) -> Tensor:
         """Multiply embeddings (batch, k · embedding) by weights (k, embedding, size) to (k, batch, size)."""
-        return torch.bmm(z.view(len(z), *weight.shape[:2]).transpose(0, 1), weight)
+        return torch.bmm(z.view(z.shape[0], *weight.shape[:2]).transpose(0, 1), weight)
 
     @override
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hyper_size={self.hyper.hidden_size}, embedding_size={self.scale.shape[1]}"
 
 
-class HyperLSTM(nn.Module):
+class HyperLSTM(LeafModule):
     """Layers of :class:`HyperLSTMCell` over sequences.
 
     Args:

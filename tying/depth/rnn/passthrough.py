@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, check_range
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
@@ -105,7 +106,7 @@ class PassthroughGRULayer(nn.Module):
         return torch.stack(outputs)
 
 
-class PassthroughGRU(nn.Module):
+class PassthroughGRU(LeafModule):
     """A gated recurrent unit with square matrices of low rank, optionally plus a diagonal.
 
     ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and

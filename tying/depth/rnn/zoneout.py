@@ -12,12 +12,15 @@ from typing_extensions import override
 
 from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.depth.tracing import LeafModule, leaf_function
 from tying.errors import ConfigurationError, check_range
+from tying.torch_workarounds import is_recorded
 
 Keep = Tensor | float  # probability of taking the new value, or a mask of the units that take it
 State = tuple[Tensor, Tensor]
 
 
+@leaf_function
 def zoned_lstm(
     x: Tensor,
     h: Tensor,
@@ -45,7 +48,7 @@ def zoned_lstm(
 
     Shape: outputs (steps, batch, size), hidden state and cell (batch, size). Under autocast they have its dtype.
 
-    Double backward and ``torch.func`` are not supported.
+    Under ``torch.export`` and ``torch.func`` a slower loop computes the same; double backward is not supported.
 
     Raises:
         ConfigurationError: k_c or k_h requires a gradient.
@@ -65,7 +68,9 @@ def zoned_lstm(
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
     with torch.autocast(device, enabled=False):
-        return cast(tuple[Tensor, Tensor, Tensor], _ZonedLSTM.apply(*tensors, *keeps))
+        compute = _zoned_loop if is_recorded() else _ZonedLSTM.apply
+        arguments: list[Any] = [*tensors, *keeps]
+        return cast(tuple[Tensor, Tensor, Tensor], compute(*arguments))
 
 
 def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float]:
@@ -75,6 +80,26 @@ def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float
     if keep.requires_grad:
         raise ConfigurationError("keep_cell and keep_hidden take no gradient: give them detached")
     return keep if keep.dtype == torch.bool else keep.to(dtype)
+
+
+def _zoned_loop(
+    x: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    keep_cell: Tensor | list[float],
+    keep_hidden: Tensor | list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The equations alone, which graphs and transforms can differentiate: no writes in place, no autograd function."""
+    outputs = []
+    for projected, k_c, k_h in zip(F.linear(x, weight_ih, bias), keep_cell, keep_hidden, strict=True):
+        i, f, g, o = (projected + F.linear(h, weight_hh)).chunk(4, dim=1)
+        new = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+        c, h = _zone_out(c, new, k_c), _zone_out(h, o.sigmoid() * new.tanh(), k_h)
+        outputs.append(h)
+    return torch.stack(outputs), h, c
 
 
 class _ZonedLSTM(torch.autograd.Function):
@@ -148,20 +173,17 @@ def _swap_g_and_o(gates: Tensor) -> Tensor:
     return torch.cat([i, f, fourth, third])
 
 
-def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor) -> None:
-    """Write the mean ``keep ⊙ new + (1 − keep) ⊙ old`` into ``out``."""
+def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor | None = None) -> Tensor:
+    """Return the mean ``keep ⊙ new + (1 − keep) ⊙ old``, written into ``out`` if it is given."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
-        torch.where(keep, new, old, out=out)
-    elif not isinstance(keep, Tensor) and keep in (
-        0.0,
-        1.0,
-    ):  # without the other value, which may be NaN
-        out.copy_(new if keep else old)
-    else:
-        torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
+        return torch.where(keep, new, old, out=out)
+    if not isinstance(keep, Tensor) and keep in (0.0, 1.0):  # without the other value, which may be NaN
+        taken = new if keep else old
+        return taken if out is None else out.copy_(taken)
+    return torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
 
 
-class _ZoneoutRates(nn.Module):
+class _ZoneoutRates(LeafModule):
     """Base class of :class:`ZoneoutLSTMCell` and :class:`ZoneoutLSTM`: the zoneout probabilities and their masks."""
 
     def _set_rates(self, zoneout_cell: float, zoneout_hidden: float) -> None:
@@ -242,8 +264,8 @@ class ZoneoutLSTM(_ZoneoutRates, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     Projections (``proj_size``) are not supported. In evaluation, states are averages of old and new values with
-    the zoneout probabilities as weights. The outputs are the hidden states after zoneout. Double backward and
-    ``torch.func`` are not supported, and ``torch.compile`` has a graph break at this layer.
+    the zoneout probabilities as weights. The outputs are the hidden states after zoneout. Double backward is not
+    supported, and ``torch.compile`` has a graph break at this layer.
 
     Args:
         input_size: size of the input.

@@ -1,0 +1,77 @@
+"""Record a module or function as one node of a ``torch.fx`` graph, so that it draws when the graph runs."""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+from torch import nn
+from torch.fx import Proxy, Tracer
+
+from tying.torch_workarounds import is_recorded
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class LeafModule(nn.Module):
+    """A module that ``torch.fx`` calls as one node, like the layers of ``torch.nn``, instead of tracing its forward.
+
+    A trace of the forward would fix the random decisions of Python and the training mode.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, or record the call if an argument is a ``torch.fx.Proxy``."""
+        tracer = find_tracer((*args, *kwargs.values()))
+        return super().__call__(*args, **kwargs) if tracer is None else record_module(tracer, self, args, kwargs)
+
+
+def record_module(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
+    """Record a call of a module as one node, within the tracer's scope of the module, which names the node."""
+
+    def node(*args: Any, **kwargs: Any) -> Any:
+        return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
+
+    return cast(Proxy, tracer.call_module(module, node, args, kwargs))
+
+
+def leaf_function(function: Callable[P, R]) -> Callable[P, R]:
+    """Let ``torch.fx`` record calls of a function as one node.
+
+    ``torch.fx.wrap`` does so for calls from the module that calls it, and not for calls from modules that import the
+    function.
+
+    Example:
+        >>> import torch, tying.depth
+        >>> class Mean(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return tying.depth.fractal_join([x, 3 * x])
+        >>> torch.fx.symbolic_trace(Mean())(torch.ones(2))
+        tensor([2., 2.])
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if (tracer := find_tracer((*args, *kwargs.values()))) is None:
+            return function(*args, **kwargs)
+        return cast(R, tracer.create_proxy("call_function", call, args, kwargs))
+
+    return call
+
+
+def find_tracer(values: Iterable[object]) -> Tracer | None:
+    """Return the tracer of the first ``torch.fx.Proxy`` among values, lists and tuples, or None."""
+    for value in values:
+        tracer = find_tracer(value) if isinstance(value, (list, tuple)) else tracer_of(value)
+        if tracer is not None:
+            return tracer
+    return None
+
+
+def tracer_of(x: object) -> Tracer | None:
+    """Return the tracer of x if it is a ``torch.fx.Proxy``, which stands for a tensor during a trace."""
+    return cast(Tracer, x.tracer) if isinstance(x, Proxy) else None
+
+
+def in_graph(x: object) -> bool:
+    """Return whether operations on x become part of a graph or transform: decisions must be masks, not Python's."""
+    return tracer_of(x) is not None or is_recorded()
