@@ -13,7 +13,7 @@ from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_entries
 from tying.torch_workarounds import convolve
-from tying.weights.derived import computed_property, install
+from tying.weights.derived import as_assigned, computed_property, install
 
 Device = torch.device | str | None
 
@@ -57,6 +57,10 @@ class Hashed(nn.Module):
         if getattr(self, "bias", None) is not None:
             self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)))
         self.reset_parameters()
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, as_assigned(self, name, value))
 
     def reset_parameters(self) -> None:
         """Initialise the table and the bias like the weight and the bias of the dense layer."""

@@ -1,6 +1,6 @@
 """Derived weights, which a module computes from its parameters: find, install, remove and count them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
-from tying.torch_workarounds import inject_property
+from tying.torch_workarounds import ContiguousView, inject_property
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -104,6 +104,9 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
     }
 
 
+_GENERATED = (parametrize.__name__, __name__)  # modules of generated classes
+
+
 class _Generated:
     """The second base of each generated class. The class defines the derived weights of one module as properties.
 
@@ -119,10 +122,28 @@ class _Generated:
         return copied
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        if is_parametrized(self):
-            raise RuntimeError("Serialization of parametrized modules is only supported through state_dict()")
+        plain = next(cls for cls in type(self).__mro__ if cls.__module__ not in _GENERATED)
         with torch.no_grad():
-            return super().__reduce_ex__(protocol)
+            return rebuild, (plain, _computes(self), (*_parametrizations(self),)), self.__getstate__()
+
+
+def rebuild(kind: type[nn.Module], computes: dict[str, tuple[str, str]], parametrized: Sequence[str]) -> nn.Module:
+    """Return a module of a newly generated class, without state: pickled modules are loaded by it.
+
+    Args:
+        kind: the module's plain class.
+        computes: the generated class's ``computes``.
+        parametrized: names of the parametrized weights.
+    """
+    module: nn.Module = object.__new__(kind)
+    _renew_class(module, computes, parametrized)
+    return module
+
+
+def as_assigned(module: nn.Module, name: str, value: Any) -> Any:
+    """Return the value that assigning an attribute of a module stores: for a derived weight, a parameter's values."""
+    is_derived = isinstance(value, nn.Parameter) and isinstance(getattr(type(module), name, None), property)
+    return value.detach() if is_derived else value
 
 
 def install(
@@ -227,17 +248,24 @@ def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.
     }
 
 
-def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
+def _renew_class(
+    module: nn.Module, computes: dict[str, tuple[str, str]], parametrized: Iterable[str] | None = None
+) -> None:
     """Give a module a new class with a property for each derived weight, or its plain class if it has none.
 
     The class that torch generates for parametrized modules is the outermost; torch removes it with the last
     parametrization.
+
+    Args:
+        module: changed in place.
+        computes: the weights that are computed without a parametrization; see :func:`derived_in`.
+        parametrized: names of the parametrized weights; default: those that the module has.
     """
+    names = [*(_parametrizations(module) if parametrized is None else parametrized)]
     kind = next(
         cls
         for cls in type(module).__mro__
-        if cls.__module__ not in (parametrize.__name__, __name__)  # modules of generated classes
-        and _computes(cls).items() <= computes.items()
+        if cls.__module__ not in _GENERATED and _computes(cls).items() <= computes.items()
     )
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
         members: dict[str, Any] = {
@@ -245,12 +273,21 @@ def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> Non
             **{name: _reset(name, added) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)},
             **{name: computed_property(*keys) for name, keys in added.items()},
         }
-        kind = type(f"Hashed{kind.__name__.removeprefix('Hashed')}", (kind, _Generated), members)
-    if is_parametrized(module):
-        kind = type(f"Parametrized{kind.__name__}", (kind, _Generated), {"__module__": parametrize.__name__})
+        kind = _generate(f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members)
+    if names:
+        kind = _generate(f"Parametrized{kind.__name__}", kind, {"__module__": parametrize.__name__})
     swap_class(module, kind)
-    for name in _parametrizations(module):
+    for name in names:
         inject_property(module, name)
+
+
+def _generate(name: str, kind: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """Return a subclass of a module's class."""
+
+    def assign(module: nn.Module, attribute: str, value: Any) -> None:  # recurrent layers have their own
+        kind.__setattr__(module, attribute, as_assigned(module, attribute, value))
+
+    return type(name, (kind, _Generated), {**members, "__setattr__": assign})
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
@@ -374,14 +411,33 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
     for name, relation in links_in(module).items():
         key = f"{prefix}parametrizations.{name}.original"
         if key in state_dict:
-            state_dict[prefix + name] = relation(state_dict.pop(key))
+            source = state_dict.pop(key)
+            weight = relation(source)
+            plain = type(source) is Tensor and not (source.is_meta or source.is_inference())  # not with keep_vars
+            state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else ContiguousView.of(weight)
 
 
-def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _read_plainly(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    *_: Any,
+) -> None:
     for name, relation in links_in(module).items():
+        key = f"{prefix}parametrizations.{name}.original"
         if prefix + name in state_dict:
-            source = relation.right_inverse(state_dict.pop(prefix + name))
-            state_dict[f"{prefix}parametrizations.{name}.original"] = source
+            state_dict[key] = relation.right_inverse(viewed(state_dict.pop(prefix + name)))
+        elif key not in state_dict:  # torch would report this key as missing
+            state_dict[key] = module.get_parameter(f"parametrizations.{name}.original")
+            missing_keys.append(prefix + name)
+
+
+def viewed(entry: Any) -> Any:
+    """Return an entry of a state dict, or the view for which it stands."""
+    return entry.current() if isinstance(entry, ContiguousView) else entry
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
+from tying.torch_workarounds import is_strict_load
 from tying.weights.derived import (
     DerivedWeight,
     ParameterLocation,
@@ -24,6 +25,7 @@ from tying.weights.derived import (
     link,
     locate_parameters,
     remove,
+    viewed,
 )
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
@@ -100,7 +102,7 @@ def install_record(model: nn.Module, groups: Sequence[TieRecord]) -> None:
 def _writable_record(module: nn.Module) -> ModuleRecord:
     if RECORD not in module.__dict__:
         module.__dict__[RECORD] = ModuleRecord()
-        module.register_load_state_dict_pre_hook(reconcile)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_pre_hook(_reconcile_before_load)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_post_hook(restore_ties)  # type: ignore[no-untyped-call]  # torch's
     return record_in(module)
 
@@ -143,10 +145,23 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
                     share_parameter(group, source, locations)
 
 
-def reconcile(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
-) -> list[str]:
-    """Make the copies of each tied weight in a state dict equal, and add missing copies; also a load hook.
+def _reconcile_before_load(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    *_: Any,
+) -> None:
+    present = {*state_dict}
+    reconcile(model, state_dict, prefix)
+    if not is_strict_load():  # as for a weight tied by hand: safetensors compares them with the names it left out
+        missing_keys += [key for key in state_dict if key not in present]
+
+
+def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", unequal: Unequal = "error") -> list[str]:
+    """Make the copies of each tied weight in a state dict equal, and add missing copies.
 
     Args:
         model: the tied model.
@@ -199,7 +214,7 @@ def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
     if not isinstance(value, Tensor):
         raise ConfigurationError(f"{key!r} is no tensor in this state dict, but {type(value).__name__}")
     try:
-        return relation.inverse()(value)
+        return relation.inverse()(viewed(value))
     except EinopsError:
         raise ConfigurationError(
             f"{key!r} has shape {tuple(value.shape)} in this state dict, which is not that of the model"
