@@ -145,4 +145,4 @@ class ContiguousView(Tensor):
 
     @override
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.current().__reduce_ex__(protocol)
+        return self.current().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's

@@ -80,7 +80,7 @@ def test_audit_counts(row, how):
     virtual = sum(p.numel() for p in Net().parameters())
     assert (report.unique, report.virtual, report.saved_bytes) == (unique, virtual, 4 * (virtual - unique))
     assert any("fully_shard" in limit for limit in report.limits)
-    assert any("pickling the model refuses" in limit for limit in report.limits) == (row == "transposed tie")
+    assert any("ONNX and safetensors store copies" in limit for limit in report.limits) == (row == "transposed tie")
     assert f"{unique:,} unique parameters" in str(report)
 
 

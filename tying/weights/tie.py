@@ -32,7 +32,12 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     Without a relation, all names hold the same ``Parameter``. With a relation, a parametrization computes the weight
     from the source. The ``state_dict`` has the names and shapes of the untied model. ``load_state_dict`` raises an
     error before it changes ``model`` if the copies of a weight are not bitwise equal; it fills in missing copies.
-    Earlier ties that other code has broken are repaired.
+
+    Earlier ties that other code has broken are repaired. ``to_empty`` breaks the ties of a model on the meta device:
+    tie again after it. :func:`audit` reports ties that are broken; callbacks and mixins repair them before training.
+
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: the module whose names the patterns match; changed in place.
@@ -138,12 +143,24 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     records = tie_records(model)
     locations = locate_parameters(model) if records else {}
     return [
-        TiedGroup(record.names, (_shared_by(record, locations),) * len(record.names), record.relations, shared=True)
+        TiedGroup(record.names, (shared_by(record, locations),) * len(record.names), record.relations, shared=True)
         for record in records
     ]
 
 
-def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
+def broken(model: nn.Module) -> list[str]:
+    """Describe, for each group of tied weights that are separate again, what happened and the remedy."""
+    records, locations = tie_records(model), locate_parameters(model)
+    messages = []
+    for record in records:
+        try:
+            shared_by(record, locations)
+        except ConfigurationError as error:
+            messages.append(str(error))
+    return messages
+
+
+def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
     """Return the parameter that all names of a record hold; raise an error if they hold different ones."""
     first = record.names[0]
     for name, relation in zip(record.names, record.relations, strict=True):
@@ -164,7 +181,9 @@ def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) ->
                 if parameter.shape == source.shape
                 else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
             )
-            raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
+            raise ConfigurationError(
+                f"{message} is another tensor now: something, such as to_empty, has replaced it. {remedy}"
+            )
     return locations[first].parameter
 
 
