@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import override
@@ -35,6 +36,11 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_proxy(value: object) -> bool:
+    """Return whether ``torch.fx`` is recording operations on a value that has no numbers yet."""
+    return isinstance(value, Proxy)
 
 
 def error_on_graph_break() -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from tying.errors import ConfigurationError
 from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_entries
-from tying.torch_workarounds import convolve
+from tying.torch_workarounds import convolve, is_proxy
 from tying.weights.derived import as_assigned, computed_property, install
 
 Device = torch.device | str | None
@@ -128,7 +128,7 @@ class HashedLinear(Hashed, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         virtual = self.virtual
-        if virtual.fast_path is not None:
+        if virtual.fast_path is not None and not is_proxy(input):
             if input.shape[-1] != self.in_features:
                 raise ConfigurationError(f"this layer takes {self.in_features} features, not {input.shape[-1]}")
             return virtual.fast_path.linear(input, virtual.scaled(self.table), self.bias)
@@ -202,7 +202,7 @@ class HashedConv2d(Hashed, nn.Conv2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         fast_path = self.virtual.fast_path
-        if not isinstance(fast_path, RepeatedRows) or self.groups > 1:
+        if not isinstance(fast_path, RepeatedRows) or self.groups > 1 or is_proxy(input):
             return convolve(self, input, self.weight, self.bias)
         kernels = fast_path.rows(self.virtual.scaled(self.table)).view(-1, *fast_path.shape[1:])
         return repeat_to(convolve(self, input, kernels, None), self.out_channels, -3, self.bias)
@@ -262,6 +262,8 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
+        if is_proxy(input):
+            return F.embedding(input, self.weight)
         return self.virtual.rows(self.table, input)
 
 

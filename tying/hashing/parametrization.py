@@ -15,7 +15,7 @@ from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
 from tying.hashing.hashes import Hash, UniformHash, hash32, overrides_slot_only
-from tying.torch_workarounds import FollowsDevice, is_traced
+from tying.torch_workarounds import FollowsDevice, is_proxy, is_traced
 
 Index = Literal["auto", "stored", "computed", "structured"]
 STORED = 1 << 24  # "auto" stores an index of at most this number of weights
@@ -149,6 +149,9 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def forward(self, table: Tensor) -> Tensor:
+        if is_proxy(table):  # torch.fx traces no Python code that depends on values
+            index = self.extended_slots().flatten().to(self.device)
+            return self._read(table, IndexSource(len(index), self._extended_slot, index)).view(self.shape)
         if self.fast_path is not None:
             return self.fast_path.weight(self.scaled(table))
         return self._read(table, self._source(table.device)).view(self.shape)
@@ -224,6 +227,7 @@ class HashedParametrization(FollowsDevice):
             type(self.hash) is not UniformHash
             or self.index != "computed"
             or not self._is_plain
+            or is_proxy(table)
             or torch.compiler.is_compiling()  # the compiler fuses the plain operations
             or torch.are_deterministic_algorithms_enabled()  # kernels add gradients in any order
             or table.device.type not in FUSED

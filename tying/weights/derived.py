@@ -282,12 +282,16 @@ def _renew_class(
 
 
 def _generate(name: str, kind: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
-    """Return a subclass of a module's class."""
+    """Return a subclass of a module's class; calling it makes a module of the plain class, as adapters do."""
+    plain = next(cls for cls in kind.__mro__ if cls.__module__ not in _GENERATED)
+
+    def create(cls: type[nn.Module], *arguments: Any, **keywords: Any) -> Any:
+        return plain(*arguments, **keywords)
 
     def assign(module: nn.Module, attribute: str, value: Any) -> None:  # recurrent layers have their own
         kind.__setattr__(module, attribute, as_assigned(module, attribute, value))
 
-    return type(name, (kind, _Generated), {**members, "__setattr__": assign})
+    return type(name, (kind, _Generated), {**members, "__new__": create, "__setattr__": assign})
 
 
 def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
