@@ -84,7 +84,11 @@ def lit(row):
         **{name: lambda name=name: HardTying(below(TIES[name])) for name in TIES},
     }
     torch.manual_seed(0)  # a bank and a generator begin at random
-    return (Lit(), [callbacks[row]()]) if row in callbacks else (Lit(row), [])
+    if row in callbacks:
+        return Lit(), [callbacks[row]()]
+    module = Lit(row)
+    module.configure_model()  # before callbacks copy it, which Lightning lets them do before it calls this
+    return module, []
 
 
 def fit(module, callbacks, folder, epochs=2, **arguments):
@@ -266,11 +270,11 @@ def reset(row, tmp_path):
 
 def emptied_and_reset(row, tmp_path):
     net = made(row).to("meta").to_empty(device="cpu")
+    if row in TIES:
+        assert_mended(net, row)
     with torch.no_grad():
         for tensor in (*net.parameters(), *net.buffers()):
             tensor.fill_(float("nan"))
-    if row in TIES:
-        assert_mended(net, row)
     reset_all(net)
     assert_drawn_like_dense(net, row)
     if row == BY_HAND:
@@ -457,7 +461,7 @@ def dynamic_quantisation(row, tmp_path):
             quantized(net)
         assert any("quantize_dynamic" in limit for limit in audit(net).limits)
     for whole in [baked(net, row)] if refused else [net, baked(net, row)]:
-        torch.testing.assert_close(quantized(whole)(batch()), net(batch()), rtol=0, atol=0.1)
+        assert float((quantized(whole)(batch()) - net(batch())).norm() / net(batch()).norm()) < 0.1
     if refused:
         return "refused by torch: bake first"
     return "hashed layers stay: bake first" if row.startswith(("hashed", "clustered")) else None
@@ -465,6 +469,7 @@ def dynamic_quantisation(row, tmp_path):
 
 def symbolic_trace(row, tmp_path):
     net = trained(row).float()
+    net.zero_grad()
     traced = torch.fx.symbolic_trace(net)
     assert_same(traced, net, atol=1e-6)
     loss_of(traced, batch()).backward()
