@@ -103,6 +103,9 @@ def generate_weights(
 ) -> list[str]:
     """Generate convolution kernels of equal size by one hypernetwork; return their names.
 
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
+
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.

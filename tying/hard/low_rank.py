@@ -165,6 +165,9 @@ class LowRankPlusDiagonal(_OfRank):
 def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:
     """Parametrize weights of a model by low rank, starting at the nearest weight of that rank; return their names.
 
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
+
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.

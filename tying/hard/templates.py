@@ -135,6 +135,9 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
     Coefficients are initialised as rows of a semi-orthogonal matrix, of length 1, so that weights have the variance of
     Kaiming's initialisation.
 
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
+
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.

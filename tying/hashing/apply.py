@@ -94,6 +94,9 @@ def hash_weights(
     the hash. With ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from
     weight to weight, and each weight is scaled by its initial standard deviation relative to all weights.
 
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
+
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,

@@ -97,8 +97,9 @@ class TieReport:
 def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
     """Report which weights of a model are shared or computed, the memory saved, mistakes and limits.
 
-    The problems name each tie that is broken, as ``to_empty`` breaks those of a model on the meta device: tie again,
-    or load a state dict into the whole model. The limits name each weight to which in-place writes are lost.
+    The problems name each tie that is broken, as ``to_empty`` breaks those of a model on the meta device:
+    ``tie(model, [])`` repairs them, and so does loading a state dict into the whole model. The limits name the weights
+    to which in-place writes are lost.
 
     Args:
         model: any module. Weights that were shared without :func:`tying.hard.tie` are found too.
@@ -237,8 +238,8 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
             "load_state_dict; safetensors' own save_model and load_model keep the ties"
         )
         yield (
-            "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate: tie again, or "
-            "load a state dict into the whole model"
+            "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate: call "
+            "tying.hard.tie(model, []), or load a state dict into the whole model"
         )
 
 

@@ -34,14 +34,15 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     error before it changes ``model`` if the copies of a weight are not bitwise equal; it fills in missing copies.
 
     Earlier ties that other code has broken are repaired. ``to_empty`` breaks the ties of a model on the meta device:
-    tie again after it. :func:`audit` reports ties that are broken; callbacks and mixins repair them before training.
+    call ``tie(model, [])`` after it. :func:`audit` reports broken ties; callbacks and mixins repair them before
+    training.
 
     In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
     assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: the module whose names the patterns match; changed in place.
-        ties: ties, or their string form ``"source ~ target | relation"``.
+        ties: ties, or their string form ``"source ~ target | relation"``; an empty list only repairs earlier ties.
         init: initial value of the shared weight: the source's value, or the mean over the members.
 
     Returns:
@@ -60,6 +61,9 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
         ['decoder.bias', 'decoder.weight', 'encoder.bias', 'encoder.weight']
     """
     check_choice("init", init, ("source", "mean"))
+    if ties in ([], ()):
+        restore_ties(model)
+        return tied(model)
     parsed = parse_ties(ties)
     new = [tie for tie in parsed if tie not in record_in(model).ties]
     resolve(model, new)  # raises before anything is changed
@@ -177,7 +181,7 @@ def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> 
         parameter, source = locations[name].parameter, locations[first].parameter
         if parameter is not source:
             remedy = (
-                "Tie again, or load a state dict into the whole model"
+                "Repair the ties by tying.hard.tie(model, []), or load a state dict into the whole model"
                 if parameter.shape == source.shape
                 else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
             )
