@@ -55,12 +55,12 @@ from tying.callbacks import (
     UntiedBiases,
     WeightHashing,
 )
-from tying.hard import audit, bake, load_plain, tie
+from tying.hard import audit, bake, load_plain, restore
 
 HERE = Path(__file__).parent
 LOST = "lost, says `audit`: assign, or bake first"
 PARTS = "parts it silently"
-TOLD = "parts it, says `audit`: `tie(model, [])`"
+TOLD = "parts it, says `audit`: `restore(model)`"
 
 
 def below(ties, prefix="net."):
@@ -132,8 +132,8 @@ def assert_mended(net, row):
     """Fail unless `audit` names a parted tie, and tying again mends it."""
     [problem] = audit(net).problems[:1]
     assert "is another tensor now" in problem
-    assert "tying.hard.tie(model, [])" in problem
-    tie(net, [])
+    assert "tying.hard.restore(model)" in problem
+    restore(net)
     assert audit(net).problems == ()
     assert_shared(net, row)
 

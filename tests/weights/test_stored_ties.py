@@ -142,3 +142,15 @@ def test_a_table_that_layers_share_is_reported_once_for_each_that_is_absent():
     del state["1.table"]
     assert models[1].load_state_dict(state, strict=False).missing_keys == ["1.table"]
     assert torch.equal(models[1][1].weight, models[0][1].weight)
+
+
+def test_an_average_over_state_dicts_is_exact():
+    """By the entries, as some averages are kept: a weight tied by hand would be averaged twice."""
+    net, average = tied("transposed").double(), tied("transposed").double()
+    with torch.no_grad():
+        net.a.weight.normal_()
+    expected = (average.a.weight + 3 * net.a.weight) / 4
+    for mean, value in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
+        mean.mul_(0.25).add_(value, alpha=0.75)
+    torch.testing.assert_close(average.a.weight, expected, rtol=0, atol=1e-14)
+    assert torch.equal(average.b.weight, average.a.weight.T)

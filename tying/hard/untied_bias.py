@@ -52,9 +52,9 @@ _UNTIED: dict[type[nn.Module], type[nn.Module]] = {
 def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -> list[str]:
     """Give convolutions a bias for each channel and output position, instead of each channel; return their names.
 
-    Each bias starts with the former value at all positions, so that the model's outputs do not change. Biases
-    keep their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
-    ``example``. The model then takes inputs of that size only. It loads biases of one number for each channel, too.
+    Each bias starts with the former value at all positions, so that the model's outputs do not change. Biases keep
+    their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
+    ``example``. The model then takes inputs of that size only. It also loads biases of one number for each channel.
 
     Args:
         model: changed in place.
@@ -95,9 +95,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
         swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(
-            bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone(), bias.requires_grad
-        )
+        spread = bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone()
+        layer.bias = nn.Parameter(spread, bias.requires_grad)
         layer.register_load_state_dict_pre_hook(_spread)  # type: ignore[no-untyped-call]  # torch's
     return list(chosen)
 

@@ -98,7 +98,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
     """Report which weights of a model are shared or computed, the memory saved, mistakes and limits.
 
     The problems name each tie that is broken, as ``to_empty`` breaks those of a model on the meta device:
-    ``tie(model, [])`` repairs them, and so does loading a state dict into the whole model. The limits name the weights
+    ``restore(model)`` repairs them, and so does loading a state dict into the whole model. The limits name the weights
     to which in-place writes are lost.
 
     Args:
@@ -239,7 +239,7 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
         )
         yield (
             "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate: call "
-            "tying.hard.tie(model, []), or load a state dict into the whole model"
+            "tying.hard.restore(model), or load a state dict into the whole model"
         )
 
 
