@@ -14,7 +14,7 @@ from typing_extensions import override
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
-from tying.hashing.hashes import Hash, UniformHash, hash32, overrides_slot_only
+from tying.hashing.hashes import CodebookHash, Hash, UniformHash, hash32, overrides_slot_only
 from tying.torch_workarounds import FollowsDevice, is_traced
 
 Index = Literal["auto", "stored", "computed", "structured"]
@@ -193,10 +193,22 @@ class HashedParametrization(FollowsDevice):
         sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
         return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
 
+    def initial(self, weight: Tensor) -> Tensor:
+        """Return the table of a module whose reset drew the given weight."""
+        return self.drawn_from(weight.detach().flatten() / self.scale)
+
     def drawn_from(self, pool: Tensor) -> Tensor:
-        """Return an initial table: n numbers sampled from a pool; for a recurrent hash, the first n numbers."""
+        """Return an initial table: n numbers sampled from a pool; for a recurrent hash, the first n numbers.
+
+        A codebook gets quantiles of the pool: weights with the given assignments then have the pool's distribution.
+        """
         if self.hash.include_biases:
-            return pool[: self.table_size]
+            return pool[: self.table_size].clone()
+        if isinstance(self.hash, CodebookHash):
+            slots = self.slots().flatten()
+            uses = torch.bincount(slots[slots >= 0], minlength=self.table_size).double()
+            ranks = (uses.cumsum(0) - uses / 2) / uses.sum().clamp(min=1)
+            return pool.sort().values[(ranks * (len(pool) - 1)).round().long().to(pool.device)]
         sampled = (
             torch.randperm(len(pool), device="cpu")[: self.table_size]
             if len(pool) >= self.table_size
