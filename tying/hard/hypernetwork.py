@@ -60,11 +60,23 @@ class HyperWeight(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or embedding
-        self.inner = nn.Parameter(torch.randn(in_channels, hidden, embedding) / math.sqrt(embedding))
-        self.inner_bias = nn.Parameter(torch.zeros(in_channels, hidden))
-        scale = math.sqrt(2 / (in_channels * kernel_size**2 * hidden))  # kernels have Kaiming's variance
-        self.outer = nn.Parameter(torch.randn(out_channels, kernel_size, kernel_size, hidden) * scale)
-        self.outer_bias = nn.Parameter(torch.zeros(out_channels, kernel_size, kernel_size))
+        self.inner = nn.Parameter(torch.empty(in_channels, hidden, embedding))
+        self.inner_bias = nn.Parameter(torch.empty(in_channels, hidden))
+        self.outer = nn.Parameter(torch.empty(out_channels, kernel_size, kernel_size, hidden))
+        self.outer_bias = nn.Parameter(torch.empty(out_channels, kernel_size, kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the network such that kernels have Kaiming's variance, given embeddings of variance 1."""
+        nn.init.normal_(self.inner, std=self.inner.shape[2] ** -0.5)
+        nn.init.zeros_(self.inner_bias)
+        nn.init.normal_(self.outer, std=self.outer_std)
+        nn.init.zeros_(self.outer_bias)
+
+    @property
+    def outer_std(self) -> float:
+        """The initial standard deviation of W_out."""
+        return math.sqrt(2 / (len(self.inner) * self.outer[0].numel()))
 
     @override
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -74,20 +86,35 @@ class HyperWeight(nn.Module):
 
     def right_inverse(self, kernel: Tensor) -> Tensor:
         """Return the embeddings (rows, columns, N_z) of the nearest kernel."""
-        out, into, size = self.outer.shape[0], self.inner.shape[0], self.outer.shape[1]
-        if kernel.ndim != 4 or kernel.shape[0] % out or kernel.shape[1] % into or kernel.shape[2:] != (size, size):
-            raise ConfigurationError(
-                f"a kernel of shape {tuple(kernel.shape)} cannot be tiled from basic kernels of "
-                f"{(out, into, size, size)}"
-            )
-        rows, columns = kernel.shape[0] // out, kernel.shape[1] // into
-        tiles = kernel.detach().view(rows, out, columns, into, size, size).transpose(1, 2).reshape(rows * columns, -1)
+        rows, columns = self._tiling(kernel)
+        tiles = self._tiles(kernel)
         count = self.inner.shape[2]
         with torch.no_grad():
             at_zero = self(self.inner.new_zeros(1, 1, count)).flatten()
             basis = self(torch.eye(count, dtype=self.inner.dtype, device=self.inner.device).view(count, 1, count))
         nearest = least_squares((basis.reshape(count, -1) - at_zero).T, (tiles - at_zero).T)
         return nearest.T.reshape(rows, columns, count).to(kernel.dtype)
+
+    def initial(self, kernel: Tensor) -> Tensor:
+        """Return the embeddings of a module that is reset; of less variance if tiles share their output channels."""
+        rows, columns = self._tiling(kernel)
+        return nn.init.normal_(kernel.new_empty(rows, columns, self.inner.shape[2]), std=columns**-0.5)
+
+    def _tiling(self, kernel: Tensor) -> tuple[int, int]:
+        """Return the numbers of rows and columns of basic kernels in a kernel."""
+        out, into, size = self.outer.shape[0], self.inner.shape[0], self.outer.shape[1]
+        if kernel.ndim != 4 or kernel.shape[0] % out or kernel.shape[1] % into or kernel.shape[2:] != (size, size):
+            raise ConfigurationError(
+                f"a kernel of shape {tuple(kernel.shape)} cannot be tiled from basic kernels of "
+                f"{(out, into, size, size)}"
+            )
+        return kernel.shape[0] // out, kernel.shape[1] // into
+
+    def _tiles(self, kernel: Tensor) -> Tensor:
+        """Return the basic kernels of a kernel, (rows · columns, N_out · N_in · f · f)."""
+        rows, columns = self._tiling(kernel)
+        split = kernel.detach().reshape(rows, len(self.outer), columns, len(self.inner), *kernel.shape[2:])
+        return split.transpose(1, 2).reshape(rows * columns, -1)
 
     @override
     def extra_repr(self) -> str:
@@ -135,5 +162,5 @@ def generate_weights(
     locations = locate_parameters(model)
     for name in names:
         embeddings = locations[name].parameter
-        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)  # a kernel of several tiles has more inputs
+        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)  # see HyperWeight.initial
     return names

@@ -146,7 +146,7 @@ def _descend(matrix: Tensor, rank: int, diagonal: Tensor, exact: float) -> tuple
     """Lower ``f(d) = Σ_{k > rank} σ_k²`` of ``matrix − diag(d)`` by the Levenberg–Marquardt method; return √f and d.
 
     With U and V the singular vectors beyond the rank, a step δ changes what is left, R = U S Vᴴ, to first order by
-    ``−UUᴴ diag(δ) VVᴴ``. Least squares give ``(UUᴴ ∘ (VVᴴ)ᵀ + λ) δ = diag(R)``; these steps converge quadratically where
+    ``−UUᴴ diag(δ) VVᴴ``. Least squares give ``(UUᴴ ∘ (VVᴴ)ᵀ + λ) δ = diag(R)``: steps that converge quadratically where
     f reaches 0. The first steps are ``δ = diag(R)``, which alternates between the best factors and the best diagonal:
     it is slow, but ends in better minima.
     """

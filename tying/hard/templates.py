@@ -73,7 +73,11 @@ class TemplateBank(nn.Module):
             )
         self.shape = (*shape,)  # not the parameter's: a memory format is for as many dimensions as a weight has
         self.templates = nn.Parameter(torch.empty(templates, math.prod(shape)))
-        for template in self.templates.data:
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each template by Kaiming's initialisation."""
+        for template in self.templates.detach():
             nn.init.kaiming_normal_(template.view(self.shape))
 
     @override
@@ -127,6 +131,11 @@ class TemplateMixture(nn.Module):
             )
         nearest = least_squares(self.bank.templates.detach().T, weight.detach().flatten()[:, None])
         return nearest.flatten().to(weight.dtype)
+
+    def initial(self, weight: Tensor) -> Tensor:
+        """Return the coefficients of a module that is reset: a random vector of length 1."""
+        row = weight.new_empty(len(self.bank.templates)).normal_()
+        return row / row.norm()
 
 
 def share_templates(model: nn.Module, parameters: Sequence[str], templates: int) -> dict[str, TemplateBank]:
