@@ -75,6 +75,14 @@ def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
     return solution.clone(memory_format=torch.contiguous_format)
 
 
+def numerical_rank(singular_values: Tensor, shape: Sequence[int]) -> int:
+    """Return how many singular values of a matrix of a shape are not zero but for rounding."""
+    if not singular_values.numel():
+        return 0
+    tolerance = singular_values.amax() * torch.finfo(singular_values.dtype).eps * max(shape)
+    return int((singular_values > tolerance).sum())
+
+
 def nearest_diagonal(matrix: Tensor, rank: int) -> Tensor:
     """Return a diagonal d for which ``matrix − diag(d)`` is near a matrix of the given rank.
 
@@ -137,8 +145,7 @@ def _completed(matrix: Tensor, rank: int, order: Tensor) -> Tensor:
 def _span(matrix: Tensor, rank: int) -> Tensor:
     """Return the projection on the first singular vectors of the columns of a matrix, fewer than its rows."""
     u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
-    alive = int((s > s.amax() * torch.finfo(s.dtype).eps * max(matrix.shape)).sum()) if s.numel() else 0
-    u = u[:, : min(rank, alive, max(0, len(matrix) - 1))]
+    u = u[:, : min(rank, numerical_rank(s, matrix.shape), max(0, len(matrix) - 1))]
     return u @ u.mH
 
 

@@ -63,6 +63,15 @@ class DerivedWeight:
             if name.startswith(self.prefixes)
         ]
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that the first step takes. The steps can hold other parameters, which weights may share."""
+        prefix = self.prefixes[0]
+        if not prefix.endswith("."):
+            return [self.owner.get_parameter(prefix)]
+        parametrizations = self.owner.get_submodule(prefix.removesuffix("."))
+        return [*parametrizations.parameters(recurse=False), *parametrizations.buffers(recurse=False)]
+
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
     """Return the weights that a module computes: by parametrizations, or by the ``computes`` of its class.
@@ -178,7 +187,7 @@ def install(
         module: changed in place.
         name: the weight's attribute name.
         step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
-        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``joint_inverse``.
+        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``nearest_table``.
         keys: the attribute names of the table and of ``step`` in the module.
 
     Example:
@@ -234,7 +243,7 @@ def computed_property(parameter: str, step: str) -> property:
 
     Args:
         parameter: name of the parameter.
-        step: name of the submodule, which must have a ``joint_inverse``.
+        step: name of the submodule, which must have a ``nearest_table``.
     """
 
     def read(module: nn.Module) -> Any:
@@ -243,7 +252,7 @@ def computed_property(parameter: str, step: str) -> property:
     @torch.no_grad()
     def write(module: nn.Module, weight: Tensor) -> None:
         table, virtual = getattr(module, parameter), getattr(module, step)
-        table.copy_(virtual.joint_inverse([(virtual, weight)], table))
+        table.copy_(virtual.nearest_table([(virtual, weight)], table))
 
     return property(read, write, doc="The virtual weight.")
 
