@@ -272,5 +272,5 @@ def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], 
     if weight.is_meta:
         return weight.new_empty(virtual.table_size)
     if init == "mean":
-        return virtual.joint_inverse(parts, weight.new_zeros(virtual.table_size))
+        return virtual.nearest_table(parts, weight.new_zeros(virtual.table_size))
     return virtual.drawn_from(torch.cat([weight.flatten() / virtual.scale for virtual, weight in parts]))

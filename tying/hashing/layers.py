@@ -1,6 +1,7 @@
 """Linear, convolution and embedding layers whose weights share the entries of a table."""
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
-from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.hashes import CodebookHash, Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_entries
 from tying.torch_workarounds import convolve, is_proxy
 from tying.weights.derived import as_assigned, computed_property, install
@@ -65,9 +66,18 @@ class Hashed(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the table and the bias like the weight and the bias of the dense layer."""
         bound = 1 / math.sqrt(self.virtual.shape[1:].numel())
-        nn.init.uniform_(self.table, -bound / self.virtual.scale, bound / self.virtual.scale)
+        limit = bound / self.virtual.scale
+        self._draw(lambda values: nn.init.uniform_(values, -limit, limit))
         if isinstance(bias := getattr(self, "bias", None), Tensor):
             nn.init.uniform_(bias, -bound, bound)
+
+    @torch.no_grad()
+    def _draw(self, draw: Callable[[Tensor], Tensor]) -> None:
+        """Draw the entries of the table; or, of a codebook, as many as the weight has, whose quantiles it gets."""
+        if isinstance(self.virtual.hash, CodebookHash):
+            self.table.copy_(self.virtual.drawn_from(draw(self.table.new_empty(self.virtual.shape.numel()))))
+        else:
+            draw(self.table)
 
 
 class HashedLinear(Hashed, nn.Linear):
@@ -258,7 +268,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
     @override
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.table, std=1 / self.virtual.scale)
+        self._draw(lambda values: nn.init.normal_(values, std=1 / self.virtual.scale))
 
     @override
     def forward(self, input: Tensor) -> Tensor:

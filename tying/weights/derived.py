@@ -63,6 +63,15 @@ class DerivedWeight:
             if name.startswith(self.prefixes)
         ]
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that the first step takes. The steps can hold other parameters, which weights may share."""
+        prefix = self.prefixes[0]
+        if not prefix.endswith("."):
+            return [self.owner.get_parameter(prefix)]
+        parametrizations = self.owner.get_submodule(prefix.removesuffix("."))
+        return [*parametrizations.parameters(recurse=False), *parametrizations.buffers(recurse=False)]
+
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
     """Return the weights that a module computes: by parametrizations, or by the ``computes`` of its class.
@@ -102,6 +111,42 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
         for key, derived in derived_weights(model, aliases=True).items()
         if derived.name not in links_in(derived.owner)
     }
+
+
+def own_memory(tensor: Tensor) -> None:
+    """Copy a tensor in place to memory of its own size if it is a view of more, which it would keep and save."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return  # other classes, such as sharded tensors, have no storage
+    tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+class Parametrizations(ParametrizationList):
+    """Holds the parameters of a derived weight, each in memory of its own, whatever a ``right_inverse`` returns."""
+
+    def __init__(self, steps: Sequence[nn.Module], weight: nn.Parameter) -> None:
+        super().__init__(steps, weight)
+        self._own_memory()
+
+    @override
+    def right_inverse(self, value: Tensor) -> None:
+        super().right_inverse(value)
+        self._own_memory()
+
+    def _own_memory(self) -> None:
+        for parameter in self._parameters.values():
+            own_memory(cast(nn.Parameter, parameter))
+
+    def redraw(self, weight: Tensor) -> None:
+        """Set the parameters to those of a module whose reset drew the given weight.
+
+        These are what the last step's ``right_inverse`` makes of the weight, or its ``initial`` where the weight says
+        nothing about them, and so on to the first step.
+        """
+        values: Any = weight
+        for step in reversed(self):
+            values = step.initial(values) if hasattr(step, "initial") else step.right_inverse(values)  # type: ignore[operator]  # methods
+        for parameter, value in zip(self._parameters.values(), [values] if self.is_tensor else values, strict=True):
+            cast(nn.Parameter, parameter).copy_(value)
 
 
 _GENERATED = (parametrize.__name__, __name__)  # modules of generated classes
@@ -163,7 +208,7 @@ def install(
         module: changed in place.
         name: the weight's attribute name.
         step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
-        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``joint_inverse``.
+        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``nearest_table``.
         keys: the attribute names of the table and of ``step`` in the module.
 
     Example:
@@ -177,7 +222,7 @@ def install(
     """
     if table is None:
         parametrizations: Any = (
-            step if isinstance(step, ParametrizationList) else ParametrizationList([step], module.get_parameter(name))
+            step if isinstance(step, ParametrizationList) else Parametrizations([step], module.get_parameter(name))
         )
         parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
         delattr(module, name)
@@ -186,6 +231,7 @@ def install(
         module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
         _renew_class(module, _computes(module))
     else:
+        own_memory(table)
         _replace_parameter(module, name, keys[0], table)
         module.register_module(keys[1], step)
         _renew_class(module, {**_computes(module), name: keys})
@@ -218,7 +264,7 @@ def computed_property(parameter: str, step: str) -> property:
 
     Args:
         parameter: name of the parameter.
-        step: name of the submodule, which must have a ``joint_inverse``.
+        step: name of the submodule, which must have a ``nearest_table``.
     """
 
     def read(module: nn.Module) -> Any:
@@ -227,7 +273,7 @@ def computed_property(parameter: str, step: str) -> property:
     @torch.no_grad()
     def write(module: nn.Module, weight: Tensor) -> None:
         table, virtual = getattr(module, parameter), getattr(module, step)
-        table.copy_(virtual.joint_inverse([(virtual, weight)], table))
+        table.copy_(virtual.nearest_table([(virtual, weight)], table))
 
     return property(read, write, doc="The virtual weight.")
 
@@ -267,15 +313,16 @@ def _renew_class(
         for cls in type(module).__mro__
         if cls.__module__ not in _GENERATED and _computes(cls).items() <= computes.items()
     )
+    resets = {name: _reset(kind, name) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)}
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
         members: dict[str, Any] = {
             "computes": computes,
-            **{name: _reset(name, added) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)},
+            **resets,
             **{name: computed_property(*keys) for name, keys in added.items()},
         }
         kind = _generate(f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members)
     if names:
-        kind = _generate(f"Parametrized{kind.__name__}", kind, {"__module__": parametrize.__name__})
+        kind = _generate(f"Parametrized{kind.__name__}", kind, {**resets, "__module__": parametrize.__name__})
     swap_class(module, kind)
     for name in names:
         inject_property(module, name)
@@ -294,17 +341,31 @@ def _generate(name: str, kind: type[nn.Module], members: dict[str, Any]) -> type
     return type(name, (kind, _Generated), {**members, "__new__": create, "__setattr__": assign})
 
 
-def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
-    """Return a reset method, which calls the plain class's method and then draws tables from the new weights."""
+def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
+    """Return a reset method: it calls that of the plain class, then draws parameters from the weights that it drew.
+
+    What several weights share, such as a bank of templates, is a module with a reset method of its own. A table that
+    several weights share is drawn by each of them: the last counts. A weight that a tie computes is its source's.
+    """
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
-        parts = {name: (getattr(module, table), getattr(module, step)) for name, (table, step) in computes.items()}
-        weights = {name: remove(module, name) for name in parts}
-        getattr(module, method)()
-        for name, (table, step) in parts.items():
-            table.copy_(step.drawn_from(weights[name].flatten() / step.scale))
-            install(module, name, step, table, computes[name])
+        lists = {
+            name: steps for name, steps in _parametrizations(module).items() if isinstance(steps, Parametrizations)
+        }
+        tables = {
+            name: (getattr(module, step), getattr(module, table), (table, step))
+            for name, (table, step) in _computes(module).items()
+            if name not in _computes(plain)
+        }
+        weights = {name: remove(module, name) for name in (*lists, *tables)}
+        getattr(plain, method)(module)
+        for name, parametrizations in lists.items():
+            parametrizations.redraw(weights[name])
+            install(module, name, parametrizations)
+        for name, (step, table, keys) in tables.items():
+            table.copy_(step.initial(weights[name]))
+            install(module, name, step, table, keys)
 
     return reset
 
