@@ -190,13 +190,6 @@ def relative_errors(net, plain):
     return {name: float((stored[name] - given).norm() / given.norm()) for name, given in plain.state_dict().items()}
 
 
-def loads_biases_of_channels(row, tmp_path):
-    net, plain = made(row), Net()
-    if row == "untied biases":
-        net.load_state_dict(plain.state_dict())
-        assert_same(net, plain)
-
-
 def owns_its_memory(row, tmp_path):
     net = made(row)
     for tensors in ([*net.parameters(), *net.buffers()], net.state_dict().values(), bake(net).values()):
