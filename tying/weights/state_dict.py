@@ -326,11 +326,11 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 def _warn_of(errors: Mapping[str, float]) -> None:
     """Warn of large errors of loaded weights."""
     if large := sorted(((error, key) for key, error in errors.items() if error > LARGE), reverse=True):
-        worst = ", ".join(f"{key!r} (by {error:.1%})" for error, key in large[:3])
+        worst = ", ".join(f"{key!r} is off by {error:.1%} of its norm" for error, key in large[:3])
+        more = f", and {len(large) - 3} more by over {LARGE:.1%}" if len(large) > 3 else ""
         warnings.warn(
-            f"{len(large)} of the loaded weights differ from the given ones by more than {LARGE:.1%} of their norm, "
-            f"most of all {worst}: the model's parameters cannot hold them. Train the model on, give it more "
-            "parameters (a higher rank, more templates, a larger table), or untie these weights",
+            f"the model cannot hold all weights as they are given: {worst}{more}. Train it on, give it more parameters "
+            "(a higher rank, more templates, a larger table), or untie these weights",
             stacklevel=3,
         )
 
