@@ -195,6 +195,7 @@ def owns_its_memory(row, tmp_path):
     for tensors in ([*net.parameters(), *net.buffers()], net.state_dict().values(), bake(net).values()):
         storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.numel()}
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in storages.values())
+        assert all(tensor.is_contiguous() for tensor in storages.values())
 
 
 def written_in_place(row, tmp_path):
@@ -554,6 +555,7 @@ def accumulation(row, tmp_path):
 
 
 def compiled_full_graph(row, tmp_path):
+    torch.compiler.reset()  # each row compiles the same forward anew, and torch counts
     net, plain = made(row), made(row)
     whole = torch.compile(net, fullgraph=True)
     torch.testing.assert_close(whole(batch()), plain(batch()), rtol=0, atol=1e-5)

@@ -149,7 +149,7 @@ class HyperWeight(nn.Module):
             at_zero = self(self.inner.new_zeros(1, 1, count)).flatten()
             basis = self(torch.eye(count, dtype=self.inner.dtype, device=self.inner.device).view(count, 1, count))
         nearest = least_squares((basis.reshape(count, -1) - at_zero).T, (tiles - at_zero).T)
-        return nearest.T.reshape(rows, columns, count).to(kernel.dtype)
+        return nearest.T.reshape(rows, columns, count).to(kernel.dtype).contiguous()
 
     @staticmethod
     def joint_inverse(
