@@ -167,10 +167,8 @@ def other_plain_weights(row, tmp_path):
     """The weights of another network, which need not be the row's."""
     net, plain = made(row).double(), untied(row).double()
     with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel() + 1))
-            )
+        for seed, parameter in enumerate(plain.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
         plain.second.weight.mul_(-2)
     if row == BY_HAND:
         net.load_state_dict(plain.state_dict())
