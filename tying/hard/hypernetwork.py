@@ -169,7 +169,7 @@ class HyperWeight(nn.Module):
             kernels, hyper.inner.detach().double(), hyper.outer.detach().double(), hyper.outer_std
         )
         shared: dict[nn.Parameter | nn.Module, list[Tensor]] = {}
-        for (_, parameter, _), rows in zip(parts, embeddings.split([*map(len, tiles)]), strict=True):
+        for (_, parameter, _), rows in zip(parts, torch.split(embeddings, [*map(len, tiles)]), strict=True):
             shared.setdefault(parameter, []).append(rows.view(parameter.shape))
         means = {parameter: torch.stack(values).mean(dim=0) for parameter, values in shared.items()}
         return dict(zip((hyper.inner, hyper.inner_bias, hyper.outer, hyper.outer_bias), network, strict=True)) | means

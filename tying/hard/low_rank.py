@@ -146,7 +146,8 @@ def _span(matrix: Tensor, rank: int) -> Tensor:
     """Return the projection on the first singular vectors of the columns of a matrix, fewer than its rows."""
     u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
     u = u[:, : min(rank, numerical_rank(s, matrix.shape), max(0, len(matrix) - 1))]
-    return u @ u.mH
+    projection: Tensor = u @ u.mH
+    return projection
 
 
 def _descend(matrix: Tensor, rank: int, diagonal: Tensor, exact: float) -> tuple[float, Tensor]:

@@ -187,8 +187,7 @@ class TemplateMixture(nn.Module):
 
     def initial(self, weight: Tensor) -> Tensor:
         """Return the coefficients of a module that is reset: a random vector of length 1."""
-        row = weight.new_empty(len(self.bank.templates)).normal_()
-        return row / row.norm()
+        return F.normalize(weight.new_empty(len(self.bank.templates)).normal_(), dim=0)
 
 
 def share_templates(model: nn.Module, parameters: Sequence[str], templates: int) -> dict[str, TemplateBank]:

@@ -211,7 +211,7 @@ class HashedParametrization(FollowsDevice):
         steps, (table, *_), weights = zip(*parts, strict=True)
         present = table.detach()
         sums = [step.sums(weight) for step, weight in zip(steps, weights, strict=True)]
-        scales = [step.scale for step in steps]
+        scales: Sequence[float] = [step.scale for step in steps]
         nearest = _least_squares_table([(s, *pair) for s, pair in zip(scales, sums, strict=True)], present)
         if len(steps) > 1 and any(scale != 1 for scale in scales):
             squares = [float(weight.double().square().sum()) for weight in weights]
