@@ -98,8 +98,7 @@ def hash_weights(
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,
-            unless the hash is recurrent.
+        parameters: patterns of names; a leading ``!`` excludes. Vectors are skipped, unless the hash is recurrent.
         table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
