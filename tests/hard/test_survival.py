@@ -97,8 +97,7 @@ def untied_checkpoint_both_ways(row, tmp_path):
         fresh.load_state_dict(plain.state_dict())
     else:
         assert load_plain(fresh, plain.state_dict()) == {}
-    if row != "templates" and row != "generated":  # whose shared part a plain checkpoint does not hold
-        assert_same(fresh, net, atol=1e-5)
+    assert_same(fresh, net, atol=1e-5)
     assert_shared(fresh, row)
     return {
         "low rank": "by bake and load_plain",
