@@ -5,11 +5,14 @@ The rest of this package uses public names of torch. The private names of Lightn
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
+from traceback import walk_stack
 from types import FunctionType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 from typing_extensions import override
@@ -49,6 +52,11 @@ def is_recorded() -> bool:
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or (is_in_torch_dispatch_mode() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()))
     )
+
+
+def is_proxy(value: object) -> bool:
+    """Return whether ``torch.fx`` is recording operations on a value that has no numbers yet."""
+    return isinstance(value, Proxy)
 
 
 def error_on_graph_break() -> AbstractContextManager[None]:
@@ -105,3 +113,58 @@ def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
     """Return a convolution layer's output for another weight and bias, which the public forward does not accept."""
     output: Tensor = layer._conv_forward(input, weight, bias)  # type: ignore[operator]  # a convolution's
     return output
+
+
+def is_strict_load() -> bool:
+    """Return the argument ``strict`` of the ``load_state_dict`` that runs; torch passes True to all hooks.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.register_load_state_dict_pre_hook(lambda *_: print(is_strict_load()))
+        >>> _ = layer.load_state_dict({}, strict=False)
+        False
+    """
+    load = nn.Module.load_state_dict.__code__
+    return next((bool(frame.f_locals["strict"]) for frame, _ in walk_stack(None) if frame.f_code is load), True)
+
+
+class ContiguousView(Tensor):
+    """A contiguous copy of a view of another tensor; until it is written to, it is pickled and copied as the view.
+
+    safetensors needs contiguous tensors, and torch.save stores the bytes of a tensor and its views once. Operations
+    return plain tensors. torch has no public name for that, nor for the number of writes to a tensor.
+
+    Example:
+        >>> source = torch.zeros(2, 3)
+        >>> copied = ContiguousView.of(source.T)
+        >>> copied.is_contiguous(), type(copied + 1).__name__
+        (True, 'Tensor')
+        >>> deepcopy({"source": source, "view": copied})["view"].current().is_contiguous()
+        False
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # so does nn.Parameter
+    viewed: Tensor
+    writes: int
+
+    @classmethod
+    def of(cls, view: Tensor) -> Self:
+        """Return a contiguous copy of a view."""
+        copied = view.contiguous().as_subclass(cls)
+        copied.viewed, copied.writes = view, copied._version
+        return copied
+
+    def current(self) -> Tensor:
+        """Return the view, or the copy if something has been written to it."""
+        return self.viewed if self._version == self.writes else self.as_subclass(Tensor)
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        current = self.current()
+        copied = deepcopy(current, memo)
+        memo[id(self)] = type(self).of(copied) if current is self.viewed else copied
+        return memo[id(self)]  # type: ignore[no-any-return]  # a tensor
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.current().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's

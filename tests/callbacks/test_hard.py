@@ -19,7 +19,7 @@ from tying.callbacks import (
     WeightHashing,
 )
 from tying.hard import audit, tied
-from tying.mixins import HardTyingMixin
+from tying.mixins import HardTyingMixin, WeightHashingMixin
 
 
 class Inherits(HardTyingMixin, Toy):
@@ -328,3 +328,32 @@ def test_layers_of_the_deprecated_hook_are_tied():
     model = Sharded()
     train(model, [HardTying(TIES)])
     assert len(tied(model)) == 3
+
+
+class Hashed(WeightHashingMixin, Toy):
+    weight_hashing = {"parameters": ["**.weight"], "table_ratio": 0.5, "scope": "network"}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("make", "callback"),
+    [
+        (Toy, lambda: HardTying(TIES)),
+        (Toy, lambda: WeightHashing(["**.weight"], 0.5, scope="network")),
+        (Inherits, None),
+        (Hashed, None),
+    ],
+    ids=["HardTying", "WeightHashing", "HardTyingMixin", "WeightHashingMixin"],
+)
+def test_weights_that_to_empty_parted_are_one_before_the_first_step(make, callback):
+    model = make()
+    callbacks = [callback()] if callback else []
+    train(model, callbacks, max_epochs=1)
+    count = len([*model.parameters()])
+    model.to("meta").to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert len([*model.parameters()]) > count
+    assert "is another tensor now" in audit(model).problems[0]
+    trainer = train(model, callbacks, max_epochs=1)
+    assert audit(model, trainer.optimizers).problems == ()
+    assert len([*model.parameters()]) == count

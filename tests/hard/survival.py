@@ -1,4 +1,4 @@
-"""The rows of the survival table: how a network shares its weights, and whether it still does."""
+"""The columns of the survival table: how a network ties or computes its weights, and whether it still does."""
 
 from __future__ import annotations
 
@@ -6,18 +6,40 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader, TensorDataset
 
 from tying import Tie
-from tying.hard import HyperWeight, LowRank, TemplateBank, TemplateMixture, tie, tied
+from tying.hard import generate_weights, lower_rank, share_templates, tie, tied, untie_biases
+from tying.hashing import cluster_weight, hash_weights
 
+BY_HAND = "by hand"
 TIES = {
     "plain tie": [Tie("first.weight", "second.weight")],
     "transposed tie": [Tie("encoder.weight", "decoder.weight", "o i -> i o")],
     "whole modules": [Tie("blocks.*", exclude=("**.norm",))],
 }
-ROWS = (*TIES, "low rank", "templates", "generated")
+SQUARES = ["first.weight", "second.weight", "blocks.*.linear.weight"]
+CHANGES = {
+    "low rank": lambda net: lower_rank(net, ["first.weight"], 2),
+    "low rank + diagonal": lambda net: lower_rank(net, ["first.weight"], 2, diagonal=True),
+    "templates": lambda net: share_templates(net, SQUARES, 2),
+    "generated": lambda net: generate_weights(net, ["kernels.*.weight"], 2, 3, 3),
+    "hashed by layer": lambda net: hash_weights(net, SQUARES, 0.25),
+    "hashed by network": lambda net: hash_weights(net, SQUARES, 0.25, scope="network"),
+    "clustered": lambda net: cluster_weight(net, "first.weight", 4),
+    "untied biases": lambda net: untie_biases(net, ["kernels.*.bias"], batch()),
+}
+ROWS = (BY_HAND, *TIES, *CHANGES)
+DERIVED = {  # a weight of each network that is computed from others
+    "transposed tie": "decoder.weight",
+    **{row: "kernels.0.weight" if row == "generated" else "first.weight" for row in CHANGES if row != "untied biases"},
+}
+TIED = {  # a weight of each network that is the same parameter as another
+    BY_HAND: "second.weight",
+    "plain tie": "second.weight",
+    "whole modules": "blocks.1.linear.weight",
+}
+CHANGED = {**DERIVED, **TIED, "untied biases": "kernels.0.bias"}
 
 
 class Block(nn.Module):
@@ -30,7 +52,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """A network in which every row finds something to share."""
+    """A network in which every column finds something to share."""
 
     def __init__(self):
         super().__init__()
@@ -51,17 +73,12 @@ def share(net, row):
     """Let a network share weights as the row says; return it."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        if row in TIES:
+        if row == BY_HAND:
+            net.second.weight = net.first.weight
+        elif row in TIES:
             tie(net, TIES[row])
-        elif row == "low rank":
-            register_parametrization(net.first, "weight", LowRank(2))
         else:
-            bank, hyper = TemplateBank(2, (6, 6, 1, 1)), HyperWeight(3, 3, 1, embedding=2)
-            for layer in net.kernels:
-                shared = TemplateMixture(bank) if row == "templates" else hyper
-                register_parametrization(layer, "weight", shared)
-                begin = layer.parametrizations.weight.original  # found by least squares, which rounds as memory lies
-                begin.data = 0.3 * torch.randn(begin.shape, generator=torch.Generator().manual_seed(len(begin)))
+            CHANGES[row](net)
     return net
 
 
@@ -69,19 +86,57 @@ def made(row):
     return share(Net(), row)
 
 
+def untied(row):
+    """Return a network with the names and shapes of the row's weights, each a parameter."""
+    return share(Net(), row) if row == "untied biases" else Net()
+
+
+def weight_of(net, row):
+    """Return the module and the attribute name of a weight that the row shares."""
+    path, _, name = CHANGED[row].rpartition(".")
+    return net.get_submodule(path), name
+
+
+def value_of(net, row):
+    module, name = weight_of(net, row)
+    return getattr(module, name).detach()
+
+
 def assert_shared(net, row):
     """Fail unless the weights are still what the row says."""
-    if row in TIES:
+    if row == BY_HAND:
+        assert net.first.weight is net.second.weight
+    elif row in TIES:
         assert tied(net)
         assert all(parameter is group.parameters[0] for group in tied(net) for parameter in group.parameters)
         assert torch.equal(net.first.weight, net.second.weight) or row != "plain tie"
         assert torch.equal(net.encoder.weight.T, net.decoder.weight) or row != "transposed tie"
         assert torch.equal(net.blocks[0].linear.weight, net.blocks[1].linear.weight) or row != "whole modules"
-    elif row == "low rank":
-        assert torch.linalg.matrix_rank(net.first.weight.double(), rtol=1e-5) <= 2
     else:
-        one, other = (layer.parametrizations.weight[0] for layer in net.kernels)
-        assert one.bank is other.bank if row == "templates" else one is other
+        assert_computed(net, row)
+
+
+def assert_computed(net, row):
+    """Fail unless the weights are computed from fewer numbers, or the biases are one for each position."""
+    weight = value_of(net, row).double()
+    if row == "low rank":
+        assert torch.linalg.matrix_rank(weight, rtol=1e-5) <= 2
+    elif row == "low rank + diagonal":
+        diagonal = net.first.parametrizations.weight.original2.detach().double().diag()
+        assert torch.linalg.matrix_rank(weight - diagonal, rtol=1e-5) <= 2
+    elif row == "templates":
+        assert len({id(layer.parametrizations.weight[0].bank) for layer in squares(net)}) == 1
+    elif row == "generated":
+        assert net.kernels[0].parametrizations.weight[0] is net.kernels[1].parametrizations.weight[0]
+    elif row == "untied biases":
+        assert net.kernels[0].bias.shape == (6, 1, 1)
+    else:
+        assert len(weight.unique()) <= {"clustered": 4, "hashed by layer": 9, "hashed by network": 36}[row]
+        assert row != "hashed by network" or len({id(layer.table) for layer in squares(net)}) == 1
+
+
+def squares(net):
+    return [net.first, net.second, *(block.linear for block in net.blocks)]
 
 
 def batch(count=8, dtype=torch.float32):
@@ -104,6 +159,9 @@ class Lit(pl.LightningModule):
         if self.hparams.row and not getattr(self, "shared", False):
             share(self.net, self.hparams.row)
             self.shared = True
+
+    def forward(self, x):
+        return self.net(x)
 
     def training_step(self, batch, batch_idx):
         return loss_of(self.net, batch[0])

@@ -15,6 +15,7 @@ from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
 from tying.selection.resolve import select
 from tying.weights.derived import derived_weights, eval_mode
+from tying.weights.state_dict import restore_ties
 
 
 class ModelTransform(TyingCallback):
@@ -41,6 +42,7 @@ class ModelTransform(TyingCallback):
 
     def apply(self, model: nn.Module) -> object:
         """Change the model unless it is already changed; return the names of the changed weights."""
+        restore_ties(model)  # to_empty parts the weights that share a table
         if not self.is_applied(model):
             record(model, self, self.change(model))
         return self.changed(model)

@@ -6,7 +6,7 @@ from tying.hard.templates import TemplateBank, TemplateMixture, fold, layer_simi
 from tying.hard.untied_bias import untie_biases
 from tying.weights.report import TieReport, audit
 from tying.weights.state_dict import bake, load_plain
-from tying.weights.tie import tie, tied, untie
+from tying.weights.tie import restore, tie, tied, untie
 
 __all__ = [
     "HyperWeight",
@@ -23,6 +23,7 @@ __all__ = [
     "load_plain",
     "lower_rank",
     "plot_similarity",
+    "restore",
     "share_templates",
     "tie",
     "tied",

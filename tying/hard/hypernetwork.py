@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.hard.low_rank import least_squares
+from tying.hard.low_rank import least_squares, numerical_rank
 from tying.weights.derived import locate_parameters, parametrize_all
+
+SWEEPS = 20  # passes over network and embeddings when kernels are loaded, at most
 
 
 def generate(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
@@ -27,6 +29,60 @@ def generate(embedding: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor
     """
     hidden = torch.einsum("...z,idz->...id", embedding, inner) + inner_bias  # a_i
     return torch.einsum("...id,ofgd->...oifg", hidden, outer) + outer_bias[:, None]
+
+
+def nearest_network(
+    kernels: Tensor, inner: Tensor, outer: Tensor, outer_std: float
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the network and the embeddings nearest to basic kernels; see :func:`generate`.
+
+    Alternates between two exact steps: for given embeddings, the best W_out and B_out, from the principal components of
+    the rows of the kernels; for given W_out and B_out, the best embeddings, W_i and B_i, from the principal components
+    of the hidden layers. The error never rises. The first pass is exact for kernels of a network of these sizes, and
+    whenever embeddings and hidden layers are large enough.
+
+    Columns of W_out are orthogonal, of their initial length, and embeddings have variance 1. Components that the
+    kernels do not need keep their values in one of their two factors; the other is 0.
+
+    Args:
+        kernels: (T, N_in, N_out · f · f).
+        inner: the present W_i, (N_in, d, N_z).
+        outer: the present W_out, (N_out, f, f, d).
+        outer_std: the initial standard deviation of W_out.
+
+    Returns:
+        W_i, B_i, W_out and B_out, and the embeddings (T, N_z).
+    """
+    into, hidden, size = inner.shape
+    projected, error = kernels, math.inf
+    for _ in range(SWEEPS):
+        bias, _, outputs = _components(projected.flatten(0, 1), hidden)
+        layers = ((kernels - bias) @ outputs.mT).flatten(1)
+        inner_bias, scores, inputs = _components(layers, size)
+        nearest = (inner_bias + scores @ inputs).view(len(kernels), into, -1) @ outputs + bias
+        previous, error = error, float((kernels - nearest).norm())
+        basis = torch.nn.functional.normalize(scores, dim=0)
+        projected = kernels.mean(dim=0) + torch.einsum("tk,sk,six->tix", basis, basis, kernels)
+        if error >= previous * (1 - 1e-6) or error <= 1e-12 * float(kernels.norm()):
+            break
+    used, live = len(inputs), len(outputs)
+    length, spread = outer_std * outputs.shape[1] ** 0.5, scores.square().mean(dim=0).sqrt()
+    embeddings = kernels.new_zeros(len(kernels), size)
+    embeddings[:, :used] = scores / spread
+    inner, outer, biases = inner.clone(), outer.clone(), inner.new_zeros(into, hidden)
+    inner[:, :, :used] = 0
+    inner[:, :live, :used] = (spread[:, None] * inputs / length).view(used, into, live).permute(1, 2, 0)
+    biases[:, :live] = inner_bias.view(into, live) / length
+    outer[..., :live] = length * outputs.T.view(*outer.shape[:3], live)
+    return (inner, biases, outer, bias.view(outer.shape[:3])), embeddings
+
+
+def _components(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, scores (n, k) and principal components (k, m) of rows (n, m); k is at most ``count``."""
+    mean = rows.mean(dim=0)
+    u, s, v = torch.linalg.svd(rows - mean, full_matrices=False)
+    k = min(count, numerical_rank(s, rows.shape))
+    return mean, u[:, :k] * s[:k], v[:k]
 
 
 class HyperWeight(nn.Module):
@@ -60,11 +116,23 @@ class HyperWeight(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or embedding
-        self.inner = nn.Parameter(torch.randn(in_channels, hidden, embedding) / math.sqrt(embedding))
-        self.inner_bias = nn.Parameter(torch.zeros(in_channels, hidden))
-        scale = math.sqrt(2 / (in_channels * kernel_size**2 * hidden))  # kernels have Kaiming's variance
-        self.outer = nn.Parameter(torch.randn(out_channels, kernel_size, kernel_size, hidden) * scale)
-        self.outer_bias = nn.Parameter(torch.zeros(out_channels, kernel_size, kernel_size))
+        self.inner = nn.Parameter(torch.empty(in_channels, hidden, embedding))
+        self.inner_bias = nn.Parameter(torch.empty(in_channels, hidden))
+        self.outer = nn.Parameter(torch.empty(out_channels, kernel_size, kernel_size, hidden))
+        self.outer_bias = nn.Parameter(torch.empty(out_channels, kernel_size, kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the network such that kernels have Kaiming's variance, given embeddings of variance 1."""
+        nn.init.normal_(self.inner, std=self.inner.shape[2] ** -0.5)
+        nn.init.zeros_(self.inner_bias)
+        nn.init.normal_(self.outer, std=self.outer_std)
+        nn.init.zeros_(self.outer_bias)
+
+    @property
+    def outer_std(self) -> float:
+        """The initial standard deviation of W_out."""
+        return math.sqrt(2 / (len(self.inner) * self.outer[0].numel()))
 
     @override
     def forward(self, embeddings: Tensor) -> Tensor:
@@ -74,20 +142,58 @@ class HyperWeight(nn.Module):
 
     def right_inverse(self, kernel: Tensor) -> Tensor:
         """Return the embeddings (rows, columns, N_z) of the nearest kernel."""
+        rows, columns = self._tiling(kernel)
+        tiles = self._tiles(kernel)
+        count = self.inner.shape[2]
+        with torch.no_grad():
+            at_zero = self(self.inner.new_zeros(1, 1, count)).flatten()
+            basis = self(torch.eye(count, dtype=self.inner.dtype, device=self.inner.device).view(count, 1, count))
+        nearest = least_squares((basis.reshape(count, -1) - at_zero).T, (tiles - at_zero).T)
+        return nearest.T.reshape(rows, columns, count).to(kernel.dtype).contiguous()
+
+    @staticmethod
+    def joint_inverse(
+        parts: "Sequence[tuple[HyperWeight, nn.Parameter, Tensor]]",
+    ) -> dict[nn.Parameter | nn.Module, Tensor]:
+        """Return the network and the embeddings nearest to several kernels; see :func:`nearest_network`.
+
+        Args:
+            parts: for each kernel, its parametrization, its embeddings, and its values. Kernels that share embeddings
+                get their mean.
+        """
+        hyper = parts[0][0]
+        tiles = [hyper._tiles(kernel).double() for _, _, kernel in parts]
+        into, out = len(hyper.inner), len(hyper.outer)
+        kernels = torch.cat(tiles).view(-1, out, into, hyper.outer[0, ..., 0].numel()).transpose(1, 2).flatten(2)
+        network, embeddings = nearest_network(
+            kernels, hyper.inner.detach().double(), hyper.outer.detach().double(), hyper.outer_std
+        )
+        shared: dict[nn.Parameter | nn.Module, list[Tensor]] = {}
+        for (_, parameter, _), rows in zip(parts, torch.split(embeddings, [*map(len, tiles)]), strict=True):
+            shared.setdefault(parameter, []).append(rows.view(parameter.shape))
+        means = {parameter: torch.stack(values).mean(dim=0) for parameter, values in shared.items()}
+        return dict(zip((hyper.inner, hyper.inner_bias, hyper.outer, hyper.outer_bias), network, strict=True)) | means
+
+    def initial(self, kernel: Tensor) -> Tensor:
+        """Return the embeddings of a module that is reset; of less variance if tiles share their output channels."""
+        rows, columns = self._tiling(kernel)
+        return nn.init.normal_(kernel.new_empty(rows, columns, self.inner.shape[2]), std=columns**-0.5)
+
+    def _tiling(self, kernel: Tensor) -> tuple[int, int]:
+        """Return the numbers of rows and columns of basic kernels in a kernel."""
         out, into, size = self.outer.shape[0], self.inner.shape[0], self.outer.shape[1]
         if kernel.ndim != 4 or kernel.shape[0] % out or kernel.shape[1] % into or kernel.shape[2:] != (size, size):
             raise ConfigurationError(
                 f"a kernel of shape {tuple(kernel.shape)} cannot be tiled from basic kernels of "
                 f"{(out, into, size, size)}"
             )
-        rows, columns = kernel.shape[0] // out, kernel.shape[1] // into
-        tiles = kernel.detach().view(rows, out, columns, into, size, size).transpose(1, 2).reshape(rows * columns, -1)
-        count = self.inner.shape[2]
-        with torch.no_grad():
-            at_zero = self(self.inner.new_zeros(1, 1, count)).flatten()
-            basis = self(torch.eye(count, dtype=self.inner.dtype, device=self.inner.device).view(count, 1, count))
-        nearest = least_squares((basis.reshape(count, -1) - at_zero).T, (tiles - at_zero).T)
-        return nearest.T.reshape(rows, columns, count).to(kernel.dtype)
+        return kernel.shape[0] // out, kernel.shape[1] // into
+
+    def _tiles(self, kernel: Tensor) -> Tensor:
+        """Return the basic kernels of a kernel, (rows · columns, N_out · N_in · f · f)."""
+        rows, columns = self._tiling(kernel)
+        split = kernel.detach().reshape(rows, len(self.outer), columns, len(self.inner), *kernel.shape[2:])
+        return split.transpose(1, 2).reshape(rows * columns, -1)
 
     @override
     def extra_repr(self) -> str:
@@ -102,6 +208,9 @@ def generate_weights(
     model: nn.Module, parameters: Sequence[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
 ) -> list[str]:
     """Generate convolution kernels of equal size by one hypernetwork; return their names.
+
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.
@@ -135,5 +244,5 @@ def generate_weights(
     locations = locate_parameters(model)
     for name in names:
         embeddings = locations[name].parameter
-        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)  # a kernel of several tiles has more inputs
+        nn.init.normal_(embeddings, std=embeddings.shape[1] ** -0.5)  # see HyperWeight.initial
     return names

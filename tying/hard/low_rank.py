@@ -10,7 +10,9 @@ from typing_extensions import override
 from tying.errors import ConfigurationError, check_range
 from tying.weights.derived import parametrize_all
 
-SWEEPS = 50  # alternations between factors and diagonal when a weight is assigned
+ALTERNATIONS = 5  # of the steps
+STEPS = 40  # at most, from each start; most weights take fewer than 20
+STARTS = 16  # more of them, at most, where a start is only a guess
 
 
 def low_rank(left: Tensor, right: Tensor) -> Tensor:
@@ -64,13 +66,123 @@ def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
         targets: (n, m).
 
     Returns:
-        (k, m), in single precision or better.
+        (k, m), in single precision or better; not a view of torch's work space, which has n rows.
     """
     precise = torch.promote_types(targets.dtype, torch.float32)
     if targets.is_meta:  # torch has no least squares there
         return targets.new_empty(columns.shape[1], targets.shape[1], dtype=precise)
     solution: Tensor = torch.linalg.lstsq(columns.to(precise), targets.to(precise)).solution
-    return solution
+    return solution.clone(memory_format=torch.contiguous_format)
+
+
+def numerical_rank(singular_values: Tensor, shape: Sequence[int]) -> int:
+    """Return how many singular values of a matrix of a shape are not zero but for rounding."""
+    if not singular_values.numel():
+        return 0
+    tolerance = singular_values.amax() * torch.finfo(singular_values.dtype).eps * max(shape)
+    return int((singular_values > tolerance).sum())
+
+
+def nearest_diagonal(matrix: Tensor, rank: int) -> Tensor:
+    """Return a diagonal d for which ``matrix − diag(d)`` is near a matrix of the given rank.
+
+    If the matrix is of the rank but for its diagonal, and ``2 rank < n``, the entries beside the diagonal determine d,
+    and d is exact. (They do not if too many of them are zero, so that no large block beside the diagonal has the rank.)
+    Otherwise several d can be equally good, and this is the best that is found from a few starts. A weight of 512 × 512
+    and rank 32 takes 0.15 s if d is exact, and 0.8 s if no d is, on one core.
+
+    Args:
+        matrix: (n, n).
+        rank: from 0 to n.
+
+    Returns:
+        (n,), in double precision.
+
+    Example:
+        >>> u, v = torch.arange(1.0, 6), torch.tensor([1.0, -1, 1, -1, 1])
+        >>> nearest_diagonal(torch.outer(u, v) + torch.diag(10 * u), rank=1).round(decimals=9)
+        tensor([10., 20., 30., 40., 50.], dtype=torch.float64)
+    """
+    precise = matrix.to(torch.promote_types(matrix.dtype, torch.float64))
+    if rank == 0 or matrix.is_meta:
+        return torch.diag(precise)
+    eps = max(torch.finfo(matrix.dtype).eps, len(matrix) * torch.finfo(precise.dtype).eps)
+    exact = eps * float(precise.norm())
+    generator = torch.Generator().manual_seed(0)  # loading a weight must not advance the global one
+    best, diagonal = math.inf, torch.zeros_like(precise[0])
+    for start in range(2 if 2 * rank < len(matrix) else 2 + min(STARTS, 2048 // len(matrix))):
+        order = torch.randperm(len(matrix), generator=generator, device="cpu").to(matrix.device)
+        # from zero, too: of a matrix that no diagonal makes one of the rank, a completed one is no better a start
+        begin = torch.zeros_like(precise[0]) if start == 1 else _completed(precise, rank, order)
+        error, found = _descend(precise, rank, begin, exact)
+        if error < best:
+            best, diagonal = error, found
+        if best <= exact or rank == len(matrix):
+            break
+    return diagonal
+
+
+def _completed(matrix: Tensor, rank: int, order: Tensor) -> Tensor:
+    """Return the diagonal beside which a matrix has a rank, from the entries beside the diagonal.
+
+    The indices fall into two halves, which share one if their number is odd. The block of rows in one half and columns
+    outside it has no entry of the diagonal. Its singular vectors span the columns of the diagonal block B of that half;
+    P projects on them. Q projects on the rows of B, from the block of columns in that half. The i-th entry of the
+    diagonal of B minimises ``‖(1 − P) b‖² + ‖c (1 − Q)‖²`` for column b and row c of that entry.
+    """
+    diagonal = torch.diag(matrix).clone()
+    half = (len(order) + 1) // 2
+    for inside, outside in ((order[:half], order[half:]), (order[-half:], order[:-half])):
+        block = matrix[inside][:, inside]
+        beside = block - torch.diag(torch.diag(block))
+        columns, rows = _span(matrix[inside][:, outside], rank), _span(matrix[outside][:, inside].mH, rank)
+        predicted = torch.diag(columns @ beside + beside @ rows)
+        free = 2 - torch.diag(columns).real - torch.diag(rows).real
+        diagonal[inside] = torch.diag(block) - predicted / free.clamp(min=torch.finfo(free.dtype).eps)
+    return diagonal
+
+
+def _span(matrix: Tensor, rank: int) -> Tensor:
+    """Return the projection on the first singular vectors of the columns of a matrix, fewer than its rows."""
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    u = u[:, : min(rank, numerical_rank(s, matrix.shape), max(0, len(matrix) - 1))]
+    projection: Tensor = u @ u.mH
+    return projection
+
+
+def _descend(matrix: Tensor, rank: int, diagonal: Tensor, exact: float) -> tuple[float, Tensor]:
+    """Lower ``f(d) = Σ_{k > rank} σ_k²`` of ``matrix − diag(d)`` by the Levenberg–Marquardt method; return √f and d.
+
+    With U and V the singular vectors beyond the rank, a step δ changes what is left, R = U S Vᴴ, to first order by
+    ``−UUᴴ diag(δ) VVᴴ``. Least squares give ``(UUᴴ ∘ (VVᴴ)ᵀ + λ) δ = diag(R)``: steps that converge quadratically where
+    f reaches 0. The first steps are ``δ = diag(R)``, which alternates between the best factors and the best diagonal:
+    it is slow, but ends in better minima.
+    """
+    damping, (error, u, s, v) = 1.0, _beyond(matrix - torch.diag(diagonal), rank)
+    for step in range(STEPS):
+        if error <= exact or damping > 1e4:
+            break
+        change = torch.diag((u * s) @ v)
+        if step >= ALTERNATIONS:
+            normal = (u @ u.mH) * (v.mH @ v).mT
+            normal.diagonal().add_(damping)
+            change = torch.linalg.solve(normal, change)
+        candidate = diagonal + change
+        after = _beyond(matrix - torch.diag(candidate), rank)
+        if after[0] >= error:
+            damping *= 4
+            continue
+        gain, diagonal, (error, u, s, v) = 1 - after[0] / error, candidate, after
+        damping = max(damping / 3, 1e-12)
+        if gain < 1e-6:
+            break
+    return error, diagonal
+
+
+def _beyond(matrix: Tensor, rank: int) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Return the norm of what is left of a matrix beyond a rank, and its singular vectors and values."""
+    u, s, v = torch.linalg.svd(matrix)
+    return float(s[rank:].norm()), u[:, rank:], s[rank:], v[rank:]
 
 
 class _OfRank(nn.Module):
@@ -129,7 +241,10 @@ class LowRank(_OfRank):
 class LowRankPlusDiagonal(_OfRank):
     """The parametrization ``W = P Q + diag(s)`` of a square weight; see :func:`low_rank_plus_diagonal`.
 
-    Assigning a weight alternates between the best factors and the best diagonal.
+    Assigning a weight of this form stores it exactly, to its precision, if the rank is below half the side; assigning
+    another weight stores one near it; see :func:`nearest_diagonal`. Only the weight is restored, not its parts, which
+    are not unique: ``P A`` and ``A⁻¹ Q`` have the same product for each A, and where the entries beside the diagonal do
+    not determine ``P Q``, a part of it that is diagonal can be in ``diag(s)`` as well.
 
     Args:
         rank: d; 0 for the diagonal alone.
@@ -155,15 +270,15 @@ class LowRankPlusDiagonal(_OfRank):
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
             raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
         _as_matrix(weight, self.rank)  # raises if the rank is too high
-        diagonal = weight.new_zeros(len(weight))
-        for _ in range(1 + SWEEPS if self.rank else 1):
-            left, right = factorize(weight - torch.diag(diagonal), self.rank)
-            diagonal = torch.diag(weight - left @ right)
-        return left, right, diagonal.clone()
+        left, right = factorize(weight - torch.diag(nearest_diagonal(weight, self.rank)).to(weight), self.rank)
+        return left, right, torch.diag(weight - left @ right).clone()
 
 
 def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:
     """Parametrize weights of a model by low rank, starting at the nearest weight of that rank; return their names.
+
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.

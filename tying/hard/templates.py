@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.files import save_figure
-from tying.hard.low_rank import least_squares
+from tying.hard.low_rank import least_squares, numerical_rank
 from tying.selection.index import clean_name
 from tying.weights.derived import parametrize_all
 
@@ -29,6 +29,37 @@ def mix_templates(templates: Tensor, coefficients: Tensor) -> Tensor:
     """
     mixture: Tensor = torch.tensordot(coefficients, templates, dims=1)
     return mixture
+
+
+def nearest_mixtures(weights: Tensor, templates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return templates and coefficients whose mixtures are nearest to weights, by singular value decomposition.
+
+    They are exact if the weights are as many as the templates or fewer, or mixtures of as many. Templates are
+    orthogonal, of the length of the weights, so that coefficients are about 1 at most. Templates that the weights do
+    not need keep their values, with coefficients of 0.
+
+    Args:
+        weights: (layers, N).
+        templates: the present templates, (k, N).
+
+    Returns:
+        (k, N) and (layers, k).
+
+    Example:
+        >>> weights = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
+        >>> templates, coefficients = nearest_mixtures(weights, torch.ones(2, 3))
+        >>> templates[1], coefficients @ templates
+        (tensor([1., 1., 1.]), tensor([[1.0000, 2.0000, 3.0000],
+                [2.0000, 4.0000, 6.0000]]))
+    """
+    u, s, v = torch.linalg.svd(weights, full_matrices=False)
+    count = min(len(templates), numerical_rank(s, weights.shape))
+    length = weights.norm() / len(weights) ** 0.5
+    nearest = templates.to(weights, copy=True)
+    nearest[:count] = length * v[:count]
+    coefficients = weights.new_zeros(len(weights), len(templates))
+    coefficients[:, :count] = u[:, :count] * s[:count] / length
+    return nearest, coefficients
 
 
 def layer_similarity(coefficients: Sequence[Tensor] | Tensor) -> Tensor:
@@ -73,7 +104,11 @@ class TemplateBank(nn.Module):
             )
         self.shape = (*shape,)  # not the parameter's: a memory format is for as many dimensions as a weight has
         self.templates = nn.Parameter(torch.empty(templates, math.prod(shape)))
-        for template in self.templates.data:
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each template by Kaiming's initialisation."""
+        for template in self.templates.detach():
             nn.init.kaiming_normal_(template.view(self.shape))
 
     @override
@@ -121,12 +156,38 @@ class TemplateMixture(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the coefficients of the nearest mixture."""
+        nearest = least_squares(self.bank.templates.detach().T, self._flattened(weight)[:, None])
+        return nearest.flatten().to(weight.dtype)
+
+    @staticmethod
+    def joint_inverse(
+        parts: "Sequence[tuple[TemplateMixture, nn.Parameter, Tensor]]",
+    ) -> dict[nn.Parameter | nn.Module, Tensor]:
+        """Return the templates and coefficients nearest to several weights of one bank; see :func:`nearest_mixtures`.
+
+        Args:
+            parts: for each weight, its parametrization, its coefficients, which others may share, and its values.
+        """
+        bank = parts[0][0].bank
+        weights: dict[nn.Parameter, list[Tensor]] = {}  # by the coefficients
+        for mixture, alpha, weight in parts:
+            weights.setdefault(alpha, []).append(mixture._flattened(weight).double())
+        roots = [len(shared) ** 0.5 for shared in weights.values()]  # weights that are one count as several
+        means = [root * torch.stack(shared).mean(dim=0) for root, shared in zip(roots, weights.values(), strict=True)]
+        templates, coefficients = nearest_mixtures(torch.stack(means), bank.templates.detach())
+        rows = zip(weights, roots, coefficients, strict=True)
+        return {bank.templates: templates, **{alpha: row / root for alpha, root, row in rows}}
+
+    def _flattened(self, weight: Tensor) -> Tensor:
         if weight.shape != self.bank.shape:
             raise ConfigurationError(
                 f"templates of shape {self.bank.shape} do not fit a weight of shape {tuple(weight.shape)}"
             )
-        nearest = least_squares(self.bank.templates.detach().T, weight.detach().flatten()[:, None])
-        return nearest.flatten().to(weight.dtype)
+        return weight.detach().flatten()
+
+    def initial(self, weight: Tensor) -> Tensor:
+        """Return the coefficients of a module that is reset: a random vector of length 1."""
+        return F.normalize(weight.new_empty(len(self.bank.templates)).normal_(), dim=0)
 
 
 def share_templates(model: nn.Module, parameters: Sequence[str], templates: int) -> dict[str, TemplateBank]:
@@ -134,6 +195,9 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
 
     Coefficients are initialised as rows of a semi-orthogonal matrix, of length 1, so that weights have the variance of
     Kaiming's initialisation.
+
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.

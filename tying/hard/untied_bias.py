@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -9,7 +10,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
 from tying.selection.resolve import select
-from tying.torch_workarounds import convolve
+from tying.torch_workarounds import convolve, is_proxy
 from tying.weights.derived import check_free, eval_mode, locate_parameters, swap_class
 
 
@@ -17,12 +18,14 @@ class _UntiedBias(nn.Module):
     """A convolution whose bias has the size of its output, (channels, ...)."""
 
     weight: nn.Parameter
-    bias: nn.Parameter
+    bias: nn.Parameter | None
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         output = convolve(self, input, self.weight, None)
-        if output.shape[-self.bias.ndim :] != self.bias.shape:
+        if self.bias is None:  # an adapter makes such a layer without one
+            return output
+        if not is_proxy(output) and output.shape[-self.bias.ndim :] != self.bias.shape:
             raise ValueError(f"biases for {tuple(self.bias.shape)} do not fit an output of {tuple(output.shape)}")
         return output + self.bias.to(output.dtype)  # autocast may have lowered the output's
 
@@ -49,9 +52,9 @@ _UNTIED: dict[type[nn.Module], type[nn.Module]] = {
 def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -> list[str]:
     """Give convolutions a bias for each channel and output position, instead of each channel; return their names.
 
-    Each bias starts with the former value at all positions, so that the model's outputs do not change. Biases
-    keep their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
-    ``example``. The model then takes inputs of that size only.
+    Each bias starts with the former value at all positions, so that the model's outputs do not change. Biases keep
+    their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
+    ``example``. The model then takes inputs of that size only. It also loads biases of one number for each channel.
 
     Args:
         model: changed in place.
@@ -92,10 +95,17 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
         swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(
-            bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone(), bias.requires_grad
-        )
+        spread = bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone()
+        layer.bias = nn.Parameter(spread, bias.requires_grad)
+        layer.register_load_state_dict_pre_hook(_spread)  # type: ignore[no-untyped-call]  # torch's
     return list(chosen)
+
+
+def _spread(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a layer load a bias with one number for each channel: every position starts with it."""
+    key, size = f"{prefix}bias", layer.get_parameter("bias").shape
+    if key in state_dict and state_dict[key].shape == size[:1]:
+        state_dict[key] = state_dict[key].view(-1, *[1] * (len(size) - 1)).expand(size).contiguous()
 
 
 def has_untied_bias(model: nn.Module, name: str) -> bool:

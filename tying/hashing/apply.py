@@ -90,16 +90,16 @@ def hash_weights(
     """Replace weights of a model by smaller tables of shared entries: one table for each weight, or one for all.
 
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
-    their weights from the table. With ``scope="layer"`` each weight has a table, and its name is mixed into the seed of
-    the hash. With ``scope="network"`` all weights have one table, which is one parameter. Identifiers continue from
-    weight to weight, and each weight is scaled by its initial standard deviation relative to all weights.
+    their weights from the table. With ``scope="layer"`` each weight has a table, and its name is mixed into the hash's
+    seed. With ``scope="network"`` all share one table: identifiers continue from weight to weight, and each weight is
+    scaled by its initial standard deviation relative to all weights.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,
-            unless the hash is recurrent.
-        table_ratio: number of table entries over the number of weights, in (0, 1]; default: what the hash requires,
-            or 0.1.
+        parameters: patterns of names; a leading ``!`` excludes. Vectors are skipped, unless the hash is recurrent.
+        table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
         init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights per entry.
@@ -271,5 +271,5 @@ def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], 
     if weight.is_meta:
         return weight.new_empty(virtual.table_size)
     if init == "mean":
-        return virtual.joint_inverse(parts, weight.new_zeros(virtual.table_size))
+        return virtual.nearest_table(parts, weight.new_zeros(virtual.table_size))
     return virtual.drawn_from(torch.cat([weight.flatten() / virtual.scale for virtual, weight in parts]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.torch_workarounds import compile_apart, error_on_graph_break
+from tying.torch_workarounds import compile_apart, error_on_graph_break, is_proxy
 
 CHUNK = 1 << 17  # number of weights whose slots are computed at a time; they stay in the cache
 FEW = 1 << 20  # up to this number of weights, torch's lookup on one thread is faster than chunks on two
@@ -76,7 +76,8 @@ def lookup(table: Tensor, source: IndexSource) -> Tensor:
     Returns:
         (N,); its gradient is accumulated in float32 at least.
     """
-    if source.stored is not None and source.count <= FEW and table.dtype in (torch.float32, torch.float64):
+    plain = is_proxy(table) or (source.count <= FEW and table.dtype in (torch.float32, torch.float64))
+    if source.stored is not None and plain:
         return table.index_select(0, source.stored)
     weights: Tensor = _Indexing.apply(table, source, None)
     return weights

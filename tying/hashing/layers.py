@@ -1,6 +1,7 @@
 """Linear, convolution and embedding layers whose weights share the entries of a table."""
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +11,10 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
-from tying.hashing.hashes import Hash, UniformHash
+from tying.hashing.hashes import CodebookHash, Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_entries
-from tying.torch_workarounds import convolve
-from tying.weights.derived import computed_property, install
+from tying.torch_workarounds import convolve, is_proxy
+from tying.weights.derived import as_assigned, computed_property, install
 
 Device = torch.device | str | None
 
@@ -58,12 +59,25 @@ class Hashed(nn.Module):
             self.register_parameter("bias", nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype)))
         self.reset_parameters()
 
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, as_assigned(self, name, value))
+
     def reset_parameters(self) -> None:
         """Initialise the table and the bias like the weight and the bias of the dense layer."""
         bound = 1 / math.sqrt(self.virtual.shape[1:].numel())
-        nn.init.uniform_(self.table, -bound / self.virtual.scale, bound / self.virtual.scale)
+        limit = bound / self.virtual.scale
+        self._draw(lambda values: nn.init.uniform_(values, -limit, limit))
         if isinstance(bias := getattr(self, "bias", None), Tensor):
             nn.init.uniform_(bias, -bound, bound)
+
+    @torch.no_grad()
+    def _draw(self, draw: Callable[[Tensor], Tensor]) -> None:
+        """Draw the entries of the table; or, of a codebook, as many as the weight has, whose quantiles it gets."""
+        if isinstance(self.virtual.hash, CodebookHash):
+            self.table.copy_(self.virtual.drawn_from(draw(self.table.new_empty(self.virtual.shape.numel()))))
+        else:
+            draw(self.table)
 
 
 class HashedLinear(Hashed, nn.Linear):
@@ -124,7 +138,7 @@ class HashedLinear(Hashed, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         virtual = self.virtual
-        if virtual.fast_path is not None:
+        if virtual.fast_path is not None and not is_proxy(input):
             if input.shape[-1] != self.in_features:
                 raise ConfigurationError(f"this layer takes {self.in_features} features, not {input.shape[-1]}")
             return virtual.fast_path.linear(input, virtual.scaled(self.table), self.bias)
@@ -198,7 +212,7 @@ class HashedConv2d(Hashed, nn.Conv2d):
     @override
     def forward(self, input: Tensor) -> Tensor:
         fast_path = self.virtual.fast_path
-        if not isinstance(fast_path, RepeatedRows) or self.groups > 1:
+        if not isinstance(fast_path, RepeatedRows) or self.groups > 1 or is_proxy(input):
             return convolve(self, input, self.weight, self.bias)
         kernels = fast_path.rows(self.virtual.scaled(self.table)).view(-1, *fast_path.shape[1:])
         return repeat_to(convolve(self, input, kernels, None), self.out_channels, -3, self.bias)
@@ -254,10 +268,12 @@ class HashedEmbedding(Hashed, nn.Embedding):
 
     @override
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.table, std=1 / self.virtual.scale)
+        self._draw(lambda values: nn.init.normal_(values, std=1 / self.virtual.scale))
 
     @override
     def forward(self, input: Tensor) -> Tensor:
+        if is_proxy(input):
+            return F.embedding(input, self.weight)
         return self.virtual.rows(self.table, input)
 
 

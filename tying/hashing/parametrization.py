@@ -8,18 +8,19 @@ from importlib.util import find_spec
 from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
-from tying.hashing.hashes import Hash, UniformHash, hash32, overrides_slot_only
-from tying.torch_workarounds import FollowsDevice, is_traced
+from tying.hashing.hashes import CodebookHash, Hash, UniformHash, hash32, overrides_slot_only
+from tying.torch_workarounds import FollowsDevice, is_proxy, is_traced
 
 Index = Literal["auto", "stored", "computed", "structured"]
 STORED = 1 << 24  # "auto" stores an index of at most this number of weights
 COMPILED = 1 << 20  # a computed index of at least this number of weights is compiled
+SCALE_SWEEPS = 100  # alternations between table and scales, at most
 FUSED = ("cuda",)  # devices for which Triton fuses layers
 _DENSITY = 0x44454E53  # makes the choice of kept weights independent of their slots
 
@@ -149,6 +150,9 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def forward(self, table: Tensor) -> Tensor:
+        if is_proxy(table):  # torch.fx traces no Python code that depends on values
+            index = self.extended_slots().flatten().to(self.device)
+            return self._read(table, IndexSource(len(index), self._extended_slot, index)).view(self.shape)
         if self.fast_path is not None:
             return self.fast_path.weight(self.scaled(table))
         return self._read(table, self._source(table.device)).view(self.shape)
@@ -179,24 +183,58 @@ class HashedParametrization(FollowsDevice):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the table nearest to a weight: each entry is the mean of the weights that read it, or zero."""
-        return self.joint_inverse([(self, weight)], weight.new_zeros(self.table_size))
+        return self.nearest_table([(self, weight)], weight.new_zeros(self.table_size))
 
     @staticmethod
-    def joint_inverse(parts: "Sequence[tuple[HashedParametrization, Tensor]]", table: Tensor) -> Tensor:
-        """Return the table nearest to several weights that share it.
+    def nearest_table(parts: "Sequence[tuple[HashedParametrization, Tensor]]", table: Tensor) -> Tensor:
+        """Return the table nearest to weights that share it: ``t_j = Σ s ξ w / Σ s²`` over the entries of slot j.
 
         Args:
-            parts: for each weight, its parametrization and its values.
+            parts: for each weight, its parametrization, of scale s, and its values.
             table: (n,); entries that no weight reads keep their values.
         """
-        pairs = (parametrization.sums(weight) for parametrization, weight in parts)
-        sums, uses = (torch.stack(column).sum(dim=0) for column in zip(*pairs, strict=True))
-        return torch.where(uses > 0, sums / uses.clamp(min=1), table).to(table.dtype)
+        shares = [(part.scale, *part.sums(weight)) for part, weight in parts]
+        return _least_squares_table(shares, table).to(table.dtype)
+
+    @staticmethod
+    def joint_inverse(
+        parts: "Sequence[tuple[HashedParametrization, nn.Parameter, Tensor]]",
+    ) -> dict[nn.Parameter | nn.Module, Tensor]:
+        """Return the table nearest to several weights that share it, and, as extra states, their scales.
+
+        Scales change only if no weight is farther from its given values than with the present scales, as where the
+        weights come from a table of the same hash with other scales. Scales that are all 1 stay.
+
+        Args:
+            parts: for each weight, its parametrization, the table, and its values.
+        """
+        steps, (table, *_), weights = zip(*parts, strict=True)
+        present = table.detach()
+        sums = [step.sums(weight) for step, weight in zip(steps, weights, strict=True)]
+        scales: Sequence[float] = [step.scale for step in steps]
+        nearest = _least_squares_table([(s, *pair) for s, pair in zip(scales, sums, strict=True)], present)
+        if len(steps) > 1 and any(scale != 1 for scale in scales):
+            squares = [float(weight.double().square().sum()) for weight in weights]
+            scales, nearest = _fit_scales(scales, nearest, sums, squares)
+        states = {step: step.state_of(scale) for step, scale in zip(steps, scales, strict=True)}
+        return {table: nearest.to(table.dtype), **states}
+
+    def initial(self, weight: Tensor) -> Tensor:
+        """Return the table of a module whose reset drew the given weight."""
+        return self.drawn_from(weight.detach().flatten() / self.scale)
 
     def drawn_from(self, pool: Tensor) -> Tensor:
-        """Return an initial table: n numbers sampled from a pool; for a recurrent hash, the first n numbers."""
+        """Return an initial table: n numbers sampled from a pool; for a recurrent hash, the first n numbers.
+
+        A codebook gets quantiles of the pool: weights with the given assignments then have the pool's distribution.
+        """
         if self.hash.include_biases:
-            return pool[: self.table_size]
+            return pool[: self.table_size].clone()
+        if isinstance(self.hash, CodebookHash):
+            slots = self.slots().flatten()
+            uses = torch.bincount(slots[slots >= 0], minlength=self.table_size).double()
+            ranks = (uses.cumsum(0) - uses / 2) / uses.sum().clamp(min=1)
+            return pool.sort().values[(ranks * (len(pool) - 1)).round().long().to(pool.device)]
         sampled = (
             torch.randperm(len(pool), device="cpu")[: self.table_size]
             if len(pool) >= self.table_size
@@ -205,13 +243,10 @@ class HashedParametrization(FollowsDevice):
         return pool[sampled.to(pool.device)]
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, for each table entry, the sum of the weights that read it, and the number of these weights.
-
-        Signs and scale are divided out before summation.
-        """
+        """Return, for each table entry, the sum of the weights that read it, times their signs, and their number."""
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
-        flat, size = weight.detach().flatten() / self.scale, self.table_size
+        flat, size = weight.detach().flatten(), self.table_size
         source = IndexSource(len(flat), self._extended_slot)
         sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
         if not self.sign:
@@ -224,6 +259,7 @@ class HashedParametrization(FollowsDevice):
             type(self.hash) is not UniformHash
             or self.index != "computed"
             or not self._is_plain
+            or is_proxy(table)
             or torch.compiler.is_compiling()  # the compiler fuses the plain operations
             or torch.are_deterministic_algorithms_enabled()  # kernels add gradients in any order
             or table.device.type not in FUSED
@@ -360,7 +396,11 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def get_extra_state(self) -> Tensor:
-        content = json.dumps({"described": self._description, "scale": self.scale}).encode()
+        return self.state_of(self.scale)
+
+    def state_of(self, scale: float) -> Tensor:
+        """Return the extra state for a scale."""
+        content = json.dumps({"described": self._description, "scale": scale}).encode()
         return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
     @override
@@ -428,6 +468,59 @@ class HashedParametrization(FollowsDevice):
     @override
     def extra_repr(self) -> str:
         return f"{self._description}, index={self.index!r}"
+
+
+Sums = tuple[Tensor, Tensor]  # of HashedParametrization.sums
+
+
+def _least_squares_table(shares: Sequence[tuple[float, Tensor, Tensor]], table: Tensor) -> Tensor:
+    """Return the table nearest to weights, each given by its scale and its sums; see :meth:`nearest_table`."""
+    products = torch.stack([scale * sums for scale, sums, _ in shares]).sum(dim=0)
+    norms = torch.stack([scale**2 * uses for scale, _, uses in shares]).sum(dim=0)
+    return torch.where(norms > 0, products / torch.where(norms > 0, norms, 1), table)
+
+
+def _fit_scales(
+    scales: Sequence[float], table: Tensor, sums: Sequence[Sums], squares: Sequence[float]
+) -> tuple[Sequence[float], Tensor]:
+    """Return scales and a table that are nearer to weights, or the given ones if a weight would be farther.
+
+    Alternates between the best table and the best scales, from scales in proportion to the weights' root mean squares.
+
+    Args:
+        scales: the present scale of each weight.
+        table: the nearest table with these scales.
+        sums: the sums of each weight.
+        squares: the squared norm of each weight.
+    """
+    precise = [(values.double(), uses.double()) for values, uses in sums]
+    counts = [float(uses.sum()) for _, uses in precise]
+    level = math.sqrt(sum(n * s**2 for n, s in zip(counts, scales, strict=True)))  # kept: it could be the table's
+    fitted, nearest = [math.sqrt(q / max(1, n)) for q, n in zip(squares, counts, strict=True)], table.double()
+    for _ in range(SCALE_SWEEPS):
+        norm = math.sqrt(sum(n * s**2 for n, s in zip(counts, fitted, strict=True)))
+        if not norm > 0 or min(fitted) <= 0:
+            return scales, table
+        before = fitted = [s * level / norm for s in fitted]
+        nearest = _least_squares_table([(s, *pair) for s, pair in zip(fitted, precise, strict=True)], nearest)
+        moments = [(float(values @ nearest), float(uses @ nearest.square())) for values, uses in precise]
+        fitted = [product / max(norm, 1e-300) for product, norm in moments]
+        if max(abs(s / t - 1) for s, t in zip(fitted, before, strict=True)) < 1e-12:
+            break
+    old, new = (_squared_errors(s, t, precise, squares) for s, t in ((scales, table.double()), (before, nearest)))
+    slack = [1e-12 * q for q in squares]  # of rounding
+    is_nearer = all(b <= a + e for a, b, e in zip(old, new, slack, strict=True))
+    return (before, nearest) if is_nearer else (scales, table)
+
+
+def _squared_errors(
+    scales: Sequence[float], table: Tensor, sums: Sequence[Sums], squares: Sequence[float]
+) -> list[float]:
+    """Return ``‖w − s t[h]‖²`` of each weight."""
+    return [
+        square - 2 * scale * float(values @ table) + scale**2 * float(uses @ table.square())
+        for scale, (values, uses), square in zip(scales, sums, squares, strict=True)
+    ]
 
 
 def repeated_units(distinct: int, shape: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
 from tying.soft.penalties import L1, L2, Penalty, group_mean
+from tying.weights.derived import own_memory
 
 CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
 DEVICE_BATCH = 2**26  # entries: few kernel launches, and a buffer of bounded size
@@ -179,6 +180,7 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
         # a state dict's tensor changes with its weight
         aliased = anchors[name].untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         anchor = nn.Parameter(anchors[name].detach().to(weight, copy=aliased), requires_grad=False)
+        own_memory(anchor)
         groups.append(TiedGroup((name, f"anchor of {name}"), (weight, anchor), (Relation(), Relation())))
     return TyingPenalty(groups, strength=strength)
 

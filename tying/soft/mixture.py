@@ -69,11 +69,19 @@ class GaussianMixturePrior(nn.Module):
         free = components - 1
         self.zero_weight, self.zero_gamma, self.gamma = zero_weight, tuple(zero_gamma), tuple(gamma)
         spacing = (high - low) / max(1, free - 1)
-        stds = [std or math.sqrt(zero_gamma[1] / (zero_gamma[0] - 1)), *[std or spacing] * free]
-        self.means = nn.Parameter(torch.linspace(low, high, free))  # μ_1, …
-        self.log_stds = nn.Parameter(torch.tensor(stds).log())  # ξ_0, ξ_1, …
-        self.logits = nn.Parameter(torch.zeros(free))  # η_1, …
+        self.range, self.stds = (low, high), (std or math.sqrt(zero_gamma[1] / (zero_gamma[0] - 1)), std or spacing)
+        self.means = nn.Parameter(torch.empty(free))  # μ_1, …
+        self.log_stds = nn.Parameter(torch.empty(components))  # ξ_0, ξ_1, …
+        self.logits = nn.Parameter(torch.empty(free))  # η_1, …
+        self.reset_parameters()
         self.register_load_state_dict_pre_hook(_fit_components)  # type: ignore[no-untyped-call]  # torch's
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Spread the means evenly, and set proportions and standard deviations to their initial values."""
+        self.means.copy_(torch.linspace(*self.range, len(self.means)))
+        self.log_stds.copy_(torch.tensor([self.stds[0], *[self.stds[1]] * len(self.means)]).log())
+        self.logits.zero_()
 
     @override
     def forward(self, weights: Tensor) -> Tensor:
@@ -149,7 +157,7 @@ class GaussianMixturePrior(nn.Module):
             merged.append((mean, variance.log() / 2, shares[group].sum()))
         means, log_stds, shares = (torch.stack(column).to(self.means) for column in zip(*merged, strict=True))
         self.zero_weight = min(float(shares[0]), 1 - 1e-12)
-        self.means = nn.Parameter(means[1:])
+        self.means = nn.Parameter(means[1:].clone())
         self.log_stds = nn.Parameter(log_stds)
         self.logits = nn.Parameter(shares[1:].log())
         return len(merged)

@@ -1,6 +1,6 @@
 """Derived weights, which a module computes from its parameters: find, install, remove and count them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
-from tying.torch_workarounds import inject_property
+from tying.torch_workarounds import ContiguousView, inject_property
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -63,6 +63,15 @@ class DerivedWeight:
             if name.startswith(self.prefixes)
         ]
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors that the first step takes. The steps can hold other parameters, which weights may share."""
+        prefix = self.prefixes[0]
+        if not prefix.endswith("."):
+            return [self.owner.get_parameter(prefix)]
+        parametrizations = self.owner.get_submodule(prefix.removesuffix("."))
+        return [*parametrizations.parameters(recurse=False), *parametrizations.buffers(recurse=False)]
+
 
 def derived_in(module: nn.Module) -> list[DerivedWeight]:
     """Return the weights that a module computes: by parametrizations, or by the ``computes`` of its class.
@@ -104,6 +113,45 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
     }
 
 
+def own_memory(tensor: Tensor) -> None:
+    """Copy a tensor in place to memory of its own size if it is a view of more, which it would keep and save."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return  # other classes, such as sharded tensors, have no storage
+    tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+class Parametrizations(ParametrizationList):
+    """Holds the parameters of a derived weight, each in memory of its own, whatever a ``right_inverse`` returns."""
+
+    def __init__(self, steps: Sequence[nn.Module], weight: nn.Parameter) -> None:
+        super().__init__(steps, weight)
+        self._own_memory()
+
+    @override
+    def right_inverse(self, value: Tensor) -> None:
+        super().right_inverse(value)
+        self._own_memory()
+
+    def _own_memory(self) -> None:
+        for parameter in self._parameters.values():
+            own_memory(cast(nn.Parameter, parameter))
+
+    def redraw(self, weight: Tensor) -> None:
+        """Set the parameters to those of a module whose reset drew the given weight.
+
+        These are what the last step's ``right_inverse`` makes of the weight, or its ``initial`` where the weight says
+        nothing about them, and so on to the first step.
+        """
+        values: Any = weight
+        for step in reversed(self):
+            values = step.initial(values) if hasattr(step, "initial") else step.right_inverse(values)  # type: ignore[operator]  # methods
+        for parameter, value in zip(self._parameters.values(), [values] if self.is_tensor else values, strict=True):
+            cast(nn.Parameter, parameter).copy_(value)
+
+
+_GENERATED = (parametrize.__name__, __name__)  # modules of generated classes
+
+
 class _Generated:
     """The second base of each generated class. The class defines the derived weights of one module as properties.
 
@@ -119,10 +167,28 @@ class _Generated:
         return copied
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        if is_parametrized(self):
-            raise RuntimeError("Serialization of parametrized modules is only supported through state_dict()")
+        plain = next(cls for cls in type(self).__mro__ if cls.__module__ not in _GENERATED)
         with torch.no_grad():
-            return super().__reduce_ex__(protocol)
+            return rebuild, (plain, _computes(self), (*_parametrizations(self),)), self.__getstate__()
+
+
+def rebuild(kind: type[nn.Module], computes: dict[str, tuple[str, str]], parametrized: Sequence[str]) -> nn.Module:
+    """Return a module of a newly generated class, without state: pickled modules are loaded by it.
+
+    Args:
+        kind: the module's plain class.
+        computes: the generated class's ``computes``.
+        parametrized: names of the parametrized weights.
+    """
+    module: nn.Module = object.__new__(kind)
+    _renew_class(module, computes, parametrized)
+    return module
+
+
+def as_assigned(module: nn.Module, name: str, value: Any) -> Any:
+    """Return the value that assigning an attribute of a module stores: for a derived weight, a parameter's values."""
+    is_derived = isinstance(value, nn.Parameter) and isinstance(getattr(type(module), name, None), property)
+    return value.detach() if is_derived else value
 
 
 def install(
@@ -142,7 +208,7 @@ def install(
         module: changed in place.
         name: the weight's attribute name.
         step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
-        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``joint_inverse``.
+        table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``nearest_table``.
         keys: the attribute names of the table and of ``step`` in the module.
 
     Example:
@@ -156,7 +222,7 @@ def install(
     """
     if table is None:
         parametrizations: Any = (
-            step if isinstance(step, ParametrizationList) else ParametrizationList([step], module.get_parameter(name))
+            step if isinstance(step, ParametrizationList) else Parametrizations([step], module.get_parameter(name))
         )
         parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
         delattr(module, name)
@@ -165,6 +231,7 @@ def install(
         module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
         _renew_class(module, _computes(module))
     else:
+        own_memory(table)
         _replace_parameter(module, name, keys[0], table)
         module.register_module(keys[1], step)
         _renew_class(module, {**_computes(module), name: keys})
@@ -197,7 +264,7 @@ def computed_property(parameter: str, step: str) -> property:
 
     Args:
         parameter: name of the parameter.
-        step: name of the submodule, which must have a ``joint_inverse``.
+        step: name of the submodule, which must have a ``nearest_table``.
     """
 
     def read(module: nn.Module) -> Any:
@@ -206,7 +273,7 @@ def computed_property(parameter: str, step: str) -> property:
     @torch.no_grad()
     def write(module: nn.Module, weight: Tensor) -> None:
         table, virtual = getattr(module, parameter), getattr(module, step)
-        table.copy_(virtual.joint_inverse([(virtual, weight)], table))
+        table.copy_(virtual.nearest_table([(virtual, weight)], table))
 
     return property(read, write, doc="The virtual weight.")
 
@@ -227,43 +294,78 @@ def _replace_parameter(module: nn.Module, former: str, name: str, parameter: nn.
     }
 
 
-def _renew_class(module: nn.Module, computes: dict[str, tuple[str, str]]) -> None:
+def _renew_class(
+    module: nn.Module, computes: dict[str, tuple[str, str]], parametrized: Iterable[str] | None = None
+) -> None:
     """Give a module a new class with a property for each derived weight, or its plain class if it has none.
 
     The class that torch generates for parametrized modules is the outermost; torch removes it with the last
     parametrization.
+
+    Args:
+        module: changed in place.
+        computes: the weights that are computed without a parametrization; see :func:`derived_in`.
+        parametrized: names of the parametrized weights; default: those that the module has.
     """
+    names = [*(_parametrizations(module) if parametrized is None else parametrized)]
     kind = next(
         cls
         for cls in type(module).__mro__
-        if cls.__module__ not in (parametrize.__name__, __name__)  # modules of generated classes
-        and _computes(cls).items() <= computes.items()
+        if cls.__module__ not in _GENERATED and _computes(cls).items() <= computes.items()
     )
+    resets = {name: _reset(kind, name) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)}
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
         members: dict[str, Any] = {
             "computes": computes,
-            **{name: _reset(name, added) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)},
+            **resets,
             **{name: computed_property(*keys) for name, keys in added.items()},
         }
-        kind = type(f"Hashed{kind.__name__.removeprefix('Hashed')}", (kind, _Generated), members)
-    if is_parametrized(module):
-        kind = type(f"Parametrized{kind.__name__}", (kind, _Generated), {"__module__": parametrize.__name__})
+        kind = _generate(f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members)
+    if names:
+        kind = _generate(f"Parametrized{kind.__name__}", kind, {**resets, "__module__": parametrize.__name__})
     swap_class(module, kind)
-    for name in _parametrizations(module):
+    for name in names:
         inject_property(module, name)
 
 
-def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn.Module], None]:
-    """Return a reset method, which calls the plain class's method and then draws tables from the new weights."""
+def _generate(name: str, kind: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """Return a subclass of a module's class; calling it makes a module of the plain class, as adapters do."""
+    plain = next(cls for cls in kind.__mro__ if cls.__module__ not in _GENERATED)
+
+    def create(cls: type[nn.Module], *arguments: Any, **keywords: Any) -> Any:
+        return plain(*arguments, **keywords)
+
+    def assign(module: nn.Module, attribute: str, value: Any) -> None:  # recurrent layers have their own
+        kind.__setattr__(module, attribute, as_assigned(module, attribute, value))
+
+    return type(name, (kind, _Generated), {**members, "__new__": create, "__setattr__": assign})
+
+
+def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
+    """Return a reset method: it calls that of the plain class, then draws parameters from the weights that it drew.
+
+    What several weights share, such as a bank of templates, is a module with a reset method of its own. A table that
+    several weights share is drawn by each of them: the last counts. A weight that a tie computes is its source's.
+    """
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
-        parts = {name: (getattr(module, table), getattr(module, step)) for name, (table, step) in computes.items()}
-        weights = {name: remove(module, name) for name in parts}
-        getattr(module, method)()
-        for name, (table, step) in parts.items():
-            table.copy_(step.drawn_from(weights[name].flatten() / step.scale))
-            install(module, name, step, table, computes[name])
+        lists = {
+            name: steps for name, steps in _parametrizations(module).items() if isinstance(steps, Parametrizations)
+        }
+        tables = {
+            name: (getattr(module, step), getattr(module, table), (table, step))
+            for name, (table, step) in _computes(module).items()
+            if name not in _computes(plain)
+        }
+        weights = {name: remove(module, name) for name in (*lists, *tables)}
+        getattr(plain, method)(module)
+        for name, parametrizations in lists.items():
+            parametrizations.redraw(weights[name])
+            install(module, name, parametrizations)
+        for name, (step, table, keys) in tables.items():
+            table.copy_(step.initial(weights[name]))
+            install(module, name, step, table, keys)
 
     return reset
 
@@ -374,14 +476,33 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
     for name, relation in links_in(module).items():
         key = f"{prefix}parametrizations.{name}.original"
         if key in state_dict:
-            state_dict[prefix + name] = relation(state_dict.pop(key))
+            source = state_dict.pop(key)
+            weight = relation(source)
+            plain = type(source) is Tensor and not (source.is_meta or source.is_inference())  # not with keep_vars
+            state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else ContiguousView.of(weight)
 
 
-def _read_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _read_plainly(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    *_: Any,
+) -> None:
     for name, relation in links_in(module).items():
+        key = f"{prefix}parametrizations.{name}.original"
         if prefix + name in state_dict:
-            source = relation.right_inverse(state_dict.pop(prefix + name))
-            state_dict[f"{prefix}parametrizations.{name}.original"] = source
+            state_dict[key] = relation.right_inverse(viewed(state_dict.pop(prefix + name)))
+        elif key not in state_dict:  # torch would report this key as missing
+            state_dict[key] = module.get_parameter(f"parametrizations.{name}.original")
+            missing_keys.append(prefix + name)
+
+
+def viewed(entry: Any) -> Any:
+    """Return an entry of a state dict, or the view for which it stands."""
+    return entry.current() if isinstance(entry, ContiguousView) else entry
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:

@@ -5,14 +5,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tying.errors import ConfigurationError, listed
+from tying.errors import listed
 from tying.selection.index import clean_name
-from tying.weights.derived import count_parameters, derived_by_others, effective_weight, effective_weights, eval_mode
+from tying.weights.derived import (
+    count_parameters,
+    derived_by_others,
+    derived_weights,
+    effective_weight,
+    effective_weights,
+    eval_mode,
+    links_in,
+)
 from tying.weights.state_dict import tie_records
-from tying.weights.tie import tied
+from tying.weights.tie import broken
 
 OTHERS = "shared, by others"
 
@@ -88,6 +97,10 @@ class TieReport:
 def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
     """Report which weights of a model are shared or computed, the memory saved, mistakes and limits.
 
+    The problems name each tie that is broken, as ``to_empty`` breaks those of a model on the meta device:
+    ``restore(model)`` repairs them, and so does loading a state dict into the whole model. The limits name the weights
+    to which in-place writes are lost.
+
     Args:
         model: any module. Weights that were shared without :func:`tying.hard.tie` are found too.
         optimizers: the model's optimizers, to find parameters that are missing, listed twice or no longer the model's.
@@ -126,7 +139,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         unique=unique,
         virtual=virtual,
         saved_bytes=sum(t.nbytes for t in effective_weights(model)) - sum(t.nbytes for t in model.parameters()),
-        problems=(*_broken(model), *_on_one_storage(model), *_in_optimizers(model, [*optimizers])),
+        problems=(*broken(model), *_on_one_storage(model), *_in_optimizers(model, [*optimizers])),
         limits=tuple(_limits(model, groups)),
         rows=(*_folded(shared, parameters), *_derived_rows(model)),
     )
@@ -157,13 +170,6 @@ def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
             shape = effective_weight(derived).shape
             how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
             yield WeightRow((name,), how, (*shape,), sum(p.numel() for p in derived.originals), shape.numel())
-
-
-def _broken(model: nn.Module) -> Iterable[str]:
-    try:
-        tied(model)
-    except ConfigurationError as error:
-        yield str(error)
 
 
 def _on_one_storage(model: nn.Module) -> Iterable[str]:
@@ -205,14 +211,18 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
     if computed := [*derived_by_others(model)]:
         yield (
             f"{listed(computed)}: computed from other parameters. A model that does not compute them loads "
-            "tying.hard.bake(model) only; if by a parametrization, or in a class that hash_weights makes, pickling the "
-            "model refuses"
+            "tying.hard.bake(model) only; quantize_dynamic and adapters need it too"
+        )
+    if lost := [*computed, *_copied_links(model)]:
+        yield (
+            f"{listed(lost)}: in-place writes (.data, nn.init, an adapter's merge) are lost. Assign the weight, or "
+            "load tying.hard.bake(model) into the untied model first"
         )
     for names, how in groups.items():
         if "->" in how:
             yield (
-                f"pickling the model refuses, and ONNX stores copies of {names[0]}: keep its state_dict, or "
-                "tying.hard.bake(model)"
+                f"ONNX and safetensors store copies of {names[0]}, and quantize_dynamic refuses the layers that "
+                "compute it: load tying.hard.bake(model) into the untied model first"
             )
     owners = [
         dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names)
@@ -224,10 +234,20 @@ def _limits(model: nn.Module, groups: Mapping[tuple[str, ...], str]) -> Iterable
         yield f"FSDP must shard the modules of a group together: {several[0]},{more} or a module that holds them all"
     if groups:
         yield (
-            "formats without sharing, such as safetensors, raise errors or store copies: save tying.hard.bake(model), "
-            "and load it by load_state_dict"
+            "formats without sharing raise errors or store copies: save tying.hard.bake(model), and load it by "
+            "load_state_dict; safetensors' own save_model and load_model keep the ties"
         )
         yield (
-            "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate until a state "
-            "dict is loaded into the whole model"
+            "after to_empty, or load_state_dict(assign=True) of a submodule, the weights are separate: call "
+            "tying.hard.restore(model), or load a state dict into the whole model"
         )
+
+
+def _copied_links(model: nn.Module) -> Iterator[str]:
+    """Yield the names of weights that a relation copies from their source; writes to the others reach the source."""
+    for name, derived in derived_weights(model, aliases=True).items():
+        link = links_in(derived.owner).get(derived.name)
+        if link is not None:
+            source = torch.empty(derived.originals[0].shape, device="cpu")  # the original may be sharded, or on meta
+            if link(source).untyped_storage().data_ptr() != source.untyped_storage().data_ptr():
+                yield name

@@ -1,5 +1,6 @@
 """State dicts of models with shared or derived weights: load them without breaking ties, and save plain weights."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,17 +17,24 @@ from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
+from tying.torch_workarounds import is_strict_load
 from tying.weights.derived import (
     DerivedWeight,
     ParameterLocation,
     derived_by_others,
+    effective_weight,
     eval_mode,
     link,
     locate_parameters,
     remove,
+    viewed,
 )
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
+EXACT, LARGE = (
+    1e-6,
+    1e-3,
+)  # relative errors of loaded weights: below the first there is none, above the second a warning
 Unequal = Literal["error", "source", "mean"]
 
 
@@ -100,7 +108,7 @@ def install_record(model: nn.Module, groups: Sequence[TieRecord]) -> None:
 def _writable_record(module: nn.Module) -> ModuleRecord:
     if RECORD not in module.__dict__:
         module.__dict__[RECORD] = ModuleRecord()
-        module.register_load_state_dict_pre_hook(reconcile)  # type: ignore[no-untyped-call]  # torch's
+        module.register_load_state_dict_pre_hook(_reconcile_before_load)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_post_hook(restore_ties)  # type: ignore[no-untyped-call]  # torch's
     return record_in(module)
 
@@ -143,10 +151,23 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
                     share_parameter(group, source, locations)
 
 
-def reconcile(
-    model: nn.Module, state_dict: dict[str, Any], prefix: str = "", *_: Any, unequal: Unequal = "error"
-) -> list[str]:
-    """Make the copies of each tied weight in a state dict equal, and add missing copies; also a load hook.
+def _reconcile_before_load(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    *_: Any,
+) -> None:
+    present = {*state_dict}
+    reconcile(model, state_dict, prefix)
+    if not is_strict_load():  # as for a weight tied by hand: safetensors compares them with the names it left out
+        missing_keys += [key for key in state_dict if key not in present]
+
+
+def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", unequal: Unequal = "error") -> list[str]:
+    """Make the copies of each tied weight in a state dict equal, and add missing copies.
 
     Args:
         model: the tied model.
@@ -199,7 +220,7 @@ def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
     if not isinstance(value, Tensor):
         raise ConfigurationError(f"{key!r} is no tensor in this state dict, but {type(value).__name__}")
     try:
-        return relation.inverse()(value)
+        return relation.inverse()(viewed(value))
     except EinopsError:
         raise ConfigurationError(
             f"{key!r} has shape {tuple(value.shape)} in this state dict, which is not that of the model"
@@ -253,8 +274,11 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Unequal = "error") -> list[str]:
+def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Unequal = "error") -> dict[str, float]:
     """Load a state dict of the untied model into a tied one, even if its copies of a tied weight differ.
+
+    Derived weights become the nearest to the given ones. Weights that share parameters, such as mixtures of the same
+    templates, are fitted together, by the ``joint_inverse`` of their class if it has one.
 
     Args:
         model: the tied model; may have derived weights whose steps have a ``right_inverse``.
@@ -262,52 +286,146 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
         unequal: what to do if copies differ: raise an error, use the source's copy, or use their mean.
 
     Returns:
-        The names of the weights with different copies.
+        The relative error ``‖stored − given‖ / ‖given‖`` of each tied or derived weight whose error is above 1e-6, by
+        name; empty if the model holds all weights as given. Values are compared in the model's precision.
 
     Raises:
         ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized. Nothing
             is loaded.
-        RuntimeError: names or shapes do not fit; see ``load_state_dict``.
+        RuntimeError: names or shapes do not fit; see ``load_state_dict``. Nothing is loaded.
+
+    Warns:
+        UserWarning: an error is above 1e-3.
+
+    Example:
+        >>> from tying.hard import share_templates
+        >>> plain, model = (nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))) for _ in range(2))
+        >>> _ = share_templates(model, ["*.weight"], templates=4)
+        >>> load_plain(model, plain.state_dict())
+        {}
     """
     check_choice("unequal", unequal, ("error", "source", "mean"))
-    plain = {unwrapped(key): value for key, value in state_dict.items()}
+    given = {unwrapped(key): value for key, value in state_dict.items()}
+    plain = dict(given)
     differing = reconcile(model, plain, unequal=unequal)
-    current = model.state_dict()
-    assigned = _take_derived(model, plain, {unwrapped(key): value for key, value in current.items()})
+    current = model.state_dict(keep_vars=True)
+    derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
+    _replace_derived(model, plain, {unwrapped(key): value for key, value in current.items()}, derived)
     keys = {unwrapped(key): key for key in current}
-    model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
-    sharing: dict[nn.Parameter, list[tuple[nn.Module, Tensor]]] = {}  # by the parameter
-    for derived, weight in assigned.items():
-        if len(derived.steps) == len(derived.originals) == 1 and hasattr(derived.steps[0], "joint_inverse"):
-            sharing.setdefault(derived.originals[0], []).append((derived.steps[0], weight))
-        else:
-            setattr(derived.owner, derived.name, weight)
-    for table, parts in sharing.items():  # together: the table becomes the one nearest to all weights
-        with torch.no_grad():
-            table.copy_(parts[0][0].joint_inverse(parts, table))  # type: ignore[operator]  # a method
-    return differing
+    before = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in current.items()}
+    try:
+        model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
+    except Exception:  # torch has loaded what fits
+        model.load_state_dict(before)
+        raise
+    errors = _relative_errors(model, {key: given[key] for key in (*differing, *derived) if key in given})
+    _warn_of(errors)
+    return errors
 
 
-def _take_derived(
-    model: nn.Module, plain: dict[str, Tensor], current: Mapping[str, Tensor]
-) -> dict[DerivedWeight, Tensor]:
-    """Replace the entries of derived weights by the values of their parameters; return the removed entries.
+def _warn_of(errors: Mapping[str, float]) -> None:
+    """Warn of large errors of loaded weights."""
+    if large := sorted(((error, key) for key, error in errors.items() if error > LARGE), reverse=True):
+        worst = ", ".join(f"{key!r} is off by {error:.1%} of its norm" for error, key in large[:3])
+        more = f", and {len(large) - 3} more by over {LARGE:.1%}" if len(large) > 3 else ""
+        warnings.warn(
+            f"the model cannot hold all weights as they are given: {worst}{more}. Train it on, give it more parameters "
+            "(a higher rank, more templates, a larger table), or untie these weights",
+            stacklevel=3,
+        )
+
+
+def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the relative errors above 1e-6 of a model's weights."""
+    derived, errors = derived_by_others(model), {}
+    with eval_mode(model):
+        stored = {unwrapped(key): value for key, value in model.state_dict().items()}
+        for key, wanted in given.items():
+            value = getattr(derived[key].owner, derived[key].name) if key in derived else stored[key]
+            value, wanted = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (value, wanted))
+            if not value.is_meta:
+                precise = torch.promote_types(value.dtype, torch.float64)
+                target = wanted.to(value).to(precise)
+                error = float((value.to(precise) - target).norm() / target.norm().clamp(min=torch.finfo(precise).tiny))
+                if not error <= EXACT:
+                    errors[key] = error
+    return errors
+
+
+@torch.no_grad()
+def _replace_derived(
+    model: nn.Module, plain: dict[str, Any], current: Mapping[str, Any], weights: Mapping[str, DerivedWeight]
+) -> None:
+    """Replace the entries of derived weights, in a plain state dict, by those of what they are computed from.
+
+    Args:
+        model: is not changed.
+        plain: changed in place.
+        current: the state dict of the model, with its parameters.
+        weights: the derived weights, by name.
 
     Raises:
         ConfigurationError: a derived weight cannot be set to its entry.
     """
-    assigned = {}
-    for key, derived in derived_by_others(model).items():
-        if key in plain:
-            value = assigned[derived] = plain.pop(key).to(derived.originals[0])
-            for step in reversed(derived.steps):  # raises if it does not fit
-                if not hasattr(step, "right_inverse"):
-                    raise ConfigurationError(
-                        f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight"
-                    )
-                value = step.right_inverse(value)  # type: ignore[operator]  # a method
-            plain |= {name: value for name, value in current.items() if name.startswith(_prefixes(key, derived))}
-    return assigned
+    values: dict[DerivedWeight, Tensor] = {}
+    with eval_mode(model):
+        for key, derived in weights.items():
+            value, shape = plain.pop(key), effective_weight(derived).shape
+            if value.shape != shape:
+                raise ConfigurationError(
+                    f"{key!r} has shape {tuple(value.shape)} in this state dict, and {tuple(shape)} in the model"
+                )
+            values[derived] = value.to(derived.inputs[0])
+    fitted: dict[int, Tensor] = {}  # by the id of a parameter, or of a module with an extra state
+    names = {derived: key for key, derived in weights.items()}
+    for group in _sharing([*values]):
+        if _fits_jointly(group):
+            parts = [(derived.steps[0], derived.inputs[0], values[derived]) for derived in group]
+            new: Any = group[0].steps[0].joint_inverse(parts)  # type: ignore[operator]  # a method
+            fitted |= {id(part): value for part, value in new.items()}
+        else:
+            for derived in group:
+                pairs = zip(derived.inputs, _inverse(names[derived], derived, values[derived]), strict=True)
+                fitted |= {id(part): value for part, value in pairs}
+    prefixes = tuple(prefix for key, derived in weights.items() for prefix in _prefixes(key, derived))
+    modules = {f"{unwrapped(name)}._extra_state": step for name, step in model.named_modules(remove_duplicate=False)}
+    plain |= {
+        name: fitted.get(id(modules.get(name, value)), value)
+        for name, value in current.items()
+        if name.startswith(prefixes)
+    }
+
+
+def _fits_jointly(weights: Sequence[DerivedWeight]) -> bool:
+    """Return whether one ``joint_inverse`` finds the parameters of all these weights."""
+    steps = [derived.steps[0] for derived in weights]
+    return (
+        hasattr(steps[0], "joint_inverse")
+        and len({(type(step), *map(id, step.parameters())) for step in steps}) == 1
+        and all(len(derived.steps) == len(derived.inputs) == 1 for derived in weights)
+    )
+
+
+def _inverse(key: str, derived: DerivedWeight, weight: Tensor) -> Sequence[Tensor]:
+    """Return the values of a derived weight's inputs for a given weight, if what it shares stays as it is."""
+    value: Any = weight
+    for step in reversed(derived.steps):
+        if not hasattr(step, "right_inverse"):
+            raise ConfigurationError(f"{key!r} is parametrized without a right_inverse: it cannot take a plain weight")
+        value = step.right_inverse(value)  # type: ignore[operator]  # a method
+    return [value] if isinstance(value, Tensor) else value
+
+
+def _sharing(weights: Sequence[DerivedWeight]) -> list[list[DerivedWeight]]:
+    """Group derived weights that share parameters, directly or through others."""
+    groups: list[tuple[set[int], list[DerivedWeight]]] = []
+    for weight in weights:
+        parameters, members = {*map(id, weight.originals)}, [weight]
+        apart = [group for group in groups if group[0].isdisjoint(parameters)]
+        for others, earlier in (group for group in groups if not group[0].isdisjoint(parameters)):
+            parameters, members = parameters | others, earlier + members
+        groups = [*apart, (parameters, members)]
+    return [members for _, members in groups]
 
 
 def _prefixes(key: str, derived: DerivedWeight) -> tuple[str, ...]:

@@ -32,7 +32,10 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     Without a relation, all names hold the same ``Parameter``. With a relation, a parametrization computes the weight
     from the source. The ``state_dict`` has the names and shapes of the untied model. ``load_state_dict`` raises an
     error before it changes ``model`` if the copies of a weight are not bitwise equal; it fills in missing copies.
-    Earlier ties that other code has broken are repaired.
+    Earlier ties that other code has broken are repaired; see :func:`restore`.
+
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: the module whose names the patterns match; changed in place.
@@ -69,6 +72,33 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     ties_made.update(names)
     members = {name for tie in parsed for name in ties_made[tie]}
     return [group for group in tied(model) if not members.isdisjoint(group.names)]
+
+
+def restore(model: nn.Module) -> list[TiedGroup]:
+    """Repair the ties of a model that other code has broken; return all groups.
+
+    ``to_empty`` breaks them: it gives each name of a model on the meta device a parameter, which train apart. So does
+    replacing a tied parameter. :func:`audit` reports broken ties. All names hold the source's parameter again. Loading
+    a state dict into the whole model repairs ties too, and callbacks and mixins do so before training.
+
+    Args:
+        model: the tied model; changed in place.
+
+    Returns:
+        All groups of tied weights.
+
+    Raises:
+        ConfigurationError: a tied weight has another shape now, or has been parametrized or removed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> _ = tie(model, ["0.weight ~ 1.weight"])
+        >>> model = model.to("meta").to_empty(device="cpu")
+        >>> model[0].weight is model[1].weight, len(restore(model)), model[0].weight is model[1].weight
+        (False, 1, True)
+    """
+    restore_ties(model)
+    return tied(model)
 
 
 @torch.no_grad()
@@ -133,17 +163,29 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     """Return the groups of weights that :func:`tie` has tied, in ``model`` or in its submodules.
 
     Raises:
-        ConfigurationError: some weights are separate again. To repair them, tie again or load a state dict.
+        ConfigurationError: some weights are separate again. To repair them, see :func:`restore`.
     """
     records = tie_records(model)
     locations = locate_parameters(model) if records else {}
     return [
-        TiedGroup(record.names, (_shared_by(record, locations),) * len(record.names), record.relations, shared=True)
+        TiedGroup(record.names, (shared_by(record, locations),) * len(record.names), record.relations, shared=True)
         for record in records
     ]
 
 
-def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
+def broken(model: nn.Module) -> list[str]:
+    """Describe, for each group of tied weights that are separate again, what happened and the remedy."""
+    records, locations = tie_records(model), locate_parameters(model)
+    messages = []
+    for record in records:
+        try:
+            shared_by(record, locations)
+        except ConfigurationError as error:
+            messages.append(str(error))
+    return messages
+
+
+def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
     """Return the parameter that all names of a record hold; raise an error if they hold different ones."""
     first = record.names[0]
     for name, relation in zip(record.names, record.relations, strict=True):
@@ -160,11 +202,13 @@ def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) ->
         parameter, source = locations[name].parameter, locations[first].parameter
         if parameter is not source:
             remedy = (
-                "Tie again, or load a state dict into the whole model"
+                "Repair the ties by tying.hard.restore(model), or load a state dict into the whole model"
                 if parameter.shape == source.shape
                 else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
             )
-            raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
+            raise ConfigurationError(
+                f"{message} is another tensor now: something, such as to_empty, has replaced it. {remedy}"
+            )
     return locations[first].parameter
 
 

@@ -36,6 +36,23 @@ def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
+class _ScaleEmbedding(nn.Linear):
+    """The map to the embeddings of scales: initially 1, whatever its input."""
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.ones_(self.bias)
+
+
+class _ShiftEmbedding(nn.Linear):
+    """The map to the embeddings of shifts: initially small."""
+
+    @override
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+
+
 class HyperLSTMCell(LeafModule, nn.LSTMCell):
     """An LSTM cell whose weights a small LSTM, ``hyper``, rescales row by row at each step.
 
@@ -73,8 +90,8 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
         check_range("embedding_size", embedding_size, "[1, inf)")
         super().__init__(input_size, hidden_size, bias)
         self.hyper = nn.LSTMCell(input_size + hidden_size, hyper_size)
-        self.scale_embedding = nn.Linear(hyper_size, 8 * embedding_size)  # z_h of four gates, then z_x
-        self.shift_embedding = nn.Linear(hyper_size, 4 * embedding_size, bias=False)  # z_b
+        self.scale_embedding = _ScaleEmbedding(hyper_size, 8 * embedding_size)  # z_h of four gates, then z_x
+        self.shift_embedding = _ShiftEmbedding(hyper_size, 4 * embedding_size, bias=False)  # z_b
         self.scale = nn.Parameter(torch.empty(8, embedding_size, hidden_size))
         self.shift = nn.Parameter(torch.empty(4, embedding_size, hidden_size))
         self.reset_parameters()
@@ -85,13 +102,12 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
         if not hasattr(self, "shift"):  # called by the constructor of nn.LSTMCell
             return
         self.hyper.reset_parameters()
-        nn.init.zeros_(self.scale_embedding.weight)
-        nn.init.ones_(self.scale_embedding.bias)
+        self.scale_embedding.reset_parameters()
         mean = 1 / self.scale.shape[1]  # random with a fixed mean: embeddings with equal scales would stay equal
         nn.init.normal_(self.scale, std=mean)
         with torch.no_grad():
             self.scale.add_(mean - self.scale.mean(dim=1, keepdim=True))
-        nn.init.normal_(self.shift_embedding.weight, std=0.01)
+        self.shift_embedding.reset_parameters()
         nn.init.zeros_(self.shift)
 
     @override

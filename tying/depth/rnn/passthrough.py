@@ -40,10 +40,16 @@ class StateMatrix(nn.Module):
             )
         self.left = nn.Parameter(torch.empty(size, rank))  # P
         self.right = nn.Parameter(torch.empty(rank, size))  # Q
-        if rank:
+        self.diagonal = nn.Parameter(torch.empty(size)) if diagonal else None  # s
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw P, Q and s."""
+        if self.left.numel():
             nn.init.xavier_uniform_(self.left)
             nn.init.xavier_uniform_(self.right)
-        self.diagonal = nn.Parameter(torch.empty(size).uniform_(-0.01, 0.01)) if diagonal else None  # s
+        if self.diagonal is not None:
+            nn.init.uniform_(self.diagonal, -0.01, 0.01)
 
     @property
     def weight(self) -> Tensor:
@@ -65,6 +71,22 @@ class StateMatrix(nn.Module):
         return f"size={size}, rank={rank}, diagonal={self.diagonal is not None}"
 
 
+class _GateInput(nn.Linear):
+    """The linear map from an input to the gates u, r and m of a :class:`PassthroughGRULayer`."""
+
+    def __init__(self, inputs: int, size: int, update_bias: float) -> None:
+        self.update_bias = update_bias
+        super().__init__(inputs, 3 * size)
+
+    @override
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for weight in self.weight.detach().chunk(3):
+            nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.bias)
+        nn.init.constant_(self.bias.detach().chunk(3)[0], self.update_bias)
+
+
 class PassthroughGRULayer(nn.Module):
     """One layer of :class:`PassthroughGRU`.
 
@@ -83,11 +105,7 @@ class PassthroughGRULayer(nn.Module):
         self, inputs: int, size: int, rank: int, diagonal: bool, shared_projection: bool, update_bias: float
     ) -> None:
         super().__init__()
-        self.input = nn.Linear(inputs, 3 * size)  # of u, r and m
-        for weight in self.input.weight.detach().chunk(3):
-            nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.input.bias)
-        nn.init.constant_(self.input.bias[:size], update_bias)
+        self.input = _GateInput(inputs, size, update_bias)
         self.update, self.reset, self.candidate = (StateMatrix(size, rank, diagonal) for _ in range(3))
         if shared_projection:
             self.reset.right = self.candidate.right = self.update.right
@@ -190,8 +208,14 @@ class PassthroughHighway(nn.Module):
     def __init__(self, size: int, rank: int, diagonal: bool = True, carry_bias: float = 1.0) -> None:
         super().__init__()
         self.transform, self.gate = StateMatrix(size, rank, diagonal), StateMatrix(size, rank, diagonal)
-        self.transform_bias = nn.Parameter(torch.zeros(size))
-        self.gate_bias = nn.Parameter(torch.full((size,), -carry_bias))
+        self.transform_bias, self.gate_bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        self.carry_bias = carry_bias
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the biases; W and U have reset methods of their own."""
+        nn.init.zeros_(self.transform_bias)
+        nn.init.constant_(self.gate_bias, -self.carry_bias)
 
     @override
     def forward(self, x: Tensor) -> Tensor:

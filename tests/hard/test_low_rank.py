@@ -1,0 +1,101 @@
+"""Low rank plus a diagonal takes back every weight that it can produce, and comes as near others as alternating."""
+
+import pytest
+import torch
+
+from tying.hard import LowRankPlusDiagonal
+from tying.hard.low_rank import factorize, low_rank_plus_diagonal
+
+SIZE = 32
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def orthogonal(rank):
+    return torch.linalg.qr(normal(SIZE, SIZE))[0][:, :rank]
+
+
+PRODUCTS = {
+    "random": lambda rank: normal(SIZE, rank) @ normal(rank, SIZE) / SIZE**0.5,
+    "small": lambda rank: normal(SIZE, rank) @ normal(rank, SIZE) / 1e3,
+    "symmetric": lambda rank: (lambda factor: factor @ factor.T)(normal(SIZE, rank)),
+    "repeated singular values": lambda rank: orthogonal(rank) @ orthogonal(rank).T,
+    "rank-deficient": lambda rank: normal(SIZE, rank // 2) @ normal(rank // 2, SIZE),
+    "rows of all scales": lambda rank: torch.logspace(-3, 3, SIZE).double()[:, None] * normal(SIZE, rank) @ normal(rank, SIZE),
+}  # fmt: skip
+DIAGONALS = {
+    "random": lambda: normal(SIZE),
+    "large": lambda: 1e4 * normal(SIZE),
+    "of all scales": lambda: torch.logspace(-6, 6, SIZE).double() * normal(SIZE).sign(),
+    "equal": lambda: torch.ones(SIZE).double(),
+}
+
+
+def error(weight, rank):
+    """Return the relative error, weighted so that a large diagonal does not hide the other entries."""
+    step = LowRankPlusDiagonal(rank)
+    stored = step(*step.right_inverse(weight))
+    beside = [matrix.double() - torch.diag(matrix.diag()).double() for matrix in (stored - weight, weight)]
+    whole = (stored - weight).double().norm() / weight.double().norm()
+    return float(max(whole, beside[0].norm() / beside[1].norm().clamp(min=1e-300)))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, SIZE // 2 - 1])
+@pytest.mark.parametrize("diagonal", DIAGONALS.values(), ids=DIAGONALS)
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_every_weight_of_the_form_is_taken_back(product, diagonal, rank):
+    torch.manual_seed(0)
+    weight = product(rank) + torch.diag(diagonal())
+    state = torch.get_rng_state()
+    assert error(weight, rank) < 1e-6
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("size", "rank"), [(64, 16), (33, 16), (5, 2), (3, 1), (2, 0)])
+def test_weights_of_several_sizes_are_taken_back(size, rank):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        product = (torch.randn(size, rank).double() / 4) @ (torch.randn(rank, size).double() / 8)
+        weight = product + torch.diag(torch.randn(size).double())
+        assert error(weight, rank) < 1e-6
+        assert error(weight.float(), rank) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [SIZE // 2, SIZE // 2 + 2, SIZE - 1, SIZE])
+def test_of_half_the_side_or_more(rank):
+    """Several diagonals may do, and the search has no exact start: most weights are taken back all the same."""
+    torch.manual_seed(0)
+    assert error(PRODUCTS["random"](rank) + torch.diag(normal(SIZE)), rank) < 1e-6
+
+
+def alternated(weight, rank, sweeps=50):
+    """Return the weight after alternating between the best factors and the best diagonal."""
+    diagonal = torch.zeros(len(weight)).double()
+    for _ in range(1 + sweeps):
+        left, right = factorize(weight - torch.diag(diagonal), rank)
+        diagonal = torch.diag(weight - left @ right)
+    return low_rank_plus_diagonal(left, right, diagonal)
+
+
+OTHERS = {
+    "random": lambda rank: normal(SIZE, SIZE),
+    "uniform": lambda rank: torch.rand(SIZE, SIZE).double() - 0.5,
+    "orthogonal": lambda rank: orthogonal(SIZE),
+    "symmetric": lambda rank: (lambda weight: weight + weight.T)(normal(SIZE, SIZE)),
+    "large diagonal": lambda rank: normal(SIZE, SIZE) + 20 * torch.diag(normal(SIZE)),
+    "near the identity": lambda rank: torch.eye(SIZE).double() + normal(SIZE, SIZE) / SIZE,
+    "noise": lambda rank: PRODUCTS["random"](rank) + torch.diag(normal(SIZE)) + 0.01 * normal(SIZE, SIZE),
+    "of higher rank": lambda rank: PRODUCTS["random"](rank + 3) + torch.diag(normal(SIZE)),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, 12, 20])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_other_weights_come_as_near_as_by_alternating(other, rank):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        weight, step = other(rank), LowRankPlusDiagonal(rank)
+        ours, theirs = (step(*step.right_inverse(weight)), alternated(weight, rank) if rank else weight.diag().diag())
+        assert (weight - ours).norm() <= (weight - theirs).norm() * (1 + 1e-5)
