@@ -3,16 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
-
 from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, TyingCallback, WeightHashing
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
+from tying.lightning_namespace import check_namespace, pl
 
-Mixin = TypeVar("Mixin", bound=type[pl.LightningModule])
+MixinType = TypeVar("MixinType", bound="type[Mixin]")
 
 
-def adds(kind: type[TyingCallback], attribute: str) -> Callable[[Mixin], Mixin]:
+def adds(kind: type[TyingCallback], attribute: str) -> Callable[[MixinType], MixinType]:
     """Return a class decorator: the mixin adds a callback to a model, after those of its bases.
 
     Args:
@@ -20,7 +19,7 @@ def adds(kind: type[TyingCallback], attribute: str) -> Callable[[Mixin], Mixin]:
         attribute: the class attribute of the model that holds the callback's keyword arguments.
     """
 
-    def decorate(mixin: Mixin) -> Mixin:
+    def decorate(mixin: MixinType) -> MixinType:
         def configure_callbacks(module: Any) -> list[pl.Callback]:
             inherited = super(mixin, module).configure_callbacks()  # type: ignore[arg-type]  # a class
             callback = _callback(module, mixin.__name__, kind, attribute)
@@ -54,8 +53,16 @@ def _callback(module: pl.LightningModule, mixin: str, kind: type[TyingCallback],
     return callbacks[mixin]
 
 
+class Mixin(pl.LightningModule):
+    """A mixin that refuses a LightningModule of the other Lightning when a class inherits both."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_namespace(cls, next(base.__name__ for base in cls.__mro__ if base.__module__ == __name__))
+
+
 @adds(SoftTying, "soft_tying")
-class SoftTyingMixin(pl.LightningModule):
+class SoftTyingMixin(Mixin):
     """Adds :class:`tying.callbacks.SoftTying` to a model; ``soft_tying`` holds its keyword arguments.
 
     Like every callback that a module returns, it replaces one of the same class given to the Trainer.
@@ -72,7 +79,7 @@ class SoftTyingMixin(pl.LightningModule):
 
 
 @adds(Coupling, "coupling")
-class CouplingMixin(pl.LightningModule):
+class CouplingMixin(Mixin):
     """Adds :class:`tying.callbacks.Coupling` to a model; ``coupling`` holds its keyword arguments.
 
     Raises:
@@ -87,7 +94,7 @@ class CouplingMixin(pl.LightningModule):
 
 
 @adds(HardTying, "hard_tying")
-class HardTyingMixin(pl.LightningModule):
+class HardTyingMixin(Mixin):
     """Adds :class:`tying.callbacks.HardTying` to a model; ``hard_tying`` holds its keyword arguments.
 
     The weights are tied in ``configure_model``, hence also by ``load_from_checkpoint``, without a Trainer's callback.
@@ -110,7 +117,7 @@ class HardTyingMixin(pl.LightningModule):
 
 
 @adds(WeightHashing, "weight_hashing")
-class WeightHashingMixin(pl.LightningModule):
+class WeightHashingMixin(Mixin):
     """Adds :class:`tying.callbacks.WeightHashing` to a model; ``weight_hashing`` holds its keyword arguments.
 
     The weights are hashed in ``configure_model``, hence also by ``load_from_checkpoint``.
@@ -133,7 +140,7 @@ class WeightHashingMixin(pl.LightningModule):
 
 
 @adds(ResidualMerging, "residual_merging")
-class ResidualMergingMixin(pl.LightningModule):
+class ResidualMergingMixin(Mixin):
     """Adds :class:`tying.callbacks.ResidualMerging` to a model; ``residual_merging`` holds its keyword arguments.
 
     The merges are put in by ``configure_model``, hence also by ``load_from_checkpoint``.

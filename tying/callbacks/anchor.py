@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
@@ -14,6 +13,7 @@ from tying.callbacks.base import is_fresh_run
 from tying.callbacks.penalty import PenaltyCallback, Update, check_strength
 from tying.errors import ConfigurationError, listed, nearest
 from tying.files import saved_weights
+from tying.lightning_namespace import pl
 from tying.selection.index import clean_name
 from tying.selection.resolve import select
 from tying.soft import TyingPenalty, anchored

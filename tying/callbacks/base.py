@@ -1,4 +1,4 @@
-"""The base class of all callbacks that tie weights, and shared functions."""
+"""The base classes of all callbacks, and shared functions."""
 
 import tempfile
 import warnings
@@ -6,10 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -17,17 +13,33 @@ from typing_extensions import override
 from tying.callbacks.finite_check import FiniteCheck
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError
+from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 
-SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # strategies that split weights over processes
-AVERAGING = StochasticWeightAveraging | WeightAveraging  # callbacks that average weights in a copy of the model
+# strategies that split weights over processes
+SHARDING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy | pl.strategies.ModelParallelStrategy
+# callbacks that average weights in a copy of the model
+AVERAGING = pl.callbacks.StochasticWeightAveraging | pl.callbacks.WeightAveraging
+
+
+class Callback(pl.Callback):
+    """A callback that refuses a Trainer of the other Lightning, and its callbacks.
+
+    Raises:
+        ConfigurationError: in ``setup``, the Trainer or one of its callbacks is of the other Lightning.
+    """
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for thing in (trainer, *callbacks_of(trainer)):
+            check_namespace(type(thing), type(self).__name__)
 
 
 @class_aliases("tying.callbacks.TyingCallback")
-class TyingCallback(pl.Callback):
+class TyingCallback(Callback):
     """A callback that acts on weights. It stops training with an error when a weight is not finite.
 
     Attributes:
@@ -149,7 +161,7 @@ def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
     for hook in ("configure_sharded_model", "configure_model"):  # the former is deprecated, and still called
-        if is_overridden(hook, module):
+        if pl.utilities.model_helpers.is_overridden(hook, module):
             with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
                 getattr(module, hook)()
 

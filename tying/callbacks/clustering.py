@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import LBFGS, Optimizer
@@ -21,6 +18,7 @@ from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, clustered_size
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
 from tying.selection.resolve import select
 from tying.weights.derived import locate_parameters
@@ -94,9 +92,10 @@ class WeightClustering(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         reject_copies(trainer, "WeightClustering", "the dense weights")
         configure_model(trainer, pl_module)
-        pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
+        pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, pl.callbacks.ModelPruning)]
         if any(prunes_in(callback, self.start_epoch) for callback in pruning):
             raise ConfigurationError(
                 f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
@@ -145,7 +144,9 @@ class WeightClustering(TyingCallback):
             raise ConfigurationError("LBFGS keeps its weights to itself: codebooks cannot replace them")
         if not self._is_done(pl_module):
             warn_if_too_late(trainer, "WeightClustering", self.start_epoch)
-        if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
+        if trainer.global_step and any(
+            isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks_of(trainer)
+        ):
             _prune_again(pl_module, self.names)
 
     @override
@@ -170,7 +171,7 @@ class WeightClustering(TyingCallback):
                 for group in optimizer.param_groups:
                     group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
         self.monitor(pl_module)
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
         )
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -17,6 +15,7 @@ from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.apply import check_choices
 from tying.hashing.report import draw_loads
+from tying.lightning_namespace import pl
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
@@ -96,7 +95,9 @@ class HardTying(ModelTransform):
         gaps = [gap(group.tensors()) for group in (resolve(model, self.ties) if measurable else ())]
         self._groups = tie(model, self.ties, self.init)
         if any(gaps):
-            rank_zero_info(f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})")
+            pl.utilities.rank_zero_info(
+                f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})"
+            )
         return self._groups
 
     @override
@@ -278,7 +279,7 @@ class WeightHashing(ModelTransform):
             scaled=self.scaled,
         )
         count = sum(weight.name == weight.holder for weight in report.weights)  # of tables
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
             f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "
             f"(ratio {report.stored / report.virtual:.3g})"

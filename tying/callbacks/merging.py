@@ -3,8 +3,6 @@
 import warnings
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -12,6 +10,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.depth import Merge, apply_merge
 from tying.depth.apply import residual_blocks
 from tying.errors import ConfigurationError, check_choice
+from tying.lightning_namespace import pl
 from tying.soft import Schedule
 
 
@@ -82,7 +81,7 @@ class ResidualMerging(ModelTransform):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
+        pl.utilities.rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
         if stage != "fit":
             self._end_schedule(pl_module)
 

@@ -5,9 +5,7 @@ import math
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,6 +15,7 @@ from tying.callbacks.training_data import estimate_batch_norms, num_train_sample
 from tying.errors import ConfigurationError, check_range, listed
 from tying.files import save_figure
 from tying.hashing.packing import sizes
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import can_stop_early
 from tying.selection.resolve import select
 from tying.soft import GaussianMixturePrior, TyingPenalty
@@ -223,7 +222,7 @@ class MixtureTying(PenaltyCallback):
             for bits in sizes((slots - zeros).split([a.numel() for a in assignments]), max(1, len(used) - zeros))
         )
         nonzero = float((slots >= zeros).double().mean())
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"MixtureTying: {len(slots):,} weights have {len(used)} values, {nonzero:.2%} of them are not zero; "
             f"{packed:.1f} times smaller, {huffman:.1f} with Huffman's code"
         )

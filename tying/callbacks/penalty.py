@@ -6,9 +6,7 @@ from collections import Counter
 from functools import partial
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -16,6 +14,7 @@ from typing_extensions import override
 
 from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, members
 from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, is_logging_step, loss_scale
 from tying.selection.tie import TiedGroup
 from tying.soft import Schedule, TyingPenalty
@@ -114,6 +113,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
@@ -132,7 +132,8 @@ class PenaltyCallback(TyingCallback):
         self._warned_unstable = self._warned_unannounced = False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         idle = [group.names[0] for group in self.groups if trained.isdisjoint(group.parameters)]
-        if idle and not any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer)):  # which adds them later
+        # BaseFinetuning adds them later
+        if idle and not any(isinstance(c, pl.callbacks.BaseFinetuning) for c in callbacks_of(trainer)):
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
         self._register_hooks(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)

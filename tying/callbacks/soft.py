@@ -4,9 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -16,6 +13,7 @@ from tying.callbacks.training_data import num_train_samples
 from tying.callbacks.transform import shared_with
 from tying.errors import ConfigurationError, check_range, listed
 from tying.hard import untie
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import weights_to_prune
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve
@@ -119,7 +117,7 @@ class SoftTying(PenaltyCallback):
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if self.harden_below is None:
             return
-        pruning = [callback for callback in others if isinstance(callback, ModelPruning)]
+        pruning = [callback for callback in others if isinstance(callback, pl.callbacks.ModelPruning)]
         pruned = {
             id(getattr(module, name, None)) for callback in pruning for module, name in weights_to_prune(callback)
         }
@@ -141,7 +139,7 @@ class SoftTying(PenaltyCallback):
         [penalty] = self.penalties
         near = [group for group in penalty.groups if gap(group.tensors()) < self.harden_below]
         if near:
-            rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
+            pl.utilities.rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         self._harden(trainer, pl_module, near, "mean")
         self.penalties = [TyingPenalty([g for g in penalty.groups if g not in near], self.penalty, self.strength)]
         self.monitor(pl_module)

@@ -5,12 +5,12 @@ from inspect import signature
 from operator import attrgetter
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import AVERAGING, SHARDING, TyingCallback, configure_model, parameters_beside
 from tying.errors import ConfigurationError, listed
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
 from tying.selection.resolve import select
@@ -76,6 +76,7 @@ class ModelTransform(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._optimizer_size = 0
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(

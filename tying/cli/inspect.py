@@ -7,7 +7,6 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from rich.console import Console, RenderableType
 
@@ -19,6 +18,7 @@ from tying.errors import ConfigurationError, listed
 from tying.files import read
 from tying.hard import audit
 from tying.hashing import plot_loads, report
+from tying.lightning_namespace import pl
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import TiedGroup

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 from typing_extensions import override
+
+from tying.lightning_namespace import pl
 
 
 class ResumableLoader:

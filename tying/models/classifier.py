@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -16,6 +14,7 @@ from typing_extensions import override
 
 from tying.depth import Sampled, sampled
 from tying.errors import ConfigurationError, check_choice, check_range
+from tying.lightning_namespace import pl
 from tying.models.pretrained import load_pretrained
 
 RANGES = {
@@ -171,7 +170,7 @@ class Classification(SingleStep):
         return sampled(self, x, samples) if samples > 1 else cast(Tensor, self(x).softmax(dim=-1))
 
     @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         hparams = self.hparams
         lr, momentum, decay = hparams["lr"], hparams["momentum"], hparams["weight_decay"]
         optimizer = (
