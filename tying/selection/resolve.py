@@ -10,10 +10,10 @@ from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.index import Match, Names
 from tying.selection.patterns import Pattern, mirror_ranks
 from tying.selection.relation import Relation, bind, check
-from tying.selection.tie import Tie, TiedGroup
+from tying.selection.tie import AnyTie, Tie, TiedGroup, parse_ties
 
 
-def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
+def resolve(model: nn.Module, ties: Sequence[AnyTie]) -> list[TiedGroup]:
     """Return the groups of tensors that ties describe.
 
     Aliases of a tensor count once. Groups that share a tensor are merged into one. Names do not contain the parts that
@@ -21,7 +21,7 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
 
     Args:
         model: the module with the parameters to tie.
-        ties: ties, or their string form ``"source ~ target | relation"``.
+        ties: ties, their string form ``"source ~ target | relation"``, or mappings of :class:`Tie`'s arguments.
 
     Raises:
         ConfigurationError: a pattern matches nothing, a weight has no partner, shapes do not fit, a weight is tied to
@@ -35,9 +35,7 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
         >>> [tuple(tensor.shape) for tensor in group.tensors()]
         [(3, 8), (3, 8)]
     """
-    if isinstance(ties, str | Tie):
-        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
-    return _resolve(Names(model), ties)
+    return _resolve(Names(model), parse_ties(ties) if ties != [] else [])
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -65,7 +63,7 @@ def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     return {first_names[id(match.parameter)]: match.parameter for match in matches}
 
 
-def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedGroup] | ConfigurationError]:
+def resolve_each(model: nn.Module, ties: Sequence[AnyTie]) -> list[list[TiedGroup] | ConfigurationError]:
     """Resolve each tie separately; return its groups, or the error that it raises.
 
     Example:
@@ -74,7 +72,7 @@ def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedG
     """
     names = Names(model)
     results: list[list[TiedGroup] | ConfigurationError] = []
-    for tie in ties:
+    for tie in parse_ties(ties):
         try:
             results.append(_resolve(names, [tie]))
         except ConfigurationError as error:
@@ -91,9 +89,9 @@ class _Group:
     age: int  # groups with a smaller number were made earlier
 
 
-def _resolve(names: Names, ties: Sequence[Tie | str]) -> list[TiedGroup]:
+def _resolve(names: Names, ties: Sequence[Tie]) -> list[TiedGroup]:
     groups: dict[int, _Group] = {}  # the group of each parameter, by identity
-    for tie in (Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties):
+    for tie in ties:
         for members in _groups_of(tie, names):
             _unite(members, groups, tie)
     # in order of creation
