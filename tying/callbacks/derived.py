@@ -1,5 +1,6 @@
 """Make weights equal, or compute them from fewer parameters, during training."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -73,9 +74,9 @@ class HardTying(ModelTransform):
 
     @override
     def check_optimizers(self, trainer: pl.Trainer) -> None:
-        parameters = [id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
+        counts = Counter(id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"])
         for group in self._groups:
-            if (count := parameters.count(id(group.parameters[0]))) > 1:
+            if (count := counts[id(group.parameters[0])]) > 1:
                 raise ConfigurationError(
                     f"{group.names[0]!r} stands {count} times in the optimizers, and would be stepped and decayed as "
                     "often: build them from self.parameters(), which yields each weight once"

@@ -1,6 +1,6 @@
 """Resolve ties to groups of tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,7 +35,7 @@ def resolve(model: nn.Module, ties: Sequence[AnyTie]) -> list[TiedGroup]:
         >>> [tuple(tensor.shape) for tensor in group.tensors()]
         [(3, 8), (3, 8)]
     """
-    return _resolve(Names(model), parse_ties(ties) if ties != [] else [])
+    return resolve_named(model, parse_ties(ties) if ties else [])[0]
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -72,12 +72,33 @@ def resolve_each(model: nn.Module, ties: Sequence[AnyTie]) -> list[list[TiedGrou
     """
     names = Names(model)
     results: list[list[TiedGroup] | ConfigurationError] = []
-    for tie in parse_ties(ties):
+    for tie in parse_ties(ties) if ties else []:
         try:
-            results.append(_resolve(names, [tie]))
+            results.append(_merge({tie: _groups_of(tie, names)}))
         except ConfigurationError as error:
             results.append(error)
     return results
+
+
+def resolve_named(model: nn.Module, ties: Sequence[Tie]) -> tuple[list[TiedGroup], dict[Tie, frozenset[str]]]:
+    """Return the groups of tensors that ties describe, and the names that each tie describes.
+
+    Raises:
+        ConfigurationError: as :func:`resolve`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> groups, names = resolve_named(model, [Tie("*.weight")])
+        >>> groups[0].names, sorted(names[Tie("*.weight")])
+        (('0.weight', '1.weight'), ['0.weight', '1.weight'])
+    """
+    index = Names(model)
+    described = {tie: _groups_of(tie, index) for tie in ties}
+    names = {
+        tie: frozenset(name for members in groups for name, _, _ in members.values())
+        for tie, groups in described.items()
+    }
+    return _merge(described), names
 
 
 Member = tuple[str, nn.Parameter, Relation]
@@ -89,10 +110,11 @@ class _Group:
     age: int  # groups with a smaller number were made earlier
 
 
-def _resolve(names: Names, ties: Sequence[Tie]) -> list[TiedGroup]:
+def _merge(described: Mapping[Tie, list[dict[int, Member]]]) -> list[TiedGroup]:
+    """Return the groups that ties describe together: those that share a parameter are one."""
     groups: dict[int, _Group] = {}  # the group of each parameter, by identity
-    for tie in ties:
-        for members in _groups_of(tie, names):
+    for tie, parts in described.items():
+        for members in parts:
             _unite(members, groups, tie)
     # in order of creation
     columns = {id(group): zip(*group.members.values(), strict=True) for group in groups.values()}
