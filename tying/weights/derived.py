@@ -418,6 +418,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in effective_weights(model))
 
 
+_IDENTITY = Relation()  # one object, since it is read for every parameter
+
+
 @dataclass(frozen=True)
 class ParameterLocation:
     """Where a model holds a parameter.
@@ -444,7 +447,7 @@ class ParameterLocation:
     def relation(self) -> Relation | None:
         """The map from the parameter to the weight; ``None`` for a parametrization that :func:`tie` did not make."""
         if self.holder is self.owner:
-            return Relation()
+            return _IDENTITY
         link = links_in(self.owner).get(self.attribute)
         return link.relation if link else None
 

@@ -78,8 +78,8 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
 @torch.no_grad()
 def _share(model: nn.Module, groups: Sequence[TiedGroup], init: Init) -> set[str]:
     """Make the weights of each group one parameter; return all their names."""
-    records = plan(model, groups)
     locations = locate_parameters(model)
+    records = plan(model, groups, locations)
     means = [_mean(group) for group in groups] if init == "mean" else []
     for group, mean in zip(groups, means, strict=False):
         group.parameters[0].copy_(mean)
@@ -154,36 +154,43 @@ def tied(model: nn.Module) -> list[TiedGroup]:
 
 def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
     """Return the parameter that all names of a record hold; raise an error if they hold different ones."""
-    first = record.names[0]
+    source = locations.get(record.names[0])
     for name, relation in zip(record.names, record.relations, strict=True):
-        message = f"{name!r} was tied to {first!r}, and"
-        if name not in locations or first not in locations:
-            raise ConfigurationError(
-                f"{message} one of them is no parameter of the model any more: something has removed or parametrized "
-                "it. Untie them first"
+        location = locations.get(name)
+        if location is None or source is None:
+            problem = (
+                "one of them is no parameter of the model any more: something has removed or parametrized it. Untie "
+                "them first"
             )
-        if locations[name].relation != relation:
-            raise ConfigurationError(
-                f"{message} something has parametrized it since. Untie them first, or parametrize neither"
-            )
-        parameter, source = locations[name].parameter, locations[first].parameter
-        if parameter is not source:
-            remedy = (
+        elif location.relation != relation:
+            problem = "something has parametrized it since. Untie them first, or parametrize neither"
+        elif location.parameter is not source.parameter:
+            shape, expected = tuple(location.parameter.shape), tuple(source.parameter.shape)
+            problem = "is another tensor now: something has replaced it. " + (
                 "Tie again, or load a state dict into the whole model"
-                if parameter.shape == source.shape
-                else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+                if shape == expected
+                else f"Its shape is {shape}, where {expected} belongs: untie them"
             )
-            raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
-    return locations[first].parameter
+        else:
+            continue
+        raise ConfigurationError(f"{name!r} was tied to {record.names[0]!r}, and {problem}")
+    return locations[record.names[0]].parameter
 
 
-def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
+def plan(
+    model: nn.Module, groups: Sequence[TiedGroup], locations: Mapping[str, ParameterLocation] | None = None
+) -> list[TieRecord]:
     """Return the record of each group, with all names that will hold its weight.
+
+    Args:
+        model: the model.
+        groups: groups of its weights.
+        locations: the locations of its parameters, if they are known.
 
     Raises:
         ConfigurationError: the members of a group cannot be one parameter.
     """
-    locations = locate_parameters(model)
+    locations = locations or locate_parameters(model)
     aliases: dict[int, list[str]] = {}  # the names of each parameter, by identity
     for name, location in locations.items():
         aliases.setdefault(id(location.parameter), []).append(name)
