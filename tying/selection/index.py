@@ -41,7 +41,7 @@ def plain_name(name: str) -> str:
     return _PARAMETRIZED.sub(r"\1", name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # one for each weight: fewer objects to collect
 class Match:
     """A weight that a pattern matches.
 

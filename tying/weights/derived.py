@@ -421,7 +421,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 _IDENTITY = Relation()  # one object, since it is read for every parameter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ParameterLocation:
     """Where a model holds a parameter.
 
