@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.selection.index import clean_name
+from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
 from tying.torch_workarounds import inject_property
@@ -456,14 +456,15 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
     """Return the locations of a model's parameters, by clean name, including aliases."""
     locations = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        owner, weight = module, None
+        owner, weight, name = module, None, unwrapped(path)
         if isinstance(module, ParametrizationList):
             above, _, weight = path.rpartition("parametrizations.")
             owner = model.get_submodule(above.removesuffix("."))
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 location = ParameterLocation(owner, weight or attribute, module, attribute)
-                locations[clean_name(f"{path}.{attribute}".lstrip("."))] = location
+                full = f"{name}.{attribute}".lstrip(".")
+                locations[plain_name(full) if weight else full] = location
     return locations
 
 
