@@ -1,8 +1,9 @@
 """Make weights equal, or compute them from fewer parameters, during training."""
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from typing_extensions import override
 from tying.callbacks.base import picture_folder
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
-from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied, untie_biases
+from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.apply import check_choices
@@ -22,20 +23,24 @@ from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
 from tying.weights.optimizers import are_alike
 from tying.weights.state_dict import record_in, tie_records
-from tying.weights.tie import Init
+from tying.weights.tie import Init, make_ties
 
 
 class HardTying(ModelTransform):
     """Make tied weights one parameter, before the optimizers are made; see :func:`tying.hard.tie`.
 
     Args:
-        ties: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
-        init: the value of the shared weight: the source's, or the mean.
+        ties: :class:`tying.Tie`, strings ``"source ~ target | relation"``, or mappings of Tie's arguments.
+        init: the value of the shared weight: the source's, which is the left side of ``~``, or the mean.
         name: distinguishes several callbacks of this class.
 
     Raises:
         ConfigurationError: the ties do not fit the model, a callback that averages weights comes before this one, the
             strategy splits weights, or an optimizer does not hold the tied weights.
+
+    Warns:
+        UserWarning: a new run begins, and a source has more than five times the scale of a weight that takes its
+            values; see :func:`tying.hard.tie`.
 
     Example:
         >>> HardTying(ties=["encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"]).init
@@ -48,11 +53,18 @@ class HardTying(ModelTransform):
         check_choice("init", init, get_args(Init))
         self.ties, self.init, self.name = parse_ties(ties), init, name
         self._groups: list[TiedGroup] = []
+        self._warning = ""  # about initial values, which a checkpoint replaces
 
     @property
     @override
     def groups(self) -> list[TiedGroup]:
         return self._groups
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._warning = ""
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,6 +82,9 @@ class HardTying(ModelTransform):
         names = {name for group in self._groups for name in group.names}
         self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
         self.check_optimizers(trainer)
+        if self._warning:
+            warnings.warn(f"HardTying: {self._warning}", stacklevel=2)
+        self._warning = ""
         super().on_fit_start(trainer, pl_module)
 
     @override
@@ -94,7 +109,8 @@ class HardTying(ModelTransform):
     def apply(self, model: nn.Module) -> list[TiedGroup]:
         measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
         gaps = [gap(group.tensors()) for group in (resolve(model, self.ties) if measurable else ())]
-        self._groups = tie(model, self.ties, self.init)
+        self._groups, warning = make_ties(model, self.ties, self.init)
+        self._warning = self._warning or warning  # a mixin applies it before setup does
         if any(gaps):
             pl.utilities.rank_zero_info(
                 f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})"

@@ -22,7 +22,7 @@ class SequenceModel(Classification):
 
     ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features) and an optional state, it
     returns outputs (steps, batch, size) and a state. The parts are ``embedding`` (of a language model), ``network`` and
-    ``head``; if the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` ties both.
+    ``head``; if the embedding is as large as the output, ``"head.weight ~ embedding.weight"`` ties both.
 
     A language model logs bits per character, ``…/bits``. It carries the detached state from batch to batch, and starts
     each epoch and each evaluation without a state. Checkpoints contain the state of each process; a run that resumes

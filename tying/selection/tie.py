@@ -21,10 +21,10 @@ class Tie:
     """Selects weights to tie, by name.
 
     Args:
-        source: a pattern of parameter or module names. ``*``, ``?`` and ``[...]`` match within one dotted part,
-            ``**`` matches any number of parts, ``{0..11}`` integers, ``{i}`` captures text and ``{i:0..11}`` an
-            integer; see :class:`tying.selection.Pattern`. A pattern that matches no parameter may match modules: every
-            parameter in them is then tied by its relative name.
+        source: a pattern of parameter or module names; hard ties take the source's values. ``*``, ``?`` and ``[...]``
+            match within one dotted part, ``**`` matches any number of parts, ``{0..11}`` integers, ``{i}`` captures
+            text and ``{i:0..11}`` an integer; see :class:`tying.selection.Pattern`. A pattern that matches no parameter
+            may match modules: every parameter in them is then tied by its relative name.
         target: a pattern of the partners. Each value of the captures shared with ``source`` gives one group.
             ``{-i}`` pairs values in mirrored order: the first with the last. If ``None``, all matches of ``source``
             are one group, or one group per value of its captures.

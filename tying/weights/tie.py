@@ -1,6 +1,9 @@
 """One parameter under several names: tie and untie."""
 
+import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -10,6 +13,7 @@ from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
 from tying.selection.resolve import resolve_named
 from tying.selection.tie import AnyTie, TiedGroup, parse_ties
+from tying.torch_workarounds import foreach_norm
 from tying.weights.derived import ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
@@ -24,6 +28,7 @@ from tying.weights.state_dict import (
 )
 
 Init = Literal["source", "mean"]
+LARGEST_RATIO = 5.0  # of the initial scales of a source and of a weight that takes its values, without a warning
 
 
 def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list[TiedGroup]:
@@ -47,6 +52,11 @@ def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list
         ConfigurationError: the ties do not fit the model, or the members of a group differ in dtype or device, are
             partly frozen, or have other parametrizations. The model is not changed.
 
+    Warns:
+        UserWarning: a source has more than five times the scale of a weight that takes its values. An embedding, say,
+            is initialised at scale 1 and a linear layer far below: ``"head.weight ~ embedding.weight"`` trains,
+            and the other order begins with outputs that are too large.
+
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
         >>> [group] = tie(model, ["encoder.weight ~ decoder.weight | o i -> i o"])
@@ -55,6 +65,14 @@ def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list
         >>> sorted(model.state_dict())
         ['decoder.bias', 'decoder.weight', 'encoder.bias', 'encoder.weight']
     """
+    groups, warning = make_ties(model, ties, init)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return groups
+
+
+def make_ties(model: nn.Module, ties: Sequence[AnyTie], init: Init) -> tuple[list[TiedGroup], str]:
+    """Tie weights as :func:`tie` does; return the groups, and the warning, which is empty if there is none."""
     check_choice("init", init, ("source", "mean"))
     parsed = parse_ties(ties)
     new = [tie for tie in parsed if tie not in record_in(model).ties]
@@ -62,11 +80,45 @@ def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list
     if tie_records(model):
         restore_ties(model)
         groups, names = resolve_named(model, new)
+    warning = _compare_scales(groups) if init == "source" else ""
     _share(model, groups, init)
     ties_made = record_in(model).ties
     ties_made.update(names)
     members = {name for tie in parsed for name in ties_made[tie]}
-    return [group for group in tied(model) if not members.isdisjoint(group.names)]
+    return [group for group in tied(model) if not members.isdisjoint(group.names)], warning
+
+
+@torch.no_grad()
+def _compare_scales(groups: Sequence[TiedGroup]) -> str:
+    """Describe the source with the largest scale beside that of a weight that will take its values, if it is too large.
+
+    The scale of a weight is the root of its mean square. Weights without values, on the meta device or sharded, and
+    weights that are zero are not compared.
+    """
+    plain = [group for group in groups if all(map(_has_values, group.parameters))]
+    if not plain:
+        return ""
+    parameters = [parameter.detach() for group in plain for parameter in group.parameters]
+    norms = zip(foreach_norm(parameters, 2.0), parameters, strict=True)
+    scales = (float(norm) / math.sqrt(parameter.numel()) for norm, parameter in norms)
+    warning, largest = "", LARGEST_RATIO
+    for group in plain:
+        source, *others = islice(scales, len(group))
+        for name, scale in zip(group.names[1:], others, strict=True):
+            if scale and source / scale > largest:
+                largest = source / scale
+                warning = (
+                    f"{name!r} takes the values of {group.names[0]!r}, whose scale is {largest:.0f} times as large: "
+                    f"{source:.2g}, not {scale:.2g}. Name {name!r} first to begin with its values, as in "
+                    f"'{name} ~ {group.names[0]}'"
+                )
+    return warning
+
+
+def _has_values(parameter: nn.Parameter) -> bool:
+    return bool(parameter.is_floating_point() and parameter.numel()) and not (
+        parameter.is_meta or hasattr(parameter, "full_tensor")
+    )
 
 
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
