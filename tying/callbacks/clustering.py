@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback, configure_model, parameters_beside, reject_copies, warn_if_too_late
+from tying.callbacks.conflicts import acting_on, conflict
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import table_names
@@ -20,7 +21,7 @@ from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put
 from tying.hashing.packing import clustered, clustered_size
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
-from tying.selection.resolve import select
+from tying.selection.resolve import parse_patterns, select
 from tying.weights.derived import locate_parameters
 
 
@@ -83,7 +84,8 @@ class WeightClustering(TyingCallback):
         check_range("start_epoch", start_epoch, "[0, inf)")
         check_choice("init", init, get_args(Start))
         check_choice("gradient", gradient, ("sum", "mean"))
-        self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
+        self.parameters, self.clusters = parse_patterns(parameters), clusters
+        self.start_epoch, self.init = start_epoch, init
         self.gradient = gradient
         self.names: list[str] = []
         self._hook: RemovableHandle | None = None
@@ -101,7 +103,8 @@ class WeightClustering(TyingCallback):
                 f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
                 f"apply_pruning=BeforeEpoch({self.start_epoch})"
             )
-        self.names, self._compression, self._uses = self._find(pl_module), None, []
+        with acting_on(pl_module, self, callbacks_of(trainer)):
+            self.names, self._compression, self._uses = self._find(pl_module), None, []
         record(pl_module, self, self.names)  # patterns do not match clustered weights
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
@@ -125,6 +128,10 @@ class WeightClustering(TyingCallback):
         return names
 
     @override
+    def replaced(self, model: nn.Module) -> list[str]:
+        return recorded(model, self)
+
+    @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return parameters_of(model, self._find(model))
 
@@ -135,7 +142,7 @@ class WeightClustering(TyingCallback):
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         for name, other in shared_with(self, model, others):
-            raise ConfigurationError(f"{name!r} is tied by {type(other).__name__}: it cannot be clustered too")
+            raise conflict(self, other, name, "a codebook replaces it")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -17,7 +17,7 @@ from tying.files import save_figure
 from tying.hashing.packing import sizes
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import can_stop_early
-from tying.selection.resolve import select
+from tying.selection.resolve import parse_patterns, select
 from tying.soft import GaussianMixturePrior, TyingPenalty
 from tying.soft.group_penalty import Rates
 from tying.soft.plots import mixture_figure
@@ -82,7 +82,7 @@ class MixtureTying(PenaltyCallback):
         check_range("examples", 1 if examples is None else examples, "[1, inf)")
         if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
-        self.parameters, self.components, self.zero_weight = parameters, components, zero_weight
+        self.parameters, self.components, self.zero_weight = parse_patterns(parameters), components, zero_weight
         self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, rates, batch_norms
         self.prior: GaussianMixturePrior | None = None
         self._optimizer: torch.optim.Optimizer | None = None  # of the prior, until components are merged
@@ -119,6 +119,8 @@ class MixtureTying(PenaltyCallback):
             for optimizer in trainer.optimizers
         ):
             raise ConfigurationError(f"no one optimizer trains {listed(self._weights) or self.parameters}")
+        if complex_weights := [name for name, weight in self._weights.items() if weight.is_complex()]:
+            raise ConfigurationError(f"{complex_weights[0]!r} is complex, and a mixture takes real weights: exclude it")
         if "prior" in self._restored:
             prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._values())
             prior.load_state_dict(self._restored["prior"])

@@ -13,9 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, members
+from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, is_logging_step, loss_scale
+from tying.mappings import from_mapping
 from tying.selection.tie import TiedGroup
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.group_penalty import Rates
@@ -40,7 +42,7 @@ class PenaltyCallback(TyingCallback):
     Args:
         strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``.
         update: add to the gradients, or move the weights after the step, explicitly or by a proximal step.
-        schedule: a factor on ``strength`` over steps or epochs.
+        schedule: a factor on ``strength`` over steps or epochs: a Schedule, or a mapping of its arguments.
         name: distinguishes several callbacks of a class, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Attributes:
@@ -63,8 +65,11 @@ class PenaltyCallback(TyingCallback):
     ) -> None:
         check_choice("update", update, get_args(Update))
         check_strength("strength", float(strength), update)
+        schedule = from_mapping(schedule, Schedule, "schedule")
         if schedule is not None and not isinstance(schedule, Schedule):
-            raise ConfigurationError(f"schedule must be a tying.soft.Schedule, not {schedule!r}")
+            raise ConfigurationError(
+                f"schedule must be a tying.soft.Schedule, or a mapping of its arguments, not {schedule!r}"
+            )
         self.strength, self.update, self.schedule, self.name = float(strength), update, schedule or Schedule(), name
         self.penalties: list[TyingPenalty] = []
         self.examples_scale = 1.0
@@ -73,6 +78,7 @@ class PenaltyCallback(TyingCallback):
         self._last_factor = 0.0  # on all strengths, at the last step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
 
+    _is_set_up = False
     _log_class = ""  # the class, if another callback logs under the same name
 
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
@@ -101,7 +107,8 @@ class PenaltyCallback(TyingCallback):
     @property
     @override
     def state_key(self) -> str:
-        return f"{type(self).__qualname__}{ {'name': self.name} }"
+        # Lightning refuses equal keys in its own words; in setup, this class refuses equal names
+        return f"{type(self).__qualname__}{ {'name': self.name} }{'' if self._is_set_up else f' {id(self)}'}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -114,6 +121,13 @@ class PenaltyCallback(TyingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        namesakes = [c for c in callbacks_of(trainer) if type(c) is type(self) and c.name == self.name]
+        if len(namesakes) > 1:
+            raise ConfigurationError(
+                f"{len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give each a name of its "
+                "own, such as name='features', which tells them apart in checkpoints and in the log"
+            )
+        self._is_set_up = True
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
@@ -126,7 +140,8 @@ class PenaltyCallback(TyingCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         namesakes = [c for c in callbacks_of(trainer) if isinstance(c, PenaltyCallback) and c.name == self.name]
         self._log_class = type(self).__name__ if len(namesakes) > 1 else ""
-        self.penalties = self.build_penalties(trainer, pl_module)
+        with acting_on(pl_module, self, callbacks_of(trainer)):
+            self.penalties = self.build_penalties(trainer, pl_module)
         self._micro_batches = 0  # since the last step
         self._announced = False  # whether Lightning has announced the coming step
         self._warned_unstable = self._warned_unannounced = False

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import AVERAGING, SHARDING, TyingCallback, configure_model, parameters_beside
+from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
-from tying.selection.resolve import select
-from tying.weights.derived import derived_weights, eval_mode
+from tying.selection.resolve import parse_patterns, select
+from tying.weights.derived import derived_by_others, derived_weights, eval_mode
 
 
 class ModelTransform(TyingCallback):
@@ -33,7 +34,7 @@ class ModelTransform(TyingCallback):
     _optimizer_size = 0
 
     def __init__(self, parameters: list[str]) -> None:
-        self.parameters = parameters
+        self.parameters = parse_patterns(parameters)
 
     def change(self, model: nn.Module) -> list[str]:
         """Change the model; return the names of the weights that become computed."""
@@ -53,6 +54,11 @@ class ModelTransform(TyingCallback):
     def changed(self, model: nn.Module) -> list[str]:
         """Return the names of the changed weights; empty before the change."""
         return recorded(model, self)
+
+    @override
+    def replaced(self, model: nn.Module) -> list[str]:
+        computed = derived_by_others(model)
+        return [name for name in self.changed(model) if name in computed]
 
     def describe(self, model: nn.Module) -> str:
         """Describe what was changed, for reports."""
@@ -86,7 +92,11 @@ class ModelTransform(TyingCallback):
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
         configure_model(trainer, pl_module)
-        self.apply(pl_module)
+        if self.is_applied(pl_module):
+            self.apply(pl_module)
+        else:
+            with acting_on(pl_module, self, callbacks_of(trainer)):
+                self.apply(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from tying.callbacks import TyingCallback
+from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
 from tying.callbacks.transform import ModelTransform, averaging_before
 from tying.depth import Merge
@@ -139,20 +140,23 @@ def _examine(
     for callback in sorted(tying, key=lambda callback: not isinstance(callback, ModelTransform)):
         kind = type(callback).__name__
         try:
-            ties, groups = _match_ties(model, callback, text)
-            rows = [group_row(kind, group) for group in groups]  # before they become one weight, to report their gaps
-            entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
-            if isinstance(callback, ModelTransform):
-                if groups:
-                    text.append(summary(rows, summary_lines(model, groups), max_rows=None))
-                callback.apply(model)
-                if not groups:
-                    entries[callback]["description"] = callback.describe(model)
-                    text.append(f"{kind}: {entries[callback]['description']}")
-            elif not groups and (weights := callback.affected(model)):
-                text.append(f"{kind}: {len(weights)} weights: {listed(weights)}")
-            else:
-                pulled += zip(rows, groups, strict=True)
+            with acting_on(model, callback, callbacks):
+                ties, groups = _match_ties(model, callback, text)
+                rows = [
+                    group_row(kind, group) for group in groups
+                ]  # before they become one weight, to report their gaps
+                entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
+                if isinstance(callback, ModelTransform):
+                    if groups:
+                        text.append(summary(rows, summary_lines(model, groups), max_rows=None))
+                    callback.apply(model)
+                    if not groups:
+                        entries[callback]["description"] = callback.describe(model)
+                        text.append(f"{kind}: {entries[callback]['description']}")
+                elif not groups and (weights := callback.affected(model)):
+                    text.append(f"{kind}: {len(weights)} weights: {listed(weights)}")
+                else:
+                    pulled += zip(rows, groups, strict=True)
         except ConfigurationError as error:
             errors.append(str(error))
     if errors:
