@@ -124,8 +124,8 @@ class PenaltyCallback(TyingCallback):
         namesakes = [c for c in callbacks_of(trainer) if type(c) is type(self) and c.name == self.name]
         if len(namesakes) > 1:
             raise ConfigurationError(
-                f"{len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give each a name of its "
-                "own, such as name='features', which tells them apart in checkpoints and in the log"
+                f"{len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give each a name "
+                "of its own, such as name='features', which tells them apart in checkpoints and in the log"
             )
         self._is_set_up = True
         if isinstance(trainer.strategy, SHARDING):

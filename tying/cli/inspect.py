@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tying.files import read
 from tying.hard import audit
 from tying.hashing import plot_loads, report
 from tying.lightning_namespace import pl
+from tying.mixins import kept_beside, mixin_callbacks
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import TiedGroup
@@ -119,7 +121,8 @@ def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> l
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
     kinds = {type(callback) for callback in added}
-    return [*(callback for callback in callbacks if type(callback) not in kinds), *added]
+    beside = [kept_beside(callback, callbacks, type(model).__name__) for callback in mixin_callbacks(model)]
+    return [*(callback for callback in callbacks if type(callback) not in kinds), *chain(*beside), *added]
 
 
 def _examine(
