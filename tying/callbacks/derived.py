@@ -69,18 +69,7 @@ class HardTying(ModelTransform):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = {name for group in self._groups for name in group.names}
         self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
-        self.check_optimizers(trainer)
         super().on_fit_start(trainer, pl_module)
-
-    @override
-    def check_optimizers(self, trainer: pl.Trainer) -> None:
-        parameters = [id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
-        for group in self._groups:
-            if (count := parameters.count(id(group.parameters[0]))) > 1:
-                raise ConfigurationError(
-                    f"{group.names[0]!r} stands {count} times in the optimizers, and would be stepped and decayed as "
-                    "often: build them from self.parameters(), which yields each weight once"
-                )
 
     @override
     def changed(self, model: nn.Module) -> list[str]:

@@ -16,7 +16,7 @@ from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, members
 from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import callbacks_of, is_logging_step, loss_scale
+from tying.lightning_workarounds import averages, callbacks_of, is_logging_step, loss_scale
 from tying.mappings import from_mapping
 from tying.selection.tie import TiedGroup
 from tying.soft import Schedule, TyingPenalty
@@ -31,7 +31,8 @@ class PenaltyCallback(TyingCallback):
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
     if the penalty were part of the loss; with several optimizers, it is computed anew before each of their steps.
     ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``, outside momentum and adaptive scaling.
-    ``"proximal"`` takes the proximal step instead, which is stable at any strength.
+    ``"proximal"`` takes the proximal step instead, which is stable at any strength. With an infinite strength it is
+    also taken once before the first step, so that averaged weights are equal too.
     Each member moves with the learning rate of its parameter group; members that no optimizer trains do not move.
 
     Logs ``tying/strength``, the strength in the last step, and ``tying/penalty``, this strength · Ω if it is finite.
@@ -152,6 +153,28 @@ class PenaltyCallback(TyingCallback):
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
         self._register_hooks(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._project(trainer, pl_module)
+
+    @torch.no_grad()
+    def _project(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Take the proximal steps of infinite strength once, so that no average begins with weights that are apart."""
+        rates = {p: rate for optimizer in trainer.optimizers for p, rate in _learning_rates(optimizer).items()}
+        if not any(rates.values()):  # a warm-up begins at 0
+            rates = dict.fromkeys(rates, 1.0)
+        factors = [self._factor(trainer, optimizer) for optimizer in self._hooks]
+        infinite = [p for p in self.penalties if any(math.isinf(_product(factor, p.strength)) for factor in factors)]
+        for penalty in infinite:
+            penalty.prox_(math.inf, rates)
+        moved = {parameter for penalty in infinite for parameter in members(penalty.groups).values()}
+        names = {name for name, parameter in model.named_parameters() if parameter in moved}
+        for copied in averages(callbacks_of(trainer)) if trainer.global_step == 0 else ():  # made in setup
+            for name, parameter in copied.named_parameters():
+                if name in names:
+                    parameter.copy_(model.get_parameter(name))
 
     def _register_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()

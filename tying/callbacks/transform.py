@@ -1,6 +1,7 @@
 """The base of callbacks that change the model before the optimizers are made."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from operator import attrgetter
 from typing import Any
@@ -16,6 +17,7 @@ from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
 from tying.selection.resolve import parse_patterns, select
 from tying.weights.derived import derived_by_others, derived_weights, eval_mode
+from tying.weights.optimizers import shared_in
 
 
 class ModelTransform(TyingCallback):
@@ -102,6 +104,7 @@ class ModelTransform(TyingCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         dedupe_param_groups(trainer)
+        self.check_optimizers(trainer)
         parameters = {id(parameter) for parameter in pl_module.parameters()}
         optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
@@ -123,8 +126,30 @@ class ModelTransform(TyingCallback):
             dedupe_param_groups(trainer)
             self.check_optimizers(trainer)
 
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if "more than one parameter group" in str(exception) and (  # torch's words, in configure_optimizers
+            shared := shared_in(pl_module, self.affected(pl_module).values())
+        ):
+            exception.args = (f"{exception}: {self._explain_sharing(shared.values())}",)
+
     def check_optimizers(self, trainer: pl.Trainer) -> None:
-        """Raise a ConfigurationError if optimizers hold a weight several times."""
+        """Raise a ConfigurationError if the optimizers hold an affected weight several times."""
+        model, groups = trainer.lightning_module, [g for o in trainer.optimizers for g in o.param_groups]
+        counts = Counter(parameter for group in groups for parameter in group["params"])
+        for name, parameter in self.affected(model).items():
+            if (count := counts[parameter]) > 1:
+                names = shared_in(model, [parameter]).get(parameter, name)
+                raise ConfigurationError(
+                    f"{name!r} stands {count} times in the optimizers, and would be stepped and decayed as often: "
+                    f"{self._explain_sharing([names])}"
+                )
+
+    def _explain_sharing(self, names: Iterable[str]) -> str:
+        return (
+            f"{self.label} has made {listed(names, limit=3)} one parameter. Build the optimizers from "
+            "self.parameters(), which yields each weight once, or give it to the group of one of its modules only"
+        )
 
 
 def arguments_of(callback: pl.Callback) -> str:
