@@ -15,7 +15,7 @@ from typing_extensions import override
 from tying.callbacks.base import TyingCallback, configure_model, parameters_beside, reject_copies, warn_if_too_late
 from tying.callbacks.conflicts import acting_on, conflict
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, clustered_size
@@ -100,8 +100,8 @@ class WeightClustering(TyingCallback):
         pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, pl.callbacks.ModelPruning)]
         if any(prunes_in(callback, self.start_epoch) for callback in pruning):
             raise ConfigurationError(
-                f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
-                f"apply_pruning=BeforeEpoch({self.start_epoch})"
+                f"{self.label}: ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: "
+                f"give it apply_pruning=BeforeEpoch({self.start_epoch})"
             )
         with acting_on(pl_module, self, callbacks_of(trainer)):
             self.names, self._compression, self._uses = self._find(pl_module), None, []
@@ -148,7 +148,10 @@ class WeightClustering(TyingCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ConfigurationError("LBFGS keeps its weights to itself: codebooks cannot replace them")
+            raise ConfigurationError(
+                f"{self.label}: LBFGS keeps {listed(self.names)} to itself, and codebooks cannot replace them: use "
+                "another optimizer"
+            )
         if not self._is_done(pl_module):
             warn_if_too_late(trainer, "WeightClustering", self.start_epoch)
         if trainer.global_step and any(

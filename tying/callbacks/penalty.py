@@ -125,8 +125,8 @@ class PenaltyCallback(TyingCallback):
         namesakes = [c for c in callbacks_of(trainer) if type(c) is type(self) and c.name == self.name]
         if len(namesakes) > 1:
             raise ConfigurationError(
-                f"{len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give each a name "
-                "of its own, such as name='features', which tells them apart in checkpoints and in the log"
+                f"{self.label}: {len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give "
+                "each a name of its own, such as name='features', which tells them apart in checkpoints and in the log"
             )
         self._is_set_up = True
         if isinstance(trainer.strategy, SHARDING):
@@ -151,7 +151,8 @@ class PenaltyCallback(TyingCallback):
         # BaseFinetuning adds them later
         if idle and not any(isinstance(c, pl.callbacks.BaseFinetuning) for c in callbacks_of(trainer)):
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
-        self._register_hooks(trainer, pl_module)
+        with acting_on(pl_module, self, callbacks_of(trainer)):
+            self._register_hooks(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
 
     @override

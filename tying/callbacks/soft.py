@@ -123,13 +123,13 @@ class SoftTying(PenaltyCallback):
         }
         if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
             raise ConfigurationError(
-                f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
-                "prune other weights, prune in a later run, or leave harden_below out"
+                f"{self.label}: harden_below could not make {conflicts[0]!r} one with another once ModelPruning has "
+                "pruned it: prune other weights, prune in a later run, or leave harden_below out"
             )
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(
-                f"harden_below would replace {name!r}, which another {type(other).__name__} ties too: put "
-                "all their ties into one callback, or leave harden_below out"
+                f"{self.label}: harden_below would replace {name!r}, which another {other.label} ties too: put all "
+                "their ties into one callback, or leave harden_below out"
             )
 
     @override

@@ -112,8 +112,8 @@ class ModelTransform(TyingCallback):
             stale = [name for name in self.changed(pl_module) if attrgetter(name)(pl_module).shape in strangers]
         if stale:
             raise ConfigurationError(
-                f"an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it was made before "
-                "the model was changed. Make it in configure_optimizers"
+                f"{self.label}: an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it "
+                "was made before the model was changed. Make it in configure_optimizers"
             )
 
     @override
@@ -141,13 +141,13 @@ class ModelTransform(TyingCallback):
             if (count := counts[parameter]) > 1:
                 names = shared_in(model, [parameter]).get(parameter, name)
                 raise ConfigurationError(
-                    f"{name!r} stands {count} times in the optimizers, and would be stepped and decayed as often: "
-                    f"{self._explain_sharing([names])}"
+                    f"{self.label}: {name!r} stands {count} times in the optimizers, and would be stepped and decayed "
+                    f"as often: {self._explain_sharing([names])}"
                 )
 
     def _explain_sharing(self, names: Iterable[str]) -> str:
         return (
-            f"{self.label} has made {listed(names, limit=3)} one parameter. Build the optimizers from "
+            f"{self.label} made {listed(names, limit=3)} one parameter. Build the optimizers from "
             "self.parameters(), which yields each weight once, or give it to the group of one of its modules only"
         )
 

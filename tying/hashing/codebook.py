@@ -151,6 +151,10 @@ def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clu
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
     check_shape(name, locations[name].parameter)
     check_hashable(name, locations)
+    if not locations[name].parameter.is_floating_point():
+        raise ConfigurationError(
+            f"{name!r} is {locations[name].parameter.dtype}, and clusters are of real numbers: exclude it"
+        )
     check_range(f"{name!r}: clusters", clusters, f"[1, {locations[name].parameter.numel()}]")
 
 

@@ -58,8 +58,13 @@ class TyingPenalty(nn.Module):
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
         self.strength = strength
-        for group in self.groups if self.penalty.real_only else ():
-            if group.parameters[0].is_complex():
+        for group in self.groups:
+            are_complex = {parameter.is_complex() for parameter in group.parameters}
+            if len(are_complex) > 1:
+                raise ConfigurationError(
+                    f"{listed(group.names)}: some are complex and some real: tie weights of one kind"
+                )
+            if self.penalty.real_only and are_complex == {True}:
                 raise ConfigurationError(
                     f"{group.names[0]!r} is complex, and {type(self.penalty).__name__} takes real weights: use 'l2'"
                 )
@@ -111,8 +116,11 @@ class TyingPenalty(nn.Module):
         Raises:
             ConfigurationError: the penalty needs equal rates within a group, and they differ.
         """
-        for speeds in {_rates(group, rates) for group in self.groups}:
-            self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
+        for speeds, names in {_rates(group, rates): group.names for group in self.groups}.items():
+            try:
+                self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{listed(names)}: {error}") from None
 
     def stability_warning(self, step: float, rates: Rates) -> str | None:
         """Describe the first group for which explicit steps ``w ← w − step · rate · ∂Ω`` diverge, or return ``None``.

@@ -288,6 +288,8 @@ def parametrize_all(
     steps: dict[str, nn.Module] = {}
     for name, weight in select(model, parameters).items():
         check_free(name, locations, ", which would not follow it")
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise ConfigurationError(f"{name!r} holds integers ({weight.dtype}), which cannot be trained: exclude it")
         check_finite(name, weight)
         try:
             steps[name] = make(name, weight)
