@@ -1,6 +1,7 @@
 """Arguments given as mappings, in Python as in YAML."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -43,10 +44,9 @@ def _find_class(path: str, base: type, argument: str) -> type:
     """Return the class that a path imports, or the subclass of a base that has this name."""
     module, _, name = path.rpartition(".")
     classes = {cls.__name__: cls for cls in (base, *_subclasses(base))}
-    try:
+    cls: Any = None
+    with suppress(ImportError, AttributeError, KeyError):
         cls = getattr(import_module(module), name) if module else classes[name]
-    except (ImportError, AttributeError, KeyError):
-        cls = None
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ConfigurationError(
             f"{argument}: class_path {path!r} is no {base.__name__}: give the path that imports one, or a name among "
