@@ -55,6 +55,6 @@ def _find_class(path: str, base: type, argument: str) -> type:
     return cls
 
 
-def _subclasses(kind: type) -> Iterator[type]:
+def _subclasses(kind: type[Any]) -> Iterator[type]:
     for cls in kind.__subclasses__():
         yield from (cls, *_subclasses(cls))
