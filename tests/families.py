@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn import functional as F

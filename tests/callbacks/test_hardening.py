@@ -74,7 +74,7 @@ def test_states_are_the_mean_in_the_sources_layout(kind):
     key = "momentum_buffer" if kind is torch.optim.SGD else "exp_avg_sq"
     expected = (optimizer.state[source][key] + optimizer.state[target][key].T) / 2
     count = len(optimizer.param_groups[0]["params"])
-    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[0])
+    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[:1])
     assert torch.equal(optimizer.state[source][key], expected)
     assert target not in optimizer.state
     assert len(optimizer.param_groups[0]["params"]) == count - 1
@@ -87,7 +87,7 @@ def test_states_over_several_optimizers():
     first = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
     second = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
     for group in resolve(model, TIES):
-        merge_optimizer_state([first, second], group)
+        merge_optimizer_state([first, second], [group])
     assert len(second.param_groups[0]["params"]) == 1
     assert len(first.param_groups[0]["params"]) == 4
 
@@ -148,7 +148,7 @@ def test_a_hardened_model_goes_on_from_any_checkpoint(tmp_path):
 def test_a_source_that_nobody_trained_takes_a_members_place():
     model = Toy()
     optimizer = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
-    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[0])
+    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[:1])
     held = optimizer.param_groups[0]["params"]
     assert any(parameter is model.encoder[0].weight for parameter in held)
     assert len(held) == 4

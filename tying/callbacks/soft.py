@@ -106,12 +106,11 @@ class SoftTying(PenaltyCallback):
         groups = self.penalties[0].groups if self.penalties and self._hardened else resolve(module, self.ties)
         if self.harden_below is not None:
             plan(module, groups)  # raises if they cannot become one weight
-        # optimizer states are restored next, by position: harden now, in the original order of hardening
-        for names in self._restored:
-            self._harden(trainer, module, [group for group in groups if not names.isdisjoint(group.names)], "source")
-            groups = [group for group in groups if names.isdisjoint(group.names)]
+        # optimizer states are restored next, by position, so harden now
+        hardened = {name for names in self._restored for name in names}
+        self._harden(trainer, module, [g for g in groups if not hardened.isdisjoint(g.names)], "source")
         self._restored = []
-        return [TyingPenalty(groups, self.penalty, self.strength)]
+        return [TyingPenalty([g for g in groups if hardened.isdisjoint(g.names)], self.penalty, self.strength)]
 
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
@@ -147,9 +146,8 @@ class SoftTying(PenaltyCallback):
 
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
         """Make each group one weight, also in the optimizers."""
-        for group in groups:
-            self._hardened += tie_groups(model, [group], init)
-            merge_optimizer_state(trainer.optimizers, group)
+        self._hardened += tie_groups(model, groups, init)
+        merge_optimizer_state(trainer.optimizers, groups)
 
 
 class Coupling(PenaltyCallback):

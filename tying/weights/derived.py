@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.selection.index import clean_name
+from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
 from tying.torch_workarounds import inject_property
@@ -423,7 +423,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in effective_weights(model))
 
 
-@dataclass(frozen=True)
+_IDENTITY = Relation()  # one object, since it is read for every parameter
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterLocation:
     """Where a model holds a parameter.
 
@@ -449,7 +452,7 @@ class ParameterLocation:
     def relation(self) -> Relation | None:
         """The map from the parameter to the weight; ``None`` for a parametrization that :func:`tie` did not make."""
         if self.holder is self.owner:
-            return Relation()
+            return _IDENTITY
         link = links_in(self.owner).get(self.attribute)
         return link.relation if link else None
 
@@ -458,14 +461,15 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
     """Return the locations of a model's parameters, by clean name, including aliases."""
     locations = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        owner, weight = module, None
+        owner, weight, name = module, None, unwrapped(path)
         if isinstance(module, ParametrizationList):
             above, _, weight = path.rpartition("parametrizations.")
             owner = model.get_submodule(above.removesuffix("."))
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 location = ParameterLocation(owner, weight or attribute, module, attribute)
-                locations[clean_name(f"{path}.{attribute}".lstrip("."))] = location
+                full = f"{name}.{attribute}".lstrip(".")
+                locations[plain_name(full) if weight else full] = location
     return locations
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
-from tying.selection.resolve import resolve, resolve_each
-from tying.selection.tie import Tie, TiedGroup, parse_ties
+from tying.selection.resolve import resolve_named
+from tying.selection.tie import AnyTie, TiedGroup, parse_ties
 from tying.weights.derived import ParameterLocation, locate_parameters
 from tying.weights.finite import check_finite
 from tying.weights.optimizers import check_alike
@@ -27,7 +27,7 @@ from tying.weights.state_dict import (
 Init = Literal["source", "mean"]
 
 
-def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> list[TiedGroup]:
+def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list[TiedGroup]:
     """Tie weights: replace the weights that each tie names by one parameter.
 
     Without a relation, all names hold the same ``Parameter``. With a relation, a parametrization computes the weight
@@ -37,7 +37,8 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
 
     Args:
         model: the module whose names the patterns match; changed in place.
-        ties: ties, or their string form ``"source ~ target | relation"``.
+        ties: ties, their string form ``"source ~ target | relation"``, or mappings of :class:`tying.Tie`'s arguments.
+            The left side of ``~`` is the source.
         init: initial value of the shared weight: the source's value, or the mean over the members.
 
     Returns:
@@ -58,25 +59,28 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
     check_choice("init", init, ("source", "mean"))
     parsed = parse_ties(ties)
     new = [tie for tie in parsed if tie not in record_in(model).ties]
-    resolve(model, new)  # raises before anything is changed
-    restore_ties(model)
-    names = {
-        tie: frozenset(name for group in groups for name in group.names)
-        for tie, groups in zip(new, resolve_each(model, new), strict=True)
-        if not isinstance(groups, ConfigurationError)  # never an error: they resolve together
-    }
-    tie_groups(model, resolve(model, new), init)
+    groups, names = resolve_named(model, new)  # raises before anything is changed
+    if tie_records(model):
+        restore_ties(model)
+        groups, names = resolve_named(model, new)
+    _share(model, groups, init)
     ties_made = record_in(model).ties
     ties_made.update(names)
     members = {name for tie in parsed for name in ties_made[tie]}
     return [group for group in tied(model) if not members.isdisjoint(group.names)]
 
 
-@torch.no_grad()
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
     """Make the weights of each group one parameter, as :func:`tie` does; return the groups."""
-    records = plan(model, groups)
+    names = _share(model, groups, init)
+    return [group for group in tied(model) if not names.isdisjoint(group.names)]
+
+
+@torch.no_grad()
+def _share(model: nn.Module, groups: Sequence[TiedGroup], init: Init) -> set[str]:
+    """Make the weights of each group one parameter; return all their names."""
     locations = locate_parameters(model)
+    records = plan(model, groups, locations)
     means = [_mean(group) for group in groups] if init == "mean" else []
     for group, mean in zip(groups, means, strict=False):
         group.parameters[0].copy_(mean)
@@ -86,7 +90,7 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
     for path, kept in records_below(model):  # a larger group replaces its former record
         kept.groups = [record for record in kept.groups if names.isdisjoint(record.within(path).names)]
     install_record(model, records)
-    return [group for group in tied(model) if not names.isdisjoint(group.names)]
+    return names
 
 
 def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
@@ -115,11 +119,16 @@ def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
     tokens = {record.token for _, record in records}
     if above := [name for group in tie_records(model) if group.root not in tokens for name in group.names]:
         raise ConfigurationError(f"{listed(above)}: tied in a model of which this is a part; untie that one")
+    chosen, locations = None if names is None else {*names}, locate_parameters(model)
     for path, record in records:
-        for group in [*record.groups]:
-            if names is None or not {*names}.isdisjoint(group.within(path).names):
-                count += _release(model, group.within(path))
-                record.groups.remove(group)
+        kept = []
+        for group in record.groups:
+            whole = group.within(path)
+            if chosen is None or not chosen.isdisjoint(whole.names):
+                count += _release(whole, locations)
+            else:
+                kept.append(group)
+        record.groups = kept
     tied_names = {name for group in tie_records(model) for name in group.names}
     for path, record in records:
         record.ties = {
@@ -146,36 +155,46 @@ def tied(model: nn.Module) -> list[TiedGroup]:
 
 def _shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
     """Return the parameter that all names of a record hold; raise an error if they hold different ones."""
-    first = record.names[0]
+    source = locations.get(record.names[0])
     for name, relation in zip(record.names, record.relations, strict=True):
-        message = f"{name!r} was tied to {first!r}, and"
-        if name not in locations or first not in locations:
-            raise ConfigurationError(
-                f"{message} one of them is no parameter of the model any more: something has removed or parametrized "
-                "it. Untie them first"
+        location = locations.get(name)
+        if location is None or source is None:
+            problem = (
+                "one of them is no parameter of the model any more: something has removed or parametrized it. Untie "
+                "them first"
             )
-        if locations[name].relation != relation:
-            raise ConfigurationError(
-                f"{message} something has parametrized it since. Untie them first, or parametrize neither"
-            )
-        parameter, source = locations[name].parameter, locations[first].parameter
-        if parameter is not source:
-            remedy = (
+        elif location.relation != relation:
+            problem = "something has parametrized it since. Untie them first, or parametrize neither"
+        elif location.parameter is not source.parameter:
+            shape, expected = tuple(location.parameter.shape), tuple(source.parameter.shape)
+            problem = "is another tensor now: something has replaced it. " + (
                 "Tie again, or load a state dict into the whole model"
-                if parameter.shape == source.shape
-                else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+                if shape == expected
+                else f"Its shape is {shape}, where {expected} belongs: untie them"
             )
-            raise ConfigurationError(f"{message} is another tensor now: something has replaced it. {remedy}")
-    return locations[first].parameter
+        else:
+            continue
+        raise ConfigurationError(f"{name!r} was tied to {record.names[0]!r}, and {problem}")
+    return locations[record.names[0]].parameter
 
 
-def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
+def plan(
+    model: nn.Module, groups: Sequence[TiedGroup], locations: Mapping[str, ParameterLocation] | None = None
+) -> list[TieRecord]:
     """Return the record of each group, with all names that will hold its weight.
+
+    Args:
+        model: the model.
+        groups: groups of its weights.
+        locations: the locations of its parameters, if they are known.
 
     Raises:
         ConfigurationError: the members of a group cannot be one parameter.
     """
-    locations = locate_parameters(model)
+    locations = locations or locate_parameters(model)
+    aliases: dict[int, list[str]] = {}  # the names of each parameter, by identity
+    for name, location in locations.items():
+        aliases.setdefault(id(location.parameter), []).append(name)
     former: dict[str, object] = {  # an identifier of the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
@@ -194,16 +213,16 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
                 )
             if locations[name].relation is None:
                 raise ConfigurationError(f"{message}: it is parametrized: it is computed from other weights")
-            for alias, location in locations.items():
-                if location.parameter is parameter:
-                    whole = relation.then(location.relation or Relation())
-                    names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
-                    former.setdefault(alias, name)
-                    if names[alias].steps and isinstance(location.owner, nn.RNNBase):
-                        raise ConfigurationError(
-                            f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
-                            "weights where they cannot be computed. Make it the source of the tie"
-                        )
+            for alias in aliases.get(id(parameter), ()):
+                location = locations[alias]
+                whole = relation.then(location.relation or Relation())
+                names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
+                former.setdefault(alias, name)
+                if names[alias].steps and isinstance(location.owner, nn.RNNBase):
+                    raise ConfigurationError(
+                        f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
+                        "weights where they cannot be computed. Make it the source of the tie"
+                    )
         records.append(TieRecord(tuple(names), tuple(names.values()), tuple(former[alias] for alias in names)))
     return records
 
@@ -216,9 +235,8 @@ def _mean(group: TiedGroup) -> Tensor:
     return torch.stack(group.tensors()).mean(dim=0)
 
 
-def _release(model: nn.Module, group: TieRecord) -> int:
+def _release(group: TieRecord, locations: Mapping[str, ParameterLocation]) -> int:
     """Replace all members but the source by separate parameters of equal value; return the number of new parameters."""
-    locations = locate_parameters(model)
     members = {
         locations[name]: member for name, member in zip(group.names, group.members, strict=True) if name in locations
     }
