@@ -26,7 +26,7 @@ ALLOWED = {
     "data": EARLY | LIGHTNING,
     "callbacks": EARLY | LIGHTNING | {"lightning_workarounds", "weights", "soft", "hard", "hashing", "depth"},
     "models": EARLY | LIGHTNING | {"weights", "depth"},
-    "mixins": EARLY | LIGHTNING | {"callbacks"},
+    "mixins": EARLY | LIGHTNING | {"callbacks", "lightning_workarounds"},
 }
 ALONE = {("depth/rnn/passthrough.py", "hard.low_rank")}  # a recurrent network of low rank
 TREES = house.trees()
