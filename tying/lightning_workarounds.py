@@ -29,6 +29,13 @@ def finetuning_groups(callbacks: Iterable[pl.Callback]) -> list[dict[str, Any]]:
     return [g for callback in finetuning for groups in callback._internal_optimizer_metadata.values() for g in groups]
 
 
+def averages(callbacks: Iterable[pl.Callback]) -> list[nn.Module]:
+    """Return the copies of the model in which callbacks average its weights; no public name holds them."""
+    kinds = pl.callbacks.WeightAveraging | pl.callbacks.StochasticWeightAveraging
+    copies = [callback._average_model for callback in callbacks if isinstance(callback, kinds)]
+    return [getattr(copied, "module", copied) for copied in copies if copied is not None]
+
+
 def weights_to_prune(pruning: pl.callbacks.ModelPruning) -> list[tuple[nn.Module, str]]:
     """Return the modules and attributes that ``ModelPruning`` prunes; no public method lists them before pruning."""
     return [*(pruning._parameters_to_prune or ())]

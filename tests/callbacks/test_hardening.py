@@ -176,7 +176,7 @@ def test_an_optimizer_that_is_left_with_nothing(update):
 
 
 def test_callbacks_that_share_weights_are_refused():
-    with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying ties too"):
+    with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying other ties too"):
         train(Toy(), [strongly(), SoftTying(TIES[:1], name="other")])
 
 
@@ -224,3 +224,23 @@ def test_frozen_members_are_refused():
 def test_range(tolerance):
     with pytest.raises(ValueError, match=r"harden_below must be in \(0, 1\], not"):
         SoftTying(TIES, harden_below=tolerance)
+
+
+@pytest.mark.parametrize("stop", [None, 2, 4])
+def test_two_callbacks_harden_their_own_weights(stop, tmp_path):
+    def callbacks():
+        return [
+            SoftTying(ties, strength=1.0, update="proximal", harden_below=NEAR, name=name)
+            for name, ties in {"weights": TIES[:1], "biases": TIES[1:]}.items()
+        ]
+
+    together, one = Toy(), Toy()
+    if stop is not None:
+        half = Toy()
+        train(half, callbacks(), max_epochs=stop).save_checkpoint(tmp_path / "half.ckpt")
+    trainer = train(together, callbacks(), max_epochs=6, ckpt_path=stop and tmp_path / "half.ckpt")
+    train(one, [strongly()], max_epochs=6)
+    assert len(tied(together)) == len(tied(one)) > 1
+    assert same(together, one)
+    counts = [float(trainer.callback_metrics[f"tying/{name}/hardened"]) for name in ("weights", "biases")]
+    assert sum(counts) == len(tied(together))

@@ -15,7 +15,8 @@ from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError
 from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of
-from tying.selection.index import clean_name
+from tying.selection.index import clean_name, covers
+from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 
@@ -44,16 +45,27 @@ class TyingCallback(Callback):
 
     Attributes:
         ties: the ties that the callback makes, if any.
+        parameters: patterns of the weights that the callback acts on, unless it has ties.
         name: distinguishes several callbacks of a class.
+        takes_factors: whether the callback may act on a weight that another callback computes, by acting on all
+            parameters from which it is computed.
 
     Raises:
-        ConfigurationError: when training starts, another callback acts on the same weights in an incompatible way.
+        ConfigurationError: when training starts, the callback does not fit the model, or another callback acts on the
+            same weights in an incompatible way.
         NonFiniteError: when training starts, or during it, an affected weight is NaN or infinite.
     """
 
     ties: Sequence[Tie] = ()
+    parameters: Sequence[str] = ()
     name: str | None = None
+    takes_factors = False
     _finite_check = FiniteCheck("")
+
+    @property
+    def label(self) -> str:
+        """The callback's class and, if it has one, its name."""
+        return " ".join(filter(None, (type(self).__name__, self.name)))
 
     @property
     def groups(self) -> list[TiedGroup]:
@@ -74,6 +86,20 @@ class TyingCallback(Callback):
         """Return the weights that must stay finite, by name: the affected ones, unless a subclass adds others."""
         return self.affected(model)
 
+    def replaced(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights that this callback computes, or will compute, from other parameters."""
+        return []
+
+    def selects(self, name: str) -> bool:
+        """Return whether the callback's patterns select the weight of a name, also if it is no parameter any more."""
+        without = [pattern[1:] for pattern in self.parameters if pattern.startswith("!")]
+        choices = [(pattern, without) for pattern in self.parameters if not pattern.startswith("!")]
+        choices += [(side, [*tie.exclude]) for tie in self.ties for side in (tie.source, tie.target) if side]
+        return any(
+            covers(Pattern(pattern), name) and not any(covers(Pattern(other), name) for other in excluded)
+            for pattern, excluded in choices
+        )
+
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         """Apply the changes of training to a model, so that it can load a state dict from that training."""
 
@@ -89,7 +115,7 @@ class TyingCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finite_check = FiniteCheck(" ".join(filter(None, (type(self).__name__, self.name))))
+        self._finite_check = FiniteCheck(self.label)
         self.monitor(pl_module)
         self._finite_check.check()
 
@@ -147,7 +173,7 @@ def parameters_beside(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.
 def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
     """Return every group that a callback of the trainer ties, with the class and name of the callback."""
     return [
-        (" ".join(filter(None, (type(callback).__name__, callback.name))), group)
+        (callback.label, group)
         for callback in callbacks_of(trainer)
         if isinstance(callback, TyingCallback)
         for group in callback.groups

@@ -1,7 +1,6 @@
 """Make weights equal, or compute them from fewer parameters, during training."""
 
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -18,6 +17,7 @@ from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.apply import check_choices
 from tying.hashing.report import draw_loads
 from tying.lightning_namespace import pl
+from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
@@ -81,21 +81,10 @@ class HardTying(ModelTransform):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = {name for group in self._groups for name in group.names}
         self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
-        self.check_optimizers(trainer)
         if self._warning:
             warnings.warn(f"HardTying: {self._warning}", stacklevel=2)
         self._warning = ""
         super().on_fit_start(trainer, pl_module)
-
-    @override
-    def check_optimizers(self, trainer: pl.Trainer) -> None:
-        counts = Counter(id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"])
-        for group in self._groups:
-            if (count := counts[id(group.parameters[0])]) > 1:
-                raise ConfigurationError(
-                    f"{group.names[0]!r} stands {count} times in the optimizers, and would be stepped and decayed as "
-                    "often: build them from self.parameters(), which yields each weight once"
-                )
 
     @override
     def changed(self, model: nn.Module) -> list[str]:
@@ -138,7 +127,8 @@ class LowRankWeights(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        self.parameters, self.rank, self.diagonal = parameters, rank, diagonal
+        super().__init__(parameters)
+        self.rank, self.diagonal = rank, diagonal
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -160,7 +150,8 @@ class TemplateWeights(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], templates: int) -> None:
-        self.parameters, self.templates = parameters, templates
+        super().__init__(parameters)
+        self.templates = templates
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -190,8 +181,8 @@ class GeneratedWeights(ModelTransform):
     def __init__(
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
-        self.parameters, self.embedding = parameters, embedding
-        self.in_channels, self.out_channels = in_channels, out_channels
+        super().__init__(parameters)
+        self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -214,9 +205,10 @@ class UntiedBiases(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
-        if not input_size or min(input_size) < 1:
-            raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size}")
-        self.parameters, self.input_size = parameters, [*input_size]
+        super().__init__(parameters)
+        if not input_size or not all(isinstance(size, int) and size > 0 for size in input_size):
+            raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size!r}")
+        self.input_size = [*input_size]
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -265,8 +257,10 @@ class WeightHashing(ModelTransform):
         index: Literal["auto", "stored", "computed", "structured"] = "auto",
         scaled: bool = True,
     ) -> None:
+        super().__init__(parameters)
+        hash = from_mapping(hash, Hash, "hash")
         check_choices(table_ratio, hash, scope, init)
-        self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
+        self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
 
     @override

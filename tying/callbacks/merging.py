@@ -11,6 +11,7 @@ from tying.depth import Merge, apply_merge
 from tying.depth.apply import residual_blocks
 from tying.errors import ConfigurationError, check_choice
 from tying.lightning_namespace import pl
+from tying.mappings import from_mapping
 from tying.soft import Schedule
 
 
@@ -47,6 +48,7 @@ class ResidualMerging(ModelTransform):
     ) -> None:
         if isinstance(keep_schedule, str):
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, ("linear", "uniform"))
+        merge, schedule = from_mapping(merge, Merge, "merge"), from_mapping(schedule, Schedule, "schedule")
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
                 f"merge must be a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a "
@@ -59,7 +61,9 @@ class ResidualMerging(ModelTransform):
             )
         if schedule is not None and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")
-        self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
+        self.blocks = blocks if isinstance(blocks, str) else [*blocks]
+        self.keep_schedule = keep_schedule if isinstance(keep_schedule, str) else [*keep_schedule]
+        self.merge, self.schedule = merge, schedule
 
     @property
     @override

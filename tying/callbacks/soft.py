@@ -15,7 +15,7 @@ from tying.errors import ConfigurationError, check_range, listed
 from tying.hard import untie
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import weights_to_prune
-from tying.selection.index import clean_name
+from tying.selection.index import check_shape, clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Penalty, Schedule, TyingPenalty, coupling_strength, gap
@@ -122,13 +122,13 @@ class SoftTying(PenaltyCallback):
         }
         if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
             raise ConfigurationError(
-                f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
-                "prune other weights, prune in a later run, or leave harden_below out"
+                f"{self.label}: harden_below could not make {conflicts[0]!r} one with another once ModelPruning has "
+                "pruned it: prune other weights, prune in a later run, or leave harden_below out"
             )
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(
-                f"harden_below would replace {name!r}, which another {type(other).__name__} ties too: put "
-                "all their ties into one callback, or leave harden_below out"
+                f"{self.label}: harden_below would replace {name!r}, which another {other.label} ties too: put all "
+                "their ties into one callback, or leave harden_below out"
             )
 
     @override
@@ -220,10 +220,10 @@ def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
     modules = {clean_name(name): module for name, module in model.named_modules()}
     if not {first, second} <= modules.keys():
         return []
-    ours, theirs = (
-        {clean_name(name): tuple(weight.shape) for name, weight in modules[side].named_parameters()}
-        for side in (first, second)
-    )
+    weights = {side: {clean_name(name): w for name, w in modules[side].named_parameters()} for side in (first, second)}
+    for side, name in ((side, name) for side, names in weights.items() for name in names):
+        check_shape(f"{side}.{name}", weights[side][name])
+    ours, theirs = ({name: tuple(w.shape) for name, w in weights[side].items()} for side in (first, second))
     return [
         *(f"{f'{first}.{name}'!r} has no partner" for name in ours if name not in theirs),
         *(f"{f'{second}.{name}'!r} has no partner" for name in theirs if name not in ours),

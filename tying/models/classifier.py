@@ -16,6 +16,7 @@ from tying.depth import Sampled, sampled
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.lightning_namespace import pl
 from tying.models.pretrained import load_pretrained
+from tying.weights.optimizers import decay_groups
 
 RANGES = {
     "lr": "[0, inf]",
@@ -60,7 +61,7 @@ class Classification(SingleStep):
         optimizer: SGD with Nesterov momentum, or AdamW.
         lr: peak learning rate.
         momentum: momentum of SGD.
-        weight_decay: weight decay of either optimizer, for all parameters.
+        weight_decay: weight decay of either optimizer, for all parameters but the coefficients of template mixtures.
         schedule: learning rate after the warm-up. ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at
             each of ``drops``; ``"constant"``. ``"plateau"`` has no warm-up: divide by 10 after four epochs without a
             better training accuracy.
@@ -172,11 +173,11 @@ class Classification(SingleStep):
     @override
     def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         hparams = self.hparams
-        lr, momentum, decay = hparams["lr"], hparams["momentum"], hparams["weight_decay"]
+        lr, momentum, groups = hparams["lr"], hparams["momentum"], decay_groups(self, hparams["weight_decay"])
         optimizer = (
-            torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=momentum > 0)
+            torch.optim.SGD(groups, lr, momentum, nesterov=momentum > 0)
             if hparams["optimizer"] == "sgd"
-            else torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
+            else torch.optim.AdamW(groups, lr)
         )
         if hparams["schedule"] == "plateau":
             return {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tying.errors import ConfigurationError, nearest
@@ -156,6 +157,15 @@ class Names:
             f" {computed!r} is computed from others: hash or parametrize it, or tie it, but not both."
             if computed
             else ""
+        )
+
+
+def check_shape(name: str, parameter: nn.Parameter, context: str = "") -> None:
+    """Raise a ConfigurationError, which begins with ``context``, if a parameter is lazy: it has no shape yet."""
+    if is_lazy(parameter):
+        raise ConfigurationError(
+            f"{context}{name!r} has no shape yet, since its layer is lazy: call the model on a batch first, or make "
+            "the layer with its sizes"
         )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError, listed, nearest
-from tying.selection.index import Match, Names
+from tying.selection.index import Match, Names, check_shape
 from tying.selection.patterns import Pattern, mirror_ranks
 from tying.selection.relation import Relation, bind, check
 from tying.selection.tie import AnyTie, Tie, TiedGroup, parse_ties
@@ -42,25 +42,48 @@ def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     """Return the parameters that match a list of patterns; a leading ``!`` excludes matches. Aliases count once.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or all matches are excluded.
+        ConfigurationError: a pattern matches nothing, all matches are excluded, or a parameter has no shape yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> list(select(model, ["*.weight", "!0"]))
         ['1.weight']
     """
-    if isinstance(patterns, str) or all(pattern.startswith("!") for pattern in patterns):
-        raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
+    patterns = parse_patterns(patterns)
     names = Names(model)
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     matches = [
         match
         for pattern in patterns
         if not pattern.startswith("!")
-        for match in names.find(pattern, exclude, f"parameters {list(patterns)}")
+        for match in names.find(pattern, exclude, f"parameters {patterns}")
     ]
+    if lazy := next((match for match in matches if is_lazy(match.parameter)), None):
+        check_shape(lazy.name, lazy.parameter, f"parameters {patterns}: ")
     first_names = {id(match.parameter): match.name for match in reversed(matches)}
     return {first_names[id(match.parameter)]: match.parameter for match in matches}
+
+
+def parse_patterns(patterns: Sequence[str]) -> list[str]:
+    """Return patterns of parameters as a list.
+
+    Raises:
+        ConfigurationError: they are one string, or none of them selects parameters.
+
+    Example:
+        >>> parse_patterns("encoder.*")
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: parameters must be a list of patterns; write ['encoder.*']
+    """
+    if isinstance(patterns, str):
+        raise ConfigurationError(f"parameters must be a list of patterns; write [{patterns!r}]")
+    if (
+        not isinstance(patterns, Sequence)
+        or not all(isinstance(pattern, str) for pattern in patterns)
+        or all(pattern.startswith("!") for pattern in patterns)
+    ):
+        raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
+    return [*patterns]
 
 
 def resolve_each(model: nn.Module, ties: Sequence[AnyTie]) -> list[list[TiedGroup] | ConfigurationError]:
@@ -179,8 +202,8 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
     """Return the members of one group by identity; ``names`` gives the name of each parameter in its own layout."""
     first = sources[0]
     matches = [*sources, *targets]
-    if lazy := next((match.name for match in matches if is_lazy(match.parameter)), None):
-        raise ConfigurationError(f"tie '{tie}': {lazy!r} has no shape yet. Let the model see a batch first")
+    if lazy := next((match for match in matches if is_lazy(match.parameter)), None):
+        check_shape(lazy.name, lazy.parameter, f"tie '{tie}': ")
     members: dict[int, Member] = {}
     for position, match in enumerate(matches):
         try:

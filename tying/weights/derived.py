@@ -18,6 +18,7 @@ from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
 from tying.torch_workarounds import inject_property
+from tying.weights.finite import check_finite
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -281,11 +282,15 @@ def parametrize_all(
     Raises:
         ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, or does not fit its
             parametrization. The model is not changed.
+        NonFiniteError: a weight is not finite.
     """
     locations = locate_parameters(model)
     steps: dict[str, nn.Module] = {}
     for name, weight in select(model, parameters).items():
         check_free(name, locations, ", which would not follow it")
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise ConfigurationError(f"{name!r} holds integers ({weight.dtype}), which cannot be trained: exclude it")
+        check_finite(name, weight)
         try:
             steps[name] = make(name, weight)
             for shared in steps[name].parameters():

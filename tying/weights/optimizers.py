@@ -1,13 +1,16 @@
-"""Optimizer state of weights that become one parameter during training."""
+"""Optimizers of shared and derived weights: parameter groups, and states of weights that become one."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tying.errors import ConfigurationError
+from tying.selection.index import clean_name
 from tying.selection.tie import TiedGroup
+from tying.weights.derived import derived_weights
 
 
 @torch.no_grad()
@@ -59,6 +62,41 @@ def _average_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> None:
             members = zip(group.to_source, group.parameters, strict=True)
             copies = ((read, states.get(id(parameter), {}).get(key)) for read, parameter in members)
             merged[key] = torch.stack([read(copy) for read, copy in copies if isinstance(copy, Tensor)]).mean(dim=0)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups of a model, one of them without weight decay if some parameters must not decay.
+
+    These are the parameters of weights whose parametrization has ``no_decay = True``, such as the coefficients of
+    template mixtures.
+
+    Args:
+        model: the model.
+        weight_decay: weight decay of all other parameters.
+
+    Example:
+        >>> from tying.hard import share_templates
+        >>> model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        >>> _ = share_templates(model, ["*.weight"], templates=2)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in decay_groups(model, 0.1)]
+        [(3, 0.1), (2, 0.0)]
+    """
+    undecayed: dict[nn.Parameter, None] = {}  # in order
+    for derived in derived_weights(model).values():
+        if any(getattr(step, "no_decay", False) for step in derived.steps):
+            of_steps = {parameter for step in derived.steps for parameter in step.parameters()}
+            undecayed |= dict.fromkeys(original for original in derived.originals if original not in of_steps)
+    groups = [([p for p in model.parameters() if p not in undecayed], weight_decay), ([*undecayed], 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def shared_in(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, str]:
+    """Return those of the parameters that a model has under several names, with these names."""
+    names: dict[nn.Parameter, list[str]] = {parameter: [] for parameter in parameters}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter in names:
+            names[parameter].append(clean_name(name))
+    return {parameter: " = ".join(shared) for parameter, shared in names.items() if len(shared) > 1}
 
 
 def are_alike(parameters: Iterable[nn.Parameter]) -> bool:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name
 from tying.weights.derived import count_parameters, derived_by_others, effective_weight, effective_weights, eval_mode
+from tying.weights.optimizers import shared_in
 from tying.weights.state_dict import tie_records
 from tying.weights.tie import tied
 
@@ -203,6 +204,7 @@ def _on_one_storage(model: nn.Module) -> Iterable[str]:
 
 def _in_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterable[str]:
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    names |= {id(parameter): shared for parameter, shared in shared_in(model, model.parameters()).items()}
     trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:
         yield (

@@ -15,6 +15,7 @@ from tying.selection.resolve import resolve_named
 from tying.selection.tie import AnyTie, TiedGroup, parse_ties
 from tying.torch_workarounds import foreach_norm
 from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.weights.finite import check_finite
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
     TieRecord,
@@ -281,6 +282,8 @@ def plan(
 def _mean(group: TiedGroup) -> Tensor:
     if not group.parameters[0].is_floating_point() and not group.parameters[0].is_complex():
         raise ConfigurationError(f"{group.names[0]!r} holds integers, which have no mean: use init='source'")
+    for name, parameter in zip(group.names, group.parameters, strict=True):
+        check_finite(name, parameter)  # the mean would spread it
     return torch.stack(group.tensors()).mean(dim=0)
 
 
