@@ -29,6 +29,7 @@ from tying.weights.state_dict import (
 )
 
 Init = Literal["source", "mean"]
+FEWEST_VALUES = 16  # of a weight whose scale is compared: of fewer random values, it is chance
 LARGEST_RATIO = 5.0  # of the initial scales of a source and of a weight that takes its values, without a warning
 
 
@@ -93,7 +94,7 @@ def make_ties(model: nn.Module, ties: Sequence[AnyTie], init: Init) -> tuple[lis
 def _compare_scales(groups: Sequence[TiedGroup]) -> str:
     """Describe the source with the largest scale beside that of a weight that will take its values, if it is too large.
 
-    The scale of a weight is the root of its mean square. Weights without values, on the meta device or sharded, and
+    The scale of a weight is the root of its mean square. Weights of few values, on the meta device or sharded, and
     weights that are zero are not compared.
     """
     plain = [group for group in groups if all(map(_has_values, group.parameters))]
@@ -117,7 +118,7 @@ def _compare_scales(groups: Sequence[TiedGroup]) -> str:
 
 
 def _has_values(parameter: nn.Parameter) -> bool:
-    return bool(parameter.is_floating_point() and parameter.numel()) and not (
+    return bool(parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES) and not (
         parameter.is_meta or hasattr(parameter, "full_tensor")
     )
 
