@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from tying.callbacks import (
 from tying.depth import Residual, StochasticDepth, apply_merge, remove_merge
 from tying.hard import generate_weights, lower_rank, share_templates, tie
 from tying.hashing import UniformHash, cluster_weight, hash_weights
+from tying.lightning_namespace import pl
 from tying.selection.patterns import Pattern
 from tying.soft import GaussianMixturePrior, TyingPenalty, anchored, coupling_strength
 

@@ -43,7 +43,7 @@ def messages(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             numbered.append((node.lineno, text(node.exc.args[0])))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "rank_zero_warn"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "pl.utilities.rank_zero_warn"):
             numbered.append((node.lineno, text(node.args[0])))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_range", "check_choice"):
             numbered.append((node.lineno, of_check(node)))

@@ -79,7 +79,7 @@ class Net(nn.Module):
 NET = Net()
 NAMES = [name for name, _ in NET.named_parameters()]
 TOKENS = st.sampled_from(
-    ["encoder", "decoder", "layers", "0", "1", "2", "weight", "bias", "norm", "a", "*", "**", "?", "[02]", "[!0]", "{i}", "{-i}", "{j}", "{-j}", "w*", "*s", "[", "{", "}", "", "é"]
+    ["encoder", "decoder", "layers", "0", "1", "2", "weight", "bias", "norm", "a", "*", "**", "?", "[02]", "[!0]", "{i}", "{-i}", "{j}", "{-j}", "w*", "*s", "{0..1}", "{i:0..2}", "{-i:1..2}", "[0-11]", "[", "{", "}", "", "é"]
 )  # fmt: skip
 PATTERNS = st.lists(TOKENS, min_size=1, max_size=4).map(".".join) | st.sampled_from(NAMES) | st.text(max_size=8)
 PLAIN = st.lists(st.sampled_from(["encoder", "layers", "0", "2", "weight", "norm", "*", "**", "?", "[02]", "w*", "*s"]), min_size=1, max_size=5)  # fmt: skip

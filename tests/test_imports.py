@@ -1,5 +1,6 @@
 """The order of the rooms: data flows one way, and `import tying` brings no Lightning."""
 
+import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -7,23 +8,26 @@ from graphlib import TopologicalSorter
 import house
 import pytest
 
-FIRST = {"errors", "torch_workarounds"}
+FIRST = {"errors", "mappings", "torch_workarounds"}
+LIGHTNING = {"lightning_namespace"}
 EARLY = FIRST | {"deprecated", "figures", "files", "selection"}
 # what each room may import of ours, itself apart; families do not import each other
 ALLOWED = {
     "errors": set(),
+    "mappings": {"errors"},
     "deprecated": set(),
     "figures": set(),
     "torch_workarounds": set(),
-    "lightning_workarounds": set(),
+    "lightning_namespace": {"errors"},
+    "lightning_workarounds": LIGHTNING,
     "selection": FIRST,
     "files": FIRST | {"selection"},
     "weights": EARLY,
     **dict.fromkeys(["soft", "hard", "hashing", "depth"], EARLY | {"weights"}),
-    "data": EARLY,
-    "callbacks": EARLY | {"lightning_workarounds", "weights", "soft", "hard", "hashing", "depth"},
-    "models": EARLY | {"weights", "depth"},
-    "mixins": EARLY | {"callbacks"},
+    "data": EARLY | LIGHTNING,
+    "callbacks": EARLY | LIGHTNING | {"lightning_workarounds", "weights", "soft", "hard", "hashing", "depth"},
+    "models": EARLY | LIGHTNING | {"weights", "depth"},
+    "mixins": EARLY | LIGHTNING | {"callbacks", "lightning_workarounds"},
 }
 ALONE = {("depth/rnn/passthrough.py", "hard.low_rank")}  # a recurrent network of low rank
 TREES = house.trees()
@@ -43,12 +47,21 @@ def test_rooms_import_in_order(path):
     assert {module.split(".")[0] for module in modules} - {room(path)} <= ALLOWED[room(path)]
 
 
+LIGHTNINGS = {"lightning", "lightning_fabric", "pytorch_lightning"}
+
+
+@pytest.mark.parametrize("path", TREES, ids=str)
+def test_one_file_imports_lightning(path):
+    imports = {name for name in house.imports(TREES[path]) if name.split(".")[0] in LIGHTNINGS}
+    assert bool(imports) == (path.name == "lightning_namespace.py")
+
+
 OTHERS = [path for path in ORDERED if room(path) not in {"callbacks", "mixins", "lightning_workarounds"}]
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=str)
-def test_only_callbacks_import_lightning_callbacks(path):
-    assert not [name for name in house.imports(TREES[path]) if name.startswith("lightning.pytorch.callbacks")]
+def test_only_callbacks_use_lightning_callbacks(path):
+    assert "pl.callbacks" not in ast.unparse(TREES[path])
 
 
 def test_no_room_imports_itself_through_others():
@@ -60,5 +73,5 @@ def test_no_room_imports_itself_through_others():
 
 
 def test_import_tying_does_not_import_lightning():
-    code = "import sys, tying, tying.soft, tying.hard, tying.hashing, tying.depth; sys.exit('lightning' in sys.modules or 'torchvision' in sys.modules)"
+    code = "import sys, tying, tying.soft, tying.hard, tying.hashing, tying.depth; sys.exit(bool({'lightning', 'pytorch_lightning', 'torchvision'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

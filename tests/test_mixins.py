@@ -1,15 +1,26 @@
+import json
 from typing import ClassVar
 
 import pytest
 import torch
+from families import SITES, Trained
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from toys import STRENGTH, TIES, Toy, batches, same, train
 
 from tying import ConfigurationError
-from tying.callbacks import HardTying, SoftTying
+from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, WeightHashing
 from tying.cli import main
+from tying.cli.inspect import inspect
+from tying.depth import StochasticDepth
 from tying.hard import tied
-from tying.mixins import HardTyingMixin, SoftTyingMixin
+from tying.mixins import (
+    CouplingMixin,
+    HardTyingMixin,
+    Mixin,
+    ResidualMergingMixin,
+    SoftTyingMixin,
+    WeightHashingMixin,
+)
 
 
 class Inherits(SoftTyingMixin, Toy):
@@ -149,7 +160,7 @@ def test_inspecting_a_model_that_ties_itself(capsys, tmp_path, monkeypatch):
 
 
 class Pair(SoftTyingMixin):
-    """Creates its layers in ``configure_model``, and brings no callback but those of mixins above it."""
+    """Creates its layers in ``configure_model``, and overrides ``configure_callbacks`` without ``super()``."""
 
     soft_tying: ClassVar = {"ties": ["a.weight ~ b.weight"]}
 
@@ -169,7 +180,7 @@ def test_a_mixin_wraps_the_overrides_of_the_classes_below_it():
     model = Tied()
     model.configure_model()
     assert model.a.weight is model.b.weight
-    assert [type(callback).__name__ for callback in model.configure_callbacks()] == ["HardTying"]
+    assert [type(callback).__name__ for callback in model.configure_callbacks()] == ["SoftTying", "HardTying"]
 
 
 def test_a_mixin_without_arguments_is_refused_where_its_callback_is_needed():
@@ -179,3 +190,100 @@ def test_a_mixin_without_arguments_is_refused_where_its_callback_is_needed():
     Untied().configure_model()  # as in load_from_checkpoint
     with pytest.raises(ConfigurationError, match="must set soft_tying"):
         Untied().configure_callbacks()
+
+
+TIE = " ~ ".join(SITES.pair)
+# for each mixin: the class of its callback, the attribute with its arguments, and arguments without a name
+MIXINS = {
+    SoftTyingMixin: (SoftTying, "soft_tying", {"ties": [TIE], "strength": 1.0}),
+    CouplingMixin: (Coupling, "coupling", {"first": SITES.twins[0], "second": SITES.twins[1], "alpha": 0.1}),
+    HardTyingMixin: (HardTying, "hard_tying", {"ties": [TIE]}),
+    WeightHashingMixin: (WeightHashing, "weight_hashing", {"parameters": [SITES.pair[0]], "table_ratio": 0.25}),
+    ResidualMergingMixin: (
+        ResidualMerging,
+        "residual_merging",
+        {"blocks": SITES.blocks, "merge": StochasticDepth(0.5)},
+    ),
+}
+NAMED = [mixin for mixin, (kind, *_) in MIXINS.items() if kind in (SoftTying, Coupling, HardTying)]
+
+
+def test_every_mixin_is_tested():
+    assert {*Mixin.__subclasses__()} >= {*MIXINS}
+    public = {mixin for mixin in Mixin.__subclasses__() if mixin.__module__ == "tying.mixins"}
+    assert public == {*MIXINS}
+
+
+def fits(model, callbacks=()):
+    return train(model, callbacks, data=model.train_dataloader(), max_epochs=1, limit_val_batches=0).callbacks
+
+
+@pytest.mark.parametrize("mixin", MIXINS)
+def test_a_mixin_replaces_the_trainers_callback_of_its_name(mixin):
+    kind, attribute, arguments = MIXINS[mixin]
+    model = type("Model", (mixin, Trained), {attribute: arguments})()
+    [mixed], given = model.configure_callbacks(), kind(**arguments)
+    with pytest.warns(UserWarning, match=f"the {kind.__name__} of Model replaces the {kind.__name__} of the Trainer"):
+        callbacks = fits(model, [given])
+    assert mixed in callbacks
+    assert given not in callbacks
+
+
+@pytest.mark.parametrize("mixin", NAMED)
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_mixin_stays_beside_the_trainers_callback_of_another_name(mixin, runs):
+    kind, attribute, arguments = MIXINS[mixin]
+    model = type("Model", (mixin, Trained), {attribute: arguments | {"name": "mixed"}})()
+    given = kind(**arguments, name="given")
+    callbacks = [given]
+    for _ in range(runs):
+        callbacks = fits(model, callbacks)
+    assert [callback.name for callback in callbacks if type(callback) is kind] == ["given", "mixed"]
+    assert given in callbacks
+
+
+@pytest.mark.parametrize("mixin", MIXINS)
+def test_hooks_may_be_overridden_without_super(mixin):
+    kind, attribute, arguments = MIXINS[mixin]
+
+    class Model(mixin, Trained):
+        def configure_callbacks(self):
+            return EarlyStopping("loss")
+
+        def configure_model(self):
+            pass
+
+    setattr(Model, attribute, arguments)
+    assert [type(callback) for callback in Model().configure_callbacks()] == [EarlyStopping, kind]
+    model = Model()
+    before = [type(module) for module in model.modules()], [*model.state_dict()], len([*model.parameters()])
+    model.configure_model()
+    after = [type(module) for module in model.modules()], [*model.state_dict()], len([*model.parameters()])
+    assert (before != after) == (mixin in (HardTyingMixin, WeightHashingMixin, ResidualMergingMixin))
+
+
+def test_an_overridden_hook_that_calls_super_adds_the_callback_once():
+    class Model(SoftTyingMixin, Trained):
+        soft_tying: ClassVar = {"ties": [TIE]}
+
+        def configure_callbacks(self):
+            return [*super().configure_callbacks(), EarlyStopping("loss")]
+
+    class Below(Model):
+        def configure_callbacks(self):
+            return super().configure_callbacks()
+
+    assert [type(callback) for callback in Below().configure_callbacks()] == [SoftTying, EarlyStopping]
+
+
+@pytest.mark.parametrize("mixin", NAMED)
+def test_inspect_keeps_the_callbacks_that_training_keeps(mixin, capsys):
+    kind, attribute, arguments = MIXINS[mixin]
+    model = type("Model", (mixin, Trained), {attribute: arguments | {"name": "mixed"}})()
+    others = (
+        {"first": "net.kernels.0", "second": "net.kernels.1"} if kind is Coupling else {"ties": ["net.kernels.*.bias"]}
+    )
+    inspect(model, [kind(**arguments | others, name="given")], json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in document["callbacks"]] == ["given", "mixed"]
+    assert document["replaced"] == []

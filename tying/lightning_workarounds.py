@@ -6,10 +6,13 @@ Everything else in this package uses Lightning's public names.
 from collections.abc import Iterable
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning
 from torch import nn
 from torch.optim import Optimizer
+
+from tying.lightning_namespace import pl
+
+# Lightning's stubs of types do not export it from its namespace
+MisconfigurationException: type[Exception] = pl.utilities.exceptions.MisconfigurationException  # type: ignore[attr-defined]
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -22,16 +25,23 @@ def finetuning_groups(callbacks: Iterable[pl.Callback]) -> list[dict[str, Any]]:
 
     Lightning writes them to checkpoints; no public method changes them.
     """
-    finetuning = [callback for callback in callbacks if isinstance(callback, BaseFinetuning)]
+    finetuning = [callback for callback in callbacks if isinstance(callback, pl.callbacks.BaseFinetuning)]
     return [g for callback in finetuning for groups in callback._internal_optimizer_metadata.values() for g in groups]
 
 
-def weights_to_prune(pruning: ModelPruning) -> list[tuple[nn.Module, str]]:
+def averages(callbacks: Iterable[pl.Callback]) -> list[nn.Module]:
+    """Return the copies of the model in which callbacks average its weights; no public name holds them."""
+    kinds = pl.callbacks.WeightAveraging | pl.callbacks.StochasticWeightAveraging
+    copies = [callback._average_model for callback in callbacks if isinstance(callback, kinds)]
+    return [getattr(copied, "module", copied) for copied in copies if copied is not None]
+
+
+def weights_to_prune(pruning: pl.callbacks.ModelPruning) -> list[tuple[nn.Module, str]]:
     """Return the modules and attributes that ``ModelPruning`` prunes; no public method lists them before pruning."""
     return [*(pruning._parameters_to_prune or ())]
 
 
-def prunes_in(pruning: ModelPruning, epoch: int) -> bool:
+def prunes_in(pruning: pl.callbacks.ModelPruning, epoch: int) -> bool:
     """Return whether ``ModelPruning`` prunes in an epoch; no public method answers this."""
     decision = pruning._apply_pruning
     return bool(decision(epoch) if callable(decision) else decision)

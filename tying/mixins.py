@@ -1,18 +1,20 @@
 """Mixins that add a callback to a LightningModule by inheritance."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
-
-import lightning.pytorch as pl
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ClassVar, TypeVar
 
 from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, TyingCallback, WeightHashing
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
+from tying.lightning_namespace import check_namespace, pl
+from tying.lightning_workarounds import callbacks_of
 
-Mixin = TypeVar("Mixin", bound=type[pl.LightningModule])
+MixinType = TypeVar("MixinType", bound="type[Mixin]")
 
 
-def adds(kind: type[TyingCallback], attribute: str) -> Callable[[Mixin], Mixin]:
+def adds(kind: type[TyingCallback], attribute: str) -> Callable[[MixinType], MixinType]:
     """Return a class decorator: the mixin adds a callback to a model, after those of its bases.
 
     Args:
@@ -20,22 +22,39 @@ def adds(kind: type[TyingCallback], attribute: str) -> Callable[[Mixin], Mixin]:
         attribute: the class attribute of the model that holds the callback's keyword arguments.
     """
 
-    def decorate(mixin: Mixin) -> Mixin:
-        def configure_callbacks(module: Any) -> list[pl.Callback]:
-            inherited = super(mixin, module).configure_callbacks()  # type: ignore[arg-type]  # a class
+    def decorate(mixin: MixinType) -> MixinType:
+        def add_callback(module: pl.LightningModule, inherited: Any) -> list[pl.Callback]:
+            callbacks = [inherited] if isinstance(inherited, pl.Callback) else [*inherited]
             callback = _callback(module, mixin.__name__, kind, attribute)
-            return [*([inherited] if isinstance(inherited, pl.Callback) else inherited), callback]
+            return callbacks if callback in callbacks else [*callbacks, *_beside(module, callback), callback]
 
-        def configure_model(module: Any) -> None:
-            super(mixin, module).configure_model()  # type: ignore[arg-type]  # a class
+        def change_model(module: pl.LightningModule, inherited: None) -> None:
             _callback(module, mixin.__name__, kind, attribute).apply(module)
 
-        setattr(mixin, "configure_callbacks", configure_callbacks)  # noqa: B010  # mypy takes methods for constant
+        hooks: dict[str, Callable[..., Any]] = {"configure_callbacks": add_callback}
         if issubclass(kind, ModelTransform):
-            setattr(mixin, "configure_model", configure_model)  # noqa: B010
+            hooks["configure_model"] = change_model
+        for hook, complete in hooks.items():
+            setattr(mixin, hook, _completed(_inherited(mixin, hook), complete))
+        mixin.completions = hooks
         return mixin
 
     return decorate
+
+
+def _inherited(mixin: type[pl.LightningModule], hook: str) -> Callable[..., Any]:
+    """Return the hook of the classes after a mixin."""
+    return lambda module: getattr(super(mixin, module), hook)()
+
+
+def _completed(hook: Callable[..., Any], complete: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook whose result another function completes."""
+
+    @wraps(hook)
+    def completed(module: pl.LightningModule) -> Any:
+        return complete(module, hook(module))
+
+    return completed
 
 
 def _callback(module: pl.LightningModule, mixin: str, kind: type[TyingCallback], attribute: str) -> Any:
@@ -54,11 +73,70 @@ def _callback(module: pl.LightningModule, mixin: str, kind: type[TyingCallback],
     return callbacks[mixin]
 
 
+def mixin_callbacks(module: pl.LightningModule) -> list[TyingCallback]:
+    """Return the callbacks that mixins have added to a module."""
+    return [*vars(module).get("_mixin_callbacks", {}).values()]
+
+
+def _beside(module: pl.LightningModule, callback: TyingCallback) -> list[pl.Callback]:
+    """Return the Trainer's callbacks of a class that have other names than a mixin's: Lightning would drop them."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # there is none yet
+        return []
+    others = [other for other in callbacks_of(trainer) if type(other) is type(callback) and other is not callback]
+    return kept_beside(callback, others, type(module).__name__)
+
+
+def kept_beside(callback: TyingCallback, others: Sequence[pl.Callback], model: str) -> list[pl.Callback]:
+    """Return the callbacks of the class of a mixin's callback that have other names, and stay beside it.
+
+    Args:
+        callback: the mixin's.
+        others: callbacks of the Trainer.
+        model: name of the model's class, for the warning.
+
+    Warns:
+        UserWarning: one has the same name, and is replaced.
+    """
+    same_class = [other for other in others if isinstance(other, TyingCallback) and type(other) is type(callback)]
+    kept = [other for other in same_class if other.name != callback.name]
+    if len(kept) < len(same_class):
+        warnings.warn(
+            f"the {callback.label} of {model} replaces the {callback.label} of the Trainer, which has the same name: "
+            "leave one of them out, or give it another name if it takes one",
+            stacklevel=2,
+        )
+    return [*kept]
+
+
+class Mixin(pl.LightningModule):
+    """The base of the mixins: a class below one may override hooks without ``super()``, and keeps the callback.
+
+    Attributes:
+        completions: for each hook of a mixin, the function that completes the hook's result.
+
+    Raises:
+        ConfigurationError: a class inherits a mixin and a LightningModule of the other Lightning.
+    """
+
+    completions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_namespace(cls, next(base.__name__ for base in cls.__mro__ if base.__module__ == __name__))
+        for base in reversed(cls.__mro__):
+            for hook, complete in vars(base).get("completions", {}).items():
+                if hook in vars(cls):
+                    setattr(cls, hook, _completed(vars(cls)[hook], complete))
+
+
 @adds(SoftTying, "soft_tying")
-class SoftTyingMixin(pl.LightningModule):
+class SoftTyingMixin(Mixin):
     """Adds :class:`tying.callbacks.SoftTying` to a model; ``soft_tying`` holds its keyword arguments.
 
-    Like every callback that a module returns, it replaces one of the same class given to the Trainer.
+    It replaces a callback of the same class and name that the Trainer has, with a warning; those of other names stay.
+    This holds for all mixins, also if a class below one overrides ``configure_callbacks`` without ``super()``.
 
     Raises:
         ConfigurationError: ``soft_tying`` is not set, or is not a dictionary of SoftTying's arguments.
@@ -72,7 +150,7 @@ class SoftTyingMixin(pl.LightningModule):
 
 
 @adds(Coupling, "coupling")
-class CouplingMixin(pl.LightningModule):
+class CouplingMixin(Mixin):
     """Adds :class:`tying.callbacks.Coupling` to a model; ``coupling`` holds its keyword arguments.
 
     Raises:
@@ -87,7 +165,7 @@ class CouplingMixin(pl.LightningModule):
 
 
 @adds(HardTying, "hard_tying")
-class HardTyingMixin(pl.LightningModule):
+class HardTyingMixin(Mixin):
     """Adds :class:`tying.callbacks.HardTying` to a model; ``hard_tying`` holds its keyword arguments.
 
     The weights are tied in ``configure_model``, hence also by ``load_from_checkpoint``, without a Trainer's callback.
@@ -110,7 +188,7 @@ class HardTyingMixin(pl.LightningModule):
 
 
 @adds(WeightHashing, "weight_hashing")
-class WeightHashingMixin(pl.LightningModule):
+class WeightHashingMixin(Mixin):
     """Adds :class:`tying.callbacks.WeightHashing` to a model; ``weight_hashing`` holds its keyword arguments.
 
     The weights are hashed in ``configure_model``, hence also by ``load_from_checkpoint``.
@@ -133,7 +211,7 @@ class WeightHashingMixin(pl.LightningModule):
 
 
 @adds(ResidualMerging, "residual_merging")
-class ResidualMergingMixin(pl.LightningModule):
+class ResidualMergingMixin(Mixin):
     """Adds :class:`tying.callbacks.ResidualMerging` to a model; ``residual_merging`` holds its keyword arguments.
 
     The merges are put in by ``configure_model``, hence also by ``load_from_checkpoint``.

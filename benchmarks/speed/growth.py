@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,11 +15,11 @@ from torch import nn
 
 from benchmarks.report import table
 from benchmarks.speed.soft import pairs_of_weights
-from benchmarks.speed.timing import Step, passes, race, with_extremes
+from benchmarks.speed.timing import Step, passes, race, time_of, with_extremes
 from tying import resolve
 from tying.callbacks import ResidualMerging
 from tying.depth import Swapout
-from tying.hard import tie
+from tying.hard import tie, untie
 from tying.hashing import HashedLinear, ModulusHash
 from tying.models import ResNet
 from tying.soft import TyingPenalty
@@ -28,6 +30,7 @@ WIDTHS = (256, 512, 1024, 2048)
 NUMBERS = (8, 16, 32, 64, 128)
 DEPTHS = (8, 14, 26, 50)
 RATIOS = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
+PAIRS = (500, 1000, 2000, 4000, 8000, 10000)
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,38 @@ def growths() -> list[Growth]:
     ]
 
 
+def tying() -> list[tuple[float, float]]:
+    """Return, for each number of pairs, the seconds of ``resolve`` and of ``tie``: the best, taken in turns.
+
+    The collector of garbage is off meanwhile, as in ``timeit``: when it runs depends on all that is in memory.
+    """
+    seconds = []
+    for number in PAIRS:
+        model, ties, times = pairs_of_weights(number, 1), ["a.{i} ~ b.{i}"], []
+        for _ in range(ROUNDS):
+            gc.collect()
+            gc.disable()
+            times.append((time_of(partial(resolve, model, ties)), time_of(partial(tie, model, ties))))
+            gc.enable()
+            untie(model)
+        resolving, sharing = zip(*times, strict=True)
+        seconds.append((min(resolving), min(sharing)))
+    return seconds
+
+
+def tying_table() -> str:
+    """Return a table of ``resolve`` and ``tie`` of pairs, their ratio, and the exponents with which they grow."""
+    seconds = tying()
+    rows = [
+        [f"{n:,}", f"{1e3 * a:.3g}", f"{1e3 * b:.3g}", f"{b / a:.2f}"] for n, (a, b) in zip(PAIRS, seconds, strict=True)
+    ]
+    resolving, sharing = (slope(PAIRS, side) for side in zip(*seconds, strict=True))
+    rows.append(["exponent", f"{resolving:.2f}", f"{sharing:.2f}", ""])
+    return table(["pairs", "resolve, ms", "tie, ms", "ratio"], rows)
+
+
 def measure() -> tuple[str, Figure]:
-    """Run all measurements; return their table as Markdown, and a plot."""
+    """Run all measurements; return their tables as Markdown, and a plot."""
     chosen = growths()
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     rows = []
@@ -129,4 +162,7 @@ def measure() -> tuple[str, Figure]:
     how = (
         f"Median of {RACES} races (extremes), batch {BATCH}; slopes of the best power law, and those that the work has."
     )
-    return f"{table(head, rows)}\n\n{how}", figure
+    ties = (
+        f"Separate pairs, tied by one pattern; the best of {ROUNDS}, with the collector of garbage off, as in timeit:"
+    )
+    return f"{table(head, rows)}\n\n{how}\n\n{ties}\n\n{tying_table()}", figure

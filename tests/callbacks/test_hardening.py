@@ -74,7 +74,7 @@ def test_states_are_the_mean_in_the_sources_layout(kind):
     key = "momentum_buffer" if kind is torch.optim.SGD else "exp_avg_sq"
     expected = (optimizer.state[source][key] + optimizer.state[target][key].T) / 2
     count = len(optimizer.param_groups[0]["params"])
-    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[0])
+    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[:1])
     assert torch.equal(optimizer.state[source][key], expected)
     assert target not in optimizer.state
     assert len(optimizer.param_groups[0]["params"]) == count - 1
@@ -87,7 +87,7 @@ def test_states_over_several_optimizers():
     first = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
     second = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
     for group in resolve(model, TIES):
-        merge_optimizer_state([first, second], group)
+        merge_optimizer_state([first, second], [group])
     assert len(second.param_groups[0]["params"]) == 1
     assert len(first.param_groups[0]["params"]) == 4
 
@@ -148,7 +148,7 @@ def test_a_hardened_model_goes_on_from_any_checkpoint(tmp_path):
 def test_a_source_that_nobody_trained_takes_a_members_place():
     model = Toy()
     optimizer = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
-    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[0])
+    merge_optimizer_state([optimizer], resolve(model, TIES[:1])[:1])
     held = optimizer.param_groups[0]["params"]
     assert any(parameter is model.encoder[0].weight for parameter in held)
     assert len(held) == 4
@@ -176,7 +176,7 @@ def test_an_optimizer_that_is_left_with_nothing(update):
 
 
 def test_callbacks_that_share_weights_are_refused():
-    with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying ties too"):
+    with pytest.raises(ValueError, match=r"harden_below would replace .*which another SoftTying other ties too"):
         train(Toy(), [strongly(), SoftTying(TIES[:1], name="other")])
 
 
@@ -224,3 +224,23 @@ def test_frozen_members_are_refused():
 def test_range(tolerance):
     with pytest.raises(ValueError, match=r"harden_below must be in \(0, 1\], not"):
         SoftTying(TIES, harden_below=tolerance)
+
+
+@pytest.mark.parametrize("stop", [None, 2, 4])
+def test_two_callbacks_harden_their_own_weights(stop, tmp_path):
+    def callbacks():
+        return [
+            SoftTying(ties, strength=1.0, update="proximal", harden_below=NEAR, name=name)
+            for name, ties in {"weights": TIES[:1], "biases": TIES[1:]}.items()
+        ]
+
+    together, one = Toy(), Toy()
+    if stop is not None:
+        half = Toy()
+        train(half, callbacks(), max_epochs=stop).save_checkpoint(tmp_path / "half.ckpt")
+    trainer = train(together, callbacks(), max_epochs=6, ckpt_path=stop and tmp_path / "half.ckpt")
+    train(one, [strongly()], max_epochs=6)
+    assert len(tied(together)) == len(tied(one)) > 1
+    assert same(together, one)
+    counts = [float(trainer.callback_metrics[f"tying/{name}/hardened"]) for name in ("weights", "biases")]
+    assert sum(counts) == len(tied(together))

@@ -244,7 +244,7 @@ def test_what_is_taken_apart_is_found_and_mended():
         (lambda m: m["decoder"].to("meta"), [TRANSPOSED], r"device is meta for one and cpu"),
         (lambda m: nn.utils.parametrizations.weight_norm(m["decoder"]), ["encoder.weight ~ decoder.parametrizations.weight.original1 | o i -> i o"], "it is parametrized: it is computed from other weights"),
         (lambda m: tie(m, [TRANSPOSED]), ["other.weight ~ decoder.weight | o i -> i o"], r"'other.weight' and 'decoder.weight' do not meet: relation 'o i -> i o' does not map shape \(6, 3\) to shape \(6, 3\)"),
-        (lambda m: m.update({"lazy": nn.LazyLinear(3)}), ["encoder.bias ~ lazy.bias"], "has no shape yet. Let the model see a batch"),
+        (lambda m: m.update({"lazy": nn.LazyLinear(3)}), ["encoder.bias ~ lazy.bias"], "has no shape yet, since its layer is lazy: call the model on a batch"),
         (lambda m: m.update({"lstm": nn.LSTM(2, 3)}), ["lstm.weight_ih_l0 ~ lstm.weight_hh_l0 | (a o) i -> (a o) i"], "do not map|does not map"),
         (lambda m: m.update({"lstm": nn.LSTM(3, 3), "wide": nn.Linear(12, 3)}), ["wide.weight ~ lstm.weight_ih_l0 | o i -> i o"], "LSTM keeps its weights where they cannot be computed. Make it the source"),
         (lambda m: None, ["encoder.wieght ~ decoder.weight"], "Nearest existing names: encoder.weight"),

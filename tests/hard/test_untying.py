@@ -340,5 +340,5 @@ def test_all_or_nothing():
     assert all(torch.equal(whole[name], value) for name, value in before.items())
     assert tied(whole) == []
     for wrong in ([3], []):
-        with pytest.raises(ValueError, match="ties must be a list of at least one Tie or string"):
+        with pytest.raises(ValueError, match="ties must be a list of at least one Tie, string or mapping"):
             tie(model, wrong)

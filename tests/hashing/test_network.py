@@ -340,7 +340,10 @@ def test_recurrent_layers_are_copied(kind):
 
 
 def test_weights_that_are_not_initialised_are_told():
-    with pytest.raises(ConfigurationError, match=r"0\.weight: not initialised yet; call the model on a batch first"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r".0\.weight. has no shape yet, since its layer is lazy: call the model on a batch first",
+    ):
         hash_weights(nn.Sequential(nn.LazyLinear(4)), ["*.weight"], 0.5)
 
 

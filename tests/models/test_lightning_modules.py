@@ -4,6 +4,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
 from tying import ConfigurationError
+from tying.hard import share_templates
 from tying.models import MLP, Autoencoder, Classifier
 from tying.models.classifier import learning_rate_factor
 
@@ -96,3 +97,32 @@ def test_sampled_passes_in_tests_and_predictions():
         trainer.test(model(Sum(), test_samples=2), data(), verbose=False)
     with pytest.raises(ConfigurationError, match="test_samples must be 1 or more, not 0"):
         model(Sum(), test_samples=0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_weight_decay_leaves_out_the_coefficients_of_templates(optimizer):
+    """With gradients of zero, a step only decays."""
+    model = Classifier(
+        MLP([8, 8, 8, 8]), optimizer=optimizer, lr=0.1, weight_decay=0.5, schedule="constant", num_classes=8
+    )
+    share_templates(model, ["network.**.weight"], templates=2)
+    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 10})()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    coefficients = {name for name in before if name.endswith(".original")}
+    assert len(coefficients) == 3
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    configured = model.configure_optimizers()["optimizer"]
+    configured.step()
+    factor = 1 - configured.param_groups[0]["lr"] * 0.5
+    if optimizer == "sgd":  # with Nesterov's momentum
+        factor = 1 - configured.param_groups[0]["lr"] * 0.5 * 1.9
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (1.0 if name in coefficients else factor))
+
+
+def test_models_without_templates_have_one_parameter_group():
+    model = Classifier(MLP([8, 8]), schedule="constant")
+    model.trainer = type("Trainer", (), {"estimated_stepping_batches": 10})()
+    [group] = model.configure_optimizers()["optimizer"].param_groups
+    assert [*map(id, group["params"])] == [*map(id, model.parameters())]

@@ -3,9 +3,24 @@ import math
 import pytest
 import torch
 from reference import pairwise, prox_by_search, rho_huber, rho_l1, rho_l2
+from torch import nn
 from torch.autograd import gradcheck
 
-from tying.soft import L1, L2, Huber, Penalty, gap, huber, l1, l2
+from tying import ConfigurationError, resolve
+from tying.soft import (
+    L1,
+    L2,
+    GaussianMixturePrior,
+    Huber,
+    Penalty,
+    TyingPenalty,
+    anchored,
+    gap,
+    huber,
+    l1,
+    l2,
+    mixture_nll,
+)
 
 CASES = [(L2(), rho_l2), (L1(), rho_l1), (Huber(0.5), rho_huber(0.5))]
 IDS = ["l2", "l1", "huber"]
@@ -146,3 +161,67 @@ def test_a_new_penalty_is_a_few_lines():
     a, b = draw(2)
     [grad, _] = LogCosh().gradient([a, b])
     torch.testing.assert_close(grad, (a - b).tanh())
+
+
+def complex_numbers(m):
+    return [torch.randn(2, 3, dtype=torch.complex128) for _ in range(m)]
+
+
+def as_real(tensors):
+    return [torch.view_as_real(tensor).clone() for tensor in tensors]
+
+
+def test_a_complex_distance_by_hand():
+    assert l2([torch.tensor([1j]), torch.tensor([0j])]).item() == 0.5
+    assert gap([torch.tensor([1j]), torch.tensor([-1j])]) == 1.0
+    assert l2([torch.tensor([1j]), torch.tensor([-1j]).conj()]).item() == 0.0  # its conjugation is lazy
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_l2_of_complex_weights_is_that_of_their_real_and_imaginary_parts(m):
+    """Its value, its gradients by autograd and by hand, its proximal step, and the gap."""
+    weights = complex_numbers(m)
+    assert l2(weights).item() == pytest.approx(l2(as_real(weights)).item(), rel=1e-12)
+    assert gap(weights) == pytest.approx(gap(as_real(weights)), rel=1e-12)
+    rates = [0.3, *[0.0] * (m - 2), 0.7]
+    for ask in (L2().gradient, lambda w: Penalty.gradient(L2(), w), lambda w: L2().prox(w, 0.4, rates)):
+        for got, expected in zip(ask(weights), ask(as_real(weights)), strict=True):
+            torch.testing.assert_close(torch.view_as_real(got), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["add_gradients_", "pull_", "prox_"])
+@pytest.mark.parametrize("relation", ["", " | o i -> i o"])
+def test_the_updates_of_complex_weights_are_those_of_their_parts(method, relation):
+    model, parts = nn.Module(), nn.Module()
+    model.a, model.b = map(nn.Parameter, complex_numbers(2))
+    if relation:
+        model.b = nn.Parameter(model.b.detach().T.clone())
+    parts.a, parts.b = map(nn.Parameter, as_real([model.a.detach(), model.b.detach()]))
+    getattr(TyingPenalty(resolve(model, [f"a ~ b{relation}"])), method)(0.3)
+    getattr(TyingPenalty(resolve(parts, [f"a ~ b{relation and ' | o i c -> i o c'}"])), method)(0.3)
+    for name, parameter in model.named_parameters():
+        given, expected = (p.grad if method == "add_gradients_" else p for p in (parameter, parts.get_parameter(name)))
+        torch.testing.assert_close(torch.view_as_real(given.detach()), expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_complex_anchors():
+    weight, anchor = complex_numbers(2)
+    penalty = anchored({"w": nn.Parameter(weight)}, {"w": anchor})
+    assert penalty().item() == pytest.approx(0.5 * float((weight - anchor).abs().square().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        l1,
+        lambda w: huber(*w, delta=1.0),
+        L1().value,
+        Huber().value,
+        lambda w: mixture_nll(w[0], *torch.zeros(3, 1)),
+        lambda w: GaussianMixturePrior()(w[0]),
+        lambda w: GaussianMixturePrior().add_gradients_([nn.Parameter(w[0])], 1.0),
+    ],
+)
+def test_complex_weights_are_refused_where_there_is_no_order(call):
+    with pytest.raises(ConfigurationError, match="takes real weights, and some are complex"):
+        call(complex_numbers(2))

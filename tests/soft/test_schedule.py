@@ -14,9 +14,26 @@ def test_linear_and_cosine_by_hand():
     assert [fade(count) for count in (0, 1, 2, 3)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize(("start", "end", "length"), [(0.1, 0.3, 7), (1e16, 1.0, 3), (0.3, 0.1, 1)])
+def test_the_ends_are_exact(shape, start, end, length):
+    schedule = Schedule(start, end, length, shape)
+    assert [schedule(0), schedule(length), schedule(10**6)] == [start, end, end]
+    assert all(min(start, end) <= schedule(count) <= max(start, end) for count in range(length))
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [{"start": -1.0}, {"end": float("inf")}, {"start": 0.0}, {"length": -1}, {"shape": "sine"}, {"unit": "day"}],
+    [
+        {"start": -1.0},
+        {"end": float("inf")},
+        {"end": float("nan")},
+        {"start": 0.0},
+        {"length": -1},
+        {"length": "10"},
+        {"shape": "sine"},
+        {"unit": "day"},
+    ],
 )
 def test_out_of_range(arguments):
     with pytest.raises(ConfigurationError, match="schedule"):

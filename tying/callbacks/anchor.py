@@ -5,17 +5,18 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import is_fresh_run
+from tying.callbacks.conflicts import acting_on
 from tying.callbacks.penalty import PenaltyCallback, Update, check_strength
 from tying.errors import ConfigurationError, listed, nearest
 from tying.files import saved_weights
-from tying.selection.index import clean_name
-from tying.selection.resolve import select
+from tying.lightning_namespace import pl
+from tying.selection.index import check_shape, clean_name
+from tying.selection.resolve import parse_patterns, select
 from tying.soft import TyingPenalty, anchored
 from tying.weights.derived import locate_parameters
 
@@ -48,6 +49,8 @@ class AnchorTying(PenaltyCallback):
     networks, 2018.
     """
 
+    takes_factors = True
+
     def __init__(
         self,
         parameters: list[str],
@@ -59,7 +62,7 @@ class AnchorTying(PenaltyCallback):
     ) -> None:
         super().__init__(strength, update, None, name)
         check_strength("head_strength", head_strength, update)
-        self.parameters, self.head_strength, self.anchor = parameters, float(head_strength), anchor
+        self.parameters, self.head_strength, self.anchor = parse_patterns(parameters), float(head_strength), anchor
         self._anchors: dict[str, Tensor] = {}
 
     @override
@@ -87,7 +90,8 @@ class AnchorTying(PenaltyCallback):
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if not self.penalties:  # without a training run
-            self._read_anchors(model)
+            with acting_on(model, self, others):
+                self._read_anchors(model)
 
     def _read_anchors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the anchors from the file or from the checkpoint that training resumes from, if any.
@@ -122,6 +126,8 @@ class AnchorTying(PenaltyCallback):
         if missing := weights.keys() - self._anchors.keys():
             raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
         self._steps_checked = 0  # steps at the end of the last epoch in which some anchored weight was trained
+        for name, weight in self.affected(module).items():
+            check_shape(name, weight)
         penalties = [anchored(weights, self._anchors, self.strength)]
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
             penalties.append(

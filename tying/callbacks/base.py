@@ -1,4 +1,4 @@
-"""The base class of all callbacks that tie weights, and shared functions."""
+"""The base classes of all callbacks, and shared functions."""
 
 import tempfile
 import warnings
@@ -6,10 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -17,31 +13,59 @@ from typing_extensions import override
 from tying.callbacks.finite_check import FiniteCheck
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError
+from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of
-from tying.selection.index import clean_name
+from tying.selection.index import clean_name, covers
+from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 
-SHARDING = FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy  # strategies that split weights over processes
-AVERAGING = StochasticWeightAveraging | WeightAveraging  # callbacks that average weights in a copy of the model
+# strategies that split weights over processes
+SHARDING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy | pl.strategies.ModelParallelStrategy
+# callbacks that average weights in a copy of the model
+AVERAGING = pl.callbacks.StochasticWeightAveraging | pl.callbacks.WeightAveraging
+
+
+class Callback(pl.Callback):
+    """A callback that refuses a Trainer of the other Lightning, and its callbacks.
+
+    Raises:
+        ConfigurationError: in ``setup``, the Trainer or one of its callbacks is of the other Lightning.
+    """
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for thing in (trainer, *callbacks_of(trainer)):
+            check_namespace(type(thing), type(self).__name__)
 
 
 @class_aliases("tying.callbacks.TyingCallback")
-class TyingCallback(pl.Callback):
+class TyingCallback(Callback):
     """A callback that acts on weights. It stops training with an error when a weight is not finite.
 
     Attributes:
         ties: the ties that the callback makes, if any.
+        parameters: patterns of the weights that the callback acts on, unless it has ties.
         name: distinguishes several callbacks of a class.
+        takes_factors: whether the callback may act on a weight that another callback computes, by acting on all
+            parameters from which it is computed.
 
     Raises:
-        ConfigurationError: when training starts, another callback acts on the same weights in an incompatible way.
+        ConfigurationError: when training starts, the callback does not fit the model, or another callback acts on the
+            same weights in an incompatible way.
         NonFiniteError: when training starts, or during it, an affected weight is NaN or infinite.
     """
 
     ties: Sequence[Tie] = ()
+    parameters: Sequence[str] = ()
     name: str | None = None
+    takes_factors = False
     _finite_check = FiniteCheck("")
+
+    @property
+    def label(self) -> str:
+        """The callback's class and, if it has one, its name."""
+        return " ".join(filter(None, (type(self).__name__, self.name)))
 
     @property
     def groups(self) -> list[TiedGroup]:
@@ -62,6 +86,20 @@ class TyingCallback(pl.Callback):
         """Return the weights that must stay finite, by name: the affected ones, unless a subclass adds others."""
         return self.affected(model)
 
+    def replaced(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights that this callback computes, or will compute, from other parameters."""
+        return []
+
+    def selects(self, name: str) -> bool:
+        """Return whether the callback's patterns select the weight of a name, also if it is no parameter any more."""
+        without = [pattern[1:] for pattern in self.parameters if pattern.startswith("!")]
+        choices = [(pattern, without) for pattern in self.parameters if not pattern.startswith("!")]
+        choices += [(side, [*tie.exclude]) for tie in self.ties for side in (tie.source, tie.target) if side]
+        return any(
+            covers(Pattern(pattern), name) and not any(covers(Pattern(other), name) for other in excluded)
+            for pattern, excluded in choices
+        )
+
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         """Apply the changes of training to a model, so that it can load a state dict from that training."""
 
@@ -77,7 +115,7 @@ class TyingCallback(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._finite_check = FiniteCheck(" ".join(filter(None, (type(self).__name__, self.name))))
+        self._finite_check = FiniteCheck(self.label)
         self.monitor(pl_module)
         self._finite_check.check()
 
@@ -135,7 +173,7 @@ def parameters_beside(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.
 def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
     """Return every group that a callback of the trainer ties, with the class and name of the callback."""
     return [
-        (" ".join(filter(None, (type(callback).__name__, callback.name))), group)
+        (callback.label, group)
         for callback in callbacks_of(trainer)
         if isinstance(callback, TyingCallback)
         for group in callback.groups
@@ -149,7 +187,7 @@ def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """
     strategy, precision = trainer.strategy, trainer.precision_plugin
     for hook in ("configure_sharded_model", "configure_model"):  # the former is deprecated, and still called
-        if is_overridden(hook, module):
+        if pl.utilities.model_helpers.is_overridden(hook, module):
             with strategy.tensor_init_context(), strategy.model_sharded_context(), precision.module_init_context():
                 getattr(module, hook)()
 

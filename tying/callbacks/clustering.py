@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import LBFGS, Optimizer
@@ -16,13 +13,15 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback, configure_model, parameters_beside, reject_copies, warn_if_too_late
+from tying.callbacks.conflicts import acting_on, conflict
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, clustered_size
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
-from tying.selection.resolve import select
+from tying.selection.resolve import parse_patterns, select
 from tying.weights.derived import locate_parameters
 
 
@@ -85,7 +84,8 @@ class WeightClustering(TyingCallback):
         check_range("start_epoch", start_epoch, "[0, inf)")
         check_choice("init", init, get_args(Start))
         check_choice("gradient", gradient, ("sum", "mean"))
-        self.parameters, self.clusters, self.start_epoch, self.init = parameters, clusters, start_epoch, init
+        self.parameters, self.clusters = parse_patterns(parameters), clusters
+        self.start_epoch, self.init = start_epoch, init
         self.gradient = gradient
         self.names: list[str] = []
         self._hook: RemovableHandle | None = None
@@ -94,15 +94,17 @@ class WeightClustering(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         reject_copies(trainer, "WeightClustering", "the dense weights")
         configure_model(trainer, pl_module)
-        pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
+        pruning = [callback for callback in callbacks_of(trainer) if isinstance(callback, pl.callbacks.ModelPruning)]
         if any(prunes_in(callback, self.start_epoch) for callback in pruning):
             raise ConfigurationError(
-                f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
-                f"apply_pruning=BeforeEpoch({self.start_epoch})"
+                f"{self.label}: ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: "
+                f"give it apply_pruning=BeforeEpoch({self.start_epoch})"
             )
-        self.names, self._compression, self._uses = self._find(pl_module), None, []
+        with acting_on(pl_module, self, callbacks_of(trainer)):
+            self.names, self._compression, self._uses = self._find(pl_module), None, []
         record(pl_module, self, self.names)  # patterns do not match clustered weights
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
@@ -126,6 +128,10 @@ class WeightClustering(TyingCallback):
         return names
 
     @override
+    def replaced(self, model: nn.Module) -> list[str]:
+        return recorded(model, self)
+
+    @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return parameters_of(model, self._find(model))
 
@@ -136,16 +142,21 @@ class WeightClustering(TyingCallback):
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         for name, other in shared_with(self, model, others):
-            raise ConfigurationError(f"{name!r} is tied by {type(other).__name__}: it cannot be clustered too")
+            raise conflict(self, other, name, "a codebook replaces it")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ConfigurationError("LBFGS keeps its weights to itself: codebooks cannot replace them")
+            raise ConfigurationError(
+                f"{self.label}: LBFGS keeps {listed(self.names)} to itself, and codebooks cannot replace them: use "
+                "another optimizer"
+            )
         if not self._is_done(pl_module):
             warn_if_too_late(trainer, "WeightClustering", self.start_epoch)
-        if trainer.global_step and any(isinstance(callback, ModelPruning) for callback in callbacks_of(trainer)):
+        if trainer.global_step and any(
+            isinstance(callback, pl.callbacks.ModelPruning) for callback in callbacks_of(trainer)
+        ):
             _prune_again(pl_module, self.names)
 
     @override
@@ -170,7 +181,7 @@ class WeightClustering(TyingCallback):
                 for group in optimizer.param_groups:
                     group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
         self.monitor(pl_module)
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
         )
 

@@ -1,41 +1,46 @@
 """Make weights equal, or compute them from fewer parameters, during training."""
 
+import warnings
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
-from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied, untie_biases
+from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
 from tying.hashing.apply import check_choices
 from tying.hashing.report import draw_loads
+from tying.lightning_namespace import pl
+from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
 from tying.weights.optimizers import are_alike
 from tying.weights.state_dict import record_in, tie_records
-from tying.weights.tie import Init
+from tying.weights.tie import Init, make_ties
 
 
 class HardTying(ModelTransform):
     """Make tied weights one parameter, before the optimizers are made; see :func:`tying.hard.tie`.
 
     Args:
-        ties: :class:`tying.Tie`, or strings ``"source ~ target | relation"``.
-        init: the value of the shared weight: the source's, or the mean.
+        ties: :class:`tying.Tie`, strings ``"source ~ target | relation"``, or mappings of Tie's arguments.
+        init: the value of the shared weight: the source's, which is the left side of ``~``, or the mean.
         name: distinguishes several callbacks of this class.
 
     Raises:
         ConfigurationError: the ties do not fit the model, a callback that averages weights comes before this one, the
             strategy splits weights, or an optimizer does not hold the tied weights.
+
+    Warns:
+        UserWarning: a new run begins, and a source has more than five times the scale of a weight that takes its
+            values; see :func:`tying.hard.tie`.
 
     Example:
         >>> HardTying(ties=["encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o"]).init
@@ -48,11 +53,18 @@ class HardTying(ModelTransform):
         check_choice("init", init, get_args(Init))
         self.ties, self.init, self.name = parse_ties(ties), init, name
         self._groups: list[TiedGroup] = []
+        self._warning = ""  # about initial values, which a checkpoint replaces
 
     @property
     @override
     def groups(self) -> list[TiedGroup]:
         return self._groups
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._warning = ""
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -69,18 +81,10 @@ class HardTying(ModelTransform):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = {name for group in self._groups for name in group.names}
         self._groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
-        self.check_optimizers(trainer)
+        if self._warning:
+            warnings.warn(f"HardTying: {self._warning}", stacklevel=2)
+        self._warning = ""
         super().on_fit_start(trainer, pl_module)
-
-    @override
-    def check_optimizers(self, trainer: pl.Trainer) -> None:
-        parameters = [id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
-        for group in self._groups:
-            if (count := parameters.count(id(group.parameters[0]))) > 1:
-                raise ConfigurationError(
-                    f"{group.names[0]!r} stands {count} times in the optimizers, and would be stepped and decayed as "
-                    "often: build them from self.parameters(), which yields each weight once"
-                )
 
     @override
     def changed(self, model: nn.Module) -> list[str]:
@@ -94,9 +98,12 @@ class HardTying(ModelTransform):
     def apply(self, model: nn.Module) -> list[TiedGroup]:
         measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
         gaps = [gap(group.tensors()) for group in (resolve(model, self.ties) if measurable else ())]
-        self._groups = tie(model, self.ties, self.init)
+        self._groups, warning = make_ties(model, self.ties, self.init)
+        self._warning = self._warning or warning  # a mixin applies it before setup does
         if any(gaps):
-            rank_zero_info(f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})")
+            pl.utilities.rank_zero_info(
+                f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})"
+            )
         return self._groups
 
     @override
@@ -120,7 +127,8 @@ class LowRankWeights(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
-        self.parameters, self.rank, self.diagonal = parameters, rank, diagonal
+        super().__init__(parameters)
+        self.rank, self.diagonal = rank, diagonal
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -142,7 +150,8 @@ class TemplateWeights(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], templates: int) -> None:
-        self.parameters, self.templates = parameters, templates
+        super().__init__(parameters)
+        self.templates = templates
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -172,8 +181,8 @@ class GeneratedWeights(ModelTransform):
     def __init__(
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
-        self.parameters, self.embedding = parameters, embedding
-        self.in_channels, self.out_channels = in_channels, out_channels
+        super().__init__(parameters)
+        self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -196,9 +205,10 @@ class UntiedBiases(ModelTransform):
     """
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
-        if not input_size or min(input_size) < 1:
-            raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size}")
-        self.parameters, self.input_size = parameters, [*input_size]
+        super().__init__(parameters)
+        if not input_size or not all(isinstance(size, int) and size > 0 for size in input_size):
+            raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size!r}")
+        self.input_size = [*input_size]
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -247,8 +257,10 @@ class WeightHashing(ModelTransform):
         index: Literal["auto", "stored", "computed", "structured"] = "auto",
         scaled: bool = True,
     ) -> None:
+        super().__init__(parameters)
+        hash = from_mapping(hash, Hash, "hash")
         check_choices(table_ratio, hash, scope, init)
-        self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
+        self.table_ratio, self.hash, self.scope, self.init = table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
 
     @override
@@ -278,7 +290,7 @@ class WeightHashing(ModelTransform):
             scaled=self.scaled,
         )
         count = sum(weight.name == weight.holder for weight in report.weights)  # of tables
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
             f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "
             f"(ratio {report.stored / report.virtual:.3g})"

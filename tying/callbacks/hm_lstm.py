@@ -3,20 +3,20 @@
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import picture_folder
+from tying.callbacks.base import Callback, picture_folder
 from tying.depth import HMLSTM, HMOutput
 from tying.errors import ConfigurationError, check_range
 from tying.files import save_figure
+from tying.lightning_namespace import pl
 
 
-class SlopeAnnealing(pl.Callback):
+class SlopeAnnealing(Callback):
     """Raise the slope of the boundary detectors of :class:`tying.depth.HMLSTM`: ``min(maximum, 1 + rate · epoch)``.
 
     It replaces the slope with which the layer was constructed.
@@ -61,7 +61,7 @@ LINE = 80  # characters
 BLANKS = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
 
 
-class BoundaryPlot(pl.Callback):
+class BoundaryPlot(Callback):
     """Draw the boundaries that a :class:`tying.depth.HMLSTM` finds in the first characters of the test text.
 
     Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that detects a

@@ -3,8 +3,6 @@
 import warnings
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -12,6 +10,8 @@ from tying.callbacks.transform import ModelTransform
 from tying.depth import Merge, apply_merge
 from tying.depth.apply import residual_blocks
 from tying.errors import ConfigurationError, check_choice
+from tying.lightning_namespace import pl
+from tying.mappings import from_mapping
 from tying.soft import Schedule
 
 
@@ -48,6 +48,7 @@ class ResidualMerging(ModelTransform):
     ) -> None:
         if isinstance(keep_schedule, str):
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, ("linear", "uniform"))
+        merge, schedule = from_mapping(merge, Merge, "merge"), from_mapping(schedule, Schedule, "schedule")
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
                 f"merge must be a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a "
@@ -60,7 +61,9 @@ class ResidualMerging(ModelTransform):
             )
         if schedule is not None and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")
-        self.blocks, self.merge, self.keep_schedule, self.schedule = blocks, merge, keep_schedule, schedule
+        self.blocks = blocks if isinstance(blocks, str) else [*blocks]
+        self.keep_schedule = keep_schedule if isinstance(keep_schedule, str) else [*keep_schedule]
+        self.merge, self.schedule = merge, schedule
 
     @property
     @override
@@ -82,7 +85,7 @@ class ResidualMerging(ModelTransform):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
+        pl.utilities.rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
         if stage != "fit":
             self._end_schedule(pl_module)
 

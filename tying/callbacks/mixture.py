@@ -5,9 +5,7 @@ import math
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -17,8 +15,9 @@ from tying.callbacks.training_data import estimate_batch_norms, num_train_sample
 from tying.errors import ConfigurationError, check_range, listed
 from tying.files import save_figure
 from tying.hashing.packing import sizes
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import can_stop_early
-from tying.selection.resolve import select
+from tying.selection.resolve import parse_patterns, select
 from tying.soft import GaussianMixturePrior, TyingPenalty
 from tying.soft.group_penalty import Rates
 from tying.soft.plots import mixture_figure
@@ -83,9 +82,10 @@ class MixtureTying(PenaltyCallback):
         check_range("examples", 1 if examples is None else examples, "[1, inf)")
         if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
-        self.parameters, self.components, self.zero_weight = parameters, components, zero_weight
-        self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, rates, batch_norms
+        self.parameters, self.components, self.zero_weight = parse_patterns(parameters), components, zero_weight
+        self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, (*rates,), batch_norms
         self.prior: GaussianMixturePrior | None = None
+        self._value: Tensor | None = None  # of the penalty at the last step
         self._optimizer: torch.optim.Optimizer | None = None  # of the prior, until components are merged
         self._restored: dict[str, Any] = {}
 
@@ -113,13 +113,18 @@ class MixtureTying(PenaltyCallback):
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         self._weights = self.affected(module)
-        self._value: Tensor | None = None  # of the penalty at the last step
+        self._value = None
         trained = {weight for weight in self._weights.values() if weight.requires_grad}
         if not trained or not any(
             trained <= {p for group in optimizer.param_groups for p in group["params"]}
             for optimizer in trainer.optimizers
         ):
-            raise ConfigurationError(f"no one optimizer trains {listed(self._weights) or self.parameters}")
+            raise ConfigurationError(
+                f"no one optimizer trains {listed(self._weights)}: unfreeze some of them, and give all that are "
+                "trained to one optimizer"
+            )
+        if complex_weights := [name for name, weight in self._weights.items() if weight.is_complex()]:
+            raise ConfigurationError(f"{complex_weights[0]!r} is complex, and a mixture takes real weights: exclude it")
         if "prior" in self._restored:
             prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._values())
             prior.load_state_dict(self._restored["prior"])
@@ -149,11 +154,14 @@ class MixtureTying(PenaltyCallback):
                 )
             values = self._values()
             if not values.numel():
-                raise ConfigurationError(f"{listed(self._weights)}: there are no entries to pull to a few values")
+                raise ConfigurationError(
+                    f"{self.label}: {listed(self._weights)} have no entries to pull to a few values: choose others"
+                )
             low, high = (float(bound) for bound in values.aminmax())
             if not low < high:
                 raise ConfigurationError(
-                    f"all of {listed(self._weights)} are {low}: there is no range to spread means over"
+                    f"{self.label}: all of {listed(self._weights)} are {low}: there is no range to spread means over. "
+                    "Initialise them, or give start_epoch"
                 )
             self._learn(GaussianMixturePrior(self.components, self.zero_weight, low, high).to(values))
             self._draw(trainer, "mixture_start")
@@ -223,7 +231,7 @@ class MixtureTying(PenaltyCallback):
             for bits in sizes((slots - zeros).split([a.numel() for a in assignments]), max(1, len(used) - zeros))
         )
         nonzero = float((slots >= zeros).double().mean())
-        rank_zero_info(
+        pl.utilities.rank_zero_info(
             f"MixtureTying: {len(slots):,} weights have {len(used)} values, {nonzero:.2%} of them are not zero; "
             f"{packed:.1f} times smaller, {huffman:.1f} with Huffman's code"
         )

@@ -6,17 +6,18 @@ from collections import Counter
 from functools import partial
 from typing import Any, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, members
+from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
-from tying.lightning_workarounds import callbacks_of, is_logging_step, loss_scale
+from tying.lightning_namespace import pl
+from tying.lightning_workarounds import averages, callbacks_of, is_logging_step, loss_scale
+from tying.mappings import from_mapping
 from tying.selection.tie import TiedGroup
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.group_penalty import Rates
@@ -30,7 +31,8 @@ class PenaltyCallback(TyingCallback):
     With ``update="gradient"`` the gradient of ``strength · Ω`` is added before clipping and the optimizer's step, as
     if the penalty were part of the loss; with several optimizers, it is computed anew before each of their steps.
     ``"decoupled"`` moves the weights after the step by ``lr · strength · ∂Ω``, outside momentum and adaptive scaling.
-    ``"proximal"`` takes the proximal step instead, which is stable at any strength.
+    ``"proximal"`` takes the proximal step instead, which is stable at any strength. With an infinite strength it is
+    also taken once before the first step, so that averaged weights are equal too.
     Each member moves with the learning rate of its parameter group; members that no optimizer trains do not move.
 
     Logs ``tying/strength``, the strength in the last step, and ``tying/penalty``, this strength · Ω if it is finite.
@@ -41,7 +43,7 @@ class PenaltyCallback(TyingCallback):
     Args:
         strength: factor on Ω, ≥ 0; ``inf`` (``.inf`` in YAML) with ``update="proximal"``.
         update: add to the gradients, or move the weights after the step, explicitly or by a proximal step.
-        schedule: a factor on ``strength`` over steps or epochs.
+        schedule: a factor on ``strength`` over steps or epochs: a Schedule, or a mapping of its arguments.
         name: distinguishes several callbacks of a class, in checkpoints and in the log (``tying/<name>/penalty``).
 
     Attributes:
@@ -64,8 +66,11 @@ class PenaltyCallback(TyingCallback):
     ) -> None:
         check_choice("update", update, get_args(Update))
         check_strength("strength", float(strength), update)
+        schedule = from_mapping(schedule, Schedule, "schedule")
         if schedule is not None and not isinstance(schedule, Schedule):
-            raise ConfigurationError(f"schedule must be a tying.soft.Schedule, not {schedule!r}")
+            raise ConfigurationError(
+                f"schedule must be a tying.soft.Schedule, or a mapping of its arguments, not {schedule!r}"
+            )
         self.strength, self.update, self.schedule, self.name = float(strength), update, schedule or Schedule(), name
         self.penalties: list[TyingPenalty] = []
         self.examples_scale = 1.0
@@ -74,6 +79,7 @@ class PenaltyCallback(TyingCallback):
         self._last_factor = 0.0  # on all strengths, at the last step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
 
+    _is_set_up = False
     _log_class = ""  # the class, if another callback logs under the same name
 
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
@@ -102,7 +108,8 @@ class PenaltyCallback(TyingCallback):
     @property
     @override
     def state_key(self) -> str:
-        return f"{type(self).__qualname__}{ {'name': self.name} }"
+        # Lightning refuses equal keys in its own words; in setup, this class refuses equal names
+        return f"{type(self).__qualname__}{ {'name': self.name} }{'' if self._is_set_up else f' {id(self)}'}"
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -114,6 +121,14 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        namesakes = [c for c in callbacks_of(trainer) if type(c) is type(self) and c.name == self.name]
+        if len(namesakes) > 1:
+            raise ConfigurationError(
+                f"{self.label}: {len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give "
+                "each a name of its own, such as name='features', which tells them apart in checkpoints and in the log"
+            )
+        self._is_set_up = True
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
@@ -126,16 +141,41 @@ class PenaltyCallback(TyingCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         namesakes = [c for c in callbacks_of(trainer) if isinstance(c, PenaltyCallback) and c.name == self.name]
         self._log_class = type(self).__name__ if len(namesakes) > 1 else ""
-        self.penalties = self.build_penalties(trainer, pl_module)
+        with acting_on(pl_module, self, callbacks_of(trainer)):
+            self.penalties = self.build_penalties(trainer, pl_module)
         self._micro_batches = 0  # since the last step
         self._announced = False  # whether Lightning has announced the coming step
         self._warned_unstable = self._warned_unannounced = False
         trained = {p for optimizer in trainer.optimizers for p in _learning_rates(optimizer) if p.requires_grad}
         idle = [group.names[0] for group in self.groups if trained.isdisjoint(group.parameters)]
-        if idle and not any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer)):  # which adds them later
+        # BaseFinetuning adds them later
+        if idle and not any(isinstance(c, pl.callbacks.BaseFinetuning) for c in callbacks_of(trainer)):
             warnings.warn(f"no optimizer trains any weight tied to {listed(idle)}: nothing is pulled", stacklevel=2)
-        self._register_hooks(trainer, pl_module)
+        with acting_on(pl_module, self, callbacks_of(trainer)):
+            self._register_hooks(trainer, pl_module)
         super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._project(trainer, pl_module)
+
+    @torch.no_grad()
+    def _project(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Take the proximal steps of infinite strength once, so that no average begins with weights that are apart."""
+        rates = {p: rate for optimizer in trainer.optimizers for p, rate in _learning_rates(optimizer).items()}
+        if not any(rates.values()):  # a warm-up begins at 0
+            rates = dict.fromkeys(rates, 1.0)
+        factors = [self._factor(trainer, optimizer) for optimizer in self._hooks]
+        infinite = [p for p in self.penalties if any(math.isinf(_product(factor, p.strength)) for factor in factors)]
+        for penalty in infinite:
+            penalty.prox_(math.inf, rates)
+        moved = {parameter for penalty in infinite for parameter in members(penalty.groups).values()}
+        names = {name for name, parameter in model.named_parameters() if parameter in moved}
+        for copied in averages(callbacks_of(trainer)) if trainer.global_step == 0 else ():  # made in setup
+            for name, parameter in copied.named_parameters():
+                if name in names:
+                    parameter.copy_(model.get_parameter(name))
 
     def _register_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()

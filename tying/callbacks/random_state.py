@@ -4,17 +4,17 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from tying.callbacks.base import Callback
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import restart_loader
 from tying.weights.sharding import all_gather_object
 
 
-class RandomState(pl.Callback):
+class RandomState(Callback):
     """Save the states of each process's random generators in checkpoints, and restore them when training resumes.
 
     These are the global generators of Python, NumPy and torch, on the CPU and on the process's GPUs. The states are not
@@ -29,6 +29,7 @@ class RandomState(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._restored = ()  # states from an evaluation; a checkpoint to resume from is loaded after this
 
     @override
@@ -66,7 +67,7 @@ class RandomState(pl.Callback):
         if len(self._restored) == trainer.world_size:
             restore_generators(self._restored[trainer.global_rank])
         elif self._restored:
-            rank_zero_warn(
+            pl.utilities.rank_zero_warn(
                 f"the checkpoint holds random states of {len(self._restored)} processes, not of {trainer.world_size}: "
                 "random numbers will differ from those of the uninterrupted run"
             )

@@ -4,9 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
@@ -16,8 +13,9 @@ from tying.callbacks.training_data import num_train_samples
 from tying.callbacks.transform import shared_with
 from tying.errors import ConfigurationError, check_range, listed
 from tying.hard import untie
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import weights_to_prune
-from tying.selection.index import clean_name
+from tying.selection.index import check_shape, clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Penalty, Schedule, TyingPenalty, coupling_strength, gap
@@ -108,30 +106,29 @@ class SoftTying(PenaltyCallback):
         groups = self.penalties[0].groups if self.penalties and self._hardened else resolve(module, self.ties)
         if self.harden_below is not None:
             plan(module, groups)  # raises if they cannot become one weight
-        # optimizer states are restored next, by position: harden now, in the original order of hardening
-        for names in self._restored:
-            self._harden(trainer, module, [group for group in groups if not names.isdisjoint(group.names)], "source")
-            groups = [group for group in groups if names.isdisjoint(group.names)]
+        # optimizer states are restored next, by position, so harden now
+        hardened = {name for names in self._restored for name in names}
+        self._harden(trainer, module, [g for g in groups if not hardened.isdisjoint(g.names)], "source")
         self._restored = []
-        return [TyingPenalty(groups, self.penalty, self.strength)]
+        return [TyingPenalty([g for g in groups if hardened.isdisjoint(g.names)], self.penalty, self.strength)]
 
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if self.harden_below is None:
             return
-        pruning = [callback for callback in others if isinstance(callback, ModelPruning)]
+        pruning = [callback for callback in others if isinstance(callback, pl.callbacks.ModelPruning)]
         pruned = {
             id(getattr(module, name, None)) for callback in pruning for module, name in weights_to_prune(callback)
         }
         if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
             raise ConfigurationError(
-                f"harden_below could not make {conflicts[0]!r} one with another once ModelPruning has pruned it: "
-                "prune other weights, prune in a later run, or leave harden_below out"
+                f"{self.label}: harden_below could not make {conflicts[0]!r} one with another once ModelPruning has "
+                "pruned it: prune other weights, prune in a later run, or leave harden_below out"
             )
         for name, other in shared_with(self, model, others):
             raise ConfigurationError(
-                f"harden_below would replace {name!r}, which another {type(other).__name__} ties too: put "
-                "all their ties into one callback, or leave harden_below out"
+                f"{self.label}: harden_below would replace {name!r}, which another {other.label} ties too: put all "
+                "their ties into one callback, or leave harden_below out"
             )
 
     @override
@@ -141,7 +138,7 @@ class SoftTying(PenaltyCallback):
         [penalty] = self.penalties
         near = [group for group in penalty.groups if gap(group.tensors()) < self.harden_below]
         if near:
-            rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
+            pl.utilities.rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         self._harden(trainer, pl_module, near, "mean")
         self.penalties = [TyingPenalty([g for g in penalty.groups if g not in near], self.penalty, self.strength)]
         self.monitor(pl_module)
@@ -149,9 +146,8 @@ class SoftTying(PenaltyCallback):
 
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
         """Make each group one weight, also in the optimizers."""
-        for group in groups:
-            self._hardened += tie_groups(model, [group], init)
-            merge_optimizer_state(trainer.optimizers, group)
+        self._hardened += tie_groups(model, groups, init)
+        merge_optimizer_state(trainer.optimizers, groups)
 
 
 class Coupling(PenaltyCallback):
@@ -224,10 +220,10 @@ def unpaired(model: nn.Module, first: str, second: str) -> list[str]:
     modules = {clean_name(name): module for name, module in model.named_modules()}
     if not {first, second} <= modules.keys():
         return []
-    ours, theirs = (
-        {clean_name(name): tuple(weight.shape) for name, weight in modules[side].named_parameters()}
-        for side in (first, second)
-    )
+    weights = {side: {clean_name(name): w for name, w in modules[side].named_parameters()} for side in (first, second)}
+    for side, name in ((side, name) for side, names in weights.items() for name in names):
+        check_shape(f"{side}.{name}", weights[side][name])
+    ours, theirs = ({name: tuple(w.shape) for name, w in weights[side].items()} for side in (first, second))
     return [
         *(f"{f'{first}.{name}'!r} has no partner" for name in ours if name not in theirs),
         *(f"{f'{second}.{name}'!r} has no partner" for name in theirs if name not in ours),

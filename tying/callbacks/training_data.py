@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, Sampler
 
 from tying.errors import ConfigurationError
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import training_batch
 
 
@@ -117,7 +116,8 @@ def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchN
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the mean
-        with isolate_rng(), torch.compiler.set_stance("force_eager"):  # compiled, None would depend on data
+        # compiled, a momentum of None would depend on data
+        with pl.utilities.seed.isolate_rng(), torch.compiler.set_stance("force_eager"):
             for loaded in islice(loader, int(batches)):
                 batch = training_batch(trainer, model, loaded)
                 x = batch[0] if isinstance(batch, tuple | list) else batch

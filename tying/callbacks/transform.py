@@ -1,20 +1,23 @@
 """The base of callbacks that change the model before the optimizers are made."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
 from operator import attrgetter
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import AVERAGING, SHARDING, TyingCallback, configure_model, parameters_beside
+from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, listed
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
-from tying.selection.resolve import select
-from tying.weights.derived import derived_weights, eval_mode
+from tying.selection.resolve import parse_patterns, select
+from tying.weights.derived import derived_by_others, derived_weights, eval_mode
+from tying.weights.optimizers import shared_in
 from tying.weights.state_dict import restore_ties
 
 
@@ -34,7 +37,7 @@ class ModelTransform(TyingCallback):
     _optimizer_size = 0
 
     def __init__(self, parameters: list[str]) -> None:
-        self.parameters = parameters
+        self.parameters = parse_patterns(parameters)
 
     def change(self, model: nn.Module) -> list[str]:
         """Change the model; return the names of the weights that become computed."""
@@ -55,6 +58,11 @@ class ModelTransform(TyingCallback):
     def changed(self, model: nn.Module) -> list[str]:
         """Return the names of the changed weights; empty before the change."""
         return recorded(model, self)
+
+    @override
+    def replaced(self, model: nn.Module) -> list[str]:
+        computed = derived_by_others(model)
+        return [name for name in self.changed(model) if name in computed]
 
     def describe(self, model: nn.Module) -> str:
         """Describe what was changed, for reports."""
@@ -78,6 +86,7 @@ class ModelTransform(TyingCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._optimizer_size = 0
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
@@ -87,12 +96,17 @@ class ModelTransform(TyingCallback):
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
         configure_model(trainer, pl_module)
-        self.apply(pl_module)
+        if self.is_applied(pl_module):
+            self.apply(pl_module)
+        else:
+            with acting_on(pl_module, self, callbacks_of(trainer)):
+                self.apply(pl_module)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         dedupe_param_groups(trainer)
+        self.check_optimizers(trainer)
         parameters = {id(parameter) for parameter in pl_module.parameters()}
         optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
@@ -100,8 +114,8 @@ class ModelTransform(TyingCallback):
             stale = [name for name in self.changed(pl_module) if attrgetter(name)(pl_module).shape in strangers]
         if stale:
             raise ConfigurationError(
-                f"an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it was made before "
-                "the model was changed. Make it in configure_optimizers"
+                f"{self.label}: an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it "
+                "was made before the model was changed. Make it in configure_optimizers"
             )
 
     @override
@@ -114,8 +128,30 @@ class ModelTransform(TyingCallback):
             dedupe_param_groups(trainer)
             self.check_optimizers(trainer)
 
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if "more than one parameter group" in str(exception) and (  # torch's words, in configure_optimizers
+            shared := shared_in(pl_module, self.affected(pl_module).values())
+        ):
+            exception.args = (f"{exception}: {self._explain_sharing(shared.values())}",)
+
     def check_optimizers(self, trainer: pl.Trainer) -> None:
-        """Raise a ConfigurationError if optimizers hold a weight several times."""
+        """Raise a ConfigurationError if the optimizers hold an affected weight several times."""
+        model, groups = trainer.lightning_module, [g for o in trainer.optimizers for g in o.param_groups]
+        counts = Counter(parameter for group in groups for parameter in group["params"])
+        for name, parameter in self.affected(model).items():
+            if (count := counts[parameter]) > 1:
+                names = shared_in(model, [parameter]).get(parameter, name)
+                raise ConfigurationError(
+                    f"{self.label}: {name!r} stands {count} times in the optimizers, and would be stepped and decayed "
+                    f"as often: {self._explain_sharing([names])}"
+                )
+
+    def _explain_sharing(self, names: Iterable[str]) -> str:
+        return (
+            f"{self.label} made {listed(names, limit=3)} one parameter. Build the optimizers from "
+            "self.parameters(), which yields each weight once, or give it to the group of one of its modules only"
+        )
 
 
 def arguments_of(callback: pl.Callback) -> str:

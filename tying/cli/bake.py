@@ -5,21 +5,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tying.cli.inspect import load_weights
 from tying.errors import ConfigurationError
 from tying.files import atomically, read
 from tying.hard import bake
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
 from tying.selection.index import unwrapped
 
 HELP = "Write the plain weights of a checkpoint, which load without this package."
 
 
-def bake_parser() -> LightningArgumentParser:
+def bake_parser() -> pl.cli.LightningArgumentParser:
     """Return the parser of the arguments of :func:`export`."""
-    parser = LightningArgumentParser(description=HELP, exit_on_error=False)
+    parser = pl.cli.LightningArgumentParser(description=HELP, exit_on_error=False)
     parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint of Lightning, or a state dict")
     parser.add_argument("--seed_everything", type=bool, default=False, help=SUPPRESS)  # Lightning requires it
     parser.add_argument("--out", type=Path, required=True, help="a file of torch, or of safetensors by its suffix")
@@ -29,7 +29,9 @@ def bake_parser() -> LightningArgumentParser:
     return parser
 
 
-def export(checkpoint: Path, out: Path, configs: Sequence[str], load: Callable[[Sequence[str]], LightningCLI]) -> None:
+def export(
+    checkpoint: Path, out: Path, configs: Sequence[str], load: Callable[[Sequence[str]], pl.cli.LightningCLI]
+) -> None:
     """Write the plain weights of a checkpoint.
 
     Args:

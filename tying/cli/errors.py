@@ -9,10 +9,10 @@ from importlib import import_module
 from inspect import signature
 from pickle import PickleError
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from yaml import YAMLError
 
 from tying.errors import ConfigurationError, listed, nearest
+from tying.lightning_workarounds import MisconfigurationException
 
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
 TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # of types that users rarely mean

@@ -3,15 +3,16 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from rich.console import Console, RenderableType
 
 from tying.callbacks import TyingCallback
+from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
 from tying.callbacks.transform import ModelTransform, averaging_before
 from tying.depth import Merge
@@ -19,6 +20,8 @@ from tying.errors import ConfigurationError, listed
 from tying.files import read
 from tying.hard import audit
 from tying.hashing import plot_loads, report
+from tying.lightning_namespace import pl
+from tying.mixins import kept_beside, mixin_callbacks
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import TiedGroup
@@ -118,7 +121,8 @@ def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> l
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
     kinds = {type(callback) for callback in added}
-    return [*(callback for callback in callbacks if type(callback) not in kinds), *added]
+    beside = [kept_beside(callback, callbacks, type(model).__name__) for callback in mixin_callbacks(model)]
+    return [*(callback for callback in callbacks if type(callback) not in kinds), *chain(*beside), *added]
 
 
 def _examine(
@@ -139,20 +143,23 @@ def _examine(
     for callback in sorted(tying, key=lambda callback: not isinstance(callback, ModelTransform)):
         kind = type(callback).__name__
         try:
-            ties, groups = _match_ties(model, callback, text)
-            rows = [group_row(kind, group) for group in groups]  # before they become one weight, to report their gaps
-            entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
-            if isinstance(callback, ModelTransform):
-                if groups:
-                    text.append(summary(rows, summary_lines(model, groups), max_rows=None))
-                callback.apply(model)
-                if not groups:
-                    entries[callback]["description"] = callback.describe(model)
-                    text.append(f"{kind}: {entries[callback]['description']}")
-            elif not groups and (weights := callback.affected(model)):
-                text.append(f"{kind}: {len(weights)} weights: {listed(weights)}")
-            else:
-                pulled += zip(rows, groups, strict=True)
+            with acting_on(model, callback, callbacks):
+                ties, groups = _match_ties(model, callback, text)
+                rows = [
+                    group_row(kind, group) for group in groups
+                ]  # before they become one weight, to report their gaps
+                entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
+                if isinstance(callback, ModelTransform):
+                    if groups:
+                        text.append(summary(rows, summary_lines(model, groups), max_rows=None))
+                    callback.apply(model)
+                    if not groups:
+                        entries[callback]["description"] = callback.describe(model)
+                        text.append(f"{kind}: {entries[callback]['description']}")
+                elif not groups and (weights := callback.affected(model)):
+                    text.append(f"{kind}: {len(weights)} weights: {listed(weights)}")
+                else:
+                    pulled += zip(rows, groups, strict=True)
         except ConfigurationError as error:
             errors.append(str(error))
     if errors:

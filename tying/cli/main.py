@@ -10,10 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 import tying.callbacks
@@ -24,6 +21,7 @@ from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError
 from tying.files import check_whole, newest_intact
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
 
 SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's configuration, without its subcommand's options
@@ -66,7 +64,7 @@ class Trainer(pl.Trainer):
         )
 
 
-class SaveConfig(SaveConfigCallback):
+class SaveConfig(pl.cli.SaveConfigCallback):
     """Save the configuration in the logger's directory; do nothing without a logger."""
 
     @override
@@ -75,7 +73,7 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class Parser(LightningArgumentParser):
+class Parser(pl.cli.LightningArgumentParser):
     """Lightning's parser, with the subcommand ``bake``, which needs neither trainer nor model."""
 
     @override
@@ -85,7 +83,7 @@ class Parser(LightningArgumentParser):
         return subcommands
 
 
-class TyingCLI(LightningCLI):
+class TyingCLI(pl.cli.LightningCLI):
     """LightningCLI for any LightningModule and any LightningDataModule, with the subcommands ``inspect`` and ``bake``.
 
     Hyperparameters stored in the checkpoint are ignored; your config decides.
@@ -96,14 +94,14 @@ class TyingCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+        return {**pl.cli.LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
 
     @override
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+    def init_parser(self, **kwargs: Any) -> pl.cli.LightningArgumentParser:
         return super().init_parser(**{"exit_on_error": False, **kwargs})  # main prints shorter errors
 
     @override
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: pl.cli.LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # Lightning would warn about arguments that a program passes
         options = self.config.get(str(self.config.get("subcommand")), {})
         if options.get("weights_only", False) is None:
@@ -147,7 +145,9 @@ class TyingCLI(LightningCLI):
             raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}; give its path")
         options.ckpt_path = None if newest is None else str(newest)
         use = "going on from" if self.subcommand == "fit" else "taking the weights of"
-        rank_zero_info(f"no earlier run is in {where}: training begins anew" if newest is None else f"{use} {newest}")
+        pl.utilities.rank_zero_info(
+            f"no earlier run is in {where}: training begins anew" if newest is None else f"{use} {newest}"
+        )
 
 
 def newest_checkpoint(trainer: pl.Trainer) -> Path | None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10 as Official
@@ -16,6 +15,7 @@ from tying.data.folders import PACKED, Split, find_splits, load_folder
 from tying.data.images import Images, draw_balanced, spread_evenly
 from tying.data.sample import CLASSES, load_sample
 from tying.errors import ConfigurationError, check_choice
+from tying.lightning_namespace import pl
 
 Source = Literal["auto", "archive", "folder", "sample"]
 
@@ -171,15 +171,15 @@ class TwoDomains(CIFAR10):
         return {"colour": (images[~chosen], labels[~chosen])} | in_grey
 
     @override
-    def predict_dataloader(self) -> CombinedLoader:
-        return CombinedLoader(self._loader("test").iterables, "sequential")
+    def predict_dataloader(self) -> pl.utilities.CombinedLoader:
+        return pl.utilities.CombinedLoader(self._loader("test").iterables, "sequential")
 
     @override
     def _loader(self, split: str, train: bool = False) -> Any:
         if split not in ("val", "test"):
             return super()._loader(split, train)
         loaders = {"colour": super()._loader(split), "grey": super()._loader(f"{split} in grey")}
-        return CombinedLoader(loaders, "min_size")
+        return pl.utilities.CombinedLoader(loaders, "min_size")
 
 
 def load_archive(root: Path, download: bool = False) -> dict[str, Split]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -13,6 +12,7 @@ from tying.data.batches import BatchLoader, RawBatch, augment, normalize
 from tying.data.folders import Split
 from tying.data.resuming import ResumableData
 from tying.errors import ConfigurationError, check_range, listed
+from tying.lightning_namespace import pl
 
 
 class Images(ResumableData):
@@ -105,7 +105,7 @@ class Images(ResumableData):
         self._splits |= self.divide(*self._splits["fit"])
         counts = ", ".join(f"{len(part)} {split}" for split, (_, part) in self._splits.items())
         place = f" at {root}" if (root := getattr(self, "root", None)) else ""
-        rank_zero_info(f"{type(self).__name__}: {self.description}{place} ({counts})")
+        pl.utilities.rank_zero_info(f"{type(self).__name__}: {self.description}{place} ({counts})")
 
     def _select_classes(self, images: Tensor, labels: Tensor) -> Split:
         if self.classes is None:
@@ -121,7 +121,9 @@ class Images(ResumableData):
         if self.parts[0] not in self._splits:
             return super().train_dataloader()
         loaders = {part: self._loader(part, train=True) for part in self.parts}
-        return CombinedLoader({part: loader for part, loader in loaders.items() if len(loader)}, "max_size_cycle")
+        return pl.utilities.CombinedLoader(
+            {part: loader for part, loader in loaders.items() if len(loader)}, "max_size_cycle"
+        )
 
     @override
     def val_dataloader(self) -> Any:

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import lightning.pytorch as pl
 from typing_extensions import override
+
+from tying.lightning_namespace import check_namespace, pl
 
 
 class ResumableLoader:
@@ -79,6 +80,12 @@ class ResumableData(pl.LightningDataModule):
             if split in self._positions:
                 loader.load_state_dict(self._positions.pop(split))
         return loader
+
+    @override
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "trainer":
+            check_namespace(type(value), type(self).__name__)
+        super().__setattr__(name, value)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from tying.data.resuming import ResumableData, ResumableLoader
 from tying.errors import ConfigurationError, check_range
+from tying.lightning_namespace import pl
 
 UNKNOWN = 0  # the id of all characters outside the vocabulary
 HELD_OUT = 20  # 1/20 of the text (or of the files) is for validation, and 1/20 for testing
@@ -129,7 +129,7 @@ class Text(ResumableData):
             split: torch.tensor([known.get(letter, UNKNOWN) for letter in text]) for split, text in texts.items()
         }
         sizes = [f"{len(ids):,} {split} ({int((ids == UNKNOWN).sum())} unknown)" for split, ids in self._ids.items()]
-        rank_zero_info(f"Text: {self.description} of {len(self.letters)} characters: {', '.join(sizes)}")
+        pl.utilities.rank_zero_info(f"Text: {self.description} of {len(self.letters)} characters: {', '.join(sizes)}")
 
     @property
     def description(self) -> str:

@@ -123,7 +123,8 @@ class TemplateBank(nn.Module):
 class TemplateMixture(nn.Module):
     """The parametrization ``W = Σ_j α_j T_j`` with a bank that several weights share; see :func:`mix_templates`.
 
-    Assigning a weight stores the nearest mixture. Do not apply weight decay to the coefficients.
+    Assigning a weight stores the nearest mixture. Weight decay should leave the coefficients out, as ``no_decay``
+    declares: :func:`tying.weights.optimizers.decay_groups` returns parameter groups that do so.
 
     Args:
         bank: the templates.
@@ -140,6 +141,8 @@ class TemplateMixture(nn.Module):
         >>> sum(p.numel() for p in model.parameters())
         26
     """
+
+    no_decay = True
 
     def __init__(self, bank: TemplateBank) -> None:
         super().__init__()

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
 from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
@@ -18,6 +17,7 @@ from tying.hashing.report import HashReport, report
 from tying.selection.resolve import select
 from tying.selection.tie import Tie
 from tying.weights.derived import ParameterLocation, check_free, derived_in, install, locate_parameters, swap_class
+from tying.weights.finite import check_finite
 from tying.weights.optimizers import check_alike
 from tying.weights.tie import tie
 
@@ -156,8 +156,8 @@ def _choose(
         if any(locations[name].attribute in derived.prefixes for derived in derived_in(locations[name].owner))
     ]:
         raise ConfigurationError(f"{tables[0]!r} is the table of a hashed layer already")
-    if lazy := [name for name, weight in selected.items() if is_lazy(weight)]:
-        raise ConfigurationError(f"{listed(lazy)}: not initialised yet; call the model on a batch first")
+    for name, weight in selected.items():
+        check_finite(name, weight)
     chosen = {
         name: selected[name]
         for name in locations  # in the model's order

@@ -13,7 +13,9 @@ from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import loads
+from tying.selection.index import check_shape
 from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.weights.finite import check_finite
 
 Start = Literal["linear", "density", "forgy"]
 
@@ -111,6 +113,7 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     Raises:
         ConfigurationError: there are more clusters than weights, or the weight is tied or computed, or belongs to an
             embedding with an option that hashed embeddings do not support.
+        NonFiniteError: the weight is not finite.
 
     Example:
         >>> layer = nn.Linear(100, 10)
@@ -126,6 +129,7 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
     check_clusterable(name, locate_parameters(model), clusters)
     flat = module.get_parameter(attribute).detach().flatten()
+    check_finite(name, flat)
     nonzero = flat[flat != 0]
     assignments, centroids = torch.full_like(flat, -1, dtype=torch.int64), flat.new_zeros(1)
     if len(nonzero):
@@ -148,7 +152,12 @@ def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clu
     """
     if name not in locations:
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
+    check_shape(name, locations[name].parameter)
     check_hashable(name, locations)
+    if not locations[name].parameter.is_floating_point():
+        raise ConfigurationError(
+            f"{name!r} is {locations[name].parameter.dtype}, and clusters are of real numbers: exclude it"
+        )
     check_range(f"{name!r}: clusters", clusters, f"[1, {locations[name].parameter.numel()}]")
 
 

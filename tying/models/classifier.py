@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -16,7 +14,9 @@ from typing_extensions import override
 
 from tying.depth import Sampled, sampled
 from tying.errors import ConfigurationError, check_choice, check_range
+from tying.lightning_namespace import pl
 from tying.models.pretrained import load_pretrained
+from tying.weights.optimizers import decay_groups
 
 RANGES = {
     "lr": "[0, inf]",
@@ -61,7 +61,7 @@ class Classification(SingleStep):
         optimizer: SGD with Nesterov momentum, or AdamW.
         lr: peak learning rate.
         momentum: momentum of SGD.
-        weight_decay: weight decay of either optimizer, for all parameters.
+        weight_decay: weight decay of either optimizer, for all parameters but the coefficients of template mixtures.
         schedule: learning rate after the warm-up. ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at
             each of ``drops``; ``"constant"``. ``"plateau"`` has no warm-up: divide by 10 after four epochs without a
             better training accuracy.
@@ -171,13 +171,13 @@ class Classification(SingleStep):
         return sampled(self, x, samples) if samples > 1 else cast(Tensor, self(x).softmax(dim=-1))
 
     @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         hparams = self.hparams
-        lr, momentum, decay = hparams["lr"], hparams["momentum"], hparams["weight_decay"]
+        lr, momentum, groups = hparams["lr"], hparams["momentum"], decay_groups(self, hparams["weight_decay"])
         optimizer = (
-            torch.optim.SGD(self.parameters(), lr, momentum, weight_decay=decay, nesterov=momentum > 0)
+            torch.optim.SGD(groups, lr, momentum, nesterov=momentum > 0)
             if hparams["optimizer"] == "sgd"
-            else torch.optim.AdamW(self.parameters(), lr, weight_decay=decay)
+            else torch.optim.AdamW(groups, lr)
         )
         if hparams["schedule"] == "plateau":
             return {

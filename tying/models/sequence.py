@@ -4,14 +4,13 @@ import math
 from typing import Any, Literal, cast, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.memory import recursive_detach
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.depth import HMLSTM, HMState
 from tying.errors import ConfigurationError, check_choice
+from tying.lightning_namespace import pl
 from tying.models.classifier import Classification
 from tying.weights.sharding import all_gather_object
 
@@ -23,7 +22,7 @@ class SequenceModel(Classification):
 
     ``network`` has the interface of ``nn.LSTM``: called with inputs (steps, batch, features) and an optional state, it
     returns outputs (steps, batch, size) and a state. The parts are ``embedding`` (of a language model), ``network`` and
-    ``head``; if the embedding is as large as the output, ``"embedding.weight ~ head.weight"`` ties both.
+    ``head``; if the embedding is as large as the output, ``"head.weight ~ embedding.weight"`` ties both.
 
     A language model logs bits per character, ``…/bits``. It carries the detached state from batch to batch, and starts
     each epoch and each evaluation without a state. Checkpoints contain the state of each process; a run that resumes
@@ -123,7 +122,7 @@ class SequenceModel(Classification):
         fits = carried is not None and _leaves(carried)[0].shape[1] == len(x)
         logits, state = self.run(x, carried if fits else None)
         if self.task == "language":
-            self._carried[stage] = recursive_detach(state)
+            self._carried[stage] = pl.utilities.memory.recursive_detach(state)
         return logits
 
     @override
@@ -147,7 +146,7 @@ class SequenceModel(Classification):
             leaves = [leaf.to(self.device) for leaf in processes[self.global_rank]]
             self._carried["train"] = leaves[0] if len(leaves) == 1 else tuple(leaves)
         elif processes:
-            rank_zero_warn(
+            pl.utilities.rank_zero_warn(
                 f"the checkpoint holds states of {len(processes)} processes, not of {self.trainer.world_size}: "
                 "training continues from a state of zeros"
             )

@@ -1,11 +1,12 @@
 """Find the parameters and modules of a model by name patterns."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tying.errors import ConfigurationError, nearest
@@ -41,7 +42,7 @@ def plain_name(name: str) -> str:
     return _PARAMETRIZED.sub(r"\1", name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # one for each weight: fewer objects to collect
 class Match:
     """A weight that a pattern matches.
 
@@ -90,6 +91,15 @@ class Names:
         # reversed, so that the first name overwrites the later ones
         return {id(p): name for name, p in reversed(self.parameters.items()) if name not in self.layouts}
 
+    @cached_property
+    def _below(self) -> dict[str, list[str]]:
+        """The names of the parameters in each module, itself and its parts, by the module's name."""
+        below: dict[str, list[str]] = {}
+        for name in self.parameters:
+            for module in _parents(name):
+                below.setdefault(module, []).append(name)
+        return below
+
     def find(self, text: str, exclude: Sequence[str], context: str) -> list[Match]:
         """Return the weights that a pattern matches, without the excluded ones.
 
@@ -104,7 +114,7 @@ class Names:
         pattern = Pattern(text)
         matches = [
             self._match(captures, name)
-            for name in ([text] if pattern.literal and text in self.parameters else self.parameters)
+            for name in _candidates(pattern, self.parameters)
             if (captures := pattern.match(name)) is not None
         ] or self._below_modules(pattern)
         if not matches:
@@ -126,14 +136,13 @@ class Names:
 
     def _below_modules(self, pattern: Pattern) -> list[Match]:
         outermost: dict[str, Captures] = {}
-        for name in filter(None, self.modules):
+        for name in filter(None, _candidates(pattern, self.modules)):
             if (captures := pattern.match(name)) is not None and outermost.keys().isdisjoint(_parents(name)):
                 outermost[name] = captures
         return [
-            self._match(outermost[module], name, name.removeprefix(f"{module}."))
-            for name in self.parameters
-            for module in _parents(name)
-            if module in outermost
+            self._match(captures, name, name.removeprefix(f"{module}."))
+            for module, captures in outermost.items()
+            for name in self._below.get(module, ())
         ]
 
     def _explain_derived(self, pattern: Pattern) -> str:
@@ -149,6 +158,20 @@ class Names:
             if computed
             else ""
         )
+
+
+def check_shape(name: str, parameter: nn.Parameter, context: str = "") -> None:
+    """Raise a ConfigurationError, which begins with ``context``, if a parameter is lazy: it has no shape yet."""
+    if is_lazy(parameter):
+        raise ConfigurationError(
+            f"{context}{name!r} has no shape yet, since its layer is lazy: call the model on a batch first, or make "
+            "the layer with its sizes"
+        )
+
+
+def _candidates(pattern: Pattern, names: Mapping[str, object]) -> Iterable[str]:
+    """Return the names that a pattern may match."""
+    return filter(names.__contains__, [pattern.text]) if pattern.literal else names
 
 
 def _parents(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Patterns of dotted names, with the wildcards of a shell, ``**`` across parts, and captures."""
+"""Patterns of dotted names, with the wildcards of a shell, ``**`` across parts, ranges of integers, and captures."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,13 @@ from functools import cached_property
 
 from tying.errors import ConfigurationError
 
-_TOKEN = re.compile(r"\{(?P<mirror>-?)(?P<name>[A-Za-z_]\w*)\}|(?P<set>\[!?\]?[^\]]*\])|(?P<char>.)", re.DOTALL)
+_TOKEN = re.compile(
+    r"\{(?:(?P<mirror>-?)(?P<name>[A-Za-z_]\w*))?(?P<range>(?(name):)(?P<low>[0-9]+)\.\.(?P<high>[0-9]+))?(?<!\{)\}"
+    r"|(?P<braces>\{[^{}]*[{}]?|\})|(?P<set>\[!?\]?[^\].]*\])|(?P<char>.)",
+    re.DOTALL,
+)
+_DOT = re.compile(r"\.(?![^{}]*\})")  # outside braces
+_NUMBERS = re.compile(r"([0-9]+)-([0-9]{2,})|([0-9]{2,})-([0-9]+)")  # in a set, whose characters are single digits
 Captures = tuple[tuple[str, str], ...]  # (capture, text) in the pattern's order
 
 
@@ -17,11 +23,14 @@ class Pattern:
     """A pattern of dotted names.
 
     ``*``, ``?`` and ``[...]`` work as in a shell, within one dotted part. ``**`` matches zero or more whole parts.
-    ``{i}`` captures text within one part. ``{-i}`` also captures text; its values are paired in mirrored order.
+    ``{0..11}`` matches the integers from 0 to 11, without leading zeros. ``{i}`` captures text within one part, and
+    ``{i:0..11}`` an integer. ``{-i}`` and ``{-i:0..11}`` also capture; their values are paired in mirrored order.
 
     Example:
         >>> Pattern("encoder.{i}.weight").match("encoder.0.weight")
         (('i', '0'),)
+        >>> [name for name in ("h.8", "h.11", "h.12") if Pattern("h.{0..11}").match(name) is not None]
+        ['h.8', 'h.11']
         >>> Pattern("**.weight").match("encoder.0.bias") is None
         True
     """
@@ -44,7 +53,11 @@ class Pattern:
         return not set(self.text) & set("*?[]{}")
 
     def match(self, name: str) -> Captures | None:
-        """Return the captures if the pattern matches the whole ``name``, else ``None``."""
+        """Return the captures if the pattern matches the whole ``name``, else ``None``.
+
+        Raises:
+            ConfigurationError: the pattern is malformed.
+        """
         if self.literal:
             return () if name == self.text else None
         match = self._regex.fullmatch(f"{name}.")
@@ -53,10 +66,11 @@ class Pattern:
     @cached_property
     def _regex(self) -> re.Pattern[str]:
         """The regular expression; it matches a name with a dot after it, so that every part ends with a dot."""
-        parts = self.text.split(".")
+        self._check_brackets()
+        parts = _DOT.split(self.text)
         if not all(parts):
             raise ConfigurationError(f"pattern {self.text!r} has an empty part between its dots")
-        captured: set[str] = set()
+        captured: dict[str, str | None] = {}
         regex = ""
         for part, before in zip(parts, ["", *parts], strict=False):
             if part != "**":
@@ -65,27 +79,77 @@ class Pattern:
                 regex += r"(?:[^.]+\.)*"
         return re.compile(regex)
 
-    def _translate(self, part: str, captured: set[str]) -> str:
-        """Return the regular expression of one part, and add the names of its captures to ``captured``."""
+    def _check_brackets(self) -> None:
+        """Raise a ConfigurationError for braces and brackets that are not closed, or hold something else."""
+        for token in _TOKEN.finditer(self.text):
+            if (braces := token["braces"]) or token["char"] in ("[", "]"):
+                if not braces or len(braces) == 1 or braces[-1] not in "{}":
+                    reason = f"a lone {token[0][0]!r}"
+                elif braces[-1] == "{":
+                    reason = "braces within braces"
+                else:
+                    reason = f"{braces!r} is " + ("no range of two integers" if ".." in braces else "no capture")
+                raise ConfigurationError(
+                    f"pattern {self.text!r}: {reason}; captures are written {{i}} or {{-i}}, ranges {{0..11}}, "
+                    "{i:0..11} or {-i:0..11}, and sets [abc]"
+                )
+            if token["set"] and (numbers := _NUMBERS.search(token["set"])):
+                low, high = filter(None, numbers.groups())
+                raise ConfigurationError(
+                    f"pattern {self.text!r}: the set {token['set']!r} matches one character, not the numbers {low} "
+                    f"to {high}: write {{{low}..{high}}}, or for characters list them, as in [0123]"
+                )
+
+    def _translate(self, part: str, captured: dict[str, str | None]) -> str:
+        """Return the regular expression of one part, and add its captures, with their ranges, to ``captured``."""
         if "**" in part:
             raise ConfigurationError(f"pattern {self.text!r}: '**' must be a whole part between dots")
         regex = ""
         for token in _TOKEN.finditer(part):
-            if name := token["name"]:
-                if bool(token["mirror"]) != (name in self.mirrored):
-                    raise ConfigurationError(f"pattern {self.text!r} has both {{{name}}} and {{-{name}}}")
-                regex += f"(?P={name})" if name in captured else f"(?P<{name}>[^.]+)"
-                captured.add(name)
+            if token["name"]:
+                regex += self._capture(token, captured)
+            elif token["range"]:
+                regex += self._integers(token)
             elif token["set"]:
                 # fnmatch translates the sets of a shell; the lookahead excludes the dot
                 regex += r"(?!\.)" + translate(token["set"]).removeprefix("(?s:")[:-3]
-            elif token["char"] in "{}[]":
-                raise ConfigurationError(
-                    f"pattern {self.text!r}: a lone {token['char']!r}; captures are written {{i}} or {{-i}}, sets [abc]"
-                )
             else:
                 regex += {"*": "[^.]*", "?": "[^.]"}.get(token["char"], re.escape(token["char"]))
         return regex
+
+    def _capture(self, token: re.Match[str], captured: dict[str, str | None]) -> str:
+        """Return the regular expression of a capture, which at later places matches what it captured first."""
+        name, numbers = token["name"], token["range"]
+        if bool(token["mirror"]) != (name in self.mirrored):
+            raise ConfigurationError(f"pattern {self.text!r} has both {{{name}}} and {{-{name}}}")
+        if name in captured:
+            if numbers not in (None, captured[name]):
+                raise ConfigurationError(f"pattern {self.text!r}: give {{{name}}} its range where it first stands")
+            return f"(?P={name})"
+        captured[name] = numbers
+        return f"(?P<{name}>{self._integers(token) if numbers else '[^.]+'})"
+
+    def _integers(self, token: re.Match[str]) -> str:
+        """Return the regular expression of the integers in a range, both ends included."""
+        low, high = int(token["low"]), int(token["high"])
+        if [token["low"], token["high"]] != [str(low), str(high)]:
+            raise ConfigurationError(
+                f"pattern {self.text!r}: {token[0]!r} has leading zeros, and ranges match numbers without them: write "
+                f"{{{low}..{high}}}, or sets of digits such as 0[0-9]"
+            )
+        if low > high:
+            raise ConfigurationError(
+                f"pattern {self.text!r}: {token[0]!r} descends, and ranges ascend: write {{{high}..{low}}}; a mirrored "
+                "order is written {-i}"
+            )
+        blocks = []
+        while low <= high:  # 10 ** k numbers from a multiple of 10 ** k on are a prefix and k digits
+            k = 0
+            while low and low % 10 ** (k + 1) == 0 and low + 10 ** (k + 1) - 1 <= high:
+                k += 1
+            blocks.append(f"{low // 10**k}" + "[0-9]" * k)
+            low += 10**k
+        return f"(?:{'|'.join(blocks)})"
 
 
 def mirror_ranks(matches: list[Captures], capture: str, within: Sequence[str] = ()) -> dict[Captures, tuple[int, int]]:

@@ -63,7 +63,9 @@ class Relation:
 
     def then(self, following: Relation) -> Relation:
         """Return the composition that applies this map first and ``following`` second."""
-        if self.steps and following.steps and self.steps[-1] == following.steps[0].inverse():
+        if not (self.steps and following.steps):
+            return self if self.steps else following
+        if self.steps[-1] == following.steps[0].inverse():
             return Relation(self.steps[:-1]).then(Relation(following.steps[1:]))
         return Relation(self.steps + following.steps)
 

@@ -1,19 +1,19 @@
 """Resolve ties to groups of tensors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError, listed, nearest
-from tying.selection.index import Match, Names
+from tying.selection.index import Match, Names, check_shape
 from tying.selection.patterns import Pattern, mirror_ranks
 from tying.selection.relation import Relation, bind, check
-from tying.selection.tie import Tie, TiedGroup
+from tying.selection.tie import AnyTie, Tie, TiedGroup, parse_ties
 
 
-def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
+def resolve(model: nn.Module, ties: Sequence[AnyTie]) -> list[TiedGroup]:
     """Return the groups of tensors that ties describe.
 
     Aliases of a tensor count once. Groups that share a tensor are merged into one. Names do not contain the parts that
@@ -21,7 +21,7 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
 
     Args:
         model: the module with the parameters to tie.
-        ties: ties, or their string form ``"source ~ target | relation"``.
+        ties: ties, their string form ``"source ~ target | relation"``, or mappings of :class:`Tie`'s arguments.
 
     Raises:
         ConfigurationError: a pattern matches nothing, a weight has no partner, shapes do not fit, a weight is tied to
@@ -35,37 +35,58 @@ def resolve(model: nn.Module, ties: Sequence[Tie | str]) -> list[TiedGroup]:
         >>> [tuple(tensor.shape) for tensor in group.tensors()]
         [(3, 8), (3, 8)]
     """
-    if isinstance(ties, str | Tie):
-        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
-    return _resolve(Names(model), ties)
+    return resolve_named(model, parse_ties(ties) if ties else [])[0]
 
 
 def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that match a list of patterns; a leading ``!`` excludes matches. Aliases count once.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or all matches are excluded.
+        ConfigurationError: a pattern matches nothing, all matches are excluded, or a parameter has no shape yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> list(select(model, ["*.weight", "!0"]))
         ['1.weight']
     """
-    if isinstance(patterns, str) or all(pattern.startswith("!") for pattern in patterns):
-        raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
+    patterns = parse_patterns(patterns)
     names = Names(model)
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     matches = [
         match
         for pattern in patterns
         if not pattern.startswith("!")
-        for match in names.find(pattern, exclude, f"parameters {list(patterns)}")
+        for match in names.find(pattern, exclude, f"parameters {patterns}")
     ]
+    if lazy := next((match for match in matches if is_lazy(match.parameter)), None):
+        check_shape(lazy.name, lazy.parameter, f"parameters {patterns}: ")
     first_names = {id(match.parameter): match.name for match in reversed(matches)}
     return {first_names[id(match.parameter)]: match.parameter for match in matches}
 
 
-def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedGroup] | ConfigurationError]:
+def parse_patterns(patterns: Sequence[str]) -> list[str]:
+    """Return patterns of parameters as a list.
+
+    Raises:
+        ConfigurationError: they are one string, or none of them selects parameters.
+
+    Example:
+        >>> parse_patterns("encoder.*")
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: parameters must be a list of patterns; write ['encoder.*']
+    """
+    if isinstance(patterns, str):
+        raise ConfigurationError(f"parameters must be a list of patterns; write [{patterns!r}]")
+    if (
+        not isinstance(patterns, Sequence)
+        or not all(isinstance(pattern, str) for pattern in patterns)
+        or all(pattern.startswith("!") for pattern in patterns)
+    ):
+        raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
+    return [*patterns]
+
+
+def resolve_each(model: nn.Module, ties: Sequence[AnyTie]) -> list[list[TiedGroup] | ConfigurationError]:
     """Resolve each tie separately; return its groups, or the error that it raises.
 
     Example:
@@ -74,12 +95,33 @@ def resolve_each(model: nn.Module, ties: Sequence[Tie | str]) -> list[list[TiedG
     """
     names = Names(model)
     results: list[list[TiedGroup] | ConfigurationError] = []
-    for tie in ties:
+    for tie in parse_ties(ties) if ties else []:
         try:
-            results.append(_resolve(names, [tie]))
+            results.append(_merge({tie: _groups_of(tie, names)}))
         except ConfigurationError as error:
             results.append(error)
     return results
+
+
+def resolve_named(model: nn.Module, ties: Sequence[Tie]) -> tuple[list[TiedGroup], dict[Tie, frozenset[str]]]:
+    """Return the groups of tensors that ties describe, and the names that each tie describes.
+
+    Raises:
+        ConfigurationError: as :func:`resolve`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> groups, names = resolve_named(model, [Tie("*.weight")])
+        >>> groups[0].names, sorted(names[Tie("*.weight")])
+        (('0.weight', '1.weight'), ['0.weight', '1.weight'])
+    """
+    index = Names(model)
+    described = {tie: _groups_of(tie, index) for tie in ties}
+    names = {
+        tie: frozenset(name for members in groups for name, _, _ in members.values())
+        for tie, groups in described.items()
+    }
+    return _merge(described), names
 
 
 Member = tuple[str, nn.Parameter, Relation]
@@ -91,10 +133,11 @@ class _Group:
     age: int  # groups with a smaller number were made earlier
 
 
-def _resolve(names: Names, ties: Sequence[Tie | str]) -> list[TiedGroup]:
+def _merge(described: Mapping[Tie, list[dict[int, Member]]]) -> list[TiedGroup]:
+    """Return the groups that ties describe together: those that share a parameter are one."""
     groups: dict[int, _Group] = {}  # the group of each parameter, by identity
-    for tie in (Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties):
-        for members in _groups_of(tie, names):
+    for tie, parts in described.items():
+        for members in parts:
             _unite(members, groups, tie)
     # in order of creation
     columns = {id(group): zip(*group.members.values(), strict=True) for group in groups.values()}
@@ -159,8 +202,8 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
     """Return the members of one group by identity; ``names`` gives the name of each parameter in its own layout."""
     first = sources[0]
     matches = [*sources, *targets]
-    if lazy := next((match.name for match in matches if is_lazy(match.parameter)), None):
-        raise ConfigurationError(f"tie '{tie}': {lazy!r} has no shape yet. Let the model see a batch first")
+    if lazy := next((match for match in matches if is_lazy(match.parameter)), None):
+        check_shape(lazy.name, lazy.parameter, f"tie '{tie}': ")
     members: dict[int, Member] = {}
     for position, match in enumerate(matches):
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.relation import Relation
+
+_BRACES = re.compile(r"\{[^~|=\s]*\}")  # which Pattern reads
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,10 @@ class Tie:
     """Selects weights to tie, by name.
 
     Args:
-        source: a pattern of parameter or module names. ``*``, ``?`` and ``[...]`` match within one dotted part,
-            ``**`` matches any number of parts, ``{i}`` captures text. A pattern that matches no parameter may match
-            modules: every parameter in them is then tied by its relative name.
+        source: a pattern of parameter or module names; hard ties take the source's values. ``*``, ``?`` and ``[...]``
+            match within one dotted part, ``**`` matches any number of parts, ``{0..11}`` integers, ``{i}`` captures
+            text and ``{i:0..11}`` an integer; see :class:`tying.selection.Pattern`. A pattern that matches no parameter
+            may match modules: every parameter in them is then tied by its relative name.
         target: a pattern of the partners. Each value of the captures shared with ``source`` gives one group.
             ``{-i}`` pairs values in mirrored order: the first with the last. If ``None``, all matches of ``source``
             are one group, or one group per value of its captures.
@@ -55,12 +60,27 @@ class Tie:
             raise ConfigurationError(f"tie {text!r} must have the form 'source ~ target | relation'")
         return cls(source.strip(), target.strip() or None, relation.strip() or None)
 
+    @classmethod
+    def from_mapping(cls, arguments: Mapping[str, Any]) -> Tie:
+        """Return the tie with the given arguments.
+
+        Raises:
+            ConfigurationError: ``source`` is missing, or an argument is unknown.
+        """
+        names = [field.name for field in fields(cls)]
+        if "source" not in arguments or (unknown := [name for name in arguments if name not in names]):
+            raise ConfigurationError(
+                f"tie {dict(arguments)} must have a source, and may have a target, a relation and an exclude"
+                + ("" if "source" not in arguments else f", not {listed(unknown)}.{nearest(unknown[0], names)}")
+            )
+        return cls(**arguments)
+
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):  # type: ignore[unreachable]  # callers may not check types
             raise ConfigurationError(f"exclude must be a list of patterns; write [{self.exclude!r}]")
         object.__setattr__(self, "exclude", tuple(self.exclude))  # YAML gives lists, which are not hashable
         for pattern in (self.source, *([] if self.target is None else [self.target]), *self.exclude):
-            if not pattern or set(pattern) & set("~|=,: \t\n"):
+            if not isinstance(pattern, str) or not pattern or set(_BRACES.sub("", pattern)) & set("~|=,: \t\n"):
                 raise ConfigurationError(
                     f"{pattern!r} is not a pattern of names. A tie is Tie(source, target, relation), or the "
                     "string 'source ~ target | relation'"
@@ -69,6 +89,9 @@ class Tie:
     def __str__(self) -> str:
         relation = f" | {self.relation}" if self.relation else ""
         return f"{self.source} ~ {self.target}{relation}" if self.target else f"{self.source}{relation}"
+
+
+AnyTie = Tie | str | Mapping[str, Any]  # mappings hold Tie's arguments, as in YAML
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,19 +129,21 @@ class TiedGroup:
         return [*self.parameters] if self.shared else [to_source(parameter) for to_source, parameter in pairs]
 
 
-def parse_ties(ties: Sequence[Tie | str]) -> list[Tie]:
-    """Parse the strings in a list of ties.
+def parse_ties(ties: Sequence[AnyTie]) -> list[Tie]:
+    """Return ties in their dataclass form.
 
     Raises:
-        ConfigurationError: ``ties`` is not a list, or is empty, or a string is malformed.
+        ConfigurationError: ``ties`` is not a sequence, or is empty; or a tie is malformed.
+
+    Example:
+        >>> parse_ties(["a.* ~ b.*", {"source": "layers.*", "exclude": ["**.norm"]}])[1].exclude
+        ('**.norm',)
     """
-    if not isinstance(ties, list | tuple) or not ties or not all(isinstance(tie, Tie | str) for tie in ties):
-        raise ConfigurationError(
-            "ties must be a list"
-            + (
-                f"; write [{str(ties)!r}]"
-                if isinstance(ties, Tie | str)
-                else f" of at least one Tie or string, not {ties!r}"
-            )
-        )
-    return [Tie.parse(tie) if isinstance(tie, str) else tie for tie in ties]
+    if isinstance(ties, Tie | str | Mapping):  # callers may not check types
+        raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
+    if not isinstance(ties, Sequence) or not ties or not all(isinstance(tie, Tie | str | Mapping) for tie in ties):
+        raise ConfigurationError(f"ties must be a list of at least one Tie, string or mapping, not {ties!r}")
+    return [
+        Tie.parse(tie) if isinstance(tie, str) else Tie.from_mapping(tie) if isinstance(tie, Mapping) else tie
+        for tie in ties
+    ]

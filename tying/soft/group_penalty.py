@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from tying.errors import ConfigurationError, listed, nearest
+from tying.mappings import from_mapping
+from tying.selection.index import check_shape
 from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
-from tying.soft.penalties import L1, L2, Penalty, group_mean
+from tying.soft.penalties import L1, L2, Penalty, group_mean, squared_norm
 from tying.weights.derived import own_memory
 
 CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
@@ -34,7 +36,8 @@ class TyingPenalty(nn.Module):
             as an argument.
 
     Raises:
-        ConfigurationError: the penalty is unknown, or it accepts only pairs and a group is larger.
+        ConfigurationError: the penalty is unknown, or it accepts only pairs and a group is larger, or only real weights
+            and some are complex.
 
     Example:
         >>> from tying import resolve
@@ -56,6 +59,16 @@ class TyingPenalty(nn.Module):
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
         self.strength = strength
+        for group in self.groups:
+            are_complex = {parameter.is_complex() for parameter in group.parameters}
+            if len(are_complex) > 1:
+                raise ConfigurationError(
+                    f"{listed(group.names)}: some are complex and some real: tie weights of one kind"
+                )
+            if self.penalty.real_only and are_complex == {True}:
+                raise ConfigurationError(
+                    f"{group.names[0]!r} is complex, and {type(self.penalty).__name__} takes real weights: use 'l2'"
+                )
         if self.penalty.pairs_only and (names := next((group.names for group in self.groups if len(group) > 2), None)):
             raise ConfigurationError(
                 f"{self.penalty} takes pairs, but {listed(names)} are one group of {len(names)}: "
@@ -104,8 +117,11 @@ class TyingPenalty(nn.Module):
         Raises:
             ConfigurationError: the penalty needs equal rates within a group, and they differ.
         """
-        for speeds in {_rates(group, rates) for group in self.groups}:
-            self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
+        for speeds, names in {_rates(group, rates): group.names for group in self.groups}.items():
+            try:
+                self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{listed(names)}: {error}") from None
 
     def stability_warning(self, step: float, rates: Rates) -> str | None:
         """Describe the first group for which explicit steps ``w ← w − step · rate · ∂Ω`` diverge, or return ``None``.
@@ -177,6 +193,7 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
     """
     groups = []
     for name, weight in weights.items():
+        check_shape(name, weight)
         # a state dict's tensor changes with its weight
         aliased = anchors[name].untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         anchor = nn.Parameter(anchors[name].detach().to(weight, copy=aliased), requires_grad=False)
@@ -185,13 +202,14 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
     return TyingPenalty(groups, strength=strength)
 
 
-def as_penalty(penalty: str | Penalty) -> Penalty:
-    """Return the penalty with a name; return a penalty unchanged.
+def as_penalty(penalty: str | Penalty | Mapping[str, Any]) -> Penalty:
+    """Return the penalty with a name, or that a mapping describes; return a penalty unchanged.
 
     Raises:
-        ConfigurationError: the name is unknown.
+        ConfigurationError: there is no such penalty.
     """
-    if not isinstance(penalty, Penalty) and penalty not in PENALTIES:
+    penalty = from_mapping(penalty, Penalty, "penalty")
+    if not isinstance(penalty, Penalty) and not (isinstance(penalty, str) and penalty in PENALTIES):
         raise ConfigurationError(
             f"unknown penalty {penalty!r}: use {', '.join(map(repr, PENALTIES))}, Huber(delta) or a subclass of "
             f"tying.soft.Penalty.{nearest(str(penalty), PENALTIES)}"
@@ -258,7 +276,7 @@ def gap(tensors: Sequence[Tensor]) -> float:
         >>> gap([torch.tensor([1.0]), torch.tensor([-1.0])])
         1.0
     """
-    tensors = [w.double() for w in tensors]
+    tensors = [w.to(torch.promote_types(w.dtype, torch.float64)) for w in tensors]
     mean = group_mean(tensors)
-    deviation = sum(float((w - mean).square().sum()) for w in tensors)
-    return math.sqrt(deviation / sum(float(w.square().sum()) for w in tensors)) if deviation else 0.0
+    deviation = sum(float(squared_norm(w - mean)) for w in tensors)
+    return math.sqrt(deviation / sum(float(squared_norm(w)) for w in tensors)) if deviation else 0.0

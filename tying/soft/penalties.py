@@ -19,7 +19,7 @@ def l2(tensors: Sequence[Tensor]) -> Tensor:
     """Return ``Σ_{i<j} ½‖w_i − w_j‖² = (m/2) Σ_i ‖w_i − w̄‖²``, exactly 0 for equal tensors.
 
     Args:
-        tensors: m ≥ 2 tensors of one shape.
+        tensors: m ≥ 2 tensors of one shape, real or complex.
 
     Example:
         >>> l2([torch.tensor([1.0, 0.0]), torch.tensor([3.0, 0.0])])
@@ -28,19 +28,23 @@ def l2(tensors: Sequence[Tensor]) -> Tensor:
     Source: I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, 2016, section 7.9.
     """
     mean = group_mean(tensors)
-    return 0.5 * len(tensors) * torch.stack([(w - mean).square().sum() for w in tensors]).sum()
+    return 0.5 * len(tensors) * torch.stack([squared_norm(w - mean) for w in tensors]).sum()
 
 
 def l1(tensors: Sequence[Tensor]) -> Tensor:
     """Return ``Σ_{i<j} |w_i − w_j| = Σ_k (2k − m − 1) w_(k)``, where ``w_(k)`` is the k-th smallest of the m values.
 
     Args:
-        tensors: m ≥ 2 tensors of one shape.
+        tensors: m ≥ 2 real tensors of one shape.
+
+    Raises:
+        ConfigurationError: the tensors are complex.
 
     Example:
         >>> l1([torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([6.0])])
         tensor(10.)
     """
+    check_real(tensors, "l1")
     ordered = torch.stack([*tensors], dim=-1).sort(dim=-1).values
     # k (m − k) pairs differ by the k-th gap between neighbours; with gaps, equal tensors give exactly 0
     k = torch.arange(1, len(tensors), dtype=ordered.dtype, device=ordered.device)
@@ -55,12 +59,16 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
         b: the second tensor, of the same shape.
         delta: δ > 0, in the unit of the weights.
 
+    Raises:
+        ConfigurationError: the tensors are complex.
+
     Example:
         >>> huber(torch.tensor([0.5, 3.0]), torch.zeros(2), delta=1.0)
         tensor(2.6250)
 
     Source: P. J. Huber, Robust estimation of a location parameter, 1964.
     """
+    check_real([a, b], "huber")
     return torch.nn.functional.huber_loss(a, b, reduction="sum", delta=delta)
 
 
@@ -72,6 +80,7 @@ class Penalty:
     Attributes:
         curvature: the largest second derivative of ρ, which limits the size of explicit steps; 0 if unknown.
         pairs_only: whether the penalty accepts only groups of two.
+        real_only: whether the penalty accepts only real weights.
 
     Example:
         >>> class LogCosh(Penalty):
@@ -85,6 +94,7 @@ class Penalty:
 
     curvature: float = 0.0
     pairs_only: bool = False
+    real_only: bool = False
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω as a scalar, differentiable by autograd."""
@@ -169,6 +179,8 @@ class L2(Penalty):
 class L1(Penalty):
     """The penalty :func:`l1`."""
 
+    real_only = True
+
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; see :func:`l1`."""
         return l1(tensors)
@@ -219,6 +231,7 @@ class Huber(Penalty):
     delta: float = 1.0
     curvature = 1.0
     pairs_only = True
+    real_only = True
 
     def __post_init__(self) -> None:
         check_range("Huber's delta", self.delta, "(0, inf)")
@@ -243,6 +256,17 @@ def group_mean(tensors: Sequence[Tensor]) -> Tensor:
     """Return the mean; it is computed relative to the first tensor, so that the mean of equal tensors is exact."""
     first, *others = tensors
     return first + torch.stack([w - first for w in others]).sum(dim=0) / len(tensors)
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return ``‖w‖²``, the sum of the squared magnitudes of real or complex entries."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).square().sum()
+
+
+def check_real(tensors: Sequence[Tensor], penalty: str) -> None:
+    """Raise a ConfigurationError if a tensor is complex."""
+    if any(tensor.is_complex() for tensor in tensors):
+        raise ConfigurationError(f"{penalty} takes real weights, and some are complex: use l2 for these")
 
 
 def _prox_pair(tensors: Sequence[Tensor], difference: Tensor, rates: Sequence[float]) -> list[Tensor]:

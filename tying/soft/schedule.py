@@ -38,7 +38,9 @@ class Schedule:
 
     def __call__(self, count: int) -> float:
         """Return the factor after ``count`` units."""
-        progress = min(count / self.length, 1.0) if self.length else 1.0
+        if count >= self.length:
+            return self.end
+        progress = count / self.length
         share = (1 - math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else progress
         return self.start + (self.end - self.start) * share
 
@@ -47,5 +49,6 @@ class Schedule:
         check_range("a schedule's end", self.end, "[0, inf)")
         check_choice("a schedule's shape", self.shape, ("linear", "cosine"))
         check_choice("a schedule's unit", self.unit, ("step", "epoch"))
-        if self.length < 0 or (self.length == 0 and self.start != self.end):
+        check_range("a schedule's length", self.length, "[0, inf)")
+        if self.length == 0 and self.start != self.end:
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")

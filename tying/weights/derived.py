@@ -14,10 +14,11 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
-from tying.selection.index import clean_name
+from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
 from tying.torch_workarounds import ContiguousView, inject_property
+from tying.weights.finite import check_finite
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -383,11 +384,15 @@ def parametrize_all(
     Raises:
         ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, or does not fit its
             parametrization. The model is not changed.
+        NonFiniteError: a weight is not finite.
     """
     locations = locate_parameters(model)
     steps: dict[str, nn.Module] = {}
     for name, weight in select(model, parameters).items():
         check_free(name, locations, ", which would not follow it")
+        if not (weight.is_floating_point() or weight.is_complex()):
+            raise ConfigurationError(f"{name!r} holds integers ({weight.dtype}), which cannot be trained: exclude it")
+        check_finite(name, weight)
         try:
             steps[name] = make(name, weight)
             for shared in steps[name].parameters():
@@ -539,7 +544,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(weight.numel() for weight in effective_weights(model))
 
 
-@dataclass(frozen=True)
+_IDENTITY = Relation()  # one object, since it is read for every parameter
+
+
+@dataclass(frozen=True, slots=True)
 class ParameterLocation:
     """Where a model holds a parameter.
 
@@ -565,7 +573,7 @@ class ParameterLocation:
     def relation(self) -> Relation | None:
         """The map from the parameter to the weight; ``None`` for a parametrization that :func:`tie` did not make."""
         if self.holder is self.owner:
-            return Relation()
+            return _IDENTITY
         link = links_in(self.owner).get(self.attribute)
         return link.relation if link else None
 
@@ -574,14 +582,15 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
     """Return the locations of a model's parameters, by clean name, including aliases."""
     locations = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        owner, weight = module, None
+        owner, weight, name = module, None, unwrapped(path)
         if isinstance(module, ParametrizationList):
             above, _, weight = path.rpartition("parametrizations.")
             owner = model.get_submodule(above.removesuffix("."))
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 location = ParameterLocation(owner, weight or attribute, module, attribute)
-                locations[clean_name(f"{path}.{attribute}".lstrip("."))] = location
+                full = f"{name}.{attribute}".lstrip(".")
+                locations[plain_name(full) if weight else full] = location
     return locations
 
 

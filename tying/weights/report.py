@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from tying.weights.derived import (
     eval_mode,
     links_in,
 )
+from tying.weights.optimizers import shared_in
 from tying.weights.state_dict import tie_records
 from tying.weights.tie import broken
 
@@ -148,15 +151,27 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
 def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightRow]:
     """Return rows of weights, with one row for modules whose weights are all shared in the same way."""
     alike = {(row.names, row.how): row for row in rows}
+    below: dict[str, list[str]] = {}  # the parts of the names after the name of each module
+    for name in names:
+        for position, letter in enumerate(name):
+            if letter == ".":
+                below.setdefault(name[:position], []).append(name[position:])
+
+    @cache
+    def whole(modules: tuple[str, ...], how: str) -> tuple[set[tuple[tuple[str, ...], str]], WeightRow] | None:
+        """Return the row of modules, and the keys of the rows that it replaces, if all their weights are alike."""
+        keys = {(tuple(module + rest for module in modules), how) for rest in below[modules[0]]}
+        if len(keys) == 1 or not keys <= alike.keys():
+            return None
+        stored, used = (sum(getattr(alike[part], count) for part in keys) for count in ("stored", "used"))
+        return keys, WeightRow(modules, how, (), stored, used, len(keys))
+
     folded = {}
     for key, row in alike.items():
         for depth in range(min(name.count(".") for name in row.names), 0, -1):  # the outermost modules first
-            modules = tuple(name.rsplit(".", depth)[0] for name in row.names)
-            inside = [name.removeprefix(modules[0]) for name in names if name.startswith(f"{modules[0]}.")]
-            keys = {(tuple(module + rest for module in modules), row.how) for rest in inside}
-            if key in keys and len(keys) > 1 and keys <= alike.keys():
-                stored, used = (sum(getattr(alike[part], count) for part in keys) for count in ("stored", "used"))
-                row = WeightRow(modules, row.how, (), stored, used, len(keys))
+            found = whole(tuple(name.rsplit(".", depth)[0] for name in row.names), row.how)
+            if found and key in found[0]:
+                row = found[1]
                 break
         folded[row.names] = row
     return folded.values()
@@ -180,17 +195,22 @@ def _on_one_storage(model: nn.Module) -> Iterable[str]:
         begin = parameter.data_ptr()
         last = sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
         end = begin + (last + 1) * parameter.element_size()
-        others = spans.setdefault(parameter.untyped_storage().data_ptr(), [])
-        if overlapping := [other for low, high, other in others if begin < high and low < end]:
-            yield (
-                f"{overlapping[0]!r} and {clean_name(name)!r} are two parameters on one storage: they look tied, but "
-                "an optimizer steps both, and moving the model separates them. Tie them by tying.hard.tie"
-            )
-        others.append((begin, end, clean_name(name)))
+        spans.setdefault(parameter.untyped_storage().data_ptr(), []).append((begin, end, clean_name(name)))
+    for on_one in spans.values():
+        reach, first = 0, ""  # the furthest end so far, and whose it is
+        for begin, end, name in sorted(on_one, key=itemgetter(0)):  # stable: of equal ones, the model's first is first
+            if begin < reach:
+                yield (
+                    f"{first!r} and {name!r} are two parameters on one storage: they look tied, but an optimizer steps "
+                    "both, and moving the model separates them. Tie them by tying.hard.tie"
+                )
+            if end > reach:
+                reach, first = end, name
 
 
 def _in_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterable[str]:
     names = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    names |= {id(parameter): shared for parameter, shared in shared_in(model, model.parameters()).items()}
     trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:
         yield (

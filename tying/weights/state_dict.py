@@ -56,7 +56,9 @@ class TieRecord:
 
     def within(self, path: str) -> Self:
         """Return the record with names relative to a model that holds the record's module at ``path``."""
-        return replace(self, names=tuple(f"{path}.{name}".lstrip(".") for name in self.names))
+        if not path:
+            return self
+        return replace(self, names=tuple(f"{path}.{name}" for name in self.names))
 
 
 @dataclass

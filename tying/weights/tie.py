@@ -1,6 +1,9 @@
 """One parameter under several names: tie and untie."""
 
+import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -8,9 +11,11 @@ from torch import Tensor, nn
 
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
-from tying.selection.resolve import resolve, resolve_each
-from tying.selection.tie import Tie, TiedGroup, parse_ties
+from tying.selection.resolve import resolve_named
+from tying.selection.tie import AnyTie, TiedGroup, parse_ties
+from tying.torch_workarounds import foreach_norm
 from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.weights.finite import check_finite
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
     TieRecord,
@@ -24,9 +29,11 @@ from tying.weights.state_dict import (
 )
 
 Init = Literal["source", "mean"]
+FEWEST_VALUES = 16  # of a weight whose scale is compared: of fewer random values, it is chance
+LARGEST_RATIO = 5.0  # of the initial scales of a source and of a weight that takes its values, without a warning
 
 
-def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> list[TiedGroup]:
+def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list[TiedGroup]:
     """Tie weights: replace the weights that each tie names by one parameter.
 
     Without a relation, all names hold the same ``Parameter``. With a relation, a parametrization computes the weight
@@ -39,7 +46,8 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
 
     Args:
         model: the module whose names the patterns match; changed in place.
-        ties: ties, or their string form ``"source ~ target | relation"``.
+        ties: ties, their string form ``"source ~ target | relation"``, or mappings of :class:`tying.Tie`'s arguments.
+            The left side of ``~`` is the source.
         init: initial value of the shared weight: the source's value, or the mean over the members.
 
     Returns:
@@ -49,6 +57,11 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
         ConfigurationError: the ties do not fit the model, or the members of a group differ in dtype or device, are
             partly frozen, or have other parametrizations. The model is not changed.
 
+    Warns:
+        UserWarning: a source has more than five times the scale of a weight that takes its values. An embedding, say,
+            is initialised at scale 1 and a linear layer far below: ``"head.weight ~ embedding.weight"`` trains,
+            and the other order begins with outputs that are too large.
+
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
         >>> [group] = tie(model, ["encoder.weight ~ decoder.weight | o i -> i o"])
@@ -57,21 +70,27 @@ def tie(model: nn.Module, ties: Sequence[Tie | str], init: Init = "source") -> l
         >>> sorted(model.state_dict())
         ['decoder.bias', 'decoder.weight', 'encoder.bias', 'encoder.weight']
     """
+    groups, warning = make_ties(model, ties, init)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return groups
+
+
+def make_ties(model: nn.Module, ties: Sequence[AnyTie], init: Init) -> tuple[list[TiedGroup], str]:
+    """Tie weights as :func:`tie` does; return the groups, and the warning, which is empty if there is none."""
     check_choice("init", init, ("source", "mean"))
     parsed = parse_ties(ties)
     new = [tie for tie in parsed if tie not in record_in(model).ties]
-    resolve(model, new)  # raises before anything is changed
-    restore_ties(model)
-    names = {
-        tie: frozenset(name for group in groups for name in group.names)
-        for tie, groups in zip(new, resolve_each(model, new), strict=True)
-        if not isinstance(groups, ConfigurationError)  # never an error: they resolve together
-    }
-    tie_groups(model, resolve(model, new), init)
+    groups, names = resolve_named(model, new)  # raises before anything is changed
+    if tie_records(model):
+        restore_ties(model)
+        groups, names = resolve_named(model, new)
+    warning = _compare_scales(groups) if init == "source" else ""
+    _share(model, groups, init)
     ties_made = record_in(model).ties
     ties_made.update(names)
     members = {name for tie in parsed for name in ties_made[tie]}
-    return [group for group in tied(model) if not members.isdisjoint(group.names)]
+    return [group for group in tied(model) if not members.isdisjoint(group.names)], warning
 
 
 def restore(model: nn.Module) -> list[TiedGroup]:
@@ -102,10 +121,49 @@ def restore(model: nn.Module) -> list[TiedGroup]:
 
 
 @torch.no_grad()
+def _compare_scales(groups: Sequence[TiedGroup]) -> str:
+    """Describe the source with the largest scale beside that of a weight that will take its values, if it is too large.
+
+    The scale of a weight is the root of its mean square. Weights of few values, on the meta device or sharded, and
+    weights that are zero are not compared.
+    """
+    plain = [group for group in groups if all(map(_has_values, group.parameters))]
+    if not plain:
+        return ""
+    parameters = [parameter.detach() for group in plain for parameter in group.parameters]
+    norms = zip(foreach_norm(parameters, 2.0), parameters, strict=True)
+    scales = (float(norm) / math.sqrt(parameter.numel()) for norm, parameter in norms)
+    warning, largest = "", LARGEST_RATIO
+    for group in plain:
+        source, *others = islice(scales, len(group))
+        for name, scale in zip(group.names[1:], others, strict=True):
+            if scale and source / scale > largest:
+                largest = source / scale
+                warning = (
+                    f"{name!r} takes the values of {group.names[0]!r}, whose scale is {largest:.0f} times as large: "
+                    f"{source:.2g}, not {scale:.2g}. Name {name!r} first to begin with its values, as in "
+                    f"'{name} ~ {group.names[0]}'"
+                )
+    return warning
+
+
+def _has_values(parameter: nn.Parameter) -> bool:
+    return bool(parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES) and not (
+        parameter.is_meta or hasattr(parameter, "full_tensor")
+    )
+
+
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
     """Make the weights of each group one parameter, as :func:`tie` does; return the groups."""
-    records = plan(model, groups)
+    names = _share(model, groups, init)
+    return [group for group in tied(model) if not names.isdisjoint(group.names)]
+
+
+@torch.no_grad()
+def _share(model: nn.Module, groups: Sequence[TiedGroup], init: Init) -> set[str]:
+    """Make the weights of each group one parameter; return all their names."""
     locations = locate_parameters(model)
+    records = plan(model, groups, locations)
     means = [_mean(group) for group in groups] if init == "mean" else []
     for group, mean in zip(groups, means, strict=False):
         group.parameters[0].copy_(mean)
@@ -115,7 +173,7 @@ def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "sour
     for path, kept in records_below(model):  # a larger group replaces its former record
         kept.groups = [record for record in kept.groups if names.isdisjoint(record.within(path).names)]
     install_record(model, records)
-    return [group for group in tied(model) if not names.isdisjoint(group.names)]
+    return names
 
 
 def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
@@ -144,11 +202,16 @@ def untie(model: nn.Module, names: Collection[str] | None = None) -> int:
     tokens = {record.token for _, record in records}
     if above := [name for group in tie_records(model) if group.root not in tokens for name in group.names]:
         raise ConfigurationError(f"{listed(above)}: tied in a model of which this is a part; untie that one")
+    chosen, locations = None if names is None else {*names}, locate_parameters(model)
     for path, record in records:
-        for group in [*record.groups]:
-            if names is None or not {*names}.isdisjoint(group.within(path).names):
-                count += _release(model, group.within(path))
-                record.groups.remove(group)
+        kept = []
+        for group in record.groups:
+            whole = group.within(path)
+            if chosen is None or not chosen.isdisjoint(whole.names):
+                count += _release(whole, locations)
+            else:
+                kept.append(group)
+        record.groups = kept
     tied_names = {name for group in tie_records(model) for name in group.names}
     for path, record in records:
         record.ties = {
@@ -187,38 +250,46 @@ def broken(model: nn.Module) -> list[str]:
 
 def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> nn.Parameter:
     """Return the parameter that all names of a record hold; raise an error if they hold different ones."""
-    first = record.names[0]
+    source = locations.get(record.names[0])
     for name, relation in zip(record.names, record.relations, strict=True):
-        message = f"{name!r} was tied to {first!r}, and"
-        if name not in locations or first not in locations:
-            raise ConfigurationError(
-                f"{message} one of them is no parameter of the model any more: something has removed or parametrized "
-                "it. Untie them first"
+        location = locations.get(name)
+        if location is None or source is None:
+            problem = (
+                "one of them is no parameter of the model any more: something has removed or parametrized it. Untie "
+                "them first"
             )
-        if locations[name].relation != relation:
-            raise ConfigurationError(
-                f"{message} something has parametrized it since. Untie them first, or parametrize neither"
-            )
-        parameter, source = locations[name].parameter, locations[first].parameter
-        if parameter is not source:
-            remedy = (
+        elif location.relation != relation:
+            problem = "something has parametrized it since. Untie them first, or parametrize neither"
+        elif location.parameter is not source.parameter:
+            shape, expected = tuple(location.parameter.shape), tuple(source.parameter.shape)
+            problem = "is another tensor now: something, such as to_empty, has replaced it. " + (
                 "Repair the ties by tying.hard.restore(model), or load a state dict into the whole model"
-                if parameter.shape == source.shape
-                else f"Its shape is {tuple(parameter.shape)}, where {tuple(source.shape)} belongs: untie them"
+                if shape == expected
+                else f"Its shape is {shape}, where {expected} belongs: untie them"
             )
-            raise ConfigurationError(
-                f"{message} is another tensor now: something, such as to_empty, has replaced it. {remedy}"
-            )
-    return locations[first].parameter
+        else:
+            continue
+        raise ConfigurationError(f"{name!r} was tied to {record.names[0]!r}, and {problem}")
+    return locations[record.names[0]].parameter
 
 
-def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
+def plan(
+    model: nn.Module, groups: Sequence[TiedGroup], locations: Mapping[str, ParameterLocation] | None = None
+) -> list[TieRecord]:
     """Return the record of each group, with all names that will hold its weight.
+
+    Args:
+        model: the model.
+        groups: groups of its weights.
+        locations: the locations of its parameters, if they are known.
 
     Raises:
         ConfigurationError: the members of a group cannot be one parameter.
     """
-    locations = locate_parameters(model)
+    locations = locations or locate_parameters(model)
+    aliases: dict[int, list[str]] = {}  # the names of each parameter, by identity
+    for name, location in locations.items():
+        aliases.setdefault(id(location.parameter), []).append(name)
     former: dict[str, object] = {  # an identifier of the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
@@ -237,16 +308,16 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
                 )
             if locations[name].relation is None:
                 raise ConfigurationError(f"{message}: it is parametrized: it is computed from other weights")
-            for alias, location in locations.items():
-                if location.parameter is parameter:
-                    whole = relation.then(location.relation or Relation())
-                    names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
-                    former.setdefault(alias, name)
-                    if names[alias].steps and isinstance(location.owner, nn.RNNBase):
-                        raise ConfigurationError(
-                            f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
-                            "weights where they cannot be computed. Make it the source of the tie"
-                        )
+            for alias in aliases.get(id(parameter), ()):
+                location = locations[alias]
+                whole = relation.then(location.relation or Relation())
+                names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
+                former.setdefault(alias, name)
+                if names[alias].steps and isinstance(location.owner, nn.RNNBase):
+                    raise ConfigurationError(
+                        f"{alias!r} cannot be tied through a relation: {type(location.owner).__name__} keeps its "
+                        "weights where they cannot be computed. Make it the source of the tie"
+                    )
         records.append(TieRecord(tuple(names), tuple(names.values()), tuple(former[alias] for alias in names)))
     return records
 
@@ -254,12 +325,13 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup]) -> list[TieRecord]:
 def _mean(group: TiedGroup) -> Tensor:
     if not group.parameters[0].is_floating_point() and not group.parameters[0].is_complex():
         raise ConfigurationError(f"{group.names[0]!r} holds integers, which have no mean: use init='source'")
+    for name, parameter in zip(group.names, group.parameters, strict=True):
+        check_finite(name, parameter)  # the mean would spread it
     return torch.stack(group.tensors()).mean(dim=0)
 
 
-def _release(model: nn.Module, group: TieRecord) -> int:
+def _release(group: TieRecord, locations: Mapping[str, ParameterLocation]) -> int:
     """Replace all members but the source by separate parameters of equal value; return the number of new parameters."""
-    locations = locate_parameters(model)
     members = {
         locations[name]: member for name, member in zip(group.names, group.members, strict=True) if name in locations
     }

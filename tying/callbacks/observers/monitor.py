@@ -2,17 +2,17 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 from typing_extensions import override
 
-from tying.callbacks.base import is_fresh_run, picture_folder, tied_groups
+from tying.callbacks.base import Callback, is_fresh_run, picture_folder, tied_groups
 from tying.files import save_figure
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import is_logging_step
 from tying.soft import gap
 from tying.soft.plots import gap_figure
 
 
-class TyingMonitor(pl.Callback):
+class TyingMonitor(Callback):
     """Log ``tying/gap``, the largest gap of all tied groups, and plot the gaps when training ends.
 
     The gap of a group is ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``; see :func:`tying.soft.gap`. It is logged at the trainer's
@@ -43,6 +43,7 @@ class TyingMonitor(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if is_fresh_run(trainer, stage):
             self.steps, self.history = [], {}
 

@@ -3,19 +3,19 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 from rich.console import Console, Group
 from rich.table import Column, Table
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import tied_groups
+from tying.callbacks.base import Callback, tied_groups
+from tying.lightning_namespace import pl
 from tying.selection.tie import TiedGroup
 from tying.soft import gap
 from tying.weights.report import audit
 
 
-class TyingSummary(pl.Callback):
+class TyingSummary(Callback):
     """Print, when training starts, which weights are tied or computed, and how much memory that saves.
 
     Args:

@@ -2,19 +2,19 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
-from tying.callbacks.base import picture_folder
+from tying.callbacks.base import Callback, picture_folder
 from tying.depth import Recurrent
 from tying.errors import ConfigurationError
 from tying.files import save_figure
+from tying.lightning_namespace import pl
 
 
-class Unrolling(pl.Callback):
+class Unrolling(Callback):
     """Test a classifier also with more, or fewer, steps of its recurrent blocks.
 
     Logs ``test/steps+1/accuracy`` and so on, and plots accuracy against steps as ``unrolling.png`` in the logger's

@@ -1,0 +1,63 @@
+"""Every configuration trains on base.yaml, as its first line says."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tying.cli import main
+from tying.models import Classifier, ResNet
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+QUICK = [
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--data.batch_size=2",
+]
+ON_TOP = "# On top of "
+
+
+def lines(name):
+    return (CONFIGS / f"{name}.yaml").read_text().splitlines()
+
+
+def layers(name):
+    """Return the configurations on which one is to be put, as its first line says, and itself."""
+    first = lines(name)[0]
+    below = [first.removeprefix(ON_TOP).split(".yaml")[0]] if first.startswith(ON_TOP) else []
+    return [*dict.fromkeys(["base", *below, name])]
+
+
+def write_mnist(folder, count=100):
+    """Write digits of noise in MNIST's own format."""
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = torch.randint(256, (count, 28, 28), dtype=torch.uint8)
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        for kind, tensor in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, tensor.ndim]) + b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(head + tensor.numpy().tobytes())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:WeightClustering begins", "ignore:MixtureTying begins in epoch", "ignore:training ended before"
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_trains_a_batch(name, tmp_path):
+    shutil.copytree(CONFIGS, "configs")
+    write_mnist(tmp_path / "data" / "mnist" / "MNIST" / "raw")
+    if name == "transfer":  # which begins with what pretraining leaves
+        (tmp_path / "runs" / "pretrained").mkdir(parents=True)
+        weights = Classifier(ResNet(depth=20, num_classes=5), num_classes=5).state_dict()
+        torch.save(weights, "runs/pretrained/five_classes.ckpt")
+    main(["fit", *(f"--config=configs/{layer}.yaml" for layer in layers(name)), *QUICK])
+
+
+def test_first_lines_name_configs():
+    assert {layer for name in NAMES for layer in layers(name)} <= {*NAMES}
+    assert all(lines(name)[0].startswith("# ") for name in NAMES)
