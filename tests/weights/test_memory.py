@@ -81,7 +81,12 @@ class SlicedPair(Sliced):
         return weight.expand(2, *weight.shape).contiguous().unbind()
 
 
-@pytest.mark.parametrize("step", [Sliced, SlicedPair])
+class Same(Sliced):
+    def right_inverse(self, weight):
+        return weight
+
+
+@pytest.mark.parametrize("step", [Sliced, SlicedPair, Same])
 def test_no_right_inverse_can_leak_its_work_space(step):
     layer, weight = nn.Linear(8, 8), torch.randn(8, 8)
     install(layer, "weight", step())

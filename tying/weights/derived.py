@@ -118,7 +118,7 @@ def own_memory(tensor: Tensor) -> None:
     """Copy a tensor in place to memory of its own size if it is a view of more, which it would keep and save."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return  # other classes, such as sharded tensors, have no storage
-    tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    tensor.data = tensor.data.clone()
 
 
 class Parametrizations(ParametrizationList):
@@ -126,16 +126,14 @@ class Parametrizations(ParametrizationList):
 
     def __init__(self, steps: Sequence[nn.Module], weight: nn.Parameter) -> None:
         super().__init__(steps, weight)
-        self._own_memory()
+        for parameter in self.parameters(recurse=False):
+            own_memory(parameter)
 
     @override
     def right_inverse(self, value: Tensor) -> None:
         super().right_inverse(value)
-        self._own_memory()
-
-    def _own_memory(self) -> None:
-        for parameter in self._parameters.values():
-            own_memory(cast(nn.Parameter, parameter))
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.clone()  # torch takes the memory of what right_inverse returns
 
     def redraw(self, weight: Tensor) -> None:
         """Set the parameters to those of a module whose reset drew the given weight.
@@ -146,8 +144,9 @@ class Parametrizations(ParametrizationList):
         values: Any = weight
         for step in reversed(self):
             values = step.initial(values) if hasattr(step, "initial") else step.right_inverse(values)  # type: ignore[operator]  # methods
-        for parameter, value in zip(self._parameters.values(), [values] if self.is_tensor else values, strict=True):
-            cast(nn.Parameter, parameter).copy_(value)
+        parameters = self.parameters(recurse=False)
+        for parameter, value in zip(parameters, [values] if self.is_tensor else values, strict=True):
+            parameter.copy_(value)
 
 
 _GENERATED = (parametrize.__name__, __name__)  # modules of generated classes
