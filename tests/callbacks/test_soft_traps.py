@@ -322,7 +322,7 @@ def test_unsupported_strategies_are_refused(update, monkeypatch):
     callback = SoftTying(TIES, update=update)
 
     class Trainer:
-        strategy = FSDPStrategy.__new__(FSDPStrategy)
+        strategy, callbacks = FSDPStrategy.__new__(FSDPStrategy), ()
 
     with pytest.raises(ConfigurationError, match=r"SoftTying does not support FSDPStrategy.*'ddp'"):
         callback.setup(Trainer(), Toy(), "fit")
