@@ -20,7 +20,7 @@ from tying.callbacks.transform import parameters_of, record, recorded, shared_wi
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
-from tying.hashing.packing import clustered, clustered_size
+from tying.hashing.packing import clustered, contents
 from tying.lightning_workarounds import callbacks_of, prunes_in
 from tying.selection.resolve import select
 from tying.weights.derived import locate_parameters
@@ -52,8 +52,8 @@ class WeightClustering(TyingCallback):
     weights' gradients. Zero weights stay zero, for example those that Lightning's ``ModelPruning`` pruned; it must stop
     before ``start_epoch`` (``apply_pruning=BeforeEpoch(...)``).
     In the optimizers, codebooks replace the weights; the weights' optimizer state is dropped. Logs
-    ``tying/compression``: the bits of the dense weights divided by the bits of codebooks, indices and 5-bit gaps; see
-    :func:`tying.hashing.save_packed`.
+    ``tying/compression``: how many times smaller the model is in a packed file than its plain state dict, with all that
+    is not clustered; see :func:`tying.hashing.save_packed`.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped.
@@ -89,7 +89,6 @@ class WeightClustering(TyingCallback):
         self.gradient = gradient
         self.names: list[str] = []
         self._hook: RemovableHandle | None = None
-        self._compression: float | None = None
         self._uses: list[tuple[Tensor, Tensor]] = []  # codebooks, and the number of weights that use each entry
 
     @override
@@ -102,7 +101,7 @@ class WeightClustering(TyingCallback):
                 f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
                 f"apply_pruning=BeforeEpoch({self.start_epoch})"
             )
-        self.names, self._compression, self._uses = self._find(pl_module), None, []
+        self.names, self._uses = self._find(pl_module), []
         record(pl_module, self, self.names)  # patterns do not match clustered weights
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
@@ -171,7 +170,8 @@ class WeightClustering(TyingCallback):
                     group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
         self.monitor(pl_module)
         rank_zero_info(
-            f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
+            f"WeightClustering: {len(self.names)} weights clustered; a packed file of the model is "
+            f"{contents(pl_module).rate:.1f} times smaller than its state dict"
         )
 
     @override
@@ -191,16 +191,10 @@ class WeightClustering(TyingCallback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_done(pl_module):
-            pl_module.log("tying/compression", self._rate(pl_module))
+            pl_module.log("tying/compression", contents(pl_module).rate)
 
     def _is_done(self, model: nn.Module) -> bool:
         return clustered(model).keys() >= {*self.names}
-
-    def _rate(self, model: nn.Module) -> float:
-        if self._compression is None:  # it does not change: assignments are frozen
-            dense, packed = clustered_size(model, self.names)
-            self._compression = dense / packed
-        return self._compression
 
 
 def _put_codebooks(
