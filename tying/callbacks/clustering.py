@@ -22,8 +22,7 @@ from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, contents
 from tying.lightning_workarounds import callbacks_of, prunes_in
-from tying.selection.resolve import select
-from tying.weights.derived import locate_parameters
+from tying.weights.derived import Selection, locate_parameters, select_untied
 
 
 @dataclass(frozen=True)
@@ -101,32 +100,35 @@ class WeightClustering(TyingCallback):
                 f"ModelPruning still prunes in epoch {self.start_epoch}, when weights are codebooks: give it "
                 f"apply_pruning=BeforeEpoch({self.start_epoch})"
             )
-        self.names, self._uses = self._find(pl_module), []
-        record(pl_module, self, self.names)  # patterns do not match clustered weights
+        self.names, self._uses = self._choose(pl_module), []
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
 
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        names = self._find(model)
-        record(model, self, names)
-        _put_codebooks(names, model, state_dict, "")
+        _put_codebooks(self._choose(model), model, state_dict, "")
 
-    def _find(self, model: nn.Module) -> list[str]:
-        """Return the names of the weights that are or will be clustered."""
-        if names := recorded(model, self):
-            return names
-        if not (names := [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]):
+    def _choose(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights to cluster; record them, since patterns do not match clustered weights."""
+        if not recorded(model, self):
+            selection = self._select(model)
+            selection.warn("WeightClustering")
+            record(model, self, [*selection.untied])
+        return recorded(model, self)
+
+    def _select(self, model: nn.Module) -> Selection:
+        selection = select_untied(model, self.parameters, least_dims=2)
+        if not selection.untied:
             raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
         locations = locate_parameters(model)
-        for name in names:
-            check_clusterable(name, locations, self.clusters)
-        return names
+        for name in selection.untied:
+            check_clusterable(name, locations, self.clusters, "WeightClustering")
+        return selection
 
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return parameters_of(model, self._find(model))
+        return parameters_of(model, recorded(model, self) or self._select(model).untied)
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:

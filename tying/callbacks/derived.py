@@ -15,7 +15,7 @@ from tying.errors import ConfigurationError, check_choice, listed
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied, untie_biases
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
-from tying.hashing.apply import check_choices
+from tying.hashing.apply import check_choices, select_hashable
 from tying.hashing.report import draw_loads
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
@@ -250,6 +250,10 @@ class WeightHashing(ModelTransform):
         check_choices(table_ratio, hash, scope, init)
         self.parameters, self.table_ratio, self.hash, self.scope, self.init = parameters, table_ratio, hash, scope, init
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
+
+    @override
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return select_hashable(model, self.parameters, self.hash).untied
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

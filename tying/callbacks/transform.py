@@ -13,8 +13,7 @@ from tying.callbacks.base import AVERAGING, SHARDING, TyingCallback, configure_m
 from tying.errors import ConfigurationError, listed
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
-from tying.selection.resolve import select
-from tying.weights.derived import derived_weights, eval_mode
+from tying.weights.derived import derived_weights, eval_mode, select_untied
 
 
 class ModelTransform(TyingCallback):
@@ -58,6 +57,10 @@ class ModelTransform(TyingCallback):
         """Describe what was changed, for reports."""
         return f"{len(self.changed(model))} weights: {listed(self.changed(model))}"
 
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the weights that the callback is going to change. This changes nothing."""
+        return select_untied(model, self.parameters).untied
+
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         self.apply(model)
@@ -67,7 +70,7 @@ class ModelTransform(TyingCallback):
         if self.ties:
             return super().affected(model)
         if self.parameters and not self.is_applied(model):
-            return select(model, self.parameters)
+            return self.selected(model)
         return parameters_of(model, self.changed(model))
 
     @override

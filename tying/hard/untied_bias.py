@@ -8,9 +8,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
-from tying.selection.resolve import select
 from tying.torch_workarounds import convolve
-from tying.weights.derived import check_free, eval_mode, locate_parameters, swap_class
+from tying.weights.derived import check_free, eval_mode, locate_parameters, select_untied, swap_class
 
 
 class _UntiedBias(nn.Module):
@@ -72,7 +71,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; whose
     convolutions have these biases.
     """
-    chosen, locations = select(model, parameters), locate_parameters(model)
+    selection, locations = select_untied(model, parameters), locate_parameters(model)
+    chosen = selection.untied
     layers = {name: locations[name].owner for name in chosen}
     if parametrized := [name for name, layer in layers.items() if is_parametrized(layer)]:
         raise ConfigurationError(f"{listed(parametrized)}: of layers that are parametrized; untie biases before that")
@@ -89,6 +89,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         if len(sizes[layer]) != 1:
             seen = f"with outputs of {sorted(sizes[layer])}" if sizes[layer] else "not at all"
             raise ConfigurationError(f"{name!r}: the example passes this convolution {seen}; one size is needed")
+    selection.warn("untie_biases")
     for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
         swap_class(layer, _UNTIED[type(layer)])

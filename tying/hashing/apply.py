@@ -8,16 +8,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
 from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
 from tying.hashing.report import HashReport, report
-from tying.selection.resolve import select
 from tying.selection.tie import Tie
-from tying.weights.derived import ParameterLocation, check_free, derived_in, install, locate_parameters, swap_class
+from tying.weights.derived import (
+    ParameterLocation,
+    Selection,
+    check_finite,
+    check_free,
+    check_real,
+    derived_in,
+    install,
+    locate_parameters,
+    select_untied,
+    swap_class,
+)
 from tying.weights.optimizers import check_alike
 from tying.weights.tie import tie
 
@@ -52,18 +61,20 @@ def hash_attribute(module: nn.Module, name: str, virtual: HashedParametrization,
     return keys[0]
 
 
-def check_hashable(name: str, locations: Mapping[str, ParameterLocation]) -> None:
+def check_hashable(name: str, locations: Mapping[str, ParameterLocation], context: str) -> None:
     """Raise an error unless a weight can be replaced by a table.
 
     Args:
         name: the weight's name.
         locations: locations of all parameters of the model.
+        context: name of the calling function or callback.
 
     Raises:
-        ConfigurationError: the weight is empty, parametrized, or tied, or belongs to an embedding with an option that
-            hashed embeddings do not support.
+        ConfigurationError: the weight is empty, not initialised, not real, parametrized, or tied, or belongs to an
+            embedding with an option that hashed embeddings do not support.
     """
     check_free(name, locations)
+    check_real(name, locations[name].parameter, context)
     owner = locations[name].owner
     if not locations[name].parameter.numel():
         raise ConfigurationError(f"{name!r} has no entries to hash")
@@ -97,7 +108,7 @@ def hash_weights(
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,
-            unless the hash is recurrent.
+            unless the hash is recurrent; tied weights that only wildcards match are left out.
         table_ratio: number of table entries over the number of weights, in (0, 1]; default: what the hash requires,
             or 0.1.
         hash: h.
@@ -110,7 +121,11 @@ def hash_weights(
 
     Raises:
         ConfigurationError: a pattern matches nothing that can be hashed, a weight is already tied, parametrized
-            or hashed, weights of one table differ in dtype, device or requires_grad, or the hash does not fit.
+            or hashed, or not real or not finite, weights of one table differ in dtype, device or requires_grad, or the
+            hash does not fit.
+
+    Warns:
+        UserWarning: tied weights are left out.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
@@ -120,11 +135,14 @@ def hash_weights(
     """
     check_choices(table_ratio, hash, scope, init)
     locations = locate_parameters(model)
-    chosen, skipped = _choose(model, parameters, locations, hash, scope)
+    selection = select_hashable(model, parameters, hash)
+    chosen = _choose(selection, parameters, locations)
+    hash.check_layers([weight.shape for weight in chosen.values()], scope)
     options = {"sign": sign, "density": density, "index": index}
     groups = _plan(chosen, locations, table_ratio, hash, scope, scaled and not hash.include_biases, options)
+    selection.warn("hash_weights")
     _install_tables(model, locations, groups, init)
-    return report(model, chosen, skipped)
+    return report(model, chosen, selection.skipped, selection.tied)
 
 
 def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
@@ -137,38 +155,32 @@ def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) 
     check_choice("init", init, ("fresh", "mean"))
 
 
+def select_hashable(model: nn.Module, parameters: Sequence[str], hash: Hash) -> Selection:
+    """Return the weights that :func:`hash_weights` replaces, in the order of the patterns. This changes nothing."""
+    return select_untied(model, parameters, least_dims=0 if hash.include_biases else 2)
+
+
 def _choose(
-    model: nn.Module,
-    parameters: Sequence[str],
-    locations: Mapping[str, ParameterLocation],
-    hash: Hash,
-    scope: Literal["layer", "network"],
-) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
-    """Return the weights to hash, in the model's order, and the names of the parameters to skip.
+    selection: Selection, parameters: Sequence[str], locations: Mapping[str, ParameterLocation]
+) -> dict[str, nn.Parameter]:
+    """Return the weights to hash, in the model's order.
 
     Raises:
-        ConfigurationError: nothing can be hashed, or a weight or the hash does not fit.
+        ConfigurationError: nothing can be hashed, or a weight cannot be.
     """
-    selected = select(model, parameters)
     if tables := [
         name
-        for name in selected
+        for name in (*selection.untied, *selection.skipped)
         if any(locations[name].attribute in derived.prefixes for derived in derived_in(locations[name].owner))
     ]:
         raise ConfigurationError(f"{tables[0]!r} is the table of a hashed layer already")
-    if lazy := [name for name, weight in selected.items() if is_lazy(weight)]:
-        raise ConfigurationError(f"{listed(lazy)}: not initialised yet; call the model on a batch first")
-    chosen = {
-        name: selected[name]
-        for name in locations  # in the model's order
-        if name in selected and (hash.include_biases or selected[name].ndim >= 2)
-    }
+    chosen = {name: selection.untied[name] for name in locations if name in selection.untied}  # in the model's order
     if not chosen:
         raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
-    for name in chosen:
-        check_hashable(name, locations)
-    hash.check_layers([weight.shape for weight in chosen.values()], scope)
-    return chosen, tuple(name for name in selected if name not in chosen)
+    for name, weight in chosen.items():
+        check_hashable(name, locations, "hash_weights")
+        check_finite(name, weight, "hash_weights")
+    return chosen
 
 
 def _plan(

@@ -13,7 +13,7 @@ from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import loads
-from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.weights.derived import ParameterLocation, check_finite, check_real, locate_parameters
 
 Start = Literal["linear", "density", "forgy"]
 
@@ -53,7 +53,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         Centroids (k,), or fewer if some have no weight; and indices (n,), int64.
 
     Raises:
-        ConfigurationError: ``init`` is unknown, or there are more clusters than weights.
+        ConfigurationError: ``init`` is unknown, there are more clusters than weights, or a weight is not a finite real
+            number.
 
     Example:
         >>> cluster(torch.tensor([0.0, 0.2, 1.0]), clusters=2)
@@ -63,6 +64,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
     """
     check_choice("init", init, get_args(Start))
     check_range("clusters", clusters, f"[1, {len(weights)}]")
+    check_real("weights", weights, "cluster")
+    check_finite("weights", weights, "cluster")
     distinct, inverse = torch.unique(weights, return_inverse=True)
     if len(distinct) <= clusters:
         return distinct, inverse
@@ -106,8 +109,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         init: see :func:`starting_centroids`.
 
     Raises:
-        ConfigurationError: there are more clusters than weights, or the weight is tied or computed, or belongs to an
-            embedding with an option that hashed embeddings do not support.
+        ConfigurationError: there are more clusters than weights, or the weight is tied or computed, or not real or not
+            finite, or belongs to an embedding with an option that hashed embeddings do not support.
 
     Example:
         >>> layer = nn.Linear(100, 10)
@@ -121,7 +124,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         raise ConfigurationError(f"{name!r} is no parameter of the model, which has no module {path!r}") from None
     if prune.is_pruned(module) and hasattr(module, f"{attribute}_orig"):
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
-    check_clusterable(name, locate_parameters(model), clusters)
+    check_clusterable(name, locate_parameters(model), clusters, "cluster_weight")
+    check_finite(name, module.get_parameter(attribute), "cluster_weight")
     flat = module.get_parameter(attribute).detach().flatten()
     nonzero = flat[flat != 0]
     assignments, centroids = torch.full_like(flat, -1, dtype=torch.int64), flat.new_zeros(1)
@@ -135,17 +139,18 @@ def uses_of(parametrization: HashedParametrization) -> Tensor:
     return loads(parametrization.slots(), parametrization.table_size).clamp(min=1)
 
 
-def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clusters: int) -> None:
+def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clusters: int, context: str) -> None:
     """Raise a ConfigurationError if :func:`cluster_weight` cannot cluster a weight.
 
     Args:
         name: name of the weight.
         locations: locations of all parameters of the model.
         clusters: k.
+        context: name of the calling function or callback.
     """
     if name not in locations:
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
-    check_hashable(name, locations)
+    check_hashable(name, locations, context)
     check_range(f"{name!r}: clusters", clusters, f"[1, {locations[name].parameter.numel()}]")
 
 

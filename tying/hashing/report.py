@@ -1,7 +1,7 @@
 """Report how hashed weights use their tables."""
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,12 +92,14 @@ class HashReport:
         stored: number of entries of all tables.
         virtual: number of values of the hashed weights.
         skipped: names of parameters of fewer than two dimensions, which are not hashed.
+        tied: names of tied weights that only wildcards match, which are not hashed.
     """
 
     weights: tuple[HashedWeight, ...]
     stored: int
     virtual: int
     skipped: tuple[str, ...]
+    tied: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         count, tables = len(self.weights), len({weight.holder for weight in self.weights})
@@ -117,6 +119,8 @@ class HashReport:
             lines.append(f"  {weight}")
         if self.skipped:
             lines.append(f"skipped because of fewer than two dimensions: {', '.join(self.skipped)}")
+        if self.tied:
+            lines.append(f"left out because they are tied: {', '.join(self.tied)}")
         return "\n".join(lines)
 
 
@@ -148,13 +152,19 @@ def loads_of(group: Mapping[str, HashedParametrization]) -> Tensor:
     return torch.stack([loads(virtual.slots(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
 
 
-def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
+def report(
+    model: nn.Module,
+    names: Container[str] | None = None,
+    skipped: Iterable[str] = (),
+    tied: Iterable[str] = (),
+) -> HashReport:
     """Report how a model's hashed weights use their tables.
 
     Args:
         model: any module.
         names: names of the weights to include; all by default.
         skipped: names of the parameters that :func:`hash_weights` skipped.
+        tied: names of the tied weights that it left out.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
@@ -176,7 +186,8 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         weights=tuple(weights),
         stored=sum(weight.table_size for weight in weights if weight.name == weight.holder),
         virtual=sum(math.prod(weight.shape) for weight in weights),
-        skipped=skipped,
+        skipped=(*skipped,),
+        tied=(*tied,),
     )
 
 
