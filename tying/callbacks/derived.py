@@ -12,11 +12,12 @@ from typing_extensions import override
 from tying.callbacks.base import picture_folder
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
+from tying.files import save_figure
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tie, tied, untie_biases
 from tying.hard.untied_bias import has_untied_bias
-from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
+from tying.hashing import Hash, UniformHash, entropy, hash_weights
 from tying.hashing.apply import check_choices, select_hashable
-from tying.hashing.report import draw_loads
+from tying.hashing.report import loads_figure, titled_loads
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
@@ -258,9 +259,9 @@ class WeightHashing(ModelTransform):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        loads = table_loads(pl_module)
+        loads = titled_loads(pl_module)
         if folder := picture_folder(trainer):
-            draw_loads(loads, folder / "hash_loads.png")
+            save_figure(loads_figure(loads), folder / "hash_loads.png")
         self._entropy = sum(map(entropy, loads.values())) / len(loads)
 
     @override

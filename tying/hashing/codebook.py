@@ -12,7 +12,6 @@ from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
-from tying.hashing.report import loads
 from tying.weights.derived import ParameterLocation, check_finite, check_real, locate_parameters
 
 Start = Literal["linear", "density", "forgy"]
@@ -136,7 +135,7 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
 
 def uses_of(parametrization: HashedParametrization) -> Tensor:
     """Return how many weights read each codebook entry, at least one."""
-    return loads(parametrization.slots(), parametrization.table_size).clamp(min=1)
+    return parametrization.loads().clamp(min=1)
 
 
 def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clusters: int, context: str) -> None:
