@@ -314,6 +314,25 @@ def test_other_files_are_refused(tmp_path):
             load_packed(tmp_path / name)
 
 
+def test_bytes_by_hand():
+    """The format of version 2: a change of it would make older files unreadable."""
+    values = torch.tensor([1.0, 2.0, 3.0]).view(torch.uint8).tolist()
+    symbols = pack(torch.tensor([1.0, 3.0, 2.0, 1.0] * 10))  # slots 0, 2, 1, 0, the low bit first
+    assert symbols.values.tolist() == values
+    assert symbols.indices.tolist() == [0b00011000] * 10
+    assert (symbols.places.tolist(), symbols.counts) == ([], (3, 40, 0))
+    sparse = torch.zeros(200)
+    sparse[[2, 150]] = 2.0
+    gaps = pack(sparse)  # 2 zeros; 147 = 4 · 31 + 23 zeros
+    assert (gaps.coding, gaps.indices.tolist(), gaps.counts) == ("gaps", [0], (1, 2, 6))
+    places = [2, 31, 31, 31, 31, 23]
+    stream = "".join(format(place, "05b")[::-1] for place in places).ljust(32, "0")
+    assert gaps.places.tolist() == [int(stream[begin : begin + 8], 2) for begin in range(0, 32, 8)]
+    mask = pack(torch.tensor([0.0, 2.0, 2.0, 0.0, 1.0, 3.0, 0.0, 3.0] * 5))
+    assert (mask.coding, mask.counts) == ("mask", (3, 25, 40))
+    assert mask.places.tolist() == [0b01101101] * 5
+
+
 def test_index_bits_count_values():
     assert [index_bits(count) for count in (1, 2, 3, 4, 5, 2**20, 2**20 + 1)] == [1, 1, 2, 2, 3, 20, 21]
     assert Packed((0,), "float32", "raw", *[torch.empty(0, dtype=torch.uint8)] * 3, (0, 0, 0)).nbytes == 0

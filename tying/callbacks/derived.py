@@ -282,10 +282,5 @@ class WeightHashing(ModelTransform):
             index=self.index,
             scaled=self.scaled,
         )
-        count = sum(weight.name == weight.holder for weight in report.weights)  # of tables
-        rank_zero_info(
-            f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
-            f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "
-            f"(ratio {report.stored / report.virtual:.3g})"
-        )
+        rank_zero_info(f"WeightHashing: {report.counts()}")
         return [weight.name for weight in report.weights]

@@ -30,10 +30,16 @@ def loads(index: Tensor, table_size: int) -> Tensor:
     Returns:
         int64, (table_size,).
 
+    Raises:
+        ConfigurationError: a slot is outside the table.
+
     Example:
         >>> loads(torch.tensor([0, 2, 2, -1]), table_size=3).tolist()
         [1, 0, 2]
     """
+    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < table_size:
+        low, high = int(index.min()), int(index.max())
+        raise ConfigurationError(f"slots from {low} to {high} are not those of a table of {table_size} entries, or −1")
     return torch.bincount(index[index >= 0], minlength=table_size)
 
 
@@ -105,14 +111,18 @@ class HashReport:
     skipped: tuple[str, ...]
     tied: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def counts(self) -> str:
+        """Return the numbers of weights, values, tables and entries as one line."""
         count, tables = len(self.weights), len({weight.holder for weight in self.weights})
         verb = "has" if count == 1 else "share" if tables < count else "have"
         shared = "a table" if tables == 1 else f"{tables} tables with a total"
-        lines = [
+        return (
             f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) {verb} {shared} of {self.stored:,} entries "
             f"(ratio {self.stored / max(1, self.virtual):.3g})"
-        ]
+        )
+
+    def __str__(self) -> str:
+        lines = [self.counts()]
         for weight in self.weights:
             if weight.name == weight.holder:
                 generating = "" if weight.generating is None else f", of probabilities {weight.generating:.4f}"
