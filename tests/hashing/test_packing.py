@@ -110,7 +110,7 @@ class Everything(nn.Module):
     def __init__(self):
         super().__init__()
         self.clustered, self.pruned, self.hashed = nn.Linear(40, 30), nn.Linear(40, 30), nn.Linear(20, 20)
-        self.low, self.small = nn.Linear(8, 8), nn.Linear(30, 20).bfloat16()
+        self.low, self.small, self.masked = nn.Linear(8, 8), nn.Linear(30, 20).bfloat16(), nn.Linear(40, 30)
         self.embedding, self.head, self.back = nn.Embedding(30, 20), nn.Linear(20, 30), nn.Linear(30, 20)
         self.norm = nn.BatchNorm1d(7)
         self.head.weight = self.embedding.weight  # by hand
@@ -128,6 +128,7 @@ def changed():
     torch.manual_seed(0)
     model = Everything()
     prune.l1_unstructured(model.pruned, "weight", amount=0.92)
+    prune.l1_unstructured(model.masked, "weight", amount=0.92)  # and not clustered
     for name in ("clustered.weight", "pruned.weight", "small.weight"):
         cluster_weight(model, name, 8)
     hash_weights(model, ["hashed.weight"], 0.1)
@@ -151,7 +152,8 @@ def test_a_file_is_the_whole_plain_state_dict(tmp_path):
     content = contents(model)
     assert content.ties.keys() == {"head.weight", "back.weight"}  # stored once
     assert {content.tensors[name].coding for name in ("clustered.weight", "small.weight")} == {"symbols"}
-    assert content.tensors["pruned.weight"].coding == "gaps"
+    assert torch.equal(plain.masked.weight, model.masked.weight)
+    assert content.tensors["pruned.weight"].coding == content.tensors["masked.weight"].coding == "gaps"
 
 
 def network_wide():

@@ -301,6 +301,9 @@ def test_weights_that_are_not_initialised_are_refused(way):
     ],
 )
 def test_hashed_layers_are_real(layer, dtype):
+    real = layer(None)
+    with pytest.raises(ConfigurationError, match=rf"^HashedParametrization: 'weight' is of {dtype}, and only real"):
+        real.weight = torch.ones(real.weight.shape, dtype=dtype)
     with pytest.raises(ConfigurationError, match=rf"dtype must be real and floating-point, not {dtype}"):
         layer(dtype)
 

@@ -17,6 +17,7 @@ from tying.hashing.fast_paths import RepeatedRows
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
 from tying.hashing.hashes import Hash, UniformHash, hash32, overrides_slot_only
 from tying.torch_workarounds import FollowsDevice, is_traced
+from tying.weights.derived import check_real
 
 Index = Literal["auto", "stored", "computed", "structured"]
 STORED = 1 << 24  # "auto" stores an index of at most this number of weights
@@ -220,6 +221,7 @@ class HashedParametrization(FollowsDevice):
         """
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
+        check_real("weight", weight, "HashedParametrization")
         flat, size = weight.detach().flatten() / self.scale, self.table_size
         source = IndexSource(len(flat), self._extended_slot)
         sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
