@@ -335,6 +335,26 @@ def test_bytes_by_hand():
     assert mask.places.tolist() == [0b01101101] * 5
 
 
+def test_a_file_by_hand(tmp_path):
+    """Version 2 in full: a change of its fields would make older files unreadable."""
+    weight, labels = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), [0b00011000]
+    content = {
+        "version": 2,
+        "names": ["code", "weight", "tied", "_extra_state"],
+        "tensors": {"weight": ((2, 3), "float32", "raw", (6, 0, 0)), "code": ((4,), "uint8", "symbols", (3, 4, 0))},
+        "ties": {"tied": ("weight", [("o i -> i o", (("i", 3), ("o", 2)))])},
+        "others": {"_extra_state": 3},
+        "bytes": torch.cat([bits(weight), torch.tensor([7, 8, 9, *labels], dtype=torch.uint8)]),
+    }
+    torch.save(content, tmp_path / "hand.pt")
+    state = load_packed(tmp_path / "hand.pt")
+    assert [*state] == content["names"]
+    assert torch.equal(state["weight"], weight)
+    assert torch.equal(state["tied"], weight.T)
+    assert state["tied"].is_contiguous()
+    assert (state["code"].tolist(), state["code"].dtype, state["_extra_state"]) == ([7, 9, 8, 7], torch.uint8, 3)
+
+
 def test_index_bits_count_values():
     assert [index_bits(count) for count in (1, 2, 3, 4, 5, 2**20, 2**20 + 1)] == [1, 1, 2, 2, 3, 20, 21]
     assert Packed((0,), "float32", "raw", *[torch.empty(0, dtype=torch.uint8)] * 3, (0, 0, 0)).nbytes == 0

@@ -160,7 +160,8 @@ def test_wildcards_leave_out_tied_weights_with_a_notice(way, network):
     assert model.net.get_input_embeddings().weight is model.net.get_output_embeddings().weight
     model.training_step(None, 0).backward()
     if isinstance(result, HashReport):
-        assert {*result.tied} == {name for name in result.tied if name in tied}
+        assert result.tied
+        assert {*result.tied} < tied  # one of the names of each
         assert f"left out because they are tied: {', '.join(result.tied)}" in str(result)
         assert not {*result.tied} & {*result.skipped}
 

@@ -527,15 +527,18 @@ def select_untied(model: nn.Module, parameters: Sequence[str], least_dims: int =
     for name, location in locations.items():
         names.setdefault(id(location.parameter), []).append(name)
     matched = select(model, parameters)
-    skipped = tuple(name for name, weight in matched.items() if not is_lazy(weight) and weight.ndim < least_dims)
-    untied = {name: weight for name, weight in matched.items() if name not in skipped}
+    candidates = {name: weight for name, weight in matched.items() if is_lazy(weight) or weight.ndim >= least_dims}
     tied = {
         name: partners
-        for name, weight in untied.items()
+        for name, weight in candidates.items()
         if not {*parameters}.intersection(names[id(weight)])
         and (partners := tuple(other for other in names[id(weight)] if locations[other] != locations[name]))
     }
-    selection = Selection({name: weight for name, weight in untied.items() if name not in tied}, tied, skipped)
+    selection = Selection(
+        untied={name: weight for name, weight in candidates.items() if name not in tied},
+        tied=tied,
+        skipped=tuple(name for name in matched if name not in candidates),
+    )
     if tied and not selection.untied:
         raise ConfigurationError(
             f"parameters {list(parameters)} match tied weights only: {selection.describe_tied()}. Untie them, or "
