@@ -271,7 +271,10 @@ def _reset(method: str, computes: Mapping[str, tuple[str, str]]) -> Callable[[nn
 
 
 def parametrize_all(
-    model: nn.Module, parameters: Sequence[str], make: Callable[[str, nn.Parameter], nn.Module], context: str
+    model: nn.Module,
+    parameters: Sequence[str],
+    make: Callable[[str, nn.Parameter], nn.Module],
+    context: str = "parametrize_all",
 ) -> list[str]:
     """Parametrize the weights that match patterns; return their names.
 
@@ -282,8 +285,8 @@ def parametrize_all(
         context: name of the calling function, for messages.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, or does not fit its
-            parametrization. The model is not changed.
+        ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, not real or not
+            finite, or does not fit its parametrization. The model is not changed.
 
     Warns:
         UserWarning: wildcards match tied weights, which are left out.
