@@ -93,10 +93,12 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
         swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(
-            bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone(), bias.requires_grad
-        )
+        layer.bias = nn.Parameter(_spread(bias.detach(), size), bias.requires_grad)
     return list(chosen)
+
+
+def _spread(bias: Tensor, size: tuple[int, ...]) -> Tensor:
+    return bias.view(-1, *[1] * len(size)).expand(-1, *size).clone()
 
 
 def has_untied_bias(model: nn.Module, name: str) -> bool:

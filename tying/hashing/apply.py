@@ -108,9 +108,8 @@ def hash_weights(
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped,
-            unless the hash is recurrent; tied weights that only wildcards match are left out.
-        table_ratio: number of table entries over the number of weights, in (0, 1]; default: what the hash requires,
-            or 0.1.
+            unless the hash is recurrent; so are, with a warning, tied weights that only wildcards match.
+        table_ratio: table entries per weight, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
         init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights per entry.
@@ -120,12 +119,8 @@ def hash_weights(
         scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their entries.
 
     Raises:
-        ConfigurationError: a pattern matches nothing that can be hashed, a weight is already tied, parametrized
-            or hashed, or not real or not finite, weights of one table differ in dtype, device or requires_grad, or the
-            hash does not fit.
-
-    Warns:
-        UserWarning: tied weights are left out.
+        ConfigurationError: a pattern matches nothing, a weight is tied, computed, not real or not finite, weights of
+            one table differ in dtype, device or requires_grad, or the hash does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
@@ -134,12 +129,10 @@ def hash_weights(
         (25, 250, 40)
     """
     check_choices(table_ratio, hash, scope, init)
-    locations = locate_parameters(model)
-    selection = select_hashable(model, parameters, hash)
-    chosen = _choose(selection, parameters, locations)
-    hash.check_layers([weight.shape for weight in chosen.values()], scope)
-    options = {"sign": sign, "density": density, "index": index}
-    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled and not hash.include_biases, options)
+    locations, selection = locate_parameters(model), select_hashable(model, parameters, hash)
+    chosen = _choose(selection, parameters, locations, hash, scope)
+    options, scaled = {"sign": sign, "density": density, "index": index}, scaled and not hash.include_biases
+    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled, options)
     selection.warn("hash_weights")
     _install_tables(model, locations, groups, init)
     return report(model, chosen, selection.skipped, selection.tied)
@@ -161,12 +154,16 @@ def select_hashable(model: nn.Module, parameters: Sequence[str], hash: Hash) -> 
 
 
 def _choose(
-    selection: Selection, parameters: Sequence[str], locations: Mapping[str, ParameterLocation]
+    selection: Selection,
+    parameters: Sequence[str],
+    locations: Mapping[str, ParameterLocation],
+    hash: Hash,
+    scope: Literal["layer", "network"],
 ) -> dict[str, nn.Parameter]:
     """Return the weights to hash, in the model's order.
 
     Raises:
-        ConfigurationError: nothing can be hashed, or a weight cannot be.
+        ConfigurationError: nothing can be hashed, or a weight or the hash does not fit.
     """
     if tables := [
         name
@@ -180,6 +177,7 @@ def _choose(
     for name, weight in chosen.items():
         check_hashable(name, locations, "hash_weights")
         check_finite(name, weight, "hash_weights")
+    hash.check_layers([weight.shape for weight in chosen.values()], scope)
     return chosen
 
 

@@ -257,12 +257,14 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
 
 def _masked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict in which the weights that torch prunes stand in place of their originals and masks."""
+    if not prune.is_pruned(model):
+        return {**state}
     pruned = {
-        clean_name(f"{path}.{name.removesuffix('_mask')}".lstrip("."))
+        clean_name(f"{path}.{name}".lstrip(".")).removesuffix("_mask")
         for path, module in model.named_modules(remove_duplicate=False)
-        if module._forward_pre_hooks and prune.is_pruned(module)
-        for name in module._buffers
-        if name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in module._parameters
+        if prune.is_pruned(module)
+        for name, _ in module.named_buffers(recurse=False)
+        if name.endswith("_mask") and hasattr(module, f"{name.removesuffix('_mask')}_orig")
     }
     masked = {}
     for key, value in state.items():
