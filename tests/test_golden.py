@@ -42,4 +42,4 @@ def test_runs_go_on(version, family):
 @pytest.mark.parametrize("version", VERSIONS)
 def test_packed_files_load(version):
     weights = load_packed(GOLDEN / version / "packed.pt")
-    assert {name: len(weight.unique()) for name, weight in weights.items()} == {"0.weight": 4}
+    assert len(weights["0.weight"].unique()) == 4

@@ -18,12 +18,9 @@ from tying.hashing import (
     cluster,
     cluster_weight,
     compression_rate,
-    load_packed,
     loads,
-    save_packed,
 )
 from tying.hashing.codebook import starting_centroids
-from tying.hashing.packing import clustered_size, packed, packed_weights, unpacked
 
 PAIR = ["encoder.0.weight ~ decoder.2.weight | o i -> i o"]
 NAMES = ["encoder.0.weight", "encoder.2.weight", "decoder.0.weight", "decoder.2.weight"]
@@ -97,52 +94,6 @@ def test_zeros_stay_zeros_and_gradients_are_sums():
     optimizer.step()
     assert len(layer.weight.unique()) <= 5
     assert torch.equal(layer.weight == 0, pruned == 0)
-
-
-@pytest.mark.parametrize("clusters", [1, 2, 5, 32])
-@pytest.mark.parametrize("kept", [1.0, 0.3, 0.01])
-def test_packing(clusters, kept):
-    torch.manual_seed(0)
-    assignments = torch.randint(clusters, (40, 50))
-    assignments[torch.rand(40, 50) > kept] = -1
-    codebook = torch.randn(clusters)
-    one = packed(assignments, codebook)
-    assert torch.equal(unpacked(one), torch.where(assignments >= 0, codebook[assignments.clamp(min=0)], 0.0))
-    count = int((assignments >= 0).sum())
-    assert one.counts[0] == count
-    assert one.bits == 32 * clusters + {1: 1, 2: 1, 5: 3, 32: 5}[clusters] * count + 5 * one.counts[1]
-    assert abs(8 * (len(one.indices) + len(one.gaps)) - (one.bits - 32 * clusters)) < 16
-
-
-def test_files(tmp_path):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 10))
-    for name in ("0.weight", "1.weight"):
-        cluster_weight(model, name, 16)
-    size = save_packed(model, tmp_path / "packed.pt")
-    dense, small = clustered_size(model, ["0.weight", "1.weight"])
-    assert dense == 32 * 21_000
-    assert small / 8 < size < small / 8 + 5000
-    weights = load_packed(tmp_path / "packed.pt")
-    assert torch.equal(weights["0.weight"], model[0].weight)
-    plain = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 10))
-    plain.load_state_dict({**bake(model), **weights})
-    x = torch.randn(2, 200)
-    torch.testing.assert_close(plain(x), model(x))
-    content = torch.load(tmp_path / "packed.pt", weights_only=True)
-    torch.save({**content, "version": 2}, tmp_path / "newer.pt")
-    with pytest.raises(ValueError, match=r"newer.pt is of version 2; this package reads version 1"):
-        load_packed(tmp_path / "newer.pt")
-    torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt holds no packed weights"):
-        load_packed(tmp_path / "other.pt")
-    (tmp_path / "text.pt").write_text("text")
-    with pytest.raises(ValueError, match=r"text.pt is no checkpoint of tensors"):
-        load_packed(tmp_path / "text.pt")
-    with pytest.raises(ValueError, match="no weight of the model is clustered"):
-        save_packed(nn.Linear(2, 2), tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=r"'0\.weight' is no parameter of the model, or is computed already"):
-        cluster_weight(model, "0.weight", 2)
 
 
 @pytest.mark.filterwarnings("ignore:WeightClustering begins in epoch")
@@ -313,28 +264,6 @@ def test_training_that_ends_before_clustering_begins_is_told():
         train(Toy(), [WeightClustering(["encoder.*.weight"], 4, start_epoch=9)], max_epochs=2)
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        (lambda fields: fields.pop("gaps"), "missing 1 required positional argument: 'gaps'"),
-        (lambda fields: fields.update(indices=fields["indices"][:1]), "indices of 1 bytes, where 3 are due"),
-        (lambda fields: fields.update(shape=(2, 2)), "index"),
-    ],
-)
-def test_damaged_files_are_told(change, told, tmp_path):
-    layer = nn.Sequential(nn.Linear(4, 3))
-    cluster_weight(layer, "0.weight", 4)
-    save_packed(layer, tmp_path / "a.pt")
-    content = torch.load(tmp_path / "a.pt")
-    change(content["weights"]["0.weight"])
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ConfigurationError, match=rf"a.pt is damaged: .*{told}"):
-        load_packed(tmp_path / "a.pt")
-    torch.save({**content, "weights": [1]}, tmp_path / "a.pt")
-    with pytest.raises(ConfigurationError, match="is damaged"):
-        load_packed(tmp_path / "a.pt")
-
-
 def test_few_weights_left_are_entries_of_their_own():
     layer = nn.Linear(4, 3)
     with torch.no_grad():
@@ -375,12 +304,3 @@ def test_layers_that_configure_model_makes():
     model = Late()
     train(model, [WeightClustering(["late.weight"], clusters=4)], max_epochs=1)
     assert len(model.late.weight.unique()) <= 4
-
-
-def test_scaled_codebooks_pack_and_signed_ones_do_not():
-    labels = torch.tensor([0, 1, -1, 1])
-    layer = HashedLinear(2, 2, False, 0.5, CodebookHash(labels))
-    layer.virtual.scale = 3.0
-    assert torch.equal(unpacked(packed_weights(layer)["weight"]), layer.weight)
-    with pytest.raises(ValueError, match="weight: signed, which packed files do not hold"):
-        packed_weights(HashedLinear(2, 2, False, 0.5, CodebookHash(labels), sign=True))

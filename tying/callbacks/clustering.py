@@ -18,11 +18,11 @@ from tying.callbacks.transform import parameters_of, record, recorded, shared_wi
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hashing.apply import table_names
 from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
-from tying.hashing.packing import clustered, clustered_size
+from tying.hashing.packing import clustered, contents
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
-from tying.selection.resolve import parse_patterns, select
-from tying.weights.derived import locate_parameters
+from tying.selection.resolve import parse_patterns
+from tying.weights.derived import Selection, locate_parameters, select_untied
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class WeightClustering(TyingCallback):
     weights' gradients. Zero weights stay zero, for example those that Lightning's ``ModelPruning`` pruned; it must stop
     before ``start_epoch`` (``apply_pruning=BeforeEpoch(...)``).
     In the optimizers, codebooks replace the weights; the weights' optimizer state is dropped. Logs
-    ``tying/compression``: the bits of the dense weights divided by the bits of codebooks, indices and 5-bit gaps; see
-    :func:`tying.hashing.save_packed`.
+    ``tying/compression``: how many times smaller the model is in a packed file than its plain state dict, with all that
+    is not clustered; see :func:`tying.hashing.save_packed`.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped.
@@ -89,7 +89,6 @@ class WeightClustering(TyingCallback):
         self.gradient = gradient
         self.names: list[str] = []
         self._hook: RemovableHandle | None = None
-        self._compression: float | None = None
         self._uses: list[tuple[Tensor, Tensor]] = []  # codebooks, and the number of weights that use each entry
 
     @override
@@ -104,28 +103,31 @@ class WeightClustering(TyingCallback):
                 f"give it apply_pruning=BeforeEpoch({self.start_epoch})"
             )
         with acting_on(pl_module, self, callbacks_of(trainer)):
-            self.names, self._compression, self._uses = self._find(pl_module), None, []
-        record(pl_module, self, self.names)  # patterns do not match clustered weights
+            self.names, self._uses = self._choose(pl_module), []
         self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(_put_codebooks, self.names)
         )
 
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-        names = self._find(model)
-        record(model, self, names)
-        _put_codebooks(names, model, state_dict, "")
+        _put_codebooks(self._choose(model), model, state_dict, "")
 
-    def _find(self, model: nn.Module) -> list[str]:
-        """Return the names of the weights that are or will be clustered."""
-        if names := recorded(model, self):
-            return names
-        if not (names := [name for name, weight in select(model, self.parameters).items() if weight.ndim >= 2]):
+    def _choose(self, model: nn.Module) -> list[str]:
+        """Return the names of the weights to cluster; record them, since patterns do not match clustered weights."""
+        if not recorded(model, self):
+            selection = self._select(model)
+            selection.warn("WeightClustering")
+            record(model, self, [*selection.untied])
+        return recorded(model, self)
+
+    def _select(self, model: nn.Module) -> Selection:
+        selection = select_untied(model, self.parameters, least_dims=2)
+        if not selection.untied:
             raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
         locations = locate_parameters(model)
-        for name in names:
+        for name in selection.untied:
             check_clusterable(name, locations, self.clusters)
-        return names
+        return selection
 
     @override
     def replaced(self, model: nn.Module) -> list[str]:
@@ -133,7 +135,7 @@ class WeightClustering(TyingCallback):
 
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return parameters_of(model, self._find(model))
+        return parameters_of(model, recorded(model, self) or self._select(model).untied)
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -182,7 +184,8 @@ class WeightClustering(TyingCallback):
                     group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
         self.monitor(pl_module)
         pl.utilities.rank_zero_info(
-            f"WeightClustering: {len(self.names)} weights clustered, {self._rate(pl_module):.1f} times smaller"
+            f"WeightClustering: {len(self.names)} weights clustered; a packed file of the model is "
+            f"{contents(pl_module).rate:.1f} times smaller than its state dict"
         )
 
     @override
@@ -202,16 +205,10 @@ class WeightClustering(TyingCallback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_done(pl_module):
-            pl_module.log("tying/compression", self._rate(pl_module))
+            pl_module.log("tying/compression", contents(pl_module).rate)
 
     def _is_done(self, model: nn.Module) -> bool:
         return clustered(model).keys() >= {*self.names}
-
-    def _rate(self, model: nn.Module) -> float:
-        if self._compression is None:  # it does not change: assignments are frozen
-            dense, packed = clustered_size(model, self.names)
-            self._compression = dense / packed
-        return self._compression
 
 
 def _put_codebooks(

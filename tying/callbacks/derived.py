@@ -11,11 +11,12 @@ from typing_extensions import override
 from tying.callbacks.base import picture_folder
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
+from tying.files import save_figure
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
 from tying.hard.untied_bias import has_untied_bias
-from tying.hashing import Hash, UniformHash, entropy, hash_weights, table_loads
-from tying.hashing.apply import check_choices
-from tying.hashing.report import draw_loads
+from tying.hashing import Hash, UniformHash, entropy, hash_weights
+from tying.hashing.apply import check_choices, select_hashable
+from tying.hashing.report import loads_figure, titled_loads
 from tying.lightning_namespace import pl
 from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
@@ -264,11 +265,15 @@ class WeightHashing(ModelTransform):
         self.sign, self.density, self.index, self.scaled = sign, density, index, scaled
 
     @override
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return select_hashable(model, self.parameters, self.hash).untied
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        loads = table_loads(pl_module)
+        loads = titled_loads(pl_module)
         if folder := picture_folder(trainer):
-            draw_loads(loads, folder / "hash_loads.png")
+            save_figure(loads_figure(loads), folder / "hash_loads.png")
         self._entropy = sum(map(entropy, loads.values())) / len(loads)
 
     @override
@@ -289,10 +294,5 @@ class WeightHashing(ModelTransform):
             index=self.index,
             scaled=self.scaled,
         )
-        count = sum(weight.name == weight.holder for weight in report.weights)  # of tables
-        pl.utilities.rank_zero_info(
-            f"WeightHashing: {len(report.weights)} weights ({report.virtual:,} values) share "
-            f"{f'{count} tables' if count > 1 else 'a table'} of {report.stored:,} entries "
-            f"(ratio {report.stored / report.virtual:.3g})"
-        )
+        pl.utilities.rank_zero_info(f"WeightHashing: {report.counts()}")
         return [weight.name for weight in report.weights]

@@ -14,7 +14,7 @@ from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.training_data import estimate_batch_norms, num_train_samples
 from tying.errors import ConfigurationError, check_range, listed
 from tying.files import save_figure
-from tying.hashing.packing import sizes
+from tying.hashing.packing import contents
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import can_stop_early
 from tying.selection.resolve import parse_patterns, select
@@ -34,8 +34,8 @@ class MixtureTying(PenaltyCallback):
     norms are then estimated again, for the quantised weights.
 
     Logs ``tying/strength`` and ``tying/penalty``; at the end ``tying/distinct`` values, the fraction of nonzero
-    weights, ``tying/nonzero``, and the compression by a codebook and indices, ``tying/compression`` (bits of a
-    codebook, of fixed-length indices and of 5-bit gaps between nonzero weights) and ``tying/compression_huffman``.
+    weights, ``tying/nonzero``, ``tying/compression``: how many times smaller the model is in a packed file than its
+    plain state dict (see :func:`tying.hashing.save_packed`), and ``tying/compression_huffman``, with Huffman codes.
     Plots ``mixture_start.png`` and ``mixture_end.png`` in the logger's directory.
 
     Args:
@@ -226,20 +226,18 @@ class MixtureTying(PenaltyCallback):
             estimate_batch_norms(trainer, model, "MixtureTying")
         used, slots = torch.unique(torch.cat([assignment.flatten() for assignment in assignments]), return_inverse=True)
         zeros = int(0 in used)  # the component at zero is no entry of the codebook
-        packed, huffman = (
-            32 * len(slots) / bits
-            for bits in sizes((slots - zeros).split([a.numel() for a in assignments]), max(1, len(used) - zeros))
-        )
+        content = contents(model)
         nonzero = float((slots >= zeros).double().mean())
         pl.utilities.rank_zero_info(
             f"MixtureTying: {len(slots):,} weights have {len(used)} values, {nonzero:.2%} of them are not zero; "
-            f"{packed:.1f} times smaller, {huffman:.1f} with Huffman's code"
+            f"a packed file of the model is {content.rate:.1f} times smaller than its state dict, "
+            f"{content.huffman_rate:.1f} times with Huffman's code"
         )
         return {
             f"{self.log_prefix}/distinct": float(len(used)),
             f"{self.log_prefix}/nonzero": nonzero,
-            f"{self.log_prefix}/compression": packed,
-            f"{self.log_prefix}/compression_huffman": huffman,
+            f"{self.log_prefix}/compression": content.rate,
+            f"{self.log_prefix}/compression_huffman": content.huffman_rate,
         }
 
     def _values(self) -> Tensor:

@@ -15,8 +15,8 @@ from tying.errors import ConfigurationError, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
-from tying.selection.resolve import parse_patterns, select
-from tying.weights.derived import derived_by_others, derived_weights, eval_mode
+from tying.selection.resolve import parse_patterns
+from tying.weights.derived import derived_by_others, derived_weights, eval_mode, select_untied
 from tying.weights.optimizers import shared_in
 from tying.weights.state_dict import restore_ties
 
@@ -68,6 +68,10 @@ class ModelTransform(TyingCallback):
         """Describe what was changed, for reports."""
         return f"{len(self.changed(model))} weights: {listed(self.changed(model))}"
 
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the weights that the callback is going to change. This changes nothing."""
+        return select_untied(model, self.parameters).untied
+
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         self.apply(model)
@@ -77,7 +81,7 @@ class ModelTransform(TyingCallback):
         if self.ties:
             return super().affected(model)
         if self.parameters and not self.is_applied(model):
-            return select(model, self.parameters)
+            return self.selected(model)
         return parameters_of(model, self.changed(model))
 
     @override

@@ -240,7 +240,7 @@ def generate_weights(
                 shared.append(HyperWeight(in_channels, out_channels, weight.shape[-1], embedding).to(weight))
         return shared[0]
 
-    names = parametrize_all(model, parameters, make)
+    names = parametrize_all(model, parameters, make, "generate_weights")
     locations = locate_parameters(model)
     for name in names:
         embeddings = locations[name].parameter

@@ -294,7 +294,7 @@ def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal:
         ['1.weight']
     """
     kind = LowRankPlusDiagonal if diagonal else LowRank
-    return parametrize_all(model, parameters, lambda name, weight: kind(rank))
+    return parametrize_all(model, parameters, lambda name, weight: kind(rank), "lower_rank")
 
 
 def _as_matrix(weight: Tensor, rank: int) -> Tensor:

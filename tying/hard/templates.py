@@ -228,7 +228,7 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
         chosen[name] = banks[weight.shape]
         return TemplateMixture(chosen[name])
 
-    parametrize_all(model, parameters, make)
+    parametrize_all(model, parameters, make, "share_templates")
     layers = mixtures(model)
     for bank in banks.values():
         coefficients = [layer.get_parameter("original") for layer, other in layers.values() if other is bank]

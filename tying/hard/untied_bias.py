@@ -9,9 +9,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
-from tying.selection.resolve import select
 from tying.torch_workarounds import convolve, is_proxy
-from tying.weights.derived import check_free, eval_mode, locate_parameters, swap_class
+from tying.weights.derived import check_free, eval_mode, locate_parameters, select_untied, swap_class
 
 
 class _UntiedBias(nn.Module):
@@ -75,7 +74,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; whose
     convolutions have these biases.
     """
-    chosen, locations = select(model, parameters), locate_parameters(model)
+    selection, locations = select_untied(model, parameters), locate_parameters(model)
+    chosen = selection.untied
     layers = {name: locations[name].owner for name in chosen}
     if parametrized := [name for name, layer in layers.items() if is_parametrized(layer)]:
         raise ConfigurationError(f"{listed(parametrized)}: of layers that are parametrized; untie biases before that")
@@ -92,20 +92,24 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
         if len(sizes[layer]) != 1:
             seen = f"with outputs of {sorted(sizes[layer])}" if sizes[layer] else "not at all"
             raise ConfigurationError(f"{name!r}: the example passes this convolution {seen}; one size is needed")
+    selection.warn("untie_biases")
     for layer, bias in zip(layers.values(), chosen.values(), strict=True):
         [size] = sizes[layer]
         swap_class(layer, _UNTIED[type(layer)])
-        spread = bias.detach().view(-1, *[1] * len(size)).expand(-1, *size).clone()
-        layer.bias = nn.Parameter(spread, bias.requires_grad)
-        layer.register_load_state_dict_pre_hook(_spread)  # type: ignore[no-untyped-call]  # torch's
+        layer.bias = nn.Parameter(_spread(bias.detach(), size), bias.requires_grad)
+        layer.register_load_state_dict_pre_hook(_spread_loaded)  # type: ignore[no-untyped-call]  # torch's
     return list(chosen)
 
 
-def _spread(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _spread(bias: Tensor, size: Sequence[int]) -> Tensor:
+    return bias.view(-1, *[1] * len(size)).expand(-1, *size).clone()
+
+
+def _spread_loaded(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let a layer load a bias with one number for each channel: every position starts with it."""
     key, size = f"{prefix}bias", layer.get_parameter("bias").shape
     if key in state_dict and state_dict[key].shape == size[:1]:
-        state_dict[key] = state_dict[key].view(-1, *[1] * (len(size) - 1)).expand(size).contiguous()
+        state_dict[key] = _spread(state_dict[key], size[1:])
 
 
 def has_untied_bias(model: nn.Module, name: str) -> bool:

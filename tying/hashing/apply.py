@@ -14,12 +14,21 @@ from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
 from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
 from tying.hashing.report import HashReport, report
-from tying.selection.resolve import select
+from tying.selection.index import check_shape
 from tying.selection.tie import Tie
-from tying.weights.derived import ParameterLocation, check_free, derived_in, install, locate_parameters, swap_class
-from tying.weights.finite import check_finite
+from tying.weights.derived import (
+    ParameterLocation,
+    Selection,
+    check_free,
+    derived_in,
+    install,
+    locate_parameters,
+    select_untied,
+    swap_class,
+)
 from tying.weights.optimizers import check_alike
 from tying.weights.tie import tie
+from tying.weights.values import check_finite, check_real
 
 LAYERS: dict[type[nn.Module], type[Hashed]] = {
     nn.Linear: HashedLinear,
@@ -60,10 +69,12 @@ def check_hashable(name: str, locations: Mapping[str, ParameterLocation]) -> Non
         locations: locations of all parameters of the model.
 
     Raises:
-        ConfigurationError: the weight is empty, parametrized, or tied, or belongs to an embedding with an option that
-            hashed embeddings do not support.
+        ConfigurationError: the weight is empty, not initialised, not real, parametrized, or tied, or belongs to an
+            embedding with an option that hashed embeddings do not support.
     """
+    check_shape(name, locations[name].parameter)
     check_free(name, locations)
+    check_real(name, locations[name].parameter)
     owner = locations[name].owner
     if not locations[name].parameter.numel():
         raise ConfigurationError(f"{name!r} has no entries to hash")
@@ -98,7 +109,8 @@ def hash_weights(
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` excludes. Vectors are skipped, unless the hash is recurrent.
+        parameters: patterns of names; a leading ``!`` excludes. Vectors are skipped, unless the hash is recurrent; so
+            are, with a warning, tied weights that only wildcards match.
         table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
@@ -109,8 +121,8 @@ def hash_weights(
         scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their entries.
 
     Raises:
-        ConfigurationError: a pattern matches nothing that can be hashed, a weight is already tied, parametrized
-            or hashed, weights of one table differ in dtype, device or requires_grad, or the hash does not fit.
+        ConfigurationError: a pattern matches nothing, a weight is tied, computed, not real or not finite, weights of
+            one table differ in dtype, device or requires_grad, or the hash does not fit.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
@@ -119,12 +131,13 @@ def hash_weights(
         (25, 250, 40)
     """
     check_choices(table_ratio, hash, scope, init)
-    locations = locate_parameters(model)
-    chosen, skipped = _choose(model, parameters, locations, hash, scope)
-    options = {"sign": sign, "density": density, "index": index}
-    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled and not hash.include_biases, options)
+    locations, selection = locate_parameters(model), select_hashable(model, parameters, hash)
+    chosen = _choose(selection, parameters, locations, hash, scope)
+    options, scaled = {"sign": sign, "density": density, "index": index}, scaled and not hash.include_biases
+    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled, options)
+    selection.warn("hash_weights")
     _install_tables(model, locations, groups, init)
-    return report(model, chosen, skipped)
+    return report(model, chosen, selection.skipped, selection.tied)
 
 
 def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
@@ -137,38 +150,37 @@ def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) 
     check_choice("init", init, ("fresh", "mean"))
 
 
+def select_hashable(model: nn.Module, parameters: Sequence[str], hash: Hash) -> Selection:
+    """Return the weights that :func:`hash_weights` replaces, in the order of the patterns. This changes nothing."""
+    return select_untied(model, parameters, least_dims=0 if hash.include_biases else 2)
+
+
 def _choose(
-    model: nn.Module,
+    selection: Selection,
     parameters: Sequence[str],
     locations: Mapping[str, ParameterLocation],
     hash: Hash,
     scope: Literal["layer", "network"],
-) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
-    """Return the weights to hash, in the model's order, and the names of the parameters to skip.
+) -> dict[str, nn.Parameter]:
+    """Return the weights to hash, in the model's order.
 
     Raises:
         ConfigurationError: nothing can be hashed, or a weight or the hash does not fit.
     """
-    selected = select(model, parameters)
     if tables := [
         name
-        for name in selected
+        for name in (*selection.untied, *selection.skipped)
         if any(locations[name].attribute in derived.prefixes for derived in derived_in(locations[name].owner))
     ]:
         raise ConfigurationError(f"{tables[0]!r} is the table of a hashed layer already")
-    for name, weight in selected.items():
-        check_finite(name, weight)
-    chosen = {
-        name: selected[name]
-        for name in locations  # in the model's order
-        if name in selected and (hash.include_biases or selected[name].ndim >= 2)
-    }
+    chosen = {name: selection.untied[name] for name in locations if name in selection.untied}  # in the model's order
     if not chosen:
         raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
-    for name in chosen:
+    for name, weight in chosen.items():
         check_hashable(name, locations)
+        check_finite(name, weight)
     hash.check_layers([weight.shape for weight in chosen.values()], scope)
-    return chosen, tuple(name for name in selected if name not in chosen)
+    return chosen
 
 
 def _plan(

@@ -12,10 +12,8 @@ from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
-from tying.hashing.report import loads
-from tying.selection.index import check_shape
 from tying.weights.derived import ParameterLocation, locate_parameters
-from tying.weights.finite import check_finite
+from tying.weights.values import check_finite, check_real
 
 Start = Literal["linear", "density", "forgy"]
 
@@ -55,7 +53,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
         Centroids (k,), or fewer if some have no weight; and indices (n,), int64.
 
     Raises:
-        ConfigurationError: ``init`` is unknown, or there are more clusters than weights.
+        ConfigurationError: ``init`` is unknown, there are more clusters than weights, or a weight is not a finite real
+            number.
 
     Example:
         >>> cluster(torch.tensor([0.0, 0.2, 1.0]), clusters=2)
@@ -65,6 +64,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
     """
     check_choice("init", init, get_args(Start))
     check_range("clusters", clusters, f"[1, {len(weights)}]")
+    check_real("weights", weights)
+    check_finite("weights", weights)
     distinct, inverse = torch.unique(weights, return_inverse=True)
     if len(distinct) <= clusters:
         return distinct, inverse
@@ -128,8 +129,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     if prune.is_pruned(module) and hasattr(module, f"{attribute}_orig"):
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
     check_clusterable(name, locate_parameters(model), clusters)
+    check_finite(name, module.get_parameter(attribute))
     flat = module.get_parameter(attribute).detach().flatten()
-    check_finite(name, flat)
     nonzero = flat[flat != 0]
     assignments, centroids = torch.full_like(flat, -1, dtype=torch.int64), flat.new_zeros(1)
     if len(nonzero):
@@ -139,7 +140,7 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
 
 def uses_of(parametrization: HashedParametrization) -> Tensor:
     """Return how many weights read each codebook entry, at least one."""
-    return loads(parametrization.slots(), parametrization.table_size).clamp(min=1)
+    return parametrization.loads().clamp(min=1)
 
 
 def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clusters: int) -> None:
@@ -152,12 +153,7 @@ def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clu
     """
     if name not in locations:
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
-    check_shape(name, locations[name].parameter)
     check_hashable(name, locations)
-    if not locations[name].parameter.is_floating_point():
-        raise ConfigurationError(
-            f"{name!r} is {locations[name].parameter.dtype}, and clusters are of real numbers: exclude it"
-        )
     check_range(f"{name!r}: clusters", clusters, f"[1, {locations[name].parameter.numel()}]")
 
 

@@ -18,6 +18,7 @@ from tying.hashing.fast_paths import Blocks, Convolution, FastPath, RepeatedRows
 
 _LOW = 0xFFFFFFFF  # the low 32 bits
 _PRIME_2, _PRIME_3, _PRIME_4, _PRIME_5 = 2246822519, 3266489917, 668265263, 374761393  # of xxh32
+LARGEST_TABLE = (1 << 31) - 1  # hashes draw slots from 32 random bits, and a stored index has 32 bits
 SIGN = 0x5349474E  # makes signs independent of slots
 _DIRICHLET = 0x4449524943484C45  # makes the probabilities of a Dirichlet hash independent of its slots
 
@@ -39,6 +40,7 @@ class Hash:
     """
 
     include_biases: ClassVar[bool] = False  # hash biases and norms too, and never scale weights
+    has_zeros: ClassVar[bool] = True  # whether a slot may be −1; a class that overrides slot says it anew
 
     def __repr__(self) -> str:  # checkpoints compare hashes by it
         arguments = ", ".join(f"{name}={_represent(value)}" for name, value in vars(self).items())
@@ -94,11 +96,20 @@ class Hash:
         """
         if table_size is not None:
             check_range("table_size", table_size, "[1, inf)")
+            self.check_entries(table_size)
             count = sum(map(math.prod, shapes))
             if (required := self.table_size(count)) not in (None, table_size):
                 raise ConfigurationError(
                     f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
                 )
+
+    def check_entries(self, entries: int) -> None:
+        """Raise a ConfigurationError if slots cannot number the entries of a table."""
+        if entries > LARGEST_TABLE:
+            raise ConfigurationError(
+                f"{self}: {entries:,} entries (those of the table, again with their signs, and zero) are more than "
+                f"{LARGEST_TABLE:,}, the most that slots of 32 bits number: lower table_ratio, or use several tables"
+            )
 
     def check(self, count: int, table_size: int) -> None:
         """Raise a ConfigurationError if the hash does not fit this number of weights or table entries."""
@@ -178,6 +189,8 @@ class SeededHash(Hash):
 class IdentityHash(Hash):
     """Give each weight its own slot: no sharing."""
 
+    has_zeros = False
+
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
         return ids
@@ -201,6 +214,8 @@ class ModulusHash(Hash):
         >>> ModulusHash().index(count=5, table_size=3).tolist()
         [0, 1, 2, 0, 1]
     """
+
+    has_zeros = False
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -233,6 +248,7 @@ class UniformHash(SeededHash):
         [2, 1, 0, 1, 0, 0]
     """
 
+    has_zeros = False
     seed: int = 0
 
     @override
@@ -265,6 +281,7 @@ class DirichletHash(SeededHash):
         [1]
     """
 
+    has_zeros = False
     alpha: float = 1.0
     seed: int = 0
 
@@ -342,6 +359,7 @@ class NeighborhoodHash(SeededHash):
         ConfigurationError: the radius is negative.
     """
 
+    has_zeros = False
     radius: int = 1
     seed: int = 0
 
@@ -376,6 +394,7 @@ class XXHash(SeededHash):
     trick, 2015.
     """
 
+    has_zeros = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -419,6 +438,7 @@ class BlockHash(SeededHash):
     MLPerf DLRM model, 2021.
     """
 
+    has_zeros = False
     block: int = 32
     seed: int = 0
 

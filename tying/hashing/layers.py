@@ -50,6 +50,8 @@ class Hashed(nn.Module):
             options: arguments of :class:`HashedParametrization`.
         """
         nn.Module.__init__(self)
+        if not (dtype or torch.get_default_dtype()).is_floating_point:
+            raise ConfigurationError(f"{type(self).__name__}: dtype must be real and floating-point, not {dtype}")
         shape = dense.weight.shape
         size = table_entries(shape.numel(), ratio, options["hash"])
         self.__dict__.update(dense.__dict__)

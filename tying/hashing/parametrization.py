@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any, Literal, Self, get_args
@@ -13,9 +13,11 @@ from typing_extensions import override
 
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
+from tying.hashing.fast_paths import RepeatedRows
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
 from tying.hashing.hashes import CodebookHash, Hash, UniformHash, hash32, overrides_slot_only
 from tying.torch_workarounds import FollowsDevice, is_proxy, is_traced
+from tying.weights.values import check_real
 
 Index = Literal["auto", "stored", "computed", "structured"]
 STORED = 1 << 24  # "auto" stores an index of at most this number of weights
@@ -32,7 +34,8 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     0.1 if it requires none.
 
     Raises:
-        ConfigurationError: the ratio is not in (0, 1], or the hash requires another ratio.
+        ConfigurationError: the ratio is not in (0, 1], or the hash requires another ratio, or a table that is larger
+            than the weights.
 
     Example:
         >>> from tying.hashing import UniformHash
@@ -43,8 +46,14 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     if not count:
         raise ConfigurationError("a weight of no entries cannot be hashed")
+    required = hash.table_size(count)
+    if required is not None and not 1 <= required <= count:
+        raise ConfigurationError(
+            f"{hash} needs a table of {required:,} entries for {count:,} weights, and a table has from 1 entry to as "
+            "many as weights: change the sizes of the hash or of the layer"
+        )
     if ratio is None:
-        ratio = 0.1 if (required := hash.table_size(count)) is None else required / count
+        ratio = 0.1 if required is None else required / count
     check_range("table_ratio", ratio, "(0, 1]")
     exact = Fraction(ratio) * count
     size = round(exact) if round(exact) / count == ratio else math.ceil(exact)
@@ -130,6 +139,7 @@ class HashedParametrization(FollowsDevice):
         self.sign, self.density, self.salt = sign, density, salt
         self.first, self.scale, self.zero_row = first, scale, zero_row
         hash.check_shape(self.shape)
+        hash.check_entries(table_size * (1 + sign) + 1)  # and zero
         self.state = state or HashState(hash.state(table_size))
         fast_path = (
             hash.fast_path(self.shape, table_size, first)
@@ -246,6 +256,7 @@ class HashedParametrization(FollowsDevice):
         """Return, for each table entry, the sum of the weights that read it, times their signs, and their number."""
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
+        check_real("weight", weight)
         flat, size = weight.detach().flatten(), self.table_size
         source = IndexSource(len(flat), self._extended_slot)
         sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
@@ -286,14 +297,29 @@ class HashedParametrization(FollowsDevice):
         """Return indices into ``[table, −table, 0]``; ``−table`` is left out if unsigned, 0 if no weight is zero."""
         return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
-    def distinct_rows(self) -> int:
+    def loads(self) -> Tensor:
+        """Return how many weights read each table entry; int64, (table_size,)."""
+        counts = torch.zeros(self.table_size, dtype=torch.int64, device="cpu")
+        for positions in self._positions(torch.device("cpu")):
+            slots = self._slot(positions)
+            read = slots[slots >= 0]
+            counts.index_add_(0, read, torch.ones_like(read))
+        return counts
+
+    def distinct_rows(self) -> int | None:
         """Return the number of distinct rows: if a hash repeats rows, the layer has fewer distinct units.
+
+        It is None if more than ``STORED`` weights would have to be compared.
 
         Example:
             >>> from tying.hashing import ModulusHash
             >>> HashedParametrization((200, 784), 1000, ModulusHash()).distinct_rows()
             125
         """
+        if isinstance(self.fast_path, RepeatedRows):
+            return self.fast_path.distinct
+        if self.shape.numel() > STORED:
+            return None
         rows = self.extended_slots().view(self.shape[0], -1)
         factors = hash32(torch.arange(rows.shape[1], device="cpu"), 0) * 2 + 1  # odd; equal sums mod 2⁶⁴: equal rows
         return len(torch.unique((hash32(rows, 0) * factors).sum(dim=1)))
@@ -308,16 +334,19 @@ class HashedParametrization(FollowsDevice):
     def check_slots(self) -> None:
         """Check that slots are in the table, and set ``zeros``: whether some weights are zero.
 
-        With a fast path, only the first and the last slot are computed.
+        With a fast path, only the first and the last slot are computed; of more than ``STORED`` weights whose index is
+        computed, only the first and the last chunk. The hash then tells whether some weights may be zero.
 
         Raises:
             ConfigurationError: the hash returns slots outside the table.
         """
-        chunks = (
-            [torch.tensor([0, self.shape.numel() - 1], device="cpu")]
-            if self.fast_path
-            else self._positions(torch.device("cpu"))
-        )
+        count, sampled = self.shape.numel(), self.index == "computed" and self.shape.numel() > STORED
+        if self.fast_path:
+            chunks: Iterable[Tensor] = [torch.tensor([0, count - 1], device="cpu")]
+        elif sampled:
+            chunks = [torch.arange(begin, begin + CHUNK, device="cpu") for begin in (0, count - CHUNK)]
+        else:
+            chunks = self._positions(torch.device("cpu"))
         extremes = torch.stack([torch.stack(self._slot(positions).aminmax()) for positions in chunks])
         low, high = int(extremes.min()), int(extremes.max())
         if low < -1 or high >= self.table_size or extremes.is_floating_point():
@@ -325,7 +354,9 @@ class HashedParametrization(FollowsDevice):
                 f"{self.hash}.slot returned {extremes.dtype} from {low} to {high}: integers in "
                 f"[-1, {self.table_size}) are needed"
             )
-        self.zeros = self.fast_path.zeros if self.fast_path else low < 0
+        drops = self.density < 1 or self.zero_row is not None
+        may_be_zero = drops or self.hash.has_zeros or overrides_slot_only(self.hash, "has_zeros")
+        self.zeros = self.fast_path.zeros if self.fast_path else low < 0 or (sampled and may_be_zero)
 
     @property
     def _is_plain(self) -> bool:
@@ -523,6 +554,6 @@ def _squared_errors(
     ]
 
 
-def repeated_units(distinct: int, shape: Sequence[int]) -> str:
-    """Describe how many units of a weight are distinct, for reports; empty if all are."""
-    return f"; only {distinct} of {shape[0]} units are distinct" * (distinct < shape[0])
+def repeated_units(distinct: int | None, shape: Sequence[int]) -> str:
+    """Describe how many units of a weight are distinct, for reports; empty if all are, or if that is unknown."""
+    return "" if distinct in (None, shape[0]) else f"; only {distinct} of {shape[0]} units are distinct"

@@ -1,9 +1,10 @@
 """Report how hashed weights use their tables."""
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from tying.files import save_figure
 from tying.hashing.parametrization import HashedParametrization, repeated_units
 from tying.weights.derived import derived_weights
 from tying.weights.report import WeightRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # a slow import
 
 
 def loads(index: Tensor, table_size: int) -> Tensor:
@@ -26,10 +30,16 @@ def loads(index: Tensor, table_size: int) -> Tensor:
     Returns:
         int64, (table_size,).
 
+    Raises:
+        ConfigurationError: a slot is outside the table.
+
     Example:
         >>> loads(torch.tensor([0, 2, 2, -1]), table_size=3).tolist()
         [1, 0, 2]
     """
+    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < table_size:
+        low, high = int(index.min()), int(index.max())
+        raise ConfigurationError(f"slots from {low} to {high} are not those of a table of {table_size} entries, or −1")
     return torch.bincount(index[index >= 0], minlength=table_size)
 
 
@@ -57,7 +67,7 @@ class HashedWeight:
         table_size: number of entries of its table, which other weights may share.
         holder: name of the first weight that reads the table.
         index: ``"stored"``, ``"computed"`` or ``"structured"``; see :class:`HashedParametrization`.
-        units: number of distinct rows of the weight.
+        units: number of distinct rows of the weight; None if there are too many weights to compare.
         realised: entropy of the loads of the table's entries, in nats.
         generating: entropy of the hash's probabilities, in nats, or None if they are unknown.
     """
@@ -67,7 +77,7 @@ class HashedWeight:
     table_size: int
     holder: str
     index: str
-    units: int
+    units: int | None
     realised: float
     generating: float | None
 
@@ -92,21 +102,27 @@ class HashReport:
         stored: number of entries of all tables.
         virtual: number of values of the hashed weights.
         skipped: names of parameters of fewer than two dimensions, which are not hashed.
+        tied: names of tied weights that only wildcards match, which are not hashed.
     """
 
     weights: tuple[HashedWeight, ...]
     stored: int
     virtual: int
     skipped: tuple[str, ...]
+    tied: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def counts(self) -> str:
+        """Return the numbers of weights, values, tables and entries as one line."""
         count, tables = len(self.weights), len({weight.holder for weight in self.weights})
         verb = "has" if count == 1 else "share" if tables < count else "have"
         shared = "a table" if tables == 1 else f"{tables} tables with a total"
-        lines = [
+        return (
             f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) {verb} {shared} of {self.stored:,} entries "
             f"(ratio {self.stored / max(1, self.virtual):.3g})"
-        ]
+        )
+
+    def __str__(self) -> str:
+        lines = [self.counts()]
         for weight in self.weights:
             if weight.name == weight.holder:
                 generating = "" if weight.generating is None else f", of probabilities {weight.generating:.4f}"
@@ -117,6 +133,8 @@ class HashReport:
             lines.append(f"  {weight}")
         if self.skipped:
             lines.append(f"skipped because of fewer than two dimensions: {', '.join(self.skipped)}")
+        if self.tied:
+            lines.append(f"left out because they are tied: {', '.join(self.tied)}")
         return "\n".join(lines)
 
 
@@ -145,16 +163,22 @@ def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str
 
 def loads_of(group: Mapping[str, HashedParametrization]) -> Tensor:
     """Return how many of the weights that share a table read each entry."""
-    return torch.stack([loads(virtual.slots(), virtual.table_size) for virtual in group.values()]).sum(dim=0)
+    return torch.stack([virtual.loads() for virtual in group.values()]).sum(dim=0)
 
 
-def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple[str, ...] = ()) -> HashReport:
+def report(
+    model: nn.Module,
+    names: Container[str] | None = None,
+    skipped: Iterable[str] = (),
+    tied: Iterable[str] = (),
+) -> HashReport:
     """Report how a model's hashed weights use their tables.
 
     Args:
         model: any module.
         names: names of the weights to include; all by default.
         skipped: names of the parameters that :func:`hash_weights` skipped.
+        tied: names of the tied weights that it left out.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
@@ -176,7 +200,8 @@ def report(model: nn.Module, names: Container[str] | None = None, skipped: tuple
         weights=tuple(weights),
         stored=sum(weight.table_size for weight in weights if weight.name == weight.holder),
         virtual=sum(math.prod(weight.shape) for weight in weights),
-        skipped=skipped,
+        skipped=(*skipped,),
+        tied=(*tied,),
     )
 
 
@@ -197,15 +222,22 @@ def plot_loads(model: nn.Module, path: Path | str) -> None:
     Raises:
         ConfigurationError: no weight is hashed.
     """
-    draw_loads(table_loads(model), Path(path))
+    save_figure(loads_figure(titled_loads(model)), Path(path))
 
 
-def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
-    """Write a PNG with a row of two panels, heat map and histogram, for each table.
+def titled_loads(model: nn.Module) -> dict[str, Tensor]:
+    """Return the loads of each table of a model, by the names of its weights, or by their number if they are many."""
+    return {
+        ", ".join(group) if len(group) < 4 else f"{len(group)} weights, {holder} first": loads_of(group)
+        for holder, group in tables_in(model).items()
+    }
+
+
+def loads_figure(counts: Mapping[str, Tensor]) -> "Figure":
+    """Return a figure with a row of two panels, heat map and histogram, for each table.
 
     Args:
         counts: loads, (table_size,), by title.
-        path: path of the file.
 
     Raises:
         ConfigurationError: there are no loads.
@@ -220,10 +252,22 @@ def draw_loads(counts: Mapping[str, Tensor], path: Path) -> None:
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
         figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
         heat.set(xticks=[], yticks=[])
-        heat.set_title(title, fontsize="small", loc="left")
-        bars.hist(uses.numpy(), bins=min(50, int(uses.max()) + 1))
+        heat.set_title(title, fontsize="small", loc="left", wrap=True)
+        bars.hist(uses.numpy(), bins=load_bins(uses))
         bars.set(xlabel="weights that use an entry", ylabel="entries")
         bars.set_title(
             f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats", fontsize="small", loc="right"
         )
-    save_figure(figure, path)
+    return figure
+
+
+def load_bins(loads: Tensor) -> list[float]:
+    """Return the edges of at most 50 bins that contain equally many integers each, from the least load to the largest.
+
+    Example:
+        >>> load_bins(torch.tensor([3, 5, 4])), len(load_bins(torch.arange(1000)))
+        ([2.5, 3.5, 4.5, 5.5], 51)
+    """
+    low, high = int(loads.min()), int(loads.max())
+    width = -(-(high - low + 1) // 50)
+    return [edge - 0.5 for edge in range(low, high + width + 1, width)]

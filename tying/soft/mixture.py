@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_range
 from tying.soft.group_penalty import gradient_of
-from tying.soft.penalties import check_real
+from tying.soft.penalties import check_not_complex
 from tying.torch_workarounds import foreach_add_
 
 CPU_CHUNK = 1 << 13  # weights: their densities under all components fit in the cache
@@ -116,7 +116,7 @@ class GaussianMixturePrior(nn.Module):
         mixture = [part.detach() for part in self.mixture()]
         into_mixture = [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
         total = torch.zeros(())
-        check_real(weights, "the mixture")
+        check_not_complex(weights, "the mixture")
         for weight in weights:
             into = gradient_of(weight) if weight.requires_grad else torch.zeros_like(weight)
             value, gradients = _evaluate(weight.detach(), mixture, into, scale=strength * scale)
@@ -228,7 +228,7 @@ def mixture_nll(weights: Tensor, means: Tensor, log_stds: Tensor, log_proportion
 
     Source: S. J. Nowlan and G. E. Hinton, Simplifying neural networks by soft weight-sharing, 1992.
     """
-    check_real([weights], "the mixture")
+    check_not_complex([weights], "the mixture")
     return cast(Tensor, _MixtureNLL.apply(weights, means, log_stds, log_proportions))
 
 

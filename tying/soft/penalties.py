@@ -44,7 +44,7 @@ def l1(tensors: Sequence[Tensor]) -> Tensor:
         >>> l1([torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([6.0])])
         tensor(10.)
     """
-    check_real(tensors, "l1")
+    check_not_complex(tensors, "l1")
     ordered = torch.stack([*tensors], dim=-1).sort(dim=-1).values
     # k (m − k) pairs differ by the k-th gap between neighbours; with gaps, equal tensors give exactly 0
     k = torch.arange(1, len(tensors), dtype=ordered.dtype, device=ordered.device)
@@ -68,7 +68,7 @@ def huber(a: Tensor, b: Tensor, delta: float) -> Tensor:
 
     Source: P. J. Huber, Robust estimation of a location parameter, 1964.
     """
-    check_real([a, b], "huber")
+    check_not_complex([a, b], "huber")
     return torch.nn.functional.huber_loss(a, b, reduction="sum", delta=delta)
 
 
@@ -263,7 +263,7 @@ def squared_norm(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).square().sum()
 
 
-def check_real(tensors: Sequence[Tensor], penalty: str) -> None:
+def check_not_complex(tensors: Sequence[Tensor], penalty: str) -> None:
     """Raise a ConfigurationError if a tensor is complex."""
     if any(tensor.is_complex() for tensor in tensors):
         raise ConfigurationError(f"{penalty} takes real weights, and some are complex: use l2 for these")

@@ -1,5 +1,6 @@
 """Derived weights, which a module computes from its parameters: find, install, remove and count them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,16 +10,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
 from tying.torch_workarounds import ContiguousView, inject_property
-from tying.weights.finite import check_finite
+from tying.weights.values import check_finite, check_real
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -371,7 +373,10 @@ def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
 
 
 def parametrize_all(
-    model: nn.Module, parameters: Sequence[str], make: Callable[[str, nn.Parameter], nn.Module]
+    model: nn.Module,
+    parameters: Sequence[str],
+    make: Callable[[str, nn.Parameter], nn.Module],
+    context: str = "parametrize_all",
 ) -> list[str]:
     """Parametrize the weights that match patterns; return their names.
 
@@ -379,18 +384,22 @@ def parametrize_all(
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.
         make: returns the parametrization of a weight; it must have a ``right_inverse``.
+        context: name of the calling function, for messages.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, or does not fit its
-            parametrization. The model is not changed.
+        ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, not real, or does
+            not fit its parametrization. The model is not changed.
         NonFiniteError: a weight is not finite.
+
+    Warns:
+        UserWarning: wildcards match tied weights, which are left out.
     """
     locations = locate_parameters(model)
+    selection = select_untied(model, parameters)
     steps: dict[str, nn.Module] = {}
-    for name, weight in select(model, parameters).items():
+    for name, weight in selection.untied.items():
         check_free(name, locations, ", which would not follow it")
-        if not (weight.is_floating_point() or weight.is_complex()):
-            raise ConfigurationError(f"{name!r} holds integers ({weight.dtype}), which cannot be trained: exclude it")
+        check_real(name, weight)
         check_finite(name, weight)
         try:
             steps[name] = make(name, weight)
@@ -403,6 +412,7 @@ def parametrize_all(
             steps[name].right_inverse(weight.detach())  # type: ignore[operator]  # a method
         except ConfigurationError as error:
             raise ConfigurationError(f"{name!r}: {error}") from None
+    selection.warn(context)
     for name, step in steps.items():
         install(locations[name].owner, locations[name].attribute, step)
     return list(steps)
@@ -591,6 +601,79 @@ def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
                 full = f"{name}.{attribute}".lstrip(".")
                 locations[plain_name(full) if weight else full] = location
     return locations
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weights that patterns match, by whether they can become computed weights.
+
+    Attributes:
+        untied: the parameters to replace, by name.
+        tied: names of tied weights that only wildcards match, which are left out, and the names that they are tied to.
+        skipped: names of parameters of too few dimensions.
+    """
+
+    untied: dict[str, nn.Parameter]
+    tied: dict[str, tuple[str, ...]]
+    skipped: tuple[str, ...]
+
+    def describe_tied(self) -> str:
+        """Return the names of the weights that are left out, each with the names that it is tied to."""
+        return listed(f"{name!r} (tied to {listed(map(repr, partners))})" for name, partners in self.tied.items())
+
+    def warn(self, context: str) -> None:
+        """Warn of the tied weights that are left out."""
+        if self.tied:
+            warnings.warn(
+                f"{context} leaves out {self.describe_tied()}: a weight is either tied or computed. Exclude them to "
+                "silence this warning, or untie them",
+                stacklevel=4,
+            )
+
+
+def select_untied(model: nn.Module, parameters: Sequence[str], least_dims: int = 0) -> Selection:
+    """Return the weights that match patterns, without the tied ones that only wildcards match.
+
+    A tied weight that a pattern spells out is kept, and :func:`check_free` refuses it.
+
+    Args:
+        model: any module.
+        parameters: patterns of names; a leading ``!`` excludes.
+        least_dims: the least number of dimensions of a weight.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or all matches are excluded or tied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model[1].weight = model[0].weight
+        >>> selection = select_untied(model, ["*.weight"])
+        >>> [*selection.untied], selection.tied
+        (['2.weight'], {'0.weight': ('1.weight',)})
+    """
+    locations = locate_parameters(model)
+    names: dict[int, list[str]] = {}
+    for name, location in locations.items():
+        names.setdefault(id(location.parameter), []).append(name)
+    matched = select(model, parameters)
+    candidates = {name: weight for name, weight in matched.items() if is_lazy(weight) or weight.ndim >= least_dims}
+    tied = {
+        name: partners
+        for name, weight in candidates.items()
+        if not {*parameters}.intersection(names[id(weight)])
+        and (partners := tuple(other for other in names[id(weight)] if locations[other] != locations[name]))
+    }
+    selection = Selection(
+        untied={name: weight for name, weight in candidates.items() if name not in tied},
+        tied=tied,
+        skipped=tuple(name for name in matched if name not in candidates),
+    )
+    if tied and not selection.untied:
+        raise ConfigurationError(
+            f"parameters {list(parameters)} match tied weights only: {selection.describe_tied()}. Untie them, or "
+            "choose others"
+        )
+    return selection
 
 
 def check_free(name: str, locations: Mapping[str, ParameterLocation], because: str = "") -> None:

@@ -89,7 +89,11 @@ class TieReport:
 
     def counts(self) -> str:
         """Return the counts as a sentence."""
-        saved = f"{abs(self.saved_bytes):,} bytes {'saved' if self.saved_bytes >= 0 else 'more'} by sharing"
+        computed = any(row.how not in self.relations for row in self.rows)
+        ways = ["sharing"] * (bool(self.groups) or not computed) + ["computing weights"] * computed
+        saved = (
+            f"{abs(self.saved_bytes):,} bytes {'saved' if self.saved_bytes >= 0 else 'more'} by {' and '.join(ways)}"
+        )
         return f"{self.unique:,} unique parameters, {self.virtual:,} counting each use; {saved}."
 
     def remarks(self) -> list[str]:

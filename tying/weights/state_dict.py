@@ -12,6 +12,7 @@ import torch
 from einops import EinopsError
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import prune
 
 from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, plain_name, unwrapped
@@ -250,8 +251,8 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
 
     Every tensor is a separate contiguous copy on the CPU, which any format can store, including safetensors; extra
     state that is not a tensor stays unchanged. All derived weights are computed, even if this package did not
-    parametrize them. The state dict holds weights only: other changes to the forward pass, such as a merge that scales
-    branches at test time, are not in it.
+    parametrize them, and the masks of ``torch.nn.utils.prune`` are applied. The state dict holds weights only: other
+    changes to the forward pass, such as a merge that scales branches at test time, are not in it.
 
     Example:
         >>> from tying.hard import tie
@@ -267,6 +268,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     }
     with eval_mode(model):
         plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
+    plain = _masked(model, plain)
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -274,6 +276,26 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         else value
         for key, value in whole.items()
     }
+
+
+def _masked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict in which the weights that torch prunes stand in place of their originals and masks."""
+    if not prune.is_pruned(model):
+        return {**state}
+    pruned = {
+        clean_name(f"{path}.{name}".lstrip(".")).removesuffix("_mask")
+        for path, module in model.named_modules(remove_duplicate=False)
+        if prune.is_pruned(module)
+        for name, _ in module.named_buffers(recurse=False)
+        if name.endswith("_mask") and hasattr(module, f"{name.removesuffix('_mask')}_orig")
+    }
+    masked = {}
+    for key, value in state.items():
+        if (name := key.removesuffix("_orig")) != key and name in pruned:
+            masked[name] = value * state[f"{name}_mask"]
+        elif key.removesuffix("_mask") not in pruned:
+            masked[key] = value
+    return masked
 
 
 def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Unequal = "error") -> dict[str, float]:

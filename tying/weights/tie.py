@@ -15,7 +15,6 @@ from tying.selection.resolve import resolve_named
 from tying.selection.tie import AnyTie, TiedGroup, parse_ties
 from tying.torch_workarounds import foreach_norm
 from tying.weights.derived import ParameterLocation, locate_parameters
-from tying.weights.finite import check_finite
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
     TieRecord,
@@ -27,6 +26,7 @@ from tying.weights.state_dict import (
     share_parameter,
     tie_records,
 )
+from tying.weights.values import check_finite
 
 Init = Literal["source", "mean"]
 FEWEST_VALUES = 16  # of a weight whose scale is compared: of fewer random values, it is chance
