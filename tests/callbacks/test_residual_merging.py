@@ -56,6 +56,7 @@ def test_both_probabilities_of_swapout_go_with_depth():
     ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:the ResidualMerging of Inherits replaces the ResidualMerging of the Trainer")
 def test_callback_mixin_and_function_train_alike():
     ends = []
     for model, callbacks in (
