@@ -704,7 +704,16 @@ def test_two_callbacks_without_a_name(capsys):
         "--trainer.callbacks.strength=0.1",
     ]
     told = errors(capsys, "fit", BASE, *SMALL, SOFT, *again)
-    assert "more than one stateful callback of type `SoftTying`: give each a name of its own" in told
+    assert (
+        "SoftTying: 2 callbacks are SoftTying with name=None: give each its own name, or leave all but one out" in told
+    )
+    told = errors(
+        capsys, "fit", BASE, *SMALL, *["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=loss"] * 2
+    )
+    assert (
+        "more than one stateful callback of type `EarlyStopping`: leave all but one out, or let their arguments differ"
+        in told
+    )
 
 
 def test_folders_that_cannot_be_written(checkpoint, capsys):

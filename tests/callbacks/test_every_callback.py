@@ -6,6 +6,7 @@ import inspect as python
 import math
 from collections import Counter
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from families import FAMILIES, SITES, Trained
@@ -25,10 +26,12 @@ from tying.callbacks import (
     HardTying,
     LowRankWeights,
     MixtureTying,
+    RandomState,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
     TyingCallback,
+    TyingMonitor,
     UntiedBiases,
     WeightClustering,
     WeightHashing,
@@ -258,19 +261,44 @@ def test_mappings_that_describe_nothing(penalty, told):
 # Names
 
 
-@pytest.mark.parametrize("name", [None, "one"])
-@pytest.mark.parametrize("kind", PENALTIES)
-def test_two_of_a_class_and_a_name_are_told_to_take_names(kind, name):
-    told = rf"^{kind.__name__}.*: 2 callbacks are {kind.__name__} with name={name!r}: give each a name of its own, such"
-    with pytest.raises(ConfigurationError, match=told):
-        fit(Trained(), [MAKERS[kind](name), MAKERS[kind](name)])
+STATEFUL = {  # every callback that saves a state, and the argument by which two of a class differ
+    **{kind: (MAKERS[kind], "name", ["one", "two"]) for kind in PENALTIES},
+    ResidualMerging: (
+        lambda blocks: ResidualMerging(blocks, StochasticDepth(0.75), "uniform"),
+        "blocks",
+        ["net.blocks.0", "net.blocks.1"],
+    ),
+    RandomState: (RandomState, None, []),
+    TyingMonitor: (TyingMonitor, None, []),
+}
 
 
-@pytest.mark.parametrize("kind", PENALTIES)
-def test_keys_of_states_have_names_alone(kind):
-    callback = MAKERS[kind]("one")
-    fit(Trained(), [callback, MAKERS[kind]("two")])
-    assert callback.state_key == f"{kind.__name__}{{'name': 'one'}}"
+def test_every_stateful_callback_is_asked():
+    public = {getattr(tying.callbacks, name) for name in tying.callbacks.__all__}
+    stateful = {k for k in public if issubclass(k, pl.Callback) and k.state_dict is not pl.Callback.state_dict}
+    assert stateful == STATEFUL.keys()
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_two_of_a_class_that_would_save_one_state_are_refused_with_the_remedy(kind):
+    make, argument, values = STATEFUL[kind]
+    cases = [((value,), f" with {argument}={value!r}: give each its own {argument}, or") for value in values]
+    if argument == "name":
+        cases.append(((None,), " with name=None: give each its own name, or"))
+    for arguments, told in cases or [((), ":")]:
+        with pytest.raises(
+            ConfigurationError, match=rf"^{kind.__name__}: 2 callbacks are {kind.__name__}{told} leave all but one out$"
+        ):
+            fit(Trained(), [make(*arguments), make(*arguments)])
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_keys_of_states_have_the_distinguishing_argument_alone(kind):
+    make, argument, values = STATEFUL[kind]
+    callbacks = [make(value) for value in values] or [make()]
+    fit(Trained(), callbacks)
+    expected = [f"{kind.__name__}{ {argument: value} }" for value in values] or [kind.__name__]
+    assert [callback.state_key for callback in callbacks] == expected
 
 
 # Queries

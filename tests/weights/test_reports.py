@@ -4,12 +4,16 @@ import re
 import warnings
 
 import pytest
+import torch
 from families import FAMILIES, SITES, Trained
+from torch import nn
 from toys import train
 
+from tying import Tie
 from tying.callbacks import TyingSummary
 from tying.cli.inspect import inspect
-from tying.hard import audit
+from tying.hard import audit, restore, tie
+from tying.weights.derived import locate_parameters
 
 WAYS = {
     "LowRankWeights": "computing weights",
@@ -43,3 +47,28 @@ def test_what_is_said_of_ties_and_of_bytes_agrees(family, capsys):
     for saying in told.split("No tied weights. ")[1:]:
         assert re.match(COUNTS, saying)[3] == "0"
     assert counts[-1][3] == WAYS.get(family, "sharing")
+
+
+@pytest.mark.parametrize("relation", [None, "o i -> i o"])
+@pytest.mark.parametrize(
+    ("parted", "row"),
+    [
+        ([], "0.weight = 1.weight = 2.weight"),
+        ([1], "0.weight = 2.weight"),
+        ([0], "1.weight = 2.weight"),
+        ([0, 1], None),
+    ],
+)
+def test_a_row_has_the_names_that_still_hold_one_weight(parted, row, relation):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    tie(model, [Tie("0.weight", f"{index}.weight", relation) for index in (1, 2)])
+    for location in [locate_parameters(model)[f"{index}.weight"] for index in parted]:
+        setattr(location.holder, location.original, nn.Parameter(torch.randn(4, 4)))
+    report = audit(model)
+    used = 16 * (3 - len(parted))
+    expected = [f"{row} (4, 4): {used} values from 16, {relation or 'shared'}"] if row else []
+    assert [str(line) for line in report.rows] == expected
+    assert report.saved_bytes == 4 * (used - 16)
+    assert len(report.problems) == bool(parted)
+    restore(model)
+    assert audit(model).groups == (("0.weight", "1.weight", "2.weight"),)

@@ -27,16 +27,46 @@ AVERAGING = pl.callbacks.StochasticWeightAveraging | pl.callbacks.WeightAveragin
 
 
 class Callback(pl.Callback):
-    """A callback that refuses a Trainer of the other Lightning, and its callbacks.
+    """The base of all callbacks. It checks the Trainer, and that no two callbacks save their states under one key.
+
+    Attributes:
+        distinguished_by: the constructor's argument that distinguishes the states of several callbacks of a class.
 
     Raises:
-        ConfigurationError: in ``setup``, the Trainer or one of its callbacks is of the other Lightning.
+        ConfigurationError: in ``setup``, the Trainer or one of its callbacks is of the other Lightning, or another
+            callback of the class would save its state under the same key.
     """
+
+    distinguished_by: str | None = None
+    _is_set_up = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Lightning refuses equal keys in its own words, before setup
+        return self._final_state_key if self._is_set_up else f"{self._final_state_key} {id(self)}"
+
+    @property
+    def _final_state_key(self) -> str:
+        argument = self.distinguished_by
+        return f"{type(self).__qualname__}{ {argument: getattr(self, argument)} if argument else '' }"
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for thing in (trainer, *callbacks_of(trainer)):
             check_namespace(type(thing), type(self).__name__)
+        self._check_state_key(callbacks_of(trainer))
+        self._is_set_up = True
+
+    def _check_state_key(self, callbacks: Sequence[pl.Callback]) -> None:
+        if type(self).state_dict is pl.Callback.state_dict:  # it saves no state
+            return
+        kind, key, argument = type(self), self._final_state_key, self.distinguished_by
+        count = sum(type(other) is kind and other._final_state_key == key for other in callbacks)
+        if count > 1:
+            same = f" with {argument}={getattr(self, argument)!r}" if argument else ""
+            remedy = f"give each its own {argument}, or leave all but one out" if argument else "leave all but one out"
+            raise ConfigurationError(f"{kind.__name__}: {count} callbacks are {kind.__name__}{same}: {remedy}")
 
 
 @class_aliases("tying.callbacks.TyingCallback")

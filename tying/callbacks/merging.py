@@ -39,6 +39,8 @@ class ResidualMerging(ModelTransform):
         'linear'
     """
 
+    distinguished_by = "blocks"
+
     def __init__(
         self,
         blocks: str | list[str],
@@ -64,11 +66,6 @@ class ResidualMerging(ModelTransform):
         self.blocks = blocks if isinstance(blocks, str) else [*blocks]
         self.keep_schedule = keep_schedule if isinstance(keep_schedule, str) else [*keep_schedule]
         self.merge, self.schedule = merge, schedule
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return f"{type(self).__qualname__}{ {'blocks': self.blocks} }"
 
     @override
     def state_dict(self) -> dict[str, Any]:

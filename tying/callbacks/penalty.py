@@ -79,7 +79,7 @@ class PenaltyCallback(TyingCallback):
         self._last_factor = 0.0  # on all strengths, at the last step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
 
-    _is_set_up = False
+    distinguished_by = "name"
     _log_class = ""  # the class, if another callback logs under the same name
 
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
@@ -105,12 +105,6 @@ class PenaltyCallback(TyingCallback):
         """The number of steps so far, summed over the optimizers."""
         return self._steps.total()
 
-    @property
-    @override
-    def state_key(self) -> str:
-        # Lightning refuses equal keys in its own words; in setup, this class refuses equal names
-        return f"{type(self).__qualname__}{ {'name': self.name} }{'' if self._is_set_up else f' {id(self)}'}"
-
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"steps": dict(self._steps)}
@@ -122,13 +116,6 @@ class PenaltyCallback(TyingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        namesakes = [c for c in callbacks_of(trainer) if type(c) is type(self) and c.name == self.name]
-        if len(namesakes) > 1:
-            raise ConfigurationError(
-                f"{self.label}: {len(namesakes)} callbacks are {type(self).__name__} with name={self.name!r}: give "
-                "each a name of its own, such as name='features', which tells them apart in checkpoints and in the log"
-            )
-        self._is_set_up = True
         if isinstance(trainer.strategy, SHARDING):
             raise ConfigurationError(
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "

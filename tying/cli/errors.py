@@ -45,7 +45,7 @@ EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
         Exception,
         "Found more than one stateful callback",
         False,
-        "{sentence}: give each a name of its own, such as name: features",
+        "{sentence}: leave all but one out, or let their arguments differ",
     ),
     (
         OSError,

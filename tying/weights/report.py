@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tying.errors import listed
 from tying.selection.index import clean_name
+from tying.selection.relation import Relation
 from tying.weights.derived import (
     count_parameters,
     derived_by_others,
@@ -21,6 +22,7 @@ from tying.weights.derived import (
     effective_weights,
     eval_mode,
     links_in,
+    locate_parameters,
 )
 from tying.weights.optimizers import shared_in
 from tying.weights.state_dict import tie_records
@@ -124,10 +126,7 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         >>> report.problems
         ()
     """
-    groups = {
-        record.names: "; ".join(dict.fromkeys(str(link) for link in record.relations if link.steps)) or "shared"
-        for record in tie_records(model)
-    }
+    groups = _tied_names(model)
     known = {name for names in groups for name in names}
     parameters = {clean_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     aliases: dict[int, list[str]] = {}
@@ -150,6 +149,21 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
         limits=tuple(_limits(model, groups)),
         rows=(*_folded(shared, parameters), *_derived_rows(model)),
     )
+
+
+def _tied_names(model: nn.Module) -> dict[tuple[str, ...], str]:
+    """Return the names that ties made one weight and that still are, and how they are tied."""
+    records = tie_records(model)
+    locations = locate_parameters(model) if records else {}
+    groups = {}
+    for record in records:
+        together: dict[nn.Parameter, dict[str, Relation]] = {}  # several if other code has parted some of the names
+        for name, relation in zip(record.names, record.relations, strict=True):
+            if name in locations and locations[name].relation == relation:
+                together.setdefault(locations[name].parameter, {})[name] = relation
+        for names in (names for names in together.values() if len(names) > 1):
+            groups[(*names,)] = "; ".join(dict.fromkeys(str(link) for link in names.values() if link.steps)) or "shared"
+    return groups
 
 
 def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightRow]:
