@@ -46,6 +46,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.report import RESULTS
 from tying import Tie
 from tying.callbacks import (
     GeneratedWeights,
@@ -472,20 +473,41 @@ def symbolic_trace(row, tmp_path):
         torch.testing.assert_close(gradient, parameter.grad)
 
 
-def per_sample_gradients(row, tmp_path):
-    net, x = made(row).double(), batch(dtype=torch.float64)
-    shares_modules = row in ("templates", "generated")  # functional_call swaps a parameter of two names twice
+def gradients_by_sample(net, tie_weights):
+    """Return the mean over a batch of the gradients that functional_call, vmap and grad compute for each sample."""
 
     def loss(parameters, sample):
-        called = functional_call(net, parameters, (sample[None],), tie_weights=not shares_modules)
+        called = functional_call(net, parameters, (sample[None],), tie_weights=tie_weights)
         return (called - sample).square().mean()
 
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
-    samples = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
-    loss_of(net, x).backward()
+    samples = vmap(grad(loss), in_dims=(None, 0))(parameters, batch(dtype=torch.float64))
+    return {name: gradients.mean(dim=0) for name, gradients in samples.items()}
+
+
+def assert_gradients_by_sample(net, tie_weights=True):
+    samples = gradients_by_sample(net, tie_weights)
+    loss_of(net, batch(dtype=torch.float64)).backward()
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(samples[name].mean(dim=0), parameter.grad, rtol=0, atol=1e-12)
-    return "with `tie_weights=False`, as of any shared module" if shares_modules else None
+        torch.testing.assert_close(samples[name], parameter.grad, rtol=0, atol=1e-12)
+
+
+def per_sample_gradients(row, tmp_path):
+    """functional_call swaps the parameters of a module of two names twice, and leaves it without them: a bug of torch."""
+    if row not in ("templates", "generated"):
+        assert_gradients_by_sample(made(row).double())
+    if row not in ("templates", "generated", BY_HAND):
+        return None
+    net = made(row).double()
+    if row == BY_HAND:
+        net = Net().double()
+        net.blocks[1].linear = net.blocks[0].linear
+    assert_gradients_by_sample(net, tie_weights=False)
+    gradients_by_sample(net, tie_weights=True)
+    assert not all(isinstance(parameter, nn.Parameter) for parameter in net.parameters())
+    return (
+        "weights: yes; modules: with `tie_weights=False`" if row == BY_HAND else "with `tie_weights=False`, as by hand"
+    )
 
 
 def weight_averaging(row, tmp_path):
@@ -660,6 +682,30 @@ CELLS = [
 def test_survives(row, column, tmp_path, record_property):
     record_property("cell", ("survival", row, column))
     record_property("remark", COLUMNS[column](row, tmp_path) or "yes")
+
+
+REMEDIED = {  # where ours may carry a remedy although a tie by hand needs none
+    "written in place: `.data`, `nn.init`": {LOST},
+    "PEFT: `merge_and_unload`": {LOST},
+    "dynamic quantisation": {"refused by torch: bake first", "hashed layers stay: bake first"},
+    "untied checkpoint, both ways": {"by bake and load_plain"},  # computed weights have fewer numbers
+}
+MEASURED = {"other plain weights: relative error", "`torch.export`", "ONNX"}
+
+
+def test_no_cell_of_the_kept_table_stands_below_a_tie_by_hand():
+    header, _, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (RESULTS / "survival.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+    assert header[1:] == [*ROWS]
+    assert [row for row, *_ in lines] == [*COLUMNS, "DDP, two processes", "FSDP2, two processes"]
+    for row, by_hand, *ours in lines:
+        allowed = REMEDIED.get(row, set()) | {"yes", by_hand}
+        allowed |= {TOLD, "the nearest"} if by_hand == PARTS else set()
+        allowed |= {cell for cell in ours if cell.endswith(", as by hand") and cell.split(",")[0] in by_hand}
+        assert row in MEASURED or allowed >= {*ours}, row
 
 
 @pytest.fixture(scope="module")
