@@ -41,7 +41,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.depth import StochasticDepth
 from tying.errors import NonFiniteError
 from tying.hard import audit, tie
-from tying.hashing import ModulusHash
+from tying.hashing import ModulusHash, hashes
 from tying.soft import Huber, Schedule, gap
 
 pytestmark = pytest.mark.filterwarnings("ignore:MixtureTying begins with")
@@ -231,8 +231,23 @@ def test_schedules_are_mappings_too():
     for wrong in ({"begin": 0.0}, {"class_path": "tying.soft.Huber"}, {"class_path": "Schedul"}):
         with pytest.raises(ConfigurationError, match=r"^schedule(:| cannot be)"):
             SoftTying(TIES, schedule=wrong)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if "schedule" in python.signature(kind).parameters])
+@pytest.mark.parametrize("value", [3, "linear", Huber(0.1)])
+def test_schedules_of_other_types_are_refused_with_the_remedy(kind, value):
+    given = {"ties": TIES, "blocks": "**", "merge": StochasticDepth(0.5), "parameters": NAMES, "strength": 1.0}
+    given |= {"first": "net.kernels.0", "second": "net.kernels.1", "alpha": 0.1, "schedule": value}
     with pytest.raises(ConfigurationError, match=r"schedule must be a tying\.soft\.Schedule, or a mapping"):
-        SoftTying(TIES, schedule=3)
+        kind(**{key: given[key] for key in python.signature(kind).parameters if key in given})
+
+
+def test_a_hash_that_does_not_fit_is_named_with_weight_and_callback(monkeypatch):
+    monkeypatch.setattr(hashes, "LARGEST_TABLE", 20)  # stands for 2³¹ − 1
+    for scope, names in (("layer", r"'net\.kernels\.0\.weight'"), ("network", ", ".join(map(repr, NAMES)))):
+        told = rf"^WeightHashing: {names}: .*the index needs .*: lower table_ratio, or use several tables"
+        with pytest.raises(ConfigurationError, match=told):
+            fit(Trained(), [WeightHashing(NAMES, 1.0, scope=scope)])
 
 
 @pytest.mark.parametrize("path", ["Huber", "tying.soft.Huber", "tying.soft.penalties.Huber"])

@@ -159,7 +159,7 @@ def test_tables_beyond_the_slots_are_refused(hash, index, monkeypatch):
     )
     HashedLinear(50, 40, **small)
     HashedLinear(50, 40, **largest)  # with zero: 1,000
-    words = r"entries .* are more than 1,000, .*: lower table_ratio, or use several tables"
+    words = r"the index needs [\d,]+ slots .* which address 1,000: lower table_ratio, or use several tables"
     for refuse in (
         lambda: HashedLinear(50, 40, **large),
         lambda: HashedEmbedding(50, 40, **large),
@@ -173,6 +173,10 @@ def test_tables_beyond_the_slots_are_refused(hash, index, monkeypatch):
     ):
         with pytest.raises(ConfigurationError, match=words):
             refuse()
+    for scope, names in (("layer", "'0.weight'"), ("network", "'0.weight', '1.weight'")):
+        model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 50))
+        with pytest.raises(ConfigurationError, match=rf"^{names}: .*{words}"):
+            hash_weights(model, ["*.weight"], **large, scope=scope)
 
 
 def test_the_limit_is_that_of_32_bits():
@@ -184,7 +188,7 @@ def test_the_limit_is_that_of_32_bits():
         lambda: HashedLinear(1 << 16, 1 << 16, table_ratio=0.3, sign=True, device="meta"),
         lambda: HashedParametrization((1 << 16, 1 << 16), 1 << 31, DirichletHash()),
     ):
-        with pytest.raises(ConfigurationError, match=r"are more than 2,147,483,647"):
+        with pytest.raises(ConfigurationError, match=r"which address 2,147,483,647"):
             refuse()
     assert HashedLinear(1 << 16, 1 << 16, False, 0.3, device="meta").table.shape == (1_288_490_189,)
 
@@ -211,7 +215,7 @@ class Fixed(Hash):
                 3, 5, table_ratio=ratio, hash=ToeplitzHash(3, 5, input_size=1, kernel_size=3, padding=1)
             ),
             r"ToeplitzHash\(in_channels=3, out_channels=5, input_size=\(1, 1\), kernel_size=\(3, 3\), .*\) needs a table of "
-            "135 entries for 15 weights, and .* as many as weights: change the sizes",
+            "135 entries for 15 weights, but .* at most one for each weight: change the sizes",
         ),
         (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed()), r"Fixed\(entries=7\) needs a table of 7 entries for 6"),
         (lambda ratio: HashedConv2d(3, 2, 1, table_ratio=ratio, hash=Fixed()), "7 entries for 6 weights"),

@@ -13,6 +13,7 @@ from tying.errors import ConfigurationError, check_choice
 from tying.lightning_namespace import pl
 from tying.mappings import from_mapping
 from tying.soft import Schedule
+from tying.soft.schedule import parse_schedule
 
 
 class ResidualMerging(ModelTransform):
@@ -50,7 +51,7 @@ class ResidualMerging(ModelTransform):
     ) -> None:
         if isinstance(keep_schedule, str):
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, ("linear", "uniform"))
-        merge, schedule = from_mapping(merge, Merge, "merge"), from_mapping(schedule, Schedule, "schedule")
+        merge, schedule = from_mapping(merge, Merge, "merge"), parse_schedule(schedule)
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
                 f"merge must be a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a "

@@ -17,10 +17,10 @@ from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import averages, callbacks_of, is_logging_step, loss_scale
-from tying.mappings import from_mapping
 from tying.selection.tie import TiedGroup
 from tying.soft import Schedule, TyingPenalty
 from tying.soft.group_penalty import Rates
+from tying.soft.schedule import parse_schedule
 
 Update = Literal["gradient", "decoupled", "proximal"]
 
@@ -66,12 +66,8 @@ class PenaltyCallback(TyingCallback):
     ) -> None:
         check_choice("update", update, get_args(Update))
         check_strength("strength", float(strength), update)
-        schedule = from_mapping(schedule, Schedule, "schedule")
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise ConfigurationError(
-                f"schedule must be a tying.soft.Schedule, or a mapping of its arguments, not {schedule!r}"
-            )
-        self.strength, self.update, self.schedule, self.name = float(strength), update, schedule or Schedule(), name
+        schedule = parse_schedule(schedule) or Schedule()
+        self.strength, self.update, self.schedule, self.name = float(strength), update, schedule, name
         self.penalties: list[TyingPenalty] = []
         self.examples_scale = 1.0
         self._steps: Counter[int] = Counter()  # by index of the optimizer

@@ -2,14 +2,15 @@
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
 from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
@@ -179,8 +180,18 @@ def _choose(
     for name, weight in chosen.items():
         check_hashable(name, locations)
         check_finite(name, weight)
-    hash.check_layers([weight.shape for weight in chosen.values()], scope)
+    with naming(chosen):
+        hash.check_layers([weight.shape for weight in chosen.values()], scope)
     return chosen
+
+
+@contextmanager
+def naming(weights: Iterable[str]) -> Iterator[None]:
+    """A context in which errors about a hash name the weights."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{listed(map(repr, weights), limit=3)}: {error}") from None
 
 
 def _plan(
@@ -219,22 +230,23 @@ def _plan_table(
     for name in others:
         check_alike(weights[source], weights[name], f"{source!r} and {name!r} cannot share a table")
     counts = [weight.numel() for weight in weights.values()]
-    size = table_entries(sum(counts), table_ratio, salted)
     scales = _scales(weights) if scaled else dict.fromkeys(weights, 1.0)
-    state = HashState(salted.state(size))
-    return {
-        name: HashedParametrization(
-            weights[name].shape,
-            size,
-            salted,
-            salt=(salt or 0) if salted is hash else 0,
-            first=first,
-            scale=scales[name],
-            state=state,
-            **options[name],
-        )
-        for name, first in zip(weights, accumulate(counts[:-1], initial=0), strict=True)
-    }
+    with naming(weights):
+        size = table_entries(sum(counts), table_ratio, salted)
+        state = HashState(salted.state(size))
+        return {
+            name: HashedParametrization(
+                weights[name].shape,
+                size,
+                salted,
+                salt=(salt or 0) if salted is hash else 0,
+                first=first,
+                scale=scales[name],
+                state=state,
+                **options[name],
+            )
+            for name, first in zip(weights, accumulate(counts[:-1], initial=0), strict=True)
+        }
 
 
 def _scales(weights: Mapping[str, nn.Parameter]) -> dict[str, float]:

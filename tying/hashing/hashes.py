@@ -104,11 +104,11 @@ class Hash:
                 )
 
     def check_entries(self, entries: int) -> None:
-        """Raise a ConfigurationError if slots cannot number the entries of a table."""
+        """Raise a ConfigurationError if a 32-bit index cannot address the entries of a table."""
         if entries > LARGEST_TABLE:
             raise ConfigurationError(
-                f"{self}: {entries:,} entries (those of the table, again with their signs, and zero) are more than "
-                f"{LARGEST_TABLE:,}, the most that slots of 32 bits number: lower table_ratio, or use several tables"
+                f"{self}: the index needs {entries:,} slots (the table's entries, their negatives if signed, and zero) "
+                f"but has 32 bits, which address {LARGEST_TABLE:,}: lower table_ratio, or use several tables"
             )
 
     def check(self, count: int, table_size: int) -> None:

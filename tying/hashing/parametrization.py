@@ -49,8 +49,8 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     required = hash.table_size(count)
     if required is not None and not 1 <= required <= count:
         raise ConfigurationError(
-            f"{hash} needs a table of {required:,} entries for {count:,} weights, and a table has from 1 entry to as "
-            "many as weights: change the sizes of the hash or of the layer"
+            f"{hash} needs a table of {required:,} entries for {count:,} weights, but a table has at least one entry "
+            "and at most one for each weight: change the sizes of the hash or of the layer"
         )
     if ratio is None:
         ratio = 0.1 if required is None else required / count

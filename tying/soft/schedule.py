@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tying.errors import ConfigurationError, check_choice, check_range
+from tying.mappings import from_mapping
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,15 @@ class Schedule:
         check_range("a schedule's length", self.length, "[0, inf)")
         if self.length == 0 and self.start != self.end:
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
+
+
+def parse_schedule(value: Any) -> Schedule | None:
+    """Return a schedule that may be given as a mapping of its arguments; None if there is none.
+
+    Raises:
+        ConfigurationError: it is neither a schedule nor such a mapping.
+    """
+    schedule = from_mapping(value, Schedule, "schedule")
+    if schedule is None or isinstance(schedule, Schedule):
+        return schedule
+    raise ConfigurationError(f"schedule must be a tying.soft.Schedule, or a mapping of its arguments, not {value!r}")
