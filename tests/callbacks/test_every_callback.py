@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as python
 import math
+import warnings
 from collections import Counter
 
 import lightning.pytorch as pl
@@ -38,6 +39,7 @@ from tying.callbacks import (
 )
 from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.transform import ModelTransform
+from tying.cli.inspect import inspect
 from tying.depth import StochasticDepth
 from tying.errors import NonFiniteError
 from tying.hard import audit, tie
@@ -159,7 +161,7 @@ class NotANumber(Infinite):
 
 
 @pytest.mark.parametrize(("model", "what"), [(Infinite, "infinity"), (NotANumber, "NaN")])
-@pytest.mark.parametrize("kind", ON_WEIGHTS)
+@pytest.mark.parametrize("kind", [*ON_WEIGHTS, UntiedBiases])
 def test_callbacks_name_the_weight_that_is_not_finite(kind, model, what):
     told = rf"^{kind.__name__}: .*'net\.kernels\.0\.weight' holds {what}.*The initial weights are not finite: check"
     with pytest.raises(NonFiniteError, match=told):
@@ -332,11 +334,24 @@ QUERIES = {
     "changed": lambda callback, model: callback.changed(model),
     "describe": lambda callback, model: callback.describe(model),
     "value": lambda callback, model: callback.value(),
+    "selected": lambda callback, model: (
+        callback.parameters and not callback.is_applied(model) and callback.selected(model)
+    ),
 }
+# all other public methods, but for Lightning's hooks
+COMMANDS = {"apply", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
+CHECKS = {"check_finite", "check_optimizers"}  # raise errors during training
 
 
 def properties(callback):
     return [name for name, value in python.getmembers_static(type(callback)) if isinstance(value, property)]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_method_is_a_query_or_a_command(kind):
+    methods = {name for name, _ in python.getmembers(kind, python.isfunction) if name[0] != "_"}
+    own = {name for name in methods if not hasattr(pl.Callback, name)} - {"check"}  # a former name
+    assert own <= QUERIES.keys() | COMMANDS | CHECKS
 
 
 def contents(value, known):
@@ -379,6 +394,17 @@ def test_queries_change_nothing(kind, moment):
             before = snapshot(callback, model)
             ask(callback, model)
             assert snapshot(callback, model) == before, query
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_inspect_changes_nothing(kind, capsys):
+    callback, model = MAKERS[kind](), Trained()
+    before = snapshot(callback, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about scales
+        inspect(model, [callback])
+    assert kind.__name__ in capsys.readouterr().out
+    assert snapshot(callback, model) == before
 
 
 @pytest.mark.parametrize("kind", ON_WEIGHTS)

@@ -35,11 +35,11 @@ def inspect(
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Print which weights each tie matches, and which weights no tie matches. This changes the model, like training.
+    """Print which weights each tie matches, and which weights no tie matches. This changes nothing.
 
     Args:
-        model: the model to inspect.
-        callbacks: the callbacks of the configuration; they are not changed.
+        model: the model to inspect; callbacks change a copy of it, as they would for training.
+        callbacks: the callbacks of the configuration.
         checkpoint: path of a checkpoint to load weights from.
         weights_only: unpickle only tensors and plain types from the checkpoint.
         plot: path of a PNG for heat maps and histograms of how hashes use their tables.
@@ -50,9 +50,10 @@ def inspect(
     """
     if plot is not None and plot.is_dir():
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
-    text: list[RenderableType] = []
+    model, text = copy.deepcopy(model), list[RenderableType]()
     try:
-        document = _collect(model, callbacks, checkpoint, weights_only, text)
+        with torch.random.fork_rng(devices=[]):
+            document = _collect(model, callbacks, checkpoint, weights_only, text)
         if plot is not None:
             if not document["hashes"]["weights"]:
                 raise ConfigurationError("plot: no weight of the model is hashed")
