@@ -1,8 +1,8 @@
 """The Lightning that this process uses: ``lightning.pytorch`` or ``pytorch_lightning``, the same code under two names.
 
-Classes of the two are unrelated to ``isinstance``, and hooks of one ask after the other's in vain. So all of this
-package takes ``pl`` from here: the one of the two that alone is loaded when this module is first imported, and
-``lightning.pytorch`` if both are loaded or neither is.
+The classes of one are unrelated to those of the other, so callbacks and models of one fail in a Trainer of the other.
+All of this package imports ``pl`` from here: the only one of the two that is loaded when this module is first imported,
+and ``lightning.pytorch`` if both are loaded or neither is.
 """
 
 import sys
@@ -36,6 +36,6 @@ def check_namespace(kind: type, context: str) -> None:
     here, other = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name != pl.__name__)
     if any(base.__module__.startswith(f"{other}.") for base in kind.__mro__):
         raise ConfigurationError(
-            f"{context} is built on {here}, and {kind.__name__} on {other}: import Lightning from {here} everywhere, "
-            f"or import {other}, and {here} nowhere, before you import tying's callbacks, mixins, models or data"
+            f"{context} is built on {here}, and {kind.__name__} on {other}: import Lightning from {here} everywhere; "
+            f"or import {other}, but not {here}, before you import tying's callbacks, mixins, models or data"
         )

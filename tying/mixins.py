@@ -79,7 +79,7 @@ def mixin_callbacks(module: pl.LightningModule) -> list[TyingCallback]:
 
 
 def _beside(module: pl.LightningModule, callback: TyingCallback) -> list[pl.Callback]:
-    """Return the Trainer's callbacks of a class that have other names than a mixin's: Lightning would drop them."""
+    """Return the Trainer's callbacks to keep beside a mixin's: same class, other names. Lightning would drop them."""
     try:
         trainer = module.trainer
     except RuntimeError:  # there is none yet
@@ -89,7 +89,7 @@ def _beside(module: pl.LightningModule, callback: TyingCallback) -> list[pl.Call
 
 
 def kept_beside(callback: TyingCallback, others: Sequence[pl.Callback], model: str) -> list[pl.Callback]:
-    """Return the callbacks of the class of a mixin's callback that have other names, and stay beside it.
+    """Return the callbacks to keep beside a mixin's callback: those of the same class with other names.
 
     Args:
         callback: the mixin's.
@@ -104,14 +104,14 @@ def kept_beside(callback: TyingCallback, others: Sequence[pl.Callback], model: s
     if len(kept) < len(same_class):
         warnings.warn(
             f"the {callback.label} of {model} replaces the {callback.label} of the Trainer, which has the same name: "
-            "leave one of them out, or give it another name if it takes one",
+            "leave one of them out, or give them different names if they take a name",
             stacklevel=2,
         )
     return [*kept]
 
 
 class Mixin(pl.LightningModule):
-    """The base of the mixins: a class below one may override hooks without ``super()``, and keeps the callback.
+    """The base of the mixins. A subclass that overrides a hook without ``super()`` keeps the callback.
 
     Attributes:
         completions: for each hook of a mixin, the function that completes the hook's result.

@@ -39,7 +39,7 @@ def is_traced() -> bool:
 
 
 def is_recorded() -> bool:
-    """Return whether operations are exported, recorded or transformed, so that Python cannot decide by their values.
+    """Return whether operations are exported, recorded or transformed: Python code cannot branch on their values.
 
     These are ``torch.export``, ``torch.jit.trace``, ``make_fx``, fake tensors, and transforms such as
     ``torch.func.vmap``. Code under ``torch.compile`` may decide in Python, at a graph break. torch has no public test
@@ -55,7 +55,7 @@ def is_recorded() -> bool:
 
 
 def is_proxy(value: object) -> bool:
-    """Return whether ``torch.fx`` is recording operations on a value that has no numbers yet."""
+    """Return whether a value is a ``torch.fx.Proxy``, which stands for a tensor during a trace."""
     return isinstance(value, Proxy)
 
 
@@ -116,7 +116,7 @@ def convolve(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def is_strict_load() -> bool:
-    """Return the argument ``strict`` of the ``load_state_dict`` that runs; torch passes True to all hooks.
+    """Return the ``strict`` argument of the running ``load_state_dict``; torch passes True to all hooks.
 
     Example:
         >>> layer = nn.Linear(2, 2)

@@ -672,8 +672,8 @@ def test_blocks_need_no_index(shape):
 @pytest.mark.parametrize(
     ("hash", "index", "text"),
     [
-        (ModulusHash(), "auto", r"(200, 784), structured, of a table of 1,568 by ModulusHash(); only 2 of 200 units are distinct"),
-        (UniformHash(2), "computed", r"(200, 784), computed, of a table of 1,568 by UniformHash(seed=2)"),
+        (ModulusHash(), "auto", r"structured index into a table of 1,568 by ModulusHash(); only 2 of 200 units are distinct"),
+        (UniformHash(2), "computed", r"computed index into a table of 1,568 by UniformHash(seed=2)"),
     ],
 )  # fmt: skip
 def test_descriptions(hash, index, text):

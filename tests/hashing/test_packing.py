@@ -133,7 +133,7 @@ def changed():
         cluster_weight(model, name, 8)
     hash_weights(model, ["hashed.weight"], 0.1)
     lower_rank(model, ["low.weight"], 2)
-    tie(model, ["embedding.weight ~ back.weight | v d -> d v"])
+    tie(model, ["back.weight ~ embedding.weight | d v -> v d"])
     return model
 
 
@@ -261,9 +261,9 @@ def recoded(**fields):
 DAMAGES = {
     "no names": (lambda content: content.pop("names"), "KeyError.*names"),
     "no bytes": (lambda content: content.update(bytes=None), "TypeError"),
-    "fewer bytes": (lambda content: content.update(bytes=content["bytes"][:-1]), "bytes, where"),
-    "more bytes": (lambda content: content.update(bytes=content["bytes"].repeat(2)), "bytes, where"),
-    "no bytes at all": (lambda content: content.update(bytes=content["bytes"][:0]), "0 bytes, where 31 are due"),
+    "fewer bytes": (lambda content: content.update(bytes=content["bytes"][:-1]), "bytes instead of"),
+    "more bytes": (lambda content: content.update(bytes=content["bytes"].repeat(2)), "bytes instead of"),
+    "no bytes at all": (lambda content: content.update(bytes=content["bytes"][:0]), "0 bytes instead of 31"),
     "a list": (lambda content: content.update(tensors=[1]), "AttributeError"),
     "another name": (renamed, "KeyError.*0.weight"),
     "another shape": (recoded(shape=(5, 5)), "RuntimeError.*shape"),

@@ -121,7 +121,7 @@ class TyingCallback(Callback):
         return []
 
     def selects(self, name: str) -> bool:
-        """Return whether the callback's patterns select the weight of a name, also if it is no parameter any more."""
+        """Return whether the callback's patterns match the name of a weight, even if it is no longer a parameter."""
         without = [pattern[1:] for pattern in self.parameters if pattern.startswith("!")]
         choices = [(pattern, without) for pattern in self.parameters if not pattern.startswith("!")]
         choices += [(side, [*tie.exclude]) for tie in self.ties for side in (tie.source, tie.target) if side]

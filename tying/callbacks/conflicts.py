@@ -1,4 +1,4 @@
-"""Name both callbacks where two act on one weight in incompatible ways."""
+"""Errors that name both callbacks if two act on one weight in incompatible ways."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from tying.weights.derived import derived_by_others
 
 @contextmanager
 def acting_on(model: nn.Module, callback: TyingCallback, callbacks: Sequence[pl.Callback]) -> Iterator[None]:
-    """A context in which a callback applies its patterns to a model; errors name it, and a callback in its way.
+    """Context manager for applying a callback's patterns: its errors name the callback, and any that conflicts with it.
 
     Args:
         model: the model, which other callbacks may have changed.

@@ -145,7 +145,7 @@ class PenaltyCallback(TyingCallback):
 
     @torch.no_grad()
     def _project(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        """Take the proximal steps of infinite strength once, so that no average begins with weights that are apart."""
+        """Take the steps of infinite strength once before training, so that averages start from equal weights."""
         rates = {p: rate for optimizer in trainer.optimizers for p, rate in _learning_rates(optimizer).items()}
         if not any(rates.values()):  # a warm-up begins at 0
             rates = dict.fromkeys(rates, 1.0)

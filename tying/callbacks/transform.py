@@ -147,8 +147,8 @@ class ModelTransform(TyingCallback):
             if (count := counts[parameter]) > 1:
                 names = shared_in(model, [parameter]).get(parameter, name)
                 raise ConfigurationError(
-                    f"{self.label}: {name!r} stands {count} times in the optimizers, and would be stepped and decayed "
-                    f"as often: {self._explain_sharing([names])}"
+                    f"{self.label}: {name!r} stands {count} times in the optimizers, so each step would update and "
+                    f"decay it {count} times: {self._explain_sharing([names])}"
                 )
 
     def _explain_sharing(self, names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ def fractal_join(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def path_mask(count: int, drop: float) -> Tensor:
-    """Return which inputs of a join are kept, bool, (count,): each with probability 1 − drop, and at least one is.
+    """Return a mask, bool (count,), of the inputs that a join keeps: each with probability 1 − drop, and at least one.
 
     If all are dropped, one input is drawn uniformly and kept. The result is the same in all processes.
 
@@ -67,7 +67,7 @@ def column_index(x: Tensor, columns: int, probability: float) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
 def draw_column(columns: int, probability: float) -> int | None:
-    """Return the column that :func:`column_index` draws, and ``None`` for none.
+    """Return the column that :func:`column_index` draws, or ``None``.
 
     Example:
         >>> draw_column(3, probability=0.0) is None, draw_column(1, probability=1.0)
@@ -79,7 +79,7 @@ def draw_column(columns: int, probability: float) -> int | None:
 
 @leaf_function
 def masked_join(inputs: Sequence[Tensor], drop: float, first: int, column: Tensor | None) -> Tensor:
-    """Return the join of all inputs, of which a random mask drops some: for graphs, which compute every input.
+    """Return the join of inputs, some dropped by a random mask. Graphs use it: they compute every input.
 
     Args:
         inputs: one tensor of each column from ``first`` on.

@@ -74,7 +74,7 @@ def branch_dim(branch: Callable[[], Tensor]) -> int:
 
 
 def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> Tensor:
-    """Return the output f of a branch, whose shape must be that of the shortcut x: a sum would broadcast others.
+    """Return the output f of a branch, after checking that it has the shape of the shortcut x: a sum would broadcast.
 
     Args:
         x: the shortcut.

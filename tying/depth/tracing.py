@@ -37,8 +37,7 @@ def record_module(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwar
 def leaf_function(function: Callable[P, R]) -> Callable[P, R]:
     """Let ``torch.fx`` record calls of a function as one node.
 
-    ``torch.fx.wrap`` does so for calls from the module that calls it, and not for calls from modules that import the
-    function.
+    ``torch.fx.wrap`` patches the function in the module that calls ``wrap``, but not in modules that have imported it.
 
     Example:
         >>> import torch, tying.depth
@@ -73,5 +72,5 @@ def tracer_of(x: object) -> Tracer | None:
 
 
 def in_graph(x: object) -> bool:
-    """Return whether operations on x become part of a graph or transform: decisions must be masks, not Python's."""
+    """Return whether operations on x become part of a graph or transform, where masks must replace Python branches."""
     return tracer_of(x) is not None or is_recorded()

@@ -76,7 +76,7 @@ def least_squares(columns: Tensor, targets: Tensor) -> Tensor:
 
 
 def numerical_rank(singular_values: Tensor, shape: Sequence[int]) -> int:
-    """Return how many singular values of a matrix of a shape are not zero but for rounding."""
+    """Return the number of singular values of a matrix of this shape that exceed rounding errors."""
     if not singular_values.numel():
         return 0
     tolerance = singular_values.amax() * torch.finfo(singular_values.dtype).eps * max(shape)
@@ -86,8 +86,8 @@ def numerical_rank(singular_values: Tensor, shape: Sequence[int]) -> int:
 def nearest_diagonal(matrix: Tensor, rank: int) -> Tensor:
     """Return a diagonal d for which ``matrix − diag(d)`` is near a matrix of the given rank.
 
-    If the matrix is of the rank but for its diagonal, and ``2 rank < n``, the entries beside the diagonal determine d,
-    and d is exact. (They do not if too many of them are zero, so that no large block beside the diagonal has the rank.)
+    If such a d exists and ``2 rank < n``, the off-diagonal entries determine it, and the result is exact. (They do not
+    if too many of them are zero, so that no large off-diagonal block has the rank.)
     Otherwise several d can be equally good, and this is the best that is found from a few starts. A weight of 512 × 512
     and rank 32 takes 0.15 s if d is exact, and 0.8 s if no d is, on one core.
 
@@ -123,7 +123,7 @@ def nearest_diagonal(matrix: Tensor, rank: int) -> Tensor:
 
 
 def _completed(matrix: Tensor, rank: int, order: Tensor) -> Tensor:
-    """Return the diagonal beside which a matrix has a rank, from the entries beside the diagonal.
+    """Return the d for which ``matrix − diag(d)`` has a rank, computed from the off-diagonal entries.
 
     The indices fall into two halves, which share one if their number is odd. The block of rows in one half and columns
     outside it has no entry of the diagonal. Its singular vectors span the columns of the diagonal block B of that half;
@@ -180,7 +180,7 @@ def _descend(matrix: Tensor, rank: int, diagonal: Tensor, exact: float) -> tuple
 
 
 def _beyond(matrix: Tensor, rank: int) -> tuple[float, Tensor, Tensor, Tensor]:
-    """Return the norm of what is left of a matrix beyond a rank, and its singular vectors and values."""
+    """Return the error of the best approximation of a rank, and the remaining singular vectors and values."""
     u, s, v = torch.linalg.svd(matrix)
     return float(s[rank:].norm()), u[:, rank:], s[rank:], v[rank:]
 
@@ -243,7 +243,7 @@ class LowRankPlusDiagonal(_OfRank):
 
     Assigning a weight of this form stores it exactly, to its precision, if the rank is below half the side; assigning
     another weight stores one near it; see :func:`nearest_diagonal`. Only the weight is restored, not its parts, which
-    are not unique: ``P A`` and ``A⁻¹ Q`` have the same product for each A, and where the entries beside the diagonal do
+    are not unique: ``P A`` and ``A⁻¹ Q`` have the same product for each A, and where the off-diagonal entries do
     not determine ``P Q``, a part of it that is diagonal can be in ``diag(s)`` as well.
 
     Args:

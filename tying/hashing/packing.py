@@ -127,7 +127,7 @@ def unpack(content: Packed) -> Tensor:
     dtype, size = getattr(torch, content.dtype), math.prod(content.shape)
     values = content.values.clone().view(dtype)
     if len(values) != content.counts[0]:
-        raise ConfigurationError(f"{len(values)} values, where {content.counts[0]} are due")
+        raise ConfigurationError(f"{len(values)} values instead of {content.counts[0]}")
     if content.coding == "raw":
         return values.view(content.shape)
     words = values.view(_WORDS[values.element_size()])
@@ -336,7 +336,7 @@ def _read_version_1(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Tenso
 def _read_version_2(content: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {name: _stream_sizes(*fields) for name, fields in content["tensors"].items()}
     if len(content["bytes"]) != (due := sum(map(sum, sizes.values()))):
-        raise ConfigurationError(f"{len(content['bytes'])} bytes, where {due} are due")
+        raise ConfigurationError(f"{len(content['bytes'])} bytes instead of {due}")
     streams = iter(content["bytes"].split([size for parts in sizes.values() for size in parts]))
     state = {**content["others"]}
     for name, (shape, dtype, coding, counts) in content["tensors"].items():

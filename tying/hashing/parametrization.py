@@ -325,9 +325,9 @@ class HashedParametrization(FollowsDevice):
         return len(torch.unique((hash32(rows, 0) * factors).sum(dim=1)))
 
     def describe(self) -> str:
-        """Return a description of shape, index, table and repeated rows, for reports."""
+        """Describe index, table and repeated rows for a report."""
         return (
-            f"{tuple(self.shape)}, {self.index}, of a table of {self.table_size:,} by {self.hash}"
+            f"{self.index} index into a table of {self.table_size:,} by {self.hash}"
             f"{repeated_units(self.distinct_rows(), self.shape)}"
         )
 

@@ -124,7 +124,7 @@ class Pattern:
             raise ConfigurationError(f"pattern {self.text!r} has both {{{name}}} and {{-{name}}}")
         if name in captured:
             if numbers not in (None, captured[name]):
-                raise ConfigurationError(f"pattern {self.text!r}: give {{{name}}} its range where it first stands")
+                raise ConfigurationError(f"pattern {self.text!r}: give the range of {{{name}}} at its first occurrence")
             return f"(?P={name})"
         captured[name] = numbers
         return f"(?P<{name}>{self._integers(token) if numbers else '[^.]+'})"
@@ -134,7 +134,7 @@ class Pattern:
         low, high = int(token["low"]), int(token["high"])
         if [token["low"], token["high"]] != [str(low), str(high)]:
             raise ConfigurationError(
-                f"pattern {self.text!r}: {token[0]!r} has leading zeros, and ranges match numbers without them: write "
+                f"pattern {self.text!r}: {token[0]!r} has leading zeros, which ranges do not match: write "
                 f"{{{low}..{high}}}, or sets of digits such as 0[0-9]"
             )
         if low > high:

@@ -117,14 +117,14 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
 
 
 def own_memory(tensor: Tensor) -> None:
-    """Copy a tensor in place to memory of its own size if it is a view of more, which it would keep and save."""
+    """Move a tensor that is a view to memory of its own, in place; a view keeps, and saves, the whole storage."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().nbytes() == tensor.nbytes:
         return  # other classes, such as sharded tensors, have no storage
     tensor.data = tensor.data.clone()
 
 
 class Parametrizations(ParametrizationList):
-    """Holds the parameters of a derived weight, each in memory of its own, whatever a ``right_inverse`` returns."""
+    """Holds the parameters of a derived weight, each in its own memory, even if ``right_inverse`` returns views."""
 
     def __init__(self, steps: Sequence[nn.Module], weight: nn.Parameter) -> None:
         super().__init__(steps, weight)
@@ -188,7 +188,7 @@ def rebuild(kind: type[nn.Module], computes: dict[str, tuple[str, str]], paramet
 
 
 def as_assigned(module: nn.Module, name: str, value: Any) -> Any:
-    """Return the value that assigning an attribute of a module stores: for a derived weight, a parameter's values."""
+    """Return the value to store when an attribute is assigned: of a Parameter, its values if the weight is derived."""
     is_derived = isinstance(value, nn.Parameter) and isinstance(getattr(type(module), name, None), property)
     return value.detach() if is_derived else value
 
@@ -331,7 +331,7 @@ def _renew_class(
 
 
 def _generate(name: str, kind: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
-    """Return a subclass of a module's class; calling it makes a module of the plain class, as adapters do."""
+    """Return a subclass of a module's class. Calling it creates a module of the plain class, which adapters rely on."""
     plain = next(cls for cls in kind.__mro__ if cls.__module__ not in _GENERATED)
 
     def create(cls: type[nn.Module], *arguments: Any, **keywords: Any) -> Any:
@@ -515,7 +515,7 @@ def _read_plainly(
 
 
 def viewed(entry: Any) -> Any:
-    """Return an entry of a state dict, or the view for which it stands."""
+    """Return an entry of a state dict; for a contiguous copy of a view, the view."""
     return entry.current() if isinstance(entry, ContiguousView) else entry
 
 

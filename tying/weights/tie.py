@@ -122,7 +122,7 @@ def restore(model: nn.Module) -> list[TiedGroup]:
 
 @torch.no_grad()
 def _compare_scales(groups: Sequence[TiedGroup]) -> str:
-    """Describe the source with the largest scale beside that of a weight that will take its values, if it is too large.
+    """Describe the pair of source and member with the largest ratio of scales, or return "" if none is too large.
 
     The scale of a weight is the root of its mean square. Weights of few values, on the meta device or sharded, and
     weights that are zero are not compared.

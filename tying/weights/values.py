@@ -1,4 +1,4 @@
-"""Refuse weights from whose values no others can be computed: not finite, or not real."""
+"""Refuse weights with values that are not finite or not real."""
 
 import torch
 from torch import Tensor

@@ -37,7 +37,7 @@ def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ScaleEmbedding(nn.Linear):
-    """The map to the embeddings of scales: initially 1, whatever its input."""
+    """The linear map to the embeddings of scales; initially 1 for every input."""
 
     @override
     def reset_parameters(self) -> None:
@@ -46,7 +46,7 @@ class _ScaleEmbedding(nn.Linear):
 
 
 class _ShiftEmbedding(nn.Linear):
-    """The map to the embeddings of shifts: initially small."""
+    """The linear map to the embeddings of shifts; initially near 0."""
 
     @override
     def reset_parameters(self) -> None:

@@ -92,7 +92,7 @@ def _zoned_loop(
     keep_cell: Tensor | list[float],
     keep_hidden: Tensor | list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The equations alone, which graphs and transforms can differentiate: no writes in place, no autograd function."""
+    """Compute zoneout without in-place writes or autograd functions, for graphs and transforms."""
     outputs = []
     for projected, k_c, k_h in zip(F.linear(x, weight_ih, bias), keep_cell, keep_hidden, strict=True):
         i, f, g, o = (projected + F.linear(h, weight_hh)).chunk(4, dim=1)
