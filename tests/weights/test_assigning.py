@@ -3,12 +3,15 @@
 import copy
 import inspect
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+import tying.hard
+import tying.hashing
 from tying.hard import audit, bake, generate_weights, lower_rank, restore, share_templates, tie, untie_biases
 from tying.hashing import (
     BlockHash,
@@ -19,11 +22,6 @@ from tying.hashing import (
     UniformHash,
     cluster_weight,
     hash_weights,
-)
-
-LOST = (
-    "In-place writes (.data, nn.init, an adapter's merge) to a computed weight are lost, unless it is a view: assign the "
-    "weight, or load bake(model) into the untied model first."
 )
 
 
@@ -179,7 +177,31 @@ def test_writes_reach_the_source_of_a_view(relation, is_lost):
 
 @pytest.mark.parametrize("function", [tie, lower_rank, share_templates, generate_weights, hash_weights, cluster_weight])
 def test_functions_say_which_writes_are_lost(function):
-    assert LOST in " ".join(inspect.getdoc(function).replace("``", "").split())
+    told = " ".join(inspect.getdoc(function).replace("``", "").split())
+    assert "In-place writes (.data, nn.init, an adapter's merge) to a" in told
+    assert "are lost" in told
+    assert ": assign the weight, or load bake(model) into the untied model first." in told
+
+
+PUBLIC = {name: getattr(room, name) for room in (tying.hard, tying.hashing) for name in room.__all__}
+COMPUTING = {  # all layers that compute their weights, and all steps that do
+    name: kind
+    for name, kind in PUBLIC.items()
+    if inspect.isclass(kind)
+    and issubclass(kind, nn.Module)
+    and (hasattr(kind, "computes") or hasattr(kind, "describe"))
+}
+
+
+def test_all_layers_and_steps_are_asked():
+    layers = {"HashedLinear", "HashedConv2d", "HashedEmbedding"}
+    steps = {"LowRank", "LowRankPlusDiagonal", "TemplateMixture", "HyperWeight", "HashedParametrization"}
+    assert COMPUTING.keys() == layers | steps
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_layers_and_steps_say_which_writes_are_lost(name):
+    assert re.search(r"In-place writes to [^.]* are lost; see :func:`[\w.]+`\.", inspect.getdoc(COMPUTING[name]))
 
 
 def test_audit_names_every_tie_that_is_parted():

@@ -91,6 +91,8 @@ class HyperWeight(nn.Module):
     One instance parametrizes any number of layers, and each layer stores only its embeddings, one for each basic kernel
     in the tiling of its kernel. Assigning a kernel stores the embeddings of the nearest kernel.
 
+    In-place writes to the weight are lost; see :func:`generate_weights`.
+
     Args:
         in_channels: N_in of a basic kernel.
         out_channels: N_out of a basic kernel.
@@ -209,8 +211,8 @@ def generate_weights(
 ) -> list[str]:
     """Generate convolution kernels of equal size by one hypernetwork; return their names.
 
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
-    assign the weight, or load ``bake(model)`` into the untied model first.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
+    load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.

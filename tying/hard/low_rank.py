@@ -208,6 +208,8 @@ class LowRank(_OfRank):
     A weight of more than two dimensions is flattened to a matrix from its second dimension on. Assigning a weight
     stores the nearest weight of this rank.
 
+    In-place writes to the weight are lost; see :func:`lower_rank`.
+
     Args:
         rank: d.
 
@@ -246,6 +248,8 @@ class LowRankPlusDiagonal(_OfRank):
     are not unique: ``P A`` and ``A⁻¹ Q`` have the same product for each A, and where the off-diagonal entries do
     not determine ``P Q``, a part of it that is diagonal can be in ``diag(s)`` as well.
 
+    In-place writes to the weight are lost; see :func:`lower_rank`.
+
     Args:
         rank: d; 0 for the diagonal alone.
 
@@ -277,8 +281,8 @@ class LowRankPlusDiagonal(_OfRank):
 def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal: bool = False) -> list[str]:
     """Parametrize weights of a model by low rank, starting at the nearest weight of that rank; return their names.
 
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
-    assign the weight, or load ``bake(model)`` into the untied model first.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
+    load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.

@@ -126,6 +126,8 @@ class TemplateMixture(nn.Module):
     Assigning a weight stores the nearest mixture. Weight decay should leave the coefficients out, as ``no_decay``
     declares: :func:`tying.weights.optimizers.decay_groups` returns parameter groups that do so.
 
+    In-place writes to the weight are lost; see :func:`share_templates`.
+
     Args:
         bank: the templates.
 
@@ -199,8 +201,8 @@ def share_templates(model: nn.Module, parameters: Sequence[str], templates: int)
     Coefficients are initialised as rows of a semi-orthogonal matrix, of length 1, so that weights have the variance of
     Kaiming's initialisation.
 
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
-    assign the weight, or load ``bake(model)`` into the untied model first.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
+    load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.

@@ -102,8 +102,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     Zero weights stay zero and belong to no cluster. If torch prunes the weight, the pruning becomes permanent. If there
     are fewer nonzero weights than clusters, each has a codebook entry.
 
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
-    assign the weight, or load ``bake(model)`` into the untied model first.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
+    load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.

@@ -85,6 +85,8 @@ class Hashed(nn.Module):
 class HashedLinear(Hashed, nn.Linear):
     """A linear layer whose weights share the entries of a table: ``y = x Wᵀ + b``, ``w_i = ξ(i) · t[h(i)]``.
 
+    In-place writes to ``weight`` are lost; see :func:`tying.hashing.hash_weights`.
+
     Args:
         in_features: size of an input.
         out_features: size of an output.
@@ -155,6 +157,8 @@ class HashedLinear(Hashed, nn.Linear):
 class HashedConv2d(Hashed, nn.Conv2d):
     """A convolution whose weights share the entries of a table; see :class:`HashedLinear`.
 
+    In-place writes to ``weight`` are lost; see :func:`tying.hashing.hash_weights`.
+
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
@@ -222,6 +226,8 @@ class HashedConv2d(Hashed, nn.Conv2d):
 
 class HashedEmbedding(Hashed, nn.Embedding):
     """An embedding whose rows share the entries of a table; only the rows that are looked up are computed.
+
+    In-place writes to ``weight`` are lost; see :func:`tying.hashing.hash_weights`.
 
     Args:
         num_embeddings: number of rows.

@@ -90,6 +90,8 @@ class HashedParametrization(FollowsDevice):
     Its state dict contains a description of the hash and the hash's state, for example the assignments of a clustering.
     It does not contain an index, which can be recomputed.
 
+    In-place writes to the weight are lost; see :func:`tying.hashing.hash_weights`.
+
     Args:
         shape: shape of the weight.
         table_size: n, the number of table entries.

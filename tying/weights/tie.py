@@ -41,8 +41,9 @@ def tie(model: nn.Module, ties: Sequence[AnyTie], init: Init = "source") -> list
     error before it changes ``model`` if the copies of a weight are not bitwise equal; it fills in missing copies.
     Earlier ties that other code has broken are repaired; see :func:`restore`.
 
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
-    assign the weight, or load ``bake(model)`` into the untied model first.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a weight that a relation computes are lost, unless
+    the weight is a view of its source, as a transposed one is: assign the weight, or load ``bake(model)`` into the
+    untied model first.
 
     Args:
         model: the module whose names the patterns match; changed in place.
