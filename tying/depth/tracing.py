@@ -72,5 +72,5 @@ def tracer_of(x: object) -> Tracer | None:
 
 
 def in_graph(x: object) -> bool:
-    """Return whether operations on x become part of a graph or transform, where masks must replace Python branches."""
+    """Return whether operations on x become part of a graph or transform: decisions must be masks, not Python's."""
     return tracer_of(x) is not None or is_recorded()

@@ -515,7 +515,7 @@ def _read_plainly(
 
 
 def viewed(entry: Any) -> Any:
-    """Return an entry of a state dict; for a contiguous copy of a view, the view."""
+    """Return an entry of a state dict, or the view for which it stands."""
     return entry.current() if isinstance(entry, ContiguousView) else entry
 
 
