@@ -105,8 +105,8 @@ def hash_weights(
     their weights from the table. With ``scope="layer"`` each weight has a table, and its name is mixed into the hash's
     seed. With ``scope="network"`` all share one table: identifiers continue from weight to weight, and each weight is
     scaled by its initial standard deviation relative to all weights.
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
-    load ``bake(model)`` into the untied model first.
+    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
+    assign the weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.
