@@ -133,7 +133,7 @@ def changed():
         cluster_weight(model, name, 8)
     hash_weights(model, ["hashed.weight"], 0.1)
     lower_rank(model, ["low.weight"], 2)
-    tie(model, ["embedding.weight ~ back.weight | v d -> d v"])
+    tie(model, ["back.weight ~ embedding.weight | d v -> v d"])
     return model
 
 
