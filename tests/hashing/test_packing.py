@@ -150,7 +150,7 @@ def test_a_file_is_the_whole_plain_state_dict(tmp_path):
     plain.load_state_dict(state)  # strictly
     assert torch.equal(plain.back.weight, model.embedding.weight.T)
     content = contents(model)
-    assert content.ties.keys() == {"head.weight", "back.weight"}  # stored once
+    assert content.ties.keys() == {"head.weight", "embedding.weight"}  # stored once
     assert {content.tensors[name].coding for name in ("clustered.weight", "small.weight")} == {"symbols"}
     assert torch.equal(plain.masked.weight, model.masked.weight)
     assert content.tensors["pruned.weight"].coding == content.tensors["masked.weight"].coding == "gaps"

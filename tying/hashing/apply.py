@@ -108,8 +108,7 @@ def hash_weights(
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` excludes. Vectors are skipped, unless the hash is recurrent; so
-            are, with a warning, tied weights that only wildcards match.
+        parameters: patterns of names; vectors are skipped (but by a recurrent hash), tied weights with a warning.
         table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
