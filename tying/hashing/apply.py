@@ -108,7 +108,7 @@ def hash_weights(
 
     Args:
         model: changed in place.
-        parameters: patterns of names; vectors are skipped (but by a recurrent hash), tied weights with a warning.
+        parameters: patterns of names; ``!`` excludes. Skips vectors, unless the hash is recurrent, and tied weights.
         table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
