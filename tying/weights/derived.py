@@ -19,7 +19,7 @@ from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
-from tying.torch_workarounds import ContiguousView, inject_property
+from tying.torch_workarounds import contiguous_view, inject_property, viewed
 from tying.weights.values import check_finite, check_real
 
 
@@ -493,7 +493,7 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
             source = state_dict.pop(key)
             weight = relation(source)
             plain = type(source) is Tensor and not (source.is_meta or source.is_inference())  # not with keep_vars
-            state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else ContiguousView.of(weight)
+            state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else contiguous_view(weight)
 
 
 def _read_plainly(
@@ -512,11 +512,6 @@ def _read_plainly(
         elif key not in state_dict:  # torch would report this key as missing
             state_dict[key] = module.get_parameter(f"parametrizations.{name}.original")
             missing_keys.append(prefix + name)
-
-
-def viewed(entry: Any) -> Any:
-    """Return an entry of a state dict, or the view for which it stands."""
-    return entry.current() if isinstance(entry, ContiguousView) else entry
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
-from tying.torch_workarounds import is_strict_load
+from tying.torch_workarounds import is_strict_load, viewed
 from tying.weights.derived import (
     DerivedWeight,
     ParameterLocation,
@@ -28,7 +28,6 @@ from tying.weights.derived import (
     link,
     locate_parameters,
     remove,
-    viewed,
 )
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
