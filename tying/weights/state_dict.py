@@ -1,5 +1,6 @@
 """State dicts of models with shared or derived weights: load them without breaking ties, and save plain weights."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -310,7 +311,8 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 
     Returns:
         The relative error ``‖stored − given‖ / ‖given‖`` of each tied or derived weight whose error is above 1e-6, by
-        name; empty if the model holds all weights as given. Values are compared in the model's precision.
+        name; ``inf`` if zeros are given and others stored. Empty if the model holds all weights as given. Values are
+        compared in the model's precision.
 
     Raises:
         ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized. Nothing
@@ -335,11 +337,15 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
     _replace_derived(model, plain, {unwrapped(key): value for key, value in current.items()}, derived)
     keys = {unwrapped(key): key for key in current}
-    before = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in current.items()}
+    before = {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in current.items()
+        if not is_lazy(value)
+    }
     try:
         model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
     except Exception:  # torch has loaded what fits
-        model.load_state_dict(before)
+        model.load_state_dict(before, strict=False)
         raise
     errors = _relative_errors(model, {key: given[key] for key in (*differing, *derived) if key in given})
     _warn_of(errors)
@@ -369,7 +375,8 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
             if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)
-                error = float((value.to(precise) - target).norm() / target.norm().clamp(min=torch.finfo(precise).tiny))
+                difference, norm = (float(t.norm()) for t in (value.to(precise) - target, target))
+                error = difference / norm if norm else math.inf if difference else 0.0
                 if not error <= EXACT:
                     errors[key] = error
     return errors
@@ -401,7 +408,7 @@ def _replace_derived(
             values[derived] = value.to(derived.inputs[0])
     fitted: dict[int, Tensor] = {}  # by the id of a parameter, or of a module with an extra state
     names = {derived: key for key, derived in weights.items()}
-    for group in _sharing([*values]):
+    for group in _sharing([derived for derived, value in values.items() if not value.is_meta]):
         if _fits_jointly(group):
             parts = [(derived.steps[0], derived.inputs[0], values[derived]) for derived in group]
             new: Any = group[0].steps[0].joint_inverse(parts)  # type: ignore[operator]  # a method
