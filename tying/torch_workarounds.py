@@ -28,6 +28,10 @@ foreach_sub = torch._foreach_sub
 attention_branch = nn.TransformerEncoderLayer._sa_block
 feed_forward_branch = nn.TransformerEncoderLayer._ff_block
 
+# whether a transform such as torch.func.vmap runs; and the public torch.jit.is_tracing, which takes twice the time
+innermost_transform = torch._C._functorch.peek_interpreter_stack
+is_jit_tracing = torch._C._is_tracing
+
 
 def is_traced() -> bool:
     """Return whether operations are traced or run on fake tensors: compiled code cannot run then.
@@ -36,7 +40,7 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined, no-untyped-call]
+    return is_jit_tracing() or is_in_torch_dispatch_mode()
 
 
 def is_recorded() -> bool:
@@ -49,8 +53,8 @@ def is_recorded() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        innermost_transform() is not None
+        or is_jit_tracing()
         or (is_in_torch_dispatch_mode() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()))
     )
 
