@@ -448,14 +448,18 @@ def _inverse(key: str, derived: DerivedWeight, weight: Tensor) -> Sequence[Tenso
 
 def _sharing(weights: Sequence[DerivedWeight]) -> list[list[DerivedWeight]]:
     """Group derived weights that share parameters, directly or through others."""
-    groups: list[tuple[set[int], list[DerivedWeight]]] = []
+    groups: dict[int, list[DerivedWeight]] = {}  # the group of each parameter, by identity
     for weight in weights:
-        parameters, members = {*map(id, weight.originals)}, [weight]
-        apart = [group for group in groups if group[0].isdisjoint(parameters)]
-        for others, earlier in (group for group in groups if not group[0].isdisjoint(parameters)):
-            parameters, members = parameters | others, earlier + members
-        groups = [*apart, (parameters, members)]
-    return [members for _, members in groups]
+        keys = [*map(id, weight.originals)] or [id(weight)]
+        touched = {id(groups[key]): groups[key] for key in keys if key in groups}
+        group = max(touched.values(), key=len, default=[])
+        for other in touched.values():
+            if other is not group:
+                group += other
+                groups |= {id(parameter): group for member in other for parameter in member.originals}
+        group.append(weight)
+        groups |= dict.fromkeys(keys, group)
+    return [*{id(group): group for group in groups.values()}.values()]
 
 
 def _prefixes(key: str, derived: DerivedWeight) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from tying.selection.relation import Relation
 from tying.selection.resolve import resolve_named
 from tying.selection.tie import AnyTie, TiedGroup, parse_ties
 from tying.torch_workarounds import foreach_norm
-from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.weights.derived import Locations, ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
     TieRecord,
@@ -273,9 +273,7 @@ def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> 
     return locations[record.names[0]].parameter
 
 
-def plan(
-    model: nn.Module, groups: Sequence[TiedGroup], locations: Mapping[str, ParameterLocation] | None = None
-) -> list[TieRecord]:
+def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | None = None) -> list[TieRecord]:
     """Return the record of each group, with all names that will hold its weight.
 
     Args:
@@ -287,9 +285,6 @@ def plan(
         ConfigurationError: the members of a group cannot be one parameter.
     """
     locations = locations or locate_parameters(model)
-    aliases: dict[int, list[str]] = {}  # the names of each parameter, by identity
-    for name, location in locations.items():
-        aliases.setdefault(id(location.parameter), []).append(name)
     former: dict[str, object] = {  # an identifier of the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
@@ -308,7 +303,7 @@ def plan(
                 )
             if locations[name].relation is None:
                 raise ConfigurationError(f"{message}: it is parametrized: it is computed from other weights")
-            for alias in aliases.get(id(parameter), ()):
+            for alias in locations.names.get(id(parameter), ()):
                 location = locations[alias]
                 whole = relation.then(location.relation or Relation())
                 names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole
