@@ -13,6 +13,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
@@ -57,6 +58,11 @@ def is_recorded() -> bool:
         or is_jit_tracing()
         or (is_in_torch_dispatch_mode() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()))
     )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values: meta tensors have none, nor have fake tensors, which have no public name."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_proxy(value: object) -> bool:

@@ -19,7 +19,7 @@ from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
-from tying.torch_workarounds import is_strict_load, viewed
+from tying.torch_workarounds import has_values, is_strict_load, viewed
 from tying.weights.derived import (
     DerivedWeight,
     ParameterLocation,
@@ -241,7 +241,7 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
     """
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    if first.is_meta or second.is_meta:
+    if not (has_values(first) and has_values(second)):
         return True
     return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
 
@@ -372,7 +372,7 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
         for key, wanted in given.items():
             value = getattr(derived[key].owner, derived[key].name) if key in derived else stored[key]
             value, wanted = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (value, wanted))
-            if not value.is_meta:
+            if has_values(value):
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)
                 difference, norm = (float(t.norm()) for t in (value.to(precise) - target, target))
@@ -408,7 +408,7 @@ def _replace_derived(
             values[derived] = value.to(derived.inputs[0])
     fitted: dict[int, Tensor] = {}  # by the id of a parameter, or of a module with an extra state
     names = {derived: key for key, derived in weights.items()}
-    for group in _sharing([derived for derived, value in values.items() if not value.is_meta]):
+    for group in _sharing([derived for derived, value in values.items() if has_values(value)]):
         if _fits_jointly(group):
             parts = [(derived.steps[0], derived.inputs[0], values[derived]) for derived in group]
             new: Any = group[0].steps[0].joint_inverse(parts)  # type: ignore[operator]  # a method

@@ -13,7 +13,7 @@ from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
 from tying.selection.resolve import resolve_named
 from tying.selection.tie import AnyTie, TiedGroup, parse_ties
-from tying.torch_workarounds import foreach_norm
+from tying.torch_workarounds import foreach_norm, has_values
 from tying.weights.derived import Locations, ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
@@ -124,10 +124,10 @@ def restore(model: nn.Module) -> list[TiedGroup]:
 def _compare_scales(groups: Sequence[TiedGroup]) -> str:
     """Describe the source with the largest scale beside that of a weight that will take its values, if it is too large.
 
-    The scale of a weight is the root of its mean square. Weights of few values, on the meta device or sharded, and
+    The scale of a weight is the root of its mean square. Weights of few values, without values or sharded, and
     weights that are zero are not compared.
     """
-    plain = [group for group in groups if all(map(_has_values, group.parameters))]
+    plain = [group for group in groups if all(map(_is_comparable, group.parameters))]
     if not plain:
         return ""
     parameters = [parameter.detach() for group in plain for parameter in group.parameters]
@@ -147,10 +147,9 @@ def _compare_scales(groups: Sequence[TiedGroup]) -> str:
     return warning
 
 
-def _has_values(parameter: nn.Parameter) -> bool:
-    return bool(parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES) and not (
-        parameter.is_meta or hasattr(parameter, "full_tensor")
-    )
+def _is_comparable(parameter: nn.Parameter) -> bool:
+    is_large = parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES
+    return is_large and has_values(parameter) and not hasattr(parameter, "full_tensor")
 
 
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
