@@ -426,7 +426,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--trainer.callbacks.penalty=l3"], "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
         (["--trainer.callbacks.update=up"], "update: Expected a typing.Literal['gradient', 'decoupled', 'proximal']"),
         (["--trainer.callbacks.ties=[a ~]"], "tie 'a ~' must have the form"),
-        (["--trainer.callbacks.schedule.length=-3"], "needs a length"),
+        (["--trainer.callbacks.schedule.length=-3"], "a schedule's length must be 0 or more, not -3"),
         (["--trainer.callbacks.ties=[network.steem.conv.weight]"], "Nearest existing names: network.stem.conv.weight"),
         (["--model.network.depth=21"], "a ResNet's depth is 6n + 2"),
         (

@@ -208,8 +208,8 @@ MODELS = {
         LanguageModel,
         tokens,
         Sites(
-            ("net.embedding.weight", "net.head.weight"),
-            ("net.embedding", "net.head"),
+            ("net.head.weight", "net.embedding.weight"),
+            ("net.head", "net.embedding"),
             "net.lstm.weight_*",
             "net.lstm",
         ),

@@ -133,7 +133,7 @@ def changed():
         cluster_weight(model, name, 8)
     hash_weights(model, ["hashed.weight"], 0.1)
     lower_rank(model, ["low.weight"], 2)
-    tie(model, ["embedding.weight ~ back.weight | v d -> d v"])
+    tie(model, ["back.weight ~ embedding.weight | d v -> v d"])
     return model
 
 
@@ -150,7 +150,7 @@ def test_a_file_is_the_whole_plain_state_dict(tmp_path):
     plain.load_state_dict(state)  # strictly
     assert torch.equal(plain.back.weight, model.embedding.weight.T)
     content = contents(model)
-    assert content.ties.keys() == {"head.weight", "back.weight"}  # stored once
+    assert content.ties.keys() == {"head.weight", "embedding.weight"}  # stored once
     assert {content.tensors[name].coding for name in ("clustered.weight", "small.weight")} == {"symbols"}
     assert torch.equal(plain.masked.weight, model.masked.weight)
     assert content.tensors["pruned.weight"].coding == content.tensors["masked.weight"].coding == "gaps"

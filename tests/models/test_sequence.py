@@ -50,7 +50,7 @@ def text(path):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_every_network_classifies(kind):
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = SequenceModel(NETWORKS[kind](1, 12), size=12, num_classes=2, optimizer="adamw", lr=0.02)
     trainer = train(model, data=sequences(), max_epochs=25)
     [tested] = trainer.test(model, sequences(), verbose=False)

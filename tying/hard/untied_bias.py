@@ -94,9 +94,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
             raise ConfigurationError(f"{name!r}: the example passes this convolution {seen}; one size is needed")
     selection.warn("untie_biases")
     for layer, bias in zip(layers.values(), chosen.values(), strict=True):
-        [size] = sizes[layer]
         swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(_spread(bias.detach(), size), bias.requires_grad)
+        layer.bias = nn.Parameter(_spread(bias.detach(), *sizes[layer]), bias.requires_grad)
         layer.register_load_state_dict_pre_hook(_spread_loaded)  # type: ignore[no-untyped-call]  # torch's
     return list(chosen)
 

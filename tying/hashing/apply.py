@@ -101,17 +101,15 @@ def hash_weights(
 ) -> HashReport:
     """Replace weights of a model by smaller tables of shared entries: one table for each weight, or one for all.
 
-    Linear, convolution and embedding layers become :class:`HashedLinear` and so on, in place; other modules compute
-    their weights from the table. With ``scope="layer"`` each weight has a table, and its name is mixed into the hash's
-    seed. With ``scope="network"`` all share one table: identifiers continue from weight to weight, and each weight is
-    scaled by its initial standard deviation relative to all weights.
-    In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view:
-    assign the weight, or load ``bake(model)`` into the untied model first.
+    Linear, convolution and embedding layers become :class:`HashedLinear` and so on; other modules compute their weights
+    from the table. With ``scope="layer"`` each weight's name is mixed into the hash's seed; with ``"network"``
+    identifiers continue from weight to weight, and weights are scaled by their initial standard deviation. In-place
+    writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost, unless it is a view: assign the
+    weight, or load ``bake(model)`` into the untied model first.
 
     Args:
         model: changed in place.
-        parameters: patterns of names; a leading ``!`` excludes. Vectors are skipped, unless the hash is recurrent; so
-            are, with a warning, tied weights that only wildcards match.
+        parameters: patterns of names; ``!`` excludes. Skips vectors, unless the hash is recurrent, and tied weights.
         table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
@@ -122,8 +120,8 @@ def hash_weights(
         scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their entries.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, a weight is tied, computed, not real or not finite, weights of
-            one table differ in dtype, device or requires_grad, or the hash does not fit.
+        ConfigurationError: a pattern matches nothing, or a weight or the hash does not fit. Nothing is changed.
+        NonFiniteError: a weight is not finite.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))

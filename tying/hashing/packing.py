@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from einops import EinopsError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError, check_choice
 from tying.files import atomically, read
@@ -226,7 +227,7 @@ def contents(model: nn.Module) -> Contents:
         '1144, 7.06'
     """
     state = bake(model)
-    dense = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    dense = {name: value for name, value in state.items() if isinstance(value, Tensor) and not is_lazy(value)}
     ties = _ties(model, dense)
     return Contents(
         tensors={name: pack(value) for name, value in dense.items() if name not in ties},

@@ -272,7 +272,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
         key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and not is_lazy(value)
         else value
         for key, value in whole.items()
     }
