@@ -311,8 +311,8 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 
     Returns:
         The relative error ``‖stored − given‖ / ‖given‖`` of each tied or derived weight whose error is above 1e-6, by
-        name; ``inf`` if zeros are given and others stored. Empty if the model holds all weights as given. Values are
-        compared in the model's precision.
+        name; empty if the model holds all weights as given; infinity if a weight is given as zero and stored otherwise.
+        Values are compared in the model's precision.
 
     Raises:
         ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized. Nothing
@@ -337,11 +337,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
     _replace_derived(model, plain, {unwrapped(key): value for key, value in current.items()}, derived)
     keys = {unwrapped(key): key for key in current}
-    before = {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
-        for key, value in current.items()
-        if not is_lazy(value)
-    }
+    before = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in current.items() if not is_lazy(v)}
     try:
         model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
     except Exception:  # torch has loaded what fits
@@ -355,7 +351,10 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 def _warn_of(errors: Mapping[str, float]) -> None:
     """Warn of large errors of loaded weights."""
     if large := sorted(((error, key) for key, error in errors.items() if error > LARGE), reverse=True):
-        worst = ", ".join(f"{key!r} is off by {error:.1%} of its norm" for error, key in large[:3])
+        worst = ", ".join(
+            f"{key!r} is off by {error:.1%} of its norm" if error < math.inf else f"{key!r} is not zero as given"
+            for error, key in large[:3]
+        )
         more = f", and {len(large) - 3} more by over {LARGE:.1%}" if len(large) > 3 else ""
         warnings.warn(
             f"the model cannot hold all weights as they are given: {worst}{more}. Train it on, give it more parameters "
@@ -372,11 +371,11 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
         for key, wanted in given.items():
             value = getattr(derived[key].owner, derived[key].name) if key in derived else stored[key]
             value, wanted = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (value, wanted))
-            if has_values(value):
+            if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)
-                difference, norm = (float(t.norm()) for t in (value.to(precise) - target, target))
-                error = difference / norm if norm else math.inf if difference else 0.0
+                distance, norm = float((value.to(precise) - target).norm()), float(target.norm())
+                error = distance / norm if norm else math.inf if distance else 0.0
                 if not error <= EXACT:
                     errors[key] = error
     return errors
