@@ -120,7 +120,9 @@ def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """
     if (tracer := tracer_of(x)) is not None:
         return cast(Tensor, tracer.create_proxy("call_function", zero_gradients, (x, [*unused]), {}))
-    trainable = [tensor for tensor in unused if tensor.requires_grad] if torch.is_grad_enabled() else []
+    # torch.jit.trace traces again without gradients, and compares the graphs
+    wanted = torch.is_grad_enabled() and not is_jit_tracing()
+    trainable = [tensor for tensor in unused if tensor.requires_grad] if wanted else []
     if not is_recorded():
         return cast(Tensor, _ZeroGradients.apply(x, *trainable)) if trainable else x.clone()
     out = x.clone()
