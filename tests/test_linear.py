@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 import tying
 from tying import resolve
 from tying.callbacks import AnchorTying, Coupling, HardTying, SoftTying, TyingMonitor, TyingSummary
-from tying.hard import audit, bake, load_plain, tie, tied, untie
+from tying.hard import audit, bake, load_plain, lower_rank, share_templates, tie, tied, untie
+from tying.hashing import hash_weights
 
 FOLDER = str(Path(tying.__file__).parent)
 FEW, MANY = 24, 96
@@ -82,6 +83,33 @@ def test_ties_are_linear(pairs, question):
         if question not in ("resolve", "tie"):
             tie(model, ties)
         counts.append(instructions(QUESTIONS[question], model, ties))
+    assert counts[1] <= counts[0] * MANY / FEW * 1.02
+
+
+COMPUTED = {
+    "lower_rank": lambda model: lower_rank(model, ["**.weight"], 1),
+    "share_templates": lambda model: share_templates(model, ["**.weight"], 2),
+    "hash_weights by layer": lambda model: hash_weights(model, ["**.weight"], 0.5),
+    "hash_weights by network": lambda model: hash_weights(model, ["**.weight"], 0.5, scope="network"),
+}
+
+
+ASKED = {"load_plain": load_plain, "bake": lambda model, plain: bake(model), "audit": lambda model, plain: audit(model)}
+
+
+@pytest.mark.filterwarnings("ignore:the model cannot hold")
+@pytest.mark.parametrize("question", ["compute", *ASKED])
+@pytest.mark.parametrize("way", COMPUTED)
+def test_computed_weights_are_linear(way, question):
+    counts = []
+    for number in (FEW, MANY):
+        model = layers(number)
+        plain = model.state_dict()
+        if question == "compute":
+            counts.append(instructions(COMPUTED[way], model))
+        else:
+            COMPUTED[way](model)
+            counts.append(instructions(ASKED[question], model, plain))
     assert counts[1] <= counts[0] * MANY / FEW * 1.02
 
 

@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager
 from copy import deepcopy
 from traceback import walk_stack
 from types import FunctionType
-from typing import Any, Self
+from typing import Any, Self, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
@@ -27,6 +29,10 @@ foreach_sub = torch._foreach_sub
 attention_branch = nn.TransformerEncoderLayer._sa_block
 feed_forward_branch = nn.TransformerEncoderLayer._ff_block
 
+# whether a transform such as torch.func.vmap runs; and the public torch.jit.is_tracing, which takes twice the time
+innermost_transform = torch._C._functorch.peek_interpreter_stack
+is_jit_tracing = torch._C._is_tracing
+
 
 def is_traced() -> bool:
     """Return whether operations are traced or run on fake tensors: compiled code cannot run then.
@@ -35,7 +41,7 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    return torch.jit.is_tracing() or is_in_torch_dispatch_mode()  # type: ignore[attr-defined, no-untyped-call]
+    return is_jit_tracing() or is_in_torch_dispatch_mode()
 
 
 def is_recorded() -> bool:
@@ -48,10 +54,15 @@ def is_recorded() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        innermost_transform() is not None
+        or is_jit_tracing()
         or (is_in_torch_dispatch_mode() and any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()))
     )
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values: meta tensors have none, nor have fake tensors, which have no public name."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_proxy(value: object) -> bool:
@@ -128,43 +139,49 @@ def is_strict_load() -> bool:
     return next((bool(frame.f_locals["strict"]) for frame, _ in walk_stack(None) if frame.f_code is load), True)
 
 
-class ContiguousView(Tensor):
-    """A contiguous copy of a view of another tensor; until it is written to, it is pickled and copied as the view.
+def contiguous_view(view: Tensor) -> Tensor:
+    """Return a contiguous copy of a view; until it is written to, it is pickled and copied as the view.
 
-    safetensors needs contiguous tensors, and torch.save stores the bytes of a tensor and its views once. Operations
-    return plain tensors. torch has no public name for that, nor for the number of writes to a tensor.
+    safetensors needs contiguous tensors, and torch.save stores the bytes of a tensor and its views once. A subclass of
+    Tensor could do both, but ``nn.Parameter`` refuses it; pickle and copy also take their methods from an object
+    itself. torch has no public name for the number of writes to a tensor.
 
     Example:
         >>> source = torch.zeros(2, 3)
-        >>> copied = ContiguousView.of(source.T)
-        >>> copied.is_contiguous(), type(copied + 1).__name__
-        (True, 'Tensor')
-        >>> deepcopy({"source": source, "view": copied})["view"].current().is_contiguous()
-        False
+        >>> copied = contiguous_view(source.T)
+        >>> copied.is_contiguous(), viewed(copied).is_contiguous(), viewed(copied.zero_()).is_contiguous()
+        (True, False, True)
     """
+    with torch.inference_mode(False):  # which does not count writes
+        copied = view.contiguous()
+    _ViewState(view, copied)
+    return copied
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # so does nn.Parameter
-    viewed: Tensor
-    writes: int
 
-    @classmethod
-    def of(cls, view: Tensor) -> Self:
-        """Return a contiguous copy of a view."""
-        copied = view.contiguous().as_subclass(cls)
-        copied.viewed, copied.writes = view, copied._version
-        return copied
+def viewed(entry: Any) -> Any:
+    """Return an entry of a state dict, or the view for which it stands; see :func:`contiguous_view`."""
+    state = getattr(entry, "view_state", None)
+    return state.current() if isinstance(state, _ViewState) else entry
+
+
+class _ViewState:
+    """How a contiguous copy of a view is pickled and copied."""
+
+    def __init__(self, view: Tensor, copied: Tensor) -> None:
+        # a strong reference would be circular, and keep the memory
+        self.view, self.copied, self.writes = view, ref(copied), copied._version
+        members = {"view_state": self, "__reduce_ex__": self.reduce, "__deepcopy__": self.deepcopy}
+        copied.__dict__.update(members)
 
     def current(self) -> Tensor:
         """Return the view, or the copy if something has been written to it."""
-        return self.viewed if self._version == self.writes else self.as_subclass(Tensor)
+        copied = cast(Tensor, self.copied())
+        return self.view if copied._version == self.writes else copied.detach()
 
-    @override
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        current = self.current()
-        copied = deepcopy(current, memo)
-        memo[id(self)] = type(self).of(copied) if current is self.viewed else copied
-        return memo[id(self)]  # type: ignore[no-any-return]  # a tensor
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def reduce(self, protocol: Any) -> Any:
         return self.current().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's
+
+    def deepcopy(self, memo: dict[int, Any]) -> Tensor:
+        current = self.current()
+        copied: Tensor = deepcopy(current, memo)
+        return contiguous_view(copied) if current is self.view else copied

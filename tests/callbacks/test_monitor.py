@@ -47,6 +47,18 @@ def test_history_is_resumed(tmp_path):
     assert torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["TyingMonitor"]["steps"] == monitor.steps
 
 
+def test_a_long_history_is_thinned(tmp_path, monkeypatch):
+    monkeypatch.setattr("tying.callbacks.observers.monitor.VALUES", 30)
+    monitor, model = TyingMonitor(), Toy()
+    train(model, [SoftTying(TIES), monitor], max_epochs=3, default_root_dir=tmp_path)
+    assert 5 <= len(monitor.steps) <= 10
+    assert monitor.steps[-1] == 30
+    assert [[step for step, _ in history] for history in monitor.history.values()] == [monitor.steps] * 3
+    assert max(history[-1][1] for history in monitor.history.values()) == pytest.approx(
+        max(gap(group.tensors()) for group in resolve(model, TIES)), rel=1e-6
+    )
+
+
 def test_the_plot_is_of_what_is_logged(tmp_path, monkeypatch):
     """Also where most groups have no line: its largest value is the gap that is logged, at every step."""
     drawn = []

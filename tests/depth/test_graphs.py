@@ -571,3 +571,10 @@ def test_boundaries_are_bitwise_hard_and_keep_their_gradient(graph, dtype):
     assert torch.equal(out.detach(), values)
     near = (x.detach().abs() * 0.7 - 1).abs() < 0.01  # where rounding decides on which side of the kink it is
     torch.testing.assert_close(x.grad[~near], gradients[~near], rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("merge", [FeedForward(), StochasticDepth(0.0), Swapout(1.0, 0.0), SkipForward(1.0)])
+def test_what_is_unused_can_be_traced_with_gradients(merge):
+    net = Residual(nn.Linear(5, 5).to(D), merge=merge).eval()
+    torch.testing.assert_close(torch.jit.trace(net, X)(X), net(X))

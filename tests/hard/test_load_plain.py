@@ -231,3 +231,29 @@ def test_a_parametrization_with_a_right_inverse_alone():
     assert load_plain(model, plain.state_dict()) == {}
     assert torch.equal(model[0].weight, plain[0].weight)
     torch.testing.assert_close(model[1].weight, plain[1].weight)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "clustered"])  # whose centroids need values
+def test_a_model_on_the_meta_device_takes_plain_weights(way):
+    make, change = WAYS[way]
+    with torch.device("meta"):
+        model = make()
+        change(model)
+        assert load_plain(model, make().state_dict()) == {}
+
+
+def test_a_failed_load_of_a_lazy_model_changes_nothing():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    lower_rank(model, ["1.weight"], 2)
+    before = model[1].weight.detach().clone()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_plain(model, {"1.weight": torch.ones(4, 4)})
+    assert torch.equal(model[1].weight, before)
+
+
+def test_the_error_of_a_weight_of_zeros_is_infinite():
+    model, given = layers(), layers().state_dict()
+    hash_weights(model, ["*.weight"], 0.2, scope="network")
+    given["1.weight"] = torch.zeros(8, 8)
+    with pytest.warns(UserWarning, match="'1.weight' is not zero as given"):
+        assert load_plain(model, given)["1.weight"] == float("inf")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization, remove_parametrizations
 
@@ -121,3 +122,20 @@ def test_a_class_is_swapped_with_its_state():
     before = layer(x)
     swap_class(layer, Shouting)
     assert torch.equal(layer(x), before * 100)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: tie(model, ["0.weight ~ 1.weight"]),
+        lambda model: tie(model, ["0.weight ~ 1.weight"], init="mean"),
+        lambda model: lower_rank(model, ["*.weight"], 2),
+        lambda model: lower_rank(model, ["*.weight"], 2, diagonal=True),
+    ],
+)
+def test_fake_tensors_have_no_values_to_check(change):
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        change(model)
+        model.load_state_dict(model.state_dict())
+        assert model(torch.ones(2, 8)).shape == (2, 8)

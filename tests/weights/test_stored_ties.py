@@ -3,6 +3,7 @@
 import copy
 import io
 from multiprocessing.reduction import ForkingPickler
+from weakref import ref
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from tying.hard import tie
 from tying.hashing import hash_weights
-from tying.torch_workarounds import ContiguousView
+from tying.torch_workarounds import viewed
 
 TIES = {
     "plain": ["a.weight ~ b.weight"],
@@ -47,7 +48,7 @@ def size_of(state_dict):
 def test_a_transposed_entry_is_contiguous_and_pickled_as_a_view():
     net = tied("transposed")
     state = net.state_dict()
-    assert isinstance(state["b.weight"], ContiguousView)
+    assert all(type(value) is torch.Tensor for value in state.values())
     assert all(value.is_contiguous() for value in state.values())
     assert torch.equal(state["b.weight"], net.b.weight)
     assert size_of(state) < size_of({**state, "b.weight": state["b.weight"].clone()})
@@ -79,13 +80,42 @@ def test_an_entry_stands_for_the_weight_until_it_is_written_to():
 
 
 @pytest.mark.parametrize("kind", TIES)
+def test_entries_become_parameters_of_a_plain_model(kind):
+    net, plain = tied(kind), Pair(kind)
+    plain.load_state_dict(net.state_dict(), assign=True)
+    assert torch.equal(plain.b.weight, net.b.weight)
+    assert type(plain.b.weight) is nn.Parameter
+    file = io.BytesIO()
+    torch.save(plain, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False).b.weight, net.b.weight)
+
+
+@pytest.mark.parametrize("kind", TIES)
+def test_state_dicts_of_inference_mode_are_those_of_training(kind):
+    net, fresh = tied(kind), tied(kind)
+    with torch.inference_mode():
+        state = net.state_dict()
+    assert size_of(state) == size_of(net.state_dict())
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.b.weight, net.b.weight)
+
+
+def test_the_memory_of_an_entry_is_freed_with_it():
+    entry = tied("transposed").state_dict()["b.weight"]
+    alive = ref(entry)
+    del entry
+    assert alive() is None
+
+
+@pytest.mark.parametrize("kind", TIES)
 def test_entries_with_gradients_or_without_values_are_plain(kind):
     net = tied(kind)
     kept = net.state_dict(keep_vars=True)
     kept["b.weight"].sum().backward()
     assert torch.equal(net.a.weight.grad, torch.ones(6, 6))
     for state in (kept, net.to("meta").state_dict()):
-        assert not any(isinstance(value, ContiguousView) for value in state.values())
+        assert all(viewed(value) is value for value in state.values())
 
 
 @pytest.mark.parametrize("assign", [False, True])

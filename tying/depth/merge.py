@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.deprecated import class_aliases
-from tying.depth.tracing import leaf_function, record_module, tracer_of
+from tying.depth.tracing import record_module, tracer_of
 from tying.errors import ConfigurationError, check_range
-from tying.torch_workarounds import is_recorded
+from tying.torch_workarounds import is_jit_tracing, is_proxy, is_recorded
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> T
         >>> same_shape(torch.ones(2), torch.zeros(2))
         tensor([0., 0.])
     """
-    if tracer_of(x) is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if is_proxy(x) or is_jit_tracing():
         return f  # the shapes are not known yet
     shape = x.shape if rows is None else torch.Size((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
     if f.shape != shape:
@@ -118,12 +118,11 @@ def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
         tensor([[0., 0.],
                 [0., 0.]])
     """
-    return _zero_gradients(x, [*unused])
-
-
-@leaf_function
-def _zero_gradients(x: Tensor, unused: list[Tensor]) -> Tensor:
-    trainable = [tensor for tensor in unused if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if (tracer := tracer_of(x)) is not None:
+        return cast(Tensor, tracer.create_proxy("call_function", zero_gradients, (x, [*unused]), {}))
+    # torch.jit.trace traces again without gradients, and compares the graphs
+    wanted = torch.is_grad_enabled() and not is_jit_tracing()
+    trainable = [tensor for tensor in unused if tensor.requires_grad] if wanted else []
     if not is_recorded():
         return cast(Tensor, _ZeroGradients.apply(x, *trainable)) if trainable else x.clone()
     out = x.clone()
@@ -256,8 +255,8 @@ class Merge(nn.Module):
 
     def __call__(self, x: Tensor, branch: Any, dim: int = 0) -> Any:
         """Combine x with a branch or, in graphs of ``torch.fx``, with its output, whose samples lie along ``dim``."""
-        computed = isinstance(branch, Tensor) or tracer_of(branch) is not None
-        if self.draws and (tracer := tracer_of(x)) is not None:
+        computed = isinstance(branch, Tensor) or is_proxy(branch)
+        if (tracer := tracer_of(x)) is not None and self.draws:
             arguments = (x, branch, dim) if computed else (x, branch(), branch_dim(branch))
             return record_module(tracer, self, arguments, {})
         return super().__call__(x, ComputedBranch(branch, dim) if computed else branch)

@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from tying.depth.merge import zero_gradients
 from tying.depth.stochastic_depth import BATCH_NORMS
-from tying.depth.tracing import tracer_of
 from tying.errors import ConfigurationError, listed
+from tying.torch_workarounds import is_proxy
 from tying.weights.tie import tie
 
 NORMS = (
@@ -86,7 +86,7 @@ class Recurrent(nn.Module):
         """Return the output of the last step."""
         for step in range(self.steps):
             out: Tensor = self.blocks[min(step, len(self.blocks) - 1)](x)
-            if tracer_of(out) is None and out.shape != x.shape:  # torch.fx knows no shapes
+            if not is_proxy(out) and out.shape != x.shape:  # torch.fx knows no shapes
                 raise ConfigurationError(
                     "a recurrent block must keep the shape of its input: "
                     f"it returns {tuple(out.shape)} for {tuple(x.shape)}"

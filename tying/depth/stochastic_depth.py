@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from tying.depth.draws import draw, keep_mask
 from tying.depth.merge import Branch, ComputedBranch, Merge, add_rows, branch_dim, same_shape, skip_branch
-from tying.depth.tracing import leaf_function, tracer_of
+from tying.depth.tracing import leaf_function
 from tying.errors import ConfigurationError, check_choice
-from tying.torch_workarounds import is_recorded
+from tying.torch_workarounds import is_proxy, is_recorded
 
 Mode = Literal["batch", "row", "subset", "auto"]
 Scale = Literal["test", "train"]
@@ -52,7 +52,7 @@ def stochastic_depth(
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
-    if tracer_of(x) is not None:
+    if is_proxy(x):
         return _merge_computed(x, branch(), branch_dim(branch), keep, mode, scale, training)
     if keep == 0:
         return skip_branch(x, branch)

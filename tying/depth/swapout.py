@@ -76,10 +76,10 @@ class Swapout(Merge):
         keep_skip, keep_branch = self.keep_prob("keep_skip"), self.keep_prob("keep_branch")
         if keep_branch == 0:
             return skip_branch(x, branch) * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
-        f = same_shape(x, branch())
+        f = branch()
         if self.training:
             return swapout(x, f, *(None if keep == 1 else _mask(x, keep) for keep in (keep_skip, keep_branch)))
-        return torch.add(keep_skip * x if keep_skip < 1 else x, f, alpha=keep_branch)
+        return torch.add(keep_skip * x if keep_skip < 1 else x, same_shape(x, f), alpha=keep_branch)
 
 
 class SkipForward(Merge):

@@ -7,7 +7,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from torch import nn
 from torch.fx import Proxy, Tracer
 
-from tying.torch_workarounds import is_recorded
+from tying.torch_workarounds import is_proxy, is_recorded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,7 +21,7 @@ class LeafModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, or record the call if an argument is a ``torch.fx.Proxy``."""
-        tracer = find_tracer((*args, *kwargs.values()))
+        tracer = find_tracer(args) or (find_tracer(kwargs.values()) if kwargs else None)
         return super().__call__(*args, **kwargs) if tracer is None else record_module(tracer, self, args, kwargs)
 
 
@@ -50,7 +50,8 @@ def leaf_function(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if (tracer := find_tracer((*args, *kwargs.values()))) is None:
+        tracer = find_tracer(args) or (find_tracer(kwargs.values()) if kwargs else None)
+        if tracer is None:
             return function(*args, **kwargs)
         return cast(R, tracer.create_proxy("call_function", call, args, kwargs))
 
@@ -60,8 +61,9 @@ def leaf_function(function: Callable[P, R]) -> Callable[P, R]:
 def find_tracer(values: Iterable[object]) -> Tracer | None:
     """Return the tracer of the first ``torch.fx.Proxy`` among values, lists and tuples, or None."""
     for value in values:
-        tracer = find_tracer(value) if isinstance(value, (list, tuple)) else tracer_of(value)
-        if tracer is not None:
+        if isinstance(value, Proxy):
+            return cast(Tracer, value.tracer)
+        if isinstance(value, (list, tuple)) and (tracer := find_tracer(value)) is not None:
             return tracer
     return None
 
@@ -73,4 +75,4 @@ def tracer_of(x: object) -> Tracer | None:
 
 def in_graph(x: object) -> bool:
     """Return whether operations on x become part of a graph or transform: decisions must be masks, not Python's."""
-    return tracer_of(x) is not None or is_recorded()
+    return is_proxy(x) or is_recorded()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_range
+from tying.torch_workarounds import has_values
 from tying.weights.derived import parametrize_all
 
 ALTERNATIONS = 5  # of the steps
@@ -104,7 +105,7 @@ def nearest_diagonal(matrix: Tensor, rank: int) -> Tensor:
         tensor([10., 20., 30., 40., 50.], dtype=torch.float64)
     """
     precise = matrix.to(torch.promote_types(matrix.dtype, torch.float64))
-    if rank == 0 or matrix.is_meta:
+    if rank == 0 or not has_values(matrix):
         return torch.diag(precise)
     eps = max(torch.finfo(matrix.dtype).eps, len(matrix) * torch.finfo(precise.dtype).eps)
     exact = eps * float(precise.norm())

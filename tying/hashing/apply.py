@@ -18,6 +18,7 @@ from tying.hashing.report import HashReport, report
 from tying.selection.index import check_shape
 from tying.selection.tie import Tie
 from tying.weights.derived import (
+    Locations,
     ParameterLocation,
     Selection,
     check_free,
@@ -62,7 +63,7 @@ def hash_attribute(module: nn.Module, name: str, virtual: HashedParametrization,
     return keys[0]
 
 
-def check_hashable(name: str, locations: Mapping[str, ParameterLocation]) -> None:
+def check_hashable(name: str, locations: Locations) -> None:
     """Raise an error unless a weight can be replaced by a table.
 
     Args:
@@ -157,7 +158,7 @@ def select_hashable(model: nn.Module, parameters: Sequence[str], hash: Hash) -> 
 def _choose(
     selection: Selection,
     parameters: Sequence[str],
-    locations: Mapping[str, ParameterLocation],
+    locations: Locations,
     hash: Hash,
     scope: Literal["layer", "network"],
 ) -> dict[str, nn.Parameter]:

@@ -1,7 +1,6 @@
 """Trained quantisation: weights that share the entries of a small codebook."""
 
 import math
-from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +11,7 @@ from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import check_hashable, hash_attribute
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
-from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.weights.derived import Locations, locate_parameters
 from tying.weights.values import check_finite, check_real
 
 Start = Literal["linear", "density", "forgy"]
@@ -143,7 +142,7 @@ def uses_of(parametrization: HashedParametrization) -> Tensor:
     return parametrization.loads().clamp(min=1)
 
 
-def check_clusterable(name: str, locations: Mapping[str, ParameterLocation], clusters: int) -> None:
+def check_clusterable(name: str, locations: Locations, clusters: int) -> None:
     """Raise a ConfigurationError if :func:`cluster_weight` cannot cluster a weight.
 
     Args:

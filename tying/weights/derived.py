@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from tying.errors import ConfigurationError, listed
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.resolve import select
-from tying.torch_workarounds import ContiguousView, inject_property
+from tying.torch_workarounds import contiguous_view, inject_property, viewed
 from tying.weights.values import check_finite, check_real
 
 
@@ -493,7 +494,7 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
             source = state_dict.pop(key)
             weight = relation(source)
             plain = type(source) is Tensor and not (source.is_meta or source.is_inference())  # not with keep_vars
-            state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else ContiguousView.of(weight)
+            state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else contiguous_view(weight)
 
 
 def _read_plainly(
@@ -512,11 +513,6 @@ def _read_plainly(
         elif key not in state_dict:  # torch would report this key as missing
             state_dict[key] = module.get_parameter(f"parametrizations.{name}.original")
             missing_keys.append(prefix + name)
-
-
-def viewed(entry: Any) -> Any:
-    """Return an entry of a state dict, or the view for which it stands."""
-    return entry.current() if isinstance(entry, ContiguousView) else entry
 
 
 def effective_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -587,9 +583,21 @@ class ParameterLocation:
         return link.relation if link else None
 
 
-def locate_parameters(model: nn.Module) -> dict[str, ParameterLocation]:
-    """Return the locations of a model's parameters, by clean name, including aliases."""
-    locations = {}
+class Locations(dict[str, ParameterLocation]):
+    """The locations of a model's parameters, by clean name, including aliases."""
+
+    @cached_property
+    def names(self) -> dict[int, list[str]]:
+        """The names of each parameter, by its identity, when they are first read."""
+        names: dict[int, list[str]] = {}
+        for name, location in self.items():
+            names.setdefault(id(location.parameter), []).append(name)
+        return names
+
+
+def locate_parameters(model: nn.Module) -> Locations:
+    """Return the locations of a model's parameters."""
+    locations = Locations()
     for path, module in model.named_modules(remove_duplicate=False):
         owner, weight, name = module, None, unwrapped(path)
         if isinstance(module, ParametrizationList):
@@ -651,17 +659,13 @@ def select_untied(model: nn.Module, parameters: Sequence[str], least_dims: int =
         >>> [*selection.untied], selection.tied
         (['2.weight'], {'0.weight': ('1.weight',)})
     """
-    locations = locate_parameters(model)
-    names: dict[int, list[str]] = {}
-    for name, location in locations.items():
-        names.setdefault(id(location.parameter), []).append(name)
-    matched = select(model, parameters)
+    locations, matched = locate_parameters(model), select(model, parameters)
     candidates = {name: weight for name, weight in matched.items() if is_lazy(weight) or weight.ndim >= least_dims}
     tied = {
         name: partners
         for name, weight in candidates.items()
-        if not {*parameters}.intersection(names[id(weight)])
-        and (partners := tuple(other for other in names[id(weight)] if locations[other] != locations[name]))
+        if not {*parameters}.intersection(locations.names[id(weight)])
+        and (partners := tuple(other for other in locations.names[id(weight)] if locations[other] != locations[name]))
     }
     selection = Selection(
         untied={name: weight for name, weight in candidates.items() if name not in tied},
@@ -676,7 +680,7 @@ def select_untied(model: nn.Module, parameters: Sequence[str], least_dims: int =
     return selection
 
 
-def check_free(name: str, locations: Mapping[str, ParameterLocation], because: str = "") -> None:
+def check_free(name: str, locations: Locations, because: str = "") -> None:
     """Raise an error unless a weight can be replaced by a derived weight.
 
     Args:
@@ -690,6 +694,6 @@ def check_free(name: str, locations: Mapping[str, ParameterLocation], because: s
     location = locations[name]
     if location.holder is not location.owner:
         raise ConfigurationError(f"{name!r} is parametrized already")
-    weight = location.parameter  # two names of one module are no tie
-    if tied := [other for other, alias in locations.items() if alias.parameter is weight and alias != location]:
+    names = locations.names[id(location.parameter)]
+    if tied := [other for other in names if locations[other] != location]:  # two names of one module are no tie
         raise ConfigurationError(f"{name!r} is tied to {tied[0]!r}{because}: untie them, or choose others")

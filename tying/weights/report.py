@@ -178,6 +178,8 @@ def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightR
     @cache
     def whole(modules: tuple[str, ...], how: str) -> tuple[set[tuple[tuple[str, ...], str]], WeightRow] | None:
         """Return the row of modules, and the keys of the rows that it replaces, if all their weights are alike."""
+        if len({*modules}) < len(modules):  # several weights of one module
+            return None
         keys = {(tuple(module + rest for module in modules), how) for rest in below[modules[0]]}
         if len(keys) == 1 or not keys <= alike.keys():
             return None

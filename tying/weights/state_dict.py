@@ -1,5 +1,6 @@
 """State dicts of models with shared or derived weights: load them without breaking ties, and save plain weights."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from tying.errors import ConfigurationError, check_choice
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
-from tying.torch_workarounds import is_strict_load
+from tying.torch_workarounds import has_values, is_strict_load, viewed
 from tying.weights.derived import (
     DerivedWeight,
     ParameterLocation,
@@ -28,7 +29,6 @@ from tying.weights.derived import (
     link,
     locate_parameters,
     remove,
-    viewed,
 )
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
@@ -241,7 +241,7 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
     """
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    if first.is_meta or second.is_meta:
+    if not (has_values(first) and has_values(second)):
         return True
     return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
 
@@ -311,7 +311,8 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 
     Returns:
         The relative error ``‖stored − given‖ / ‖given‖`` of each tied or derived weight whose error is above 1e-6, by
-        name; empty if the model holds all weights as given. Values are compared in the model's precision.
+        name; empty if the model holds all weights as given; infinity if a weight is given as zero and stored otherwise.
+        Values are compared in the model's precision.
 
     Raises:
         ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized. Nothing
@@ -336,11 +337,11 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
     _replace_derived(model, plain, {unwrapped(key): value for key, value in current.items()}, derived)
     keys = {unwrapped(key): key for key in current}
-    before = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in current.items()}
+    before = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in current.items() if not is_lazy(v)}
     try:
         model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
     except Exception:  # torch has loaded what fits
-        model.load_state_dict(before)
+        model.load_state_dict(before, strict=False)
         raise
     errors = _relative_errors(model, {key: given[key] for key in (*differing, *derived) if key in given})
     _warn_of(errors)
@@ -350,7 +351,10 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 def _warn_of(errors: Mapping[str, float]) -> None:
     """Warn of large errors of loaded weights."""
     if large := sorted(((error, key) for key, error in errors.items() if error > LARGE), reverse=True):
-        worst = ", ".join(f"{key!r} is off by {error:.1%} of its norm" for error, key in large[:3])
+        worst = ", ".join(
+            f"{key!r} is off by {error:.1%} of its norm" if error < math.inf else f"{key!r} is not zero as given"
+            for error, key in large[:3]
+        )
         more = f", and {len(large) - 3} more by over {LARGE:.1%}" if len(large) > 3 else ""
         warnings.warn(
             f"the model cannot hold all weights as they are given: {worst}{more}. Train it on, give it more parameters "
@@ -370,7 +374,8 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
             if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)
-                error = float((value.to(precise) - target).norm() / target.norm().clamp(min=torch.finfo(precise).tiny))
+                distance, norm = float((value.to(precise) - target).norm()), float(target.norm())
+                error = distance / norm if norm else math.inf if distance else 0.0
                 if not error <= EXACT:
                     errors[key] = error
     return errors
@@ -402,7 +407,7 @@ def _replace_derived(
             values[derived] = value.to(derived.inputs[0])
     fitted: dict[int, Tensor] = {}  # by the id of a parameter, or of a module with an extra state
     names = {derived: key for key, derived in weights.items()}
-    for group in _sharing([*values]):
+    for group in _sharing([derived for derived, value in values.items() if has_values(value)]):
         if _fits_jointly(group):
             parts = [(derived.steps[0], derived.inputs[0], values[derived]) for derived in group]
             new: Any = group[0].steps[0].joint_inverse(parts)  # type: ignore[operator]  # a method
@@ -442,14 +447,18 @@ def _inverse(key: str, derived: DerivedWeight, weight: Tensor) -> Sequence[Tenso
 
 def _sharing(weights: Sequence[DerivedWeight]) -> list[list[DerivedWeight]]:
     """Group derived weights that share parameters, directly or through others."""
-    groups: list[tuple[set[int], list[DerivedWeight]]] = []
+    groups: dict[int, list[DerivedWeight]] = {}  # the group of each parameter, by identity
     for weight in weights:
-        parameters, members = {*map(id, weight.originals)}, [weight]
-        apart = [group for group in groups if group[0].isdisjoint(parameters)]
-        for others, earlier in (group for group in groups if not group[0].isdisjoint(parameters)):
-            parameters, members = parameters | others, earlier + members
-        groups = [*apart, (parameters, members)]
-    return [members for _, members in groups]
+        keys = [*map(id, weight.originals)] or [id(weight)]
+        touched = {id(groups[key]): groups[key] for key in keys if key in groups}
+        group = max(touched.values(), key=len, default=[])
+        for other in touched.values():
+            if other is not group:
+                group += other
+                groups |= {id(parameter): group for member in other for parameter in member.originals}
+        group.append(weight)
+        groups |= dict.fromkeys(keys, group)
+    return [*{id(group): group for group in groups.values()}.values()]
 
 
 def _prefixes(key: str, derived: DerivedWeight) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.relation import Relation
 from tying.selection.resolve import resolve_named
 from tying.selection.tie import AnyTie, TiedGroup, parse_ties
-from tying.torch_workarounds import foreach_norm
-from tying.weights.derived import ParameterLocation, locate_parameters
+from tying.torch_workarounds import foreach_norm, has_values
+from tying.weights.derived import Locations, ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
 from tying.weights.state_dict import (
     TieRecord,
@@ -125,10 +125,10 @@ def restore(model: nn.Module) -> list[TiedGroup]:
 def _compare_scales(groups: Sequence[TiedGroup]) -> str:
     """Describe the pair of source and member with the largest ratio of scales, or return "" if none is too large.
 
-    The scale of a weight is the root of its mean square. Weights of few values, on the meta device or sharded, and
+    The scale of a weight is the root of its mean square. Weights of few values, without values or sharded, and
     weights that are zero are not compared.
     """
-    plain = [group for group in groups if all(map(_has_values, group.parameters))]
+    plain = [group for group in groups if all(map(_is_comparable, group.parameters))]
     if not plain:
         return ""
     parameters = [parameter.detach() for group in plain for parameter in group.parameters]
@@ -148,10 +148,9 @@ def _compare_scales(groups: Sequence[TiedGroup]) -> str:
     return warning
 
 
-def _has_values(parameter: nn.Parameter) -> bool:
-    return bool(parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES) and not (
-        parameter.is_meta or hasattr(parameter, "full_tensor")
-    )
+def _is_comparable(parameter: nn.Parameter) -> bool:
+    is_large = parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES
+    return is_large and has_values(parameter) and not hasattr(parameter, "full_tensor")
 
 
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
@@ -274,9 +273,7 @@ def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> 
     return locations[record.names[0]].parameter
 
 
-def plan(
-    model: nn.Module, groups: Sequence[TiedGroup], locations: Mapping[str, ParameterLocation] | None = None
-) -> list[TieRecord]:
+def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | None = None) -> list[TieRecord]:
     """Return the record of each group, with all names that will hold its weight.
 
     Args:
@@ -288,9 +285,6 @@ def plan(
         ConfigurationError: the members of a group cannot be one parameter.
     """
     locations = locations or locate_parameters(model)
-    aliases: dict[int, list[str]] = {}  # the names of each parameter, by identity
-    for name, location in locations.items():
-        aliases.setdefault(id(location.parameter), []).append(name)
     former: dict[str, object] = {  # an identifier of the parameter that a name held before it was tied
         name: (record.names, member)
         for record in tie_records(model)
@@ -309,7 +303,7 @@ def plan(
                 )
             if locations[name].relation is None:
                 raise ConfigurationError(f"{message}: it is parametrized: it is computed from other weights")
-            for alias in aliases.get(id(parameter), ()):
+            for alias in locations.names.get(id(parameter), ()):
                 location = locations[alias]
                 whole = relation.then(location.relation or Relation())
                 names[alias] = Relation() if whole.agrees_with(Relation(), group.parameters[0].shape) else whole

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from tying.errors import ConfigurationError, NonFiniteError
+from tying.torch_workarounds import has_values
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise an error if a weight is not finite; a weight on the meta device has no values to check.
+    """Raise an error if a weight is not finite; a meta or fake tensor has no values to check.
 
     Raises:
         NonFiniteError: the weight contains NaN or infinity.
@@ -17,7 +18,7 @@ def check_finite(name: str, weight: Tensor) -> None:
         Traceback (most recent call last):
         tying.errors.NonFiniteError: 'encoder.weight' holds infinity. The initial weights are not finite: ...
     """
-    if not weight.is_meta and not torch.isfinite(weight).all():
+    if has_values(weight) and not torch.isfinite(weight).all():
         kind = "NaN" if torch.isnan(weight).any() else "infinity"
         raise NonFiniteError(
             f"{name!r} holds {kind}. The initial weights are not finite: check what they were loaded from"

@@ -11,12 +11,15 @@ from tying.lightning_workarounds import is_logging_step
 from tying.soft import gap
 from tying.soft.plots import gap_figure
 
+VALUES = 200_000  # of the history, at most: checkpoints hold it
+
 
 class TyingMonitor(Callback):
     """Log ``tying/gap``, the largest gap of all tied groups, and plot the gaps when training ends.
 
     The gap of a group is ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``; see :func:`tying.soft.gap`. It is logged at the trainer's
     ``log_every_n_steps``, to the trainer's loggers. The plot is ``tying_gap.png`` in the logger's directory.
+    Whenever the history has more than 200,000 gaps, every second step is dropped.
 
     Args:
         max_lines: how many groups the plot shows: those that end furthest apart. The largest gap of all groups is a
@@ -58,6 +61,15 @@ class TyingMonitor(Callback):
             self.steps.append(step)
             for (callback, group), value in zip(groups, gaps, strict=True):
                 self.history.setdefault(f"{callback}: {' ~ '.join(group.names[:2])}", []).append((step, value))
+            if len(self.steps) * len(self.history) > VALUES:
+                self._thin()
+
+    def _thin(self) -> None:
+        """Drop every second step, but not the last, from the history."""
+        self.steps = self.steps[::-2][::-1]
+        kept = {*self.steps}
+        thinned = {name: [pair for pair in gaps if pair[0] in kept] for name, gaps in self.history.items()}
+        self.history = {name: gaps for name, gaps in thinned.items() if gaps}
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
