@@ -1,5 +1,6 @@
 """State dicts of models with shared or derived weights: load them without breaking ties, and save plain weights."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -311,7 +312,8 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 
     Returns:
         The relative error ``‖stored − given‖ / ‖given‖`` of each tied or derived weight whose error is above 1e-6, by
-        name; empty if the model holds all weights as given. Values are compared in the model's precision.
+        name; empty if the model holds all weights as given; infinity if a weight is given as zero and stored otherwise.
+        Values are compared in the model's precision.
 
     Raises:
         ConfigurationError: copies differ and ``unequal`` is ``"error"``, or a weight cannot be parametrized. Nothing
@@ -350,7 +352,10 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
 def _warn_of(errors: Mapping[str, float]) -> None:
     """Warn of large errors of loaded weights."""
     if large := sorted(((error, key) for key, error in errors.items() if error > LARGE), reverse=True):
-        worst = ", ".join(f"{key!r} is off by {error:.1%} of its norm" for error, key in large[:3])
+        worst = ", ".join(
+            f"{key!r} is off by {error:.1%} of its norm" if error < math.inf else f"{key!r} is not zero as given"
+            for error, key in large[:3]
+        )
         more = f", and {len(large) - 3} more by over {LARGE:.1%}" if len(large) > 3 else ""
         warnings.warn(
             f"the model cannot hold all weights as they are given: {worst}{more}. Train it on, give it more parameters "
@@ -370,7 +375,8 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
             if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)
-                error = float((value.to(precise) - target).norm() / target.norm().clamp(min=torch.finfo(precise).tiny))
+                distance, norm = float((value.to(precise) - target).norm()), float(target.norm())
+                error = distance / norm if norm else math.inf if distance else 0.0
                 if not error <= EXACT:
                     errors[key] = error
     return errors
