@@ -16,7 +16,7 @@ from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.fast_paths import RepeatedRows
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
 from tying.hashing.hashes import CodebookHash, Hash, UniformHash, hash32, overrides_slot_only
-from tying.torch_workarounds import FollowsDevice, is_proxy, is_traced
+from tying.torch_workarounds import FollowsDevice, is_proxy, is_recorded, is_traced
 from tying.weights.values import check_real
 
 Index = Literal["auto", "stored", "computed", "structured"]
@@ -180,15 +180,21 @@ class HashedParametrization(FollowsDevice):
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
             raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
+        recorded = is_recorded()  # the values and the number of rows are unknown
         if (
             chosen.device.type == "cpu"  # on a GPU, reading the values would wait for it
+            and not (recorded or torch.compiler.is_compiling())
             and chosen.numel()
-            and not torch.compiler.is_compiling()
             and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]
         ):
             raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
-        weights = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
+        positions = chosen.long()[..., None] * width + torch.arange(width, device=chosen.device)
+        if recorded:
+            return self._entries(self.scaled(table))[self._extended_slot(positions)].view(
+                *chosen.shape, *self.shape[1:]
+            )
+        weights = positions.flatten()
         source = IndexSource(len(weights), lambda positions: self._extended_slot(weights[positions]))
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
@@ -404,9 +410,13 @@ class HashedParametrization(FollowsDevice):
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
         small_table = self.table_size <= source.count  # if so, scaling the table is cheaper than scaling the weights
         scaled = table * self.scale if small_table and self.scale != 1 else table
-        parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
-        weights = lookup(torch.cat(parts) if len(parts) > 1 else scaled, source)
+        weights = lookup(self._entries(scaled), source)
         return weights if small_table else self.scaled(weights)
+
+    def _entries(self, table: Tensor) -> Tensor:
+        """Return ``[table, −table, 0]``, without what no weight reads."""
+        parts = [table, *[-table] * self.sign, *[table.new_zeros(1)] * self.zeros]
+        return torch.cat(parts) if len(parts) > 1 else table
 
     @override
     def move(self) -> None:
