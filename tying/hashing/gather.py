@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.torch_workarounds import compile_apart, error_on_graph_break, is_proxy, is_traced
+from tying.torch_workarounds import compile_apart, error_on_graph_break, is_proxy
 
 CHUNK = 1 << 17  # number of weights whose slots are computed at a time; they stay in the cache
 FEW = 1 << 20  # up to this number of weights, torch's lookup on one thread is faster than chunks on two
@@ -79,6 +79,8 @@ def lookup(table: Tensor, source: IndexSource) -> Tensor:
     plain = is_proxy(table) or (source.count <= FEW and table.dtype in (torch.float32, torch.float64))
     if source.stored is not None and plain:
         return table.index_select(0, source.stored)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # it cannot record writes into chunks
+        return table.index_select(0, source.index(table.device))
     weights: Tensor = _Indexing.apply(table, source, None)
     return weights
 
@@ -107,8 +109,8 @@ def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
 
 
 def _in_chunks(tensor: Tensor) -> bool:
-    """Return whether to read in chunks: on a CPU, unless operations are traced, which should not unroll the loop."""
-    return tensor.device.type == "cpu" and not is_traced()
+    """Return whether to read in chunks: on a CPU, unless the compiler fuses the whole lookup."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _Indexing(torch.autograd.Function):
