@@ -1,5 +1,6 @@
 """Files of earlier versions load: the same outputs, and runs that go on to the same weights."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ def test_runs_go_on(version, family):
     weights = train(family, ckpt_path=GOLDEN / version / f"{family.replace(', ', '-')}.ckpt")
     assert [*weights] == [*end]
     for name, value in weights.items():
+        if name.endswith("_extra_state"):  # a description, which later versions pad
+            assert json.loads(bytes(value)) == json.loads(bytes(end[name]))
+            continue
         torch.testing.assert_close(value, end[name], msg=lambda message, name=name: f"{name}: {message}")
 
 

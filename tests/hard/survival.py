@@ -54,10 +54,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """A network in which every column finds something to share."""
 
-    def __init__(self):
+    def __init__(self, seed=0):
         super().__init__()
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
             self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(4, 6)
             self.blocks = nn.Sequential(Block(), Block())
@@ -82,8 +82,8 @@ def share(net, row):
     return net
 
 
-def made(row):
-    return share(Net(), row)
+def made(row, seed=0):
+    return share(Net(seed), row)
 
 
 def untied(row):

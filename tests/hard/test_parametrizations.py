@@ -260,7 +260,7 @@ def test_tiles_stand_where_they_belong():
     ("layer", "make", "told"),
     [
         (lambda: nn.Linear(6, 4), lambda: LowRank(5), r"rank=5 is more than 4, the smaller side of a weight of shape \(4, 6\)"),
-        (lambda: nn.LayerNorm(4), lambda: LowRank(1), r"a weight of shape \(4,\) has no rank to lower"),
+        (lambda: nn.LayerNorm(4), lambda: LowRank(1), r"a weight of shape \(4,\) has no rank to lower: leave it out"),
         (lambda: nn.Linear(6, 4), lambda: LowRankPlusDiagonal(1), r"needs a square weight, not \(4, 6\)"),
         (lambda: nn.Linear(6, 4), lambda: TemplateMixture(TemplateBank(1, (6, 4))), r"templates of shape \(6, 4\) do not fit a weight of shape \(4, 6\)"),
         (lambda: nn.Conv2d(6, 4, 3), lambda: HyperWeight(4, 4, 3), r"cannot be tiled from basic kernels of \(4, 4, 3, 3\)"),

@@ -27,6 +27,7 @@ from tying.hashing import (
     RecurrentHash,
     UniformHash,
     XXHash,
+    cluster_weight,
     entropy,
     hash_weights,
     loads,
@@ -220,7 +221,7 @@ def test_units_that_repeat_are_told():
         (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {}, "'4.weight' is parametrized already"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.table", "2.weight"]}, "'0.table' is the table of a hashed layer already"),
         (lambda m: m[2].double(), {"scope": "network"}, "'0.weight' and '2.weight' cannot share a table: dtype is torch.float32 for one and torch.float64"),
-        (lambda m: m[2].requires_grad_(False), {"scope": "network"}, "cannot share a table: requires_grad"),
+        (lambda m: m[2].requires_grad_(False), {"scope": "network"}, "cannot share a table: requires_grad is .* Make them alike first, or exclude one of them"),
         (lambda m: m.append(nn.Embedding(4, 3, max_norm=1.0)), {}, "'5.weight' belongs to an embedding with max_norm"),
     ],
 )  # fmt: skip
@@ -640,3 +641,24 @@ def test_functions_of_torch(hash, few, monkeypatch):
     cubes = torch.func.jacrev(torch.func.jacrev(lambda entries: own(entries).pow(3).sum()))(table)
     uses = torch.zeros_like(table).index_add_(0, own.slots().flatten(), torch.ones(48, dtype=torch.float64))
     torch.testing.assert_close(cubes, torch.diag(6 * table * uses))
+
+
+@pytest.mark.parametrize("way", ["hashed by layer", "hashed by network", "clustered"])
+def test_a_state_dict_that_is_written_in_place_is_loaded(way):
+    """Distributed checkpoints write into the state dict of a fresh model, so that its entries must have equal sizes."""
+    trained, fresh = network(), network()
+    for net, seed in ((trained, 1), (fresh, 2)):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            net[0].weight.normal_()  # other scales and assignments
+        if way == "clustered":
+            cluster_weight(net, "0.weight", 4)
+        else:
+            hash_weights(net, ["*.weight"], 0.1, scope=way.split()[-1])
+    state = fresh.state_dict()
+    for name, value in trained.state_dict().items():
+        assert value.shape == state[name].shape
+        state[name].copy_(value)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh[0].weight, trained[0].weight)
+    assert torch.equal(fresh[2].weight, trained[2].weight)

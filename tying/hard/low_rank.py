@@ -304,7 +304,7 @@ def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal:
 
 def _as_matrix(weight: Tensor, rank: int) -> Tensor:
     if weight.ndim < 2:
-        raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} has no rank to lower")
+        raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} has no rank to lower: leave it out")
     matrix = weight.reshape(weight.shape[0], math.prod(weight.shape[1:]))
     if rank > min(matrix.shape):
         raise ConfigurationError(

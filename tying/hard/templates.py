@@ -100,7 +100,8 @@ class TemplateBank(nn.Module):
         super().__init__()
         if templates < 1 or len(shape) < 2:
             raise ConfigurationError(
-                f"a bank needs 1 template or more of 2 dimensions or more, not {templates} of {tuple(shape)}"
+                f"a bank needs 1 template or more of 2 dimensions or more, not {templates} of {tuple(shape)}: leave "
+                "vectors out"
             )
         self.shape = (*shape,)  # not the parameter's: a memory format is for as many dimensions as a weight has
         self.templates = nn.Parameter(torch.empty(templates, math.prod(shape)))

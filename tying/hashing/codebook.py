@@ -1,11 +1,13 @@
 """Trained quantisation: weights that share the entries of a small codebook."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.apply import check_hashable, hash_attribute
@@ -94,12 +96,49 @@ def compression_rate(weights: int, clusters: int, bits: int = 32) -> float:
     return weights * bits / (weights * math.log2(clusters) + clusters * bits)
 
 
+def _cluster_nonzero(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Tensor, Tensor]:
+    """Return the result of :func:`cluster` for the nonzero weights; zero weights get index −1."""
+    nonzero = weights[weights != 0]
+    assignments, centroids = torch.full_like(weights, -1, dtype=torch.int64), weights.new_zeros(1)
+    if len(nonzero):
+        centroids, assignments[weights != 0] = cluster(nonzero, min(clusters, len(nonzero)), init)
+    return centroids, assignments
+
+
+class Codebook(HashedParametrization):
+    """The map from a codebook to a clustered weight. A plain weight that is loaded is clustered anew."""
+
+    @override
+    @staticmethod
+    def joint_inverse(
+        parts: Sequence[tuple[HashedParametrization, nn.Parameter, Tensor]],
+    ) -> dict[Tensor | nn.Module, Tensor]:
+        """Return the codebook nearest to a weight, and new assignments unless the present ones are as near.
+
+        Args:
+            parts: the parametrization, the codebook, and the values of the weight. Weights that share a codebook keep
+                their assignments.
+        """
+        nearest = HashedParametrization.joint_inverse(parts)
+        (step, codebook, weight), *others = parts
+        if others or step.drawn is None or not weight.isfinite().all():
+            return nearest
+        centroids, assignments = _cluster_nonzero(weight.flatten(), len(codebook))
+        clustered = torch.cat([centroids, centroids.new_zeros(1)])[assignments]
+        error = (step(nearest[codebook]).flatten() - weight.flatten()).norm()
+        if (clustered - weight.flatten()).norm() >= error:
+            return nearest
+        entries = torch.cat([centroids, codebook.detach()[len(centroids) :]])
+        return {**nearest, codebook: entries, step.drawn: assignments.to(step.drawn)}
+
+
 @torch.no_grad()
 def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "linear") -> nn.Parameter:
     """Cluster a weight of a model, and replace it by a codebook; return the codebook.
 
     Zero weights stay zero and belong to no cluster. If torch prunes the weight, the pruning becomes permanent. If there
-    are fewer nonzero weights than clusters, each has a codebook entry.
+    are fewer nonzero weights than clusters, each has a codebook entry. ``load_plain`` clusters a weight anew;
+    assigning or resetting it keeps the clusters.
 
     In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
     load ``bake(model)`` into the untied model first.
@@ -129,11 +168,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
     check_clusterable(name, locate_parameters(model), clusters)
     check_finite(name, module.get_parameter(attribute))
-    flat = module.get_parameter(attribute).detach().flatten()
-    nonzero = flat[flat != 0]
-    assignments, centroids = torch.full_like(flat, -1, dtype=torch.int64), flat.new_zeros(1)
-    if len(nonzero):
-        centroids, assignments[flat != 0] = cluster(nonzero, min(clusters, len(nonzero)), init)
+    weights = module.get_parameter(attribute).detach().flatten()
+    centroids, assignments = _cluster_nonzero(weights, clusters, init)
     return put_codebook(module, attribute, assignments.cpu(), centroids)
 
 
@@ -166,7 +202,7 @@ def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroi
         centroids: (k,).
     """
     weight = module.get_parameter(attribute)
-    parametrization = HashedParametrization(weight.shape, len(centroids), CodebookHash(assignments), index="stored")
+    parametrization = Codebook(weight.shape, len(centroids), CodebookHash(assignments), index="stored")
     codebook = nn.Parameter(centroids.to(weight), weight.requires_grad)
     hash_attribute(module, attribute, parametrization.to(weight.device), codebook)
     return codebook

@@ -79,6 +79,8 @@ def lookup(table: Tensor, source: IndexSource) -> Tensor:
     plain = is_proxy(table) or (source.count <= FEW and table.dtype in (torch.float32, torch.float64))
     if source.stored is not None and plain:
         return table.index_select(0, source.stored)
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # it cannot record writes into chunks
+        return table.index_select(0, source.index(table.device))
     weights: Tensor = _Indexing.apply(table, source, None)
     return weights
 

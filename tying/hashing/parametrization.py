@@ -16,13 +16,14 @@ from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.fast_paths import RepeatedRows
 from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
 from tying.hashing.hashes import CodebookHash, Hash, UniformHash, hash32, overrides_slot_only
-from tying.torch_workarounds import FollowsDevice, is_proxy, is_traced
+from tying.torch_workarounds import FollowsDevice, is_proxy, is_recorded, is_traced
 from tying.weights.values import check_real
 
 Index = Literal["auto", "stored", "computed", "structured"]
 STORED = 1 << 24  # "auto" stores an index of at most this number of weights
 COMPILED = 1 << 20  # a computed index of at least this number of weights is compiled
 SCALE_SWEEPS = 100  # alternations between table and scales, at most
+LONGEST_NUMBER = 24  # characters of a float, such as -2.2250738585072014e-308
 FUSED = ("cuda",)  # devices for which Triton fuses layers
 _DENSITY = 0x44454E53  # makes the choice of kept weights independent of their slots
 
@@ -181,15 +182,21 @@ class HashedParametrization(FollowsDevice):
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
             raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
+        recorded = is_recorded()  # the values and the number of rows are unknown
         if (
             chosen.device.type == "cpu"  # on a GPU, reading the values would wait for it
+            and not (recorded or torch.compiler.is_compiling())
             and chosen.numel()
-            and not torch.compiler.is_compiling()
             and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]
         ):
             raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
         width = self.shape[1:].numel()
-        weights = (chosen.reshape(-1, 1).long() * width + torch.arange(width, device=chosen.device)).flatten()
+        positions = chosen.long()[..., None] * width + torch.arange(width, device=chosen.device)
+        if recorded:
+            return self._entries(self.scaled(table))[self._extended_slot(positions)].view(
+                *chosen.shape, *self.shape[1:]
+            )
+        weights = positions.flatten()
         source = IndexSource(len(weights), lambda positions: self._extended_slot(weights[positions]))
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
@@ -211,7 +218,7 @@ class HashedParametrization(FollowsDevice):
     @staticmethod
     def joint_inverse(
         parts: "Sequence[tuple[HashedParametrization, nn.Parameter, Tensor]]",
-    ) -> dict[nn.Parameter | nn.Module, Tensor]:
+    ) -> dict[Tensor | nn.Module, Tensor]:
         """Return the table nearest to several weights that share it, and, as extra states, their scales.
 
         Scales change only if no weight is farther from its given values than with the present scales, as where the
@@ -259,7 +266,7 @@ class HashedParametrization(FollowsDevice):
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         check_real("weight", weight)
-        flat, size = weight.detach().flatten(), self.table_size
+        flat, size = weight.detach().flatten().double(), self.table_size  # float32 loses 1e-3 over a million weights
         source = IndexSource(len(flat), self._extended_slot)
         sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
         if not self.sign:
@@ -405,9 +412,13 @@ class HashedParametrization(FollowsDevice):
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
         small_table = self.table_size <= source.count  # if so, scaling the table is cheaper than scaling the weights
         scaled = table * self.scale if small_table and self.scale != 1 else table
-        parts = [scaled, *[-scaled] * self.sign, *[scaled.new_zeros(1)] * self.zeros]
-        weights = lookup(torch.cat(parts) if len(parts) > 1 else scaled, source)
+        weights = lookup(self._entries(scaled), source)
         return weights if small_table else self.scaled(weights)
+
+    def _entries(self, table: Tensor) -> Tensor:
+        """Return ``[table, −table, 0]``, without what no weight reads."""
+        parts = [table, *[-table] * self.sign, *[table.new_zeros(1)] * self.zeros]
+        return torch.cat(parts) if len(parts) > 1 else table
 
     @override
     def move(self) -> None:
@@ -432,9 +443,10 @@ class HashedParametrization(FollowsDevice):
         return self.state_of(self.scale)
 
     def state_of(self, scale: float) -> Tensor:
-        """Return the extra state for a scale."""
-        content = json.dumps({"described": self._description, "scale": scale}).encode()
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        """Return the extra state for a scale; all scales have one size, since distributed checkpoints compare sizes."""
+        content = json.dumps({"described": self._description, "scale": scale}).removesuffix("}")
+        padding = " " * (LONGEST_NUMBER - len(str(scale)))
+        return torch.frombuffer(bytearray(f"{content}{padding}}}".encode()), dtype=torch.uint8)
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
@@ -480,7 +492,12 @@ class HashedParametrization(FollowsDevice):
         ours, theirs = (f"{values.dtype} of shape {tuple(values.shape)}" for values in (current, loaded))
         if ours != theirs:
             raise ConfigurationError(f"the state of its hash is {ours}; in the checkpoint it is {theirs}")
-        if not loaded.is_meta and not self.state.equals(loaded.to(current.device)):  # meta tensors have no values
+        if loaded.is_meta:  # it has no values
+            return
+        if loaded.data_ptr() == current.data_ptr():  # distributed checkpoints write into our own state dict
+            self.check_slots()
+            self.move()
+        elif not self.state.equals(loaded.to(current.device)):
             previous, self.state = self.state, self.state.loaded(loaded.to(current.device))
             try:
                 self.check_slots()

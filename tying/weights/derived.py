@@ -323,6 +323,8 @@ def _renew_class(
             **resets,
             **{name: computed_property(*keys) for name, keys in added.items()},
         }
+        if kind.__module__.startswith("torch.nn"):  # torch.fx does not trace into torch's own modules
+            members["__module__"] = parametrize.__name__
         kind = _generate(f"Hashed{kind.__name__.removeprefix('Hashed')}", kind, members)
     if names:
         kind = _generate(f"Parametrized{kind.__name__}", kind, {**resets, "__module__": parametrize.__name__})

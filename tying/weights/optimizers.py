@@ -109,5 +109,6 @@ def check_alike(first: nn.Parameter, second: nn.Parameter, message: str) -> None
     for what in ("requires_grad", "dtype", "device"):
         if getattr(first, what) != getattr(second, what):
             raise ConfigurationError(
-                f"{message}: {what} is {getattr(first, what)} for one and {getattr(second, what)} for the other"
+                f"{message}: {what} is {getattr(first, what)} for one and {getattr(second, what)} for the other. Make "
+                "them alike first, or exclude one of them"
             )
