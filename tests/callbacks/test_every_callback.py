@@ -100,7 +100,7 @@ def functions_of(*arguments):
 
 def call(function, model):
     """Call a function on the kernels of a model, with small numbers for the arguments that it requires."""
-    names = {name.replace("weight", "bias") for name in NAMES} if function is tying.hard.untie_biases else NAMES
+    names = [name.replace("weight", "bias") for name in NAMES] if function is tying.hard.untie_biases else NAMES
     given = {"model": model, "ties": TIES, "parameters": [*names], "name": NAMES[0], "example": torch.zeros(2, 6)}
     numbers = {"rank": 2, "templates": 1, "clusters": 4, "in_channels": 3, "out_channels": 3, "embedding": 2}
     return function(
