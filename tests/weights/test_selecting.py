@@ -25,7 +25,8 @@ from tying.callbacks import (
 from tying.errors import NonFiniteError
 from tying.hard import bake, generate_weights, lower_rank, share_templates, tie, untie_biases
 from tying.hashing import HashedConv2d, HashedEmbedding, HashedLinear, HashReport, cluster, cluster_weight, hash_weights
-from tying.weights.derived import derived_weights, select_untied
+from tying.weights.derived import derived_weights
+from tying.weights.replace import select_untied
 
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SIZES = {

@@ -22,7 +22,8 @@ from tying.hashing.packing import clustered, contents
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
 from tying.selection.resolve import parse_patterns
-from tying.weights.derived import Selection, locate_parameters, select_untied
+from tying.weights.derived import locate_parameters
+from tying.weights.replace import Selection, select_untied
 
 
 @dataclass(frozen=True)

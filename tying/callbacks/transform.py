@@ -16,8 +16,9 @@ from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
 from tying.selection.resolve import parse_patterns
-from tying.weights.derived import derived_by_others, derived_weights, eval_mode, select_untied
+from tying.weights.derived import derived_by_others, derived_weights, eval_mode
 from tying.weights.optimizers import shared_in
+from tying.weights.replace import select_untied
 from tying.weights.state_dict import restore_ties
 
 

@@ -9,7 +9,8 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.hard.low_rank import least_squares, numerical_rank
-from tying.weights.derived import locate_parameters, parametrize_all
+from tying.weights.derived import locate_parameters
+from tying.weights.replace import parametrize_all
 
 SWEEPS = 20  # passes over network and embeddings when kernels are loaded, at most
 

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import has_values
-from tying.weights.derived import parametrize_all
+from tying.weights.replace import parametrize_all
 
 ALTERNATIONS = 5  # of the steps
 STEPS = 40  # at most, from each start; most weights take fewer than 20
@@ -115,9 +115,9 @@ def nearest_diagonal(matrix: Tensor, rank: int) -> Tensor:
         order = torch.randperm(len(matrix), generator=generator, device="cpu").to(matrix.device)
         # from zero, too: of a matrix that no diagonal makes one of the rank, a completed one is no better a start
         begin = torch.zeros_like(precise[0]) if start == 1 else _completed(precise, rank, order)
-        error, found = _descend(precise, rank, begin, exact)
+        error, candidate = _descend(precise, rank, begin, exact)
         if error < best:
-            best, diagonal = error, found
+            best, diagonal = error, candidate
         if best <= exact or rank == len(matrix):
             break
     return diagonal

@@ -14,7 +14,7 @@ from tying.errors import ConfigurationError
 from tying.files import save_figure
 from tying.hard.low_rank import least_squares, numerical_rank
 from tying.selection.index import clean_name
-from tying.weights.derived import parametrize_all
+from tying.weights.replace import parametrize_all
 
 
 def mix_templates(templates: Tensor, coefficients: Tensor) -> Tensor:

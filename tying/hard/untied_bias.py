@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import convolve, is_proxy
-from tying.weights.derived import check_free, eval_mode, locate_parameters, select_untied, swap_class
+from tying.weights.derived import eval_mode, locate_parameters, swap_class
+from tying.weights.replace import check_free, select_untied
 
 
 class _UntiedBias(nn.Module):

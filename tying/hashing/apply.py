@@ -20,15 +20,13 @@ from tying.selection.tie import Tie
 from tying.weights.derived import (
     Locations,
     ParameterLocation,
-    Selection,
-    check_free,
     derived_in,
     install,
     locate_parameters,
-    select_untied,
     swap_class,
 )
 from tying.weights.optimizers import check_alike
+from tying.weights.replace import Selection, check_free, select_untied
 from tying.weights.tie import tie
 from tying.weights.values import check_finite, check_real
 
