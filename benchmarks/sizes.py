@@ -37,15 +37,15 @@ def remeasure(sweep: Sweep) -> str:
     for run in complete:
         folder = sweep.folder(run)
         result = folder.result()
-        found = result["parameters"]
+        kept = result["parameters"]
         with quietly():
             unique, virtual, stored = _size(run, sweep.data)
-        same = (unique, virtual) == (found["unique"], found["virtual"])
-        if same and found.get("bytes") != stored:
-            write_json(folder.path / "result.json", {**result, "parameters": {**found, "bytes": stored}})
-        if not same or found.get("bytes") != stored:
+        same = (unique, virtual) == (kept["unique"], kept["virtual"])
+        if same and kept.get("bytes") != stored:
+            write_json(folder.path / "result.json", {**result, "parameters": {**kept, "bytes": stored}})
+        if not same or kept.get("bytes") != stored:
             said = f"{stored:,}" if same else "kept: training changed the model"
-            rows.append([run.name, f"{found['bytes']:,}" if "bytes" in found else "–", said])
+            rows.append([run.name, f"{kept['bytes']:,}" if "bytes" in kept else "–", said])
     return table(["run", "bytes before", "bytes"], rows) if rows else f"all {len(complete)} runs have the same bytes"
 
 

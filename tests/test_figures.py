@@ -43,8 +43,8 @@ def lines(axes):
 
 def result(run, seed, epoch, **metrics):
     """A row of results, as the harness writes it."""
-    own = {name.replace("_", "/"): str(value) for name, value in metrics.items()}
-    return {"run": run, "seed": str(seed), "epoch": str(epoch), **own}
+    values = {name.replace("_", "/"): str(value) for name, value in metrics.items()}
+    return {"run": run, "seed": str(seed), "epoch": str(epoch), **values}
 
 
 def test_gaps():
@@ -94,9 +94,9 @@ def test_boundaries():
 def test_steps(saved):
     x = torch.randn(32, 5)
     data = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
-    own = Classifier(nn.Sequential(Recurrent(Residual(nn.Linear(5, 5)), steps=2), MLP([5, 2])), num_classes=2)
-    trainer = train(own, [Unrolling([-1, 0, 2])], data=data, max_epochs=1)
-    [tested] = trainer.test(own, data, verbose=False)
+    model = Classifier(nn.Sequential(Recurrent(Residual(nn.Linear(5, 5)), steps=2), MLP([5, 2])), num_classes=2)
+    trainer = train(model, [Unrolling([-1, 0, 2])], data=data, max_epochs=1)
+    [tested] = trainer.test(model, data, verbose=False)
     [[axes]] = [figure.axes for figure in saved]
     drawn, _ = axes.lines
     assert list(drawn.get_xdata()) == [-1, 0, 2]
@@ -261,5 +261,5 @@ def test_lines_can_be_told_apart(build, saved, tmp_path):
 @pytest.mark.parametrize("suite", suites())
 def test_bytes_are_shown_before_parameters(suite):
     """A clustered network has few parameters, and an index for each weight beside them."""
-    shown = [one.x for one in load(suite).plots]
+    shown = [plot.x for plot in load(suite).plots]
     assert "parameters" not in shown or shown.index("bytes") < shown.index("parameters")

@@ -144,11 +144,11 @@ def check_random(net, reference, x, passes=300):
 
 @every_merge
 def test_merges_stay_random_under_fx(merge):
-    own = block(merge)
-    traced = symbolic_trace(own)
+    residual = block(merge)
+    traced = symbolic_trace(residual)
     check_random(copy.deepcopy(traced), block(merge), X)
-    assert torch.equal(traced.eval()(X), own.eval()(X))
-    assert torch.equal(symbolic_trace(own)(X), own(X))
+    assert torch.equal(traced.eval()(X), residual.eval()(X))
+    assert torch.equal(symbolic_trace(residual)(X), residual(X))
     check_random(symbolic_trace(traced).train(), block(merge), X)  # traced once more, from evaluation
 
 
@@ -163,8 +163,8 @@ def test_merges_of_users_are_random_under_fx():
         def forward(self, x, branch):
             return branch() if float(torch.rand(())) < self.keep_prob("keep") else x
 
-    own = block(Coin(keep=0.5))
-    traced, f = symbolic_trace(own), own.branch(X)
+    residual = block(Coin(keep=0.5))
+    traced, f = symbolic_trace(residual), residual.branch(X)
     assert 5 < sum(torch.equal(traced(X), f) for _ in range(40)) < 35
 
 
@@ -324,10 +324,10 @@ def test_transformer_layers_stay_random(graph, batch_first, merge):
 
 @every_merge
 def test_exported_merges_train_on_any_batch(merge):
-    own = block(merge)
-    check_random(exported(own, X), block(merge), torch.cat([X, X + 1, X[:1]]))
-    own.eval()
-    assert torch.equal(exported(own, X)(X[:3]), own(X[:3]))
+    residual = block(merge)
+    check_random(exported(residual, X), block(merge), torch.cat([X, X + 1, X[:1]]))
+    residual.eval()
+    assert torch.equal(exported(residual, X)(X[:3]), residual(X[:3]))
 
 
 @every_merge
@@ -338,9 +338,9 @@ def test_recorded_merges_draw_anew(merge):
         with torch.no_grad():
             torch.manual_seed(0)
             check_statistics(merge, torch.stack([run(X) for _ in range(200)]), X, block(merge).branch(X))
-    own = block(merge)
+    residual = block(merge)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        assert own(torch.empty(6, 5, dtype=D)).shape == (6, 5)
+        assert residual(torch.empty(6, 5, dtype=D)).shape == (6, 5)
 
 
 # torch.func
@@ -349,27 +349,27 @@ def test_recorded_merges_draw_anew(merge):
 @every_merge
 @pytest.mark.parametrize("randomness", ["different", "same"])
 def test_gradients_of_each_sample(merge, randomness):
-    own, samples = block(merge), 400
-    parameters = dict(own.named_parameters())
+    residual, samples = block(merge), 400
+    parameters = dict(residual.named_parameters())
 
     def loss(parameters, x):
-        out = torch.func.functional_call(own, parameters, (x,))
+        out = torch.func.functional_call(residual, parameters, (x,))
         return out.square().sum(), out
 
     torch.manual_seed(0)
     per_sample = torch.func.vmap(torch.func.grad(loss, has_aux=True), in_dims=(None, 0), randomness=randomness)
     gradients, out = per_sample(parameters, X.expand(samples, 6, 5))
     with torch.no_grad():
-        index = drawn(merge, out, X, own.branch(X))
+        index = drawn(merge, out, X, residual.branch(X))
         if randomness == "different":
-            check_statistics(merge, out, X, own.branch(X))
+            check_statistics(merge, out, X, residual.branch(X))
         else:
             assert torch.equal(index, index[:1].expand_as(index))
     for sample in range(4):
         factors = torch.tensor([(a, b) for _, a, b in outcomes(merge)], dtype=D)[index[sample]]
-        own.zero_grad()
-        (factors[..., 0] * X + factors[..., 1] * own.branch(X)).square().sum().backward()
-        for name, weight in own.named_parameters():
+        residual.zero_grad()
+        (factors[..., 0] * X + factors[..., 1] * residual.branch(X)).square().sum().backward()
+        for name, weight in residual.named_parameters():
             torch.testing.assert_close(gradients[name][sample], weight.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -485,7 +485,7 @@ def test_networks_are_nodes_of_fx(name):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
     run = symbolic_trace(net).eval()
-    evaluated = [torch.utils._pytree.tree_leaves(one(x)) for one in (run, net.eval())]
+    evaluated = [torch.utils._pytree.tree_leaves(module(x)) for module in (run, net.eval())]
     assert all(map(torch.equal, *evaluated))
 
 
@@ -506,7 +506,7 @@ def test_zoneout_in_graphs_keeps_units_as_often_as_it_says(graph):
     step, x = Step(), torch.randn(1, 6, 3, dtype=D)
     if graph == "vmap":
         run = torch.func.vmap(
-            lambda *sample: step(*(one.unsqueeze(1) for one in sample)), in_dims=1, out_dims=1, randomness="different"
+            lambda *sample: step(*(x.unsqueeze(1) for x in sample)), in_dims=1, out_dims=1, randomness="different"
         )
     else:
         run = symbolic_trace(step) if graph == "fx" else torch.export.export(step, (x, h, c)).module()
@@ -528,7 +528,7 @@ def test_the_loop_of_graphs_is_the_fused_one(keeps):
         out, h, c = zoned_lstm(*arguments, *given)
         return out.square().sum() + h.sum() + (2 * c).sum()
 
-    fused = [one.clone().requires_grad_() for one in arguments]
+    fused = [x.clone().requires_grad_() for x in arguments]
     loss(*fused).backward()
     for ours, theirs in zip(torch.func.grad(loss, argnums=tuple(range(6)))(*arguments), fused, strict=True):
         torch.testing.assert_close(ours, theirs.grad, rtol=1e-12, atol=1e-12)

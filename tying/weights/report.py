@@ -189,9 +189,9 @@ def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightR
     folded = {}
     for key, row in alike.items():
         for depth in range(min(name.count(".") for name in row.names), 0, -1):  # the outermost modules first
-            found = whole(tuple(name.rsplit(".", depth)[0] for name in row.names), row.how)
-            if found and key in found[0]:
-                row = found[1]
+            module_row = whole(tuple(name.rsplit(".", depth)[0] for name in row.names), row.how)
+            if module_row and key in module_row[0]:
+                row = module_row[1]
                 break
         folded[row.names] = row
     return folded.values()
