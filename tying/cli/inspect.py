@@ -146,9 +146,8 @@ def _examine(
         try:
             with acting_on(model, callback, callbacks):
                 ties, groups = _match_ties(model, callback, text)
-                rows = [
-                    group_row(kind, group) for group in groups
-                ]  # before they become one weight, to report their gaps
+                # before they become one weight, to report their gaps
+                rows = [group_row(kind, group) for group in groups]
                 entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
                 if isinstance(callback, ModelTransform):
                     if groups:

@@ -32,10 +32,8 @@ from tying.weights.derived import (
 )
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
-EXACT, LARGE = (
-    1e-6,
-    1e-3,
-)  # relative errors of loaded weights: below the first there is none, above the second a warning
+EXACT = 1e-6  # loaded weights with a relative error up to this are as given
+LARGE = 1e-3  # above this, loading warns
 Unequal = Literal["error", "source", "mean"]
 
 
