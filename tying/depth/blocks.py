@@ -44,7 +44,11 @@ def generate_class(behaviour: type[nn.Module], plain: type[nn.Module]) -> type[n
     return GENERATED[bases]
 
 
-copyreg.pickle(GeneratedType, lambda cls: (generate_class, cls.__bases__))
+def _reduce(cls: GeneratedType) -> tuple[Callable[..., Any], tuple[type, ...]]:
+    return generate_class, cls.__bases__
+
+
+copyreg.pickle(GeneratedType, _reduce)
 
 
 def original_class(generated: type[nn.Module]) -> type[nn.Module]:
@@ -265,6 +269,7 @@ class BlockBranch(Branch):
 
     def _call(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the plain forward; check what it returns for the given hidden state."""
+        outputs: Any
         if self.state.notice is None or not self.block.training or torch.compiler.is_compiling() or is_recorded():
             outputs = self.compute(*args, **kwargs)
         else:
