@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.merge import Branch, chain
-from tying.torch_workarounds import is_proxy
+from tying.torch_workarounds import is_proxy, windowed_attention
 
 
 class MergedBlock(Block):
@@ -80,7 +80,7 @@ class MergedSwinTransformerBlock(SwinTransformerBlock):
     @override
     def forward(self, x: Tensor) -> Tensor:
         def attend(x: Tensor) -> Tensor:
-            return self.drop_path1(self._attn(self.norm1(x)))  # type: ignore[no-untyped-call]  # timm's
+            return self.drop_path1(windowed_attention(self, self.norm1(x)))
 
         samples, height, width, channels = x.shape
         x = self.merge(x, Branch(attend, [(x, 0)], [self.norm1, self.attn]))

@@ -3,7 +3,6 @@
 Each class computes what torchvision's does, with ``self.merge(shortcut, branch)`` in place of each addition.
 """
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.efficientnet import FusedMBConv, MBConv
@@ -100,8 +99,6 @@ class MergedEncoderBlock(EncoderBlock):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        torch._assert(input.dim() == 3, f"Expected (batch_size, seq_length, hidden_dim) got {input.shape}")
-
         def attend(x: Tensor) -> Tensor:
             x = self.ln_1(x)
             return self.dropout(self.self_attention(x, x, x, need_weights=False)[0])
