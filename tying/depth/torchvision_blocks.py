@@ -143,15 +143,3 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     SwinTransformerBlock: MergedSwinTransformerBlock,
     SwinTransformerBlockV2: MergedSwinTransformerBlockV2,
 }
-
-
-def without_shortcut(block: nn.Module) -> bool:
-    """Return whether a block of these classes changes the shape of its input and has no shortcut: nothing is merged.
-
-    Example:
-        >>> without_shortcut(InvertedResidualV2(8, 8, stride=1, expand_ratio=2)), without_shortcut(
-        ...     InvertedResidualV2(8, 8, stride=2, expand_ratio=2)
-        ... )
-        (False, True)
-    """
-    return not getattr(block, "use_res_connect", True)
