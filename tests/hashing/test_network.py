@@ -214,15 +214,15 @@ def test_units_that_repeat_are_told():
         (lambda m: None, {"init": "zero"}, "init must be 'fresh' or 'mean', not 'zero'"),
         (lambda m: None, {"index": "structured"}, "has no structure here"),
         (lambda m: None, {"hash": RecurrentHash(layers=7), "table_ratio": None, "scope": "network"}, "are not those of 7 equal layers"),
-        (lambda m: tie(m, ["0.weight ~ 4.weight"]), {"parameters": ["0.weight"]}, "'0.weight' is tied to '4.weight': untie them, or choose others"),
-        (lambda m: setattr(m[4], "weight", m[0].weight), {"parameters": ["4.weight"]}, "'4.weight' is tied to '0.weight'"),
+        (lambda m: tie(m.append(nn.Linear(10, 20)), ["0.weight ~ 5.weight | o i -> i o"]), {"parameters": ["0.weight"]}, "'0.weight' is tied to '5.weight' through a relation"),
+        (lambda m: tie(m.append(nn.Linear(10, 20)), ["0.weight ~ 5.weight | o i -> i o"]), {"parameters": ["5.weight"]}, "'5.weight' is tied to '0.weight' through a relation"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.weight"]}, "'0.weight' is computed from others: hash or parametrize it, or tie it, but not both"),
         (lambda m: None, {"hash": "uniform"}, "hash must be one of tying.hashing"),
         (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {}, "'4.weight' is parametrized already"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.table", "2.weight"]}, "'0.table' is the table of a hashed layer already"),
         (lambda m: m[2].double(), {"scope": "network"}, "'0.weight' and '2.weight' cannot share a table: dtype is torch.float32 for one and torch.float64"),
         (lambda m: m[2].requires_grad_(False), {"scope": "network"}, "cannot share a table: requires_grad is .* Make them alike first, or exclude one of them"),
-        (lambda m: m.append(nn.Embedding(4, 3, max_norm=1.0)), {}, "'5.weight' belongs to an embedding with max_norm"),
+        (lambda m: m.append(nn.Embedding(4, 3, max_norm=1.0)), {"parameters": ["5.weight"]}, "'5.weight': it belongs to an embedding with max_norm"),
     ],
 )  # fmt: skip
 def test_mistakes_change_nothing(prepare, arguments, told):

@@ -316,7 +316,8 @@ def put_table(
     forget_ties(model, weights)
     if len(keys) > 1:
         names = [alias.removesuffix(locations[alias].attribute) + keys[locations[alias]] for alias in weights]
-        install_record(model, [TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),))])
+        record = TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),), is_table=True)
+        install_record(model, [record])
 
 
 def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], init: Init) -> Tensor:
