@@ -156,7 +156,8 @@ class HyperWeight(nn.Module):
         kernels = generate(embeddings, self.inner, self.inner_bias, self.outer, self.outer_bias)
         *stack, rows, columns, _ = embeddings.shape
         shape = (*stack, rows * len(self.outer), columns * len(self.inner), *self.kernel_size)
-        return kernels.transpose(len(stack) + 1, len(stack) + 2).reshape(shape)
+        # through a vector, so that strides are those of a plain weight: convolutions of others round differently
+        return kernels.transpose(len(stack) + 1, len(stack) + 2).flatten().view(shape)
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
