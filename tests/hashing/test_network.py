@@ -220,8 +220,8 @@ def test_units_that_repeat_are_told():
         (lambda m: None, {"hash": "uniform"}, "hash must be one of tying.hashing"),
         (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {}, "'4.weight' is parametrized already"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.table", "2.weight"]}, "'0.table' is the table of a hashed layer already"),
-        (lambda m: m[2].double(), {"scope": "network"}, "'0.weight' and '2.weight' cannot share a table: dtype is torch.float32 for one and torch.float64"),
-        (lambda m: m[2].requires_grad_(False), {"scope": "network"}, "cannot share a table: requires_grad is .* Make them alike first, or exclude one of them"),
+        (lambda m: m[2].double(), {"scope": "network", "parameters": ["0.weight", "2.weight"]}, "'2.weight': it cannot share a table with '0.weight': dtype is torch.float32 for one and torch.float64"),
+        (lambda m: m[2].requires_grad_(False), {"scope": "network", "parameters": ["**.weight", "2.weight"]}, "cannot share a table with '0.weight': requires_grad is .* Make them alike first, or exclude one of them"),
         (lambda m: m.append(nn.Embedding(4, 3, max_norm=1.0)), {"parameters": ["5.weight"]}, "'5.weight': it belongs to an embedding with max_norm"),
     ],
 )  # fmt: skip

@@ -161,7 +161,11 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
     locations = locate_parameters(module) if groups else {}
     for group in (group.among(locations) for group in groups):
         members = [locations[name] for name in group.names if name in locations]
-        if members and len(members) == len(group.names) and not any(m.relation is None or is_lazy(m.parameter) for m in members):
+        if (
+            members
+            and len(members) == len(group.names)
+            and not any(m.relation is None or is_lazy(m.parameter) for m in members)
+        ):
             source = members[0].parameter
             shapes = [getattr(member.owner, member.attribute).shape for member in members]
             with suppress(EinopsError):  # the source has another shape now
