@@ -358,8 +358,8 @@ def generate_weights(
         out_channels: number of output channels of a basic kernel, likewise.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is parametrized, tied through a relation, or a vector that is named.
-            The model is not changed.
+        ConfigurationError: a pattern matches nothing, or a weight is parametrized, tied through a relation, or a vector
+            that is named. The model is not changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32, 10))
