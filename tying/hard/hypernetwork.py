@@ -378,7 +378,8 @@ def generate_weights(
         return networks[tiling]
 
     plan.selection.report("generate_weights")
-    logger.info("generate_weights: %s", plan.describe_left_out() or "all matrices and kernels")
+    if left_out := plan.describe_left_out():
+        logger.info("generate_weights: %s", left_out)
     vectors = plan.selection.spelt.intersection(plan.selection.skipped)  # which are refused
     names = parametrize_all(model, [*plan.tilings, *vectors], make, "generate_weights")
     locations = locate_parameters(model)
