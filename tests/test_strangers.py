@@ -289,11 +289,7 @@ class Trained(pl.LightningModule):
     predict_dataloader = train_dataloader
 
 
-NO_KERNEL = "is no kernel of a 2-d convolution: leave it out"
-LINEAR = ("torchvision convnext_tiny", "torchvision vit_b_16", "timm vit_tiny", "torch nn.Transformer", "a GAN")
-LINEAR += ("transformers GPT-2", "transformers BERT", "transformers Llama", "an LSTM language model")
 REFUSED = {
-    **{(model, "GeneratedWeights"): NO_KERNEL for model in LINEAR},
     ("an LSTM language model", "ResidualMerging"): "it alone computes output 2 (a tuple)",
     ("a GAN", "ResidualMerging"): "'net.generator.1', a Tanh, has no parameters",
     ("an LSTM language model", "Coupling"): "'net.head.bias' has no partner",
