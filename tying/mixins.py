@@ -19,6 +19,8 @@ from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, ClassVar
 
+import torch
+
 from tying.callbacks import (
     AnchorTying,
     BoundaryPlot,
@@ -40,7 +42,7 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.callbacks.base import Callback
+from tying.callbacks.base import Callback, accept_need, needs
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
@@ -97,7 +99,7 @@ def _completions(mixin: type[Mixin]) -> dict[str, Callable[..., Any]]:
     if kind is None or issubclass(kind, ModelTransform):
         hooks["configure_model"] = _change_model
     if kind is None or (issubclass(kind, TyingCallback) and kind.prepare is not TyingCallback.prepare):
-        hooks["on_load_checkpoint"] = _prepare
+        hooks |= {"on_save_checkpoint": _name_needs, "on_load_checkpoint": _prepare}
     return hooks
 
 
@@ -130,6 +132,17 @@ def _change_model(module: Mixin, mixin: type[Mixin], inherited: None) -> None:
     for callback in _callbacks(module, mixin):
         if isinstance(callback, ModelTransform):
             callback.apply_among(module, mixin_callbacks(module))
+            accept_need(module, callback)
+
+
+def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
+    """Complete ``on_save_checkpoint``: let a model without the mixin refuse the checkpoint by name.
+
+    torch lists unexpected keys in its error; nothing else of the checkpoint is shown to a model without callbacks.
+    """
+    for callback in _callbacks(module, mixin):
+        if isinstance(callback, TyingCallback) and callback.is_needed(module):
+            checkpoint["state_dict"][needs(callback, f"{mixin.__module__}.{mixin.__name__}")] = torch.empty(0)
 
 
 def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
@@ -138,6 +151,7 @@ def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dic
         if isinstance(callback, TyingCallback) and not isinstance(callback, ModelTransform):
             with acting_on(module, callback, mixin_callbacks(module)):
                 callback.prepare(module, checkpoint["state_dict"])
+            accept_need(module, callback)
 
 
 def _callbacks(module: pl.LightningModule, mixin: type[Mixin]) -> list[pl.Callback]:
