@@ -30,6 +30,7 @@ from tying.callbacks import (
     LowRankWeights,
     MixtureTying,
     RandomState,
+    RecurrentDepth,
     ResidualMerging,
     SlopeAnnealing,
     SoftTying,
@@ -367,6 +368,23 @@ class RandomStateMixin(Mixin, callback=RandomState):
         ...     random_state = {}
         >>> Model().configure_callbacks()[0].state_dict().keys()
         dict_keys(['processes'])
+    """
+
+
+class RecurrentDepthMixin(Mixin, callback=RecurrentDepth):
+    """Adds :class:`tying.callbacks.RecurrentDepth` to a model; ``recurrent_depth`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(RecurrentDepthMixin):
+        ...     recurrent_depth = {"blocks": "network.*", "steps": 3}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network[0].steps, len(list(model.parameters()))
+        (3, 2)
     """
 
 
