@@ -429,7 +429,9 @@ def differing(name):
     part = "bias" if name == "UntiedBiasesMixin" else "weight"
     first, second = {
         "name": ["mixed", "given"],
-        "blocks": ["net.blocks.0", "net.blocks.1"],
+        "blocks": ["net.blocks.*", "net.kernels.*"]
+        if name == "RecurrentDepthMixin"
+        else ["net.blocks.0", "net.blocks.1"],
         "parameters": [[f"net.kernels.{index}.{part}"] for index in (0, 1)],
     }[kind.distinguished_by]
     model = type("Model", (MODELS[name],), {attribute: arguments | {kind.distinguished_by: first}})()

@@ -30,6 +30,7 @@ from tying.callbacks import (
     LowRankWeights,
     MixtureTying,
     RandomState,
+    RecurrentDepth,
     ResidualMerging,
     SlopeAnnealing,
     SoftTying,
@@ -305,8 +306,8 @@ class GeneratedWeightsMixin(Mixin, callback=GeneratedWeights):
         ...         self.network = torch.nn.Conv2d(4, 4, 3)
         >>> model = Model()
         >>> model.configure_model()
-        >>> model.network.parametrizations.weight[0]
-        HyperWeight(2, 2, 3, embedding=64)
+        >>> type(model.network.parametrizations.weight[0]).__name__
+        'HyperWeight'
     """
 
 
@@ -367,6 +368,23 @@ class RandomStateMixin(Mixin, callback=RandomState):
         ...     random_state = {}
         >>> Model().configure_callbacks()[0].state_dict().keys()
         dict_keys(['processes'])
+    """
+
+
+class RecurrentDepthMixin(Mixin, callback=RecurrentDepth):
+    """Adds :class:`tying.callbacks.RecurrentDepth` to a model; ``recurrent_depth`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(RecurrentDepthMixin):
+        ...     recurrent_depth = {"blocks": "network.*"}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> [(type(module).__name__, module.steps) for module in model.network]
+        [('Recurrent', 3)]
     """
 
 

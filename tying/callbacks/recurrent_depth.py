@@ -30,6 +30,8 @@ class RecurrentDepth(ModelTransform):
         True
     """
 
+    distinguished_by = "blocks"
+
     def __init__(self, blocks: str | list[str], steps: int | None = None, per_step_norm: bool = True) -> None:
         self.blocks = blocks if isinstance(blocks, str) else [*blocks]
         self.steps = steps if steps is None else check_steps(steps)
