@@ -99,6 +99,26 @@ def test_sampled_passes_in_tests_and_predictions():
         model(Sum(), test_samples=0)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True}, {"nesterov": False}, {"nesterov": False, "momentum": 0.0}, {"momentum": 0.0}]
+)
+def test_momentum_is_that_of_nesterov_or_not(options):
+    """Bitwise torch's own steps."""
+    model = Classifier(
+        MLP([48, 2]), num_classes=2, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0, **options
+    )
+    plain = MLP([48, 2])
+    plain.load_state_dict(model.network.state_dict())
+    momentum, nesterov = options.get("momentum", 0.9), options.get("nesterov", True)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=momentum, nesterov=nesterov and momentum > 0)
+    train(model, data=data(), max_epochs=1)
+    for x, y in data():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert all(map(torch.equal, model.network.parameters(), plain.parameters()))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_weight_decay_leaves_out_the_coefficients_of_templates(optimizer):
     """With gradients of zero, a step only decays."""
