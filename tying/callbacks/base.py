@@ -30,15 +30,27 @@ class Callback(pl.Callback):
     """The base of all callbacks. It checks the Trainer, and that no two callbacks save their states under one key.
 
     Attributes:
-        distinguished_by: the constructor's argument that distinguishes the states of several callbacks of a class.
+        name: distinguishes several callbacks of a class.
+        distinguished_by: the constructor's argument that distinguishes several callbacks of a class, and their states.
 
     Raises:
         ConfigurationError: in ``setup``, the Trainer or one of its callbacks is of the other Lightning, or another
             callback of the class would save its state under the same key.
     """
 
+    name: str | None = None
     distinguished_by: str | None = None
     _is_set_up = False
+
+    @property
+    def label(self) -> str:
+        """The callback's class and, if it has one, its name."""
+        return " ".join(filter(None, (type(self).__name__, self.name)))
+
+    def is_same(self, other: pl.Callback) -> bool:
+        """Return whether another callback is of this class, and does not differ in the distinguishing argument."""
+        argument = self.distinguished_by or "name"
+        return type(other) is type(self) and getattr(other, argument) == getattr(self, argument)
 
     @property
     @override
@@ -61,9 +73,8 @@ class Callback(pl.Callback):
     def _check_state_key(self, callbacks: Sequence[pl.Callback]) -> None:
         if type(self).state_dict is pl.Callback.state_dict:  # it saves no state
             return
-        kind, key, argument = type(self), self._final_state_key, self.distinguished_by
-        count = sum(type(other) is kind and other._final_state_key == key for other in callbacks)
-        if count > 1:
+        kind, argument = type(self), self.distinguished_by
+        if (count := sum(map(self.is_same, callbacks))) > 1:
             same = f" with {argument}={getattr(self, argument)!r}" if argument else ""
             remedy = f"give each its own {argument}, or leave all but one out" if argument else "leave all but one out"
             raise ConfigurationError(f"{kind.__name__}: {count} callbacks are {kind.__name__}{same}: {remedy}")
@@ -76,7 +87,6 @@ class TyingCallback(Callback):
     Attributes:
         ties: the ties that the callback makes, if any.
         parameters: patterns of the weights that the callback acts on, unless it has ties.
-        name: distinguishes several callbacks of a class.
         takes_factors: whether the callback may act on a weight that another callback computes, by acting on all
             parameters from which it is computed.
 
@@ -88,14 +98,8 @@ class TyingCallback(Callback):
 
     ties: Sequence[Tie] = ()
     parameters: Sequence[str] = ()
-    name: str | None = None
     takes_factors = False
     _finite_check = FiniteCheck("")
-
-    @property
-    def label(self) -> str:
-        """The callback's class and, if it has one, its name."""
-        return " ".join(filter(None, (type(self).__name__, self.name)))
 
     @property
     def groups(self) -> list[TiedGroup]:

@@ -48,6 +48,8 @@ class HardTying(ModelTransform):
         'source'
     """
 
+    distinguished_by = "name"
+
     def __init__(
         self, ties: Sequence[Tie | str], init: Literal["source", "mean"] = "source", name: str | None = None
     ) -> None:

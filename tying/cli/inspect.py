@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tying.files import read
 from tying.hard import audit
 from tying.hashing import plot_loads, report
 from tying.lightning_namespace import pl
-from tying.mixins import kept_beside, mixin_callbacks
+from tying.mixins import kept_beside
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import TiedGroup
@@ -122,8 +121,8 @@ def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> l
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
     kinds = {type(callback) for callback in added}
-    beside = [kept_beside(callback, callbacks, type(model).__name__) for callback in mixin_callbacks(model)]
-    return [*(callback for callback in callbacks if type(callback) not in kinds), *chain(*beside), *added]
+    rest = [callback for callback in callbacks if type(callback) not in kinds]
+    return [*rest, *kept_beside(model, callbacks), *added]
 
 
 def _examine(
