@@ -55,7 +55,10 @@ FEATURES = {
         "Toeplitz hash": ("ToeplitzHash", f"ToeplitzHash {HASHED}"),
         "recurrent hash": ("RecurrentHash", "RecurrentHash hash_weights WeightHashing"),
         "hashed layers": ("HashedLinear HashedConv2d", "HashedLinear HashedConv2d HashedEmbedding"),
-        "codebooks (k-means)": ("WeightClustering", "cluster cluster_weight compression_rate CodebookHash WeightClustering"),
+        "codebooks (k-means)": (
+            "WeightClustering",
+            "cluster cluster_weight compression_rate CodebookHash WeightClustering",
+        ),
     },
     "depth": {
         "stochastic depth": ("StochasticDepth", "stochastic_depth apply_merge StochasticDepth ResidualMerging"),
@@ -135,7 +138,10 @@ def settings(content, key=""):
             for option in inspect.signature(getattr(importlib.import_module(room), name)).parameters.values():
                 if option.name not in content.get("init_args", {}):
                     default = option.default
-                    yield option.name, str(default) if isinstance(default, str | int | float) else type(default).__name__
+                    yield (
+                        option.name,
+                        str(default) if isinstance(default, str | int | float) else type(default).__name__,
+                    )
         for inner, value in content.items():
             yield from settings(value, key if inner == "class_path" else inner.rpartition(".")[2])
     elif isinstance(content, list | tuple):
@@ -211,7 +217,9 @@ def page():
     parts = [HEAD.strip()]
     header = "\n".join(["| feature | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"])
     for family, rows in FEATURES.items():
-        lines = [f"| {title} | " + " | ".join(", ".join(ROWS[title][key]) or "–" for key in WAYS) + " |" for title in rows]
+        lines = [
+            f"| {title} | " + " | ".join(", ".join(ROWS[title][key]) or "–" for key in WAYS) + " |" for title in rows
+        ]
         parts.append(f"## [{TITLES.get(family, family.capitalize())}]({family}.md)\n\n" + "\n".join([header, *lines]))
     reasons = {}
     for title, entries in ROWS.items():
@@ -219,7 +227,9 @@ def page():
             if not entries[key]:
                 reasons.setdefault((title, reason(title, key)), []).append(key)
     holes = [f"| {title} | {', '.join(keys)} | {why} |" for (title, why), keys in reasons.items()]
-    parts.append("## What is missing, and why\n\n" + "\n".join(["| feature | missing | why |", "|---|---|---|", *holes]))
+    parts.append(
+        "## What is missing, and why\n\n" + "\n".join(["| feature | missing | why |", "|---|---|---|", *holes])
+    )
     return "\n\n".join(parts) + "\n"
 
 
