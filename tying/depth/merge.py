@@ -1,7 +1,7 @@
 """Merges, which combine a branch with its shortcut, and residual blocks made of them."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.deprecated import class_aliases
-from tying.depth.tracing import record_module, tracer_of
+from tying.depth.tracing import leaf_function, record_module, tracer_of
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import is_jit_tracing, is_proxy, is_recorded
+
+FUNCTION_OBSTACLE = (
+    "needs a branch that can be computed for some samples, which a function cannot: pass the module and its further "
+    "arguments, as in self.merge(x, self.branch, mask), or use Residual or mode='row'"
+)
 
 
 @dataclass(eq=False)
@@ -24,6 +29,7 @@ class Branch:
         inputs: the arguments of F, each with the dimension along which its samples lie, or ``None`` if all samples
             share the argument.
         modules: the modules that F uses. If a merge skips the branch, their parameters get a gradient of zero.
+        whole: whether ``compute`` returns the output of the block, x + F, instead of F.
 
     Example:
         >>> branch = Branch(nn.Identity(), [(torch.tensor([1.0, 2.0, 3.0]), 0)])
@@ -34,6 +40,7 @@ class Branch:
     compute: Callable[..., Tensor]
     inputs: Sequence[tuple[Tensor | None, int | None]]
     modules: Sequence[nn.Module] = ()
+    whole: bool = False
 
     @property
     def dim(self) -> int:
@@ -46,9 +53,92 @@ class Branch:
             *(x if rows is None or x is None or dim is None else take_rows(x, rows, dim) for x, dim in self.inputs)
         )
 
+    def obstacle(self) -> str | None:
+        """Return why F cannot be computed for some samples alone, or None if it can."""
+        return None
+
     def unused(self) -> Iterable[Tensor]:
-        """Return the tensors that get a gradient of zero if a merge skips the branch."""
-        return (parameter for module in self.modules for parameter in module.parameters())
+        """Return the tensors that get a gradient of zero if a merge skips the branch; the shortcut uses the input."""
+        yield from (parameter for module in self.modules for parameter in module.parameters())
+        yield from (x for x, _ in self.inputs[1:] if x is not None)
+
+
+class ModuleBranch(Branch):
+    """The branch ``module(x, *arguments, **keywords)``.
+
+    Args:
+        module: computes F.
+        x: its first argument.
+        arguments: its further arguments; :func:`take_arguments` takes the rows of some samples from them.
+        keywords: its keyword arguments, in the same way.
+        dim: the dimension of samples of x; in further arguments it is the first.
+
+    Example:
+        >>> branch = ModuleBranch(nn.Bilinear(2, 2, 2), torch.zeros(3, 2), [torch.zeros(3, 2)])
+        >>> branch().shape, branch(rows=torch.tensor([2])).shape
+        (torch.Size([3, 2]), torch.Size([1, 2]))
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        arguments: Sequence[Any] = (),
+        keywords: Mapping[str, Any] | None = None,
+        dim: int = 0,
+    ) -> None:
+        super().__init__(module, [(x, dim)], [module])
+        self.x, self.arguments, self.keywords = x, arguments, keywords or {}
+
+    @override
+    def __call__(self, rows: Tensor | None = None) -> Tensor:
+        if rows is None:
+            return self.compute(self.x, *self.arguments, **self.keywords)
+        count = self.x.shape[self.dim]
+        taken = [take_arguments(value, rows, count, name) for name, value in self._named_arguments()]
+        further, keywords = taken[: len(self.arguments)], taken[len(self.arguments) :]
+        return self.compute(
+            take_rows(self.x, rows, self.dim), *further, **dict(zip(self.keywords, keywords, strict=True))
+        )
+
+    @override
+    def obstacle(self) -> str | None:
+        return next((message for name, tensor in self._tensors() if (message := self._obstacle(tensor, name))), None)
+
+    @override
+    def unused(self) -> Iterable[Tensor]:
+        yield from super().unused()
+        yield from (tensor for _, tensor in self._tensors())
+
+    def _obstacle(self, tensor: Tensor, name: str) -> str | None:
+        return rows_obstacle(tensor, self.x.shape[self.dim], name)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self._named_arguments():
+            yield from named_tensors(value, name)
+
+    def _named_arguments(self) -> Iterator[tuple[str, Any]]:
+        owner = type(self.modules[0]).__name__
+        yield from ((f"argument {number} of {owner}", value) for number, value in enumerate(self.arguments, 2))
+        yield from ((f"argument {name!r} of {owner}", value) for name, value in self.keywords.items())
+
+
+class Closure(Branch):
+    """The branch that a function without arguments computes, for all samples, since its inputs are unknown.
+
+    Args:
+        function: computes F.
+        x: the shortcut.
+        dim: the dimension of samples.
+        block: the block of the branch, all whose parameters get a gradient of zero if a merge skips it; or None.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], x: Tensor, dim: int, block: nn.Module | None) -> None:
+        super().__init__(lambda _: function(), [(x, dim)], [] if block is None else [block])
+
+    @override
+    def obstacle(self) -> str | None:
+        return FUNCTION_OBSTACLE
 
 
 class ComputedBranch(Branch):
@@ -66,6 +156,78 @@ class ComputedBranch(Branch):
     @override
     def unused(self) -> Iterable[Tensor]:
         return [self.output]
+
+
+def is_rows(tensor: Tensor, count: int) -> bool | None:
+    """Return whether a tensor has one row for each of ``count`` samples; None if that, or the samples' use, is unclear.
+
+    A tensor of one row, or of no dimension, belongs to all samples. A square matrix of floating-point or bool entries
+    may be a mask of positions for all of them.
+
+    Example:
+        >>> is_rows(torch.zeros(4, 3), 4), is_rows(torch.zeros(1, 3), 4), is_rows(torch.zeros(2, 3), 4)
+        (True, False, None)
+    """
+    if tensor.ndim == 0 or (tensor.shape[0] == 1 and count != 1):
+        return False
+    is_mask = tensor.shape == (count, count) and (tensor.is_floating_point() or tensor.dtype == torch.bool)
+    return True if tensor.shape[0] == count and (not is_mask or count == 1) else None
+
+
+def rows_obstacle(tensor: Tensor, count: int, name: str) -> str | None:
+    """Return why the rows of some samples cannot be taken from a tensor, or None if they can."""
+    if is_rows(tensor, count) is not None:
+        return None
+    shape = tuple(tensor.shape)
+    reason = "could be a mask for all samples" if shape == (count, count) else f"has no row for each of {count} samples"
+    return (
+        f"cannot select samples of {name}, which {reason}, of shape {shape}: give it a first dimension of {count}, or "
+        "of 1 if all samples share it, or use mode='row'"
+    )
+
+
+def take_arguments(arguments: Any, rows: Tensor, count: int, name: str) -> Any:
+    """Return arguments with the rows of some samples in place of all, in nested tuples, lists and dicts.
+
+    Tensors that all samples share, and values that are no tensors, stay as they are.
+
+    Args:
+        arguments: a tensor, a tuple, list or dict of arguments, or another value.
+        rows: indices of the samples, int64, (kept,).
+        count: the number of all samples.
+        name: the name of the arguments, for the error.
+
+    Raises:
+        ConfigurationError: it is unclear whether a tensor has rows, see :func:`is_rows`.
+
+    Example:
+        >>> take_arguments({"mask": torch.arange(3), "scale": 2.0}, torch.tensor([2]), 3, "arguments")
+        {'mask': tensor([2]), 'scale': 2.0}
+    """
+    if isinstance(arguments, Tensor):
+        if (obstacle := rows_obstacle(arguments, count, name)) is not None:
+            raise ConfigurationError(f"mode='subset' {obstacle}")
+        return take_rows(arguments, rows) if is_rows(arguments, count) else arguments
+    if isinstance(arguments, dict):
+        return {key: take_arguments(value, rows, count, f"{name}[{key!r}]") for key, value in arguments.items()}
+    if isinstance(arguments, (tuple, list)):
+        taken = [take_arguments(value, rows, count, f"{name}[{number}]") for number, value in enumerate(arguments)]
+        return type(arguments)(*taken) if hasattr(arguments, "_fields") else type(arguments)(taken)
+    return arguments
+
+
+def named_tensors(arguments: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested tuples, lists and dicts, and their names, as :func:`take_arguments` visits them.
+
+    Example:
+        >>> [name for name, _ in named_tensors([torch.zeros(1), {"bias": torch.zeros(1)}], "arguments")]
+        ['arguments[0]', "arguments[1]['bias']"]
+    """
+    if isinstance(arguments, Tensor):
+        yield name, arguments
+    elif isinstance(arguments, (dict, tuple, list)):
+        for key, value in arguments.items() if isinstance(arguments, dict) else enumerate(arguments):
+            yield from named_tensors(value, f"{name}[{key!r}]")
 
 
 def branch_dim(branch: Callable[[], Tensor]) -> int:
@@ -226,7 +388,8 @@ def _inverse(order: list[int]) -> list[int]:
 class Merge(nn.Module):
     """Base class of merges, which combine the shortcut x of a residual block with its branch.
 
-    A subclass defines ``forward(x, branch)``: ``branch()`` computes the branch, a tensor of x's shape.
+    A subclass defines ``forward(x, branch)``: ``branch()`` computes the branch, a tensor of x's shape. A block that has
+    a merge calls it as ``merge(x, lambda: ...)``, or as ``merge(x, module, *arguments)``.
 
     ``torch.fx`` records a merge as one node that takes the output of the branch: the graph always computes the branch,
     and the merge draws anew in each run. ``torch.export`` and ``torch.func.vmap`` replace decisions by masks.
@@ -244,6 +407,7 @@ class Merge(nn.Module):
     """
 
     draws: ClassVar[bool] = True
+    _block: nn.Module | None = None
 
     def __init__(self, **probabilities: float) -> None:
         super().__init__()
@@ -253,13 +417,49 @@ class Merge(nn.Module):
             check_range(name, keep, "[0, 1]")
             setattr(self, name, float(keep))
 
-    def __call__(self, x: Tensor, branch: Any, dim: int = 0) -> Any:
-        """Combine x with a branch or, in graphs of ``torch.fx``, with its output, whose samples lie along ``dim``."""
+    def __call__(self, x: Tensor, branch: Any, *arguments: Any, dim: int = 0) -> Any:
+        """Combine x with a branch.
+
+        Args:
+            x: the shortcut, with samples along ``dim``.
+            branch: a module, called as ``branch(x, *arguments)``; a function without arguments; a :class:`Branch`; or
+                the computed output, a tensor. Only a module and a Branch can be computed for some samples alone.
+            arguments: further arguments of a module.
+            dim: the dimension of samples.
+
+        Raises:
+            ConfigurationError: there are further arguments for a branch that is not a module.
+        """
         computed = isinstance(branch, Tensor) or is_proxy(branch)
+        if isinstance(branch, nn.Module):
+            branch = ModuleBranch(branch, x, arguments, dim=dim)
+        elif arguments:
+            raise ConfigurationError(
+                f"{type(self).__name__} passes further arguments to a module, not to a {type(branch).__name__}: write "
+                "merge(x, module, mask) or merge(x, lambda: function(x, mask))"
+            )
+        elif not computed and not isinstance(branch, Branch):
+            branch = Closure(branch, x, dim, self._block)
         if (tracer := tracer_of(x)) is not None and self.draws:
-            arguments = (x, branch, dim) if computed else (x, branch(), branch_dim(branch))
-            return record_module(tracer, self, arguments, {})
+            output, dim = (branch, dim) if computed else (branch(), branch.dim)
+            return record_module(tracer, self, (x, output), {"dim": dim})
         return super().__call__(x, ComputedBranch(branch, dim) if computed else branch)
+
+    def attach(self, block: nn.Module) -> None:
+        """Tell the merge the block that it is part of.
+
+        When the merge skips a branch that is a function, all parameters of the block get a gradient of zero.
+
+        Example:
+            >>> from tying.depth import StochasticDepth
+            >>> block = nn.Linear(2, 2)
+            >>> block.merge = StochasticDepth(keep=0.0)
+            >>> block.merge.attach(block)
+            >>> block.merge(torch.ones(1, 2), lambda: block(torch.ones(1, 2))).sum().backward()
+            >>> block.bias.grad
+            tensor([0., 0.])
+        """
+        self.__dict__["_block"] = block  # bypasses nn.Module: the block is not a submodule of its own part
 
     def keep_prob(self, name: str) -> float:
         """Return the current value of a keep probability, ``1 − (1 − keep) · drop_scale``."""
@@ -283,7 +483,7 @@ class Merge(nn.Module):
 
     def with_probabilities(self, probabilities: Mapping[str, float]) -> Self:
         """Return a copy with these keep probabilities, by name."""
-        merge = copy.deepcopy(self)
+        merge = copy.deepcopy(self, {id(self._block): self._block})  # the copy belongs to the same block
         for name, keep in probabilities.items():
             setattr(merge, name, keep)
         return merge
@@ -360,7 +560,20 @@ class Residual(nn.Module):
         self.merge = Sum() if merge is None else merge
         self.activation = nn.Identity() if activation is None else activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the block."""
-        merged = self.merge(self.shortcut(x), Branch(self.branch, [(x, 0)], [self.branch]))
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output of the block; further arguments go to the branch."""
+        if is_proxy(args):  # torch.fx traces this block itself: it unpacks no arguments of unknown number
+            x, args, kwargs = _without_arguments(x, args, kwargs), (), {}
+        merged = self.merge(self.shortcut(x), ModuleBranch(self.branch, x, args, kwargs))
         return cast(Tensor, self.activation(merged))
+
+
+@leaf_function
+def _without_arguments(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return x, after checking that a graph of ``torch.fx`` got no further arguments."""
+    if args or kwargs:
+        raise ConfigurationError(
+            "this graph of a Residual takes x alone: trace the model that contains the Residual, whose graph passes "
+            "further arguments to the branch"
+        )
+    return x

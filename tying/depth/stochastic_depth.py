@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth.draws import draw, keep_mask
-from tying.depth.merge import Branch, ComputedBranch, Merge, add_rows, branch_dim, same_shape, skip_branch
+from tying.depth.merge import (
+    FUNCTION_OBSTACLE,
+    Branch,
+    ComputedBranch,
+    Merge,
+    add_rows,
+    branch_dim,
+    same_shape,
+    skip_branch,
+)
 from tying.depth.tracing import leaf_function
 from tying.errors import ConfigurationError, check_choice
 from tying.torch_workarounds import is_proxy, is_recorded
@@ -47,8 +56,9 @@ def stochastic_depth(
     (each process then draws its own) and one for each sample in the others.
 
     Raises:
-        ConfigurationError: x and the output of the branch differ in shape; mode is ``"subset"``, and the branch is not
-            a Branch, or has SyncBatchNorm, or has batch normalisation while only one sample is kept.
+        ConfigurationError: x and the output of the branch differ in shape; mode is ``"subset"``, and the branch is
+            neither a module nor a Branch, or has arguments without rows, or has SyncBatchNorm, or has batch
+            normalisation while only one sample is kept.
 
     Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016.
     """
@@ -68,7 +78,7 @@ def _masked_depth(x: Tensor, branch: Callable[[], Tensor], keep: float, mode: Mo
     """Return ``x + factor · b · F`` with a mask b: of one draw in mode ``"batch"``, else of one for each sample."""
     dim, recorded = branch_dim(branch), is_recorded()
     mask = keep_mask(keep, (1 if mode == "batch" else x.shape[dim],), x.device)
-    obstacle: str | None = "needs a branch that can be computed for some samples: use Residual"
+    obstacle: str | None = FUNCTION_OBSTACLE
     if isinstance(branch, Branch) and not recorded and (mode == "subset" or (mode == "auto" and keep <= BREAK_EVEN)):
         rows = mask.nonzero().flatten()
         if (obstacle := _subset_obstacle(branch, len(rows), len(mask))) is None:
@@ -90,6 +100,8 @@ def _merge_computed(x: Tensor, f: Tensor, dim: int, keep: float, mode: Mode, sca
 
 def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
     """Return why a branch cannot be computed for only ``selected`` of ``count`` samples, or None if it can."""
+    if (obstacle := branch.obstacle()) is not None:
+        return obstacle
     norms = [
         part
         for module in branch.modules
