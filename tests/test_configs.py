@@ -97,3 +97,14 @@ def test_help_shows_new_arguments(help_of, option, capsys):
     with pytest.raises(SystemExit):
         main(["fit", f"--{help_of}"])
     assert option in capsys.readouterr().out
+
+
+def test_packaged_configurations_are_named_anywhere(capsys):
+    """Files of the current folder come first."""
+    main(["inspect", "--config", "configs/base.yaml", "--config=configs/soft.yaml", "--json=true"])
+    assert "network.layer1.0.branch.conv1.weight" in capsys.readouterr().out
+    Path("configs").mkdir()
+    Path("configs/soft.yaml").write_text("trainer: {callbacks+: NoSuchCallback}")
+    with pytest.raises(SystemExit):
+        main(["inspect", "--config", "configs/base.yaml", "--config=configs/soft.yaml"])
+    assert "NoSuchCallback" in capsys.readouterr().err
