@@ -62,10 +62,11 @@ FEATURES = {
     },
     "depth": {
         "stochastic depth": ("StochasticDepth", "stochastic_depth apply_merge StochasticDepth ResidualMerging"),
+        "LayerDrop, and shallower models": ("whole=True", "extract apply_merge StochasticDepth ResidualMerging"),
         "swapout": ("Swapout", "swapout apply_merge Swapout ResidualMerging"),
         "SkipForward": ("SkipForward", "skip_forward apply_merge SkipForward ResidualMerging"),
         "FractalNet": ("FractalNet FractalBlock", "fractal_join FractalBlock"),
-        "weight-shared depth": ("shared=True Recurrent", "Recurrent"),
+        "weight-shared depth": ("shared=True Recurrent RecurrentDepth", "recur unrecur Recurrent RecurrentDepth"),
         "more steps in tests": ("Unrolling", "Unrolling"),
         "zoneout": ("ZoneoutLSTM", "zoned_lstm ZoneoutLSTM ZoneoutLSTMCell"),
         "passthrough networks": ("PassthroughGRU", "PassthroughGRU PassthroughHighway StateMatrix"),
@@ -94,8 +95,6 @@ HOLES = {
     ("hashed layers", "function"): "`hash_weights` does it for layers that a model has, by the hashes above",
     ("hashed layers", "callback"): "`WeightHashing` does it for layers that a model has, by the hashes above",
     ("FractalNet", "callback"): BUILT,
-    ("weight-shared depth", "function"): BUILT,
-    ("weight-shared depth", "callback"): BUILT,
     ("zoneout", "callback"): BUILT,
     ("passthrough networks", "function"): "its equations are those of `StateMatrix`",
     ("passthrough networks", "callback"): BUILT,
@@ -119,13 +118,14 @@ EXACT = {
     "identity hash": "tests/hashing/test_hashes.py",
     "Toeplitz hash": "tests/hashing/test_hashes.py",
     "recurrent hash": "tests/hashing/test_hashes.py",
+    "LayerDrop, and shallower models": "tests/depth/test_extract.py",
     "SkipForward": "tests/depth/test_merges.py",
 }
 HEAD = """# Features
 
 Every feature, and the ways to use it: a function on any model, a module or class, a callback, a mixin, a configuration
-on top of `configs/base.yaml`, and the kept results that show it. [Compatibility](lightning.md) has a cell for each callback
-beside Lightning's features. A dash has its reason below.
+on top of `configs/base.yaml`, and the kept results that show it. `TyingMixin` takes any of the callbacks, several of a class
+too. [Compatibility](lightning.md) has a cell for each callback beside Lightning's features. A dash has its reason below.
 """
 TITLES = {"lightning": "Around training"}
 
