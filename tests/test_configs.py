@@ -72,7 +72,7 @@ def test_first_lines_name_configs():
         ("hash_neighborhood", "radius: 8", "radius: -1", "radius must be 0 or more, not -1"),
         ("hashed_layers", "torch.nn.ReLU", "torch.nn.Relu", "network: tying.models.sequential: layers: torch.nn.Relu: module 'torch.nn' has no attribute 'Relu'"),
         ("soft_l1", "penalty: l1", "penalty: l3", "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
-        ("soft_huber", "delta: 0.1", "delta: -0.1", "Huber's delta must be above 0, not -0.1"),
+        ("soft_huber", "delta: 0.1", "delta: -0.1", "tying: error: Huber's delta must be above 0, not -0.1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line(name, right, wrong, message, capsys):
