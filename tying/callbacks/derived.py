@@ -13,6 +13,8 @@ from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.files import save_figure
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
+from tying.hard.hypernetwork import GenerationPlan, plan_generation
+from tying.hard.low_rank import check_rank
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights
 from tying.hashing.apply import check_choices, select_hashable
@@ -23,6 +25,7 @@ from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
 from tying.weights.optimizers import are_alike
+from tying.weights.replace import select_weights
 from tying.weights.state_dict import record_in, tie_records
 from tying.weights.tie import Init, make_ties
 
@@ -134,6 +137,10 @@ class LowRankWeights(ModelTransform):
         self.rank, self.diagonal = rank, diagonal
 
     @override
+    def check_fits(self, name: str, weight: nn.Parameter) -> None:
+        check_rank(weight, self.rank, self.diagonal)
+
+    @override
     def change(self, model: nn.Module) -> list[str]:
         return lower_rank(model, self.parameters, self.rank, self.diagonal)
 
@@ -168,13 +175,13 @@ class TemplateWeights(ModelTransform):
 
 
 class GeneratedWeights(ModelTransform):
-    """Train convolution kernels that a small network generates; see :func:`tying.hard.generate_weights`.
+    """Train weights that small networks generate; see :func:`tying.hard.generate_weights`.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
-        in_channels: number of input channels of a basic kernel.
-        out_channels: number of output channels of a basic kernel.
+        in_channels: number of input channels of a basic kernel, or near it if it does not divide the weight's.
+        out_channels: number of output channels of a basic kernel, likewise.
 
     Example:
         >>> GeneratedWeights(["network.layer*.conv*.weight"]).embedding
@@ -187,8 +194,22 @@ class GeneratedWeights(ModelTransform):
         super().__init__(parameters)
         self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
+    def plan(self, model: nn.Module) -> GenerationPlan:
+        """Return the weights to generate."""
+        return plan_generation(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
+
+    @override
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        plan = self.plan(model)
+        return {name: plan.selection.weights[name] for name in plan.tilings}
+
     @override
     def change(self, model: nn.Module) -> list[str]:
+        if left_out := self.plan(model).left_out:
+            pl.utilities.rank_zero_info(
+                f"GeneratedWeights leaves out {listed(left_out)}: their network and embeddings would have as many "
+                "parameters as they. Name them to generate them"
+            )
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
 
@@ -212,6 +233,10 @@ class UntiedBiases(ModelTransform):
         if not input_size or not all(isinstance(size, int) and size > 0 for size in input_size):
             raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size!r}")
         self.input_size = [*input_size]
+
+    @override
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return select_weights(model, self.parameters).weights
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -268,7 +293,7 @@ class WeightHashing(ModelTransform):
 
     @override
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return select_hashable(model, self.parameters, self.hash).untied
+        return select_hashable(model, self.parameters, self.hash).weights
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
