@@ -230,6 +230,10 @@ TRANSFORMS = [
     name for name in MODELS if any(isinstance(c, ModelTransform) for c in MODELS[name]().configure_callbacks())
 ]
 
+# the callbacks without which a state dict does not load, or means other weights
+NEEDED = {name: name.removesuffix("Mixin") for name in SINGLE if name in TRANSFORMS and name != "HardTyingMixin"}
+NEEDED |= {"WeightClusteringMixin": "WeightClustering", "TyingMixin": "ResidualMerging"}
+
 
 def callbacks_like(name):
     """Return new callbacks, equal to those that a mixin adds."""
@@ -309,6 +313,51 @@ def test_a_checkpoint_loads_without_a_trainer(name, tmp_path):
     assert torch.equal(predicted(loaded), predicted(model))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_without_the_mixin_an_error_names_it(name, tmp_path):
+    model = MODELS[name]()
+    fit(model, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    if name in NEEDED:
+        need = f"needs {NEEDED[name]} of tying.mixins.{name}"
+        with pytest.raises(RuntimeError, match=f'Unexpected key.*"{need}"'):
+            Plain.load_from_checkpoint(tmp_path / "a.ckpt")
+        with pytest.raises(RuntimeError, match=f'Unexpected key.*"{need}"'):
+            fit(Plain(), max_epochs=1, ckpt_path=tmp_path / "a.ckpt")
+    else:
+        loaded = Plain.load_from_checkpoint(tmp_path / "a.ckpt")
+        assert equal(loaded, model)
+    assert not [key for key in model.state_dict() if key.startswith("needs ")]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_checkpoint_of_a_mixin_loads_wherever_its_callback_is(name, tmp_path):
+    model, path = MODELS[name](), tmp_path / "a.ckpt"
+    fit(model, max_epochs=1).save_checkpoint(path)
+    configured = Plain()
+    fit(configured, callbacks_like(name), max_epochs=1, ckpt_path=path)  # with the Trainer's callback
+    assert equal(configured, model)
+    loaded = MODELS[name].load_from_checkpoint(path)
+    for other in (loaded, copy.deepcopy(loaded), torch.nn.Sequential(loaded)):  # by hand
+        prefix = "0." if isinstance(other, torch.nn.Sequential) else ""
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        other.load_state_dict({f"{prefix}{key}": value for key, value in weights.items()})
+    checkpoint = torch.load(path, weights_only=True)  # as from before checkpoints said what they need
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("needs ")}
+    torch.save(checkpoint, path)
+    assert equal(MODELS[name].load_from_checkpoint(path), model)
+
+
+def test_merges_that_a_model_leaves_out_knowingly(tmp_path):
+    """Without strict loading, Lightning warns of what the checkpoint needs, and the model computes plain sums."""
+    model = MODELS["ResidualMergingMixin"]()
+    fit(model, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="in the checkpoint: .*needs ResidualMerging of tying.mixins.ResidualMerging"):
+        plain = Plain.load_from_checkpoint(tmp_path / "a.ckpt", strict=False)
+    assert equal(plain, model)
+    assert not torch.equal(predicted(plain), predicted(model))
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_train_apart(name, duplicate):
@@ -380,7 +429,9 @@ def differing(name):
     part = "bias" if name == "UntiedBiasesMixin" else "weight"
     first, second = {
         "name": ["mixed", "given"],
-        "blocks": ["net.blocks.0", "net.blocks.1"],
+        "blocks": ["net.blocks.*", "net.kernels.*"]
+        if name == "RecurrentDepthMixin"
+        else ["net.blocks.0", "net.blocks.1"],
         "parameters": [[f"net.kernels.{index}.{part}"] for index in (0, 1)],
     }[kind.distinguished_by]
     model = type("Model", (MODELS[name],), {attribute: arguments | {kind.distinguished_by: first}})()

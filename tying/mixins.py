@@ -19,6 +19,8 @@ from functools import wraps
 from inspect import Parameter, signature
 from typing import Any, ClassVar
 
+import torch
+
 from tying.callbacks import (
     AnchorTying,
     BoundaryPlot,
@@ -28,6 +30,7 @@ from tying.callbacks import (
     LowRankWeights,
     MixtureTying,
     RandomState,
+    RecurrentDepth,
     ResidualMerging,
     SlopeAnnealing,
     SoftTying,
@@ -40,7 +43,7 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.callbacks.base import Callback
+from tying.callbacks.base import Callback, accept_need, needs
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
@@ -97,7 +100,7 @@ def _completions(mixin: type[Mixin]) -> dict[str, Callable[..., Any]]:
     if kind is None or issubclass(kind, ModelTransform):
         hooks["configure_model"] = _change_model
     if kind is None or (issubclass(kind, TyingCallback) and kind.prepare is not TyingCallback.prepare):
-        hooks["on_load_checkpoint"] = _prepare
+        hooks |= {"on_save_checkpoint": _name_needs, "on_load_checkpoint": _prepare}
     return hooks
 
 
@@ -130,6 +133,17 @@ def _change_model(module: Mixin, mixin: type[Mixin], inherited: None) -> None:
     for callback in _callbacks(module, mixin):
         if isinstance(callback, ModelTransform):
             callback.apply_among(module, mixin_callbacks(module))
+            accept_need(module, callback)
+
+
+def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
+    """Complete ``on_save_checkpoint``: let a model without the mixin refuse the checkpoint by name.
+
+    torch lists unexpected keys in its error; nothing else of the checkpoint is shown to a model without callbacks.
+    """
+    for callback in _callbacks(module, mixin):
+        if isinstance(callback, TyingCallback) and callback.is_needed(module):
+            checkpoint["state_dict"][needs(callback, f"{mixin.__module__}.{mixin.__name__}")] = torch.empty(0)
 
 
 def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
@@ -138,6 +152,7 @@ def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dic
         if isinstance(callback, TyingCallback) and not isinstance(callback, ModelTransform):
             with acting_on(module, callback, mixin_callbacks(module)):
                 callback.prepare(module, checkpoint["state_dict"])
+            accept_need(module, callback)
 
 
 def _callbacks(module: pl.LightningModule, mixin: type[Mixin]) -> list[pl.Callback]:
@@ -353,6 +368,23 @@ class RandomStateMixin(Mixin, callback=RandomState):
         ...     random_state = {}
         >>> Model().configure_callbacks()[0].state_dict().keys()
         dict_keys(['processes'])
+    """
+
+
+class RecurrentDepthMixin(Mixin, callback=RecurrentDepth):
+    """Adds :class:`tying.callbacks.RecurrentDepth` to a model; ``recurrent_depth`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(RecurrentDepthMixin):
+        ...     recurrent_depth = {"blocks": "network.*", "steps": 3}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network[0].steps, len(list(model.parameters()))
+        (3, 2)
     """
 
 

@@ -328,6 +328,7 @@ QUERIES = {
     "replaced": lambda callback, model: callback.replaced(model),
     "selects": lambda callback, model: callback.selects("net.first.weight"),
     "is_same": lambda callback, model: callback.is_same(callback),
+    "is_needed": lambda callback, model: callback.is_needed(model),
     "check_conflicts": lambda callback, model: callback.check_conflicts(model, []),
     "check_groups": lambda callback, model: callback.check_groups([]),
     "state_dict": lambda callback, model: callback.state_dict(),

@@ -101,6 +101,10 @@ class HardTying(ModelTransform):
         return record_in(model).ties.keys() >= {*self.ties}
 
     @override
+    def is_needed(self, model: nn.Module) -> bool:
+        return False
+
+    @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:
         measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
         gaps = [gap(group.tensors()) for group in (resolve(model, self.ties) if measurable else ())]

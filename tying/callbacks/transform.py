@@ -72,6 +72,10 @@ class ModelTransform(TyingCallback):
         computed = derived_by_others(model)
         return [name for name in self.changed(model) if name in computed]
 
+    @override
+    def is_needed(self, model: nn.Module) -> bool:
+        return self.is_applied(model)
+
     def describe(self, model: nn.Module) -> str:
         """Describe what was changed, for reports."""
         return f"{len(self.changed(model))} weights: {listed(self.changed(model))}"

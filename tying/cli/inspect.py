@@ -11,6 +11,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from tying.callbacks import TyingCallback
+from tying.callbacks.base import accept_need
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
 from tying.callbacks.transform import ModelTransform, averaging_before
@@ -221,6 +222,7 @@ def load_weights(
     for callback in callbacks:
         if isinstance(callback, TyingCallback):
             callback.prepare(model, weights)
+            accept_need(model, callback)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
