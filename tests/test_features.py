@@ -62,11 +62,14 @@ FEATURES = {
     },
     "depth": {
         "stochastic depth": ("StochasticDepth", "stochastic_depth apply_merge StochasticDepth ResidualMerging"),
-        "LayerDrop, and shallower models": ("whole=True", "extract apply_merge StochasticDepth ResidualMerging"),
+        "LayerDrop, and shallower models": (
+            "whole=True extract",
+            "extract apply_merge StochasticDepth ResidualMerging",
+        ),
         "swapout": ("Swapout", "swapout apply_merge Swapout ResidualMerging"),
         "SkipForward": ("SkipForward", "skip_forward apply_merge SkipForward ResidualMerging"),
         "FractalNet": ("FractalNet FractalBlock", "fractal_join FractalBlock"),
-        "weight-shared depth": ("shared=True Recurrent RecurrentDepth", "recur unrecur Recurrent RecurrentDepth"),
+        "weight-shared depth": ("shared=True Recurrent RecurrentDepth recur", "recur unrecur Recurrent RecurrentDepth"),
         "more steps in tests": ("Unrolling", "Unrolling"),
         "zoneout": ("ZoneoutLSTM", "zoned_lstm ZoneoutLSTM ZoneoutLSTMCell"),
         "passthrough networks": ("PassthroughGRU", "PassthroughGRU PassthroughHighway StateMatrix"),
@@ -169,7 +172,7 @@ def configs():
 
 @cache
 def results():
-    """Return for each kept result the words of its suite, those of every run apart, or the names in its benchmark."""
+    """Return for each kept result the words of its suite, those of every run apart, or the names in its source."""
     told = {}
     for name in suites():
         suite = load(name)
@@ -178,9 +181,10 @@ def results():
         runs = [words(*base, *(layer.content for layer in layers), *axes) for layers in suite.deltas.values()]
         kept = [path.stem for pattern in (name, f"{name}@*") for path in RESULTS.glob(f"{pattern}.md")]
         told |= dict.fromkeys(kept, {*chain(*runs)} - configs()["base"])
-    for path in RESULTS.glob("speed_*.md"):
-        source = ast.parse((ROOT / "benchmarks" / "speed" / f"{path.stem.removeprefix('speed_')}.py").read_text())
-        told[path.stem] = {node.id for node in ast.walk(source) if isinstance(node, ast.Name)}
+    sources = {f"speed_{path.stem}": path for path in (ROOT / "benchmarks" / "speed").glob("*.py")}
+    for name, source in (sources | {"zoo": ROOT / "tests" / "test_zoo.py"}).items():
+        if (RESULTS / f"{name}.md").exists():
+            told[name] = {node.id for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Name)}
     return dict(sorted(told.items()))
 
 
