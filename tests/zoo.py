@@ -3,7 +3,7 @@
 Weights are random, nothing is downloaded, and dropout is off, so that two calls with one input agree bitwise.
 
     model, inputs = build("GPT2"), ZOO["GPT2"].inputs()
-    loss_of(model, inputs).backward()
+    loss_of(output_of(model, inputs)).backward()
 """
 
 from collections.abc import Callable
@@ -341,7 +341,6 @@ def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def loss_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Return the output's product with sines: unlike its square, it has gradients behind a norm."""
-    output = output_of(model, inputs)
+def loss_of(output: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the output times sines: unlike that of its square, its gradient passes through a norm."""
     return (output * torch.arange(output.numel()).view(output.shape).sin()).mean()
