@@ -169,6 +169,10 @@ def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
         from tying.depth.torchvision_blocks import CLASSES
 
         classes |= CLASSES
+    if "timm.models" in sys.modules:
+        from tying.depth.timm_blocks import CLASSES as TIMM_CLASSES
+
+        classes |= TIMM_CLASSES
     return classes
 
 

@@ -123,6 +123,22 @@ class ModuleBranch(Branch):
         yield from ((f"argument {name!r} of {owner}", value) for name, value in self.keywords.items())
 
 
+def chain(x: Tensor, *modules: nn.Module) -> Branch:
+    """Return the branch that applies modules to x, one after the other.
+
+    Example:
+        >>> chain(torch.tensor([-1.0, 2.0]), nn.ReLU(), nn.Identity())()
+        tensor([0., 2.])
+    """
+
+    def compute(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    return Branch(compute, [(x, 0)], modules)
+
+
 class Closure(Branch):
     """The branch that a function without arguments computes, for all samples, since its inputs are unknown.
 
