@@ -16,14 +16,14 @@ from tying.callbacks.base import TyingCallback, configure_model, parameters_besi
 from tying.callbacks.conflicts import acting_on, conflict
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
 from tying.errors import ConfigurationError, check_choice, check_range, listed
-from tying.hashing.apply import table_names
-from tying.hashing.codebook import Start, check_clusterable, cluster_weight, put_codebook, uses_of
+from tying.hashing.apply import check_hashable, table_names
+from tying.hashing.codebook import Start, check_fits_codebook, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, contents
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
 from tying.selection.resolve import parse_patterns
 from tying.weights.derived import locate_parameters
-from tying.weights.replace import Selection, select_untied
+from tying.weights.replace import Selection, select_weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class WeightClustering(TyingCallback):
 
     Raises:
         ConfigurationError: an argument is out of range, there are several processes, a callback averages weights, or a
-            weight is tied or computed, or has fewer entries than clusters.
+            weight is computed or tied through a relation, or has fewer entries than clusters.
 
     Example:
         >>> WeightClustering(["network.*.weight"], clusters=32, start_epoch=10).clusters
@@ -117,18 +117,15 @@ class WeightClustering(TyingCallback):
         """Return the names of the weights to cluster; record them, since patterns do not match clustered weights."""
         if not recorded(model, self):
             selection = self._select(model)
-            selection.warn("WeightClustering")
-            record(model, self, [*selection.untied])
+            selection.report("WeightClustering")
+            record(model, self, [*selection.weights])
         return recorded(model, self)
 
     def _select(self, model: nn.Module) -> Selection:
-        selection = select_untied(model, self.parameters, least_dims=2)
-        if not selection.untied:
-            raise ConfigurationError(f"parameters {self.parameters} match nothing of two dimensions or more")
-        locations = locate_parameters(model)
-        for name in selection.untied:
-            check_clusterable(name, locations, self.clusters)
-        return selection
+        selection, locations = select_weights(model, self.parameters, least_dims=2), locate_parameters(model)
+        for name in selection.weights:
+            check_hashable(name, locations)
+        return selection.fitting(lambda name, _: check_fits_codebook(locations.owners(name), self.clusters))
 
     @override
     def replaced(self, model: nn.Module) -> list[str]:
@@ -136,7 +133,7 @@ class WeightClustering(TyingCallback):
 
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return parameters_of(model, recorded(model, self) or self._select(model).untied)
+        return parameters_of(model, recorded(model, self) or self._select(model).weights)
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -223,9 +220,7 @@ def _put_codebooks(
         owner = model.get_submodule(path)
         table, virtual = (prefixes[owner] + key for key in table_names(type(owner), attribute))
         if f"{virtual}.drawn" in state_dict and name not in done:
-            put_codebook(
-                owner, attribute, torch.zeros(owner.get_parameter(attribute).numel()).long(), state_dict[table]
-            )
+            put_codebook(model, name, torch.zeros(owner.get_parameter(attribute).numel()).long(), state_dict[table])
 
 
 def _prune_again(model: nn.Module, names: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.files import save_figure
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
+from tying.hard.low_rank import check_rank
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights
 from tying.hashing.apply import check_choices, select_hashable
@@ -23,6 +24,7 @@ from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
 from tying.weights.optimizers import are_alike
+from tying.weights.replace import select_weights
 from tying.weights.state_dict import record_in, tie_records
 from tying.weights.tie import Init, make_ties
 
@@ -132,6 +134,10 @@ class LowRankWeights(ModelTransform):
         self.rank, self.diagonal = rank, diagonal
 
     @override
+    def check_fits(self, name: str, weight: nn.Parameter) -> None:
+        check_rank(weight, self.rank, self.diagonal)
+
+    @override
     def change(self, model: nn.Module) -> list[str]:
         return lower_rank(model, self.parameters, self.rank, self.diagonal)
 
@@ -212,6 +218,10 @@ class UntiedBiases(ModelTransform):
         self.input_size = [*input_size]
 
     @override
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return select_weights(model, self.parameters).weights
+
+    @override
     def is_applied(self, model: nn.Module) -> bool:
         names = self.changed(model)
         return bool(names) and all(has_untied_bias(model, name) for name in names)
@@ -266,7 +276,7 @@ class WeightHashing(ModelTransform):
 
     @override
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return select_hashable(model, self.parameters, self.hash).untied
+        return select_hashable(model, self.parameters, self.hash).weights
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,7 +18,7 @@ from tying.selection.index import clean_name
 from tying.selection.resolve import parse_patterns
 from tying.weights.derived import derived_by_others, derived_weights, eval_mode
 from tying.weights.optimizers import shared_in
-from tying.weights.replace import select_untied
+from tying.weights.replace import select_weights
 from tying.weights.state_dict import restore_ties
 
 
@@ -71,7 +71,10 @@ class ModelTransform(TyingCallback):
 
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the weights that the callback is going to change. This changes nothing."""
-        return select_untied(model, self.parameters).untied
+        return select_weights(model, self.parameters, least_dims=2).fitting(self.check_fits).weights
+
+    def check_fits(self, name: str, weight: nn.Parameter) -> None:
+        """Raise a ConfigurationError if the callback cannot change a weight, which it leaves out unless it is spelt."""
 
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -272,9 +272,7 @@ class LowRankPlusDiagonal(_OfRank):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return factors and diagonal whose weight is near the given one."""
-        if weight.ndim != 2 or weight.shape[0] != weight.shape[1]:
-            raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
-        _as_matrix(weight, self.rank)  # raises if the rank is too high
+        check_rank(weight, self.rank, diagonal=True)
         left, right = factorize(weight - torch.diag(nearest_diagonal(weight, self.rank)).to(weight), self.rank)
         return left, right, torch.diag(weight - left @ right).clone()
 
@@ -299,7 +297,19 @@ def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal:
         ['1.weight']
     """
     kind = LowRankPlusDiagonal if diagonal else LowRank
-    return parametrize_all(model, parameters, lambda name, weight: kind(rank), "lower_rank")
+
+    def make(name: str, weight: nn.Parameter) -> _OfRank:
+        check_rank(weight, rank, diagonal)
+        return kind(rank)
+
+    return parametrize_all(model, parameters, make, "lower_rank")
+
+
+def check_rank(weight: Tensor, rank: int, diagonal: bool = False) -> None:
+    """Raise a ConfigurationError if a weight cannot have a rank, plus a diagonal if it shall have one."""
+    if diagonal and (weight.ndim != 2 or weight.shape[0] != weight.shape[1]):
+        raise ConfigurationError(f"low rank plus a diagonal needs a square weight, not {tuple(weight.shape)}")
+    _as_matrix(weight, rank)
 
 
 def _as_matrix(weight: Tensor, rank: int) -> Tensor:

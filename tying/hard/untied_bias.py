@@ -11,7 +11,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import convolve, is_proxy
 from tying.weights.derived import eval_mode, locate_parameters, swap_class
-from tying.weights.replace import check_free, select_untied
+from tying.weights.replace import check_free, select_weights
 
 
 class _UntiedBias(nn.Module):
@@ -55,6 +55,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     Each bias starts with the former value at all positions, so that the model's outputs do not change. Biases keep
     their names and take the shape of the convolution's output, (channels, height, width), in a forward pass of
     ``example``. The model then takes inputs of that size only. It also loads biases of one number for each channel.
+    Convolutions that share a bias share the new one.
 
     Args:
         model: changed in place.
@@ -63,8 +64,8 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a parameter that is not a convolution's bias; or a bias is
-            tied, its layer is parametrized, or the layer's outputs for ``example`` do not have one size. Nothing is
-            changed.
+            tied through a relation, its layer is parametrized, or the outputs of its layers for ``example`` do not
+            have one size. Nothing is changed.
 
     Example:
         >>> import torch
@@ -75,30 +76,34 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     Source: O. Chang and H. Lipson, Balanced and deterministic weight-sharing helps network performance, 2018; whose
     convolutions have these biases.
     """
-    selection, locations = select_untied(model, parameters), locate_parameters(model)
-    chosen = selection.untied
-    layers = {name: locations[name].owner for name in chosen}
-    if parametrized := [name for name, layer in layers.items() if is_parametrized(layer)]:
+    selection, locations = select_weights(model, parameters), locate_parameters(model)
+    layers = {name: [location.owner for location in locations.owners(name)] for name in selection.weights}
+    if parametrized := [name for name, owners in layers.items() if any(map(is_parametrized, owners))]:
         raise ConfigurationError(f"{listed(parametrized)}: of layers that are parametrized; untie biases before that")
     if others := [
-        name for name, layer in layers.items() if type(layer) not in _UNTIED or layer.bias is not chosen[name]
+        name
+        for name, owners in layers.items()
+        if any(type(layer) not in _UNTIED or layer.bias is not selection.weights[name] for layer in owners)
     ]:
         raise ConfigurationError(
             f"{listed(others)}: only biases of {', '.join(kind.__name__ for kind in _UNTIED)} can be untied"
         )
-    for name in chosen:
+    for name in layers:
         check_free(name, locations)
-    sizes = _output_sizes(model, {*layers.values()}, example)
-    for name, layer in layers.items():
-        if len(sizes[layer]) != 1:
-            seen = f"with outputs of {sorted(sizes[layer])}" if sizes[layer] else "not at all"
-            raise ConfigurationError(f"{name!r}: the example passes this convolution {seen}; one size is needed")
-    selection.warn("untie_biases")
-    for layer, bias in zip(layers.values(), chosen.values(), strict=True):
-        swap_class(layer, _UNTIED[type(layer)])
-        layer.bias = nn.Parameter(_spread(bias.detach(), *sizes[layer]), bias.requires_grad)
-        layer.register_load_state_dict_pre_hook(_spread_loaded)  # type: ignore[no-untyped-call]  # torch's
-    return list(chosen)
+    outputs = _output_sizes(model, {layer for owners in layers.values() for layer in owners}, example)
+    sizes = {name: set.union(*(outputs[layer] for layer in owners)) for name, owners in layers.items()}
+    for name, owners in layers.items():
+        if len(sizes[name]) != 1 or not all(outputs[layer] for layer in owners):
+            seen = f"with outputs of {sorted(sizes[name])}" if sizes[name] else "not at all"
+            raise ConfigurationError(f"{name!r}: the example passes its convolution {seen}; one size is needed")
+    selection.report("untie_biases")
+    for name, bias in selection.weights.items():
+        spread = nn.Parameter(_spread(bias.detach(), *sizes[name]), bias.requires_grad)
+        for layer in layers[name]:
+            swap_class(layer, _UNTIED[type(layer)])
+            layer.bias = spread
+            layer.register_load_state_dict_pre_hook(_spread_loaded)  # type: ignore[no-untyped-call]  # torch's
+    return [*layers]
 
 
 def _spread(bias: Tensor, size: Sequence[int]) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLi
 from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
 from tying.hashing.report import HashReport, report
 from tying.selection.index import check_shape
-from tying.selection.tie import Tie
+from tying.selection.relation import Relation
 from tying.weights.derived import (
     Locations,
     ParameterLocation,
@@ -26,8 +27,8 @@ from tying.weights.derived import (
     swap_class,
 )
 from tying.weights.optimizers import check_alike
-from tying.weights.replace import Selection, check_free, select_untied
-from tying.weights.tie import tie
+from tying.weights.replace import Selection, check_free, select_weights
+from tying.weights.state_dict import TieRecord, forget_ties, install_record
 from tying.weights.values import check_finite, check_real
 
 LAYERS: dict[type[nn.Module], type[Hashed]] = {
@@ -69,20 +70,34 @@ def check_hashable(name: str, locations: Locations) -> None:
         locations: locations of all parameters of the model.
 
     Raises:
-        ConfigurationError: the weight is empty, not initialised, not real, parametrized, or tied, or belongs to an
-            embedding with an option that hashed embeddings do not support.
+        ConfigurationError: the weight is not initialised, not real, parametrized, or tied through a relation.
     """
     check_shape(name, locations[name].parameter)
     check_free(name, locations)
     check_real(name, locations[name].parameter)
-    owner = locations[name].owner
-    if not locations[name].parameter.numel():
-        raise ConfigurationError(f"{name!r} has no entries to hash")
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
+
+
+def check_fits_table(owners: Sequence[ParameterLocation]) -> None:
+    """Raise an error if a table cannot do what the owners of a weight need.
+
+    Args:
+        owners: the locations of the weight.
+
+    Raises:
+        ConfigurationError: the weight is empty, or belongs to embeddings with an option that hashed embeddings do not
+            support, or to several that differ in the row that is zero.
+    """
+    if not owners[0].parameter.numel():
+        raise ConfigurationError("it has no entries to hash")
+    embeddings = [location.owner for location in owners if isinstance(location.owner, nn.Embedding | nn.EmbeddingBag)]
+    for embedding in embeddings:
         # only an nn.Embedding becomes a HashedEmbedding
-        options = ("max_norm", "sparse", "scale_grad_by_freq") if type(owner) is nn.Embedding else ("sparse",)
-        if lacking := [option for option in options if getattr(owner, option)]:
-            raise ConfigurationError(f"{name!r} belongs to an embedding with {lacking[0]}, which a hashed one lacks")
+        options = ("max_norm", "sparse", "scale_grad_by_freq") if type(embedding) is nn.Embedding else ("sparse",)
+        if lacking := [option for option in options if getattr(embedding, option)]:
+            raise ConfigurationError(f"it belongs to an embedding with {lacking[0]}, which a hashed one lacks")
+    rows = {embedding.padding_idx for embedding in embeddings} - {None}
+    if len(rows) > 1:
+        raise ConfigurationError(f"it belongs to embeddings that differ in padding_idx, {listed(map(str, rows))}")
 
 
 @torch.no_grad()
@@ -108,7 +123,7 @@ def hash_weights(
 
     Args:
         model: changed in place.
-        parameters: patterns of names; ``!`` excludes. Skips vectors, unless the hash is recurrent, and tied weights.
+        parameters: patterns of names; ``!`` excludes. Skips vectors, unless the hash is recurrent.
         table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
@@ -130,12 +145,12 @@ def hash_weights(
     """
     check_choices(table_ratio, hash, scope, init)
     locations, selection = locate_parameters(model), select_hashable(model, parameters, hash)
-    chosen = _choose(selection, parameters, locations, hash, scope)
+    selection = _fitting(selection, locations, hash, scope)
     options, scaled = {"sign": sign, "density": density, "index": index}, scaled and not hash.include_biases
-    groups = _plan(chosen, locations, table_ratio, hash, scope, scaled, options)
-    selection.warn("hash_weights")
+    groups = _plan(selection.weights, locations, table_ratio, hash, scope, scaled, options)
+    selection.report("hash_weights")
     _install_tables(model, locations, groups, init)
-    return report(model, chosen, selection.skipped, selection.tied)
+    return report(model, selection.weights, selection.skipped, selection.tied, selection.unfit)
 
 
 def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
@@ -150,36 +165,29 @@ def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) 
 
 def select_hashable(model: nn.Module, parameters: Sequence[str], hash: Hash) -> Selection:
     """Return the weights that :func:`hash_weights` replaces, in the order of the patterns. This changes nothing."""
-    return select_untied(model, parameters, least_dims=0 if hash.include_biases else 2)
+    return select_weights(model, parameters, least_dims=0 if hash.include_biases else 2)
 
 
-def _choose(
-    selection: Selection,
-    parameters: Sequence[str],
-    locations: Locations,
-    hash: Hash,
-    scope: Literal["layer", "network"],
-) -> dict[str, nn.Parameter]:
-    """Return the weights to hash, in the model's order.
+def _fitting(selection: Selection, locations: Locations, hash: Hash, scope: Literal["layer", "network"]) -> Selection:
+    """Return the selection with the weights to hash in the model's order.
 
     Raises:
         ConfigurationError: nothing can be hashed, or a weight or the hash does not fit.
     """
     if tables := [
         name
-        for name in (*selection.untied, *selection.skipped)
+        for name in (*selection.weights, *selection.skipped)
         if any(locations[name].attribute in derived.prefixes for derived in derived_in(locations[name].owner))
     ]:
         raise ConfigurationError(f"{tables[0]!r} is the table of a hashed layer already")
-    chosen = {name: selection.untied[name] for name in locations if name in selection.untied}  # in the model's order
-    if not chosen:
-        raise ConfigurationError(f"parameters {list(parameters)} match nothing of two dimensions or more")
-    for name, weight in chosen.items():
+    ordered = {name: selection.weights[name] for name in locations if name in selection.weights}
+    for name, weight in ordered.items():
         check_hashable(name, locations)
         check_finite(name, weight)
-    with naming(chosen):
-        hash.check_layers([weight.shape for weight in chosen.values()], scope)
-    return chosen
+    fitting = replace(selection, weights=ordered).fitting(lambda name, _: check_fits_table(locations.owners(name)))
+    with naming(fitting.weights):
+        hash.check_layers([weight.shape for weight in fitting.weights.values()], scope)
+    return fitting
 
 
 @contextmanager
@@ -193,7 +201,7 @@ def naming(weights: Iterable[str]) -> Iterator[None]:
 
 def _plan(
     weights: Mapping[str, nn.Parameter],
-    locations: Mapping[str, ParameterLocation],
+    locations: Locations,
     table_ratio: float | None,
     hash: Hash,
     scope: Literal["layer", "network"],
@@ -201,16 +209,24 @@ def _plan(
     options: Mapping[str, Any],
 ) -> list[dict[str, HashedParametrization]]:
     """Return, for each table, the maps from the table to the weights that share it, by name."""
-    special = {
-        name: {**options, **embedding_options(locations[name].owner, locations[name].attribute, options["index"])}
-        for name in weights
-    }
+    special = {name: {**options, **_embedding_options(locations.owners(name), options["index"])} for name in weights}
     if scope == "network":
         return [_plan_table(weights, table_ratio, hash, special, scaled)]
     return [
         _plan_table({name: weight}, table_ratio, hash, special, salt=zlib.crc32(name.encode()))
         for name, weight in weights.items()
     ]
+
+
+def _embedding_options(owners: Sequence[ParameterLocation], index: Index) -> dict[str, Any]:
+    """Return the arguments of the one parametrization that all owners of a weight share.
+
+    Only embeddings do without a stored index, and the row that is zero for one owner is zero for all.
+    """
+    options = [embedding_options(location.owner, location.attribute, index) for location in owners]
+    rows = [option["zero_row"] for option in options if option.get("zero_row") is not None]
+    same = options[0] if all(option == options[0] for option in options) else {}
+    return same | ({"zero_row": rows[0]} if rows else {})
 
 
 def _plan_table(
@@ -265,7 +281,7 @@ def _deviation(weight: Tensor) -> float:
 
 def _install_tables(
     model: nn.Module,
-    locations: Mapping[str, ParameterLocation],
+    locations: Locations,
     groups: Sequence[Mapping[str, HashedParametrization]],
     init: Init,
 ) -> None:
@@ -276,14 +292,31 @@ def _install_tables(
         for group in groups
     ]
     for group, table in zip(groups, tables, strict=True):
-        keys = []
-        for name, virtual in group.items():
-            owner, attribute = locations[name].owner, locations[name].attribute
-            parameter = nn.Parameter(table.clone(), locations[name].parameter.requires_grad)
-            key = hash_attribute(owner, attribute, virtual.to(table.device), parameter)
-            keys.append(name.removesuffix(attribute) + key)
-        if len(keys) > 1:
-            tie(model, [Tie(keys[0], other) for other in keys[1:]])
+        requires_grad = locations[next(iter(group))].parameter.requires_grad
+        put_table(model, locations, group, nn.Parameter(table.clone(), requires_grad))
+
+
+def put_table(
+    model: nn.Module, locations: Locations, group: Mapping[str, HashedParametrization], table: nn.Parameter
+) -> None:
+    """Let weights of a model read one table, each in all modules that own it.
+
+    Args:
+        model: changed in place.
+        locations: the locations of its parameters.
+        group: the map from the table to each weight, by name.
+        table: the table.
+    """
+    keys = {
+        location: hash_attribute(location.owner, location.attribute, virtual.to(table.device), table)
+        for name, virtual in group.items()
+        for location in locations.owners(name)
+    }
+    weights = {alias: name for name in group for alias in locations.aliases(name)}
+    forget_ties(model, weights)
+    if len(keys) > 1:
+        names = [alias.removesuffix(locations[alias].attribute) + keys[locations[alias]] for alias in weights]
+        install_record(model, [TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),))])
 
 
 def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], init: Init) -> Tensor:

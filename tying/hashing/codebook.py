@@ -10,10 +10,10 @@ from torch.nn.utils import prune
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_choice, check_range
-from tying.hashing.apply import check_hashable, hash_attribute
+from tying.hashing.apply import check_fits_table, check_hashable, put_table
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
-from tying.weights.derived import Locations, locate_parameters
+from tying.weights.derived import Locations, ParameterLocation, locate_parameters
 from tying.weights.values import check_finite, check_real
 
 Start = Literal["linear", "density", "forgy"]
@@ -150,8 +150,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         init: see :func:`starting_centroids`.
 
     Raises:
-        ConfigurationError: there are more clusters than weights, or the weight is tied or computed, or belongs to an
-            embedding with an option that hashed embeddings do not support.
+        ConfigurationError: there are more clusters than weights, or the weight is computed or tied through a relation,
+            or belongs to an embedding with an option that hashed embeddings do not support.
         NonFiniteError: the weight is not finite.
 
     Example:
@@ -166,11 +166,12 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         raise ConfigurationError(f"{name!r} is no parameter of the model, which has no module {path!r}") from None
     if prune.is_pruned(module) and hasattr(module, f"{attribute}_orig"):
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
-    check_clusterable(name, locate_parameters(model), clusters)
-    check_finite(name, module.get_parameter(attribute))
-    weights = module.get_parameter(attribute).detach().flatten()
+    locations = locate_parameters(model)
+    check_clusterable(name, locations, clusters)
+    check_finite(name, locations[name].parameter)
+    weights = locations[name].parameter.detach().flatten()
     centroids, assignments = _cluster_nonzero(weights, clusters, init)
-    return put_codebook(module, attribute, assignments.cpu(), centroids)
+    return put_codebook(model, name, assignments.cpu(), centroids)
 
 
 def uses_of(parametrization: HashedParametrization) -> Tensor:
@@ -189,20 +190,30 @@ def check_clusterable(name: str, locations: Locations, clusters: int) -> None:
     if name not in locations:
         raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
     check_hashable(name, locations)
-    check_range(f"{name!r}: clusters", clusters, f"[1, {locations[name].parameter.numel()}]")
+    try:
+        check_fits_codebook(locations.owners(name), clusters)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{name!r}: {error}") from None
 
 
-def put_codebook(module: nn.Module, attribute: str, assignments: Tensor, centroids: Tensor) -> nn.Parameter:
-    """Replace a weight of a module by a codebook; return the codebook as a parameter.
+def check_fits_codebook(owners: Sequence[ParameterLocation], clusters: int) -> None:
+    """Raise a ConfigurationError if a codebook cannot do what the owners of a weight need, or has too many entries."""
+    check_fits_table(owners)
+    check_range("clusters", clusters, f"[1, {owners[0].parameter.numel()}]")
+
+
+def put_codebook(model: nn.Module, name: str, assignments: Tensor, centroids: Tensor) -> nn.Parameter:
+    """Replace a weight of a model by a codebook; return the codebook as a parameter.
 
     Args:
-        module: changed in place.
-        attribute: the weight's attribute name.
+        model: changed in place.
+        name: the weight's name.
         assignments: slot of each weight, −1 for zero; (n,).
         centroids: (k,).
     """
-    weight = module.get_parameter(attribute)
+    locations = locate_parameters(model)
+    weight = locations[name].parameter
     parametrization = Codebook(weight.shape, len(centroids), CodebookHash(assignments), index="stored")
     codebook = nn.Parameter(centroids.to(weight), weight.requires_grad)
-    hash_attribute(module, attribute, parametrization.to(weight.device), codebook)
+    put_table(model, locations, {name: parametrization}, codebook)
     return codebook

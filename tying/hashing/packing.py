@@ -19,7 +19,7 @@ from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import hashed_in
 from tying.selection.relation import Relation, Step
-from tying.weights.derived import locate_parameters
+from tying.weights.derived import derived_by_others, locate_parameters, names_by_weight
 from tying.weights.state_dict import bake, tie_records
 
 VERSION = 2  # of packed files; version 1 held the clustered weights alone, with gaps
@@ -179,8 +179,12 @@ def huffman_bits(symbols: Tensor) -> int:
 
 
 def clustered(model: nn.Module) -> dict[str, tuple[HashedParametrization, Tensor]]:
-    """Return the parametrization and the codebook of each clustered weight of a model, by name."""
-    return {name: (weight, table) for name, weight, table in hashed_in(model) if isinstance(weight.hash, CodebookHash)}
+    """Return the parametrization and the codebook of each clustered weight of a model, by each of its names."""
+    return {
+        name: (weight, table)
+        for name, weight, table in hashed_in(model, aliases=True)
+        if isinstance(weight.hash, CodebookHash)
+    }
 
 
 class Contents(NamedTuple):
@@ -244,6 +248,8 @@ def _ties(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[str,
     for record in tie_records(model):
         source = record.names[0]
         ties |= {name: (source, relation) for name, relation in zip(record.names, record.relations, strict=True)}
+    for first, *others in names_by_weight(derived_by_others(model)):
+        ties |= {name: (first, Relation()) for name in others}
     first: dict[int, str] = {}  # name of each parameter; some are shared without tying.hard.tie
     for name, location in locate_parameters(model).items():
         if location.holder is location.owner:

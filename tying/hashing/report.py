@@ -102,7 +102,8 @@ class HashReport:
         stored: number of entries of all tables.
         virtual: number of values of the hashed weights.
         skipped: names of parameters of fewer than two dimensions, which are not hashed.
-        tied: names of tied weights that only wildcards match, which are not hashed.
+        tied: names of weights that only wildcards match and that are not hashed, since a relation ties them.
+        unfit: names of weights that only wildcards match and that are not hashed, since a table does not fit them.
     """
 
     weights: tuple[HashedWeight, ...]
@@ -110,6 +111,7 @@ class HashReport:
     virtual: int
     skipped: tuple[str, ...]
     tied: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
 
     def counts(self) -> str:
         """Return the numbers of weights, values, tables and entries as one line."""
@@ -135,12 +137,19 @@ class HashReport:
             lines.append(f"skipped because of fewer than two dimensions: {', '.join(self.skipped)}")
         if self.tied:
             lines.append(f"left out because they are tied: {', '.join(self.tied)}")
+        if self.unfit:
+            lines.append(f"left out because a table does not fit: {', '.join(self.unfit)}")
         return "\n".join(lines)
 
 
-def hashed_in(model: nn.Module) -> Iterator[tuple[str, HashedParametrization, nn.Parameter]]:
-    """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table."""
-    for name, derived in derived_weights(model).items():
+def hashed_in(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, HashedParametrization, nn.Parameter]]:
+    """Yield the hashed weights of a model: the name, the map from the table to the weight, and the table.
+
+    Args:
+        model: any module.
+        aliases: also yield the further names of tied weights.
+    """
+    for name, derived in derived_weights(model, aliases).items():
         if isinstance(virtual := derived.steps[-1], HashedParametrization):
             owner, prefix = derived.owner, derived.prefixes[0]
             is_list = prefix.endswith(".")  # of parametrizations; else the prefix is the table's name
@@ -152,10 +161,12 @@ def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str
 
     Args:
         model: any module.
-        names: names of the weights to include; all by default.
+        names: names of the weights to include; by default, the first name of each weight.
     """
     tables: dict[int, dict[str, HashedParametrization]] = {}
-    for name, virtual, table in [*hashed_in(model)]:  # a list keeps computed tables alive, so that their ids differ
+    for name, virtual, table in [
+        *hashed_in(model, aliases=names is not None)
+    ]:  # a list keeps computed tables alive, so that their ids differ
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
     return {next(iter(group)): group for group in tables.values()}
@@ -171,14 +182,16 @@ def report(
     names: Container[str] | None = None,
     skipped: Iterable[str] = (),
     tied: Iterable[str] = (),
+    unfit: Iterable[str] = (),
 ) -> HashReport:
     """Report how a model's hashed weights use their tables.
 
     Args:
         model: any module.
-        names: names of the weights to include; all by default.
+        names: names of the weights to include; by default, the first name of each weight.
         skipped: names of the parameters that :func:`hash_weights` skipped.
-        tied: names of the tied weights that it left out.
+        tied: names of the weights that it left out, since a relation ties them.
+        unfit: names of the weights that it left out, since a table does not fit them.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
@@ -202,6 +215,7 @@ def report(
         virtual=sum(math.prod(weight.shape) for weight in weights),
         skipped=(*skipped,),
         tied=(*tied,),
+        unfit=(*unfit,),
     )
 
 

@@ -54,6 +54,14 @@ class DerivedWeight:
     prefixes: tuple[str, ...]
 
     @property
+    def identity(self) -> tuple[int, ...]:
+        """Equal for all names of one weight: the owners of a tied weight share what computes it."""
+        prefix = self.prefixes[0]
+        if prefix.endswith("."):
+            return (id(self.owner.get_submodule(prefix.removesuffix("."))),)
+        return (id(self.owner._parameters.get(prefix, self.owner)), *map(id, self.steps))  # a table can be computed
+
+    @property
     def originals(self) -> list[nn.Parameter]:
         """The parameters from which the weight is computed."""
         return [
@@ -94,13 +102,25 @@ def derived_weights(model: nn.Module, aliases: bool = False) -> dict[str, Derive
 
     Args:
         model: any module.
-        aliases: also return the further names of a module that has several.
+        aliases: also return the further names of a tied weight, and of a module that has several.
     """
-    return {
+    weights = {
         clean_name(f"{path}.{derived.name}".lstrip(".")): derived
         for path, module in model.named_modules(remove_duplicate=not aliases)
         for derived in derived_in(module)
     }
+    if aliases:
+        return weights
+    first = {derived.identity: name for name, derived in reversed(weights.items())}
+    return {name: derived for name, derived in weights.items() if first[derived.identity] == name}
+
+
+def names_by_weight(weights: Mapping[str, DerivedWeight]) -> list[tuple[str, ...]]:
+    """Return the names of each derived weight: several if it is tied, or if its module has several."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, derived in weights.items():
+        names.setdefault(derived.identity, []).append(name)
+    return [tuple(aliases) for aliases in names.values()]
 
 
 def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
@@ -205,7 +225,8 @@ def install(
     Args:
         module: changed in place.
         name: the weight's attribute name.
-        step: computes the weight; or a ``ParametrizationList`` that holds its parameters already.
+        step: computes the weight; or a ``ParametrizationList`` that holds its parameters already. All owners of a
+            tied weight share one list, or one table and step.
         table: a parameter that replaces the weight in the order of parameters; ``step`` needs a ``nearest_table``.
         keys: the attribute names of the table and of ``step`` in the module.
 
@@ -222,11 +243,13 @@ def install(
         parametrizations: Any = (
             step if isinstance(step, ParametrizationList) else Parametrizations([step], module.get_parameter(name))
         )
-        parametrizations.preceding = [*takewhile(lambda key: key != name, module._parameters)]
+        preceding = [*takewhile(lambda key: key != name, module._parameters)]
         delattr(module, name)
         if not is_parametrized(module):
             module.parametrizations = nn.ModuleDict()
-        module.get_submodule("parametrizations").add_module(name, parametrizations.train(module.training))
+        lists = module.get_submodule("parametrizations")
+        lists.add_module(name, parametrizations.train(module.training))
+        lists.__dict__.setdefault("preceding", {})[name] = preceding
         _renew_class(module, _computes(module))
     else:
         own_memory(table)
@@ -235,24 +258,45 @@ def install(
         _renew_class(module, {**_computes(module), name: keys})
 
 
-def remove(module: nn.Module, name: str) -> nn.Parameter:
-    """Replace a derived weight by a parameter of equal value, at its former position; return the parameter."""
-    [derived] = [derived for derived in derived_in(module) if derived.name == name]
-    weight = nn.Parameter(getattr(module, name).detach().clone(), any(p.requires_grad for p in derived.originals))
+def remove(model: nn.Module, name: str) -> nn.Parameter:
+    """Replace a derived weight by a parameter of equal value, at its former position; return the parameter.
+
+    All names of the weight in the model hold the parameter.
+
+    Args:
+        model: changed in place; a module that owns the weight, or contains its owners.
+        name: a name of the weight.
+    """
+    weights = derived_weights(model, aliases=True)
+    parameter = _as_parameter(weights[name])
+    for owner, attribute in {
+        (derived.owner, derived.name) for derived in weights.values() if derived.identity == weights[name].identity
+    }:
+        _put_back(owner, attribute, parameter)
+    return parameter
+
+
+def _as_parameter(derived: DerivedWeight) -> nn.Parameter:
+    """Return a parameter of the value of a derived weight."""
+    value = getattr(derived.owner, derived.name)
+    return nn.Parameter(value.detach().clone(), any(original.requires_grad for original in derived.originals))
+
+
+def _put_back(module: nn.Module, name: str, weight: nn.Parameter) -> None:
+    """Replace a derived weight of a module by a parameter, at the weight's former position."""
     computes = _computes(module)
     if name in computes:
         table, step = computes[name]
         delattr(module, step)
         _replace_parameter(module, table, name, weight)
     else:
-        preceding = getattr(_parametrizations(module)[name], "preceding", module._parameters)
+        preceding = getattr(module.parametrizations, "preceding", {}).get(name, module._parameters)
         before = {key: value for key, value in module._parameters.items() if key in preceding}
         module._parameters = before | {name: weight} | module._parameters
         delattr(module.parametrizations, name)
         if not is_parametrized(module):
             del module.parametrizations
     _renew_class(module, {other: keys for other, keys in computes.items() if other != name})
-    return weight
 
 
 def computed_property(parameter: str, step: str) -> property:
@@ -345,7 +389,8 @@ def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
     """Return a reset method: it calls that of the plain class, then draws parameters from the weights that it drew.
 
     What several weights share, such as a bank of templates, is a module with a reset method of its own. A table that
-    several weights share is drawn by each of them: the last counts. A weight that a tie computes is its source's.
+    several weights share, and a weight that several modules share, is drawn by each of them: the last counts. A weight
+    that a tie computes is its source's.
     """
 
     @torch.no_grad()
@@ -358,7 +403,10 @@ def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
             for name, (table, step) in _computes(module).items()
             if name not in _computes(plain)
         }
-        weights = {name: remove(module, name) for name in (*lists, *tables)}
+        replaced = [derived for derived in derived_in(module) if derived.name in lists or derived.name in tables]
+        weights = {derived.name: _as_parameter(derived) for derived in replaced}
+        for name, weight in weights.items():
+            _put_back(module, name, weight)
         getattr(plain, method)(module)
         for name, parametrizations in lists.items():
             parametrizations.redraw(weights[name])
@@ -544,6 +592,18 @@ class Locations(dict[str, ParameterLocation]):
         for name, location in self.items():
             names.setdefault(id(location.parameter), []).append(name)
         return names
+
+    @cached_property
+    def _aliases(self) -> dict[str, list[str]]:
+        return {alias: names for names in self.names.values() for alias in names}
+
+    def aliases(self, name: str) -> list[str]:
+        """Return all names of the parameter that has a given name; those of the first call, if the model changes."""
+        return self._aliases[name]
+
+    def owners(self, name: str) -> list[ParameterLocation]:
+        """Return the locations of a parameter: several if it is tied. A module of several names counts once."""
+        return [*dict.fromkeys(self[alias] for alias in self.aliases(name))]
 
 
 def locate_parameters(model: nn.Module) -> Locations:

@@ -1,16 +1,21 @@
 """Choose the weights to replace by derived weights, and parametrize them."""
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from tying.errors import ConfigurationError, listed
+from tying.selection.index import covers
+from tying.selection.patterns import Pattern
 from tying.selection.resolve import select
-from tying.weights.derived import Locations, install, locate_parameters
+from tying.weights.derived import Locations, Parametrizations, install, locate_parameters
+from tying.weights.state_dict import forget_ties
 from tying.weights.values import check_finite, check_real
+
+logger = logging.getLogger(__name__)
 
 
 def parametrize_all(
@@ -21,6 +26,8 @@ def parametrize_all(
 ) -> list[str]:
     """Parametrize the weights that match patterns; return their names.
 
+    A tied weight becomes one computed weight of all modules that share it.
+
     Args:
         model: changed in place.
         parameters: patterns of names; a leading ``!`` excludes.
@@ -28,35 +35,44 @@ def parametrize_all(
         context: name of the calling function, for messages.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is already tied or parametrized, not real, or does
-            not fit its parametrization. The model is not changed.
+        ConfigurationError: a pattern matches nothing, or a weight is parametrized already, is tied through a relation,
+            or is not real; or a weight that is spelt out, or every weight, does not fit its parametrization. The model
+            is not changed.
         NonFiniteError: a weight is not finite.
 
     Warns:
-        UserWarning: wildcards match tied weights, which are left out.
+        UserWarning: wildcards match weights that are left out, since they do not fit or a relation ties them.
     """
-    locations = locate_parameters(model)
-    selection = select_untied(model, parameters)
-    steps: dict[str, nn.Module] = {}
-    for name, weight in selection.untied.items():
-        check_free(name, locations, ", which would not follow it")
+    locations, steps = locate_parameters(model), dict[str, nn.Module]()
+    selection = select_weights(model, parameters, least_dims=2)
+    for name in selection.skipped:
+        if name in selection.spelt:
+            raise ConfigurationError(f"{name!r} has fewer than two dimensions: leave it out")
+    for name, weight in selection.weights.items():
+        check_free(name, locations)
         check_real(name, weight)
         check_finite(name, weight)
-        try:
-            steps[name] = make(name, weight)
-            for shared in steps[name].parameters():
-                if (shared.dtype, shared.device) != (weight.dtype, weight.device):
-                    raise ConfigurationError(
-                        f"it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
-                        f"{shared.device}: exclude it, or share it among weights of its own dtype and device"
-                    )
-            steps[name].right_inverse(weight.detach())  # type: ignore[operator]  # a method
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{name!r}: {error}") from None
-    selection.warn(context)
-    for name, step in steps.items():
-        install(locations[name].owner, locations[name].attribute, step)
-    return list(steps)
+
+    def fit(name: str, weight: nn.Parameter) -> None:
+        step = make(name, weight)
+        step.right_inverse(weight.detach())  # type: ignore[operator]  # a method
+        steps[name] = step
+
+    selection = selection.fitting(fit)
+    for name, weight in selection.weights.items():
+        for shared in steps[name].parameters():
+            if (shared.dtype, shared.device) != (weight.dtype, weight.device):
+                raise ConfigurationError(
+                    f"{name!r}: it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
+                    f"{shared.device}: exclude it, or share it among weights of its own dtype and device"
+                )
+    selection.report(context)
+    for name, weight in selection.weights.items():
+        parametrizations = Parametrizations([steps[name]], weight)
+        for location in locations.owners(name):
+            install(location.owner, location.attribute, parametrizations)
+    forget_ties(model, [alias for name in selection.weights for alias in locations.aliases(name)])
+    return [*selection.weights]
 
 
 @dataclass(frozen=True)
@@ -64,33 +80,67 @@ class Selection:
     """The weights that patterns match, by whether they can become computed weights.
 
     Attributes:
-        untied: the parameters to replace, by name.
-        tied: names of tied weights that only wildcards match, which are left out, and the names that they are tied to.
+        weights: the parameters to replace, by name: a tied weight once, by the first of its names that matches.
+        spelt: those of all names below whose weight a pattern spells out; wildcards match the others.
+        tied: names of weights that are left out since a relation ties them, and the names that they are tied to.
         skipped: names of parameters of too few dimensions.
+        unfit: names of other weights that are left out, and the reasons.
     """
 
-    untied: dict[str, nn.Parameter]
-    tied: dict[str, tuple[str, ...]]
-    skipped: tuple[str, ...]
+    weights: dict[str, nn.Parameter]
+    spelt: frozenset[str] = frozenset()
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+    unfit: dict[str, str] = field(default_factory=dict)
+
+    def fitting(self, check: Callable[[str, nn.Parameter], object]) -> "Selection":
+        """Return the selection without the weights that only wildcards match and that do not pass a check.
+
+        Args:
+            check: raises a ConfigurationError if the weight of a name does not fit.
+
+        Raises:
+            ConfigurationError: a weight that is spelt out, or every weight, does not fit.
+        """
+        unfit: dict[str, str] = {}
+        for name, weight in self.weights.items():
+            try:
+                check(name, weight)
+            except ConfigurationError as error:
+                unfit[name] = str(error)
+                if name in self.spelt:
+                    raise ConfigurationError(f"{name!r}: {error}") from None
+        if unfit.keys() == self.weights.keys():
+            name, reason = next(iter(unfit.items()))
+            raise ConfigurationError(f"{name!r}: {reason}")
+        weights = {name: weight for name, weight in self.weights.items() if name not in unfit}
+        return replace(self, weights=weights, unfit=self.unfit | unfit)
 
     def describe_tied(self) -> str:
-        """Return the names of the weights that are left out, each with the names that it is tied to."""
+        """Return the names of the weights that a relation ties, each with the names that it is tied to."""
         return listed(f"{name!r} (tied to {listed(map(repr, partners))})" for name, partners in self.tied.items())
 
-    def warn(self, context: str) -> None:
-        """Warn of the tied weights that are left out."""
+    def report(self, context: str) -> None:
+        """Warn of the weights that are left out; log the names of the parameters of too few dimensions."""
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.unfit.items():
+            reasons.setdefault(reason, []).append(repr(name))
+        left_out = [f"{listed(names)} ({reason})" for reason, names in reasons.items()]
         if self.tied:
+            left_out.append(f"{self.describe_tied()}: a relation computes one from the other")
+        if left_out:
             warnings.warn(
-                f"{context} leaves out {self.describe_tied()}: a weight is either tied or computed. Exclude them to "
-                "silence this warning, or untie them",
-                stacklevel=4,
+                f"{context} leaves out {'; '.join(left_out)}. Exclude them to silence this warning", stacklevel=4
             )
+        if self.skipped:
+            logger.info("%s skips parameters of fewer than two dimensions: %s", context, ", ".join(self.skipped))
 
 
-def select_untied(model: nn.Module, parameters: Sequence[str], least_dims: int = 0) -> Selection:
-    """Return the weights that match patterns, without the tied ones that only wildcards match.
+def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int = 0) -> Selection:
+    """Return the weights that match patterns. This changes nothing.
 
-    A tied weight that a pattern spells out is kept, and :func:`check_free` refuses it.
+    A tied weight is selected once, unless one of its names is excluded. A weight that is tied through a relation is
+    selected only if it is spelt out, and :func:`check_free` refuses it.
 
     Args:
         model: any module.
@@ -98,50 +148,61 @@ def select_untied(model: nn.Module, parameters: Sequence[str], least_dims: int =
         least_dims: the least number of dimensions of a weight.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or all matches are excluded or tied.
+        ConfigurationError: a pattern matches nothing, or nothing that matches can be selected.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
         >>> model[1].weight = model[0].weight
-        >>> selection = select_untied(model, ["*.weight"])
-        >>> [*selection.untied], selection.tied
-        (['2.weight'], {'0.weight': ('1.weight',)})
+        >>> selection = select_weights(model, ["*.*"], least_dims=2)
+        >>> [*selection.weights], selection.skipped
+        (['0.weight', '2.weight'], ('0.bias', '1.bias', '2.bias'))
     """
-    locations, matched = locate_parameters(model), select(model, parameters)
-    candidates = {name: weight for name, weight in matched.items() if is_lazy(weight) or weight.ndim >= least_dims}
-    tied = {
-        name: partners
-        for name, weight in candidates.items()
-        if not {*parameters}.intersection(locations.names[id(weight)])
-        and (partners := tuple(other for other in locations.names[id(weight)] if locations[other] != locations[name]))
+    locations = locate_parameters(model)
+    excluded = [Pattern(pattern[1:]) for pattern in parameters if pattern.startswith("!")]
+    matched = {
+        name: weight
+        for name, weight in select(model, parameters).items()
+        if not any(covers(pattern, alias) for pattern in excluded for alias in locations.aliases(name))
     }
-    selection = Selection(
-        untied={name: weight for name, weight in candidates.items() if name not in tied},
-        tied=tied,
-        skipped=tuple(name for name in matched if name not in candidates),
-    )
-    if tied and not selection.untied:
+    if not matched:
+        raise ConfigurationError(f"parameters {[*parameters]} exclude each weight under one of its names")
+    spelt = frozenset(name for name in matched if not {*parameters}.isdisjoint(locations.aliases(name)))
+    skipped = tuple(name for name, weight in matched.items() if weight.ndim < least_dims)
+    related = {name: related_to(name, locations) for name in matched if name not in skipped and name not in spelt}
+    tied = {name: partners for name, partners in related.items() if partners}
+    weights = {name: weight for name, weight in matched.items() if name not in tied and name not in skipped}
+    selection = Selection(weights, spelt, tied, skipped)
+    if not weights:
         raise ConfigurationError(
-            f"parameters {list(parameters)} match tied weights only: {selection.describe_tied()}. Untie them, or "
-            "choose others"
+            f"parameters {[*parameters]} match weights only that a relation ties: {selection.describe_tied()}. Untie "
+            "them, or choose others"
+            if tied
+            else f"parameters {[*parameters]} match nothing of two dimensions or more"
         )
     return selection
 
 
-def check_free(name: str, locations: Locations, because: str = "") -> None:
+def related_to(name: str, locations: Locations) -> tuple[str, ...]:
+    """Return the other names of a weight if it is tied through a relation, else nothing."""
+    partners = tuple(alias for alias in locations.aliases(name) if locations[alias] != locations[name])
+    linked = (location for location in locations.owners(name) if location.holder is not location.owner)
+    return partners if any(location.relation is not None for location in linked) else ()
+
+
+def check_free(name: str, locations: Locations) -> None:
     """Raise an error unless a weight can be replaced by a derived weight.
 
     Args:
         name: the weight's name.
         locations: the locations of all parameters of the model.
-        because: a reason, which is added to the message if the weight is tied.
 
     Raises:
-        ConfigurationError: the weight is parametrized, or tied.
+        ConfigurationError: the weight is parametrized, or tied through a relation.
     """
-    location = locations[name]
-    if location.holder is not location.owner:
+    if partners := related_to(name, locations):
+        raise ConfigurationError(
+            f"{name!r} is tied to {partners[0]!r} through a relation, which computes one from the other: untie them, "
+            "or choose others"
+        )
+    if any(location.holder is not location.owner for location in locations.owners(name)):
         raise ConfigurationError(f"{name!r} is parametrized already")
-    names = locations.names[id(location.parameter)]
-    if tied := [other for other in names if locations[other] != location]:  # two names of one module are no tie
-        raise ConfigurationError(f"{name!r} is tied to {tied[0]!r}{because}: untie them, or choose others")

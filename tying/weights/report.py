@@ -23,6 +23,7 @@ from tying.weights.derived import (
     eval_mode,
     links_in,
     locate_parameters,
+    names_by_weight,
 )
 from tying.weights.optimizers import shared_in
 from tying.weights.state_dict import tie_records
@@ -133,10 +134,11 @@ def audit(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> TieReport:
     for name, parameter in parameters.items():
         aliases.setdefault(id(parameter), []).append(name)
     groups |= {(*names,): OTHERS for names in aliases.values() if len(names) > 1 and not known.issuperset(names)}
+    computed = _name_computed(model, groups, parameters)
     shared = [
         WeightRow(names, how, (*(source := parameters[names[0]]).shape,), source.numel(), source.numel() * len(names))
         for names, how in groups.items()
-        if names[0] in parameters
+        if names[0] in parameters and names not in computed
     ]
     unique, virtual = count_parameters(model)
     return TieReport(
@@ -164,6 +166,28 @@ def _tied_names(model: nn.Module) -> dict[tuple[str, ...], str]:
         for names in (names for names in together.values() if len(names) > 1):
             groups[(*names,)] = "; ".join(dict.fromkeys(str(link) for link in names.values() if link.steps)) or "shared"
     return groups
+
+
+def _name_computed(
+    model: nn.Module, groups: dict[tuple[str, ...], str], parameters: Mapping[str, nn.Parameter]
+) -> set[tuple[str, ...]]:
+    """Name each computed weight of several names in place of the parameters from which it is computed.
+
+    Args:
+        model: any module.
+        groups: the names of each shared parameter, and how it is tied; changed in place.
+        parameters: the parameters of the model, by name.
+
+    Returns:
+        The names of each of these weights.
+    """
+    weights = derived_by_others(model)
+    shared = {names for names in names_by_weight(weights) if len(names) > 1}
+    for names in shared:
+        inputs = {id(tensor) for tensor in weights[names[0]].inputs}
+        parts = [group for group in groups if len(group) == len(names) and id(parameters.get(group[0])) in inputs]
+        groups[names] = [*(groups.pop(part) for part in parts), OTHERS][0]
+    return shared
 
 
 def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightRow]:
@@ -198,13 +222,16 @@ def _folded(rows: Iterable[WeightRow], names: Iterable[str]) -> Iterable[WeightR
 
 
 def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
-    """Yield a row for each weight that is computed without a tie."""
+    """Yield a row for each weight that is computed from parameters of its own."""
     with eval_mode(model):
-        for name, derived in derived_by_others(model).items():
+        weights = derived_by_others(model)
+        for names in names_by_weight(weights):
+            derived = weights[names[0]]
             step: Any = derived.steps[-1]
             shape = effective_weight(derived).shape
             how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
-            yield WeightRow((name,), how, (*shape,), sum(p.numel() for p in derived.originals), shape.numel())
+            stored = sum(parameter.numel() for parameter in derived.originals)
+            yield WeightRow(names, how, (*shape,), stored, shape.numel() * len(names))
 
 
 def _on_one_storage(model: nn.Module) -> Iterable[str]:

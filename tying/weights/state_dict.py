@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
@@ -28,6 +28,7 @@ from tying.weights.derived import (
     eval_mode,
     link,
     locate_parameters,
+    names_by_weight,
     remove,
 )
 
@@ -114,6 +115,12 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
     return record_in(module)
 
 
+def forget_ties(model: nn.Module, names: Collection[str]) -> None:
+    """Drop the records of the groups that contain one of these names: other modules hold their weights together now."""
+    for path, record in records_below(model):
+        record.groups = [group for group in record.groups if not {*names} & {*group.within(path).names}]
+
+
 def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[str, ParameterLocation]) -> None:
     """Set the parameter of all names of a group to ``source``, each through its relation."""
     relations = {locations[name]: relation for name, relation in zip(group.names, group.relations, strict=True)}
@@ -182,10 +189,13 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
     Raises:
         ConfigurationError: two copies differ, or an entry is not a tensor of the weight's shape.
     """
-    groups = tie_records(model)
+    computed = _computed_groups(model)
+    groups = [*tie_records(model), *computed]
     keys = {unwrapped(key[len(prefix) :]): key for key in state_dict if key.startswith(prefix)} if groups else {}
     raw_names = {clean_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)} if groups else {}
     locations = locate_parameters(model) if groups else {}
+    known = {name for name, location in locations.items() if location.relation is not None}
+    known |= {name for group in computed for name in group.names}
     differing: list[str] = []
     for group in groups:
         relations = dict(zip(group.names, group.relations, strict=True))
@@ -210,10 +220,19 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
             state_dict.update({keys[name]: relations[name](weight) for name in copies})
             differing += copies
         for name, relation in relations.items():
-            if name not in keys and name in locations and locations[name].relation is not None:
+            if name not in keys and name in known:
                 written = plain_name(raw_names.get(name, name)).replace("_checkpoint_wrapped_module.", "")
                 state_dict[prefix + written] = relation(weight)
     return differing
+
+
+def _computed_groups(model: nn.Module) -> list[TieRecord]:
+    """Return the names of each derived weight of several modules as a group."""
+    return [
+        TieRecord(names, (Relation(),) * len(names), names[:1] * len(names))
+        for names in names_by_weight(derived_by_others(model))
+        if len(names) > 1
+    ]
 
 
 def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
@@ -395,6 +414,7 @@ def _replace_derived(
         ConfigurationError: a derived weight cannot be set to its entry.
     """
     values: dict[DerivedWeight, Tensor] = {}
+    once = {names[0] for names in names_by_weight(weights)}  # the names of a tied weight have equal values
     with eval_mode(model):
         for key, derived in weights.items():
             value, shape = plain.pop(key), effective_weight(derived).shape
@@ -402,7 +422,8 @@ def _replace_derived(
                 raise ConfigurationError(
                     f"{key!r} has shape {tuple(value.shape)} in this state dict, and {tuple(shape)} in the model"
                 )
-            values[derived] = value.to(derived.inputs[0])
+            if key in once:
+                values[derived] = value.to(derived.inputs[0])
     fitted: dict[int, Tensor] = {}  # by the id of a parameter, or of a module with an extra state
     names = {derived: key for key, derived in weights.items()}
     for group in _sharing([derived for derived, value in values.items() if has_values(value)]):
