@@ -1,8 +1,10 @@
 """Layers that are shared or skipped."""
 
 from tying.depth.apply import apply_merge, keep_schedule, remove_merge
+from tying.depth.extract import extract
 from tying.depth.fractal import FractalBlock, fractal_join
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
+from tying.depth.recur import recur, unrecur
 from tying.depth.recurrent import Recurrent
 from tying.depth.rnn.hm_lstm import HMLSTM, HMOutput, HMState, hm_update
 from tying.depth.rnn.hyper_lstm import HyperLSTM, HyperLSTMCell, HyperState
@@ -35,14 +37,17 @@ __all__ = [
     "ZoneoutLSTM",
     "ZoneoutLSTMCell",
     "apply_merge",
+    "extract",
     "fractal_join",
     "hm_update",
     "keep_schedule",
+    "recur",
     "remove_merge",
     "sampled",
     "sampling",
     "skip_forward",
     "stochastic_depth",
     "swapout",
+    "unrecur",
     "zoned_lstm",
 ]

@@ -1,16 +1,20 @@
 """A block that is applied repeatedly: a residual network whose blocks share their weights is a recurrent network."""
 
 import copy
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
 from tying.depth.merge import zero_gradients
+from tying.depth.stages import indices_in, shift_indices
 from tying.depth.stochastic_depth import BATCH_NORMS
 from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import is_proxy
-from tying.weights.tie import tie
+from tying.weights.tie import Init, make_ties
 
 NORMS = (
     *BATCH_NORMS,
@@ -25,6 +29,10 @@ NORMS = (
 
 class Recurrent(nn.Module):
     """Apply a block several times, ``h_{t+1} = block(h_t)``; all applications share its weights.
+
+    Every step gets the further arguments of the call. If the block returns a tuple, its first item is ``h_{t+1}``, and
+    the output is the tuple of the last step. Layer indices in the copies of a block, such as transformers'
+    ``layer_idx``, count up, so that each step has its own cache of keys and values.
 
     Args:
         block: maps its input to an output of the same shape; it becomes the first entry of ``blocks``.
@@ -53,22 +61,43 @@ class Recurrent(nn.Module):
 
     def __init__(self, block: nn.Module, steps: int, per_step_norm: bool = True) -> None:
         super().__init__()
-        self.steps = steps
+        self.blocks = nn.ModuleList([block])
+        self._steps = check_steps(steps)
         if parametrized := [name for name, part in block.named_modules() if isinstance(part, ParametrizationList)]:
             raise ConfigurationError(
                 f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize the "
                 "Recurrent instead of the block"
             )
-        self.blocks = nn.ModuleList([block])
-        if per_step_norm:
-            self.blocks += [copy.deepcopy(block) for _ in range(steps - 1)]
-            shared = [
-                name
-                for name, _ in block.named_parameters()
-                if not isinstance(block.get_submodule(name.rpartition(".")[0]), NORMS)
-            ]
-            if steps > 1 and shared:
-                tie(self, [f"blocks.*.{name}" for name in shared])
+        self.former_keys: tuple[str, ...] = ()  # of the blocks in their container, where recur has replaced them
+        if per_step_norm or indices_in(block):
+            copies = [copy.deepcopy(block) for _ in range(steps - 1)]
+            for step, copied in enumerate(copies, 1):
+                shift_indices(copied, step)
+            self._share([block, *copies], per_step_norm)
+
+    @classmethod
+    def of_blocks(cls, blocks: Sequence[nn.Module], per_step_norm: bool, init: Init) -> Self:
+        """Return a module whose steps are these blocks, which share their weights from now on."""
+        recurrent = cls(blocks[0], 1)
+        recurrent._share(blocks, per_step_norm, init)
+        recurrent.steps = len(blocks)
+        return recurrent
+
+    def _share(self, blocks: Sequence[nn.Module], per_step_norm: bool, init: Init = "source") -> None:
+        """Take these blocks as steps and share their weights: the first step's, or the mean."""
+        self.blocks = nn.ModuleList(blocks)
+        norms = norms_in(blocks[0])
+        shared = [
+            name
+            for name, parameter in blocks[0].named_parameters()
+            if not (per_step_norm and name.rpartition(".")[0] in norms)
+            and any(block.get_parameter(name) is not parameter for block in blocks)
+        ]
+        if shared:
+            make_ties(self, [f"blocks.*.{name}" for name in shared], init)
+        for name, norm in norms.items() if not per_step_norm else ():
+            for block in blocks[1:]:
+                block.set_submodule(name, norm)  # with its statistics
 
     @property
     def steps(self) -> int:
@@ -77,24 +106,76 @@ class Recurrent(nn.Module):
 
     @steps.setter
     def steps(self, steps: int) -> None:
-        if not isinstance(steps, int) or steps < 1:
-            raise ConfigurationError(f"steps must be an integer, 1 or more, not {steps!r}")
+        if check_steps(steps) > len(self.blocks) and (indices := indices_in(self.blocks[0])):
+            path, attribute = next(iter(indices))
+            raise ConfigurationError(
+                f"steps={steps} would use the last of {len(self.blocks)} blocks repeatedly, and with it one cache of "
+                f"keys and values, by the {attribute} of {path!r}: undo recur by unrecur, and call it with more steps"
+            )
         self._steps = steps
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the last step."""
+        if is_proxy(args):  # where torch.fx begins with this module; what it is called with is x
+            args, kwargs = (), {}
+        if x is None:
+            x = kwargs.pop(next(iter(signature(self.blocks[0].forward).parameters)))
         for step in range(self.steps):
-            out: Tensor = self.blocks[min(step, len(self.blocks) - 1)](x)
-            if not is_proxy(out) and out.shape != x.shape:  # torch.fx knows no shapes
-                raise ConfigurationError(
-                    "a recurrent block must keep the shape of its input: "
-                    f"it returns {tuple(out.shape)} for {tuple(x.shape)}"
-                )
-            x = out
+            out = self.blocks[min(step, len(self.blocks) - 1)](x, *args, **kwargs)
+            x = _same_shape(x, out[0] if isinstance(out, tuple | list) else out)
         unused = self.blocks[self.steps :]
-        return zero_gradients(x, unused.parameters()) if unused and self.training else x
+        if unused and self.training:
+            x = zero_gradients(x, unused.parameters())
+            return (x, *out[1:]) if isinstance(out, tuple | list) else x
+        return out
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            blocks = vars(self).get("_modules", {}).get("blocks")
+            block = blocks[0] if blocks else None
+            if block is not None and name[0] != "_" and name != "parametrizations":
+                attributes = vars(block) | dict(block.named_children())  # callers of a stage read some of its layers
+                if name in attributes:
+                    return attributes[name]
+            raise
 
     @override
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
+
+
+def _same_shape(x: Any, out: Any) -> Any:
+    """Return the output of a step, after checking that it has the shape of its input x."""
+    if is_proxy(x) or (isinstance(x, Tensor) and x.is_nested):  # torch.fx knows no shapes
+        return out
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        shape = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ConfigurationError(
+            f"a recurrent block must keep the shape of its input: it returns {shape} for {tuple(x.shape)}"
+        )
+    return out
+
+
+def check_steps(steps: int) -> int:
+    """Return the number of steps, after checking that it is an integer of 1 or more."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigurationError(f"steps must be an integer, 1 or more, not {steps!r}")
+    return steps
+
+
+def norms_in(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the normalisation layers of a block by name, with those that libraries write, such as LlamaRMSNorm."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, NORMS)
+        or (
+            "norm" in type(module).__name__.lower()
+            and not [*module.children()]
+            and all(parameter.ndim <= 1 for parameter in module.parameters())
+        )
+    }
