@@ -1,19 +1,22 @@
-"""Put merges into the residual blocks of a model, and remove them."""
+"""Put merges into blocks of a model, and remove them."""
 
 import copy
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import nn
 
+from tying.depth.blocks import BlockState, ResidualNotice, block_state, merged_class, original_class
+from tying.depth.drop_paths import drop_paths, restore_drop_paths, silence
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
 from tying.errors import ConfigurationError, check_range, listed, nearest
 from tying.selection.index import clean_name
 from tying.selection.patterns import Pattern
-from tying.weights.derived import swap_class
+from tying.weights.derived import plain_class, swap_plain_class
 
 
 def keep_schedule(first: float, last: float, count: int) -> list[float]:
@@ -44,37 +47,73 @@ def apply_merge(
     model: nn.Module,
     blocks: str | Sequence[str],
     merge: nn.Module,
-    keep: float | Iterable[float] | Literal["linear", "uniform"] | None = None,
+    keep: float | Iterable[float] | Literal["linear", "uniform", "model"] | None = None,
+    whole: bool = False,
 ) -> int:
-    """Put a merge into residual blocks of a model; return the number of blocks.
+    """Put a merge into blocks of a model; return the number of blocks.
 
-    Blocks are :class:`tying.depth.Residual`, torchvision's ``BasicBlock`` and ``Bottleneck``, and torch's
-    ``TransformerEncoderLayer``, in which the merge combines both branches. Names and values in the model's state dict
-    stay the same.
+    A block is any module that keeps the shape of its input x, its first tensor argument, and returns a tensor, or a
+    tuple whose first item is one: it is ``x + F(x)`` with ``F(x) = block(x) − x``. Samples lie along the first
+    dimension. In blocks whose branches are known, the merge combines each branch with its shortcut: modules with
+    children of class :class:`tying.depth.Merge`, such as :class:`tying.depth.Residual`, in which the merge replaces
+    these children; torch's ``TransformerEncoderLayer``; and some blocks of torchvision and timm. Other blocks are
+    merged as a whole. Names and values in the model's state dict stay the same.
+
+    DropPath and StochasticDepth modules in the blocks return their input until :func:`remove_merge`.
 
     Args:
         model: changed in place.
-        blocks: a pattern of module names, or several.
+        blocks: a pattern of module names, or several; a leading ``!`` excludes.
         merge: each block gets a copy, called as ``merge(shortcut, branch)``.
         keep: keep probabilities of the blocks. ``None`` or ``"uniform"``: the merge's. ``"linear"``: block n of L drops
-            n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. A number
-            replaces every keep probability of the merge; a list has one number for each block, in the model's order.
+            n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. ``"model"``:
+            1 minus the drop probability of the block's DropPath or StochasticDepth modules, or 1 if it has none. A
+            number replaces every keep probability of the merge; a list has one number for each block, in the model's
+            order.
+        whole: merge blocks as a whole, also where their branches are known: LayerDrop.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a module that is not a residual block; a block already has a
-            merge; the number of keeps is not the number of blocks, or one is not in [0, 1]. The model is then
-            unchanged.
+        ConfigurationError: a pattern matches nothing, or a module that cannot be merged: without parameters or forward,
+            or within another match; a block already has a merge; the number of keeps is not the number of blocks, or
+            one is not in [0, 1]. The model is then unchanged. In use: a block changes the shape, or does not return a
+            tensor first; or it may be skipped but computes further outputs, or has a filled key-value cache.
 
     Example:
         >>> from tying.depth import StochasticDepth, Swapout
-        >>> model = nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2)))
-        >>> apply_merge(model, "*", StochasticDepth(keep=0.5), keep=[0.9, 0.8])
+        >>> model = nn.Sequential(Residual(nn.Linear(2, 2)), nn.TransformerEncoderLayer(2, 1, 2))
+        >>> apply_merge(model, "*", StochasticDepth(keep=0.5), keep=[0.9, 0.8], whole=True)
         2
         >>> model[1].merge
         StochasticDepth(keep=0.8, mode='batch', scale='test')
+
+    Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016; A. Fan,
+    E. Grave and A. Joulin, Reducing transformer depth on demand with structured dropout, 2020.
     """
     matches = residual_blocks(model, blocks)
-    return put_merges(model, matches, _merge_per_block(merge, keep, [*matches]))
+    rates = {name: drop_paths(block) for name, block in matches.items()}
+    takes_over = isinstance(keep, str) and keep == "model"
+    keeps = [1 - _common_rate(*item) for item in rates.items()] if takes_over else keep
+    count = put_merges(model, matches, _merge_per_block(merge, keeps, [*matches]), whole)
+    silenced = {module: rate for by_module in rates.values() for module, rate in by_module.items()}
+    silence(silenced)
+    if silenced and not takes_over:
+        warnings.warn(
+            f"{len(silenced)} DropPath or StochasticDepth modules in the blocks, with drop probabilities from "
+            f"{min(silenced.values()):g} to {max(silenced.values()):g}, return their input until remove_merge, since "
+            "the merges drop instead; keep='model' drops with these probabilities",
+            stacklevel=2,
+        )
+    return count
+
+
+def _common_rate(name: str, rates: Mapping[nn.Module, float]) -> float:
+    """Return the drop probability of all DropPath modules of a block; 0 if it has none."""
+    if len(distinct := sorted({*rates.values()})) > 1:
+        raise ConfigurationError(
+            f"keep='model': {name!r} contains DropPath or StochasticDepth modules with the drop probabilities "
+            f"{listed(f'{rate:g}' for rate in distinct)}: name the blocks within it, or give keep as numbers"
+        )
+    return distinct[0] if distinct else 0.0
 
 
 def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Sequence[nn.Module]:
@@ -99,43 +138,99 @@ def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Seque
         keeps = [float(k) for k in keep] if isinstance(keep, Iterable) else [float(keep)] * len(names)  # type: ignore[arg-type]  # the except clause checks it
     except (TypeError, ValueError):
         raise ConfigurationError(
-            f"keep must be a number, one for each block, 'linear' or 'uniform', not {keep!r}"
+            f"keep must be a number, one for each block, 'linear', 'uniform' or 'model', not {keep!r}"
         ) from None
     if len(keeps) != len(names):
         raise ConfigurationError(f"{len(keeps)} keeps for {len(names)} blocks: {listed(names)}")
     return [merge.with_keep(k) for k in keeps]
 
 
-def put_merges(model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequence[nn.Module]) -> int:
-    """Give each residual block a copy of its merge; return the number of blocks.
+def put_merges(
+    model: nn.Module, blocks: Mapping[str, nn.Module], merges: Sequence[nn.Module], whole: bool = False
+) -> int:
+    """Give each block a copy of its merge; return the number of blocks.
 
     Args:
         model: changed in place.
         blocks: the blocks by name.
         merges: the merge of each block.
+        whole: merge blocks as a whole, also where their branches are known.
 
     Raises:
         ConfigurationError: a block already has a merge. The model is then unchanged.
     """
     if merged := [
-        f"{name} ({type(block.merge).__name__})"
+        f"{name} ({type(former).__name__})"
         for name, block in blocks.items()
-        if "_merge_before" in block.__dict__ or (isinstance(block, Residual) and type(block.merge) is not Sum)
+        for former in merges_in(block).values()
+        if "_merge_before" in block.__dict__ or type(former) is not Sum
     ]:
         raise ConfigurationError(
-            f"{listed(merged)}: merged already: leave out merge= where the model creates its blocks, or remove what "
-            "apply_merge or ResidualMerging applied by remove_merge"
+            f"{listed(dict.fromkeys(merged))}: merged already: leave out merge= where the model creates its blocks, or "
+            "remove what apply_merge or ResidualMerging applied by remove_merge"
         )
-    for block, merge in zip(blocks.values(), [copy.deepcopy(merge) for merge in merges], strict=True):
-        merge.train(block.training)
-        block.__dict__["_merge_before"] = getattr(block, "merge", None)  # bypasses nn.Module: not a submodule
-        swap_class(block, _merged_classes().get(type(block), type(block)))
-        block.merge = merge
+    notice, known = ResidualNotice(), _merged_classes()
+    sites = [_merge_site(name, block, whole, known, notice) for name, block in blocks.items()]
+    copies = [{name: copy.deepcopy(merge) for name in site.names} for site, merge in zip(sites, merges, strict=True)]
+    for block, site, by_name in zip(blocks.values(), sites, copies, strict=True):
+        # both bypass nn.Module: former merges are not submodules
+        block.__dict__["_merge_before"] = {name: getattr(block, name, None) for name in site.names}
+        block.__dict__.update({"_block_state": site.state} if site.state else {})
+        swap_plain_class(block, site.cls)
+        for name, merge in by_name.items():
+            setattr(block, name, merge.train(block.training))
+            if isinstance(merge, Merge):
+                merge.attach(block)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
             encoder.__dict__.setdefault("_nested_before", encoder.use_nested_tensor)
             encoder.use_nested_tensor = False  # nested tensors would hide the padding from its layers in evaluation
     return len(blocks)
+
+
+class _MergeSite(NamedTuple):
+    """Where a block takes a merge.
+
+    Attributes:
+        cls: the class of the block with the merge.
+        names: the attribute names of the merge and of its copies.
+        state: of a block that is merged as a whole, else None.
+    """
+
+    cls: type[nn.Module]
+    names: Sequence[str]
+    state: BlockState | None = None
+
+
+def _merge_site(
+    name: str, block: nn.Module, whole: bool, known: Mapping[type[nn.Module], type[nn.Module]], notice: ResidualNotice
+) -> _MergeSite:
+    """Return where a block takes a merge: in place of its own merges, in a known class, or as a whole."""
+    plain, own = plain_class(block), merges_in(block)
+    if own and not whole:
+        return _MergeSite(plain, [*own])
+    if plain in known and not whole:
+        return _MergeSite(known[plain], ["merge"])
+    state = block_state(block, f"{name} ({plain.__name__})", notice)
+    return _MergeSite(merged_class(plain), [state.merge], state)
+
+
+def merges_in(block: nn.Module) -> dict[str, nn.Module]:
+    """Return the merges of a block by attribute name: those that were put into it, or its own.
+
+    Example:
+        >>> merges_in(Residual(nn.Linear(2, 2))), merges_in(nn.Linear(2, 2))
+        ({'merge': Sum()}, {})
+    """
+    if "_merge_before" in block.__dict__:
+        return {name: getattr(block, name) for name in block.__dict__["_merge_before"]}
+    return {**own_merges(block), **({"merge": block.merge} if isinstance(block, Residual) else {})}
+
+
+def own_merges(block: nn.Module) -> dict[str, Merge]:
+    """Return the children of a block that are a :class:`tying.depth.Merge`, by attribute name."""
+    children = ((name, module) for name, module in block.named_modules(remove_duplicate=False) if "." not in name)
+    return {name: child for name, child in children if isinstance(child, Merge) and name}
 
 
 def remove_merge(model: nn.Module) -> int:
@@ -147,23 +242,28 @@ def remove_merge(model: nn.Module) -> int:
         >>> apply_merge(model, "0", Swapout(0.5, 0.5)), remove_merge(model), model[0].merge
         (1, 1, Sum())
     """
-    plain_classes = {merged: plain for plain, merged in _merged_classes().items()}
+    restore_drop_paths(model)
     for module in model.modules():
         module.__dict__.pop("_merged_by", None)
         if "_nested_before" in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop("_nested_before")
+    known = {merged: plain for plain, merged in _merged_classes().items()}
     blocks = [module for module in model.modules() if "_merge_before" in module.__dict__]
     for block in blocks:
-        swap_class(block, plain_classes.get(type(block), type(block)))
-        if (merge := block.__dict__.pop("_merge_before")) is None:
-            del block.merge
-        else:
-            block.merge = merge
+        merged = plain_class(block)
+        swap_plain_class(
+            block, original_class(merged) if block.__dict__.pop("_block_state", None) else known.get(merged, merged)
+        )
+        for name, merge in block.__dict__.pop("_merge_before").items():
+            if merge is None:
+                delattr(block, name)
+            else:
+                setattr(block, name, merge)
     return len(blocks)
 
 
 def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
-    """Map each block class of torch and torchvision to its subclass with a merge."""
+    """Map each block class whose branches are known to its subclass with a merge."""
     classes: dict[type[nn.Module], type[nn.Module]] = {nn.TransformerEncoderLayer: MergedTransformerEncoderLayer}
     if "torchvision.models.resnet" in sys.modules:  # importing it is slow
         from tying.depth.torchvision_blocks import CLASSES
@@ -177,36 +277,48 @@ def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the residual blocks whose names match patterns, by name in the model's order; each block appears once.
+    """Return the blocks whose names match patterns, by name in the model's order; each block appears once.
 
     A pattern that matches a :class:`tying.depth.Recurrent` selects the blocks of all its steps.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a module that is not a residual block.
+        ConfigurationError: a pattern matches nothing; or a module that is no block, or lies within another match.
     """
     modules = {clean_name(name): module for name, module in model.named_modules() if name}
-    if not (texts := [patterns] if isinstance(patterns, str) else patterns):
-        raise ConfigurationError("blocks must be a pattern of module names, or several, not []")
+    texts = [patterns] if isinstance(patterns, str) else [*patterns]
+    if all(text.startswith("!") for text in texts):
+        raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
     names: set[str] = set()
-    for pattern in map(Pattern, texts):
+    for text in sorted(texts, key=lambda text: text.startswith("!")):
+        pattern = Pattern(text.removeprefix("!"))
         if not (matches := {name for name in modules if pattern.match(name) is not None}):
-            raise ConfigurationError(
-                f"blocks: pattern {pattern.text!r} matches no module.{nearest(pattern.text, modules)}"
-            )
-        names |= matches
+            raise ConfigurationError(f"blocks: pattern {text!r} matches no module.{nearest(pattern.text, modules)}")
+        names = names - matches if text.startswith("!") else names | matches
+    if not names:
+        raise ConfigurationError(f"blocks: {listed(map(repr, texts))} exclude all that they match")
     for name, module in modules.items():  # parents first, since a step may be recurrent itself
         if name in names and isinstance(module, Recurrent):
             names |= {f"{name}.blocks.{step}" for step in range(len(module.blocks))}
     blocks = {name: m for name, m in modules.items() if name in names and not isinstance(m, Recurrent)}
-    known = {cls for pair in _merged_classes().items() for cls in pair}
-    if others := [
-        f"{name!r} is a {type(block).__name__} of {type(block).__module__.split('.')[0]}"
-        for name, block in blocks.items()
-        if not isinstance(block, Residual) and type(block) not in known
-    ]:
-        raise ConfigurationError(
-            f"blocks: {listed(others)}, whose branch and shortcut cannot be told apart: supported are "
-            "tying.depth.Residual, BasicBlock and Bottleneck of torchvision, and TransformerEncoderLayer of torch. "
-            "Write such a block as tying.depth.Residual(branch, shortcut, activation=...), or name only the blocks"
-        )
+    _check_blocks(blocks)
     return blocks
+
+
+def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
+    """Raise a ConfigurationError if a module is no block, or lies within another."""
+    outer = ""
+    for name, block in blocks.items():
+        problem = None
+        if type(block).forward is nn.Module.forward:
+            problem = "has no forward: name the blocks within it"
+        elif "forward" in block.__dict__:
+            problem = "has a forward of its own, beside its class: undo that first"
+        elif not merges_in(block) and next(block.parameters(), None) is None:
+            problem = (
+                "has no parameters, so that there is nothing to skip: name the block around it, or exclude it by '!'"
+            )
+        elif outer and name.startswith(f"{outer}."):
+            problem = f"lies within {outer!r}, which matches, too: name one of them"
+        if problem:
+            raise ConfigurationError(f"blocks: {name!r}, a {type(block).__name__}, {problem}")
+        outer = outer if outer and name.startswith(f"{outer}.") else name

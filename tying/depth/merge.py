@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class Branch:
 
     def __call__(self, rows: Tensor | None = None) -> Tensor:
         """Return F of all samples, or of the samples with the given indices, int64."""
+        if not self.whole:
+            return self.output(rows)
+        x = cast(Tensor, self.inputs[0][0])
+        return self.output(rows) - (x if rows is None else take_rows(x, rows, self.dim))
+
+    def output(self, rows: Tensor | None = None) -> Tensor:
+        """Return what ``compute`` returns: F, or x + F of a whole block."""
         return self.compute(
             *(x if rows is None or x is None or dim is None else take_rows(x, rows, dim) for x, dim in self.inputs)
         )
@@ -91,7 +98,7 @@ class ModuleBranch(Branch):
         self.x, self.arguments, self.keywords = x, arguments, keywords or {}
 
     @override
-    def __call__(self, rows: Tensor | None = None) -> Tensor:
+    def output(self, rows: Tensor | None = None) -> Tensor:
         if rows is None:
             return self.compute(self.x, *self.arguments, **self.keywords)
         count = self.x.shape[self.dim]
@@ -167,11 +174,10 @@ class ComputedBranch(Branch):
 
     def __init__(self, output: Tensor, dim: int = 0) -> None:
         super().__init__(lambda output: output, [(output, dim)])
-        self.output = output
 
     @override
     def unused(self) -> Iterable[Tensor]:
-        return [self.output]
+        return [x for x, _ in self.inputs if x is not None]
 
 
 def is_rows(tensor: Tensor, count: int) -> bool | None:
@@ -278,6 +284,30 @@ def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> T
     return f
 
 
+def add_branch(x: Tensor, branch: Callable[[], Tensor], factor: float = 1.0) -> Tensor:
+    """Return ``x + factor · F``; with the factor 1, of a whole block what the block returns, without rounding again.
+
+    Example:
+        >>> add_branch(torch.ones(2), lambda: torch.ones(2), 0.5)
+        tensor([1.5000, 1.5000])
+    """
+    if not is_whole(branch):
+        return torch.add(x, same_shape(x, branch()), alpha=factor)
+    output = same_shape(x, branch.output())
+    return output if factor == 1 else torch.lerp(*promoted(x, output), factor)
+
+
+def is_whole(branch: Callable[[], Tensor]) -> TypeGuard[Branch]:
+    """Return whether a branch is a whole block."""
+    return isinstance(branch, Branch) and branch.whole
+
+
+def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors in the promoted dtype of both."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
+
+
 def zero_gradients(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
     """Return a copy of x whose backward pass gives each unused tensor a gradient of zero.
 
@@ -360,13 +390,28 @@ def add_rows(x: Tensor, rows: Tensor, added: Tensor, dim: int = 0, factor: float
         >>> add_rows(torch.zeros(3, 1), torch.tensor([2, 0]), torch.tensor([[1.0], [2.0]]), factor=2.0).tolist()
         [[4.0], [0.0], [2.0]]
     """
-    dtype = torch.promote_types(x.dtype, added.dtype)
-    x, added = x.to(dtype), added.to(dtype)
+    x, added = promoted(x, added)
     order = _memory_order(x)
     if x.ndim < 2 or order[0] != dim:
         return x.index_add(dim, rows, added, alpha=factor)
     stored = x.permute(order)
     total: Tensor = _AddRows.apply(stored.flatten(1), rows, added.permute(order).flatten(1), factor)
+    return total.view(stored.shape).permute(_inverse(order))
+
+
+def put_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Return ``x.index_copy(0, rows, values)``, in x's memory format and in the promoted dtype of both.
+
+    Example:
+        >>> put_rows(torch.zeros(3, 1), torch.tensor([2, 0]), torch.tensor([[1.0], [2.0]])).tolist()
+        [[2.0], [0.0], [1.0]]
+    """
+    x, values = promoted(x, values)
+    order = _memory_order(x)
+    if x.ndim < 2 or order[0] != 0:
+        return x.index_copy(0, rows, values)
+    stored = x.permute(order)
+    total = stored.flatten(1).index_copy(0, rows, values.permute(order).flatten(1))
     return total.view(stored.shape).permute(_inverse(order))
 
 
@@ -526,7 +571,7 @@ class Sum(Merge):
 
     def forward(self, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:
         """Return the shortcut plus the branch."""
-        return x + same_shape(x, branch())
+        return add_branch(x, branch)
 
 
 class FeedForward(Merge):

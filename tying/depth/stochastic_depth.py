@@ -13,8 +13,11 @@ from tying.depth.merge import (
     Branch,
     ComputedBranch,
     Merge,
+    add_branch,
     add_rows,
     branch_dim,
+    is_whole,
+    put_rows,
     same_shape,
     skip_branch,
 )
@@ -67,10 +70,10 @@ def stochastic_depth(
     if keep == 0:
         return skip_branch(x, branch)
     if keep == 1 or not training:
-        return torch.add(x, same_shape(x, branch()), alpha=keep if scale == "test" else 1)
+        return add_branch(x, branch, keep if scale == "test" else 1)
     factor = 1 if scale == "test" else 1 / keep
     if mode == "batch" and not is_recorded():
-        return torch.add(x, same_shape(x, branch()), alpha=factor) if draw(keep) else skip_branch(x, branch)
+        return add_branch(x, branch, factor) if draw(keep) else skip_branch(x, branch)
     return _masked_depth(x, branch, keep, mode, factor)
 
 
@@ -84,12 +87,16 @@ def _masked_depth(x: Tensor, branch: Callable[[], Tensor], keep: float, mode: Mo
         if (obstacle := _subset_obstacle(branch, len(rows), len(mask))) is None:
             if not len(rows):
                 return skip_branch(x, branch)
+            if branch.whole and factor == 1:
+                return put_rows(x, rows, branch.output(rows))
             return add_rows(x, rows, same_shape(x, branch(rows), len(rows), dim), dim, factor)
     if mode == "subset" and not recorded:
         raise ConfigurationError(f"mode='subset' {obstacle}")
+    mask = mask.view([-1 if axis == dim else 1 for axis in range(x.ndim)])
+    if is_whole(branch) and factor == 1:
+        return torch.where(mask, branch.output(), x)
     f = same_shape(x, branch())
-    shape = [-1 if axis == dim else 1 for axis in range(x.ndim)]
-    return torch.add(x, f * mask.to(f.dtype).view(shape), alpha=factor)
+    return torch.add(x, f * mask.to(f.dtype), alpha=factor)
 
 
 @leaf_function

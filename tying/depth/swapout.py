@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.depth.draws import keep_mask
-from tying.depth.merge import Merge, same_shape, skip_branch, zero_gradients
+from tying.depth.merge import Merge, add_branch, same_shape, skip_branch, zero_gradients
 from tying.depth.tracing import leaf_function
 from tying.torch_workarounds import is_recorded
 
@@ -76,6 +76,8 @@ class Swapout(Merge):
         keep_skip, keep_branch = self.keep_prob("keep_skip"), self.keep_prob("keep_branch")
         if keep_branch == 0:
             return skip_branch(x, branch) * (_mask(x, keep_skip) if self.training and keep_skip < 1 else keep_skip)
+        if keep_skip == keep_branch == 1:
+            return add_branch(x, branch)
         f = branch()
         if self.training:
             return swapout(x, f, *(None if keep == 1 else _mask(x, keep) for keep in (keep_skip, keep_branch)))

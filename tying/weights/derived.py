@@ -299,6 +299,26 @@ def _put_back(module: nn.Module, name: str, weight: nn.Parameter) -> None:
     _renew_class(module, {other: keys for other, keys in computes.items() if other != name})
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module below the classes that are generated for its derived weights."""
+    return next(cls for cls in type(module).__mro__ if cls.__module__ not in _GENERATED)
+
+
+def swap_plain_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module that :func:`plain_class` returns; its derived weights stay.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        >>> swap_plain_class(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        >>> is_parametrized(layer), plain_class(layer).__name__
+        (True, 'NonDynamicallyQuantizableLinear')
+    """
+    computes = _computes(module)
+    swap_class(module, cls)
+    if _parametrizations(module) or computes != _computes(cls):
+        _renew_class(module, computes)
+
+
 def computed_property(parameter: str, step: str) -> property:
     """Return the property of a weight that the submodule ``step`` computes.
 
