@@ -123,6 +123,14 @@ def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def assert_same_step(actual, expected):
+    """Fail unless outputs and gradients are equal; all gradients that the expected step lacks must be zero."""
+    (output, gradients, _), (wanted, kept, _) = actual, expected
+    assert_equal(output, wanted)
+    zeros = {key: torch.zeros_like(gradient) for key, gradient in gradients.items()}
+    assert_equal(gradients, zeros | {key: gradient for key, gradient in kept.items() if gradient is not None})
+
+
 def skipped_blocks(model, name, gradients):
     """Return the names of blocks all whose gradients are zero."""
     return [
@@ -144,11 +152,9 @@ def frozen_norms(model):
 def test_batch_mode_leaves_out_whole_blocks(name, column):
     model, counts = merged(name, 0.5, whole=True), set()
     for seed in range(6):
-        output, gradients, _ = step(model, name, seed)
-        skipped = skipped_blocks(model, name, gradients)
-        shallow, kept, _ = step(without(name, skipped), name)
-        assert_equal(output, shallow)
-        assert_equal({key: gradients[key] for key in kept}, kept)
+        result = step(model, name, seed)
+        skipped = skipped_blocks(model, name, result[1])
+        assert_same_step(result, step(without(name, skipped), name))
         counts.add(len(skipped))
     assert len(counts) > 1
 
@@ -192,11 +198,7 @@ def test_keep_1_is_the_plain_model(name, column, scale):
 def test_keep_0_is_the_model_without_its_blocks(name, column):
     model = merged(name, 0.0)
     shallow = without(name, blocks_of(model, name))
-    output, gradients, _ = step(model, name)
-    expected, kept, _ = step(shallow, name)
-    assert_equal(output, expected)
-    assert_equal({key: gradients.pop(key) for key in kept}, kept)
-    assert not any(gradient.any() for gradient in gradients.values())
+    assert_same_step(step(model, name), step(shallow, name))
     assert_equal(evaluated(model, name), evaluated(shallow, name))
 
 
@@ -229,37 +231,39 @@ def enable_checkpointing(model, name):
     if name in TIMM:
         model.set_grad_checkpointing()
     else:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # newer name first
 
 
 @cells([*TIMM, *TRANSFORMERS], "checkpointing")
 def test_gradient_checkpointing(name, column, record_property):
-    model, checkpointed = merged(name, 0.5), merged(name, 0.5)
+    model = merged(name, 0.5, whole=True)
     if name in NO_CHECKPOINTING:
         with pytest.raises(AssertionError, match="gradient checkpointing not supported"):
-            enable_checkpointing(checkpointed, name)
+            enable_checkpointing(model, name)
         record_property("remark", "timm has none")
         return
-    enable_checkpointing(checkpointed, name)
+    enable_checkpointing(model, name)
     for seed in range(2):
-        assert_equal(step(checkpointed, name, seed)[:2], step(model, name, seed)[:2])
+        result = step(model, name, seed)
+        shallow = without(name, skipped_blocks(model, name, result[1]))
+        enable_checkpointing(shallow, name)
+        assert_same_step(result, step(shallow, name))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch, at a graph break
 @cells(MERGED, "compile")
 def test_compiled_models_draw_alike(name, column):
     model, compiled = merged(name, 0.5), merged(name, 0.5)
     compiled.compile(backend="eager")
-    for seed in range(2):
-        assert_equal(step(compiled, name, seed)[:2], step(model, name, seed)[:2])
+    assert_equal(step(compiled, name)[:2], step(model, name)[:2])
 
 
 @cells(MERGED, "export")
 def test_export_in_evaluation(name, column):
     model = merged(name, 0.5).eval()
-    if name in TRANSFORMERS and hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    program = torch.export.export(model, (), inputs(name))
-    torch.testing.assert_close(output_of(program.module(), inputs(name)).detach(), evaluated(model, name))
+    arguments = {**inputs(name), **({"use_cache": False} if name in GENERATING else {})}  # no cache of tensors
+    program = torch.export.export(model, (), arguments)
+    torch.testing.assert_close(output_of(program.module(), arguments).detach(), evaluated(model, name))
 
 
 @cells(MERGED, "resume")
@@ -277,6 +281,7 @@ def test_a_resumed_run_ends_with_the_same_weights(name, column):
     assert_equal(*weights)
 
 
+@pytest.mark.filterwarnings("ignore:lower_rank leaves out")
 @cells(ZOO, *WHOLE)
 def test_whole_models_have_computed_weights(name, column):
     module, expected = Trained(name), plain(name)

@@ -86,7 +86,9 @@ def swin_t() -> nn.Module:
 
 def vit_b_16() -> nn.Module:
     sizes = {"num_layers": 3, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
-    return models.VisionTransformer(image_size=32, patch_size=16, num_classes=10, **sizes)
+    model = models.VisionTransformer(image_size=32, patch_size=16, num_classes=10, **sizes)
+    nn.init.normal_(model.heads.head.weight)  # else zero, so that no other weight has a gradient
+    return model
 
 
 def maxvit_t() -> nn.Module:
