@@ -289,12 +289,10 @@ class Trained(pl.LightningModule):
     predict_dataloader = train_dataloader
 
 
-NO_KERNEL = "is no kernel of a 2-d convolution: leave it out"
 NO_BLOCK = "Write such a block as tying.depth.Residual(branch, shortcut, activation=...)"
 LINEAR = ("torchvision convnext_tiny", "torchvision vit_b_16", "timm vit_tiny", "torch nn.Transformer", "a GAN")
 LINEAR += ("transformers GPT-2", "transformers BERT", "transformers Llama", "an LSTM language model")
 REFUSED = {
-    **{(model, "GeneratedWeights"): NO_KERNEL for model in LINEAR},
     **{(model, "ResidualMerging"): NO_BLOCK for model in LINEAR if model != "torch nn.Transformer"},
     ("torchvision mobilenet_v3_small", "ResidualMerging"): NO_BLOCK,
     ("timm resnet10t", "ResidualMerging"): NO_BLOCK,

@@ -13,6 +13,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.files import save_figure
 from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
+from tying.hard.hypernetwork import GenerationPlan, plan_generation
 from tying.hard.low_rank import check_rank
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights
@@ -172,13 +173,13 @@ class TemplateWeights(ModelTransform):
 
 
 class GeneratedWeights(ModelTransform):
-    """Train convolution kernels that a small network generates; see :func:`tying.hard.generate_weights`.
+    """Train weights that small networks generate; see :func:`tying.hard.generate_weights`.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
         embedding: size of the embedding of a basic kernel.
-        in_channels: number of input channels of a basic kernel.
-        out_channels: number of output channels of a basic kernel.
+        in_channels: number of input channels of a basic kernel, or near it if it does not divide the weight's.
+        out_channels: number of output channels of a basic kernel, likewise.
 
     Example:
         >>> GeneratedWeights(["network.layer*.conv*.weight"]).embedding
@@ -191,8 +192,19 @@ class GeneratedWeights(ModelTransform):
         super().__init__(parameters)
         self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
+    def plan(self, model: nn.Module) -> GenerationPlan:
+        """Return the weights to generate."""
+        return plan_generation(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
+
+    @override
+    def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        plan = self.plan(model)
+        return {name: plan.selection.weights[name] for name in plan.tilings}
+
     @override
     def change(self, model: nn.Module) -> list[str]:
+        if left_out := self.plan(model).describe_left_out():
+            pl.utilities.rank_zero_info(f"GeneratedWeights: {left_out}")
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
 
