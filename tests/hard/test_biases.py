@@ -87,10 +87,26 @@ def test_mistakes_change_nothing(make, patterns, told):
     assert [[id(x) for x in one] for one in after] == [[id(x) for x in one] for one in before]
 
 
-def test_a_tied_bias_and_one_seen_at_two_sizes_are_refused():
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_convolutions_that_share_a_bias_share_the_new_one(by_hand):
+    model, x = Convolutions(), torch.randn(1, 2, 6, 6)
+    if by_hand:
+        model[3].bias = model[0].bias
+    else:
+        tie(model, ["0.bias ~ 3.bias"])
+    before = model(x)
+    assert untie_biases(model, ["*.bias", "!1.bias"], x) == ["0.bias"]
+    assert model[3].bias is model[0].bias
+    assert model[0].bias.shape == (3, 4, 4)
+    torch.testing.assert_close(model(x), before)
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+
+
+def test_biases_seen_at_two_sizes_are_refused():
     model = Convolutions()
-    tie(model, ["0.bias ~ 3.bias"])
-    with pytest.raises(ValueError, match=r"'0\.bias' is tied to '3\.bias'"):
+    model[3].padding = 0
+    model[3].bias = model[0].bias
+    with pytest.raises(ValueError, match=r"outputs of \[\(2, 2\), \(4, 4\)\]; one size"):
         untie_biases(model, ["0.bias"], torch.zeros(1, 2, 6, 6))
     with pytest.raises(ValueError, match=r"outputs of \[\(2, 2\), \(4, 4\)\]; one size"):
         untie_biases(Twice(), ["conv.bias"], torch.zeros(1, 2, 6, 6))

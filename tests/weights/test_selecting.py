@@ -1,4 +1,4 @@
-"""Which weights patterns select to be replaced: tied ones are left out, or refused by name, by every function alike."""
+"""Which weights patterns select to be replaced: tied ones once, in every function alike."""
 
 import copy
 import math
@@ -70,7 +70,6 @@ class Model(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
-WEIGHTS = ["**.weight", "!**.[lL][na]*.weight"]  # without norms
 IMAGE = [4, 5, 5]
 
 
@@ -97,17 +96,12 @@ WAYS = {
         lambda m, p: hash_weights(m, p, 0.3, scope="network"),
         lambda p: WeightHashing(p, 0.3, scope="network"),
     ),
-    "low rank": Way(WEIGHTS, lambda m, p: lower_rank(m, p, 2), lambda p: LowRankWeights(p, 2)),
-    "templates": Way(WEIGHTS, lambda m, p: share_templates(m, p, 2), lambda p: TemplateWeights(p, 2)),
-    "generated": Way(
-        ["convs.*.weight"],
-        lambda m, p: generate_weights(m, p, 2, 4, 4),
-        lambda p: GeneratedWeights(p, 2, 4, 4),
-        "convs.0.weight",
-    ),
+    "low rank": Way(["**"], lambda m, p: lower_rank(m, p, 2), lambda p: LowRankWeights(p, 2)),
+    "templates": Way(["**"], lambda m, p: share_templates(m, p, 2), lambda p: TemplateWeights(p, 2)),
+    "generated": Way(["**"], lambda m, p: generate_weights(m, p, 2, 4, 4), lambda p: GeneratedWeights(p, 2, 4, 4)),
     "untied biases": Way(
         ["convs.*.bias"],
-        lambda m, p: untie_biases(m.convs, [one.removeprefix("convs.") for one in p], torch.zeros(1, *IMAGE)),
+        lambda m, p: untie_biases(m.convs, [pattern.replace("convs.", "") for pattern in p], torch.zeros(1, *IMAGE)),
         lambda p: UntiedBiases(p, IMAGE),
         "convs.0.bias",
     ),
@@ -132,6 +126,10 @@ def tied_names(model, way):
     }
 
 
+def embeddings_of(model):
+    return model.net.get_input_embeddings(), model.net.get_output_embeddings()
+
+
 def embedding_of(model):
     return (
         next(name for name, module in model.named_modules() if module is model.net.get_input_embeddings()) + ".weight"
@@ -146,74 +144,63 @@ def fingerprint(model):
     return [(type(module), {name: id(p) for name, p in module._parameters.items()}) for module in model.modules()]
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("way", FUNCTIONS)
-def test_wildcards_leave_out_tied_weights_with_a_notice(way, network):
-    model, (patterns, function, _, _) = Model(network), WAYS[way]
-    tied = tied_names(model, way)
-    with pytest.warns(UserWarning, match="leaves out .* a weight is either tied or computed") as notices:
-        result = function(model, patterns)
-    [notice] = [str(notice.message) for notice in notices]
-    names = {name if name.startswith(("net.", "convs.")) else f"convs.{name}" for name in names_in(result)}
-    assert names
-    assert not names & tied
-    for name in tied:
-        assert f"'{name.removeprefix('convs.') if way == 'untied biases' else name}'" in notice  # and its partners
-    assert model.convs[0].weight is model.convs[1].weight
-    assert model.net.get_input_embeddings().weight is model.net.get_output_embeddings().weight
-    model.training_step(None, 0).backward()
-    if isinstance(result, HashReport):
-        assert result.tied
-        assert {*result.tied} < tied  # one of the names of each
-        assert f"left out because they are tied: {', '.join(result.tied)}" in str(result)
-        assert not {*result.tied} & {*result.skipped}
+def network_names(result):
+    """Return the names of the weights that a function has replaced; one takes the convolutions alone."""
+    return [name if name.startswith(("net.", "convs.")) else f"convs.{name}" for name in names_in(result)]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("way", FUNCTIONS)
-def test_the_name_of_a_tied_weight_is_refused(way, network):
-    model, (_, function, _, named) = Model(network), WAYS[way]
-    before = fingerprint(model)
-    with pytest.raises(ConfigurationError, match=r"is tied to '.*untie them, or choose others"):
-        function(model, [named or embedding_of(model)])
-    with pytest.raises(ConfigurationError, match=r"match tied weights only: .*Untie them, or choose others"):
-        function(model, [f"convs.[01].{'bias' if way == 'untied biases' else 'weight'}"])
-    assert fingerprint(model) == before
+def test_patterns_select_a_tied_weight_once(way, network):
+    (patterns, function, _, named), wild, spelt = WAYS[way], Model(network), Model(network)
+    tied = tied_names(wild, way)
+    once = [name for name, _ in wild.named_parameters() if name in tied]  # without aliases
+    names = network_names(function(wild, patterns))
+    assert [name for name in names if name in tied] == once
+    assert len(names) > len(once)
+    name = named or embedding_of(spelt)
+    assert network_names(function(spelt, [name, *patterns])).count(name) == 1
+    for model in (wild, spelt):
+        for weight in ("weight", "bias"):
+            assert torch.equal(getattr(model.convs[0], weight), getattr(model.convs[1], weight))
+        assert torch.equal(*(layer.weight for layer in embeddings_of(model)))
+        model.training_step(None, 0).backward()
 
 
-def test_clustering_refuses_the_name_of_a_tied_weight():
-    model = Model("GPT-2")
-    for refuse in (
-        lambda: cluster_weight(model, embedding_of(model), 4),
-        lambda: train(model, [WeightClustering([embedding_of(model)], 4)], data=[0], max_epochs=1),
-    ):
-        with pytest.raises(ConfigurationError, match=r"wte.weight' is tied to 'net.lm_head.weight'"):
-            refuse()
+@pytest.mark.parametrize("way", FUNCTIONS)
+def test_an_excluded_name_excludes_the_weight(way):
+    _, function, _, named = WAYS[way]
+    if named is None:
+        aliases, others = ["net.transformer.wte.weight", "net.lm_head.weight"], ["net.transformer.wpe.weight"]
+    else:
+        aliases, others = ["convs.0.bias", "convs.1.bias"], ["convs.2.bias"]
+    for selected, excluded in (aliases, aliases[::-1]):
+        model = Model("GPT-2")
+        assert network_names(function(model, [selected, *others, f"!{excluded}"])) == others
+        assert model.get_parameter(selected) is model.get_parameter(excluded)
+        with pytest.raises(ConfigurationError, match="exclude each weight under one of its names"):
+            function(model, [selected, f"!{excluded}"])
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*a weight is either tied or computed", "ignore:Be aware that when using `ckpt_path`"
-)
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("way", WAYS)
 def test_callbacks_affect_change_and_resume_the_same_weights(way, network, tmp_path):
     patterns, _, make, _ = WAYS[way]
     fresh = Model(network)
     before = fingerprint(fresh)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        affected = make(patterns).affected(fresh)
+    affected = make(patterns).affected(fresh)
     assert fingerprint(fresh) == before
-    tied = tied_names(fresh, way)
-    assert affected
-    assert not affected.keys() & tied
+    once = [name for name, _ in fresh.named_parameters() if name in tied_names(fresh, way)]
+    assert {*once} <= affected.keys()
     whole, stopped, resumed = Model(network), Model(network), Model(network)
-    kept = {name: parameter for name, parameter in whole.named_parameters(remove_duplicate=False) if name in tied}
     torch.manual_seed(1)
     train(whole, [make(patterns)], data=[0], max_epochs=2)
-    if way != "untied biases":
+    if way == "untied biases":
+        assert whole.convs[0].bias is whole.convs[1].bias
+    else:
         assert derived_weights(whole).keys() == affected.keys()
-    assert {name: whole.get_parameter(name) for name in kept} == kept  # the same parameters
+        assert torch.equal(*(layer.weight for layer in embeddings_of(whole)))
     assert len(whole.state_dict()) == len(copy.deepcopy(whole).state_dict())
     torch.manual_seed(1)
     train(stopped, [make(patterns)], data=[0], max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
@@ -223,11 +210,51 @@ def test_callbacks_affect_change_and_resume_the_same_weights(way, network, tmp_p
         assert torch.equal(ends[name], value), name
 
 
-def test_a_tie_through_a_relation_is_left_out_from_both_sides():
+RELATED = {way: (function, make) for way, (_, function, make, named) in WAYS.items() if named is None}
+
+
+def related():
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 4))
     tie(model, ["1.weight ~ 0.weight | o i -> i o"])  # 0.weight is computed
-    assert [*select_weights(model, ["*.weight"]).untied] == ["2.weight"]
-    assert [*select_weights(model, ["*"]).tied.values()] in ([("1.weight",)], [("0.weight",)])
+    return model
+
+
+@pytest.mark.parametrize("way", RELATED)
+def test_a_tie_through_a_relation_is_left_out_from_both_sides(way):
+    function, make = RELATED[way]
+    assert [*make(["*"]).affected(related())] == ["2.weight"]
+    assert select_weights(related(), ["*"]).tied in ({"0.weight": ("1.weight",)}, {"1.weight": ("0.weight",)})
+    if function is None:
+        return
+    model = related()
+    with pytest.warns(
+        UserWarning, match=r"leaves out '[01]\.weight' \(tied to '[01]\.weight'\): a relation"
+    ) as notices:
+        result = function(model, ["*"])
+    assert len(notices) == 1
+    assert names_in(result) == ["2.weight"]
+    if isinstance(result, HashReport):
+        assert f"left out because they are tied: {result.tied[0]}" in str(result)
+    assert torch.equal(model[0].weight, model[1].weight.T)
+
+
+@pytest.mark.parametrize("way", RELATED)
+def test_a_tie_through_a_relation_is_refused_by_name(way):
+    function, _ = RELATED[way]
+    function = function or (lambda model, names: cluster_weight(model, names[0], 2))
+    for name, other in ("01", "10"):
+        model = related()
+        before = fingerprint(model)
+        with pytest.raises(
+            ConfigurationError, match=rf"'{name}\.weight' is tied to '{other}\.weight' through a relation, .*: untie"
+        ):
+            function(model, [f"{name}.weight"])
+        assert fingerprint(model) == before
+
+
+def test_wildcards_that_match_related_weights_alone_are_refused():
+    with pytest.raises(ConfigurationError, match=r"match weights only that a relation ties: .*Untie them, or choose"):
+        select_weights(related(), ["[01].weight"])
 
 
 def twice():

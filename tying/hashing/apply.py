@@ -184,7 +184,15 @@ def _fitting(selection: Selection, locations: Locations, hash: Hash, scope: Lite
     for name, weight in ordered.items():
         check_hashable(name, locations)
         check_finite(name, weight)
-    fitting = replace(selection, weights=ordered).fitting(lambda name, _: check_fits_table(locations.owners(name)))
+    trained = (name for name, weight in ordered.items() if weight.requires_grad)
+    first = next(trained, next(iter(ordered)))
+
+    def check(name: str, weight: nn.Parameter) -> None:
+        check_fits_table(locations.owners(name))
+        if scope == "network":
+            check_alike(ordered[first], weight, f"it cannot share a table with {first!r}")
+
+    fitting = replace(selection, weights=ordered).fitting(check)
     with naming(fitting.weights):
         hash.check_layers([weight.shape for weight in fitting.weights.values()], scope)
     return fitting
@@ -239,9 +247,6 @@ def _plan_table(
 ) -> dict[str, HashedParametrization]:
     """Return the maps from one table to all weights; identifiers continue from weight to weight."""
     salted = hash if salt is None else hash.with_salt(salt)
-    source, *others = weights
-    for name in others:
-        check_alike(weights[source], weights[name], f"{source!r} and {name!r} cannot share a table")
     counts = [weight.numel() for weight in weights.values()]
     scales = _scales(weights) if scaled else dict.fromkeys(weights, 1.0)
     with naming(weights):
@@ -316,7 +321,8 @@ def put_table(
     forget_ties(model, weights)
     if len(keys) > 1:
         names = [alias.removesuffix(locations[alias].attribute) + keys[locations[alias]] for alias in weights]
-        install_record(model, [TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),))])
+        record = TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),), is_table=True)
+        install_record(model, [record])
 
 
 def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], init: Init) -> Tensor:

@@ -164,9 +164,8 @@ def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str
         names: names of the weights to include; by default, the first name of each weight.
     """
     tables: dict[int, dict[str, HashedParametrization]] = {}
-    for name, virtual, table in [
-        *hashed_in(model, aliases=names is not None)
-    ]:  # a list keeps computed tables alive, so that their ids differ
+    hashed = [*hashed_in(model, aliases=names is not None)]  # a list keeps computed tables alive: their ids differ
+    for name, virtual, table in hashed:
         if names is None or name in names:
             tables.setdefault(id(table), {})[name] = virtual
     return {next(iter(group)): group for group in tables.values()}

@@ -47,18 +47,28 @@ class TieRecord:
         relations: the map from the source's layout to each name's.
         members: an identifier of the parameter that each name held before; equal for names of the same parameter.
         root: the token of the model that was tied.
+        is_table: whether the parameter is the table of derived weights, which disappears where they are removed.
     """
 
     names: tuple[str, ...]
     relations: tuple[Relation, ...]
     members: tuple[object, ...]
     root: str = ""
+    is_table: bool = False
 
     def within(self, path: str) -> Self:
         """Return the record with names relative to a model that holds the record's module at ``path``."""
         if not path:
             return self
         return replace(self, names=tuple(f"{path}.{name}" for name in self.names))
+
+    def among(self, locations: Mapping[str, ParameterLocation]) -> Self:
+        """Return the record; of a table, without the names where it has been removed."""
+        if not self.is_table:
+            return self
+        kept = [row for row in zip(self.names, self.relations, self.members, strict=True) if row[0] in locations]
+        names, relations, members = zip(*kept, strict=True) if len(kept) > 1 else ((), (), ())
+        return replace(self, names=names, relations=relations, members=members)
 
 
 @dataclass
@@ -149,9 +159,13 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
     """
     groups = tie_records(module)
     locations = locate_parameters(module) if groups else {}
-    for group in groups:
+    for group in (group.among(locations) for group in groups):
         members = [locations[name] for name in group.names if name in locations]
-        if len(members) == len(group.names) and not any(m.relation is None or is_lazy(m.parameter) for m in members):
+        if (
+            members
+            and len(members) == len(group.names)
+            and not any(m.relation is None or is_lazy(m.parameter) for m in members)
+        ):
             source = members[0].parameter
             shapes = [getattr(member.owner, member.attribute).shape for member in members]
             with suppress(EinopsError):  # the source has another shape now

@@ -232,7 +232,8 @@ def tied(model: nn.Module) -> list[TiedGroup]:
     locations = locate_parameters(model) if records else {}
     return [
         TiedGroup(record.names, (shared_by(record, locations),) * len(record.names), record.relations, shared=True)
-        for record in records
+        for record in (record.among(locations) for record in records)
+        if record.names
     ]
 
 
@@ -240,9 +241,10 @@ def broken(model: nn.Module) -> list[str]:
     """Describe, for each group of tied weights that are separate again, what happened and the remedy."""
     records, locations = tie_records(model), locate_parameters(model)
     messages = []
-    for record in records:
+    for record in (record.among(locations) for record in records):
         try:
-            shared_by(record, locations)
+            if record.names:
+                shared_by(record, locations)
         except ConfigurationError as error:
             messages.append(str(error))
     return messages
