@@ -20,13 +20,14 @@ from tying.callbacks import (
     HardTying,
     LowRankWeights,
     MixtureTying,
+    RecurrentDepth,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
     WeightClustering,
     WeightHashing,
 )
-from tying.depth import Residual, StochasticDepth, apply_merge, remove_merge
+from tying.depth import Residual, StochasticDepth, apply_merge, recur, remove_merge, unrecur
 from tying.hard import generate_weights, lower_rank, share_templates, tie
 from tying.hashing import UniformHash, cluster_weight, hash_weights
 from tying.lightning_namespace import pl
@@ -200,6 +201,14 @@ def merged(model, free, sites):
     assert remove_merge(model) == len(blocks) > 0
 
 
+def recurrent(model, free, sites):
+    names = [*free.state_dict()]
+    shared = sum(p.numel() for p in model.parameters())
+    assert unrecur(model) == 1
+    assert [*model.state_dict()] == names
+    assert shared < sum(p.numel() for p in model.parameters())
+
+
 def nothing():
     """Do nothing at a step."""
 
@@ -296,5 +305,8 @@ FAMILIES = {
         at_once(lambda model, s: apply_merge(model, s.blocks, StochasticDepth(0.75))),
         lambda s: ResidualMerging(s.blocks, StochasticDepth(0.75), keep_schedule="uniform"),
         merged,
+    ),
+    "RecurrentDepth": Family(
+        at_once(lambda model, s: recur(model, s.blocks)), lambda s: RecurrentDepth(s.blocks), recurrent
     ),
 }

@@ -28,6 +28,7 @@ from tying.callbacks import (
     LowRankWeights,
     MixtureTying,
     RandomState,
+    RecurrentDepth,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
@@ -66,8 +67,9 @@ MAKERS = {
     WeightHashing: lambda name=None: WeightHashing(NAMES, 0.25),
     WeightClustering: lambda name=None: WeightClustering(NAMES, clusters=4),
     ResidualMerging: lambda name=None: ResidualMerging("net.blocks.*", StochasticDepth(0.75)),
+    RecurrentDepth: lambda name=None: RecurrentDepth("net.blocks.*"),
 }
-ON_WEIGHTS = [kind for kind in MAKERS if kind not in (ResidualMerging, UntiedBiases)]
+ON_WEIGHTS = [kind for kind in MAKERS if kind not in (ResidualMerging, RecurrentDepth, UntiedBiases)]
 PENALTIES = [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)]
 TRANSFORMS = [kind for kind in MAKERS if issubclass(kind, ModelTransform)]
 

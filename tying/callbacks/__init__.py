@@ -18,6 +18,7 @@ from tying.callbacks.observers.monitor import TyingMonitor
 from tying.callbacks.observers.summary import TyingSummary
 from tying.callbacks.observers.unrolling import Unrolling
 from tying.callbacks.random_state import RandomState
+from tying.callbacks.recurrent_depth import RecurrentDepth
 from tying.callbacks.soft import Coupling, SoftTying
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "LowRankWeights",
     "MixtureTying",
     "RandomState",
+    "RecurrentDepth",
     "ResidualMerging",
     "SlopeAnnealing",
     "SoftTying",

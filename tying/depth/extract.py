@@ -16,7 +16,7 @@ from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
 from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
-from tying.weights.derived import locate_parameters
+from tying.weights.derived import derived_weights, locate_parameters
 from tying.weights.state_dict import install_record, record_in, records_below, tie_records
 from tying.weights.tie import tie_groups, untie
 
@@ -50,8 +50,8 @@ def extract(
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a module in no container; ``keep`` is none of these, an index
-            is out of range, or a container would be left empty; a block to remove changes the shape, or makes what the
-            other blocks need, such as the position bias that T5's first block makes.
+            is out of range, or an ``nn.ModuleList`` would be left empty; a block to remove changes the shape, or makes
+            what the other blocks need, such as the position bias that T5's first block makes.
 
     Example:
         >>> import torch
@@ -113,7 +113,7 @@ def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -
         )
     removed = {block: name for name, block in zip(stage.names, stage.blocks, strict=True) if name not in remaining}
     others = [block for _, block in entries if block not in removed]
-    if not others:
+    if not others and not isinstance(stage.container, nn.Sequential):  # an empty one passes on its input
         raise ConfigurationError(
             f"{stage.path or 'the model'!r} would be left without a block: keep one of {listed(stage.names)} or more"
         )
@@ -122,13 +122,24 @@ def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -
             raise ConfigurationError(f"{name!r} cannot be removed, since it changes the shape: {reason}. Keep it")
     if entries[0][1] in removed:
         first = entries[0][1]
-        alike = [dict(block.named_parameters()) for block in others if type(block) is type(first)]
-        alone = [name for name, _ in first.named_parameters() if alike and not any(name in names for names in alike)]
+        forward = type(first).forward  # classes of blocks with computed weights differ
+        alike = [_weight_names(block) for block in others if type(block).forward is forward]
+        alone = [name for name in _weight_names(first) if alike and not any(name in names for names in alike)]
         if alone:
             raise ConfigurationError(
                 f"{removed[first]!r} cannot be removed, since it alone has the weight {alone[0]!r}, and the other "
                 "blocks may need what it makes with it. Keep it"
             )
+
+
+def _weight_names(block: nn.Module) -> dict[str, None]:
+    """Return the names of a block's weights, in order; of a computed weight, not those that it is computed from."""
+    derived = derived_weights(block)
+    hidden = {
+        f"{name.removesuffix(weight.name)}{prefix}" for name, weight in derived.items() for prefix in weight.prefixes
+    }
+    names = [clean_name(name) for name, _ in block.named_parameters()]
+    return dict.fromkeys([name for name in names if not name.startswith((*hidden,))] + [*derived])
 
 
 def _changes_shape(block: nn.Module) -> str:
