@@ -5,6 +5,7 @@ Each class computes what timm's does, with ``self.merge(shortcut, branch)`` in p
 
 from typing import Any
 
+import torch
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block, ResPostBlock
@@ -69,7 +70,8 @@ class MergedConvNeXtBlock(ConvNeXtBlock):
                 x = self.mlp(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
             return self.drop_path(x if self.gamma is None else x.mul(self.gamma.reshape(1, -1, 1, 1)))
 
-        return self.merge(self.shortcut(x), Branch(compute, [(x, 0)], [self]))
+        shortcut = self.shortcut(x).contiguous(memory_format=torch.channels_last)  # as the branch, and so timm's sum
+        return self.merge(shortcut, Branch(compute, [(x, 0)], [self]))
 
 
 class MergedSwinTransformerBlock(SwinTransformerBlock):

@@ -3,6 +3,7 @@
 Each class computes what torchvision's does, with ``self.merge(shortcut, branch)`` in place of each addition.
 """
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 from torchvision.models.efficientnet import FusedMBConv, MBConv
@@ -89,7 +90,8 @@ class MergedCNBlock(CNBlock):
         def compute(x: Tensor) -> Tensor:
             return self.stochastic_depth(self.layer_scale * self.block(x))
 
-        return self.merge(input, Branch(compute, [(input, 0)], [self]))
+        shortcut = input.contiguous(memory_format=torch.channels_last)  # as the branch, and so torchvision's sum
+        return self.merge(shortcut, Branch(compute, [(input, 0)], [self]))
 
 
 class MergedEncoderBlock(EncoderBlock):
@@ -141,15 +143,3 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     SwinTransformerBlock: MergedSwinTransformerBlock,
     SwinTransformerBlockV2: MergedSwinTransformerBlockV2,
 }
-
-
-def without_shortcut(block: nn.Module) -> bool:
-    """Return whether a block of these classes changes the shape of its input and has no shortcut: nothing is merged.
-
-    Example:
-        >>> without_shortcut(InvertedResidualV2(8, 8, stride=1, expand_ratio=2)), without_shortcut(
-        ...     InvertedResidualV2(8, 8, stride=2, expand_ratio=2)
-        ... )
-        (False, True)
-    """
-    return not getattr(block, "use_res_connect", True)
