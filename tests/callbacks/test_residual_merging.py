@@ -236,7 +236,7 @@ def test_sums_draw_nothing():
     [
         (
             lambda: ResidualMerging("a", StochasticDepth(0.5), "linera"),
-            "keep_schedule, if not a list .*, must be 'linear' or 'uniform', not 'linera'",
+            "keep_schedule, if not a list .*, must be 'linear', 'uniform' or 'model', not 'linera'",
         ),
         (
             lambda: ResidualMerging("a", StochasticDepth(0.5), schedule=Schedule(0.0, 3.0, 5)),

@@ -1,4 +1,4 @@
-"""Put merges into the residual blocks of a model."""
+"""Put merges into blocks of a model."""
 
 import warnings
 from typing import Any, Literal
@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from tying.callbacks.transform import ModelTransform
 from tying.depth import Merge, apply_merge
-from tying.depth.apply import residual_blocks
-from tying.errors import ConfigurationError, check_choice
+from tying.depth.apply import merges_in, residual_blocks
+from tying.errors import ConfigurationError, check_choice, listed
 from tying.lightning_namespace import pl
 from tying.mappings import from_mapping
 from tying.soft import Schedule
@@ -17,19 +17,23 @@ from tying.soft.schedule import parse_schedule
 
 
 class ResidualMerging(ModelTransform):
-    """Let a merge combine branch and shortcut in residual blocks: stochastic depth, swapout, or a subclass of Merge.
+    """Let a merge combine branch and shortcut in blocks: stochastic depth, swapout, or a subclass of Merge.
 
-    See :func:`tying.depth.apply_merge` for the supported blocks. The model's state dict does not change: a model that
-    loads it without this callback or mixin computes plain sums. When a Trainer loads a checkpoint, Lightning warns
-    if the callback is missing, and this callback warns if its merges differ from the merges used in training.
+    A block is any module that keeps the shape of its input, see :func:`tying.depth.apply_merge`. The model's state dict
+    does not change: a model that loads it without this callback or mixin computes plain sums. When a Trainer loads a
+    checkpoint, Lightning warns if the callback is missing, and this callback warns if its merges differ from the merges
+    used in training.
 
     Args:
-        blocks: a pattern of names of modules, or several.
+        blocks: a pattern of names of modules, or several; a leading ``!`` excludes.
         merge: the merge; each block gets a copy.
         keep_schedule: the drop probabilities by depth: ``"linear"``: block n of L drops n/L of the merge's drop
-            probabilities; ``"uniform"``: each block drops as the merge does; or the keep probability of each block.
+            probabilities; ``"uniform"``: each block drops as the merge does; ``"model"``: each block drops as its
+            DropPath or StochasticDepth modules do, which then return their input; or the keep probability of each
+            block.
         schedule: a factor in [0, 1] on the drop probabilities that changes during training. Tests and predictions use
             its final value.
+        whole: merge blocks as a whole, also where their branches are known: LayerDrop, with ``"uniform"``.
 
     Raises:
         ConfigurationError: ``keep_schedule`` is unknown; when the model is set up, see apply_merge.
@@ -46,11 +50,13 @@ class ResidualMerging(ModelTransform):
         self,
         blocks: str | list[str],
         merge: nn.Module,
-        keep_schedule: Literal["linear", "uniform"] | list[float] = "linear",
+        keep_schedule: Literal["linear", "uniform", "model"] | list[float] = "linear",
         schedule: Schedule | None = None,
+        whole: bool = False,
     ) -> None:
         if isinstance(keep_schedule, str):
-            check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, ("linear", "uniform"))
+            choices = ("linear", "uniform", "model")
+            check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, choices)
         merge, schedule = from_mapping(merge, Merge, "merge"), parse_schedule(schedule)
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
@@ -66,7 +72,7 @@ class ResidualMerging(ModelTransform):
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")
         self.blocks = blocks if isinstance(blocks, str) else [*blocks]
         self.keep_schedule = keep_schedule if isinstance(keep_schedule, str) else [*keep_schedule]
-        self.merge, self.schedule = merge, schedule
+        self.merge, self.schedule, self.whole = merge, schedule, whole
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +105,7 @@ class ResidualMerging(ModelTransform):
     def apply(self, model: nn.Module) -> int:
         blocks = residual_blocks(model, self.blocks)
         if not self.is_applied(model):
-            apply_merge(model, self.blocks, self.merge, self.keep_schedule)
+            apply_merge(model, self.blocks, self.merge, self.keep_schedule, self.whole)
             for block in blocks.values():
                 block.__dict__["_merged_by"] = self._mark
             self._end_schedule(model)  # outside training, merges use the final drop probabilities
@@ -114,14 +120,15 @@ class ResidualMerging(ModelTransform):
         """A description of the merges that is the same in every process."""
         return (
             f"{type(self.merge).__name__}({self.merge.extra_repr()}) in {self.blocks}, "
-            f"keep_schedule={self.keep_schedule}, schedule={self.schedule}"
+            f"keep_schedule={self.keep_schedule}, schedule={self.schedule}{', whole' * self.whole}"
         )
 
     @property
     def _mark(self) -> str:
         """The callback's arguments, and all attributes of its merge: the same for equal callbacks."""
         public = {key: value for key, value in vars(self.merge).items() if key[0] != "_" and key != "training"}
-        return f"{self.blocks} {type(self.merge)} {public} {self.merge!r} {self.keep_schedule} {self.schedule}"
+        arguments = f"{self.blocks} {self.keep_schedule} {self.schedule} {self.whole}"
+        return f"{type(self.merge)} {public} {self.merge!r} {arguments}"
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,9 +148,12 @@ class ResidualMerging(ModelTransform):
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:
         blocks = residual_blocks(model, self.blocks).values()
-        return [block.merge for block in blocks if isinstance(block.merge, Merge)]
+        return [merge for block in blocks for merge in merges_in(block).values() if isinstance(merge, Merge)]
 
     @override
     def describe(self, model: nn.Module) -> str:
-        blocks = [f"{name}: {block.merge}" for name, block in residual_blocks(model, self.blocks).items()]
+        blocks = [
+            f"{name}: {listed(dict.fromkeys(map(str, merges_in(block).values())))}"
+            for name, block in residual_blocks(model, self.blocks).items()
+        ]
         return f"{len(blocks)} blocks, {blocks[0]} to {blocks[-1]}"

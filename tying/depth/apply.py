@@ -284,7 +284,7 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
     Raises:
         ConfigurationError: a pattern matches nothing; or a module that is no block, or lies within another match.
     """
-    modules = {clean_name(name): module for name, module in model.named_modules() if name}
+    modules = {clean_name(name): m for name, m in model.named_modules() if name and not isinstance(m, Merge)}
     texts = [patterns] if isinstance(patterns, str) else [*patterns]
     if all(text.startswith("!") for text in texts):
         raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")

@@ -6,7 +6,6 @@ import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from inspect import Parameter, signature
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from tying.depth.merge import Branch, named_tensors, rows_obstacle, take_argumen
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
-from tying.torch_workarounds import is_recorded
+from tying.torch_workarounds import is_jit_tracing, is_recorded
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
@@ -29,7 +28,9 @@ class GeneratedType(ABCMeta):
     """The class of generated classes, which are pickled as calls of :func:`generate_class`."""
 
 
-@cache
+GENERATED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def generate_class(behaviour: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of a module's class that behaves as another class says; the same in each call.
 
@@ -37,11 +38,17 @@ def generate_class(behaviour: type[nn.Module], plain: type[nn.Module]) -> type[n
         >>> [cls.__name__ for cls in generate_class(MergedBlock, nn.Linear).__mro__[:4]]
         ['MergedLinear', 'MergedBlock', 'LeafModule', 'Linear']
     """
-    name = f"{behaviour.__name__.removesuffix('Block')}{plain.__name__}"
-    return cast(type[nn.Module], GeneratedType(name, (behaviour, plain), {"__module__": __name__}))
+    if (bases := (behaviour, plain)) not in GENERATED:
+        name = f"{behaviour.__name__.removesuffix('Block')}{plain.__name__}"
+        GENERATED[bases] = cast(type[nn.Module], GeneratedType(name, bases, {"__module__": __name__}))
+    return GENERATED[bases]
 
 
-copyreg.pickle(GeneratedType, lambda cls: (generate_class, cls.__bases__))
+def _reduce(cls: GeneratedType) -> tuple[Callable[..., Any], tuple[type, ...]]:
+    return generate_class, cls.__bases__
+
+
+copyreg.pickle(GeneratedType, _reduce)
 
 
 def original_class(generated: type[nn.Module]) -> type[nn.Module]:
@@ -113,6 +120,7 @@ class BlockState:
         name: the name of the block in the model, and its class.
         merge: the attribute name of the merge.
         parameters: the names of the block's positional parameters.
+        returns_tensor: whether the block declares to return a tensor alone, and has returned nothing else.
         notice: warns if the block proves not to be residual; None once that is known.
         further: the further outputs, by the kinds of arguments.
     """
@@ -120,6 +128,7 @@ class BlockState:
     name: str
     merge: str
     parameters: tuple[str, ...]
+    returns_tensor: bool
     notice: ResidualNotice | None
     further: dict[object, FurtherOutputs] = field(default_factory=dict)
 
@@ -127,10 +136,11 @@ class BlockState:
 def block_state(block: nn.Module, name: str, notice: ResidualNotice) -> BlockState:
     """Return the state of a block that has no merge yet; the name stands in errors."""
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = signature(block.forward).parameters.values()
-    positional = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)
+    declared = signature(block.forward)
+    positional = tuple(parameter.name for parameter in declared.parameters.values() if parameter.kind in kinds)
+    returns_tensor = declared.return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
-    return BlockState(name, merge, positional, notice)
+    return BlockState(name, merge, positional, returns_tensor, notice)
 
 
 class MergedBlock(LeafModule):
@@ -202,14 +212,14 @@ class BlockBranch(Branch):
     def output(self, rows: Tensor | None = None) -> Tensor:
         if rows is None:
             self.outputs = self._call(self.x, self.args, self.kwargs)
-            return first_output(self.outputs)
+            return cast(Tensor, first_output(self.outputs))
         x = take_rows(self.x, rows)
         taken = [
             value if name in SHARED else x if value is self.x else take_arguments(value, rows, len(self.x), name)
             for name, value in self._named_arguments()
         ]
         args, kwargs = taken[: len(self.args)], dict(zip(self.kwargs, taken[len(self.args) :], strict=True))
-        return first_output(self._call(x, args, kwargs))
+        return cast(Tensor, first_output(self._call(x, args, kwargs)))
 
     @override
     def obstacle(self) -> str | None:
@@ -259,6 +269,7 @@ class BlockBranch(Branch):
 
     def _call(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the plain forward; check what it returns for the given hidden state."""
+        outputs: Any
         if self.state.notice is None or not self.block.training or torch.compiler.is_compiling() or is_recorded():
             outputs = self.compute(*args, **kwargs)
         else:
@@ -272,30 +283,37 @@ class BlockBranch(Branch):
                 f"{self.state.name} returns {describe(outputs)}: a merge needs a block that returns a tensor, or a "
                 "tuple whose first item is one. Name other blocks"
             )
-        if hidden.shape != x.shape:
+        if not isinstance(outputs, Tensor):
+            self.state.returns_tensor = False
+        if not is_jit_tracing() and hidden.shape != x.shape:
             raise ConfigurationError(
                 f"{self.state.name} maps {tuple(x.shape)} to {tuple(hidden.shape)}: a merge needs a block that keeps "
                 "the shape of its first tensor argument. Name only such blocks"
             )
         return outputs
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; the first call of a block is computed apart
     def _further(self) -> FurtherOutputs:
-        """Return the further outputs for arguments of this kind; the first time, compute the block to know them."""
+        """Return the outputs after the first, by what the block declares, or by a former call or a first one."""
+        return FurtherOutputs() if self.state.returns_tensor else self._observed()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; it stores what it observes
+    def _observed(self) -> FurtherOutputs:
+        """Return the further outputs for arguments of this kind; the first time, compute the block and forget it."""
         kind = tuple(
             (label, value if isinstance(value, (bool, str)) else type(value))
             for label, value in self._arguments().items()
         )
         if kind not in self.state.further:
             buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
-            with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
-                args = tuple(copied_cache(value) for value in self.args)
-                kwargs = {name: copied_cache(value) for name, value in self.kwargs.items()}
-                branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
-                branch.output()
-                self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
+            args = tuple(copied_cache(value) for value in self.args)
+            kwargs = {name: copied_cache(value) for name, value in self.kwargs.items()}
+            branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
+            with torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
+                branch.output()  # without torch.no_grad, under which autocast would keep weights that have no gradient
+            with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+            self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
 
     def _first_tensor(self) -> Tensor:
