@@ -37,7 +37,7 @@ MERGED = [name for name in ZOO if name not in NO_BLOCKS]
 MERGES = ("batch", "row", "subset", "keep 1", "keep 0", "evaluation", "removal")
 GENERATING = [name for name in TRANSFORMERS if name not in ("BERT", "ViT")]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-NO_SUBSET = {"eva02_tiny_patch14_224": "argument 'rope' of EvaBlock"}
+NO_SUBSET = {"eva02_tiny_patch14_224": "rope of blocks.0 (EvaBlock), which has no row for each of 6 samples"}
 NO_CHECKPOINTING = ("mixer",)
 WHOLE = {
     "hashed": lambda: WeightHashing(["net.**"], 0.5),
@@ -48,7 +48,10 @@ WHOLE = {
 
 
 def cell(name, column):
-    return pytest.param(name, column, id=f"{name}-{column}", marks=[pytest.mark.slow] * (name not in DOZEN))
+    marks = [pytest.mark.slow] * (name not in DOZEN)
+    if name == "poolformerv2_s12":
+        marks.append(pytest.mark.filterwarnings("ignore:stages.2.blocks.0 .* does not add"))  # it adds a multiple
+    return pytest.param(name, column, id=f"{name}-{column}", marks=marks)
 
 
 def cells(names, *columns):
@@ -100,6 +103,9 @@ def without(name, blocks):
     for path in blocks:
         container, _, child = path.rpartition(".")
         del model.get_submodule(container)._modules[child]
+    if name == "Gemma2":  # its layers attend differently in turn
+        kinds = enumerate(model.config.layer_types)
+        model.config.layer_types = [kind for layer, kind in kinds if f"model.layers.{layer}" not in blocks]
     return model
 
 
@@ -169,20 +175,15 @@ def test_row_mode_masks_samples(name, column):
 
 @cells(MERGED, "subset")
 def test_subset_mode_computes_what_row_mode_masks(name, column, record_property):
-    models = [frozen_norms(merged(name, 0.5, mode=mode)).double() for mode in ("subset", "row")]
-    doubles = {key: value.double() if value.is_floating_point() else value for key, value in inputs(name).items()}
+    models = [frozen_norms(merged(name, 0.5, mode=mode)) for mode in ("subset", "row")]
     if reason := NO_SUBSET.get(name):
         with pytest.raises(ConfigurationError, match=re.escape(reason)):
-            output_of(models[0], doubles)
+            output_of(models[0], inputs(name))
         record_property("remark", f"refused: {reason}")
         return
-    results = []
-    for model in models:
-        torch.manual_seed(0)
-        output = output_of(model, doubles)
-        loss_of(output).backward()
-        results.append((output.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
-    torch.testing.assert_close(*results)
+    (output, gradients, _), (expected, masked, _) = (step(model, name) for model in models)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradients, masked)
 
 
 @cells(MERGED, "keep 1")
@@ -221,8 +222,8 @@ def test_removal_restores_the_model(name, column):
 
 @cells(NO_BLOCKS, *MERGES)
 def test_architectures_without_blocks(name, column, record_property):
-    with pytest.raises(ConfigurationError):
-        apply_merge(plain(name), ZOO[name].blocks, StochasticDepth(0.5))
+    with pytest.raises(ConfigurationError, match="is called without a tensor|has no parameters"):
+        output_of(merged(name, 0.5), inputs(name))
     record_property("remark", f"refused: {NO_BLOCKS[name]}")
 
 
