@@ -1,11 +1,7 @@
 """Blocks of users, which call a merge in their forward: every form of the call, with every merge and mode."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -383,20 +379,3 @@ def test_a_residual_traced_alone_takes_no_arguments():
     assert torch.equal(traced(x), made("Residual")[0](x))
     with pytest.raises(ConfigurationError, match="this graph of a Residual takes x alone: trace the model"):
         traced(x, gate)
-
-
-# several processes
-
-
-def test_two_processes_skip_together(tmp_path):
-    """Each process has its own random state; parameters of skipped branches have gradients to reduce."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*command, str(root / "tests/depth/own_blocks_run.py"), str(tmp_path)], env=environment, check=True)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first.keys() == second.keys()
-    for name, (skipped, weights) in first.items():
-        assert skipped == second[name][0]
-        assert {*skipped} == {True, False}
-        assert all(torch.equal(a, b) for a, b in zip(weights, second[name][1], strict=True))

@@ -192,18 +192,18 @@ class GeneratedWeights(ModelTransform):
         super().__init__(parameters)
         self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
-    def plan(self, model: nn.Module) -> GenerationPlan:
+    def _plan(self, model: nn.Module) -> GenerationPlan:
         """Return the weights to generate."""
         return plan_generation(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
     @override
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        plan = self.plan(model)
+        plan = self._plan(model)
         return {name: plan.selection.weights[name] for name in plan.tilings}
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        if left_out := self.plan(model).describe_left_out():
+        if left_out := self._plan(model).describe_left_out():
             pl.utilities.rank_zero_info(f"GeneratedWeights: {left_out}")
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 

@@ -324,6 +324,9 @@ def plan_generation(
     for name, value in (("embedding", embedding), ("in_channels", in_channels), ("out_channels", out_channels)):
         check_range(name, value, "[1, inf)")
     locations, selection = locate_parameters(model), select_weights(model, parameters, least_dims=2)
+    for name in selection.skipped:
+        if name in selection.spelt:
+            raise ConfigurationError(f"{name!r} has fewer than two dimensions: leave it out")
     tilings: dict[str, Tiling] = {}
     before, after = Counter[Tiling](), Counter[Tiling]()
     for name, weight in selection.weights.items():
@@ -332,7 +335,7 @@ def plan_generation(
         before[tiling] += weight.numel()
         after[tiling] += tiling.count_embeddings(weight, embedding)
     smaller = {tiling for tiling, count in before.items() if after[tiling] + tiling.count_network(embedding) < count}
-    named = {tilings[name] for name in tilings.keys() & selection.spelt}
+    named = {tilings[name] for name in selection.spelt & tilings.keys()}
     kept = smaller | named or {*before}
     return GenerationPlan(selection, {name: tiling for name, tiling in tilings.items() if tiling in kept})
 
@@ -346,7 +349,7 @@ def generate_weights(
     of one position; a weight of three dimensions that is no convolution's is a stack of matrices.
 
     Wildcards leave out vectors, and the weights of a tiling whose network and embeddings would have as many parameters
-    as they, unless that would leave out all. A weight that is named is generated in any case.
+    as they, unless that would leave out all. A weight that is spelt out is generated in any case.
 
     In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
     load ``bake(model)`` into the untied model first.
@@ -360,8 +363,8 @@ def generate_weights(
         out_channels: number of output channels of a basic kernel, likewise.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a weight is tied, parametrized, or a vector that is named. The
-            model is not changed.
+        ConfigurationError: a pattern matches nothing, or a weight is parametrized, tied through a relation, or a vector
+            that is spelt out. The model is not changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32, 10))
@@ -380,8 +383,7 @@ def generate_weights(
     plan.selection.report("generate_weights")
     if left_out := plan.describe_left_out():
         logger.info("generate_weights: %s", left_out)
-    vectors = plan.selection.spelt.intersection(plan.selection.skipped)  # which are refused
-    names = parametrize_all(model, [*plan.tilings, *vectors], make, "generate_weights")
+    names = parametrize_all(model, [*plan.tilings], make, "generate_weights")
     locations = locate_parameters(model)
     for name in names:
         embeddings = locations[name].parameter
