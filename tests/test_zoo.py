@@ -222,7 +222,7 @@ def test_removal_restores_the_model(name, column):
 
 @cells(NO_BLOCKS, *MERGES)
 def test_architectures_without_blocks(name, column, record_property):
-    with pytest.raises(ConfigurationError, match="is called without a tensor|has no parameters"):
+    with pytest.raises(ConfigurationError, match=r"is called without a tensor|has no parameters"):
         output_of(merged(name, 0.5), inputs(name))
     record_property("remark", f"refused: {NO_BLOCKS[name]}")
 
