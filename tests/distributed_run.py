@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -33,11 +34,12 @@ from tying.data import CIFAR10, Text
 from tying.depth import FractalBlock, Residual, StochasticDepth, Sum, ZoneoutLSTM
 from tying.depth.fractal import draw_column
 from tying.hard import bake
+from tying.mixins import TyingMixin
 from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
-KINDS += ["skipped function", "skipped module", "low rank", "templates", "generated", "biases"]
+KINDS += ["skipped function", "skipped module", "low rank", "templates", "generated", "biases", "mixins"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -66,7 +68,7 @@ def callback(kind):
         return GeneratedWeights(["kernels.*.weight"], embedding=2, in_channels=3, out_channels=3)
     if kind == "biases":
         return UntiedBiases(["kernels.*.bias"], input_size=[6, 2, 2])
-    if kind == "fractal":
+    if kind in ("fractal", "mixins"):
         return pl.Callback()
     return SoftTying(TIES, strength=0.3, update=kind, schedule=Schedule(0.0, 1.0, 5))
 
@@ -149,8 +151,20 @@ class Convolving(Toy):
         return super().loss([self(images).mean((2, 3)).tanh()])
 
 
+class Listed(TyingMixin, Skipping):
+    """Has callbacks of its own."""
+
+    tying: ClassVar = [
+        HardTying(["encoder.0.bias ~ decoder.0.bias"]),
+        SoftTying(["encoder.0.weight ~ decoder.2.weight | o i -> i o"], strength=0.3, name="weights"),
+        SoftTying(["blocks.*.branch.bias"], strength=0.3, update="proximal", name="biases"),
+        WeightHashing(["encoder.2.weight"], 0.5),
+        ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform"),
+    ]
+
+
 MODELS = {"skipped": Skipping, "skipped module": SkippingModules, "skipped function": SkippingFunctions}
-MODELS |= {"fractal": Fractal, **dict.fromkeys(["templates", "generated", "biases"], Convolving)}
+MODELS |= {"fractal": Fractal, "mixins": Listed, **dict.fromkeys(["templates", "generated", "biases"], Convolving)}
 
 
 def main(out: Path, world: int) -> None:

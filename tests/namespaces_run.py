@@ -6,7 +6,8 @@ TRAINER is the Lightning of the Trainer and the models. Prints the error of each
 import importlib
 import json
 import sys
-from functools import partial
+from functools import cache, partial
+from inspect import signature
 
 if __name__ == "__main__":
     for module in sys.argv[2:]:
@@ -19,10 +20,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tying import callbacks, mixins
 from tying.data import CIFAR10
-from tying.depth import HMLSTM, StochasticDepth
+from tying.depth import HMLSTM
 from tying.models import Autoencoder
 
-PAIR = [f"{SITES.pair[0]} ~ {SITES.pair[1]}"]
+
+def attribute_of(callback):
+    """Return the name of the attribute that holds a callback's arguments: ``soft_tying`` of ``SoftTying``."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in callback).removeprefix("_")
+
+
+def arguments_of(callback):
+    """Return the constructor's arguments of a callback, which keeps each under its name."""
+    return {name: getattr(callback, name) for name in signature(type(callback)).parameters}
+
+
 CALLBACKS = {name: partial(family.callback, SITES) for name, family in FAMILIES.items()} | {
     "BoundaryPlot": callbacks.BoundaryPlot,
     "RandomState": callbacks.RandomState,
@@ -32,19 +43,9 @@ CALLBACKS = {name: partial(family.callback, SITES) for name, family in FAMILIES.
     "Unrolling": lambda: callbacks.Unrolling([1]),
     "UntiedBiases": lambda: callbacks.UntiedBiases(["net.kernels.*.bias"], [6]),
 }
-MIXINS = {
-    "CouplingMixin": {"first": SITES.twins[0], "second": SITES.twins[1], "alpha": 0.1, "examples": 20},
-    "HardTyingMixin": {"ties": PAIR},
-    "ResidualMergingMixin": {"blocks": SITES.blocks, "merge": StochasticDepth(0.75), "keep_schedule": "uniform"},
-    "SoftTyingMixin": {"ties": PAIR, "strength": 1.0},
-    "WeightHashingMixin": {"parameters": [SITES.pair[0]], "table_ratio": 0.25},
-}
-ATTRIBUTES = {
-    "CouplingMixin": "coupling",
-    "HardTyingMixin": "hard_tying",
-    "ResidualMergingMixin": "residual_merging",
-    "SoftTyingMixin": "soft_tying",
-    "WeightHashingMixin": "weight_hashing",
+# the attribute that each mixin reads, and its value
+MIXINS = {f"{name}Mixin": (attribute_of(name), arguments_of(make())) for name, make in CALLBACKS.items()} | {
+    "TyingMixin": ("tying", [CALLBACKS[name]() for name in ("HardTying", "ResidualMerging", "TyingMonitor")])
 }
 
 
@@ -85,15 +86,23 @@ def trained(model, *callbacks, data=None, **options):
     return model
 
 
+@cache
+def free():
+    """Return a model that is trained without callbacks."""
+    return trained(model_of(given))
+
+
 def run_callback(name):
     model = trained(model_of(given), CALLBACKS[name]())
     if name in FAMILIES:
-        FAMILIES[name].holds(model, trained(model_of(given)), SITES)
+        FAMILIES[name].holds(model, free(), SITES)
 
 
 def run_mixin(name):
-    model = trained(model_of(given, getattr(mixins, name), **{ATTRIBUTES[name]: MIXINS[name]}))
-    FAMILIES[name.removesuffix("Mixin")].holds(model, trained(model_of(given)), SITES)
+    attribute, value = MIXINS[name]
+    model = trained(model_of(given, getattr(mixins, name), **{attribute: value}))
+    if family := FAMILIES.get("HardTying" if name == "TyingMixin" else name.removesuffix("Mixin")):
+        family.holds(model, free(), SITES)
 
 
 def run_data(name):

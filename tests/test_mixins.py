@@ -1,26 +1,35 @@
+import copy
 import json
+import pickle
+from itertools import chain
 from typing import ClassVar
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from families import SITES, Trained
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
+from namespaces_run import CALLBACKS, MIXINS
 from toys import STRENGTH, TIES, Toy, batches, same, train
 
-from tying import ConfigurationError
-from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, WeightHashing
-from tying.cli import main
-from tying.cli.inspect import inspect
-from tying.depth import StochasticDepth
-from tying.hard import tied
-from tying.mixins import (
-    CouplingMixin,
-    HardTyingMixin,
-    Mixin,
-    ResidualMergingMixin,
-    SoftTyingMixin,
-    WeightHashingMixin,
+from tying import ConfigurationError, mixins
+from tying.callbacks import (
+    HardTying,
+    LowRankWeights,
+    RandomState,
+    ResidualMerging,
+    SoftTying,
+    TyingMonitor,
+    WeightHashing,
 )
+from tying.callbacks.transform import ModelTransform
+from tying.cli import main, parse
+from tying.cli.inspect import inspect
+from tying.depth import HMLSTM, StochasticDepth
+from tying.hard import tied
+from tying.mixins import HardTyingMixin, SoftTyingMixin, TyingMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore:MixtureTying begins with")
 
 
 class Inherits(SoftTyingMixin, Toy):
@@ -192,74 +201,263 @@ def test_a_mixin_without_arguments_is_refused_where_its_callback_is_needed():
         Untied().configure_callbacks()
 
 
-TIE = " ~ ".join(SITES.pair)
-# for each mixin: the class of its callback, the attribute with its arguments, and arguments without a name
-MIXINS = {
-    SoftTyingMixin: (SoftTying, "soft_tying", {"ties": [TIE], "strength": 1.0}),
-    CouplingMixin: (Coupling, "coupling", {"first": SITES.twins[0], "second": SITES.twins[1], "alpha": 0.1}),
-    HardTyingMixin: (HardTying, "hard_tying", {"ties": [TIE]}),
-    WeightHashingMixin: (WeightHashing, "weight_hashing", {"parameters": [SITES.pair[0]], "table_ratio": 0.25}),
-    ResidualMergingMixin: (
-        ResidualMerging,
-        "residual_merging",
-        {"blocks": SITES.blocks, "merge": StochasticDepth(0.5)},
-    ),
+# The same questions to every mixin
+
+
+class Plain(Trained):
+    """A model in which every callback finds what to act on."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.rnn = HMLSTM(6, 2, layers=2)
+        self.initial = copy.deepcopy(self.state_dict())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.01, momentum=0.9)
+
+
+# at the top level of this module, to be pickled
+MODELS = {
+    name: type(f"Model{name}", (getattr(mixins, name), Plain), {attribute: value, "__module__": __name__})
+    for name, (attribute, value) in MIXINS.items()
 }
-NAMED = [mixin for mixin, (kind, *_) in MIXINS.items() if kind in (SoftTying, Coupling, HardTying)]
+globals().update({model.__name__: model for model in MODELS.values()})
+SINGLE = [name for name in MODELS if name != "TyingMixin"]
+DISTINGUISHED = [name for name in SINGLE if CALLBACKS[name.removesuffix("Mixin")]().distinguished_by]
+TRANSFORMS = [
+    name for name in MODELS if any(isinstance(c, ModelTransform) for c in MODELS[name]().configure_callbacks())
+]
+
+# the callbacks without which a state dict does not load, or means other weights
+NEEDED = {name: name.removesuffix("Mixin") for name in SINGLE if name in TRANSFORMS and name != "HardTyingMixin"}
+NEEDED |= {"WeightClusteringMixin": "WeightClustering", "TyingMixin": "ResidualMerging"}
 
 
-def test_every_mixin_is_tested():
-    assert {*Mixin.__subclasses__()} >= {*MIXINS}
-    public = {mixin for mixin in Mixin.__subclasses__() if mixin.__module__ == "tying.mixins"}
-    assert public == {*MIXINS}
+def callbacks_like(name):
+    """Return new callbacks, equal to those that a mixin adds."""
+    return copy.deepcopy(MIXINS[name][1]) if name == "TyingMixin" else [CALLBACKS[name.removesuffix("Mixin")]()]
 
 
-def fits(model, callbacks=()):
-    return train(model, callbacks, data=model.train_dataloader(), max_epochs=1, limit_val_batches=0).callbacks
+def fit(model, callbacks=(), **options):
+    torch.manual_seed(0)
+    options = {"data": model.train_dataloader(), "max_epochs": 2, "limit_val_batches": 0} | options
+    return train(model, callbacks, **options)
 
 
-@pytest.mark.parametrize("mixin", MIXINS)
-def test_a_mixin_replaces_the_trainers_callback_of_its_name(mixin):
-    kind, attribute, arguments = MIXINS[mixin]
-    model = type("Model", (mixin, Trained), {attribute: arguments})()
-    [mixed], given = model.configure_callbacks(), kind(**arguments)
-    with pytest.warns(UserWarning, match=f"the {kind.__name__} of Model replaces the {kind.__name__} of the Trainer"):
-        callbacks = fits(model, [given])
-    assert mixed in callbacks
-    assert given not in callbacks
+def equal(a, b):
+    """Return whether the states of two models have the same keys and bitwise equal values."""
+    states = a.state_dict(), b.state_dict()
+    return [*states[0]] == [*states[1]] and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("mixin", NAMED)
-@pytest.mark.parametrize("runs", [1, 2])
-def test_a_mixin_stays_beside_the_trainers_callback_of_another_name(mixin, runs):
-    kind, attribute, arguments = MIXINS[mixin]
-    model = type("Model", (mixin, Trained), {attribute: arguments | {"name": "mixed"}})()
-    given = kind(**arguments, name="given")
-    callbacks = [given]
-    for _ in range(runs):
-        callbacks = fits(model, callbacks)
-    assert [callback.name for callback in callbacks if type(callback) is kind] == ["given", "mixed"]
-    assert given in callbacks
+def predicted(model):
+    torch.manual_seed(0)
+    return model.eval()(torch.linspace(-1, 1, 12).view(2, 6))
 
 
-@pytest.mark.parametrize("mixin", MIXINS)
-def test_hooks_may_be_overridden_without_super(mixin):
-    kind, attribute, arguments = MIXINS[mixin]
+def states(callbacks):
+    """Return the states of callbacks, tensors too, as a string."""
+    return str([callback.state_dict() for callback in callbacks if not isinstance(callback, RandomState)])
 
-    class Model(mixin, Trained):
+
+def test_there_is_a_mixin_for_every_callback():
+    public = {name for name in vars(mixins) if name.endswith("Mixin")} - {"Mixin"}
+    assert public == MODELS.keys()  # tests/test_lightning_namespace.py compares them with the callbacks
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_the_docstring_shows_the_attribute(name):
+    mixin, (attribute, _) = getattr(mixins, name), MIXINS[name]
+    lines = mixin.__doc__.splitlines()
+    assert f"        >>> class Model({name}):" in lines
+    assert any(line.startswith(f"        ...     {attribute} = {{") for line in lines)
+    assert f"``{attribute}``" in lines[0]
+    assert (mixin.__module__, mixin.__qualname__) == ("tying.mixins", name)
+
+
+class SaveAt(pl.Callback):
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer, *_):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mixin_trains_as_its_callbacks_and_resumes_bitwise(name, tmp_path):
+    mixed, resumed, configured = MODELS[name](), MODELS[name](), Plain()
+    generators = [] if name == "RandomStateMixin" else [RandomState()]
+    given = callbacks_like(name)
+    fit(mixed, [*generators, SaveAt(0, tmp_path / "a.ckpt")])
+    fit(configured, [*generators, *given])
+    fit(resumed, generators, ckpt_path=tmp_path / "a.ckpt")
+    assert equal(mixed, configured)
+    assert equal(mixed, resumed)
+    assert states(mixed.configure_callbacks()) == states(resumed.configure_callbacks()) == states(given)
+    assert not same(mixed.net.kernels, Plain().net.kernels)  # something was trained
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_loads_without_a_trainer(name, tmp_path):
+    model = MODELS[name]()
+    fit(model).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = MODELS[name].load_from_checkpoint(tmp_path / "a.ckpt")
+    assert equal(loaded, model)
+    assert [type(module).__name__ for module in loaded.modules()] == [
+        type(module).__name__ for module in model.modules()
+    ]
+    assert len([*loaded.parameters()]) == len([*model.parameters()])
+    assert torch.equal(predicted(loaded), predicted(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_the_mixin_an_error_names_it(name, tmp_path):
+    model = MODELS[name]()
+    fit(model, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    if name in NEEDED:
+        need = f"needs {NEEDED[name]} of tying.mixins.{name}"
+        with pytest.raises(RuntimeError, match=f'Unexpected key.*"{need}"'):
+            Plain.load_from_checkpoint(tmp_path / "a.ckpt")
+        with pytest.raises(RuntimeError, match=f'Unexpected key.*"{need}"'):
+            fit(Plain(), max_epochs=1, ckpt_path=tmp_path / "a.ckpt")
+    else:
+        loaded = Plain.load_from_checkpoint(tmp_path / "a.ckpt")
+        assert equal(loaded, model)
+    assert not [key for key in model.state_dict() if key.startswith("needs ")]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_checkpoint_of_a_mixin_loads_wherever_its_callback_is(name, tmp_path):
+    model, path = MODELS[name](), tmp_path / "a.ckpt"
+    fit(model, max_epochs=1).save_checkpoint(path)
+    configured = Plain()
+    fit(configured, callbacks_like(name), max_epochs=1, ckpt_path=path)  # with the Trainer's callback
+    assert equal(configured, model)
+    loaded = MODELS[name].load_from_checkpoint(path)
+    for other in (loaded, copy.deepcopy(loaded), torch.nn.Sequential(loaded)):  # by hand
+        prefix = "0." if isinstance(other, torch.nn.Sequential) else ""
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        other.load_state_dict({f"{prefix}{key}": value for key, value in weights.items()})
+    checkpoint = torch.load(path, weights_only=True)  # as from before checkpoints said what they need
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("needs ")}
+    torch.save(checkpoint, path)
+    assert equal(MODELS[name].load_from_checkpoint(path), model)
+
+
+def test_merges_that_a_model_leaves_out_knowingly(tmp_path):
+    """Without strict loading, Lightning warns of what the checkpoint needs, and the model computes plain sums."""
+    model = MODELS["ResidualMergingMixin"]()
+    fit(model, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="in the checkpoint: .*needs ResidualMerging of tying.mixins.ResidualMerging"):
+        plain = Plain.load_from_checkpoint(tmp_path / "a.ckpt", strict=False)
+    assert equal(plain, model)
+    assert not torch.equal(predicted(plain), predicted(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_train_apart(name, duplicate):
+    model = MODELS[name]()
+    fit(model, max_epochs=1)
+    copied, before = duplicate(model), copy.deepcopy(model.state_dict())
+    callbacks, others = model.configure_callbacks(), copied.configure_callbacks()
+    counted = states(callbacks)
+    assert equal(copied, model)
+    assert states(others) == counted
+    assert not {*map(id, callbacks)} & {*map(id, others)}
+    fit(copied, max_epochs=1)
+    assert states(callbacks) == counted
+    assert [*before] == [*model.state_dict()]
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in before)
+    assert not same(copied.net.kernels, model.net.kernels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_instances_share_nothing(name):
+    first, second = MODELS[name](), MODELS[name]()
+    fresh = states(second.configure_callbacks())
+    attribute, value = MIXINS[name]
+    given = {*map(id, chain(value if name == "TyingMixin" else value.values()))}
+    fit(first, max_epochs=1)
+    for callback in chain(first.configure_callbacks(), second.configure_callbacks()):
+        parts = [callback, *vars(callback).values()]
+        assert not given & {id(part) for part in parts if isinstance(part, list | dict | torch.nn.Module | pl.Callback)}
+    assert not {*map(id, first.configure_callbacks())} & {*map(id, second.configure_callbacks())}
+    assert states(second.configure_callbacks()) == fresh
+    assert getattr(MODELS[name], attribute) is value
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_may_be_overridden_without_super(name):
+    class Model(MODELS[name]):
         def configure_callbacks(self):
             return EarlyStopping("loss")
 
         def configure_model(self):
             pass
 
-    setattr(Model, attribute, arguments)
-    assert [type(callback) for callback in Model().configure_callbacks()] == [EarlyStopping, kind]
+    added = [type(callback) for callback in callbacks_like(name)]
+    assert [type(callback) for callback in Model().configure_callbacks()] == [EarlyStopping, *added]
     model = Model()
     before = [type(module) for module in model.modules()], [*model.state_dict()], len([*model.parameters()])
     model.configure_model()
+    model.configure_model()  # once
     after = [type(module) for module in model.modules()], [*model.state_dict()], len([*model.parameters()])
-    assert (before != after) == (mixin in (HardTyingMixin, WeightHashingMixin, ResidualMergingMixin))
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    changed = before != after or shapes != {key: value.shape for key, value in Plain().state_dict().items()}
+    assert changed == (name in TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mixin_replaces_the_trainers_callback_that_is_the_same(name):
+    model, given = MODELS[name](), callbacks_like(name)
+    message = rf"the (\w+) of Model{name} replaces the \1 of the Trainer, which has the same \w+: leave one of them out"
+    with pytest.warns(UserWarning, match=message) as caught:
+        callbacks = fit(model, given, max_epochs=1, limit_train_batches=1).callbacks
+    assert len([w for w in caught if "of the Trainer" in str(w.message)]) == len(given)
+    assert {*map(id, model.configure_callbacks())} <= {*map(id, callbacks)}
+    assert not {*map(id, given)} & {*map(id, callbacks)}
+
+
+def differing(name):
+    """Return a model with a mixin and a callback for the Trainer, of one class, which act on different weights."""
+    kind, (attribute, arguments) = type(callbacks_like(name)[0]), MIXINS[name]
+    part = "bias" if name == "UntiedBiasesMixin" else "weight"
+    first, second = {
+        "name": ["mixed", "given"],
+        "blocks": ["net.blocks.*", "net.kernels.*"]
+        if name == "RecurrentDepthMixin"
+        else ["net.blocks.0", "net.blocks.1"],
+        "parameters": [[f"net.kernels.{index}.{part}"] for index in (0, 1)],
+    }[kind.distinguished_by]
+    model = type("Model", (MODELS[name],), {attribute: arguments | {kind.distinguished_by: first}})()
+    return model, kind(**arguments | {kind.distinguished_by: second})
+
+
+@pytest.mark.parametrize("name", DISTINGUISHED)
+def test_a_mixin_stays_beside_the_trainers_callback_that_differs(name):
+    model, given = differing(name)
+    callbacks = [given]
+    for _ in range(2):  # two runs
+        callbacks = fit(model, callbacks, max_epochs=1, limit_train_batches=1).callbacks
+        added = model.configure_callbacks()[-1]
+        assert [callback for callback in callbacks if type(callback) is type(given)] == [given, added]
+
+
+@pytest.mark.parametrize("name", DISTINGUISHED)
+def test_inspect_keeps_the_callbacks_that_training_keeps(name, capsys):
+    model, given = differing(name)
+    if name in ("SoftTyingMixin", "CouplingMixin", "HardTyingMixin"):  # groups of their own
+        given.ties = SoftTying(["net.kernels.*.bias"]).ties
+    inspect(model, [given], json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert [entry["callback"] for entry in document["callbacks"]] == [type(given).__name__] * 2
+    assert {entry["name"] for entry in document["callbacks"]} == {given.name, model.configure_callbacks()[0].name}
+    assert document["replaced"] == []
 
 
 def test_an_overridden_hook_that_calls_super_adds_the_callback_once():
@@ -276,14 +474,128 @@ def test_an_overridden_hook_that_calls_super_adds_the_callback_once():
     assert [type(callback) for callback in Below().configure_callbacks()] == [SoftTying, EarlyStopping]
 
 
-@pytest.mark.parametrize("mixin", NAMED)
-def test_inspect_keeps_the_callbacks_that_training_keeps(mixin, capsys):
-    kind, attribute, arguments = MIXINS[mixin]
-    model = type("Model", (mixin, Trained), {attribute: arguments | {"name": "mixed"}})()
-    others = (
-        {"first": "net.kernels.0", "second": "net.kernels.1"} if kind is Coupling else {"ties": ["net.kernels.*.bias"]}
+# TyingMixin
+
+TIE = " ~ ".join(SITES.pair)
+BIASES = "net.kernels.*.bias"
+
+
+class Several(TyingMixin, Plain):
+    tying: ClassVar = [
+        SoftTying([TIE], strength=1.0, name="weights"),
+        SoftTying([BIASES], strength=2.0, name="biases"),
+        LowRankWeights(["net.kernels.0.weight"], rank=2),
+        WeightHashing(["net.kernels.1.weight"], 0.25),
+        WeightHashing(["net.kernels.2.weight"], 0.5),
+        ResidualMerging("net.blocks.*", StochasticDepth(0.5)),
+    ]
+
+
+class More(Several):
+    tying: ClassVar = [*Several.tying, HardTying(["net.blocks.*.branch.weight"])]
+
+
+def labels(callbacks):
+    return [callback.label for callback in callbacks]
+
+
+@pytest.mark.parametrize("kind", [Several, More])
+def test_several_callbacks_of_a_class(kind, tmp_path):
+    mixed, configured = kind(), Plain()
+    trainer = fit(mixed)
+    fit(configured, copy.deepcopy(kind.tying))
+    assert equal(mixed, configured)
+    assert labels(trainer.callbacks) == labels(kind.tying)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = kind.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert equal(loaded, mixed)
+    assert torch.equal(predicted(loaded), predicted(mixed))
+    assert [callback.state_dict() for callback in mixed.configure_callbacks()[:2]] == [{"steps": {0: 20}}] * 2
+    assert [callback.state_dict() for callback in kind.tying[:2]] == [{"steps": {}}] * 2  # unchanged
+
+
+def test_the_list_may_be_set_in_init():
+    class Model(TyingMixin, Plain):
+        def __init__(self, strength):
+            super().__init__()
+            self.tying = [SoftTying([TIE], strength=strength)]
+
+    models = [Model(1.0), Model(2.0)]
+    assert [model.configure_callbacks()[0].strength for model in models] == [1.0, 2.0]
+    assert [callback for model in models for callback in model.configure_callbacks() if callback in model.tying] == []
+
+
+@pytest.mark.parametrize("tying", [None, SoftTying([TIE]), [SoftTying], {"ties": [TIE]}, "a ~ b"])
+def test_the_list_holds_callbacks(tying):
+    model = type("Model", (TyingMixin, Plain), {} if tying is None else {"tying": tying})()
+    for hook in (model.configure_callbacks, model.configure_model):
+        with pytest.raises(ConfigurationError, match="Model inherits TyingMixin and must set tying to a list of callb"):
+            hook()
+
+
+def test_two_of_a_name_are_refused_with_the_remedy():
+    class Model(TyingMixin, Plain):
+        tying: ClassVar = [SoftTying([TIE]), SoftTying([BIASES])]
+
+    with pytest.raises(
+        ConfigurationError, match=r"^SoftTying: 2 callbacks are SoftTying with name=None: give each its own name, or"
+    ):
+        fit(Model())
+
+
+def test_an_error_names_the_callback_and_changes_nothing():
+    class Model(TyingMixin, Plain):
+        tying: ClassVar = [WeightHashing(["net.first.weight"]), LowRankWeights(["net.first.weight"], rank=2)]
+
+    model = Model()
+    with pytest.raises(ConfigurationError, match=r"^LowRankWeights and WeightHashing both act on 'net\.first\.weight'"):
+        model.configure_model()
+
+
+def test_the_list_beside_other_mixins_and_the_trainer():
+    class Model(HardTyingMixin, Several):
+        hard_tying: ClassVar = {"ties": ["net.blocks.*.branch.weight"]}
+
+        def configure_callbacks(self):
+            return [EarlyStopping("loss")]
+
+    given = [SoftTying([TIE], name="given"), WeightHashing(["rnn.below.0.weight"]), SoftTying([TIE], name="weights")]
+    with pytest.warns(
+        UserWarning, match=r"^the SoftTying weights of Model replaces .* has the same name: .* its own name$"
+    ):
+        trainer = fit(Model(), [*given, TyingMonitor()], max_epochs=1)
+    ours = [callback for callback in trainer.callbacks if not isinstance(callback, EarlyStopping)]
+    assert labels(ours) == ["TyingMonitor", "SoftTying given", "WeightHashing", *labels(Several.tying), "HardTying"]
+    assert given[2] not in trainer.callbacks
+
+
+def test_other_callbacks_of_lightning():
+    class Model(TyingMixin, Plain):
+        tying: ClassVar = [EarlyStopping("loss"), SoftTying([TIE])]
+
+    given = EarlyStopping("other")
+    callbacks = fit(Model(), [given], max_epochs=1).callbacks
+    assert [type(callback) for callback in callbacks] == [EarlyStopping, SoftTying]
+    assert given not in callbacks
+
+
+def test_the_command_line_trains_a_model_with_a_list(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_listed.py").write_text(
+        "from tying.callbacks import HardTying, TyingMonitor\n"
+        "from tying.mixins import TyingMixin\nfrom tying.models import Autoencoder\n"
+        "class Listed(TyingMixin, Autoencoder):\n"
+        "    tying = [HardTying(['encoder.{i}.weight ~ decoder.{-i}.weight | o i -> i o']), TyingMonitor()]\n"
     )
-    inspect(model, [kind(**arguments | others, name="given")], json=True)
-    document = json.loads(capsys.readouterr().out)
-    assert [entry["name"] for entry in document["callbacks"]] == ["given", "mixed"]
-    assert document["replaced"] == []
+    options = ["max_epochs=1", "accelerator=cpu", "logger=false", "enable_checkpointing=false", "log_every_n_steps=1"]
+    cli = parse(
+        [
+            "--seed_everything=0",
+            "--model=mine_listed.Listed",
+            "--model.sizes=[6, 5, 4]",
+            *(f"--trainer.{option}" for option in options),
+        ]
+    )
+    cli.trainer.fit(cli.model, batches(), batches())
+    assert len(tied(cli.model)) == 2
+    assert float(cli.trainer.callback_metrics["tying/gap"]) == 0.0

@@ -18,6 +18,8 @@ from tying.selection.index import clean_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # a slow import
 
+NEED = "needs "  # begins the keys of a checkpoint's state dict that name a callback without which it does not load
+
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
@@ -95,7 +97,11 @@ def saved_weights(path: str | Path, context: str) -> dict[str, Tensor]:
     """
     content = read(path, context)
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {clean_name(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        clean_name(name): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.startswith(NEED)
+    }
 
 
 def newest_intact(checkpoints: Iterable[Path]) -> Path | None:

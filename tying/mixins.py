@@ -1,160 +1,290 @@
-"""Mixins that add a callback to a LightningModule by inheritance."""
+"""Mixins that add callbacks to a LightningModule by inheritance.
 
+Each callback ``SomeCallback`` has a mixin ``SomeCallbackMixin``: the class attribute ``some_callback`` of a model holds
+the callback's keyword arguments, and may be left out if all of them have defaults. :class:`TyingMixin` adds any
+callbacks, several of a class too. For all mixins:
+
+- Each instance of a model has its own callbacks.
+- Callbacks that change the model do so in ``configure_model``, hence also in ``load_from_checkpoint``.
+- A class that overrides a hook without ``super()`` keeps the callbacks.
+- A callback replaces the Trainer's of the same class and name, with a warning; the Trainer's others stay. Classes
+  without a name are compared by their patterns.
+"""
+
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from inspect import Parameter, signature
+from typing import Any, ClassVar
 
-from tying.callbacks import Coupling, HardTying, ResidualMerging, SoftTying, TyingCallback, WeightHashing
+import torch
+
+from tying.callbacks import (
+    AnchorTying,
+    BoundaryPlot,
+    Coupling,
+    GeneratedWeights,
+    HardTying,
+    LowRankWeights,
+    MixtureTying,
+    RandomState,
+    RecurrentDepth,
+    ResidualMerging,
+    SlopeAnnealing,
+    SoftTying,
+    TemplateWeights,
+    TyingCallback,
+    TyingMonitor,
+    TyingSummary,
+    Unrolling,
+    UntiedBiases,
+    WeightClustering,
+    WeightHashing,
+)
+from tying.callbacks.base import Callback, accept_need, needs
+from tying.callbacks.conflicts import acting_on
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError
 from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of
 
-MixinType = TypeVar("MixinType", bound="type[Mixin]")
 
-
-def adds(kind: type[TyingCallback], attribute: str) -> Callable[[MixinType], MixinType]:
-    """Return a class decorator: the mixin adds a callback to a model, after those of its bases.
+class Mixin(pl.LightningModule):
+    """The base of the mixins. ``class SomeMixin(Mixin, callback=SomeCallback)`` defines the mixin of a callback.
 
     Args:
-        kind: the class of the callback. A :class:`ModelTransform` also changes the model, in ``configure_model``.
-        attribute: the class attribute of the model that holds the callback's keyword arguments.
+        callback: the class of the callback that a new mixin adds.
+
+    Raises:
+        ConfigurationError: a class inherits a mixin and a LightningModule of the other Lightning; or a model does not
+            set the mixin's attribute to a dictionary of the callback's arguments.
+
+    Example:
+        >>> class StrongTying(SoftTying):
+        ...     pass
+        >>> class StrongTyingMixin(Mixin, callback=StrongTying):
+        ...     pass
+        >>> class Model(StrongTyingMixin):
+        ...     strong_tying = {"ties": ["encoder.weight ~ decoder.weight"], "strength": 10.0}
+        >>> Model().configure_callbacks()[0].strength
+        10.0
     """
 
-    def decorate(mixin: MixinType) -> MixinType:
-        def add_callback(module: pl.LightningModule, inherited: Any) -> list[pl.Callback]:
-            callbacks = [inherited] if isinstance(inherited, pl.Callback) else [*inherited]
-            callback = _callback(module, mixin.__name__, kind, attribute)
-            return callbacks if callback in callbacks else [*callbacks, *_beside(module, callback), callback]
+    # of a class that is a mixin: the class of its callback; None for TyingMixin, which adds callbacks of any class
+    _callback: ClassVar[type[Callback] | None]
 
-        def change_model(module: pl.LightningModule, inherited: None) -> None:
-            _callback(module, mixin.__name__, kind, attribute).apply(module)
-
-        hooks: dict[str, Callable[..., Any]] = {"configure_callbacks": add_callback}
-        if issubclass(kind, ModelTransform):
-            hooks["configure_model"] = change_model
-        for hook, complete in hooks.items():
-            setattr(mixin, hook, _completed(_inherited(mixin, hook), complete))
-        mixin.completions = hooks
-        return mixin
-
-    return decorate
+    def __init_subclass__(cls, callback: type[Callback] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_namespace(cls, next(base.__name__ for base in cls.__mro__ if _is_mixin(base) or base is Mixin))
+        if callback is not None:
+            cls._callback = callback
+        if _is_mixin(cls):
+            for hook, complete in _completions(cls).items():
+                setattr(cls, hook, _completed(vars(cls).get(hook, _inherited(cls, hook)), cls, complete))
+        for mixin in filter(_is_mixin, reversed(cls.__mro__[1:])):
+            for hook, complete in _completions(mixin).items():
+                if hook in vars(cls):
+                    setattr(cls, hook, _completed(vars(cls)[hook], mixin, complete))
 
 
-def _inherited(mixin: type[pl.LightningModule], hook: str) -> Callable[..., Any]:
+def _is_mixin(cls: type) -> bool:
+    return "_callback" in vars(cls)
+
+
+def _completions(mixin: type[Mixin]) -> dict[str, Callable[..., Any]]:
+    """Return the functions that complete the hooks of a mixin's models, by hook."""
+    kind = mixin._callback
+    hooks: dict[str, Callable[..., Any]] = {"configure_callbacks": _add_callbacks}
+    if kind is None or issubclass(kind, ModelTransform):
+        hooks["configure_model"] = _change_model
+    if kind is None or (issubclass(kind, TyingCallback) and kind.prepare is not TyingCallback.prepare):
+        hooks |= {"on_save_checkpoint": _name_needs, "on_load_checkpoint": _prepare}
+    return hooks
+
+
+def _inherited(mixin: type[Mixin], hook: str) -> Callable[..., Any]:
     """Return the hook of the classes after a mixin."""
-    return lambda module: getattr(super(mixin, module), hook)()
+    return lambda module, *arguments: getattr(super(mixin, module), hook)(*arguments)
 
 
-def _completed(hook: Callable[..., Any], complete: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook whose result another function completes."""
+def _completed(hook: Callable[..., Any], mixin: type[Mixin], complete: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook whose result a mixin completes."""
 
     @wraps(hook)
-    def completed(module: pl.LightningModule) -> Any:
-        return complete(module, hook(module))
+    def completed(module: Mixin, *arguments: Any) -> Any:
+        return complete(module, mixin, hook(module, *arguments), *arguments)
 
     return completed
 
 
-def _callback(module: pl.LightningModule, mixin: str, kind: type[TyingCallback], attribute: str) -> Any:
-    """Return a mixin's callback, the same object in all calls: it may count steps."""
-    callbacks: dict[str, TyingCallback] = module.__dict__.setdefault("_mixin_callbacks", {})
+def _add_callbacks(module: Mixin, mixin: type[Mixin], inherited: Any) -> list[pl.Callback]:
+    """Complete ``configure_callbacks``."""
+    callbacks = [inherited] if isinstance(inherited, pl.Callback) else [*inherited]
+    added = [callback for callback in _callbacks(module, mixin) if callback not in callbacks]
+    kinds = {type(callback) for callback in added}
+    beside = kept_beside(module, [other for other in _trainers_callbacks(module) if type(other) in kinds])
+    return [*callbacks, *(other for other in beside if other not in callbacks), *added]
+
+
+def _change_model(module: Mixin, mixin: type[Mixin], inherited: None) -> None:
+    """Complete ``configure_model``."""
+    for callback in _callbacks(module, mixin):
+        if isinstance(callback, ModelTransform):
+            callback.apply_among(module, mixin_callbacks(module))
+            accept_need(module, callback)
+
+
+def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
+    """Complete ``on_save_checkpoint``: let a model without the mixin refuse the checkpoint by name.
+
+    torch lists unexpected keys in its error; nothing else of the checkpoint is shown to a model without callbacks.
+    """
+    for callback in _callbacks(module, mixin):
+        if isinstance(callback, TyingCallback) and callback.is_needed(module):
+            checkpoint["state_dict"][needs(callback, f"{mixin.__module__}.{mixin.__name__}")] = torch.empty(0)
+
+
+def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
+    """Complete ``on_load_checkpoint``: prepare for weights that a callback has replaced since training began."""
+    for callback in _callbacks(module, mixin):
+        if isinstance(callback, TyingCallback) and not isinstance(callback, ModelTransform):
+            with acting_on(module, callback, mixin_callbacks(module)):
+                callback.prepare(module, checkpoint["state_dict"])
+            accept_need(module, callback)
+
+
+def _callbacks(module: pl.LightningModule, mixin: type[Mixin]) -> list[pl.Callback]:
+    """Return the callbacks of one mixin, the same objects in all calls: they may count steps."""
+    callbacks: dict[type[Mixin], list[pl.Callback]] = module.__dict__.setdefault("_mixin_callbacks", {})
     if mixin not in callbacks:
-        if not isinstance(arguments := getattr(module, attribute, None), Mapping):
-            raise ConfigurationError(
-                f"{type(module).__name__} inherits {mixin} and must set {attribute} to a dictionary of "
-                f"{kind.__name__}'s arguments, not {arguments!r}"
-            )
-        try:
-            callbacks[mixin] = kind(**arguments)
-        except TypeError as error:
-            raise ConfigurationError(f"{type(module).__name__}.{attribute}: {error}") from None
+        kind = mixin._callback
+        callbacks[mixin] = _copied(module) if kind is None else [_constructed(module, mixin, kind)]
     return callbacks[mixin]
 
 
-def mixin_callbacks(module: pl.LightningModule) -> list[TyingCallback]:
-    """Return the callbacks that mixins have added to a module."""
-    return [*vars(module).get("_mixin_callbacks", {}).values()]
-
-
-def _beside(module: pl.LightningModule, callback: TyingCallback) -> list[pl.Callback]:
-    """Return the Trainer's callbacks to keep beside a mixin's: same class, other names. Lightning would drop them."""
+def _constructed(module: pl.LightningModule, mixin: type[Mixin], kind: type[Callback]) -> Callback:
+    """Return a callback with the arguments that a model's attribute holds."""
+    attribute = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+    required = any(
+        parameter.default is Parameter.empty and parameter.kind is Parameter.POSITIONAL_OR_KEYWORD
+        for parameter in signature(kind).parameters.values()
+    )
+    arguments = deepcopy(getattr(module, attribute, None if required else {}))
+    if not isinstance(arguments, Mapping):
+        raise ConfigurationError(
+            f"{type(module).__name__} inherits {mixin.__name__} and must set {attribute} to a dictionary of "
+            f"{kind.__name__}'s arguments, not {arguments!r}"
+        )
     try:
-        trainer = module.trainer
-    except RuntimeError:  # there is none yet
-        return []
-    others = [other for other in callbacks_of(trainer) if type(other) is type(callback) and other is not callback]
-    return kept_beside(callback, others, type(module).__name__)
+        return kind(**arguments)
+    except TypeError as error:
+        raise ConfigurationError(f"{type(module).__name__}.{attribute}: {error}") from None
 
 
-def kept_beside(callback: TyingCallback, others: Sequence[pl.Callback], model: str) -> list[pl.Callback]:
-    """Return the callbacks to keep beside a mixin's callback: those of the same class with other names.
+def _copied(module: pl.LightningModule) -> list[pl.Callback]:
+    """Return copies of the callbacks that a model's ``tying`` lists."""
+    callbacks = getattr(module, "tying", None)
+    if not isinstance(callbacks, Sequence) or not all(isinstance(callback, pl.Callback) for callback in callbacks):
+        raise ConfigurationError(
+            f"{type(module).__name__} inherits TyingMixin and must set tying to a list of callbacks, such as "
+            f"[SoftTying(...), HardTying(...)], not {callbacks!r}"
+        )
+    return [*deepcopy(callbacks)]
+
+
+def mixin_callbacks(module: pl.LightningModule) -> list[pl.Callback]:
+    """Return the callbacks that mixins add to a module."""
+    mixins = filter(_is_mixin, reversed(type(module).__mro__)) if isinstance(module, Mixin) else ()
+    return [callback for mixin in mixins for callback in _callbacks(module, mixin)]
+
+
+def kept_beside(module: pl.LightningModule, others: Sequence[pl.Callback]) -> list[pl.Callback]:
+    """Return the Trainer's callbacks to keep beside those of a module's mixins, of the same classes.
 
     Args:
-        callback: the mixin's.
+        module: the model. Lightning would drop every callback of a class that the model adds.
         others: callbacks of the Trainer.
-        model: name of the model's class, for the warning.
 
     Warns:
-        UserWarning: one has the same name, and is replaced.
+        UserWarning: one does not differ from a mixin's in the argument that distinguishes them, and is replaced.
     """
-    same_class = [other for other in others if isinstance(other, TyingCallback) and type(other) is type(callback)]
-    kept = [other for other in same_class if other.name != callback.name]
-    if len(kept) < len(same_class):
-        warnings.warn(
-            f"the {callback.label} of {model} replaces the {callback.label} of the Trainer, which has the same name: "
-            "leave one of them out, or give them different names if they take a name",
-            stacklevel=2,
-        )
-    return [*kept]
+    added = [callback for callback in mixin_callbacks(module) if isinstance(callback, Callback)]
+    kept: list[pl.Callback] = []
+    for other in others:
+        alike = [callback for callback in added if type(callback) is type(other)]
+        same = [callback for callback in alike if callback.is_same(other)]
+        if alike and not same:
+            kept.append(other)
+        elif same and other not in same:
+            label, argument = same[0].label, same[0].distinguished_by
+            remedy = f", or give each its own {argument}" if argument else ""
+            warnings.warn(
+                f"the {label} of {type(module).__name__} replaces the {label} of the Trainer, which has the same "
+                f"{argument or 'class'}: leave one of them out{remedy}",
+                stacklevel=2,
+            )
+    return kept
 
 
-class Mixin(pl.LightningModule):
-    """The base of the mixins. A subclass that overrides a hook without ``super()`` keeps the callback.
+def _trainers_callbacks(module: pl.LightningModule) -> list[pl.Callback]:
+    try:
+        return callbacks_of(module.trainer)
+    except RuntimeError:  # there is no trainer yet
+        return []
 
-    Attributes:
-        completions: for each hook of a mixin, the function that completes the hook's result.
+
+class TyingMixin(Mixin):
+    """Adds the callbacks in ``tying``, a list, to a model: of any classes, and several of a class.
+
+    ``tying`` is an attribute of the class, or of the instance, set in ``__init__``. Each instance of the model has
+    copies of the callbacks. Those that change the model do so in the order of the list. A subclass extends the list by
+    ``tying = [*Base.tying, ...]``.
 
     Raises:
-        ConfigurationError: a class inherits a mixin and a LightningModule of the other Lightning.
-    """
-
-    completions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        check_namespace(cls, next(base.__name__ for base in cls.__mro__ if base.__module__ == __name__))
-        for base in reversed(cls.__mro__):
-            for hook, complete in vars(base).get("completions", {}).items():
-                if hook in vars(cls):
-                    setattr(cls, hook, _completed(vars(cls)[hook], complete))
-
-
-@adds(SoftTying, "soft_tying")
-class SoftTyingMixin(Mixin):
-    """Adds :class:`tying.callbacks.SoftTying` to a model; ``soft_tying`` holds its keyword arguments.
-
-    It replaces a callback of the same class and name that the Trainer has, with a warning; those of other names stay.
-    This holds for all mixins, also if a class below one overrides ``configure_callbacks`` without ``super()``.
-
-    Raises:
-        ConfigurationError: ``soft_tying`` is not set, or is not a dictionary of SoftTying's arguments.
+        ConfigurationError: ``tying`` is not set, or is not a list of callbacks.
 
     Example:
-        >>> class Model(SoftTyingMixin):
-        ...     soft_tying = {"ties": ["encoder.weight ~ decoder.weight"], "strength": 1e-3}
-        >>> Model().configure_callbacks()[0].strength
-        0.001
+        >>> class Model(TyingMixin):
+        ...     tying = [
+        ...         SoftTying(["encoder.weight ~ decoder.weight"], strength=1e-3, name="weights"),
+        ...         SoftTying(["encoder.bias ~ decoder.bias"], strength=1e-2, name="biases"),
+        ...         LowRankWeights(["head.weight"], rank=4),
+        ...     ]
+        >>> [callback.label for callback in Model().configure_callbacks()]
+        ['SoftTying weights', 'SoftTying biases', 'LowRankWeights']
+    """
+
+    _callback = None
+
+
+class AnchorTyingMixin(Mixin, callback=AnchorTying):
+    """Adds :class:`tying.callbacks.AnchorTying` to a model; ``anchor_tying`` holds its keyword arguments.
+
+    Example:
+        >>> class Model(AnchorTyingMixin):
+        ...     anchor_tying = {"parameters": ["backbone.**"], "strength": 0.1}
+        >>> Model().configure_callbacks()[0].anchor
+        'initial'
     """
 
 
-@adds(Coupling, "coupling")
-class CouplingMixin(Mixin):
-    """Adds :class:`tying.callbacks.Coupling` to a model; ``coupling`` holds its keyword arguments.
+class BoundaryPlotMixin(Mixin, callback=BoundaryPlot):
+    """Adds :class:`tying.callbacks.BoundaryPlot` to a model; ``boundary_plot`` holds its keyword arguments.
 
-    Raises:
-        ConfigurationError: ``coupling`` is not set, or is not a dictionary of Coupling's arguments.
+    The model may leave out ``boundary_plot``: all arguments have defaults.
+
+    Example:
+        >>> class Model(BoundaryPlotMixin):
+        ...     boundary_plot = {"characters": 160}
+        >>> Model().configure_callbacks()[0].characters
+        160
+    """
+
+
+class CouplingMixin(Mixin, callback=Coupling):
+    """Adds :class:`tying.callbacks.Coupling` to a model; ``coupling`` holds its keyword arguments.
 
     Example:
         >>> class Model(CouplingMixin):
@@ -164,14 +294,27 @@ class CouplingMixin(Mixin):
     """
 
 
-@adds(HardTying, "hard_tying")
-class HardTyingMixin(Mixin):
+class GeneratedWeightsMixin(Mixin, callback=GeneratedWeights):
+    """Adds :class:`tying.callbacks.GeneratedWeights` to a model; ``generated_weights`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(GeneratedWeightsMixin):
+        ...     generated_weights = {"parameters": ["network.weight"], "in_channels": 2, "out_channels": 2}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Conv2d(4, 4, 3)
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network.parametrizations.weight[0]
+        HyperWeight(2, 2, 3, embedding=64)
+    """
+
+
+class HardTyingMixin(Mixin, callback=HardTying):
     """Adds :class:`tying.callbacks.HardTying` to a model; ``hard_tying`` holds its keyword arguments.
 
-    The weights are tied in ``configure_model``, hence also by ``load_from_checkpoint``, without a Trainer's callback.
-
-    Raises:
-        ConfigurationError: ``hard_tying`` is not set, or is not a dictionary of HardTying's arguments.
+    A model without the mixin loads its checkpoints with equal, but separate weights.
 
     Example:
         >>> import torch
@@ -187,37 +330,66 @@ class HardTyingMixin(Mixin):
     """
 
 
-@adds(WeightHashing, "weight_hashing")
-class WeightHashingMixin(Mixin):
-    """Adds :class:`tying.callbacks.WeightHashing` to a model; ``weight_hashing`` holds its keyword arguments.
-
-    The weights are hashed in ``configure_model``, hence also by ``load_from_checkpoint``.
-
-    Raises:
-        ConfigurationError: ``weight_hashing`` is not set, or is not a dictionary of WeightHashing's arguments.
+class LowRankWeightsMixin(Mixin, callback=LowRankWeights):
+    """Adds :class:`tying.callbacks.LowRankWeights` to a model; ``low_rank_weights`` holds its keyword arguments.
 
     Example:
         >>> import torch
-        >>> class Model(WeightHashingMixin):
-        ...     weight_hashing = {"parameters": ["network.weight"], "table_ratio": 0.25}
+        >>> class Model(LowRankWeightsMixin):
+        ...     low_rank_weights = {"parameters": ["network.weight"], "rank": 2}
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.network = torch.nn.Linear(8, 8)
         >>> model = Model()
         >>> model.configure_model()
-        >>> model.network.table.shape
-        torch.Size([16])
+        >>> [tuple(factor.shape) for factor in model.network.parametrizations.weight.parameters()]
+        [(8, 2), (2, 8)]
     """
 
 
-@adds(ResidualMerging, "residual_merging")
-class ResidualMergingMixin(Mixin):
+class MixtureTyingMixin(Mixin, callback=MixtureTying):
+    """Adds :class:`tying.callbacks.MixtureTying` to a model; ``mixture_tying`` holds its keyword arguments.
+
+    Example:
+        >>> class Model(MixtureTyingMixin):
+        ...     mixture_tying = {"parameters": ["network.**"], "components": 17, "start_epoch": 10}
+        >>> Model().configure_callbacks()[0].components
+        17
+    """
+
+
+class RandomStateMixin(Mixin, callback=RandomState):
+    """Adds :class:`tying.callbacks.RandomState` to a model; ``random_state`` holds its keyword arguments.
+
+    The model may leave out ``random_state``: all arguments have defaults.
+
+    Example:
+        >>> class Model(RandomStateMixin):
+        ...     random_state = {}
+        >>> Model().configure_callbacks()[0].state_dict().keys()
+        dict_keys(['processes'])
+    """
+
+
+class RecurrentDepthMixin(Mixin, callback=RecurrentDepth):
+    """Adds :class:`tying.callbacks.RecurrentDepth` to a model; ``recurrent_depth`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(RecurrentDepthMixin):
+        ...     recurrent_depth = {"blocks": "network.*", "steps": 3}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network[0].steps, len(list(model.parameters()))
+        (3, 2)
+    """
+
+
+class ResidualMergingMixin(Mixin, callback=ResidualMerging):
     """Adds :class:`tying.callbacks.ResidualMerging` to a model; ``residual_merging`` holds its keyword arguments.
-
-    The merges are put in by ``configure_model``, hence also by ``load_from_checkpoint``.
-
-    Raises:
-        ConfigurationError: ``residual_merging`` is not set, or is not a dictionary of ResidualMerging's arguments.
 
     Example:
         >>> import torch
@@ -231,4 +403,129 @@ class ResidualMergingMixin(Mixin):
         >>> model.configure_model()
         >>> [block.merge.keep for block in model.network]
         [0.75, 0.5]
+    """
+
+
+class SlopeAnnealingMixin(Mixin, callback=SlopeAnnealing):
+    """Adds :class:`tying.callbacks.SlopeAnnealing` to a model; ``slope_annealing`` holds its keyword arguments.
+
+    The model may leave out ``slope_annealing``: all arguments have defaults.
+
+    Example:
+        >>> class Model(SlopeAnnealingMixin):
+        ...     slope_annealing = {"rate": 0.1}
+        >>> Model().configure_callbacks()[0].rate
+        0.1
+    """
+
+
+class SoftTyingMixin(Mixin, callback=SoftTying):
+    """Adds :class:`tying.callbacks.SoftTying` to a model; ``soft_tying`` holds its keyword arguments.
+
+    Example:
+        >>> class Model(SoftTyingMixin):
+        ...     soft_tying = {"ties": ["encoder.weight ~ decoder.weight"], "strength": 1e-3}
+        >>> Model().configure_callbacks()[0].strength
+        0.001
+    """
+
+
+class TemplateWeightsMixin(Mixin, callback=TemplateWeights):
+    """Adds :class:`tying.callbacks.TemplateWeights` to a model; ``template_weights`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(TemplateWeightsMixin):
+        ...     template_weights = {"parameters": ["network.*.weight"], "templates": 2}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> sum(weight.numel() for weight in model.parameters())
+        168
+    """
+
+
+class TyingMonitorMixin(Mixin, callback=TyingMonitor):
+    """Adds :class:`tying.callbacks.TyingMonitor` to a model; ``tying_monitor`` holds its keyword arguments.
+
+    The model may leave out ``tying_monitor``: all arguments have defaults.
+
+    Example:
+        >>> class Model(TyingMonitorMixin):
+        ...     tying_monitor = {"max_lines": 4}
+        >>> Model().configure_callbacks()[0].max_lines
+        4
+    """
+
+
+class TyingSummaryMixin(Mixin, callback=TyingSummary):
+    """Adds :class:`tying.callbacks.TyingSummary` to a model; ``tying_summary`` holds its keyword arguments.
+
+    The model may leave out ``tying_summary``: all arguments have defaults.
+
+    Example:
+        >>> class Model(TyingSummaryMixin):
+        ...     tying_summary = {"max_rows": 10}
+        >>> Model().configure_callbacks()[0].max_rows
+        10
+    """
+
+
+class UnrollingMixin(Mixin, callback=Unrolling):
+    """Adds :class:`tying.callbacks.Unrolling` to a model; ``unrolling`` holds its keyword arguments.
+
+    Example:
+        >>> class Model(UnrollingMixin):
+        ...     unrolling = {"extra": [-1, 0, 1]}
+        >>> Model().configure_callbacks()[0].extra
+        [-1, 0, 1]
+    """
+
+
+class UntiedBiasesMixin(Mixin, callback=UntiedBiases):
+    """Adds :class:`tying.callbacks.UntiedBiases` to a model; ``untied_biases`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(UntiedBiasesMixin):
+        ...     untied_biases = {"parameters": ["network.bias"], "input_size": [3, 8, 8]}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Conv2d(3, 4, 3)
+        ...     def forward(self, x):
+        ...         return self.network(x)
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network.bias.shape
+        torch.Size([4, 6, 6])
+    """
+
+
+class WeightClusteringMixin(Mixin, callback=WeightClustering):
+    """Adds :class:`tying.callbacks.WeightClustering` to a model; ``weight_clustering`` holds its keyword arguments.
+
+    Example:
+        >>> class Model(WeightClusteringMixin):
+        ...     weight_clustering = {"parameters": ["network.*.weight"], "clusters": 32, "start_epoch": 10}
+        >>> Model().configure_callbacks()[0].clusters
+        32
+    """
+
+
+class WeightHashingMixin(Mixin, callback=WeightHashing):
+    """Adds :class:`tying.callbacks.WeightHashing` to a model; ``weight_hashing`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(WeightHashingMixin):
+        ...     weight_hashing = {"parameters": ["network.weight"], "table_ratio": 0.25}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Linear(8, 8)
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.network.table.shape
+        torch.Size([16])
     """

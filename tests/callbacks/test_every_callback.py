@@ -327,6 +327,8 @@ QUERIES = {
     "monitored": lambda callback, model: callback.monitored(model),
     "replaced": lambda callback, model: callback.replaced(model),
     "selects": lambda callback, model: callback.selects("net.first.weight"),
+    "is_same": lambda callback, model: callback.is_same(callback),
+    "is_needed": lambda callback, model: callback.is_needed(model),
     "check_conflicts": lambda callback, model: callback.check_conflicts(model, []),
     "check_groups": lambda callback, model: callback.check_groups([]),
     "state_dict": lambda callback, model: callback.state_dict(),
@@ -341,7 +343,7 @@ QUERIES = {
     ),
 }
 # all other public methods, but for Lightning's hooks
-COMMANDS = {"apply", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
+COMMANDS = {"apply", "apply_among", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
 CHECKS = {"check_finite", "check_optimizers"}  # raise errors during training
 
 

@@ -67,6 +67,16 @@ def test_extraction_skips_the_other_blocks(name, keep):
     assert len(shallow.state_dict()) < len(before)
 
 
+@pytest.mark.parametrize("name", [*zoo.DOZEN, "BART"])
+def test_extraction_drops_as_a_merge_on_whole_blocks_does(name):
+    model, arguments, patterns = build(name).eval(), zoo.ZOO[name].inputs(), zoo.ZOO[name].blocks
+    shallow = extract(model, patterns)
+    count = len(blocks_of(model, patterns))
+    assert apply_merge(model, patterns, StochasticDepth(0.5), [1.0 - i % 2 for i in range(count)], whole=True) == count
+    assert torch.equal(skipping(model, [], arguments), skipping(shallow, [], arguments))
+    assert torch.equal(skipping(extract(model, patterns), [], arguments), skipping(shallow, [], arguments))
+
+
 @pytest.mark.parametrize("name", [name for name in zoo.TRANSFORMERS if name != "Mamba"])
 def test_a_model_built_from_the_changed_config_loads_the_extracted_weights(name):
     model, arguments = build(name).eval(), zoo.ZOO[name].inputs()
@@ -225,6 +235,7 @@ MISTAKES = {
         "every other",
         r"'0\.branch', .*: not an entry of an nn\.ModuleList or nn\.Sequential",
     ),
+    "all excluded": (["[01]", "!*"], "every other", r"^blocks: '\[01\]', '!\*' exclude all that they match$"),
     "nested": (["*", "0.branch"], "every other", r"'0\.branch' is a part of '0', which matches too: name only"),
     "word": ("*", "half", "^keep must be 'every other', indices of blocks or a fraction, not 'half'$"),
     "no indices": ("*", [0.5], r"^keep must be 'every other', indices of blocks or a fraction, not \[0\.5\]$"),

@@ -13,7 +13,8 @@ from tying import ConfigurationError
 from tying.depth import Recurrent, Residual, StochasticDepth, apply_merge, extract, recur, remove_merge, unrecur
 from tying.depth.recurrent import norms_in
 from tying.depth.stages import find_stages
-from tying.hard import audit, lower_rank, tie, untie
+from tying.hard import audit, bake, lower_rank, tie, untie
+from tying.hashing import hash_weights
 from tying.weights.derived import count_parameters
 
 # of stages of two equal blocks or more; the pattern, if it is not the zoo's
@@ -307,6 +308,22 @@ def test_ties_and_hashes_on_top():
     with pytest.raises(ConfigurationError, match=r"are tied, and their names would change: untie them"):
         unrecur(model)
     assert untie(model, ["1.weight"]) > 0
+
+
+@pytest.mark.parametrize("scope", ["layer", "network"])
+def test_hashes_of_shared_weights(scope):
+    model, plain = chain(), chain()
+    recur(model, "{0..3}")
+    hash_weights(model, ["0.blocks.*.branch.0.weight", "1.weight"], 0.5, scope=scope)
+    assert torch.equal(model[0].blocks[0].branch[0].weight, model[0].blocks[3].branch[0].weight)
+    model(X).sum().backward()
+    with pytest.raises(
+        ConfigurationError, match=r"^'0' computes its weights .*: make them parameters again before unrecur"
+    ):
+        unrecur(model)
+    baked = nn.Sequential(Recurrent(plain[0], 4), plain[4])
+    baked.load_state_dict(bake(model))
+    assert torch.equal(baked.eval()(X), model.eval()(X))
 
 
 @pytest.mark.parametrize("merge", [StochasticDepth(0.5, "row"), StochasticDepth(0.0)])

@@ -13,12 +13,14 @@ from typing_extensions import override
 from tying.callbacks.finite_check import FiniteCheck
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError
+from tying.files import NEED
 from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of
 from tying.selection.index import clean_name, covers
 from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
+from tying.weights.derived import derived_by_others
 
 # strategies that split weights over processes
 SHARDING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy | pl.strategies.ModelParallelStrategy
@@ -30,15 +32,27 @@ class Callback(pl.Callback):
     """The base of all callbacks. It checks the Trainer, and that no two callbacks save their states under one key.
 
     Attributes:
-        distinguished_by: the constructor's argument that distinguishes the states of several callbacks of a class.
+        name: distinguishes several callbacks of a class.
+        distinguished_by: the constructor's argument that distinguishes several callbacks of a class, and their states.
 
     Raises:
         ConfigurationError: in ``setup``, the Trainer or one of its callbacks is of the other Lightning, or another
             callback of the class would save its state under the same key.
     """
 
+    name: str | None = None
     distinguished_by: str | None = None
     _is_set_up = False
+
+    @property
+    def label(self) -> str:
+        """The callback's class and, if it has one, its name."""
+        return " ".join(filter(None, (type(self).__name__, self.name)))
+
+    def is_same(self, other: pl.Callback) -> bool:
+        """Return whether another callback is of this class, and does not differ in the distinguishing argument."""
+        argument = self.distinguished_by or "name"
+        return type(other) is type(self) and getattr(other, argument) == getattr(self, argument)
 
     @property
     @override
@@ -61,9 +75,8 @@ class Callback(pl.Callback):
     def _check_state_key(self, callbacks: Sequence[pl.Callback]) -> None:
         if type(self).state_dict is pl.Callback.state_dict:  # it saves no state
             return
-        kind, key, argument = type(self), self._final_state_key, self.distinguished_by
-        count = sum(type(other) is kind and other._final_state_key == key for other in callbacks)
-        if count > 1:
+        kind, argument = type(self), self.distinguished_by
+        if (count := sum(map(self.is_same, callbacks))) > 1:
             same = f" with {argument}={getattr(self, argument)!r}" if argument else ""
             remedy = f"give each its own {argument}, or leave all but one out" if argument else "leave all but one out"
             raise ConfigurationError(f"{kind.__name__}: {count} callbacks are {kind.__name__}{same}: {remedy}")
@@ -76,7 +89,6 @@ class TyingCallback(Callback):
     Attributes:
         ties: the ties that the callback makes, if any.
         parameters: patterns of the weights that the callback acts on, unless it has ties.
-        name: distinguishes several callbacks of a class.
         takes_factors: whether the callback may act on a weight that another callback computes, by acting on all
             parameters from which it is computed.
 
@@ -88,14 +100,8 @@ class TyingCallback(Callback):
 
     ties: Sequence[Tie] = ()
     parameters: Sequence[str] = ()
-    name: str | None = None
     takes_factors = False
     _finite_check = FiniteCheck("")
-
-    @property
-    def label(self) -> str:
-        """The callback's class and, if it has one, its name."""
-        return " ".join(filter(None, (type(self).__name__, self.name)))
 
     @property
     def groups(self) -> list[TiedGroup]:
@@ -133,6 +139,10 @@ class TyingCallback(Callback):
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         """Apply the changes of training to a model, so that it can load a state dict from that training."""
 
+    def is_needed(self, model: nn.Module) -> bool:
+        """Return whether a model without this callback would not load the model's state dict, or compute otherwise."""
+        return not derived_by_others(model).keys().isdisjoint(self.replaced(model))
+
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback cannot tie these groups."""
 
@@ -142,6 +152,11 @@ class TyingCallback(Callback):
     def monitor(self, model: nn.Module) -> None:
         """Check the monitored weights from now on. Call this again when the callback has replaced some."""
         self._finite_check.weights, self._finite_check.groups = self.monitored(model), self.groups
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        accept_need(pl_module, self)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,6 +202,28 @@ class TyingCallback(Callback):
         """Raise a NonFiniteError if a monitored weight is not finite; without ``wait``, a GPU may report it later."""
         self._finite_check.measure()
         self._finite_check.report(wait)
+
+
+def needs(callback: TyingCallback, mixin: str) -> str:
+    """Return the key by which a checkpoint says that it needs a callback, which a mixin has added to its model.
+
+    A model without the callback refuses to load the key, and the error names it; see :func:`accept_need`.
+    """
+    return f"{NEED}{type(callback).__name__} of {mixin}"
+
+
+def accept_need(model: nn.Module, callback: TyingCallback) -> None:
+    """Let a model load checkpoints that need a callback, which it has."""
+    if "_accepted_needs" not in vars(model):
+        vars(model)["_accepted_needs"] = set()
+        model.register_load_state_dict_pre_hook(_drop_needs)  # type: ignore[no-untyped-call]  # torch's
+    vars(model)["_accepted_needs"].add(f"{NEED}{type(callback).__name__} ")
+
+
+def _drop_needs(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    accepted = tuple(prefix + need for need in vars(model)["_accepted_needs"])
+    for key in [key for key in state_dict if key.startswith(accepted)]:
+        del state_dict[key]
 
 
 def members(groups: Iterable[TiedGroup]) -> dict[str, nn.Parameter]:

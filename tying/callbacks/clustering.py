@@ -73,6 +73,8 @@ class WeightClustering(TyingCallback):
         32
     """
 
+    distinguished_by = "parameters"
+
     def __init__(
         self,
         parameters: list[str],

@@ -51,6 +51,8 @@ class HardTying(ModelTransform):
         'source'
     """
 
+    distinguished_by = "name"
+
     def __init__(
         self, ties: Sequence[Tie | str], init: Literal["source", "mean"] = "source", name: str | None = None
     ) -> None:
@@ -97,6 +99,10 @@ class HardTying(ModelTransform):
     @override
     def is_applied(self, model: nn.Module) -> bool:
         return record_in(model).ties.keys() >= {*self.ties}
+
+    @override
+    def is_needed(self, model: nn.Module) -> bool:
+        return False
 
     @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:

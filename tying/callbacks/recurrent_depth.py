@@ -3,12 +3,11 @@
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.transform import ModelTransform
+from tying.callbacks.transform import ModelTransform, arguments_of
 from tying.depth import Recurrent, recur
 from tying.depth.recurrent import check_steps
 from tying.errors import listed
 from tying.selection.index import clean_name
-from tying.weights.derived import derived_weights
 
 
 class RecurrentDepth(ModelTransform):
@@ -30,6 +29,8 @@ class RecurrentDepth(ModelTransform):
         True
     """
 
+    distinguished_by = "blocks"
+
     def __init__(self, blocks: str | list[str], steps: int | None = None, per_step_norm: bool = True) -> None:
         self.blocks = blocks if isinstance(blocks, str) else [*blocks]
         self.steps = steps if steps is None else check_steps(steps)
@@ -39,29 +40,32 @@ class RecurrentDepth(ModelTransform):
     def change(self, model: nn.Module) -> list[str]:
         former = {*_recurrent_blocks(model).values()}
         recur(model, self.blocks, self.steps, self.per_step_norm)
+        for recurrent in _recurrent_blocks(model).values():
+            if recurrent not in former:
+                recurrent.made_by = arguments_of(self)
+        return self.changed(model)
+
+    @override
+    def changed(self, model: nn.Module) -> list[str]:
         return [
-            clean_name(f"{path}.{name}")
-            for path, recurrent in _recurrent_blocks(model).items()
-            if recurrent not in former
+            f"{path}.{clean_name(name)}"
+            for path, recurrent in self._made(model).items()
             for name, _ in recurrent.named_parameters(remove_duplicate=False)
         ]
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
-        if not (names := self.changed(model)):
-            return False
-        weights = {clean_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-        return {*names} <= weights | derived_weights(model, aliases=True).keys()
+        return bool(self._made(model))
 
     @override
     def describe(self, model: nn.Module) -> str:
-        names = {*self.changed(model)}
-        stages = [
-            f"{path} ({recurrent.steps} steps)"
-            for path, recurrent in _recurrent_blocks(model).items()
-            if any(name.startswith(f"{path}.") for name in names)
-        ]
+        stages = [f"{path} ({recurrent.steps} steps)" for path, recurrent in self._made(model).items()]
         return f"{len(stages)} recurrent blocks: {listed(stages)}"
+
+    def _made(self, model: nn.Module) -> dict[str, Recurrent]:
+        """Return the recurrent blocks that this callback, or an equal one, has made."""
+        arguments = arguments_of(self)  # not names, which other stages change
+        return {path: block for path, block in _recurrent_blocks(model).items() if block.made_by == arguments}
 
 
 def _recurrent_blocks(model: nn.Module) -> dict[str, Recurrent]:

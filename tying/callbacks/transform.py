@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from operator import attrgetter
 from typing import Any
@@ -35,6 +36,7 @@ class ModelTransform(TyingCallback):
     """
 
     parameters: Sequence[str] = ()
+    distinguished_by = "parameters"
     _optimizer_size = 0
 
     def __init__(self, parameters: list[str]) -> None:
@@ -51,6 +53,11 @@ class ModelTransform(TyingCallback):
             record(model, self, self.change(model))
         return self.changed(model)
 
+    def apply_among(self, model: nn.Module, callbacks: Sequence[pl.Callback]) -> None:
+        """Change the model unless it is already changed; errors name this callback, and any that conflicts with it."""
+        with nullcontext() if self.is_applied(model) else acting_on(model, self, callbacks):
+            self.apply(model)
+
     def is_applied(self, model: nn.Module) -> bool:
         """Return whether this callback, or an equal one, has already changed the model."""
         names = self.changed(model)
@@ -64,6 +71,10 @@ class ModelTransform(TyingCallback):
     def replaced(self, model: nn.Module) -> list[str]:
         computed = derived_by_others(model)
         return [name for name in self.changed(model) if name in computed]
+
+    @override
+    def is_needed(self, model: nn.Module) -> bool:
+        return self.is_applied(model)
 
     def describe(self, model: nn.Module) -> str:
         """Describe what was changed, for reports."""
@@ -104,11 +115,7 @@ class ModelTransform(TyingCallback):
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
         configure_model(trainer, pl_module)
-        if self.is_applied(pl_module):
-            self.apply(pl_module)
-        else:
-            with acting_on(pl_module, self, callbacks_of(trainer)):
-                self.apply(pl_module)
+        self.apply_among(pl_module, callbacks_of(trainer))
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

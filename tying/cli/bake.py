@@ -8,7 +8,7 @@ import torch
 
 from tying.cli.inspect import load_weights
 from tying.errors import ConfigurationError
-from tying.files import atomically, read
+from tying.files import NEED, atomically, read
 from tying.hard import bake
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
@@ -57,7 +57,9 @@ def export(
         load_weights(cli.model, callbacks_of(cli.trainer), weights, f"--config {', '.join(configs)}: {checkpoint}")
         weights = bake(cli.model)
     plain = {
-        unwrapped(key): value.detach().clone(memory_format=torch.contiguous_format) for key, value in weights.items()
+        unwrapped(key): value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in weights.items()
+        if not key.startswith(NEED)
     }
     save: Callable[..., object] = torch.save
     if out.suffix == ".safetensors":

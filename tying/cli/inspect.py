@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from tying.callbacks import TyingCallback
+from tying.callbacks.base import accept_need
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
 from tying.callbacks.transform import ModelTransform, averaging_before
@@ -21,7 +21,7 @@ from tying.files import read
 from tying.hard import audit
 from tying.hashing import plot_loads, report
 from tying.lightning_namespace import pl
-from tying.mixins import kept_beside, mixin_callbacks
+from tying.mixins import kept_beside
 from tying.selection.index import clean_name
 from tying.selection.resolve import resolve, resolve_each
 from tying.selection.tie import TiedGroup
@@ -122,8 +122,8 @@ def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> l
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]
     kinds = {type(callback) for callback in added}
-    beside = [kept_beside(callback, callbacks, type(model).__name__) for callback in mixin_callbacks(model)]
-    return [*(callback for callback in callbacks if type(callback) not in kinds), *chain(*beside), *added]
+    rest = [callback for callback in callbacks if type(callback) not in kinds]
+    return [*rest, *kept_beside(model, callbacks), *added]
 
 
 def _examine(
@@ -222,6 +222,7 @@ def load_weights(
     for callback in callbacks:
         if isinstance(callback, TyingCallback):
             callback.prepare(model, weights)
+            accept_need(model, callback)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -44,7 +44,7 @@ def extract(
 
     Args:
         model: is not changed.
-        blocks: a pattern of names of modules, or several.
+        blocks: a pattern of names of modules, or several; a leading ``!`` excludes.
         keep: the blocks to keep, of the n matched blocks in the model's order: ``"every other"``, which is 0, 2, 4, …;
             indices; or a fraction f in (0, 1]: ``round(f · n)`` blocks, evenly spaced, the first and last included.
 

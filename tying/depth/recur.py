@@ -32,7 +32,7 @@ def recur(
 
     Args:
         model: changed in place.
-        blocks: a pattern of names of modules, or several.
+        blocks: a pattern of names of modules, or several; a leading ``!`` excludes.
         steps: the number of steps of each Recurrent; default: the number of blocks. Further steps are copies of the
             blocks, from the first on.
         per_step_norm: whether step t has the normalisation layers of block t; if False, all use the first block's.

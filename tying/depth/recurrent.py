@@ -59,6 +59,9 @@ class Recurrent(nn.Module):
     cortex, 2016.
     """
 
+    former_keys: tuple[str, ...] = ()  # of the blocks in their container, where recur has replaced them
+    made_by = ""  # the arguments of the callback that called recur
+
     def __init__(self, block: nn.Module, steps: int, per_step_norm: bool = True) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([block])
@@ -68,7 +71,6 @@ class Recurrent(nn.Module):
                 f"Recurrent takes a block whose weights are parameters, not {listed(parametrized)}: parametrize the "
                 "Recurrent instead of the block"
             )
-        self.former_keys: tuple[str, ...] = ()  # of the blocks in their container, where recur has replaced them
         if per_step_norm or indices_in(block):
             copies = [copy.deepcopy(block) for _ in range(steps - 1)]
             for step, copied in enumerate(copies, 1):

@@ -41,24 +41,26 @@ class Stage:
 
 
 def match_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the modules of a model whose names match patterns, by name in the model's order.
+    """Return the modules of a model whose names match patterns, by name in the model's order; ``!`` excludes.
 
     Raises:
-        ConfigurationError: a pattern matches nothing.
+        ConfigurationError: a pattern matches nothing, or the patterns exclude all that they match.
     """
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(clean_name(path), module)  # of a wrapper and its module, which have one name, the wrapper
     del modules[""]
-    if not (texts := [patterns] if isinstance(patterns, str) else [*patterns]):
-        raise ConfigurationError("blocks must be a pattern of module names, or several, not []")
+    texts = [patterns] if isinstance(patterns, str) else [*patterns]
+    if all(text.startswith("!") for text in texts):
+        raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
     names: set[str] = set()
-    for pattern in map(Pattern, texts):
+    for text in sorted(texts, key=lambda text: text.startswith("!")):
+        pattern = Pattern(text.removeprefix("!"))
         if not (matches := {name for name in modules if pattern.match(name) is not None}):
-            raise ConfigurationError(
-                f"blocks: pattern {pattern.text!r} matches no module.{nearest(pattern.text, modules)}"
-            )
-        names |= matches
+            raise ConfigurationError(f"blocks: pattern {text!r} matches no module.{nearest(pattern.text, modules)}")
+        names = names - matches if text.startswith("!") else names | matches
+    if not names:
+        raise ConfigurationError(f"blocks: {listed(map(repr, texts))} exclude all that they match")
     return {name: module for name, module in modules.items() if name in names}
 
 
