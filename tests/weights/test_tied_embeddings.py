@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from toys import train
+from zoo import TRANSFORMERS, build, loss_of
 
 from tying import ConfigurationError
 from tying.callbacks import (
@@ -20,6 +22,7 @@ from tying.callbacks import (
     WeightHashing,
 )
 from tying.hard import audit, bake, generate_weights, load_plain, lower_rank, restore, share_templates, tie, tied, untie
+from tying.hard.hypernetwork import plan_generation
 from tying.hashing import (
     HashedEmbedding,
     HashedLinear,
@@ -33,7 +36,7 @@ from tying.hashing import (
 )
 from tying.hashing.packing import contents
 from tying.selection.relation import Relation
-from tying.weights.derived import count_parameters, derived_weights, names_by_weight, remove
+from tying.weights.derived import count_parameters, derived_weights, locate_parameters, names_by_weight, remove
 
 SIZE = 16
 
@@ -377,3 +380,66 @@ def test_callbacks_compute_what_a_callback_has_tied(way, tmp_path):
     for model in (whole, stopped, resumed):
         assert_one(model.net, ("embedding.weight", "head.weight"))
     assert torch.equal(whole.net(ids()), resumed.net(ids()))
+
+
+# Models of transformers
+
+
+COMPRESSING = ["hashed by layer", "hashed by network", "low rank", "templates", "generated", "clustered"]
+
+
+def shared_names(model):
+    return [tuple(names) for names in locate_parameters(model).names.values() if len(names) > 1]
+
+
+@pytest.mark.parametrize("way", COMPRESSING)
+@pytest.mark.parametrize("architecture", TRANSFORMERS)
+def test_whole_models_are_computed(architecture, way):
+    """Every matrix is computed, its ties with it, or a notice names it."""
+    model, plain = build(architecture), build(architecture)
+    ties = [names for names in shared_names(model) if model.get_parameter(names[0]).ndim > 1]
+    matrices = {name for name, weight in model.named_parameters() if weight.ndim > 1}
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        computed = {*WAYS[way](model, ["**"])}
+    left_out = {*plan_generation(plain, ["**"], 4, 8, 8).left_out} if way == "generated" else set()
+    notice = " ".join(str(warning.message) for warning in notices)
+    assert matrices - computed <= left_out | {name for name in matrices if repr(name) in notice}
+    assert len(computed) > len(matrices) / 2
+    assert len(notices) == bool(notice)
+    for names in ties:
+        assert_one(model, names)
+    inputs = TRANSFORMERS[architecture].inputs()
+    loss = loss_of(model, inputs)
+    loss.backward()
+    originals = [original for derived in derived_weights(model).values() for original in derived.originals]
+    assert all(original.grad is not None for original in originals if original.requires_grad)
+    plain.load_state_dict(bake(model))
+    torch.testing.assert_close(loss_of(plain, inputs), loss)
+
+
+@pytest.mark.parametrize("way", COMPRESSING)
+@pytest.mark.parametrize("architecture", ["GPT2", "BERT", "T5"])
+def test_transformers_does_not_part_it_silently(architecture, way):
+    """Its functions raise errors, since they look for parameters."""
+    model = build(architecture)
+    [names] = [names for names in shared_names(model) if names[0].endswith("weight")]
+    WAYS[way](model, [names[0]])
+    expected = loss_of(model, inputs := TRANSFORMERS[architecture].inputs())
+    with pytest.raises((AttributeError, ValueError)):
+        model.tie_weights()
+    assert_one(model, names)
+    assert torch.equal(loss_of(model, inputs), expected)
+    with pytest.raises((AttributeError, ValueError)):
+        model.resize_token_embeddings(60)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2", "BERT", "T5"])
+def test_transformers_saves_the_baked_model(architecture, tmp_path):
+    model = build(architecture)
+    hash_weights(model, ["**"], 0.3)
+    model.save_pretrained(tmp_path, state_dict=bake(model))
+    plain = type(model).from_pretrained(tmp_path)
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    inputs = TRANSFORMERS[architecture].inputs()
+    torch.testing.assert_close(loss_of(plain.eval(), inputs), loss_of(model.eval(), inputs))

@@ -24,6 +24,7 @@ from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
+from tying.weights.derived import derived_by_others
 from tying.weights.optimizers import are_alike
 from tying.weights.replace import select_weights
 from tying.weights.state_dict import record_in, tie_records
@@ -71,6 +72,15 @@ class HardTying(ModelTransform):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._warning = ""
+
+    @override
+    def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        if self.is_applied(model):
+            ties = record_in(model).ties
+            names = {name for tie in self.ties for name in ties[tie]}
+            if names <= derived_by_others(model).keys():  # another callback computes the tied weights now
+                return {}
+        return super().affected(model)
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
