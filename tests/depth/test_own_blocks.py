@@ -317,6 +317,14 @@ def test_arguments_go_to_modules_alone():
         Sum()(x, x, gate)
 
 
+def test_a_branch_returns_a_tensor():
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.randn(3, 5, 4)
+    for merge in (Sum(), StochasticDepth(0.5, "row"), Swapout(0.5, 0.5)):
+        with pytest.raises(ConfigurationError, match="a branch that returns a tensor, not a tuple: pass merge"):
+            merge(x, attention, x, x)
+        assert merge(x, lambda: attention(x, x, x)[0]).shape == x.shape
+
+
 # in the company of torch
 
 

@@ -5,6 +5,7 @@ import copyreg
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any, cast
@@ -171,7 +172,7 @@ class MergedList(MergedBlock):
         return (child for name, child in self.named_children() if state is None or name != state.merge)
 
     def __len__(self) -> int:
-        return len([*self])
+        return sum(1 for _ in self)
 
 
 def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
@@ -270,14 +271,9 @@ class BlockBranch(Branch):
     def _call(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the plain forward; check what it returns for the given hidden state."""
         outputs: Any
-        if self.state.notice is None or not self.block.training or torch.compiler.is_compiling() or is_recorded():
+        watches = self.block.training and not torch.compiler.is_compiling() and not is_recorded()
+        with AdditionWatch(x) if watches and self.state.notice is not None else nullcontext() as watch:
             outputs = self.compute(*args, **kwargs)
-        else:
-            with AdditionWatch(x) as watch:
-                outputs = self.compute(*args, **kwargs)
-            if not watch.has_added:
-                self.state.notice.give(self.state.name)
-            self.state.notice = None
         if not isinstance(hidden := first_output(outputs), Tensor):
             raise ConfigurationError(
                 f"{self.state.name} returns {describe(outputs)}: a merge needs a block that returns a tensor, or a "
@@ -290,6 +286,10 @@ class BlockBranch(Branch):
                 f"{self.state.name} maps {tuple(x.shape)} to {tuple(hidden.shape)}: a merge needs a block that keeps "
                 "the shape of its first tensor argument. Name only such blocks"
             )
+        if watch is not None and self.state.notice is not None:
+            if not watch.has_added:
+                self.state.notice.give(self.state.name)
+            self.state.notice = None
         return outputs
 
     def _further(self) -> FurtherOutputs:
@@ -308,11 +308,11 @@ class BlockBranch(Branch):
             args = tuple(copied_cache(value) for value in self.args)
             kwargs = {name: copied_cache(value) for name, value in self.kwargs.items()}
             branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
-            with torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
-                branch.output()  # without torch.no_grad, under which autocast would keep weights that have no gradient
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
+                branch.output()
                 for buffer, value in buffers:
                     buffer.copy_(value)
+            torch.clear_autocast_cache()  # it holds weights that were cast without gradients
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
 
