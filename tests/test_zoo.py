@@ -103,9 +103,10 @@ def without(name, blocks):
     for path in blocks:
         container, _, child = path.rpartition(".")
         del model.get_submodule(container)._modules[child]
-    if name == "Gemma2":  # its layers attend differently in turn
+    if name == "Gemma2":  # its layers attend in two ways, by their index
         kinds = enumerate(model.config.layer_types)
         model.config.layer_types = [kind for layer, kind in kinds if f"model.layers.{layer}" not in blocks]
+        model.config.use_cache = False
     return model
 
 
