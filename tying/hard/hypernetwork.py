@@ -266,11 +266,15 @@ class GenerationPlan:
     selection: Selection
     tilings: dict[str, Tiling]
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the selected weights that are not generated."""
+        return tuple(name for name in self.selection.weights if name not in self.tilings)
+
     def describe_left_out(self) -> str:
         """Name the selected weights that are not generated, with the reason; empty if there are none."""
-        names = [repr(name) for name in self.selection.weights if name not in self.tilings]
         reason = "networks and embeddings would have as many parameters as they; spell them out to generate them"
-        return f"{listed(names)} left out: {reason}" if names else ""
+        return f"{listed(map(repr, self.left_out))} left out: {reason}" if self.left_out else ""
 
 
 @cache
