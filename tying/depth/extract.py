@@ -89,11 +89,11 @@ def _indices(keep: object, names: Sequence[str]) -> list[int]:
         indices = [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
     else:
         try:
-            indices = [*map(index, keep)] if not isinstance(keep, str) else None  # type: ignore[call-overload]  # the except clause checks it
+            indices = [*map(index, keep)]  # type: ignore[call-overload]  # the except clause checks it
         except TypeError:
-            indices = None
-        if indices is None:
-            raise ConfigurationError(f"keep must be 'every other', indices of blocks or a fraction, not {keep!r}")
+            raise ConfigurationError(
+                f"keep must be 'every other', indices of blocks or a fraction, not {keep!r}"
+            ) from None
     if outside := [i for i in indices if not 0 <= i < count]:
         raise ConfigurationError(
             f"keep has the indices {listed(map(str, outside))}, and the {count} blocks {listed(names)} have 0 to "
