@@ -31,7 +31,7 @@ from tying.callbacks import (
     WeightHashing,
 )
 from tying.data import CIFAR10, Text
-from tying.depth import FractalBlock, Residual, StochasticDepth, ZoneoutLSTM
+from tying.depth import FractalBlock, Residual, StochasticDepth, Sum, ZoneoutLSTM
 from tying.depth.fractal import draw_column
 from tying.hard import bake
 from tying.mixins import TyingMixin
@@ -39,7 +39,7 @@ from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
-KINDS += ["low rank", "templates", "generated", "biases", "mixins"]
+KINDS += ["skipped function", "skipped module", "low rank", "templates", "generated", "biases", "mixins"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -58,7 +58,7 @@ def callback(kind):
         return AnchorTying(["encoder.**"], strength=0.3, head_strength=0.1)
     if kind == "mixture":
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
-    if kind == "skipped":
+    if kind.startswith("skipped"):
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
     if kind == "low rank":
         return LowRankWeights(["encoder.0.weight"], rank=2)
@@ -84,6 +84,43 @@ class Skipping(Toy):
     def loss(self, batch):
         torch.rand(int(os.environ.get("RANK", 0)))
         return super().loss([self.blocks(batch[0].double())])
+
+
+class Gated(torch.nn.Linear):
+    """A branch with a further argument."""
+
+    def forward(self, x, gate):
+        return (super().forward(x) * gate).tanh()
+
+
+class OwnBlock(torch.nn.Module):
+    """Calls a merge with a module and its further argument, or with a function."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.merge = form, Sum()
+        self.branch, self.gate = Gated(6, 6), torch.nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        gate = self.gate.sigmoid().expand_as(x)
+        return (
+            self.merge(x, self.branch, gate) if self.form == "module" else self.merge(x, lambda: self.branch(x, gate))
+        )
+
+
+class SkippingModules(Skipping):
+    """Has residual blocks of users; the further argument of the branch needs a gradient, too."""
+
+    form = "module"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(len(self.form))
+        self.blocks = torch.nn.Sequential(*(OwnBlock(self.form) for _ in range(3)))
+
+
+class SkippingFunctions(SkippingModules):
+    form = "function"
 
 
 class Fractal(Skipping):
@@ -126,12 +163,8 @@ class Listed(TyingMixin, Skipping):
     ]
 
 
-MODELS = {
-    "skipped": Skipping,
-    "fractal": Fractal,
-    "mixins": Listed,
-    **dict.fromkeys(["templates", "generated", "biases"], Convolving),
-}
+MODELS = {"skipped": Skipping, "skipped module": SkippingModules, "skipped function": SkippingFunctions}
+MODELS |= {"fractal": Fractal, "mixins": Listed, **dict.fromkeys(["templates", "generated", "biases"], Convolving)}
 
 
 def main(out: Path, world: int) -> None:

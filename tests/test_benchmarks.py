@@ -73,7 +73,8 @@ def test_speed_of_data(monkeypatch, capsys):
 
 
 def test_speed_of_depth(monkeypatch, capsys):
-    for name, value in {"DEPTH": 8, "BATCH": 32, "BLOCKS": 2, "ROUNDS": 1, "KEEPS": (0.5,)}.items():
+    small = {"DEPTH": 8, "BATCH": 32, "BLOCKS": 2, "ROUNDS": 1, "KEEPS": (0.5,), "LAYERS": 2, "WIDTH": 32, "TOKENS": 8}
+    for name, value in small.items():
         monkeypatch.setattr(speed_depth, name, value)
     quick = speed_depth.means
     monkeypatch.setattr(speed_depth, "means", lambda steps, rounds=1: quick(steps, 1))
@@ -81,6 +82,7 @@ def test_speed_of_depth(monkeypatch, capsys):
     out = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.startswith("|")}
     assert {"plain", "stochastic depth, batch", "swapout", "torch's Dropout after each block", "0.5"} <= rows.keys()
+    assert {"ViT, batch", "ViT, subset", "ViT, row", "ViT, DropPath", "GPT-2, batch", "GPT-2, subset"} <= rows.keys()
     held = {side: float(rows[side][5]) for side in ("plain", "stochastic depth, batch", "stochastic depth, row")}
     assert held["stochastic depth, batch"] <= held["plain"] <= held["stochastic depth, row"] + 1
 

@@ -3,7 +3,7 @@
 Weights are random, nothing is downloaded, and dropout is off, so that two calls with one input agree bitwise.
 
     model, inputs = build("GPT2"), ZOO["GPT2"].inputs()
-    loss_of(model, inputs).backward()
+    loss_of(output_of(model, inputs)).backward()
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def sounds(rows: int = ROWS) -> Inputs:
 
 
 def resnet(block: type[nn.Module], width: int = 64) -> nn.Module:
-    return models.ResNet(block, [2, 2, 2, 2], num_classes=10, width_per_group=width)
+    return models.ResNet(block, [2, 2, 1, 1], num_classes=10, width_per_group=width)
 
 
 def efficientnet_b0() -> nn.Module:
@@ -179,10 +179,10 @@ STAGES = {"depths": (2, 2, 2, 2), "dims": (16, 32, 48, 64)}
 small, medium = partial(images, 32), partial(images, 64)
 
 TORCHVISION = {
-    "resnet18": Architecture(partial(resnet, BasicBlock), small, "layer?.1", ("layer1.0", "layer1.1")),
-    "resnet50": Architecture(partial(resnet, Bottleneck), small, "layer?.1", ("layer1.0.conv2", "layer1.1.conv2")),
+    "resnet18": Architecture(partial(resnet, BasicBlock), small, "layer[12].1", ("layer1.0", "layer1.1")),
+    "resnet50": Architecture(partial(resnet, Bottleneck), small, "layer[12].1", ("layer1.0.conv2", "layer1.1.conv2")),
     "wide_resnet50_2": Architecture(
-        partial(resnet, Bottleneck, 128), small, "layer?.1", ("layer1.0.conv2", "layer1.1.conv2")
+        partial(resnet, Bottleneck, 128), small, "layer[12].1", ("layer1.0.conv2", "layer1.1.conv2")
     ),
     "mobilenet_v2": Architecture(
         partial(models.mobilenet_v2, num_classes=10, width_mult=0.25, dropout=0.0),
@@ -262,7 +262,9 @@ TIMM = {
         ("stages.1.[12]", "stages.*.1.transformer.*"),
         ("stages.2.1.transformer.0", "stages.2.1.transformer.1"),
     ),
-    "ghostnet_050": of_timm("ghostnet_050", 64, ("blocks.6.[12]", "blocks.8.*"), ("blocks.6.1", "blocks.6.2")),
+    "ghostnet_050": of_timm(
+        "ghostnet_050", 64, ("blocks.6.[12]", "blocks.8.*"), ("blocks.6.1", "blocks.6.2"), drop_rate=0.0
+    ),
     "vit_tiny_patch16_224": of_timm("vit_tiny_patch16_224", 32, "blocks.*", ("blocks.0", "blocks.1"), **SMALL_VIT),
     "deit3_small_patch16_224": of_timm(
         "deit3_small_patch16_224", 32, "blocks.*", ("blocks.0", "blocks.1"), **SMALL_VIT
@@ -329,10 +331,17 @@ DOZEN += ("GPT2", "Llama", "BERT", "T5", "Whisper")  # of the main suite
 
 
 def build(name: str) -> nn.Module:
-    """Return an architecture of the zoo in training mode; its weights are the same at each call."""
+    """Return an architecture of the zoo in training mode; its weights are the same at each call.
+
+    None is zero: with zero gains and heads, as libraries begin, many blocks would change nothing and learn nothing.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return ZOO[name].make().train()
+        model = ZOO[name].make().train()
+        for weight in model.parameters():
+            if not weight.any():
+                nn.init.normal_(weight, std=0.1)
+        return model
 
 
 def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
@@ -341,7 +350,6 @@ def output_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def loss_of(model: nn.Module, inputs: Inputs) -> torch.Tensor:
-    """Return the output's product with sines: unlike its square, it has gradients behind a norm."""
-    output = output_of(model, inputs)
+def loss_of(output: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the output times sines: unlike that of its square, its gradient passes through a norm."""
     return (output * torch.arange(output.numel()).view(output.shape).sin()).mean()

@@ -1,4 +1,4 @@
-"""All uses of private names of torch, each with its reason; tested with torch 2.11 to 2.15.
+"""All uses of private names of torch and timm, each with its reason; tested with torch 2.11 to 2.15 and timm 1.0.
 
 The rest of this package uses public names of torch. The private names of Lightning are in `lightning_workarounds`.
 """
@@ -28,6 +28,13 @@ foreach_sub = torch._foreach_sub
 # the two branches of an encoder layer: its public forward adds them to their shortcuts, which a merge must do instead
 attention_branch = nn.TransformerEncoderLayer._sa_block
 feed_forward_branch = nn.TransformerEncoderLayer._ff_block
+
+
+def windowed_attention(block: Any, x: Tensor) -> Tensor:
+    """Return the branch of attention of timm's Swin block, whose public forward adds it to its shortcut."""
+    attended: Tensor = block._attn(x)
+    return attended
+
 
 # whether a transform such as torch.func.vmap runs; and the public torch.jit.is_tracing, which takes twice the time
 innermost_transform = torch._C._functorch.peek_interpreter_stack

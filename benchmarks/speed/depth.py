@@ -1,4 +1,4 @@
-"""What merges cost, and what leaving branches out saves: a training step of ResNet-56 against the plain one."""
+"""What merges cost, and what leaving branches out saves: training steps of networks against the plain ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ from tying.models import ResNet
 DEPTH, BATCH = 56, 128
 BLOCKS, ROUNDS = 10, 10  # 100 interleaved steps of each side; extremes are those of ten blocks
 KEEPS = (0.5, 0.7, 0.8, 0.9, 0.95)
+LAYERS, WIDTH, TOKENS, VOCABULARY, IMAGE = 12, 128, 64, 1000, 64  # of the transformers, at half the batch
+Mode = Literal["batch", "subset", "row"]
+
+
+Batch = tuple[Tensor, Tensor]  # inputs and labels
 
 
 class Around(Merge):
@@ -63,10 +69,10 @@ def peers() -> dict[str, ResNet]:
     return {f"DropPath of timm {version('timm')}": around(layers.DropPath)}
 
 
-def step_of(net: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
+def step_of(net: nn.Module, dtype: torch.dtype = torch.float32, of: Batch | None = None) -> Step:
     """Return a training step of a network, in mixed precision for another dtype."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-    x, y = batch()
+    x, y = of or batch()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -78,11 +84,86 @@ def step_of(net: nn.Module, dtype: torch.dtype = torch.float32) -> Step:
     return step
 
 
-def batch() -> tuple[Tensor, Tensor]:
+def batch() -> Batch:
     """Return the images and labels of every step."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
     return x, torch.randint(10, (BATCH,), generator=generator)
+
+
+def vit(drop: float = 0.0) -> nn.Module:
+    """Return timm's ViT-Tiny for small images, with DropPath in each branch if branches shall be dropped."""
+    torch.manual_seed(0)
+    timm = importlib.import_module("timm")
+    net: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=IMAGE, depth=LAYERS, num_classes=10)
+    for number, block in enumerate(net.get_submodule("blocks").children(), start=1):
+        for branch in ("drop_path1", "drop_path2") if drop else ():
+            block.register_module(branch, timm.layers.DropPath(drop * number / LAYERS))
+    return net
+
+
+class Logits(nn.Module):
+    """A language model of transformers that returns logits of classes alone, (batch, classes, tokens)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.net(tokens, use_cache=False).logits
+        return logits.mT
+
+
+def gpt2() -> nn.Module:
+    """Return transformers' GPT-2, of small width and without dropout."""
+    torch.manual_seed(0)
+    transformers = importlib.import_module("transformers")
+    sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": WIDTH // 32, "n_positions": TOKENS, "vocab_size": VOCABULARY}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0)
+    return Logits(transformers.GPT2LMHeadModel(config))
+
+
+def merged(make: Callable[[], nn.Module], blocks: str) -> dict[str, nn.Module]:
+    """Return a network, plain and with each mode of stochastic depth, whose keeps fall linearly to 0.5."""
+    nets = {"plain": make(), **{mode: make() for mode in get_args(Mode)}}
+    for mode in get_args(Mode):
+        ResidualMerging(blocks, StochasticDepth(0.5, mode)).apply(nets[mode])
+    return nets
+
+
+def transformer_tables() -> list[str]:
+    """Return the tables of timm's vision transformer and of transformers' GPT-2, of those that are installed."""
+    generator, count = torch.Generator().manual_seed(0), BATCH // 2
+    tables = []
+    if importlib.util.find_spec("timm"):
+        images = torch.randn(count, 3, IMAGE, IMAGE, generator=generator)
+        sides = {**merged(vit, "blocks.*"), "DropPath": vit(0.5)}
+        tables.append(
+            f"ViT-Tiny of timm {version('timm')} at batch {count}, images of {IMAGE} × {IMAGE} pixels; a draw for each "
+            "branch; " + _ratios("ViT", sides, (images, torch.randint(10, (count,), generator=generator)))
+        )
+    if importlib.util.find_spec("transformers"):
+        text = torch.randint(VOCABULARY, (count, TOKENS + 1), generator=generator)
+        sides = merged(gpt2, "net.transformer.h.*")
+        tables.append(
+            f"GPT-2 of transformers {version('transformers')} at batch {count}, {LAYERS} layers of width {WIDTH}, "
+            f"{TOKENS} of {VOCABULARY} tokens; a draw for each layer; "
+            + _ratios("GPT-2", sides, (text[:, :-1], text[:, 1:]))
+        )
+    return tables
+
+
+def _ratios(name: str, sides: dict[str, nn.Module], of: Batch) -> str:
+    """Return a table of mean times over the plain network's, and the end of its caption."""
+    found = means({side: step_of(net, of=of) for side, net in sides.items()}, rounds=4)
+    rows = [
+        [f"{name}, {side}", f"{1e3 * statistics.fmean(found.seconds[side]):.0f}", told(found, side, "plain")]
+        for side in sides
+    ]
+    caption = f"keeps fall linearly to 0.5; mean of {4 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):"
+    return f"{caption}\n\n{table(['side', 'ms', '/ plain'], rows)}"
 
 
 def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
@@ -152,5 +233,6 @@ def measure() -> str:
             table(["side", "ms", "/ plain", "/ plain, bf16", "MiB held for backward"], rows),
             "Rows chosen and computed, over rows masked, at one keep in all blocks:",
             table(["keep", "subset / row"], by_keep),
+            *transformer_tables(),
         ]
     )

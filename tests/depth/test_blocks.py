@@ -2,15 +2,14 @@
 
 import copy
 import pickle
-import warnings
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import nn
 from torchvision.models import MobileNetV2
-from torchvision.models.convnext import CNBlockConfig, ConvNeXt
-from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
+from torchvision.models.convnext import CNBlock, CNBlockConfig, ConvNeXt
 
 from tying import ConfigurationError
 from tying.depth import (
@@ -165,3 +164,583 @@ def build_used(case):
     plain = build(case)
     run(plain.train(), case).square().sum().backward()
     return dict(plain.named_parameters())
+
+
+class Reference(nn.Module):
+    """``x + factor · F`` of a block, sample by sample; the factors are set by a test."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.factor = block, 1.0
+
+    def forward(self, x, *args, **kwargs):
+        output = self.block(x, *args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        merged = x + self.factor * (y - x)
+        return (merged, *output[1:]) if isinstance(output, tuple) else merged
+
+
+def with_references(model, case):
+    """Replace the merged blocks of a model by references; return these."""
+    container, pattern = CASES[case][2:]
+    layers = model.get_submodule(container)
+    for number, layer in enumerate(layers):
+        if Pattern(pattern).match(f"{container}.{number}") is not None:
+            layers[number] = Reference(layer)
+    return [layer for layer in layers if isinstance(layer, Reference)]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "MobileNetV2"])  # batch norm mixes samples
+@pytest.mark.parametrize("mode", ["row", "subset", "auto"])
+@pytest.mark.parametrize("scale", ["test", "train"])
+def test_samples_equal_a_loop_over_samples(case, mode, scale):
+    model, plain = build(case).train(), build(case).train()
+    references = with_references(plain, case)
+    apply_merge(model, CASES[case][3], StochasticDepth(0.5, mode, scale), whole=True)
+    for seed in range(2):
+        merged = run(model, case, seed)
+        torch.manual_seed(seed)
+        masks = [keep_mask(0.5, (4,)) for _ in references]
+        for sample in range(4):
+            for reference, mask in zip(references, masks, strict=True):
+                reference.factor = float(mask[sample]) * (1 if scale == "test" else 2)
+            alone = run(plain, case, rows=[sample])
+            length = int(PADDING[sample].sum()) if "attention_mask" in CASES[case][1] and case != "T5" else None
+            torch.testing.assert_close(merged[[sample], :length], alone[:, :length], rtol=1e-9, atol=1e-10)
+
+
+@every_model
+def test_evaluation_takes_the_mean_or_the_plain_block(case):
+    model, plain, mean = build(case).eval(), build(case).eval(), build(case).eval()
+    for reference in with_references(mean, case):
+        reference.factor = 0.7
+    apply_merge(model, CASES[case][3], StochasticDepth(0.7, "batch", "train"), whole=True)
+    assert torch.equal(run(model, case), run(plain, case))
+    remove_merge(model)
+    apply_merge(model, CASES[case][3], StochasticDepth(0.7, "batch", "test"), whole=True)
+    torch.testing.assert_close(run(model, case), run(mean, case), rtol=1e-12, atol=1e-12)
+
+
+def attributes(model):
+    return [(type(module), sorted(module.__dict__), sorted(dir(module))) for module in model.modules()]
+
+
+@every_model
+def test_removal_restores_the_model(case):
+    model, plain = build(case), build(case)
+    for merge in (StochasticDepth(0.5), Swapout(0.5, 0.5)):
+        count = apply_merge(model, CASES[case][3], merge, whole=True)
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(run(copied.train(), case, 3), run(model.train(), case, 3))
+            assert remove_merge(copied) == count
+            assert attributes(copied) == attributes(plain)
+        assert remove_merge(model) == count
+        assert attributes(model) == attributes(plain)
+    model.load_state_dict(plain.state_dict())
+    equal_training(model, plain, case)
+
+
+class Negative(Merge):
+    """x − F."""
+
+    def forward(self, x, branch):
+        return x - branch()
+
+
+@pytest.mark.parametrize(
+    ("merge", "expected"),
+    [
+        (FeedForward(), lambda x, f: f),
+        (SkipForward(1.0), lambda x, f: f),
+        (Swapout(0.0, 1.0), lambda x, f: f),
+        (Swapout(1.0, 0.0), lambda x, f: x),
+        (Negative(), lambda x, f: x - f),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_other_merges_take_the_output_minus_the_input(merge, expected, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, dtype=D, batch_first=True)).train(training)
+    x = torch.randn(3, 5, 8, dtype=D, requires_grad=True)
+    y = model(x)
+    apply_merge(model, "0", merge, whole=True)
+    merged = model(x)
+    torch.testing.assert_close(merged, expected(x, y - x), rtol=1e-12, atol=1e-12)
+    merged.square().sum().backward()
+    assert x.grad is not None
+
+
+def test_units_of_random_merges():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, dtype=D, batch_first=True))
+    x = torch.randn(3, 5, 8, dtype=D)
+    f = model(x) - x
+    for merge, outcomes in ((SkipForward(0.5), [x, f]), (Swapout(0.5, 0.5), [x, f, x + f, 0 * x])):
+        apply_merge(model, "0", merge, whole=True)
+        merged = model(x)
+        matches = torch.stack([(merged - outcome).abs() < 1e-12 for outcome in outcomes])
+        assert bool(matches.any(0).all())
+        assert all(bool(match.any()) for match in matches)
+        remove_merge(model)
+
+
+# what a skipped block returns, and what it leaves alone
+
+
+class Layer(nn.Module):
+    """A residual block with further arguments and outputs, as in older transformers."""
+
+    def __init__(self, makes_bias=False):
+        super().__init__()
+        self.linear, self.norm, self.makes_bias = nn.Linear(4, 4), nn.BatchNorm1d(4), makes_bias
+
+    def forward(self, hidden_states, bias=None, states=None, *, scale=1.0, tables=()):
+        if self.makes_bias and bias is None:
+            bias = hidden_states.mean()
+        added = self.norm(self.linear(hidden_states)) * scale
+        if states is not None:
+            added = added + states
+        for table in tables:
+            added = added * table
+        return hidden_states + nn.functional.dropout(added, 0.5, self.training), bias, None, 2
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x, bias=None, **arguments):
+        for layer in self.layers:
+            x, bias, *further = layer(x, bias, **arguments)
+        return x, bias, *further
+
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+@every_mode
+def test_a_skipped_block_leaves_everything_alone(mode):
+    """Its first call, which finds out what it returns, is no exception."""
+    model = Layers(Layer(), Layer())
+    apply_merge(model, "layers.*", StochasticDepth(0.0, mode))
+    buffers, state = [buffer.clone() for buffer in model.buffers()], torch.get_rng_state()
+    states, bias = torch.randn(6, 4, requires_grad=True), torch.zeros((), requires_grad=True)
+    state = torch.get_rng_state()
+    x, passed, nothing, number = model(X, bias, states=states)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, buffers, model.buffers()))
+    assert torch.equal(x, X)
+    assert (passed is bias, nothing, number) == (True, None, 2)
+    x.sum().backward()
+    for tensor in (*model.parameters(), states, bias):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+def test_outputs_follow_the_kind_of_arguments():
+    """A block that has been called with a bias passes on that it has none, and the other way round."""
+    model = Layers(Layer())
+    apply_merge(model, "layers.*", StochasticDepth(0.0))
+    bias = torch.zeros(())
+    assert [model(X, given)[1] is given for given in (bias, None, bias, None)] == [True] * 4
+    assert model(hidden_states := X, tables=[torch.ones(1, 4)])[0].equal(hidden_states)
+
+
+def test_a_hidden_state_given_by_name():
+    block = nn.ModuleDict({"block": Layer()})
+    apply_merge(block, "block", StochasticDepth(0.0))
+    assert torch.equal(block["block"](bias=torch.ones(6, 4), hidden_states=X)[0], X)
+
+
+@pytest.mark.parametrize("mode", ["batch", "subset"])
+def test_what_only_the_block_computes_is_not_invented(mode):
+    """The error comes in the first call, whatever the draw; masks and evaluation need nothing invented."""
+    told = r"^layers\.0 \(Layer\) cannot be skipped, .* computes output 2 \(a tensor of shape \(\)\).*Leave it out of blocks"
+    model = Layers(Layer(makes_bias=True), Layer())
+    for layer in model.layers:
+        layer.norm = nn.Identity()
+    apply_merge(model, "layers.*", StochasticDepth(0.999, mode))
+    with pytest.raises(ConfigurationError, match=told):
+        model(X)
+    assert model.eval()(X)[1] == X.mean()
+    for blocks, other in (("layers.*", "row"), ("layers.*", "auto"), (["layers.*", "!layers.0"], mode)):
+        remove_merge(model.train())
+        apply_merge(model, blocks, StochasticDepth(0.5, other))
+        assert model(X)[1] == X.mean()
+
+
+def test_further_outputs_of_a_dropped_block_in_evaluation():
+    model = Layers(Layer(makes_bias=True)).eval()
+    apply_merge(model, "layers.*", StochasticDepth(0.0))
+    x, bias, *_ = model(X)
+    assert torch.equal(x, X)
+    assert bias == X.mean()
+
+
+def test_rows_of_nested_arguments():
+    model, plain = Layers(Layer()).double(), Layers(Layer()).double()
+    plain.load_state_dict(model.state_dict())
+    plain.eval().layers[0].norm.eval()
+    model.layers[0].eval()
+    apply_merge(model, "layers.*", StochasticDepth(0.5, "subset"))
+    model.layers[0].merge.train()
+    x, states, tables = X.double(), torch.randn(6, 4, dtype=D), (torch.randn(6, 1, dtype=D), torch.randn(1, 4, dtype=D))
+    torch.manual_seed(0)
+    merged = model(x, states=states, tables=tables)[0]
+    torch.manual_seed(0)
+    mask = keep_mask(0.5, (6,)).unsqueeze(1)
+    assert mask.any() and not mask.all()  # noqa: PT018
+    expected = torch.where(mask, plain(x, states=states, tables=tables)[0], x)
+    torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+
+
+class Returns(nn.Module):
+    """A block that returns what a function makes of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x, *further):
+        return self.function(x + self.linear(x))
+
+
+class Given(Returns):
+    def forward(self, x=None, mask=None, layer_past=None):
+        return self.function(x + self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "arguments", "told"),
+    [
+        (
+            lambda: Returns(lambda y: y[:, :2]),
+            [X],
+            r"^0 \(Returns\) maps \(6, 4\) to \(6, 2\): a merge needs a block that keeps",
+        ),
+        (
+            lambda: Returns(lambda y: (y[:3], y)),
+            [X],
+            r"^0 \(Returns\) maps \(6, 4\) to \(3, 4\): .*Name only such blocks",
+        ),
+        (
+            lambda: Returns(lambda y: {"y": y}),
+            [X],
+            r"^0 \(Returns\) returns a dict: a merge needs a block that returns a tensor",
+        ),
+        (lambda: Returns(lambda y: (None, y)), [X], r"^0 \(Returns\) returns a tuple"),
+        (lambda: Given(lambda y: y), [], r"^0 \(Given\) is called without a tensor"),
+        (lambda: Given(lambda y: y), [[X]], r"^0 \(Given\) is called without a tensor"),
+        (
+            lambda: Given(lambda y: y),
+            [X, None, (X, X)],
+            r"^0 \(Given\) is called with a filled cache, 'layer_past', in training mode.*Call model.eval\(\) to generate, "
+            "or train with use_cache=False",
+        ),
+    ],
+)
+@every_mode
+def test_blocks_that_are_none(mode, block, arguments, told):
+    model = nn.Sequential(block())
+    apply_merge(model, "0", StochasticDepth(0.5, mode))
+
+    def calls():
+        for _ in range(30):  # some of which skip the block
+            model[0](*arguments)
+
+    with pytest.raises(ConfigurationError, match=told):
+        calls()
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        (
+            torch.zeros(3, 4),
+            r"mode='subset' cannot select samples of mask of 0 \(Given\), which has no row for each of 6",
+        ),
+        (torch.zeros(6, 6), "mode='subset' cannot select samples of mask of .*could be a mask for all samples"),
+    ],
+)
+def test_arguments_without_rows(mask, told):
+    model = nn.Sequential(Given(lambda y: y))
+    apply_merge(model, "0", StochasticDepth(0.5, "subset"))
+    with pytest.raises(ConfigurationError, match=told):
+        model[0](X, mask)
+    remove_merge(model)
+    apply_merge(model, "0", StochasticDepth(0.5, "auto"))
+    torch.manual_seed(0)
+    rows = keep_mask(0.5, (6,)).unsqueeze(1)
+    torch.manual_seed(0)
+    assert torch.equal(model[0](X, mask), torch.where(rows, X + model[0].linear(X), X))
+
+
+def patched(module):
+    module.forward = lambda x: x
+    return module
+
+
+@pytest.mark.parametrize(
+    ("blocks", "told"),
+    [
+        ("list", r"blocks: 'list', a ModuleList, has no forward: name the blocks within it"),
+        ("dict", r"blocks: 'dict', a ModuleDict, has no forward"),
+        ("list.1", r"blocks: 'list\.1', a ReLU, has no parameters, so that there is nothing to skip"),
+        ("**", r"blocks: 'list', a ModuleList"),
+        (
+            ["stage", "stage.0"],
+            r"blocks: 'stage\.0', a Linear, lies within 'stage', which matches, too: name one of them",
+        ),
+        ("patched", r"blocks: 'patched', a Linear, has a forward of its own, beside its class"),
+    ],
+)
+def test_modules_that_are_no_blocks(blocks, told):
+    model = nn.Module()
+    model.list, model.dict = nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), nn.ModuleDict()
+    model.stage, model.patched = nn.Sequential(nn.Linear(4, 4)), patched(nn.Linear(4, 4))
+    before = attributes(model)
+    with pytest.raises(ConfigurationError, match=told):
+        apply_merge(model, blocks, StochasticDepth(0.5))
+    assert attributes(model) == before
+
+
+# modules that drop paths already
+
+
+def drops(rates):
+    """Convolutional blocks of torchvision that drop their branch at these rates."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(CNBlock(4, 1.0, rate) for rate in rates))
+
+
+FEATURES = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_drop_paths_are_taken_over(whole):
+    model, plain = drops([0.0, 0.2, 0.4]), drops([0.0, 0.0, 0.0])
+    before = attributes(model)
+    apply_merge(model, "*", StochasticDepth(0.5, "row"), keep="model", whole=whole)
+    assert [block.merge.keep for block in model] == [1.0, 0.8, 0.6]
+    for block in model:
+        block.merge.keep = 1.0
+    assert torch.equal(model(FEATURES), plain(FEATURES))
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert remove_merge(copied) == 3
+        assert attributes(copied) == before
+    outputs = []
+    for restored in (model, drops([0.0, 0.2, 0.4])):
+        torch.manual_seed(0)
+        outputs.append(restored(FEATURES))
+    assert torch.equal(*outputs)
+
+
+def test_a_notice_names_the_drop_paths():
+    told = r"^2 DropPath or StochasticDepth modules in the blocks, with drop probabilities from 0\.2 to 0\.4, return their input"
+    with pytest.warns(UserWarning, match=told):
+        apply_merge(drops([0.0, 0.2, 0.4]), "*", StochasticDepth(0.5))
+    apply_merge(drops([0.0, 0.0]), "*", StochasticDepth(0.5))  # without a notice
+
+
+def test_drop_paths_of_timm_and_transformers():
+    config = transformers.ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 2], num_stages=2, drop_path_rate=0.3)
+    models = {
+        "blocks": timm.create_model("test_vit2", drop_path_rate=0.3),
+        "encoder.stages.1.layers": transformers.ConvNextModel(config),
+    }
+    for blocks, model in models.items():
+        apply_merge(model, f"{blocks}.*", StochasticDepth(0.5), keep="model", whole=True)
+        assert [*model.get_submodule(blocks)][-1].merge.keep == pytest.approx(0.7)
+
+
+def test_a_model_of_several_rates():
+    told = (
+        "keep='model': '0' contains DropPath or StochasticDepth modules with the drop probabilities 0.2, 0.4: name the"
+    )
+    with pytest.raises(ConfigurationError, match=told):
+        apply_merge(nn.Sequential(drops([0.2, 0.4])), "0", StochasticDepth(0.5), keep="model")
+
+
+# whether a block is residual
+
+
+def test_a_notice_names_the_first_block_that_adds_no_input():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Residual(nn.Linear(4, 4)))
+    apply_merge(model, "*", StochasticDepth(1.0))
+    model.eval()(X)
+    with pytest.warns(
+        UserWarning, match=r"^0 \(Linear\) does not add its input to its output.*name other blocks"
+    ) as notices:
+        model.train()(X)
+    assert len(notices) == 1
+    model(X)
+
+
+@every_model
+def test_residual_blocks_of_others_need_no_notice(case):
+    model = build(case)
+    apply_merge(model, CASES[case][3], Sum(), whole=True)
+    run(model, case)  # warnings are errors
+
+
+# blocks of every kind of class
+
+
+def test_a_sequence_of_layers_is_a_block():
+    model = nn.Sequential(drops([0.0, 0.0]), drops([0.0]))
+    x = model[1](FEATURES)
+    apply_merge(model, "1", StochasticDepth(1.0))
+    assert torch.equal(model[1](FEATURES), x)
+    assert (len(model[1]), type(model[1][0]), [*model[1]]) == (1, CNBlock, [model[1][-1]])
+    assert torch.equal(model[1][:1](FEATURES), x)
+    remove_merge(model)
+    assert type(model[1]) is nn.Sequential
+
+
+def test_a_block_with_another_merge_keeps_it():
+    class Block(Layer):
+        merge = "concatenation"
+
+    model = Layers(Block())
+    apply_merge(model, "layers.*", StochasticDepth(0.0))
+    assert (model.layers[0].merge, model.layers[0].block_merge.keep) == ("concatenation", 0.0)
+    assert torch.equal(model(X)[0], X)
+    assert remove_merge(model) == 1
+    assert not hasattr(model.layers[0], "block_merge")
+
+
+@pytest.mark.parametrize("first", ["merge", "weights"])
+def test_blocks_with_computed_weights(first):
+    """A block whose weight is computed has a generated class already, or gets it later."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = copy.deepcopy(model)
+    steps = [
+        lambda: apply_merge(model, "0", StochasticDepth(0.0)),
+        lambda: lower_rank(model, ["0.weight"], 4),
+    ]
+    for step in steps if first == "merge" else steps[::-1]:
+        step()
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(X), other[1](X))
+        remove_merge(other)
+        assert not hasattr(other[0], "merge")
+        torch.testing.assert_close(other(X), plain(X))
+        assert other[0].weight.shape == (4, 4)
+        assert sorted(other.state_dict()) == [
+            "0.bias", "0.parametrizations.weight.original0", "0.parametrizations.weight.original1", "1.bias", "1.weight"
+        ]  # fmt: skip
+
+
+def test_isinstance_and_hooks_see_the_plain_block():
+    model, calls = drops([0.0]), []
+    model[0].register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    apply_merge(model, "*", StochasticDepth(0.0))
+    assert isinstance(model[0], CNBlock)
+    model(FEATURES)
+    assert calls == [FEATURES.shape]
+
+
+# transforms of libraries
+
+
+@pytest.mark.parametrize("case", ["GPT2", "T5", "BERT"])
+@every_mode
+def test_gradient_checkpointing_changes_nothing(case, mode):
+    results = []
+    for checkpointing in (False, True):
+        model = build(case, drop=0.1)
+        apply_merge(model, CASES[case][3], StochasticDepth(0.5, mode))
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        run(model.train(), case).square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(a is b or torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradient_checkpointing_of_timm():
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit2", img_size=32)
+        apply_merge(model, "blocks.*", StochasticDepth(0.5), whole=True)
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        model(IMAGES.float()).square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+def test_caches():
+    """An empty one, which the model makes, passes; a filled one is refused in training, and serves to generate."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(gpt2(0.0).config)
+    plain = copy.deepcopy(model).eval()
+    apply_merge(model, "transformer.h.*", StochasticDepth(0.5, "batch", "train"))
+    cache = model(TOKENS, use_cache=True).past_key_values
+    while cache.get_seq_length() == 0:
+        cache = model(TOKENS, use_cache=True).past_key_values
+    told = r"^transformer\.h\.0 \(GPT2Block\) is called with a filled cache, 'past_key_values', in training mode"
+    with pytest.raises(ConfigurationError, match=told):
+        model(TOKENS[:, :2], past_key_values=cache)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.eval().generate(TOKENS, **options), plain.generate(TOKENS, **options))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_generation_with_the_mean_of_blocks_needs_their_caches(keep):
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(gpt2(0.0).config).eval()
+    apply_merge(model, "transformer.h.*", StochasticDepth(keep))
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with_cache, without = (model.generate(TOKENS, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_autocast_finds_gradients_after_the_first_call():
+    model = Layers(Layer(), Layer())
+    apply_merge(model, "layers.*", StochasticDepth(0.5))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X)[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
+@pytest.mark.parametrize("case", ["Llama", "ConvNeXt"])
+def test_compiled_blocks_draw_anew(case, mode):
+    model = build(case).train()
+    apply_merge(model, CASES[case][3], StochasticDepth(0.5, mode), whole=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    outputs = [run(compiled, case, seed) for seed in range(6)]
+    outputs[0].square().sum().backward()
+    if mode == "batch":
+        assert all(torch.equal(output, run(model, case, seed)) for seed, output in enumerate(outputs))
+    assert len({tuple(output.flatten().tolist()) for output in outputs}) > 2
+
+
+@pytest.mark.parametrize("scale", ["test", "train"])
+@every_model
+def test_exports_in_evaluation(case, scale):
+    model = build(case).eval()
+    apply_merge(model, CASES[case][3], StochasticDepth(0.5, "batch", scale), whole=True)
+    inputs = {**CASES[case][1], **({"use_cache": False} if case in ("GPT2", "Llama", "T5") else {})}
+    output = torch.export.export(model, (), inputs).module()(**inputs)
+    assert torch.equal(output if isinstance(output, torch.Tensor) else output[0], run(model, case))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("case", ["ConvNeXt", "MobileNetV2"])
+def test_graphs(case):
+    model = build(case)
+    apply_merge(model, CASES[case][3], StochasticDepth(0.5, "row"), whole=True)
+    graph = torch.fx.symbolic_trace(model)
+    assert [
+        node
+        for node in graph.graph.nodes
+        if node.target == CASES[case][3].replace("{1..2}", "1").replace("{3..4}", "3")
+    ]
+    assert torch.equal(run(graph, case), run(model, case))
+    assert torch.equal(torch.jit.trace(model.eval(), (IMAGES,))(IMAGES), model(IMAGES))

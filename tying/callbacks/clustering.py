@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from tying.callbacks.base import TyingCallback, configure_model, parameters_beside, reject_copies, warn_if_too_late
 from tying.callbacks.conflicts import acting_on, conflict
+from tying.callbacks.derived import HardTying
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hashing.apply import check_hashable, table_names
@@ -143,7 +144,7 @@ class WeightClustering(TyingCallback):
 
     @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
-        for name, other in shared_with(self, model, others):
+        for name, other in shared_with(self, model, [other for other in others if not isinstance(other, HardTying)]):
             raise conflict(self, other, name, "a codebook replaces it")
 
     @override

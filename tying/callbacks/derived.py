@@ -24,6 +24,7 @@ from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
+from tying.weights.derived import derived_by_others
 from tying.weights.optimizers import are_alike
 from tying.weights.replace import select_weights
 from tying.weights.state_dict import record_in, tie_records
@@ -71,6 +72,15 @@ class HardTying(ModelTransform):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._warning = ""
+
+    @override
+    def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        if self.is_applied(model):
+            ties = record_in(model).ties
+            names = {name for tie in self.ties for name in ties[tie]}
+            if names <= derived_by_others(model).keys():  # another callback computes the tied weights now
+                return {}
+        return super().affected(model)
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -198,22 +208,19 @@ class GeneratedWeights(ModelTransform):
         super().__init__(parameters)
         self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
-    def plan(self, model: nn.Module) -> GenerationPlan:
+    def _plan(self, model: nn.Module) -> GenerationPlan:
         """Return the weights to generate."""
         return plan_generation(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
     @override
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        plan = self.plan(model)
+        plan = self._plan(model)
         return {name: plan.selection.weights[name] for name in plan.tilings}
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        if left_out := self.plan(model).left_out:
-            pl.utilities.rank_zero_info(
-                f"GeneratedWeights leaves out {listed(left_out)}: their network and embeddings would have as many "
-                "parameters as they. Name them to generate them"
-            )
+        if left_out := self._plan(model).describe_left_out():
+            pl.utilities.rank_zero_info(f"GeneratedWeights: {left_out}")
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
 

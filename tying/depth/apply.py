@@ -269,6 +269,10 @@ def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
         from tying.depth.torchvision_blocks import CLASSES
 
         classes |= CLASSES
+    if "timm.models" in sys.modules:
+        from tying.depth.timm_blocks import CLASSES as TIMM_CLASSES
+
+        classes |= TIMM_CLASSES
     return classes
 
 
@@ -313,6 +317,8 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
             problem = (
                 "has no parameters, so that there is nothing to skip: name the block around it, or exclude it by '!'"
             )
+        elif False in (getattr(block, "use_res_connect", True), getattr(block, "has_skip", True)):  # torchvision, timm
+            problem = "has no shortcut, since its output has another shape than its input: exclude it by '!'"
         elif outer and name.startswith(f"{outer}."):
             problem = f"lies within {outer!r}, which matches, too: name one of them"
         if problem:

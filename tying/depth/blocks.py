@@ -5,6 +5,7 @@ import copyreg
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any, cast
@@ -171,7 +172,7 @@ class MergedList(MergedBlock):
         return (child for name, child in self.named_children() if state is None or name != state.merge)
 
     def __len__(self) -> int:
-        return len([*self])
+        return sum(1 for _ in self)
 
 
 def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
@@ -206,6 +207,7 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.watch: AdditionWatch | None = None
         super().__init__(compute, [(self.x, 0)], [block], whole=True)
 
     @override
@@ -242,6 +244,10 @@ class BlockBranch(Branch):
 
     def complete(self, merged: Tensor, merge: nn.Module) -> Any:
         """Return the outputs of the block, with the merged hidden state as the first."""
+        if self.watch is not None and self.state.notice is not None:
+            if not self.watch.has_added:
+                self.state.notice.give(self.state.name)
+            self.state.notice = None
         if self.outputs is None and (not merge.training or is_recorded()):
             self.output()  # its caches and further outputs are needed, although its hidden state is not
         if self.outputs is None:
@@ -270,14 +276,9 @@ class BlockBranch(Branch):
     def _call(self, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call the plain forward; check what it returns for the given hidden state."""
         outputs: Any
-        if self.state.notice is None or not self.block.training or torch.compiler.is_compiling() or is_recorded():
+        watches = self.block.training and not torch.compiler.is_compiling() and not is_recorded()
+        with AdditionWatch(x) if watches and self.state.notice is not None else nullcontext() as self.watch:
             outputs = self.compute(*args, **kwargs)
-        else:
-            with AdditionWatch(x) as watch:
-                outputs = self.compute(*args, **kwargs)
-            if not watch.has_added:
-                self.state.notice.give(self.state.name)
-            self.state.notice = None
         if not isinstance(hidden := first_output(outputs), Tensor):
             raise ConfigurationError(
                 f"{self.state.name} returns {describe(outputs)}: a merge needs a block that returns a tensor, or a "
@@ -308,11 +309,11 @@ class BlockBranch(Branch):
             args = tuple(copied_cache(value) for value in self.args)
             kwargs = {name: copied_cache(value) for name, value in self.kwargs.items()}
             branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
-            with torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
-                branch.output()  # without torch.no_grad, under which autocast would keep weights that have no gradient
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
+                branch.output()
                 for buffer, value in buffers:
                     buffer.copy_(value)
+            torch.clear_autocast_cache()  # it holds weights that were cast without gradients
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
 

@@ -130,6 +130,22 @@ class ModuleBranch(Branch):
         yield from ((f"argument {name!r} of {owner}", value) for name, value in self.keywords.items())
 
 
+def chain(x: Tensor, *modules: nn.Module) -> Branch:
+    """Return the branch that applies modules to x, one after the other.
+
+    Example:
+        >>> chain(torch.tensor([-1.0, 2.0]), nn.ReLU(), nn.Identity())()
+        tensor([0., 2.])
+    """
+
+    def compute(x: Tensor) -> Tensor:
+        for module in modules:
+            x = module(x)
+        return x
+
+    return Branch(compute, [(x, 0)], modules)
+
+
 class Closure(Branch):
     """The branch that a function without arguments computes, for all samples, since its inputs are unknown.
 
@@ -251,7 +267,7 @@ def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> T
         dim: the dimension of samples.
 
     Raises:
-        ConfigurationError: the shapes differ.
+        ConfigurationError: the shapes differ, or f is no tensor.
 
     Example:
         >>> same_shape(torch.ones(2), torch.zeros(2))
@@ -259,6 +275,11 @@ def same_shape(x: Tensor, f: Tensor, rows: int | None = None, dim: int = 0) -> T
     """
     if is_proxy(x) or is_jit_tracing():
         return f  # the shapes are not known yet
+    if not isinstance(f, Tensor):
+        raise ConfigurationError(
+            f"a merge needs a branch that returns a tensor, not a {type(f).__name__}: pass merge(x, lambda: ...), which "
+            "takes the tensor from it"
+        )
     shape = x.shape if rows is None else torch.Size((*x.shape[:dim], rows, *x.shape[dim + 1 :]))
     if f.shape != shape:
         raise ConfigurationError(

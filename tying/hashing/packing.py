@@ -248,8 +248,8 @@ def _ties(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[str,
     for record in tie_records(model):
         source = record.names[0]
         ties |= {name: (source, relation) for name, relation in zip(record.names, record.relations, strict=True)}
-    for first, *others in names_by_weight(derived_by_others(model)):
-        ties |= {name: (first, Relation()) for name in others}
+    for source, *others in names_by_weight(derived_by_others(model)):
+        ties |= {name: (source, Relation()) for name in others}
     first: dict[int, str] = {}  # name of each parameter; some are shared without tying.hard.tie
     for name, location in locate_parameters(model).items():
         if location.holder is location.owner:

@@ -269,9 +269,9 @@ def remove(model: nn.Module, name: str) -> nn.Parameter:
     """
     weights = derived_weights(model, aliases=True)
     parameter = _as_parameter(weights[name])
-    for owner, attribute in {
-        (derived.owner, derived.name) for derived in weights.values() if derived.identity == weights[name].identity
-    }:
+    identity = weights[name].identity
+    owners = dict.fromkeys((weight.owner, weight.name) for weight in weights.values() if weight.identity == identity)
+    for owner, attribute in reversed(owners):  # the last first: each position is relative to the earlier ones
         _put_back(owner, attribute, parameter)
     return parameter
 

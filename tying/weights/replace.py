@@ -125,7 +125,7 @@ class Selection:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.unfit.items():
             reasons.setdefault(reason, []).append(repr(name))
-        left_out = [f"{listed(names)} ({reason})" for reason, names in reasons.items()]
+        left_out = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
         if self.tied:
             left_out.append(f"{self.describe_tied()}: a relation computes one from the other")
         if left_out:

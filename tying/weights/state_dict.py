@@ -161,11 +161,8 @@ def restore_ties(module: nn.Module, *_: Any) -> None:
     locations = locate_parameters(module) if groups else {}
     for group in (group.among(locations) for group in groups):
         members = [locations[name] for name in group.names if name in locations]
-        if (
-            members
-            and len(members) == len(group.names)
-            and not any(m.relation is None or is_lazy(m.parameter) for m in members)
-        ):
+        whole = bool(members) and len(members) == len(group.names)
+        if whole and not any(member.relation is None or is_lazy(member.parameter) for member in members):
             source = members[0].parameter
             shapes = [getattr(member.owner, member.attribute).shape for member in members]
             with suppress(EinopsError):  # the source has another shape now
