@@ -413,3 +413,21 @@ def test_arguments(arguments):
         ConfigurationError, match=r"steps must be an integer, 1 or more|init must be 'source' or 'mean'"
     ):
         recur(chain(), "{0..3}", **arguments)
+
+
+GRAPHS = {
+    "torch.fx": lambda model: torch.fx.symbolic_trace(model),
+    "torch.jit.trace": lambda model: torch.jit.trace(model, X),
+    "torch.export": lambda model: torch.export.export(model, (X,)).module(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*:FutureWarning")
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_graphs_and_copies(graph):
+    model = chain().eval()
+    recur(model, "{0..3}", 6)
+    assert torch.equal(GRAPHS[graph](model)(X), model(X))
+    assert torch.equal(GRAPHS[graph](model[0])(X), model[0](X))
