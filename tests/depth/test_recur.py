@@ -139,6 +139,20 @@ def test_more_steps_have_caches_too(name):
     assert model.config.num_hidden_layers == 5
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize(
+    ("name", "switch"), [("Llama", "gradient_checkpointing_enable"), ("test_vit2", "set_grad_checkpointing")]
+)
+def test_checkpointing_of_the_libraries(name, switch):
+    models, arguments = [build(name), build(name)], zoo.ZOO[name].inputs(2)
+    for model in models:
+        recur(model, pattern_of(name))
+    getattr(models[1], switch)()
+    for model in models:
+        loss_of(output_of(model, arguments)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(*(model.parameters() for model in models), strict=True))
+
+
 def layer():
     return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
 
