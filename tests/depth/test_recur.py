@@ -226,6 +226,16 @@ def test_steps_changed_since_are_the_steps_of_the_blocks(steps):
     assert torch.equal(model(X), expected)
 
 
+def test_the_config_counts_steps_changed_since():
+    model = of_equal_blocks("ViT").eval()
+    recur(model, pattern_of("ViT"))
+    model.vit.layers[0].steps = 5
+    expected = output_of(model, zoo.ZOO["ViT"].inputs(2))
+    unrecur(model)
+    assert model.config.num_hidden_layers == len(model.vit.layers) == 5
+    assert expected.shape == output_of(model, zoo.ZOO["ViT"].inputs(2)).shape
+
+
 def test_runs_are_stages():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(7)))
     assert recur(model, ["[01]", "[456]"]) == 2
