@@ -9,7 +9,7 @@ from torch import nn
 from zoo import build, output_of
 
 from tying import ConfigurationError
-from tying.depth import Recurrent, Residual, StochasticDepth, Swapout, apply_merge, extract
+from tying.depth import Recurrent, Residual, StochasticDepth, Swapout, apply_merge, extract, recur, unrecur
 from tying.depth.stages import find_stages
 from tying.hard import audit, bake, lower_rank, share_templates, tie
 from tying.hashing import cluster_weight, hash_weights
@@ -227,6 +227,27 @@ def test_a_recurrent_block_is_a_block():
     assert torch.equal(extract(model, "*")(x), model[2](model[0](x)))
 
 
+@pytest.mark.parametrize(("index", "count"), [(0, 2), (1, 1)])
+def test_a_recurrent_block_counts_as_its_steps(index, count):
+    model = build("Llama").eval()
+    recur(model, "model.layers.[01]")
+    shallow = extract(model, "model.layers.*", [index])
+    layers = [layer for layer in shallow.modules() if type(layer) is type(model.model.layers[1])]
+    assert [layer.self_attn.layer_idx for layer in layers] == [*range(count)]
+    assert shallow.config.num_hidden_layers == count
+    arguments = {**zoo.ZOO["Llama"].inputs(2), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(shallow.generate(**arguments), shallow.generate(**arguments, use_cache=False))
+    assert unrecur(shallow) == (index == 0)
+
+
+def test_wrapped_models_and_blocks_have_their_plain_names():
+    model, arguments = build("test_vit2").eval(), zoo.ZOO["test_vit2"].inputs(2)
+    shallow = extract(torch.compile(model, backend="eager"), "blocks.*")
+    assert torch.equal(skipping(shallow, [], arguments), skipping(extract(model, "blocks.*"), [], arguments))
+    llama = extract(nn.ModuleDict({"backbone": build("Llama")}), "backbone.model.layers.*", [0])
+    assert llama["backbone"].config.num_hidden_layers == 1
+
+
 MISTAKES = {
     "nothing matches": ("layer.*", "every other", r"^blocks: pattern 'layer\.\*' matches no module"),
     "no pattern": ([], "every other", "must be a pattern of module names, or several, not"),
@@ -296,3 +317,9 @@ def test_projecting_shortcuts_are_refused():
 def test_a_first_block_before_other_layers_is_removed():
     model, x = nn.Sequential(*chain(1), nn.LayerNorm(4), nn.Linear(4, 2)), torch.randn(3, 4)
     assert torch.equal(extract(model, "[01]", [1])(x), model[2](model[1](x)))
+
+
+def test_a_block_that_stands_at_several_positions():
+    model, x = nn.Sequential(*[chain(1)[0]] * 3, *chain(2)), torch.randn(3, 4)
+    assert torch.equal(extract(model, "*")(x), model[4](model[2](model[0](x))))
+    assert torch.equal(extract(model, ["[01]", "[34]"], [0, 3])(x), model[4](model[2](model[0](x))))

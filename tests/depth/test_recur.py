@@ -75,9 +75,9 @@ def test_a_recurrent_block_is_a_stage_of_copies(name):
     assert recur(model, pattern_of(name)) == len(stages)
     for mode in (False, True):
         torch.manual_seed(0)
-        expected = loss_of(plain.train(mode), arguments)
+        expected = loss_of(output_of(plain.train(mode), arguments))
         torch.manual_seed(0)
-        loss = loss_of(model.train(mode), arguments)
+        loss = loss_of(output_of(model.train(mode), arguments))
         assert torch.equal(loss, expected)
     expected.backward()
     loss.backward()
@@ -103,7 +103,7 @@ def test_a_recurrent_block_is_a_stage_of_copies(name):
     assert [*model.state_dict()] == [*plain.state_dict()]
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     model.load_state_dict(plain.state_dict())
-    assert torch.equal(loss_of(model.eval(), arguments), loss_of(plain.eval(), arguments))
+    assert torch.equal(output_of(model.eval(), arguments), output_of(plain.eval(), arguments))
 
 
 @pytest.mark.filterwarnings("ignore:.*max_length")
@@ -137,6 +137,20 @@ def test_more_steps_have_caches_too(name):
     assert len(find_stages(model, pattern_of(name))[0].blocks) == 5
     assert torch.equal(output_of(model, inputs), expected)
     assert model.config.num_hidden_layers == 5
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize(
+    ("name", "switch"), [("Llama", "gradient_checkpointing_enable"), ("test_vit2", "set_grad_checkpointing")]
+)
+def test_checkpointing_of_the_libraries(name, switch):
+    models, arguments = [build(name), build(name)], zoo.ZOO[name].inputs(2)
+    for model in models:
+        recur(model, pattern_of(name))
+    getattr(models[1], switch)()
+    for model in models:
+        loss_of(output_of(model, arguments)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(*(model.parameters() for model in models), strict=True))
 
 
 def layer():
@@ -210,6 +224,16 @@ def test_steps_changed_since_are_the_steps_of_the_blocks(steps):
     unrecur(model)
     assert len(model) == steps + 1
     assert torch.equal(model(X), expected)
+
+
+def test_the_config_counts_steps_changed_since():
+    model = of_equal_blocks("ViT").eval()
+    recur(model, pattern_of("ViT"))
+    model.vit.layers[0].steps = 5
+    expected = output_of(model, zoo.ZOO["ViT"].inputs(2))
+    unrecur(model)
+    assert model.config.num_hidden_layers == len(model.vit.layers) == 5
+    assert expected.shape == output_of(model, zoo.ZOO["ViT"].inputs(2)).shape
 
 
 def test_runs_are_stages():
@@ -413,3 +437,21 @@ def test_arguments(arguments):
         ConfigurationError, match=r"steps must be an integer, 1 or more|init must be 'source' or 'mean'"
     ):
         recur(chain(), "{0..3}", **arguments)
+
+
+GRAPHS = {
+    "torch.fx": lambda model: torch.fx.symbolic_trace(model),
+    "torch.jit.trace": lambda model: torch.jit.trace(model, X),
+    "torch.export": lambda model: torch.export.export(model, (X,)).module(),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace.*:FutureWarning")
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_graphs_and_copies(graph):
+    model = chain().eval()
+    recur(model, "{0..3}", 6)
+    assert torch.equal(GRAPHS[graph](model)(X), model(X))
+    assert torch.equal(GRAPHS[graph](model[0])(X), model[0](X))

@@ -11,10 +11,10 @@ from tying.depth.blocks import BlockState, ResidualNotice, block_state, merged_c
 from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, silence
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
+from tying.depth.stages import match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
-from tying.errors import ConfigurationError, check_range, listed, nearest
+from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
-from tying.selection.patterns import Pattern
 from tying.weights.derived import plain_class, swap_plain_class
 
 
@@ -258,17 +258,7 @@ def residual_blocks(model: nn.Module, patterns: str | Sequence[str]) -> dict[str
         ConfigurationError: a pattern matches nothing; or a module that is no block, or lies within another match.
     """
     modules = {clean_name(name): m for name, m in model.named_modules() if name and not isinstance(m, Merge)}
-    texts = [patterns] if isinstance(patterns, str) else [*patterns]
-    if all(text.startswith("!") for text in texts):
-        raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
-    names: set[str] = set()
-    for text in sorted(texts, key=lambda text: text.startswith("!")):
-        pattern = Pattern(text.removeprefix("!"))
-        if not (matches := {name for name in modules if pattern.match(name) is not None}):
-            raise ConfigurationError(f"blocks: pattern {text!r} matches no module.{nearest(pattern.text, modules)}")
-        names = names - matches if text.startswith("!") else names | matches
-    if not names:
-        raise ConfigurationError(f"blocks: {listed(map(repr, texts))} exclude all that they match")
+    names = {*match_modules(model, patterns)}
     for name, module in modules.items():  # parents first, since a step may be recurrent itself
         if name in names and isinstance(module, Recurrent):
             names |= {f"{name}.blocks.{step}" for step in range(len(module.blocks))}

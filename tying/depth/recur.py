@@ -118,15 +118,13 @@ def _make_recurrent(model: nn.Module, stage: Stage, steps: int, per_step_norm: b
 def _separate(recurrent: Recurrent) -> tuple[list[nn.Module], dict[nn.Module, nn.Module]]:
     """Return a block with separate weights for each step, and the block that each is a copy of, if it is one."""
     untie(recurrent)
-    blocks, sources = [*recurrent.blocks], {}
+    blocks = [*recurrent.blocks]
     for block in blocks[1:]:
         for name, norm in norms_in(block).items():
             if name and norm is norms_in(blocks[0])[name]:  # shared by all steps
                 block.set_submodule(name, copy.deepcopy(norm))
-    for _ in range(len(blocks), recurrent.steps):
-        sources[copied := copy.deepcopy(blocks[-1])] = blocks[-1]
-        recurrent.blocks.append(copied)
-    return [*recurrent.blocks][: recurrent.steps], sources
+    sources = {copy.deepcopy(blocks[-1]): blocks[-1] for _ in range(len(blocks), recurrent.steps)}
+    return [*blocks, *sources][: recurrent.steps], sources
 
 
 def replace_layers(

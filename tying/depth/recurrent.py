@@ -13,7 +13,7 @@ from tying.depth.merge import zero_gradients
 from tying.depth.stages import indices_in, shift_indices
 from tying.depth.stochastic_depth import BATCH_NORMS
 from tying.errors import ConfigurationError, listed
-from tying.torch_workarounds import is_proxy
+from tying.torch_workarounds import is_jit_tracing, is_proxy
 from tying.weights.tie import Init, make_ties
 
 NORMS = (
@@ -152,7 +152,7 @@ class Recurrent(nn.Module):
 
 def _same_shape(x: Any, out: Any) -> Any:
     """Return the output of a step, after checking that it has the shape of its input x."""
-    if is_proxy(x) or (isinstance(x, Tensor) and x.is_nested):  # torch.fx knows no shapes
+    if is_proxy(x) or is_jit_tracing() or (isinstance(x, Tensor) and x.is_nested):  # whose shapes are not known
         return out
     if not isinstance(out, Tensor) or out.shape != x.shape:
         shape = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"

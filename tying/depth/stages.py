@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from tying.depth.merge import Merge
 from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.index import clean_name
 from tying.selection.patterns import Pattern
@@ -40,16 +41,23 @@ class Stage:
     blocks: tuple[nn.Module, ...]
 
 
-def match_modules(model: nn.Module, patterns: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Return the modules of a model whose names match patterns, by name in the model's order; ``!`` excludes.
+def match_modules(model: nn.Module, patterns: str | Sequence[str], aliases: bool = False) -> dict[str, nn.Module]:
+    """Return the modules of a model whose names match patterns, merges apart, by name in the model's order.
+
+    Args:
+        model: any module.
+        patterns: a pattern of module names, or several; a leading ``!`` excludes.
+        aliases: also return the further names of a module that has several.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or the patterns exclude all that they match.
     """
     modules: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        modules.setdefault(clean_name(path), module)  # of a wrapper and its module, which have one name, the wrapper
-    del modules[""]
+    for path, module in model.named_modules(remove_duplicate=not aliases):
+        if path and not isinstance(module, Merge):
+            modules.setdefault(
+                clean_name(path), module
+            )  # of a wrapper and its module, which have one name, the wrapper
     texts = [patterns] if isinstance(patterns, str) else [*patterns]
     if all(text.startswith("!") for text in texts):
         raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
@@ -70,7 +78,7 @@ def find_stages(model: nn.Module, patterns: str | Sequence[str]) -> list[Stage]:
     Raises:
         ConfigurationError: a pattern matches nothing, or a module that stands in no container.
     """
-    blocks = match_modules(model, patterns)
+    blocks = match_modules(model, patterns, aliases=True)
     containers = {clean_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
     parents = {name: name.rpartition(".")[0] for name in blocks}
     for name in blocks:
@@ -136,7 +144,8 @@ def renumber(
     """
     indices = _layer_indices(former)
     for position, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-        shift_indices(layer, position - origin, indices)
+        if layers.count(layer) == 1:  # one that stands at several positions has no index
+            shift_indices(layer, position - origin, indices)
     modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     parts = path.split(".")
     parents = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
