@@ -476,6 +476,49 @@ def test_arguments_without_rows(mask, told):
     assert torch.equal(model[0](X, mask), torch.where(rows, X + model[0].linear(X), X))
 
 
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x.relu_()) + x
+
+
+@pytest.mark.parametrize(
+    ("merge", "training", "works"),
+    [
+        (StochasticDepth(0.5, "batch"), True, True),
+        (StochasticDepth(0.5, "subset"), True, True),
+        (StochasticDepth(0.5, "row"), True, False),
+        (StochasticDepth(0.5, "row", "train"), True, False),
+        (StochasticDepth(0.5, "batch", "test"), False, False),
+        (StochasticDepth(0.5, "row", "train"), False, True),
+        (Swapout(0.5, 0.5), True, False),
+        (Sum(), True, True),
+    ],
+    ids=str,
+)
+def test_a_block_that_overwrites_its_input(merge, training, works):
+    model = nn.Sequential(nn.Linear(4, 4), InPlace())
+    x = model[0](X)
+    expected = [model[1](x.clone()), x.clone()]
+    apply_merge(model, "1", merge)
+    model.train(training)
+    torch.manual_seed(0)
+    if works:
+        out = model(X)
+        assert all(
+            any(map(torch.equal, row, rows))
+            for row, rows in zip(out.unsqueeze(1).expand(6, 2, 4), zip(*expected, strict=True), strict=True)
+        )
+    else:
+        with pytest.raises(
+            ConfigurationError, match=r"^1 \(InPlace\) overwrites its input, which the merge needs afterwards"
+        ):
+            model(X)
+
+
 def patched(module):
     module.forward = lambda x: x
     return module

@@ -19,7 +19,7 @@ from tying.depth.merge import Branch, named_tensors, rows_obstacle, take_argumen
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
-from tying.torch_workarounds import is_jit_tracing, is_recorded
+from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
@@ -207,6 +207,7 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.writes = count_writes(self.x)
         self.watch: AdditionWatch | None = None
         super().__init__(compute, [(self.x, 0)], [block], whole=True)
 
@@ -248,6 +249,11 @@ class BlockBranch(Branch):
             if not self.watch.has_added:
                 self.state.notice.give(self.state.name)
             self.state.notice = None
+        if merged is not first_output(self.outputs) and count_writes(self.x) != self.writes:
+            raise ConfigurationError(
+                f"{self.state.name} overwrites its input, which the merge needs afterwards: set inplace=False in the "
+                "first operation of the block, or write it to another tensor"
+            )
         if self.outputs is None and (not merge.training or is_recorded()):
             self.output()  # its caches and further outputs are needed, although its hidden state is not
         if self.outputs is None:
@@ -306,8 +312,8 @@ class BlockBranch(Branch):
         )
         if kind not in self.state.further:
             buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
-            args = tuple(copied_cache(value) for value in self.args)
-            kwargs = {name: copied_cache(value) for name, value in self.kwargs.items()}
+            args = tuple(self._copied(value) for value in self.args)
+            kwargs = {name: self._copied(value) for name, value in self.kwargs.items()}
             branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
             with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
                 branch.output()
@@ -316,6 +322,15 @@ class BlockBranch(Branch):
             torch.clear_autocast_cache()  # it holds weights that were cast without gradients
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
+
+    def _copied(self, value: Any) -> Any:
+        """Return a copy of what a block may write to, its input and a key-value cache, or another argument as it is."""
+        if value is self.x:
+            return self.x.clone()
+        if not hasattr(value, "get_seq_length"):
+            return value
+        with TensorsAsTheyAre():
+            return copy.deepcopy(value)
 
     def _first_tensor(self) -> Tensor:
         in_order = (
@@ -417,14 +432,6 @@ class TensorsAsTheyAre(TorchFunctionMode):
     ) -> Any:
         """Call a function, unless it copies a tensor."""
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
-
-
-def copied_cache(value: Any) -> Any:
-    """Return a copy of a key-value cache, with the same tensors, or another argument as it is."""
-    if not hasattr(value, "get_seq_length"):
-        return value
-    with TensorsAsTheyAre():
-        return copy.deepcopy(value)
 
 
 def is_filled_cache(name: str, value: Any, block: nn.Module) -> bool:
