@@ -750,8 +750,8 @@ def test_autocast_finds_gradients_after_the_first_call():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
-@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
-@pytest.mark.parametrize("case", ["Llama", "ConvNeXt"])
+@pytest.mark.parametrize("mode", ["batch", "row", pytest.param("subset", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [pytest.param("Llama", marks=pytest.mark.slow), "ConvNeXt"])
 def test_compiled_blocks_draw_anew(case, mode):
     model = build(case).train()
     apply_merge(model, CASES[case][3], StochasticDepth(0.5, mode), whole=True)
@@ -764,7 +764,7 @@ def test_compiled_blocks_draw_anew(case, mode):
     assert len({tuple(output.flatten().tolist()) for output in outputs}) > 2
 
 
-@pytest.mark.parametrize("scale", ["test", "train"])
+@pytest.mark.parametrize("scale", ["test", pytest.param("train", marks=pytest.mark.slow)])
 @every_model
 def test_exports_in_evaluation(case, scale):
     model = build(case).eval()
