@@ -15,7 +15,8 @@ from typing_extensions import override
 from tying.depth.addition_watch import AdditionWatch, ResidualNotice
 from tying.depth.further_outputs import FurtherOutputs, container_of, describe, first_output, labelled_parts
 from tying.depth.generated_classes import generate_class
-from tying.depth.merge import Branch, named_tensors, rows_obstacle, take_arguments, take_rows
+from tying.depth.merge import Branch
+from tying.depth.rows import named_tensors, rows_obstacle, take_arguments, take_rows
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
