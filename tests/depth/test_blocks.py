@@ -347,6 +347,33 @@ def test_outputs_follow_the_kind_of_arguments():
     assert model(hidden_states := X, tables=[torch.ones(1, 4)])[0].equal(hidden_states)
 
 
+class Returns(nn.Module):
+    """A block that returns what a function makes of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x, *further):
+        return self.function(x + self.linear(x))
+
+
+class Positioned(Returns):
+    def forward(self, x, cache_position=None):
+        return self.function(x + self.linear(x))
+
+
+def test_positions_along_a_sequence_have_no_rows():
+    model = nn.Sequential(Positioned(lambda y: y))
+    apply_merge(model, "0", StochasticDepth(0.5, "subset"))
+    for arguments in ([torch.arange(6)], [torch.arange(3)]):  # as many as samples, or not
+        torch.manual_seed(0)
+        rows = keep_mask(0.5, (6,)).unsqueeze(1)
+        torch.manual_seed(0)
+        expected = torch.where(rows, X + model[0].linear(X), X)
+        torch.testing.assert_close(model[0](X, *arguments), expected)
+
+
 def test_a_hidden_state_given_by_name():
     block = nn.ModuleDict({"block": Layer()})
     apply_merge(block, "block", StochasticDepth(0.0))
@@ -393,17 +420,6 @@ def test_rows_of_nested_arguments():
     assert mask.any() and not mask.all()  # noqa: PT018
     expected = torch.where(mask, plain(x, states=states, tables=tables)[0], x)
     torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
-
-
-class Returns(nn.Module):
-    """A block that returns what a function makes of its input."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.linear, self.function = nn.Linear(4, 4), function
-
-    def forward(self, x, *further):
-        return self.function(x + self.linear(x))
 
 
 class Given(Returns):
