@@ -154,7 +154,7 @@ def put_merges(
         swap_plain_class(block, site.cls)
         for name, merge in by_name.items():
             setattr(block, name, merge.train(block.training))
-            if isinstance(merge, Merge):
+            if isinstance(merge, Merge) and site.state is None:
                 merge.attach(block)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:
