@@ -121,11 +121,11 @@ MODELS = {
             ("net.features.5.block.0.0.weight", "net.features.6.block.0.0.weight"),
             ("net.features.5", "net.features.6"),
             "net.features.[56].block.0.0.weight",
-            "net.features.*",
+            "net.features.[3568]",
         ),
     ),
     "torchvision convnext_tiny": Stranger(
-        torchvision.models.convnext_tiny,
+        lambda: torchvision.models.convnext_tiny(stochastic_depth_prob=0.0),
         images,
         Sites(
             ("net.features.1.0.block.3.weight", "net.features.1.1.block.3.weight"),
@@ -151,7 +151,7 @@ MODELS = {
             ("net.layer1.0.conv1.weight", "net.layer1.0.conv2.weight"),
             ("net.layer1.0.conv1", "net.layer1.0.conv2"),
             "net.layer1.*.conv?.weight",
-            "net.layer?.*",
+            "net.layer1.*",
         ),
     ),
     "timm vit_tiny": Stranger(
@@ -289,13 +289,9 @@ class Trained(pl.LightningModule):
     predict_dataloader = train_dataloader
 
 
-NO_BLOCK = "Write such a block as tying.depth.Residual(branch, shortcut, activation=...)"
-LINEAR = ("torchvision convnext_tiny", "torchvision vit_b_16", "timm vit_tiny", "torch nn.Transformer", "a GAN")
-LINEAR += ("transformers GPT-2", "transformers BERT", "transformers Llama", "an LSTM language model")
 REFUSED = {
-    **{(model, "ResidualMerging"): NO_BLOCK for model in LINEAR if model != "torch nn.Transformer"},
-    ("torchvision mobilenet_v3_small", "ResidualMerging"): NO_BLOCK,
-    ("timm resnet10t", "ResidualMerging"): NO_BLOCK,
+    ("an LSTM language model", "ResidualMerging"): "it alone computes output 2 (a tuple)",
+    ("a GAN", "ResidualMerging"): "'net.generator.1', a Tanh, has no parameters",
     ("an LSTM language model", "Coupling"): "'net.head.bias' has no partner",
 }
 

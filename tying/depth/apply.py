@@ -2,14 +2,13 @@
 
 import copy
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from torch import nn
 
 from tying.depth.blocks import BlockState, ResidualNotice, block_state, merged_class, original_class
-from tying.depth.drop_paths import drop_paths, restore_drop_paths, silence
+from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, silence
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
@@ -52,68 +51,42 @@ def apply_merge(
 ) -> int:
     """Put a merge into blocks of a model; return the number of blocks.
 
-    A block is any module that keeps the shape of its input x, its first tensor argument, and returns a tensor, or a
-    tuple whose first item is one: it is ``x + F(x)`` with ``F(x) = block(x) − x``. Samples lie along the first
-    dimension. In blocks whose branches are known, the merge combines each branch with its shortcut: modules with
-    children of class :class:`tying.depth.Merge`, such as :class:`tying.depth.Residual`, in which the merge replaces
-    these children; torch's ``TransformerEncoderLayer``; and some blocks of torchvision and timm. Other blocks are
-    merged as a whole. Names and values in the model's state dict stay the same.
-
-    DropPath and StochasticDepth modules in the blocks return their input until :func:`remove_merge`.
+    A block is any module that keeps the shape of its input x, the first tensor among its arguments, and returns a
+    tensor, or a tuple whose first item is one: it is ``x + F(x)`` with ``F(x) = block(x) − x``. Samples lie along the
+    first dimension. Blocks whose branches are known get a draw for each branch: modules with children of class
+    :class:`tying.depth.Merge`, which the merge replaces; :class:`tying.depth.Residual` is one; torch's
+    ``TransformerEncoderLayer``; and some of torchvision and timm. Names and values in the state dict stay the same.
 
     Args:
-        model: changed in place.
+        model: changed in place. DropPath and StochasticDepth modules in its blocks return their input from now on.
         blocks: a pattern of module names, or several; a leading ``!`` excludes.
         merge: each block gets a copy, called as ``merge(shortcut, branch)``.
         keep: keep probabilities of the blocks. ``None`` or ``"uniform"``: the merge's. ``"linear"``: block n of L drops
             n/L of the merge's drop probability: each keep probability p becomes ``1 − (1 − p) n/L``. ``"model"``:
-            1 minus the drop probability of the block's DropPath or StochasticDepth modules, or 1 if it has none. A
-            number replaces every keep probability of the merge; a list has one number for each block, in the model's
-            order.
+            1 minus the drop probability of the block's DropPath or StochasticDepth modules. A number replaces every
+            keep probability of the merge; a list has one number for each block, in the model's order.
         whole: merge blocks as a whole, also where their branches are known: LayerDrop.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a module that cannot be merged: without parameters or forward,
-            or within another match; a block already has a merge; the number of keeps is not the number of blocks, or
-            one is not in [0, 1]. The model is then unchanged. In use: a block changes the shape, or does not return a
-            tensor first; or it may be skipped but computes further outputs, or has a filled key-value cache.
+        ConfigurationError: a pattern matches nothing, or no block; a block lies within another, or has a merge; the
+            number of keeps is not the number of blocks, or one is not in [0, 1]. The model is then unchanged. In use:
+            a block changes the shape, or would have to be skipped although it computes further outputs.
 
     Example:
-        >>> from tying.depth import StochasticDepth, Swapout
+        >>> from tying.depth import StochasticDepth
         >>> model = nn.Sequential(Residual(nn.Linear(2, 2)), nn.TransformerEncoderLayer(2, 1, 2))
-        >>> apply_merge(model, "*", StochasticDepth(keep=0.5), keep=[0.9, 0.8], whole=True)
-        2
-        >>> model[1].merge
-        StochasticDepth(keep=0.8, mode='batch', scale='test')
+        >>> apply_merge(model, "*", StochasticDepth(keep=0.5), keep=[0.9, 0.8]), model[1].merge.keep
+        (2, 0.8)
 
-    Source: G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, Deep networks with stochastic depth, 2016; A. Fan,
-    E. Grave and A. Joulin, Reducing transformer depth on demand with structured dropout, 2020.
+    Source: A. Fan, E. Grave and A. Joulin, Reducing transformer depth on demand with structured dropout, 2020.
     """
     matches = residual_blocks(model, blocks)
     rates = {name: drop_paths(block) for name, block in matches.items()}
-    takes_over = isinstance(keep, str) and keep == "model"
-    keeps = [1 - _common_rate(*item) for item in rates.items()] if takes_over else keep
+    takes_rates = isinstance(keep, str) and keep == "model"
+    keeps = [1 - common_rate(*item) for item in rates.items()] if takes_rates else keep
     count = put_merges(model, matches, _merge_per_block(merge, keeps, [*matches]), whole)
-    silenced = {module: rate for by_module in rates.values() for module, rate in by_module.items()}
-    silence(silenced)
-    if silenced and not takes_over:
-        warnings.warn(
-            f"{len(silenced)} DropPath or StochasticDepth modules in the blocks, with drop probabilities from "
-            f"{min(silenced.values()):g} to {max(silenced.values()):g}, return their input until remove_merge, since "
-            "the merges drop instead; keep='model' drops with these probabilities",
-            stacklevel=2,
-        )
+    silence(rates.values(), notice=not takes_rates)
     return count
-
-
-def _common_rate(name: str, rates: Mapping[nn.Module, float]) -> float:
-    """Return the drop probability of all DropPath modules of a block; 0 if it has none."""
-    if len(distinct := sorted({*rates.values()})) > 1:
-        raise ConfigurationError(
-            f"keep='model': {name!r} contains DropPath or StochasticDepth modules with the drop probabilities "
-            f"{listed(f'{rate:g}' for rate in distinct)}: name the blocks within it, or give keep as numbers"
-        )
-    return distinct[0] if distinct else 0.0
 
 
 def _merge_per_block(merge: object, keep: object, names: Sequence[str]) -> Sequence[nn.Module]:

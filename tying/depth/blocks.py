@@ -207,6 +207,7 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.watch: AdditionWatch | None = None
         super().__init__(compute, [(self.x, 0)], [block], whole=True)
 
     @override
@@ -243,6 +244,10 @@ class BlockBranch(Branch):
 
     def complete(self, merged: Tensor, merge: nn.Module) -> Any:
         """Return the outputs of the block, with the merged hidden state as the first."""
+        if self.watch is not None and self.state.notice is not None:
+            if not self.watch.has_added:
+                self.state.notice.give(self.state.name)
+            self.state.notice = None
         if self.outputs is None and (not merge.training or is_recorded()):
             self.output()  # its caches and further outputs are needed, although its hidden state is not
         if self.outputs is None:
@@ -272,7 +277,7 @@ class BlockBranch(Branch):
         """Call the plain forward; check what it returns for the given hidden state."""
         outputs: Any
         watches = self.block.training and not torch.compiler.is_compiling() and not is_recorded()
-        with AdditionWatch(x) if watches and self.state.notice is not None else nullcontext() as watch:
+        with AdditionWatch(x) if watches and self.state.notice is not None else nullcontext() as self.watch:
             outputs = self.compute(*args, **kwargs)
         if not isinstance(hidden := first_output(outputs), Tensor):
             raise ConfigurationError(
@@ -286,10 +291,6 @@ class BlockBranch(Branch):
                 f"{self.state.name} maps {tuple(x.shape)} to {tuple(hidden.shape)}: a merge needs a block that keeps "
                 "the shape of its first tensor argument. Name only such blocks"
             )
-        if watch is not None and self.state.notice is not None:
-            if not watch.has_added:
-                self.state.notice.give(self.state.name)
-            self.state.notice = None
         return outputs
 
     def _further(self) -> FurtherOutputs:

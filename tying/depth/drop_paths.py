@@ -1,6 +1,7 @@
 """DropPath modules, by which other libraries drop branches at random, and which merges replace."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from typing_extensions import override
 
 from tying.depth.blocks import generate_class, original_class
 from tying.depth.merge import Merge
+from tying.errors import ConfigurationError, listed
 from tying.weights.derived import swap_class
 
 
@@ -38,10 +40,37 @@ def drop_paths(block: nn.Module) -> dict[nn.Module, float]:
     return {module: float(rate) for module, rate in rates.items() if rate}
 
 
-def silence(modules: Iterable[nn.Module]) -> None:
-    """Let DropPath modules return their input."""
-    for module in modules:
+def common_rate(name: str, rates: Mapping[nn.Module, float]) -> float:
+    """Return the drop probability of all DropPath modules of a block; 0 if it has none.
+
+    Raises:
+        ConfigurationError: they have several.
+    """
+    if len(distinct := sorted({*rates.values()})) > 1:
+        raise ConfigurationError(
+            f"keep='model': {name!r} contains DropPath or StochasticDepth modules with the drop probabilities "
+            f"{listed(f'{rate:g}' for rate in distinct)}: name the blocks within it, or give keep as numbers"
+        )
+    return distinct[0] if distinct else 0.0
+
+
+def silence(blocks: Iterable[Mapping[nn.Module, float]], notice: bool) -> None:
+    """Let DropPath modules return their input.
+
+    Args:
+        blocks: the modules of each block, with their drop probabilities.
+        notice: whether to warn.
+    """
+    rates = {module: rate for modules in blocks for module, rate in modules.items()}
+    for module in rates:
         swap_class(module, generate_class(Silenced, type(module)))
+    if rates and notice:
+        warnings.warn(
+            f"{len(rates)} DropPath or StochasticDepth modules in the blocks, with drop probabilities from "
+            f"{min(rates.values()):g} to {max(rates.values()):g}, return their input until remove_merge, since the "
+            "merges drop instead; keep='model' drops with these probabilities",
+            stacklevel=3,
+        )
 
 
 def restore_drop_paths(model: nn.Module) -> None:

@@ -154,6 +154,11 @@ class HyperWeight(nn.Module):
         """The initial standard deviation of W_out."""
         return math.sqrt(2 / (len(self.inner) * self.outer[0].numel()))
 
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """The size of a kernel, such as (3, 3); () for a matrix."""
+        return tuple(self.outer_bias.shape[1:])
+
     @override
     def forward(self, embeddings: Tensor) -> Tensor:
         kernels = generate(embeddings, self.inner, self.inner_bias, self.outer, self.outer_bias)
@@ -161,11 +166,6 @@ class HyperWeight(nn.Module):
         shape = (*stack, rows * len(self.outer), columns * len(self.inner), *self.kernel_size)
         # through a vector, so that strides are those of a plain weight: convolutions of others round differently
         return kernels.transpose(len(stack) + 1, len(stack) + 2).flatten().view(shape)
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """The size of a kernel, such as (3, 3); () for a matrix."""
-        return tuple(self.outer_bias.shape[1:])
 
     def right_inverse(self, kernel: Tensor) -> Tensor:
         """Return the embeddings (rows, columns, N_z) of the nearest kernel; (…, rows, columns, N_z) of a stack."""
@@ -266,11 +266,15 @@ class GenerationPlan:
     selection: Selection
     tilings: dict[str, Tiling]
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the selected weights that are not generated."""
+        return tuple(name for name in self.selection.weights if name not in self.tilings)
+
     def describe_left_out(self) -> str:
         """Name the selected weights that are not generated, with the reason; empty if there are none."""
-        names = [repr(name) for name in self.selection.weights if name not in self.tilings]
         reason = "networks and embeddings would have as many parameters as they; spell them out to generate them"
-        return f"{listed(names)} left out: {reason}" if names else ""
+        return f"{listed(map(repr, self.left_out))} left out: {reason}" if self.left_out else ""
 
 
 @cache

@@ -1,6 +1,6 @@
 """Convolutions with a bias for each output position."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import convolve, is_proxy
-from tying.weights.derived import eval_mode, locate_parameters, swap_class
+from tying.weights.derived import Locations, eval_mode, locate_parameters, swap_class
 from tying.weights.replace import check_free, select_weights
 
 
@@ -77,19 +77,7 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     convolutions have these biases.
     """
     selection, locations = select_weights(model, parameters), locate_parameters(model)
-    layers = {name: [location.owner for location in locations.owners(name)] for name in selection.weights}
-    if parametrized := [name for name, owners in layers.items() if any(map(is_parametrized, owners))]:
-        raise ConfigurationError(f"{listed(parametrized)}: of layers that are parametrized; untie biases before that")
-    if others := [
-        name
-        for name, owners in layers.items()
-        if any(type(layer) not in _UNTIED or layer.bias is not selection.weights[name] for layer in owners)
-    ]:
-        raise ConfigurationError(
-            f"{listed(others)}: only biases of {', '.join(kind.__name__ for kind in _UNTIED)} can be untied"
-        )
-    for name in layers:
-        check_free(name, locations)
+    layers = _owners(selection.weights, locations)
     outputs = _output_sizes(model, {layer for owners in layers.values() for layer in owners}, example)
     sizes = {name: set.union(*(outputs[layer] for layer in owners)) for name, owners in layers.items()}
     for name, owners in layers.items():
@@ -104,6 +92,29 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
             layer.bias = spread
             layer.register_load_state_dict_pre_hook(_spread_loaded)  # type: ignore[no-untyped-call]  # torch's
     return [*layers]
+
+
+def _owners(biases: Mapping[str, nn.Parameter], locations: Locations) -> dict[str, list[nn.Module]]:
+    """Return the convolutions that each bias belongs to: several if they share it.
+
+    Raises:
+        ConfigurationError: a parameter is not a convolution's bias, its layer is parametrized, or it is tied through a
+            relation.
+    """
+    layers = {name: [location.owner for location in locations.owners(name)] for name in biases}
+    if parametrized := [name for name, owners in layers.items() if any(map(is_parametrized, owners))]:
+        raise ConfigurationError(f"{listed(parametrized)}: of layers that are parametrized; untie biases before that")
+    if others := [
+        name
+        for name, owners in layers.items()
+        if any(type(layer) not in _UNTIED or layer.bias is not biases[name] for layer in owners)
+    ]:
+        raise ConfigurationError(
+            f"{listed(others)}: only biases of {', '.join(kind.__name__ for kind in _UNTIED)} can be untied"
+        )
+    for name in layers:
+        check_free(name, locations)
+    return layers
 
 
 def _spread(bias: Tensor, size: Sequence[int]) -> Tensor:

@@ -60,12 +60,7 @@ def parametrize_all(
 
     selection = selection.fitting(fit)
     for name, weight in selection.weights.items():
-        for shared in steps[name].parameters():
-            if (shared.dtype, shared.device) != (weight.dtype, weight.device):
-                raise ConfigurationError(
-                    f"{name!r}: it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
-                    f"{shared.device}: exclude it, or share it among weights of its own dtype and device"
-                )
+        _check_shared(name, weight, steps[name])
     selection.report(context)
     for name, weight in selection.weights.items():
         parametrizations = Parametrizations([steps[name]], weight)
@@ -73,6 +68,16 @@ def parametrize_all(
             install(location.owner, location.attribute, parametrizations)
     forget_ties(model, [alias for name in selection.weights for alias in locations.aliases(name)])
     return [*selection.weights]
+
+
+def _check_shared(name: str, weight: nn.Parameter, step: nn.Module) -> None:
+    """Raise an error if what a parametrization shares has another dtype or device than a weight."""
+    for shared in step.parameters():
+        if (shared.dtype, shared.device) != (weight.dtype, weight.device):
+            raise ConfigurationError(
+                f"{name!r}: it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
+                f"{shared.device}: exclude it, or share it among weights of its own dtype and device"
+            )
 
 
 @dataclass(frozen=True)
