@@ -61,3 +61,50 @@ def test_every_config_trains_a_batch(name, tmp_path):
 def test_first_lines_name_configs():
     assert {layer for name in NAMES for layer in layers(name)} <= {*NAMES}
     assert all(lines(name)[0].startswith("# ") for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "message"),
+    [
+        ("hash_modulus", "ModulusHash", "ModuloHash", "hash: tying.hashing.ModuloHash: module 'tying.hashing' has no attribute 'ModuloHash'"),
+        ("hash_block", "block: 64", "blocks: 64", "hash: tying.hashing.BlockHash: Option 'blocks' is not accepted. Nearest existing names: block."),
+        ("hash_neighborhood", "radius: 8", "radius: far", "hash: tying.hashing.NeighborhoodHash: radius: Expected a <class 'int'>. Got value: far"),
+        ("hash_neighborhood", "radius: 8", "radius: -1", "radius must be 0 or more, not -1"),
+        ("hashed_layers", "torch.nn.ReLU", "torch.nn.Relu", "network: tying.models.sequential: layers: torch.nn.Relu: module 'torch.nn' has no attribute 'Relu'"),
+        ("soft_l1", "penalty: l1", "penalty: l3", "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
+        ("soft_huber", "delta: 0.1", "delta: -0.1", "tying: error: Huber's delta must be above 0, not -0.1"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_in_one_line(name, right, wrong, message, capsys):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert right in text
+    Path("mistaken.yaml").write_text(text.replace(right, wrong))
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={CONFIGS}/base.yaml", "--config=mistaken.yaml"])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tying: error: ")]
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("help_of", "option"),
+    [
+        ("model.help=Classifier", "--model.nesterov {true,false}"),
+        ("data.help=CIFAR10", "--data.label_seed LABEL_SEED"),
+        ("data.help=MNIST", "--data.label_seed LABEL_SEED"),
+    ],
+)
+def test_help_shows_new_arguments(help_of, option, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", f"--{help_of}"])
+    assert option in capsys.readouterr().out
+
+
+def test_packaged_configurations_are_named_anywhere(capsys):
+    """Files of the current folder come first."""
+    main(["inspect", "--config", "configs/base.yaml", "--config=configs/soft.yaml", "--json=true"])
+    assert "network.layer1.0.branch.conv1.weight" in capsys.readouterr().out
+    Path("configs").mkdir()
+    Path("configs/soft.yaml").write_text("trainer: {callbacks+: NoSuchCallback}")
+    with pytest.raises(SystemExit):
+        main(["inspect", "--config", "configs/base.yaml", "--config=configs/soft.yaml"])
+    assert "NoSuchCallback" in capsys.readouterr().err

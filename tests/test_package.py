@@ -30,10 +30,9 @@ def test_the_wheel_trains_anywhere(archives, tmp_path):
         wheel.extractall(tmp_path / "installed")
     code = "import tying, sys; from tying.cli import main; print(tying.__file__); main(sys.argv[1:])"
     options = [
-        "--model=tying.models.Classifier",
-        "--model.network=tying.models.ResNet",
+        "--config=configs/base.yaml",
+        "--config=configs/stochastic_depth.yaml",
         "--model.network.depth=8",
-        "--data=tying.data.CIFAR10",
         "--trainer.max_steps=2",
         "--trainer.limit_val_batches=1",
         "--trainer.callbacks+=tying.callbacks.HardTying",
@@ -48,7 +47,13 @@ def test_the_wheel_trains_anywhere(archives, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(str(tmp_path / "installed"))
-    assert [*tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")]
+    assert [*tmp_path.glob("runs/stochastic_depth/version_0/checkpoints/*.ckpt")]
+
+
+def test_the_wheel_holds_every_configuration(archives):
+    with zipfile.ZipFile(archives[0]) as wheel:
+        packaged = {Path(name).name: wheel.read(name) for name in wheel.namelist() if name.startswith("tying/configs/")}
+    assert packaged == {path.name: path.read_bytes() for path in (ROOT / "configs").iterdir()}
 
 
 def test_the_source_archive_holds_what_its_tests_need(archives):

@@ -6,6 +6,7 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,34 @@ def test_labelled_and_the_rest():
 def test_labelled_out_of_range(labelled):
     with pytest.raises(ConfigurationError, match=r"labelled must be from 10 .* to 4500"):
         CIFAR10(labelled=labelled).setup("fit")
+
+
+@pytest.mark.parametrize("labelled", [40, 43])
+def test_label_seeds_draw_other_labels_as_evenly(labelled):
+    def drawn(**seeds):
+        data = CIFAR10(labelled=labelled, **seeds)
+        data.setup("fit")
+        images, labels = data._splits["labelled"]
+        assert labels.bincount().tolist() == [labelled // 10 + (kind < labelled % 10) for kind in range(10)]
+        assert len(data._splits["unlabelled"][1]) == 4500 - labelled
+        return images, data._splits["val"][0]
+
+    (images, held_out), (others, also_held_out), (again, _) = drawn(), drawn(label_seed=1), drawn(label_seed=1, seed=5)
+    assert torch.equal(images, drawn(label_seed=0)[0])
+    assert not torch.equal(images, others)
+    assert torch.equal(others, again)
+    assert torch.equal(held_out, also_held_out)
+
+
+def test_the_first_labels_drawn_stay_those_of_earlier_releases():
+    data = CIFAR10(labelled=40)
+    data.setup("fit")
+    assert zlib.crc32(data._splits["labelled"][0].numpy().data) == 4053543347
+
+
+def test_a_label_seed_is_no_negative_number():
+    with pytest.raises(ConfigurationError, match="label_seed must be 0 or more, not -1"):
+        CIFAR10(label_seed=-1)
 
 
 def test_cache_root_follows_the_environment(monkeypatch):

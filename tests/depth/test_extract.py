@@ -296,3 +296,9 @@ def test_projecting_shortcuts_are_refused():
 def test_a_first_block_before_other_layers_is_removed():
     model, x = nn.Sequential(*chain(1), nn.LayerNorm(4), nn.Linear(4, 2)), torch.randn(3, 4)
     assert torch.equal(extract(model, "[01]", [1])(x), model[2](model[1](x)))
+
+
+def test_a_block_that_stands_at_several_positions():
+    model, x = nn.Sequential(*[chain(1)[0]] * 3, *chain(2)), torch.randn(3, 4)
+    assert torch.equal(extract(model, "*")(x), model[4](model[2](model[0](x))))
+    assert torch.equal(extract(model, ["[01]", "[34]"], [0, 3])(x), model[4](model[2](model[0](x))))

@@ -1,13 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
 from tying import ConfigurationError
+from tying.callbacks import HardTying
 from tying.hard import share_templates
 from tying.models import MLP, Autoencoder, Classifier
 from tying.models.classifier import learning_rate_factor
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
@@ -71,6 +76,30 @@ def test_autoencoder_learns_and_loads(tmp_path):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_a_linear_autoencoder_tied_as_configured_is_principal_component_analysis():
+    """The loss at the optimum, to 1e-10: biases take the mean."""
+    config = yaml.safe_load((CONFIGS / "autoencoder_pca.yaml").read_text())
+    [hard] = config["trainer"]["callbacks+"]
+    torch.manual_seed(0)
+    scales = torch.tensor([5, 4, 3, 1, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64)
+    x = torch.randn(200, 8, dtype=torch.float64) * scales + 1.0
+    model = Autoencoder([8, 3]).double()
+    HardTying(**hard["init_args"]).apply(model)
+    optimizer = torch.optim.LBFGS(
+        model.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        value = (model(x) - x).square().mean()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    rest = torch.linalg.svdvals(x - x.mean(0))[3:].square().sum() / x.numel()
+    torch.testing.assert_close(loss().detach(), rest, rtol=1e-10, atol=0)
+
+
 def test_sampled_passes_in_tests_and_predictions():
     from tying.depth import Residual, Sampled, SkipForward, Sum
 
@@ -97,6 +126,26 @@ def test_sampled_passes_in_tests_and_predictions():
         trainer.test(model(Sum(), test_samples=2), data(), verbose=False)
     with pytest.raises(ConfigurationError, match="test_samples must be 1 or more, not 0"):
         model(Sum(), test_samples=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nesterov": True}, {"nesterov": False}, {"nesterov": False, "momentum": 0.0}, {"momentum": 0.0}]
+)
+def test_momentum_is_that_of_nesterov_or_not(options):
+    """Bitwise torch's own steps."""
+    model = Classifier(
+        MLP([48, 2]), num_classes=2, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0, **options
+    )
+    plain = MLP([48, 2])
+    plain.load_state_dict(model.network.state_dict())
+    momentum, nesterov = options.get("momentum", 0.9), options.get("nesterov", True)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=momentum, nesterov=nesterov and momentum > 0)
+    train(model, data=data(), max_epochs=1)
+    for x, y in data():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    assert all(map(torch.equal, model.network.parameters(), plain.parameters()))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -105,6 +105,8 @@ def _summarize(chain: Sequence[BaseException]) -> str:
     if union.startswith(UNION) and not isinstance(cause, ConfigurationError):
         attempts = re.split(r"\n  - ", union.split("\nGiven value")[0])[1:]
         alternatives += [re.sub(r"\s+", " ", attempt) for attempt in attempts if not attempt.startswith(TRIED)][1:]
+        of_classes = [text for text in alternatives if "Got value: Namespace(class_path=" not in text]
+        alternatives = of_classes or alternatives  # whoever names a class means none of the other types
     text = ": ".join([*places, "; or: ".join(alternatives)]).replace("a <class 'collections.abc.Sequence'>", "a list")
     if "Got value: {'init_args':" in text:
         return (

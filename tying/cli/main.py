@@ -208,11 +208,19 @@ def load(configs: Sequence[str]) -> TyingCLI:
         return parse([*arguments, "--ckpt_path=null"], run=True, cli=Loading)
 
 
+def _locate_config(argument: str) -> str:
+    """Return an argument with the path of this package's ``configs/``, if it names a file of these that is not here."""
+    option, equals, path = argument.rpartition("=")
+    packaged = Path(tying.__file__).parent / path
+    is_packaged = path.startswith("configs/") and packaged.is_file() and not Path(path).exists()
+    return f"{option}{equals}{packaged}" if is_packaged else argument
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes of the user are explained in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
-    given = sys.argv[1:] if args is None else [*args]
+    given = [*map(_locate_config, sys.argv[1:] if args is None else args)]
     try:
         parse(given, run=True)
     except Exception as error:

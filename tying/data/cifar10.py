@@ -36,6 +36,7 @@ class CIFAR10(Images):
         seed: seed of the order and the augmentation.
         download: download the official archive if it is missing.
         classes: use only images of these classes.
+        label_seed: seed of the draw of the labels to keep.
 
     Raises:
         ConfigurationError: an argument is out of range; in ``prepare_data``, the data is missing or broken.
@@ -65,8 +66,9 @@ class CIFAR10(Images):
         seed: int = 0,
         download: bool = False,
         classes: list[int] | None = None,
+        label_seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, validation, labelled, augment, seed, classes)
+        super().__init__(batch_size, validation, labelled, augment, seed, classes, label_seed)
         check_choice("source", source, get_args(Source))
         if root is None and (download or source in ("archive", "folder")):
             reason = "download" if download else f"source={source!r}"

@@ -24,12 +24,13 @@ class Images(ResumableData):
         batch_size: samples in a batch, per process.
         validation: fraction of the training images to hold out, class-balanced; the choice does not depend on the
             seed. 0 holds out none.
-        labelled: number of labels to keep, class-balanced; the choice does not depend on the seed. Training batches
-            are then dictionaries with ``labelled`` and ``unlabelled``, whose labels are −1. The loader of the smaller
-            part restarts until the larger one ends.
+        labelled: number of labels to keep, class-balanced; ``label_seed`` draws which, ``seed`` does not. Training
+            batches are then dictionaries with ``labelled`` and ``unlabelled``, whose labels are −1. The loader of the
+            smaller part restarts until the larger one ends.
         augment: apply random crops, and flips if ``flip`` is set, in training.
         seed: seed of the order and the augmentation.
         classes: use only images of these classes, and relabel them by their positions in this list.
+        label_seed: seed of the draw of the labels to keep.
 
     Attributes:
         mean: mean of each channel, for pixels scaled to [0, 1]; (channels,).
@@ -58,18 +59,21 @@ class Images(ResumableData):
         augment: bool,
         seed: int,
         classes: Sequence[int] | None = None,
+        label_seed: int = 0,
     ) -> None:
         super().__init__()
         if classes is not None and (not classes or len({*classes}) < len(classes)):
             raise ConfigurationError(f"classes must be distinct labels, at least one, not {list(classes)}")
         check_range("validation", validation, "[0, 1)")
         check_range("batch_size", batch_size, "[1, inf)")
+        check_range("label_seed", label_seed, "[0, inf)")
         self.batch_size = batch_size
         self.validation = validation
         self.labelled = labelled
         self.augment = augment
         self.seed = seed
         self.classes = classes
+        self.label_seed = label_seed
         self._splits: dict[str, Split] = {}
 
     def load(self) -> dict[str, Split]:
@@ -80,7 +84,7 @@ class Images(ResumableData):
         """Return the splits named in ``parts``, cut from the training images, and any further splits."""
         if self.labelled is None:
             return {}
-        chosen = draw_balanced(labels, spread_evenly(self.labelled, labels, "labelled"))
+        chosen = draw_balanced(labels, spread_evenly(self.labelled, labels, "labelled"), self.label_seed)
         return {
             "labelled": (images[chosen], labels[chosen]),
             "unlabelled": (images[~chosen], torch.full_like(labels[~chosen], -1)),
@@ -163,15 +167,15 @@ class Images(ResumableData):
         return images, labels
 
 
-def draw_balanced(labels: Tensor, per_class: list[int]) -> Tensor:
-    """Return a mask of ``per_class[k]`` random samples of each class k; the seed is fixed.
+def draw_balanced(labels: Tensor, per_class: list[int], seed: int = 0) -> Tensor:
+    """Return a mask of ``per_class[k]`` random samples of each class k.
 
     Example:
         >>> draw_balanced(torch.tensor([0, 0, 1, 1]), [1, 2]).sum().item()
         3
     """
     drawn = torch.zeros(len(labels), dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for kind, count in enumerate(per_class):
         members = (labels == kind).nonzero().flatten()
         drawn[members[torch.randperm(len(members), generator=generator)[:count]]] = True

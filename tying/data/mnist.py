@@ -35,6 +35,7 @@ class MNIST(Images):
         seed: seed of the order and the augmentation.
         download: download the files if they are missing.
         classes: use only images of these classes.
+        label_seed: seed of the draw of the labels to keep.
 
     Raises:
         ConfigurationError: an argument is out of range; in ``prepare_data`` and ``setup``, a file is missing or broken.
@@ -59,8 +60,9 @@ class MNIST(Images):
         seed: int = 0,
         download: bool = False,
         classes: list[int] | None = None,
+        label_seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, validation, labelled, augment, seed, classes)
+        super().__init__(batch_size, validation, labelled, augment, seed, classes, label_seed)
         self.root = Path(root)
         self.download = download
 

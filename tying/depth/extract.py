@@ -70,9 +70,9 @@ def extract(
     shallow = copy.deepcopy(model)
     remove_merge(shallow)
     groups = _separate_ties(shallow, stages)
-    for stage in find_stages(shallow, blocks):
-        removed = {block for name, block in zip(stage.names, stage.blocks, strict=True) if name not in remaining}
-        entries = [entry for entry in children(stage.container) if entry[1] not in removed]
+    for stage in reversed(find_stages(shallow, blocks)):  # positions of later entries change
+        positions = _removed_positions(stage, remaining)
+        entries = [entry for position, entry in enumerate(children(stage.container)) if position not in positions]
         replace_layers(shallow, stage.path, stage.container, entries)
     _tie_again(shallow, groups)
     return shallow
@@ -89,11 +89,11 @@ def _indices(keep: object, names: Sequence[str]) -> list[int]:
         indices = [round(i * (count - 1) / max(1, wanted - 1)) for i in range(wanted)]
     else:
         try:
-            indices = [*map(index, keep)] if not isinstance(keep, str) else None  # type: ignore[call-overload]  # the except clause checks it
+            indices = [*map(index, keep)]  # type: ignore[call-overload]  # the except clause checks it
         except TypeError:
-            indices = None
-        if indices is None:
-            raise ConfigurationError(f"keep must be 'every other', indices of blocks or a fraction, not {keep!r}")
+            raise ConfigurationError(
+                f"keep must be 'every other', indices of blocks or a fraction, not {keep!r}"
+            ) from None
     if outside := [i for i in indices if not 0 <= i < count]:
         raise ConfigurationError(
             f"keep has the indices {listed(map(str, outside))}, and the {count} blocks {listed(names)} have 0 to "
@@ -104,6 +104,11 @@ def _indices(keep: object, names: Sequence[str]) -> list[int]:
     return indices
 
 
+def _removed_positions(stage: Stage, remaining: Collection[str]) -> dict[int, str]:
+    """Return the positions in their container, and the names, of the blocks of a stage that do not remain."""
+    return {position: name for position, name in enumerate(stage.names, stage.start) if name not in remaining}
+
+
 def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -> None:
     """Raise a ConfigurationError if a block of a stage that is to be removed cannot be."""
     entries = children(stage.container)
@@ -111,23 +116,23 @@ def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -
         raise ConfigurationError(
             f"{stage.names[0]!r} is a step of a tying.depth.Recurrent: set its steps, or call unrecur first"
         )
-    removed = {block: name for name, block in zip(stage.names, stage.blocks, strict=True) if name not in remaining}
-    others = [block for _, block in entries if block not in removed]
+    removed = _removed_positions(stage, remaining)
+    others = [block for position, (_, block) in enumerate(entries) if position not in removed]
     if not others and not isinstance(stage.container, nn.Sequential):  # an empty one passes on its input
         raise ConfigurationError(
             f"{stage.path or 'the model'!r} would be left without a block: keep one of {listed(stage.names)} or more"
         )
-    for block, name in removed.items():
-        if reason := _changes_shape(block):
+    for position, name in removed.items():
+        if reason := _changes_shape(entries[position][1]):
             raise ConfigurationError(f"{name!r} cannot be removed, since it changes the shape: {reason}. Keep it")
-    if entries[0][1] in removed:
+    if 0 in removed:
         first = entries[0][1]
         forward = type(first).forward  # classes of blocks with computed weights differ
         alike = [_weight_names(block) for block in others if type(block).forward is forward]
         alone = [name for name in _weight_names(first) if alike and not any(name in names for names in alike)]
         if alone:
             raise ConfigurationError(
-                f"{removed[first]!r} cannot be removed, since it alone has the weight {alone[0]!r}, and the other "
+                f"{removed[0]!r} cannot be removed, since it alone has the weight {alone[0]!r}, and the other "
                 "blocks may need what it makes with it. Keep it"
             )
 

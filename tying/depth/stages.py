@@ -136,7 +136,8 @@ def renumber(
     """
     indices = _layer_indices(former)
     for position, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-        shift_indices(layer, position - origin, indices)
+        if layers.count(layer) == 1:  # one that stands at several positions has no index
+            shift_indices(layer, position - origin, indices)
     modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     parts = path.split(".")
     parents = [modules[".".join(parts[:depth])] for depth in range(len(parts))]

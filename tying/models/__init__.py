@@ -6,7 +6,7 @@ from tying.models.convolutional import ConvDecoder, ConvEncoder
 from tying.models.domains import DomainClassifiers
 from tying.models.fractal import FractalNet
 from tying.models.hybrid import HybridClassifier
-from tying.models.networks import GRU, MLP
+from tying.models.networks import GRU, MLP, sequential
 from tying.models.resnet import ResNet
 from tying.models.sequence import HMNetwork, SequenceModel
 
@@ -23,4 +23,5 @@ __all__ = [
     "HybridClassifier",
     "ResNet",
     "SequenceModel",
+    "sequential",
 ]

@@ -58,7 +58,7 @@ class Classification(SingleStep):
 
     Args:
         num_classes: number of classes.
-        optimizer: SGD with Nesterov momentum, or AdamW.
+        optimizer: SGD or AdamW.
         lr: peak learning rate.
         momentum: momentum of SGD.
         weight_decay: weight decay of either optimizer, for all parameters but the coefficients of template mixtures.
@@ -73,6 +73,7 @@ class Classification(SingleStep):
             1, tests also log loss and accuracy of the mean probabilities as ``test/sampled/…``, and the standard
             deviation of the predicted class's probability as ``test/spread``; predictions are
             :class:`tying.depth.Sampled`.
+        nesterov: use Nesterov's form of SGD's momentum, if ``momentum`` is above 0.
 
     Shape: batches are (inputs, labels), with integer labels of shape (batch,). A training batch may also be a
     dictionary with a batch of this form under ``labelled``.
@@ -95,6 +96,7 @@ class Classification(SingleStep):
         label_smoothing: float = 0.0,
         channels_last: bool = False,
         test_samples: int = 1,
+        nesterov: bool = True,
     ) -> None:
         super().__init__()
         drops = list(drops)
@@ -175,7 +177,7 @@ class Classification(SingleStep):
         hparams = self.hparams
         lr, momentum, groups = hparams["lr"], hparams["momentum"], decay_groups(self, hparams["weight_decay"])
         optimizer = (
-            torch.optim.SGD(groups, lr, momentum, nesterov=momentum > 0)
+            torch.optim.SGD(groups, lr, momentum, nesterov=hparams["nesterov"] and momentum > 0)
             if hparams["optimizer"] == "sgd"
             else torch.optim.AdamW(groups, lr)
         )

@@ -33,6 +33,16 @@ class MLP(nn.Sequential):
         super().__init__(nn.Flatten(), *stack(sizes, ACTIVATIONS[activation], norm))
 
 
+def sequential(layers: Sequence[nn.Module]) -> nn.Sequential:
+    """Return ``torch.nn.Sequential`` of a list of layers; configurations cannot give it the layers one by one.
+
+    Example:
+        >>> sequential([nn.Flatten(), nn.Linear(4, 3), nn.ReLU()])[1].weight.shape
+        torch.Size([3, 4])
+    """
+    return nn.Sequential(*layers)
+
+
 class GRU(LeafModule, nn.GRU):
     """``torch.nn.GRU`` without ``proj_size``, which configurations would pass and ``torch.nn.GRU`` rejects.
 
