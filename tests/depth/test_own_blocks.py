@@ -22,7 +22,7 @@ from tying.depth import (
     remove_merge,
 )
 from tying.depth.draws import draw, keep_mask
-from tying.depth.merge import Branch, is_rows, take_arguments
+from tying.depth.merge import Branch
 
 D = torch.float64
 SAMPLES, WIDTH = 6, 5
@@ -239,33 +239,6 @@ def test_samples_along_another_dimension():
 
 
 # arguments for some samples
-
-
-def test_arguments_of_some_samples():
-    """Rows are taken in nested tuples, lists and dicts; what all samples share stays whole."""
-    rows, per_sample, common = torch.tensor([2, 0]), torch.arange(8).view(4, 2), torch.arange(2)[None]
-    nested = {"pair": (per_sample, common), "list": [per_sample, 3], "scale": torch.tensor(2.0), "name": "x"}
-    taken = take_arguments(nested, rows, 4, "nested")
-    assert torch.equal(taken["pair"][0], per_sample[rows])
-    assert taken["pair"][1] is common
-    assert torch.equal(taken["list"][0], per_sample[rows])
-    assert taken["list"][1:] == [3]
-    assert taken["scale"] is nested["scale"]
-    assert taken["name"] == "x"
-    named = torch.return_types.max((per_sample, per_sample))
-    assert torch.equal(take_arguments([named], rows, 4, "nested")[0][1], per_sample[rows])
-
-
-def test_rows_are_told_by_the_shape():
-    assert is_rows(torch.zeros(4, 2), 4)
-    assert is_rows(torch.zeros(4), 4)
-    assert is_rows(torch.zeros(4, 4, dtype=torch.int64), 4)  # positions of tokens
-    assert is_rows(torch.zeros(1, 1), 1)
-    assert is_rows(torch.zeros(1, 4), 4) is False
-    assert is_rows(torch.tensor(1.0), 4) is False
-    assert is_rows(torch.zeros(3, 2), 4) is None
-    assert is_rows(torch.zeros(4, 4), 4) is None  # a mask of attention
-    assert is_rows(torch.zeros(4, 4, dtype=torch.bool), 4) is None
 
 
 class Scaled(nn.Module):

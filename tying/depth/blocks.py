@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from tying.depth.merge import Branch, named_tensors, rows_obstacle, take_arguments, take_rows
+from tying.depth.merge import Branch
+from tying.depth.rows import named_tensors, rows_obstacle, take_arguments, take_rows
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed

@@ -14,13 +14,12 @@ from tying.depth.merge import (
     ComputedBranch,
     Merge,
     add_branch,
-    add_rows,
     branch_dim,
     is_whole,
-    put_rows,
     same_shape,
     skip_branch,
 )
+from tying.depth.rows import add_rows, put_rows
 from tying.depth.tracing import leaf_function
 from tying.errors import ConfigurationError, check_choice
 from tying.torch_workarounds import is_proxy, is_recorded
