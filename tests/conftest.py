@@ -27,7 +27,7 @@ def pytest_configure(config):
         config.pluginmanager.register(Tables(Path(config.getoption("--tables"))))
 
 
-MAKES = {"survival": "survival", "lightning_features": "survival", "strangers": "survival", "fuzz": "fuzz"}
+MAKES = {**dict.fromkeys(["survival", "lightning_features", "strangers", "zoo"], "survival"), "fuzz": "fuzz"}
 
 
 class Tables:

@@ -180,9 +180,11 @@ small, medium = partial(images, 32), partial(images, 64)
 
 TORCHVISION = {
     "resnet18": Architecture(partial(resnet, BasicBlock), small, "layer[12].1", ("layer1.0", "layer1.1")),
-    "resnet50": Architecture(partial(resnet, Bottleneck), small, "layer[12].1", ("layer1.0.conv2", "layer1.1.conv2")),
+    "resnet50": Architecture(
+        partial(resnet, Bottleneck, 16), small, "layer[12].1", ("layer1.0.conv2", "layer1.1.conv2")
+    ),
     "wide_resnet50_2": Architecture(
-        partial(resnet, Bottleneck, 128), small, "layer[12].1", ("layer1.0.conv2", "layer1.1.conv2")
+        partial(resnet, Bottleneck, 32), small, "layer[12].1", ("layer1.0.conv2", "layer1.1.conv2")
     ),
     "mobilenet_v2": Architecture(
         partial(models.mobilenet_v2, num_classes=10, width_mult=0.25, dropout=0.0),

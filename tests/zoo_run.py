@@ -36,7 +36,7 @@ class Trained(pl.LightningModule):
         return loss_of(output_of(self.net, self.inputs(number)))
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
 
 
 def numbers(count=3):
