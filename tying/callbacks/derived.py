@@ -219,8 +219,8 @@ class GeneratedWeights(ModelTransform):
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        if left_out := self._plan(model).describe_left_out():
-            pl.utilities.rank_zero_info(f"GeneratedWeights: {left_out}")
+        if excluded := self._plan(model).describe_excluded():
+            pl.utilities.rank_zero_info(f"GeneratedWeights: {excluded}")
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
 

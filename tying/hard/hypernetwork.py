@@ -267,14 +267,14 @@ class GenerationPlan:
     tilings: dict[str, Tiling]
 
     @property
-    def left_out(self) -> tuple[str, ...]:
+    def excluded(self) -> tuple[str, ...]:
         """Names of the selected weights that are not generated."""
         return tuple(name for name in self.selection.weights if name not in self.tilings)
 
-    def describe_left_out(self) -> str:
+    def describe_excluded(self) -> str:
         """Name the selected weights that are not generated, with the reason; empty if there are none."""
         reason = "networks and embeddings would have as many parameters as they; spell them out to generate them"
-        return f"{listed(map(repr, self.left_out))} left out: {reason}" if self.left_out else ""
+        return f"{listed(map(repr, self.excluded))} left out: {reason}" if self.excluded else ""
 
 
 @cache
@@ -385,8 +385,8 @@ def generate_weights(
         return networks[tiling]
 
     plan.selection.report("generate_weights")
-    if left_out := plan.describe_left_out():
-        logger.info("generate_weights: %s", left_out)
+    if excluded := plan.describe_excluded():
+        logger.info("generate_weights: %s", excluded)
     names = parametrize_all(model, [*plan.tilings], make, "generate_weights")
     locations = locate_parameters(model)
     for name in names:
