@@ -348,6 +348,31 @@ def test_a_checkpoint_of_a_mixin_loads_wherever_its_callback_is(name, tmp_path):
     assert equal(MODELS[name].load_from_checkpoint(path), model)
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_averaged_weights_resume_with_a_mixin(tmp_path):
+    whole, resumed = MODELS["WeightHashingMixin"](), MODELS["WeightHashingMixin"]()
+    fit(whole, [EMAWeightAveraging(decay=0.5), SaveAt(0, tmp_path / "a.ckpt")])
+    fit(resumed, [EMAWeightAveraging(decay=0.5)], ckpt_path=tmp_path / "a.ckpt")
+    assert equal(whole, resumed)
+
+
+def test_hooks_of_checkpoints_may_be_overridden_without_super(tmp_path):
+    class Model(MODELS["WeightClusteringMixin"]):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            self.mine = checkpoint["mine"]
+
+    model = Model()
+    fit(model, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Model.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert loaded.mine == 3
+    assert equal(loaded, model)
+    with pytest.raises(RuntimeError, match=r"needs WeightClustering of tying\.mixins\.WeightClusteringMixin"):
+        Plain.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
 def test_merges_that_a_model_leaves_out_knowingly(tmp_path):
     """Without strict loading, Lightning warns of what the checkpoint needs, and the model computes plain sums."""
     model = MODELS["ResidualMergingMixin"]()

@@ -331,6 +331,8 @@ QUERIES = {
     "is_needed": lambda callback, model: callback.is_needed(model),
     "check_conflicts": lambda callback, model: callback.check_conflicts(model, []),
     "check_groups": lambda callback, model: callback.check_groups([]),
+    "check_fits": lambda callback, model: callback.check_fits(NAMES[0], model.net.kernels[0].weight),
+    "plan": lambda callback, model: not callback.is_applied(model) and callback.plan(model),
     "state_dict": lambda callback, model: callback.state_dict(),
     "audit": lambda callback, model: audit(model),
     "properties": lambda callback, model: [getattr(callback, name) for name in properties(callback)],
