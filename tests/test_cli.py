@@ -21,6 +21,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import Logger
 from safetensors.torch import load_file
+from test_configs import CONFIGS, NAMES, layers
 from toys import TIES, Toy, batches, same
 
 import tying
@@ -779,13 +780,13 @@ def test_inspect_tells_what_is_computed(capsys):
     assert "network.layer1.0.branch.conv1.weight" not in free
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("config", NAMES)
 def test_every_config_fits_its_model(config, capsys, tmp_path):
-    if config == "transfer.yaml":
+    if config == "transfer":
         (tmp_path / "runs/pretrained").mkdir(parents=True)
         network = ResNet(depth=20, num_classes=5)
         torch.save(Classifier(network, num_classes=5).state_dict(), "runs/pretrained/five_classes.ckpt")
-    main(["inspect", BASE, f"--config={ROOT / 'configs' / config}"])
+    main(["inspect", *(f"--config={CONFIGS / layer}.yaml" for layer in layers(config))])
     assert "unique parameters" in capsys.readouterr().out
 
 
