@@ -256,7 +256,7 @@ class Negative(Merge):
         (Swapout(1.0, 0.0), lambda x, f: x),
         (Negative(), lambda x, f: x - f),
     ],
-    ids=str,
+    ids=["feed-forward", "skip-forward", "swapout of the branch", "swapout of the shortcut", "negative"],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_other_merges_take_the_output_minus_the_input(merge, expected, training):
