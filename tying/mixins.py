@@ -54,9 +54,6 @@ from tying.lightning_workarounds import callbacks_of
 class Mixin(pl.LightningModule):
     """The base of the mixins. ``class SomeMixin(Mixin, callback=SomeCallback)`` defines the mixin of a callback.
 
-    Args:
-        callback: the class of the callback that a new mixin adds.
-
     Raises:
         ConfigurationError: a class inherits a mixin and a LightningModule of the other Lightning; or a model does not
             set the mixin's attribute to a dictionary of the callback's arguments.
