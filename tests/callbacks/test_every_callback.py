@@ -332,6 +332,7 @@ QUERIES = {
     "is_needed": lambda callback, model: callback.is_needed(model),
     "check_conflicts": lambda callback, model: callback.check_conflicts(model, []),
     "check_groups": lambda callback, model: callback.check_groups([]),
+    "check_fits": lambda callback, model: callback.check_fits("net.first.weight", model.net.first.weight),
     "state_dict": lambda callback, model: callback.state_dict(),
     "audit": lambda callback, model: audit(model),
     "properties": lambda callback, model: [getattr(callback, name) for name in properties(callback)],
