@@ -72,6 +72,19 @@ def has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+def count_writes(tensor: Tensor) -> int | None:
+    """Return how often a tensor and its views were written to in place; None if it cannot be known.
+
+    torch has no public name for the number.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> count_writes(x), count_writes(x.add_(1))
+        (0, 1)
+    """
+    return None if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
 def is_proxy(value: object) -> bool:
     """Return whether a value is a ``torch.fx.Proxy``, which stands for a tensor during a trace."""
     return isinstance(value, Proxy)

@@ -4,11 +4,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torchvision.models.convnext import CNBlock
 from toys import Toy, batches, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import RandomState, ResidualMerging
 from tying.depth import Merge, Residual, StochasticDepth, Sum, Swapout, remove_merge, sampled, sampling
+from tying.depth.blocks import MergedBlock
 from tying.mixins import ResidualMergingMixin
 from tying.models import ResNet
 from tying.soft import Schedule
@@ -300,3 +302,64 @@ def test_a_class_of_ones_own_with_other_arguments():
 
     model = nn.Sequential(Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2)))
     assert Mine("*", 0.5).apply(model) == Mine("*", 0.5).apply(model) == 2
+
+
+class Layers(Toy):
+    """Has torch's encoder layers, whose branches are known, and convolutional blocks that drop their branch already."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True) for _ in range(2))
+        self.convolutions = nn.Sequential(*(CNBlock(6, 1.0, rate) for rate in (0.1, 0.3)))
+
+    def loss(self, batch):
+        x = batch[0].unsqueeze(1)
+        for layer in self.layers:
+            x = layer(x)
+        return super().loss([self.convolutions(x.movedim(1, 2).unsqueeze(3)).flatten(1)])
+
+
+class InheritsLayers(ResidualMergingMixin, Layers):
+    residual_merging = {  # noqa: RUF012
+        "blocks": "layers.*",
+        "merge": StochasticDepth(0.5),
+        "keep_schedule": "uniform",
+        "whole": True,
+    }
+
+
+def test_whole_layers_are_dropped_by_callback_and_mixin():
+    """LayerDrop: a schedule goes with it, and a resumed run ends with the same weights."""
+    ends = []
+    for model, callbacks in (
+        (Layers(), [ResidualMerging("layers.*", StochasticDepth(0.5), "uniform", whole=True)]),
+        (InheritsLayers(), []),
+    ):
+        torch.manual_seed(0)
+        train(model, callbacks, max_epochs=2)
+        assert [type(layer).__name__ for layer in model.layers] == ["MergedTransformerEncoderLayer"] * 2
+        assert [isinstance(layer, MergedBlock) for layer in model.layers] == [True, True]
+        ends.append(model)
+    assert same(*ends)
+    merging = ResidualMerging("layers.*", StochasticDepth(0.5), "uniform", Schedule(0.0, 0.0), whole=True)
+    for model, callbacks in ((scheduled := Layers(), [merging]), (plain := Layers(), [])):
+        torch.manual_seed(0)
+        train(model, callbacks, max_epochs=2)
+    assert same(scheduled, plain)
+
+
+def test_the_model_keeps_its_drop_rates():
+    model = Layers()
+    merging = ResidualMerging("convolutions.*", StochasticDepth(0.5, "row"), "model")
+    train(model, [merging], max_epochs=1)
+    assert [block.merge.keep for block in model.convolutions] == [0.9, 0.7]
+    assert merging.describe(model).startswith("2 blocks, convolutions.0: StochasticDepth(keep=0.9, mode='row'")
+
+
+def test_a_checkpoint_names_another_whole(tmp_path):
+    layers = ["layers.*"]
+    trainer = train(Layers(), [ResidualMerging(layers, StochasticDepth(0.5), whole=True)], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match=r"the checkpoint was trained with .*schedule=None, whole; now it is .*None$"):
+        train(Layers(), [ResidualMerging(layers, StochasticDepth(0.5))], max_epochs=2, ckpt_path=tmp_path / "a.ckpt")

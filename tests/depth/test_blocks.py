@@ -347,6 +347,33 @@ def test_outputs_follow_the_kind_of_arguments():
     assert model(hidden_states := X, tables=[torch.ones(1, 4)])[0].equal(hidden_states)
 
 
+class Returns(nn.Module):
+    """A block that returns what a function makes of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x, *further):
+        return self.function(x + self.linear(x))
+
+
+class Positioned(Returns):
+    def forward(self, x, cache_position=None):
+        return self.function(x + self.linear(x))
+
+
+def test_positions_along_a_sequence_have_no_rows():
+    model = nn.Sequential(Positioned(lambda y: y))
+    apply_merge(model, "0", StochasticDepth(0.5, "subset"))
+    for arguments in ([torch.arange(6)], [torch.arange(3)]):  # as many as samples, or not
+        torch.manual_seed(0)
+        rows = keep_mask(0.5, (6,)).unsqueeze(1)
+        torch.manual_seed(0)
+        expected = torch.where(rows, X + model[0].linear(X), X)
+        torch.testing.assert_close(model[0](X, *arguments), expected)
+
+
 def test_a_hidden_state_given_by_name():
     block = nn.ModuleDict({"block": Layer()})
     apply_merge(block, "block", StochasticDepth(0.0))
@@ -393,17 +420,6 @@ def test_rows_of_nested_arguments():
     assert mask.any() and not mask.all()  # noqa: PT018
     expected = torch.where(mask, plain(x, states=states, tables=tables)[0], x)
     torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
-
-
-class Returns(nn.Module):
-    """A block that returns what a function makes of its input."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.linear, self.function = nn.Linear(4, 4), function
-
-    def forward(self, x, *further):
-        return self.function(x + self.linear(x))
 
 
 class Given(Returns):
@@ -474,6 +490,49 @@ def test_arguments_without_rows(mask, told):
     rows = keep_mask(0.5, (6,)).unsqueeze(1)
     torch.manual_seed(0)
     assert torch.equal(model[0](X, mask), torch.where(rows, X + model[0].linear(X), X))
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x.relu_()) + x
+
+
+@pytest.mark.parametrize(
+    ("merge", "training", "works"),
+    [
+        (StochasticDepth(0.5, "batch"), True, True),
+        (StochasticDepth(0.5, "subset"), True, True),
+        (StochasticDepth(0.5, "row"), True, False),
+        (StochasticDepth(0.5, "row", "train"), True, False),
+        (StochasticDepth(0.5, "batch", "test"), False, False),
+        (StochasticDepth(0.5, "row", "train"), False, True),
+        (Swapout(0.5, 0.5), True, False),
+        (Sum(), True, True),
+    ],
+    ids=str,
+)
+def test_a_block_that_overwrites_its_input(merge, training, works):
+    model = nn.Sequential(nn.Linear(4, 4), InPlace())
+    x = model[0](X)
+    expected = [model[1](x.clone()), x.clone()]
+    apply_merge(model, "1", merge)
+    model.train(training)
+    torch.manual_seed(0)
+    if works:
+        out = model(X)
+        assert all(
+            any(map(torch.equal, row, rows))
+            for row, rows in zip(out.unsqueeze(1).expand(6, 2, 4), zip(*expected, strict=True), strict=True)
+        )
+    else:
+        with pytest.raises(
+            ConfigurationError, match=r"^1 \(InPlace\) overwrites its input, which the merge needs afterwards"
+        ):
+            model(X)
 
 
 def patched(module):
@@ -707,8 +766,8 @@ def test_autocast_finds_gradients_after_the_first_call():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
-@pytest.mark.parametrize("mode", ["batch", "row", "subset"])
-@pytest.mark.parametrize("case", ["Llama", "ConvNeXt"])
+@pytest.mark.parametrize("mode", ["batch", "row", pytest.param("subset", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", [pytest.param("Llama", marks=pytest.mark.slow), "ConvNeXt"])
 def test_compiled_blocks_draw_anew(case, mode):
     model = build(case).train()
     apply_merge(model, CASES[case][3], StochasticDepth(0.5, mode), whole=True)
@@ -721,7 +780,7 @@ def test_compiled_blocks_draw_anew(case, mode):
     assert len({tuple(output.flatten().tolist()) for output in outputs}) > 2
 
 
-@pytest.mark.parametrize("scale", ["test", "train"])
+@pytest.mark.parametrize("scale", ["test", pytest.param("train", marks=pytest.mark.slow)])
 @every_model
 def test_exports_in_evaluation(case, scale):
     model = build(case).eval()

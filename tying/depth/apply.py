@@ -7,8 +7,10 @@ from typing import Literal, NamedTuple
 
 from torch import nn
 
-from tying.depth.blocks import BlockState, ResidualNotice, block_state, merged_class, original_class
+from tying.depth.addition_watch import ResidualNotice
+from tying.depth.blocks import BlockState, block_state, merged_class
 from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, silence
+from tying.depth.generated_classes import original_class
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
@@ -152,7 +154,7 @@ def put_merges(
         swap_plain_class(block, site.cls)
         for name, merge in by_name.items():
             setattr(block, name, merge.train(block.training))
-            if isinstance(merge, Merge):
+            if isinstance(merge, Merge) and site.state is None:
                 merge.attach(block)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and {*encoder.layers} & {*blocks.values()}:

@@ -1,9 +1,6 @@
 """Merges on whole blocks: a block that keeps the shape of its input x is ``x + F(x)`` with ``F(x) = block(x) − x``."""
 
 import copy
-import copyreg
-import warnings
-from abc import ABCMeta
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,103 +12,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from tying.depth.addition_watch import AdditionWatch, ResidualNotice
+from tying.depth.further_outputs import FurtherOutputs, container_of, describe, first_output, labelled_parts
+from tying.depth.generated_classes import generate_class
 from tying.depth.merge import Branch
 from tying.depth.rows import named_tensors, rows_obstacle, take_arguments, take_rows
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
-from tying.torch_workarounds import is_jit_tracing, is_recorded
+from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded
 
-ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
-
-
-class GeneratedType(ABCMeta):
-    """The class of generated classes, which are pickled as calls of :func:`generate_class`."""
-
-
-GENERATED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
-
-
-def generate_class(behaviour: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
-    """Return the subclass of a module's class that behaves as another class says; the same in each call.
-
-    Example:
-        >>> [cls.__name__ for cls in generate_class(MergedBlock, nn.Linear).__mro__[:4]]
-        ['MergedLinear', 'MergedBlock', 'LeafModule', 'Linear']
-    """
-    if (bases := (behaviour, plain)) not in GENERATED:
-        name = f"{behaviour.__name__.removesuffix('Block')}{plain.__name__}"
-        GENERATED[bases] = cast(type[nn.Module], GeneratedType(name, bases, {"__module__": __name__}))
-    return GENERATED[bases]
-
-
-def _reduce(cls: GeneratedType) -> tuple[Callable[..., Any], tuple[type, ...]]:
-    return generate_class, cls.__bases__
-
-
-copyreg.pickle(GeneratedType, _reduce)
-
-
-def original_class(generated: type[nn.Module]) -> type[nn.Module]:
-    """Return the class from which :func:`generate_class` made another."""
-    return cast(type[nn.Module], generated.__bases__[1])
-
-
-@dataclass
-class ResidualNotice:
-    """Warns once if a block does not add its input to its output; all blocks of one ``apply_merge`` share it."""
-
-    given: bool = False
-
-    def give(self, block: str) -> None:
-        """Warn, unless that has been done."""
-        if not self.given:
-            self.given = True
-            warnings.warn(
-                f"{block} does not add its input to its output, as residual blocks do. A merge takes it for one, since "
-                "it keeps the shape of its input; if that is not what you want, name other blocks",
-                stacklevel=2,
-            )
-
-
-@dataclass(frozen=True)
-class FurtherOutputs:
-    """The outputs of a block after the first: what a skipped block returns for them.
-
-    Attributes:
-        container: makes the outputs from a list; None if the block returns a single tensor.
-        constants: None, numbers and strings, by the number of the output; the second output has number 2.
-        passed: the labels of arguments that the block passes on.
-        computed: descriptions of what only the block can compute.
-    """
-
-    container: Callable[[list[Any]], Any] | None = None
-    constants: dict[int, Any] = field(default_factory=dict)
-    passed: dict[int, str] = field(default_factory=dict)
-    computed: dict[int, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, outputs: Any, arguments: Mapping[str, Any]) -> "FurtherOutputs":
-        """Return where the outputs of a call with the given arguments come from."""
-        if isinstance(outputs, Tensor):
-            return cls()
-        further = cls(container_of(outputs))
-        for number, value in enumerate(outputs[1:], 2):
-            if value is None or isinstance(value, (bool, int, float, str)):
-                further.constants[number] = value
-            elif label := next((label for label, argument in arguments.items() if argument is value), None):
-                further.passed[number] = label
-            else:
-                further.computed[number] = f"output {number} ({describe(value)})"
-        return further
-
-    def around(self, hidden: Tensor, arguments: Mapping[str, Any]) -> Any:
-        """Return the outputs of a block: the hidden state, and what the block passes on."""
-        if self.container is None:
-            return hidden
-        further = self.constants | {number: arguments[label] for number, label in self.passed.items()}
-        return self.container([hidden, *(further[number] for number in sorted(further))])
 
 
 @dataclass
@@ -208,6 +119,7 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.writes = count_writes(self.x)
         self.watch: AdditionWatch | None = None
         super().__init__(compute, [(self.x, 0)], [block], whole=True)
 
@@ -249,6 +161,13 @@ class BlockBranch(Branch):
             if not self.watch.has_added:
                 self.state.notice.give(self.state.name)
             self.state.notice = None
+        if merged is not first_output(self.outputs) and None is not self.writes != (
+            count_writes(self.x) or self.writes
+        ):
+            raise ConfigurationError(
+                f"{self.state.name} overwrites its input, which the merge needs afterwards: set inplace=False in the "
+                "first operation of the block, or write it to another tensor"
+            )
         if self.outputs is None and (not merge.training or is_recorded()):
             self.output()  # its caches and further outputs are needed, although its hidden state is not
         if self.outputs is None:
@@ -307,8 +226,8 @@ class BlockBranch(Branch):
         )
         if kind not in self.state.further:
             buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
-            args = tuple(copied_cache(value) for value in self.args)
-            kwargs = {name: copied_cache(value) for name, value in self.kwargs.items()}
+            args = tuple(self._copied(value) for value in self.args)
+            kwargs = {name: self._copied(value) for name, value in self.kwargs.items()}
             branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
             with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
                 branch.output()
@@ -317,6 +236,15 @@ class BlockBranch(Branch):
             torch.clear_autocast_cache()  # it holds weights that were cast without gradients
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
+
+    def _copied(self, value: Any) -> Any:
+        """Return a copy of what a block may write to, its input and a key-value cache, or another argument as it is."""
+        if value is self.x:
+            return self.x.clone()
+        if not hasattr(value, "get_seq_length"):
+            return value
+        with TensorsAsTheyAre():
+            return copy.deepcopy(value)
 
     def _first_tensor(self) -> Tensor:
         in_order = (
@@ -344,72 +272,6 @@ class BlockBranch(Branch):
         return dict(parts for name, value in self._named_arguments() for parts in labelled_parts(name, value))
 
 
-class AdditionWatch(TorchFunctionMode):
-    """Observes whether a tensor is added to another.
-
-    Args:
-        x: the tensor; views of it count.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.x, self.has_added = x, False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call a function; remember if it adds the tensor."""
-        if getattr(func, "__name__", "") in ADDITIONS:
-            self.has_added |= any(is_view(value, self.x) for value in (*args, *(kwargs or {}).values()))
-        return func(*args, **(kwargs or {}))
-
-
-def is_view(value: object, x: Tensor) -> bool:
-    """Return whether a value is a tensor, or a view of it.
-
-    Example:
-        >>> x = torch.ones(2, 3)
-        >>> is_view(x.flatten(), x), is_view(x + 1, x)
-        (True, False)
-    """
-    if value is x or type(value) is not Tensor or type(x) is not Tensor:
-        return value is x
-    return value.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-
-
-def first_output(outputs: Any) -> Any:
-    """Return the first item of a tuple or list, or another output as it is."""
-    return outputs[0] if isinstance(outputs, (tuple, list)) and outputs else outputs
-
-
-def container_of(outputs: Any) -> Callable[[list[Any]], Any]:
-    """Return the function that makes a tuple, named tuple or list like the given one from a list."""
-    return cast(Callable[[list[Any]], Any], getattr(outputs, "_make", type(outputs)))
-
-
-def labelled_parts(label: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a value and its label, and those of its parts if it is a tuple, list or dict.
-
-    Example:
-        >>> [*labelled_parts("pair", (1, 2))]
-        [('pair', (1, 2)), ('pair[0]', 1), ('pair[1]', 2)]
-    """
-    yield label, value
-    if isinstance(value, (tuple, list, dict)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from labelled_parts(f"{label}[{key!r}]", part)
-
-
-def describe(value: Any) -> str:
-    """Describe an output in an error.
-
-    Example:
-        >>> describe(torch.ones(2, 3)), describe({})
-        ('a tensor of shape (2, 3)', 'a dict')
-    """
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 class TensorsAsTheyAre(TorchFunctionMode):
     """Lets ``copy.deepcopy`` keep the tensors within what it copies: those of a graph cannot be copied."""
 
@@ -418,14 +280,6 @@ class TensorsAsTheyAre(TorchFunctionMode):
     ) -> Any:
         """Call a function, unless it copies a tensor."""
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
-
-
-def copied_cache(value: Any) -> Any:
-    """Return a copy of a key-value cache, with the same tensors, or another argument as it is."""
-    if not hasattr(value, "get_seq_length"):
-        return value
-    with TensorsAsTheyAre():
-        return copy.deepcopy(value)
 
 
 def is_filled_cache(name: str, value: Any, block: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.blocks import generate_class, original_class
+from tying.depth.generated_classes import generate_class, original_class
 from tying.depth.merge import Merge
 from tying.errors import ConfigurationError, listed
 from tying.weights.derived import swap_class

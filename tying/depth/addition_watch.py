@@ -1,0 +1,61 @@
+"""Notice blocks that are not residual: they do not add their input to their output."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+
+
+@dataclass
+class ResidualNotice:
+    """Warns once if a block does not add its input to its output; all blocks of one ``apply_merge`` share it."""
+
+    given: bool = False
+
+    def give(self, block: str) -> None:
+        """Warn, unless that has been done."""
+        if not self.given:
+            self.given = True
+            warnings.warn(
+                f"{block} does not add its input to its output, as residual blocks do. A merge takes it for one, since "
+                "it keeps the shape of its input; if that is not what you want, name other blocks",
+                stacklevel=2,
+            )
+
+
+class AdditionWatch(TorchFunctionMode):
+    """Observes whether a tensor is added to another.
+
+    Args:
+        x: the tensor; views of it count.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x, self.has_added = x, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function; remember if it adds the tensor."""
+        if getattr(func, "__name__", "") in ADDITIONS:
+            self.has_added |= any(is_view(value, self.x) for value in (*args, *(kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+
+def is_view(value: object, x: Tensor) -> bool:
+    """Return whether a value is a tensor, or a view of it.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, 3)
+        >>> is_view(x.flatten(), x), is_view(x + 1, x)
+        (True, False)
+    """
+    if value is x or type(value) is not Tensor or type(x) is not Tensor:
+        return value is x
+    return value.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
