@@ -38,7 +38,7 @@ test-newest: .venv-newest/installed
 
 survival: install
 	$(BIN)/python -m pytest tests/hard/test_survival.py tests/test_lightning_features.py tests/test_strangers.py \
-		--tables benchmarks/results
+		tests/test_zoo.py --tables benchmarks/results
 
 fuzz: install
 	FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py --tables benchmarks/results

@@ -293,7 +293,7 @@ def test_whole_models_have_computed_weights(name, column):
     assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in expected.parameters())
     expected.load_state_dict(bake(module.net))
     output = evaluated(expected, name)
-    assert_equal(evaluated(module.net, name), output)
+    torch.testing.assert_close(evaluated(module.net, name), output)  # equal weights lie elsewhere in memory
     for weight in derived_weights(module.net):
         remove(module.net, weight)
     assert [*module.net.state_dict()] == [*expected.state_dict()]

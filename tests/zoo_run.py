@@ -16,7 +16,7 @@ from zoo import ZOO, build, loss_of, output_of
 from tying.callbacks import RandomState, ResidualMerging
 from tying.depth import StochasticDepth
 
-DECODERS = {"T5": "decoder.block.[12]", "BART": "model.decoder.layers.*", "Whisper": "model.decoder.layers.*"}
+DECODERS = {"T5": "decoder.block.[12]", "Whisper": "model.decoder.layers.*"}
 
 
 class Trained(pl.LightningModule):
