@@ -300,6 +300,37 @@ def test_a_mixin_trains_as_its_callbacks_and_resumes_bitwise(name, tmp_path):
     assert not same(mixed.net.kernels, Plain().net.kernels)  # something was trained
 
 
+class Overrides(Plain):
+    """Overrides all hooks of mixins without ``super()``."""
+
+    def configure_callbacks(self):
+        return []
+
+    def configure_model(self):
+        pass
+
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
+    on_load_checkpoint = on_save_checkpoint
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mixin_may_be_the_last_base(name):
+    attribute, value = MIXINS[name]
+    last = type("Last", (Overrides, getattr(mixins, name)), {attribute: value})
+    results = []
+    for model in (MODELS[name](), last(), type("Below", (last,), {})()):
+        model.configure_model()
+        checkpoint = {"state_dict": {}}
+        model.on_save_checkpoint(checkpoint)
+        callbacks = [type(callback) for callback in model.configure_callbacks()]
+        results.append(
+            (callbacks, [*checkpoint["state_dict"]], [type(module).__name__ for module in model.modules()][1:])
+        )
+    assert results[0] == results[1] == results[2]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_loads_without_a_trainer(name, tmp_path):
     model = MODELS[name]()
