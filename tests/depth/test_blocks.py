@@ -469,6 +469,15 @@ def test_blocks_that_are_none(mode, block, arguments, told):
         calls()
 
 
+@pytest.mark.parametrize("block", [lambda: nn.Linear(4, 3), lambda: nn.Sequential(nn.Linear(4, 3))])
+@every_mode
+def test_a_block_that_is_skipped_at_once_must_keep_the_shape(mode, block):
+    model = nn.Sequential(block())  # torch annotates that nn.Linear returns a tensor
+    apply_merge(model, "0", StochasticDepth(0.0, mode))
+    with pytest.raises(ConfigurationError, match=r"^0 \(\w+\) maps \(6, 4\) to \(6, 3\): .*Name only such blocks"):
+        model(X)
+
+
 @pytest.mark.parametrize(
     ("mask", "told"),
     [
@@ -547,6 +556,8 @@ def patched(module):
         ("dict", r"blocks: 'dict', a ModuleDict, has no forward"),
         ("list.1", r"blocks: 'list\.1', a ReLU, has no parameters, so that there is nothing to skip"),
         ("**", r"blocks: 'list', a ModuleList"),
+        (1, r"blocks must be a pattern of module names, or several, not 1"),
+        (["stage", 1], r"blocks must be a pattern of module names, or several, not \['stage', 1\]"),
         (
             ["stage", "stage.0"],
             r"blocks: 'stage\.0', a Linear, lies within 'stage', which matches, too: name one of them",
@@ -611,6 +622,11 @@ def test_drop_paths_of_timm_and_transformers():
     for blocks, model in models.items():
         apply_merge(model, f"{blocks}.*", StochasticDepth(0.5), keep="model", whole=True)
         assert [*model.get_submodule(blocks)][-1].merge.keep == pytest.approx(0.7)
+
+
+def test_a_model_without_rates():
+    with pytest.warns(UserWarning, match=r"^keep='model' found no DropPath .*: set the model's own rate"):
+        apply_merge(drops([0.0, 0.0]), "*", StochasticDepth(0.5), keep="model")
 
 
 def test_a_model_of_several_rates():
@@ -702,6 +718,27 @@ def test_isinstance_and_hooks_see_the_plain_block():
 
 
 # transforms of libraries
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded"),
+    [({"output_router_logits": True}, "router_logits"), ({"output_attentions": True}, "attentions")],
+)
+def test_what_transformers_records_within_blocks_is_of_all_samples(asked, recorded):
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    apply_merge(model, "model.layers.*", StochasticDepth(0.5, "auto"))
+    output = model(**TEXT, labels=TOKENS, **asked)
+    assert all(len(tensor) in (4, 24) for tensor in output[recorded])
+    output.loss.backward()
+    remove_merge(model)
+    apply_merge(model, "model.layers.*", StochasticDepth(0.5, "subset"))
+    model(**TEXT, labels=TOKENS).loss.backward()
+    with pytest.raises(ConfigurationError, match=rf"cannot select samples of .* while transformers records {recorded}"):
+        model(**TEXT, labels=TOKENS, **asked)
 
 
 @pytest.mark.parametrize("case", ["GPT2", "T5", "BERT"])

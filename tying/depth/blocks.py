@@ -20,7 +20,7 @@ from tying.depth.rows import named_tensors, rows_obstacle, take_arguments, take_
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
-from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded
+from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded, recorded_parts
 
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
 
@@ -36,6 +36,7 @@ class BlockState:
         returns_tensor: whether the block declares to return a tensor alone, and has returned nothing else.
         notice: warns if the block proves not to be residual; None once that is known.
         further: the further outputs, by the kinds of arguments.
+        keeps_shape: whether an output had the shape of the input; False before the first call.
     """
 
     name: str
@@ -44,6 +45,7 @@ class BlockState:
     returns_tensor: bool
     notice: ResidualNotice | None
     further: dict[object, FurtherOutputs] = field(default_factory=dict)
+    keeps_shape: bool = False
 
 
 def block_state(block: nn.Module, name: str, notice: ResidualNotice) -> BlockState:
@@ -142,6 +144,11 @@ class BlockBranch(Branch):
             return (
                 f"cannot select samples of {self.state.name}, which computes {listed(further.values())}: use mode='row'"
             )
+        if recorded := recorded_parts():
+            return (
+                f"cannot select samples of {self.state.name} while transformers records {listed(recorded)} of all "
+                "samples within it: do not ask the model for these, or use mode='row'"
+            )
         tensors = (
             item
             for name, value in self._named_arguments()
@@ -172,6 +179,8 @@ class BlockBranch(Branch):
             self.output()  # its caches and further outputs are needed, although its hidden state is not
         if self.outputs is None:
             self.check_skippable()
+            if not self.state.keeps_shape:
+                self._observed()  # a block that was never computed may change the shape
             return self._further().around(merged, self._arguments())
         return merged if isinstance(self.outputs, Tensor) else container_of(self.outputs)([merged, *self.outputs[1:]])
 
@@ -211,6 +220,7 @@ class BlockBranch(Branch):
                 f"{self.state.name} maps {tuple(x.shape)} to {tuple(hidden.shape)}: a merge needs a block that keeps "
                 "the shape of its first tensor argument. Name only such blocks"
             )
+        self.state.keeps_shape = True
         return outputs
 
     def _further(self) -> FurtherOutputs:

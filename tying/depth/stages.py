@@ -58,8 +58,8 @@ def match_modules(model: nn.Module, patterns: str | Sequence[str], aliases: bool
             modules.setdefault(
                 clean_name(path), module
             )  # of a wrapper and its module, which have one name, the wrapper
-    texts = [patterns] if isinstance(patterns, str) else [*patterns]
-    if all(text.startswith("!") for text in texts):
+    texts = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else [*patterns]
+    if not all(isinstance(text, str) for text in texts) or all(text.startswith("!") for text in texts):
         raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
     names: set[str] = set()
     for text in sorted(texts, key=lambda text: text.startswith("!")):
