@@ -146,7 +146,7 @@ def put_merges(
         )
     notice, known = ResidualNotice(), _merged_classes()
     sites = [_merge_site(name, block, whole, known, notice) for name, block in blocks.items()]
-    copies = [{name: copy.deepcopy(merge) for name in site.names} for site, merge in zip(sites, merges, strict=True)]
+    copies = [{name: _copied(merge) for name in site.names} for site, merge in zip(sites, merges, strict=True)]
     for block, site, by_name in zip(blocks.values(), sites, copies, strict=True):
         # both bypass nn.Module: former merges are not submodules
         block.__dict__["_merge_before"] = {name: getattr(block, name, None) for name in site.names}
@@ -161,6 +161,13 @@ def put_merges(
             encoder.__dict__.setdefault("_nested_before", encoder.use_nested_tensor)
             encoder.use_nested_tensor = False  # nested tensors would hide the padding from its layers in evaluation
     return len(blocks)
+
+
+def _copied(merge: nn.Module) -> nn.Module:
+    """Return a copy of a merge that belongs to no block: of one of another model, without its block."""
+    copied = copy.deepcopy(merge, {id(vars(merge).get("_block")): None})
+    vars(copied).pop("_block", None)
+    return copied
 
 
 class _MergeSite(NamedTuple):

@@ -1,7 +1,7 @@
 """Merges on whole blocks: a block that keeps the shape of its input x is ``x + F(x)`` with ``F(x) = block(x) − x``."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -80,15 +80,46 @@ class MergedList(MergedBlock):
     """A block that iterates over its children, such as ``nn.Sequential``: the merge is none of them."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        state = self.__dict__.get("_block_state")
-        return (child for name, child in self.named_children() if state is None or name != state.merge)
+        merge = merge_of(self)
+        return (child for child in super().__iter__() if child is not merge)  # type: ignore[misc]  # the plain class's
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
+class MergedDict(MergedBlock):
+    """A block that is an ``nn.ModuleDict``: the merge is none of its values."""
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        """Return the items but the merge."""
+        merge = merge_of(self)
+        return {key: child for key, child in super().items() if child is not merge}.items()  # type: ignore[misc]  # the plain class's
+
+    def keys(self) -> KeysView[str]:
+        """Return the keys but the merge's."""
+        return dict(self.items()).keys()
+
+    def values(self) -> ValuesView[nn.Module]:
+        """Return the values but the merge."""
+        return dict(self.items()).values()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.items())
+
+
+def merge_of(block: nn.Module) -> nn.Module | None:
+    """Return the merge of a whole block; None of a module that someone made by calling the class of a block."""
+    state: BlockState | None = block.__dict__.get("_block_state")
+    return None if state is None else getattr(block, state.merge, None)
+
+
 def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return the class that blocks of a plain class have while they have a merge."""
+    if issubclass(plain, nn.ModuleDict):
+        return generate_class(MergedDict, plain)
     return generate_class(MergedList if issubclass(plain, (nn.Sequential, nn.ModuleList)) else MergedBlock, plain)
 
 
@@ -232,7 +263,8 @@ class BlockBranch(Branch):
             with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
                 branch.output()
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # others may be saved for a backward pass
+                        buffer.copy_(value)
             torch.clear_autocast_cache()  # it holds weights that were cast without gradients
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
