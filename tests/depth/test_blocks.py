@@ -393,6 +393,30 @@ def test_positions_along_a_sequence_have_no_rows():
         torch.testing.assert_close(model[0](X, *arguments), expected)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mode", ["row", "subset", "auto"])
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_samples_of_torchs_layers(layer, mode, batch_first):
+    """Without ``batch_first`` they lie along the second dimension, and the first is the sequence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(4, 2, 8, dropout=0.0, batch_first=batch_first, dtype=D))
+    x = torch.randn(5, 5, 4, dtype=D)
+    arguments = (x, x) if layer is nn.TransformerDecoderLayer else (x,)
+    plain = model[0](*arguments)
+    apply_merge(model, "0", StochasticDepth(0.5, mode), whole=True)
+    if mode == "subset" and not batch_first:
+        with pytest.raises(ConfigurationError, match=r"^mode='subset' .* 0 \(\w+\) along dim.*batch_first=True, or"):
+            model[0](*arguments)
+        return
+    torch.manual_seed(1)
+    out = model[0](*arguments)
+    torch.manual_seed(1)
+    mask = keep_mask(0.5, (5,))
+    assert 0 < mask.sum() < 5
+    expected = torch.where(mask.view(-1, 1, 1) if batch_first else mask.view(-1, 1), plain, x)
+    torch.testing.assert_close(out, expected)
+
+
 def test_a_hidden_state_given_by_name():
     block = nn.ModuleDict({"block": Layer()})
     apply_merge(block, "block", StochasticDepth(0.0))

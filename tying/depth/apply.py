@@ -13,7 +13,7 @@ from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, 
 from tying.depth.generated_classes import original_class
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
-from tying.depth.stages import match_modules
+from tying.depth.stages import absent_shortcut, match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
 from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
@@ -289,7 +289,7 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
             problem = (
                 "has no parameters, so that there is nothing to skip: name the block around it, or exclude it by '!'"
             )
-        elif False in (getattr(block, "use_res_connect", True), getattr(block, "has_skip", True)):  # torchvision, timm
+        elif absent_shortcut(block):
             problem = "has no shortcut, since its output has another shape than its input: exclude it by '!'"
         elif outer and name.startswith(f"{outer}."):
             problem = f"lies within {outer!r}, which matches, too: name one of them"

@@ -35,6 +35,7 @@ class BlockState:
         parameters: the names of the block's positional parameters.
         returns_tensor: whether the block declares to return a tensor alone, and has returned nothing else.
         notice: warns if the block proves not to be residual; None once that is known.
+        dim: the dimension of samples.
         further: the further outputs, by the kinds of arguments.
     """
 
@@ -43,6 +44,7 @@ class BlockState:
     parameters: tuple[str, ...]
     returns_tensor: bool
     notice: ResidualNotice | None
+    dim: int
     further: dict[object, FurtherOutputs] = field(default_factory=dict)
 
 
@@ -53,7 +55,13 @@ def block_state(block: nn.Module, name: str, notice: ResidualNotice) -> BlockSta
     positional = tuple(parameter.name for parameter in declared.parameters.values() if parameter.kind in kinds)
     returns_tensor = declared.return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
-    return BlockState(name, merge, positional, returns_tensor, notice)
+    return BlockState(name, merge, positional, returns_tensor, notice, sample_dim(block))
+
+
+def sample_dim(block: nn.Module) -> int:
+    """Return the dimension of samples of a block: 1 for torch's layers without ``batch_first``, else 0."""
+    is_transformer = isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    return 0 if getattr(block.self_attn if is_transformer else block, "batch_first", True) else 1
 
 
 class MergedBlock(LeafModule):
@@ -150,9 +158,10 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.further: FurtherOutputs | None = None  # once they are asked for
         self.writes = count_writes(self.x)
         self.watch: AdditionWatch | None = None
-        super().__init__(compute, [(self.x, 0)], [block], whole=True)
+        super().__init__(compute, [(self.x, state.dim)], [block], whole=True)
 
     @override
     def output(self, rows: Tensor | None = None) -> Tensor:
@@ -173,6 +182,11 @@ class BlockBranch(Branch):
             return (
                 f"cannot select samples of {self.state.name}, which computes {listed(further.values())}: use mode='row'"
             )
+        if self.dim:
+            return (
+                f"cannot select samples of {self.state.name} along dimension {self.dim}: make it with "
+                "batch_first=True, or use mode='row'"
+            )
         tensors = (
             item
             for name, value in self._named_arguments()
@@ -192,9 +206,8 @@ class BlockBranch(Branch):
             if not self.watch.has_added:
                 self.state.notice.give(self.state.name)
             self.state.notice = None
-        if merged is not first_output(self.outputs) and None is not self.writes != (
-            count_writes(self.x) or self.writes
-        ):
+        needs_input = merged is not first_output(self.outputs) and self.writes is not None
+        if needs_input and count_writes(self.x) not in (None, self.writes):
             raise ConfigurationError(
                 f"{self.state.name} overwrites its input, which the merge needs afterwards: set inplace=False in the "
                 "first operation of the block, or write it to another tensor"
@@ -246,7 +259,9 @@ class BlockBranch(Branch):
 
     def _further(self) -> FurtherOutputs:
         """Return the outputs after the first, by what the block declares, or by a former call or a first one."""
-        return FurtherOutputs() if self.state.returns_tensor else self._observed()
+        if self.further is None:
+            self.further = FurtherOutputs() if self.state.returns_tensor else self._observed()
+        return self.further
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; it stores what it observes
     def _observed(self) -> FurtherOutputs:
