@@ -27,6 +27,7 @@ from tying.depth import (
 from tying.depth.draws import keep_mask
 from tying.hard import lower_rank
 from tying.selection.patterns import Pattern
+from tying.weights.derived import swap_class
 
 D = torch.float64
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -798,6 +799,26 @@ def test_blocks_with_computed_weights(first):
         assert sorted(other.state_dict()) == [
             "0.bias", "0.parametrizations.weight.original0", "0.parametrizations.weight.original1", "1.bias", "1.weight"
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_merge_below_another_class_is_not_removed(whole):
+    """As fully_shard makes one; a block with a merge of its own has kept its class."""
+
+    class Sharded(nn.Module):
+        pass
+
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, norm_first=True), Residual(nn.Linear(4, 4)))
+    apply_merge(model, "0", StochasticDepth(0.0), whole=whole)
+    apply_merge(model, "1", StochasticDepth(0.0))
+    for block in model:
+        swap_class(block, type(f"Sharded{type(block).__name__}", (Sharded, type(block)), {}))
+    with pytest.raises(ConfigurationError, match=r"'0' is a ShardedMerged\w+ since .*before .* such as fully_shard"):
+        remove_merge(model)
+    assert torch.equal(model(X), X)
+    del model[0]
+    assert remove_merge(model) == 1
+    assert (type(model[0].merge), type(model[0]).__name__) == (Sum, "ShardedResidual")
 
 
 def test_isinstance_and_hooks_see_the_plain_block():
