@@ -746,6 +746,7 @@ def test_a_block_that_iterates_over_its_layers_finds_all_of_them_and_no_merge(bl
     apply_merge(model, "0", Sum(), whole=whole)
     with pytest.warns(UserWarning, match="does not add its input") if type(block) is nn.Sequential else nullcontext():
         assert torch.equal(model(X), expected)
+    assert torch.equal(torch.export.export(model.eval(), (X,)).module()(X), expected)
     assert [*model[0]] == layers
     assert len(model[0]) == len(layers)
     remove_merge(model)

@@ -88,8 +88,8 @@ class MergedList(MergedBlock):
     """A block that iterates over its children, such as ``nn.Sequential``: the merge is none of them."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        merge = merge_of(self)
-        return (child for child in super().__iter__() if child is not merge)  # type: ignore[misc]  # the plain class's
+        merge, names = merge_name(self), self.__dict__["_modules"]  # by name: torch.export puts proxies in their place
+        return (child for name, child in zip(names, super().__iter__(), strict=True) if name != merge)  # type: ignore[misc]  # the plain class's
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -100,8 +100,8 @@ class MergedDict(MergedBlock):
 
     def items(self) -> ItemsView[str, nn.Module]:
         """Return the items but the merge."""
-        merge = merge_of(self)
-        return {key: child for key, child in super().items() if child is not merge}.items()  # type: ignore[misc]  # the plain class's
+        merge = merge_name(self)
+        return {key: child for key, child in super().items() if key != merge}.items()  # type: ignore[misc]  # the plain class's
 
     def keys(self) -> KeysView[str]:
         """Return the keys but the merge's."""
@@ -118,10 +118,10 @@ class MergedDict(MergedBlock):
         return len(self.items())
 
 
-def merge_of(block: nn.Module) -> nn.Module | None:
-    """Return the merge of a whole block; None of a module that someone made by calling the class of a block."""
+def merge_name(block: nn.Module) -> str | None:
+    """Return the name of the merge in a whole block; None in a module that a call of the block's class has made."""
     state: BlockState | None = block.__dict__.get("_block_state")
-    return None if state is None else getattr(block, state.merge, None)
+    return None if state is None else state.merge
 
 
 def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
