@@ -1,7 +1,7 @@
 """Merges on whole blocks: a block that keeps the shape of its input x is ``x + F(x)`` with ``F(x) = block(x) − x``."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -35,6 +35,7 @@ class BlockState:
         parameters: the names of the block's positional parameters.
         returns_tensor: whether the block declares to return a tensor alone, and has returned nothing else.
         notice: warns if the block proves not to be residual; None once that is known.
+        dim: the dimension of samples.
         further: the further outputs, by the kinds of arguments.
         keeps_shape: whether an output had the shape of the input; False before the first call.
     """
@@ -44,6 +45,7 @@ class BlockState:
     parameters: tuple[str, ...]
     returns_tensor: bool
     notice: ResidualNotice | None
+    dim: int
     further: dict[object, FurtherOutputs] = field(default_factory=dict)
     keeps_shape: bool = False
 
@@ -55,7 +57,13 @@ def block_state(block: nn.Module, name: str, notice: ResidualNotice) -> BlockSta
     positional = tuple(parameter.name for parameter in declared.parameters.values() if parameter.kind in kinds)
     returns_tensor = declared.return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
-    return BlockState(name, merge, positional, returns_tensor, notice)
+    return BlockState(name, merge, positional, returns_tensor, notice, sample_dim(block))
+
+
+def sample_dim(block: nn.Module) -> int:
+    """Return the dimension of samples of a block: 1 for torch's layers without ``batch_first``, else 0."""
+    is_transformer = isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+    return 0 if getattr(block.self_attn if is_transformer else block, "batch_first", True) else 1
 
 
 class MergedBlock(LeafModule):
@@ -82,15 +90,46 @@ class MergedList(MergedBlock):
     """A block that iterates over its children, such as ``nn.Sequential``: the merge is none of them."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        state = self.__dict__.get("_block_state")
-        return (child for name, child in self.named_children() if state is None or name != state.merge)
+        merge, names = merge_name(self), self.__dict__["_modules"]  # by name: torch.export puts proxies in their place
+        return (child for name, child in zip(names, super().__iter__(), strict=True) if name != merge)  # type: ignore[misc]  # the plain class's
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
+class MergedDict(MergedBlock):
+    """A block that is an ``nn.ModuleDict``: the merge is none of its values."""
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        """Return the items but the merge."""
+        merge = merge_name(self)
+        return {key: child for key, child in super().items() if key != merge}.items()  # type: ignore[misc]  # the plain class's
+
+    def keys(self) -> KeysView[str]:
+        """Return the keys but the merge's."""
+        return dict(self.items()).keys()
+
+    def values(self) -> ValuesView[nn.Module]:
+        """Return the values but the merge."""
+        return dict(self.items()).values()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.items())
+
+
+def merge_name(block: nn.Module) -> str | None:
+    """Return the name of the merge in a whole block; None in a module that a call of the block's class has made."""
+    state: BlockState | None = block.__dict__.get("_block_state")
+    return None if state is None else state.merge
+
+
 def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return the class that blocks of a plain class have while they have a merge."""
+    if issubclass(plain, nn.ModuleDict):
+        return generate_class(MergedDict, plain)
     return generate_class(MergedList if issubclass(plain, (nn.Sequential, nn.ModuleList)) else MergedBlock, plain)
 
 
@@ -121,9 +160,10 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.further: FurtherOutputs | None = None  # once they are asked for
         self.writes = count_writes(self.x)
         self.watch: AdditionWatch | None = None
-        super().__init__(compute, [(self.x, 0)], [block], whole=True)
+        super().__init__(compute, [(self.x, state.dim)], [block], whole=True)
 
     @override
     def output(self, rows: Tensor | None = None) -> Tensor:
@@ -149,6 +189,11 @@ class BlockBranch(Branch):
                 f"cannot select samples of {self.state.name} while transformers records {listed(recorded)} of all "
                 "samples within it: do not ask the model for these, or use mode='row'"
             )
+        if self.dim:
+            return (
+                f"cannot select samples of {self.state.name} along dimension {self.dim}: make it with "
+                "batch_first=True, or use mode='row'"
+            )
         tensors = (
             item
             for name, value in self._named_arguments()
@@ -168,9 +213,8 @@ class BlockBranch(Branch):
             if not self.watch.has_added:
                 self.state.notice.give(self.state.name)
             self.state.notice = None
-        if merged is not first_output(self.outputs) and None is not self.writes != (
-            count_writes(self.x) or self.writes
-        ):
+        needs_input = merged is not first_output(self.outputs) and self.writes is not None
+        if needs_input and count_writes(self.x) not in (None, self.writes):
             raise ConfigurationError(
                 f"{self.state.name} overwrites its input, which the merge needs afterwards: set inplace=False in the "
                 "first operation of the block, or write it to another tensor"
@@ -225,7 +269,9 @@ class BlockBranch(Branch):
 
     def _further(self) -> FurtherOutputs:
         """Return the outputs after the first, by what the block declares, or by a former call or a first one."""
-        return FurtherOutputs() if self.state.returns_tensor else self._observed()
+        if self.further is None:
+            self.further = FurtherOutputs() if self.state.returns_tensor else self._observed()
+        return self.further
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; it stores what it observes
     def _observed(self) -> FurtherOutputs:
@@ -242,7 +288,8 @@ class BlockBranch(Branch):
             with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
                 branch.output()
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # others may be saved for a backward pass
+                        buffer.copy_(value)
             torch.clear_autocast_cache()  # it holds weights that were cast without gradients
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]

@@ -102,6 +102,11 @@ def find_stages(model: nn.Module, patterns: str | Sequence[str]) -> list[Stage]:
     return stages
 
 
+def absent_shortcut(block: nn.Module) -> str | None:
+    """Return the attribute by which a mobile block of torchvision or timm says that it has no shortcut, or None."""
+    return next((name for name in ("use_res_connect", "has_skip") if getattr(block, name, True) is False), None)
+
+
 def children(container: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the entries of a container with their keys; a module that stands there twice appears twice."""
     return [(key, module) for key, module in container.named_modules(remove_duplicate=False) if key and "." not in key]
