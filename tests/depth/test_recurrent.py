@@ -107,6 +107,11 @@ def test_every_kind_of_norm_is_of_each_step():
         assert recurrent.blocks[0][0].weight is recurrent.blocks[1][0].weight
 
 
+class Stack(nn.Module):
+    def forward(self, tensors):
+        return torch.stack(tensors)
+
+
 def test_mistakes():
     with pytest.raises(ConfigurationError, match=r"whose weights are parameters, not parametrizations\.weight"):
         Recurrent(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), 2)
@@ -114,5 +119,7 @@ def test_mistakes():
         Recurrent(nn.Linear(2, 2), 2).steps = 0
     with pytest.raises(ConfigurationError, match="steps must be an integer, 1 or more, not 0"):
         Recurrent(nn.Linear(2, 2), 0)
-    with pytest.raises(ConfigurationError, match=r"must keep the shape of its input: it returns \(2, 3\) for \(2, 4\)"):
+    with pytest.raises(ConfigurationError, match=r"must keep .* a tensor: it returns \(2, 3\) for \(2, 4\)"):
         Recurrent(nn.Linear(4, 3), 1)(torch.zeros(2, 4))
+    with pytest.raises(ConfigurationError, match=r"must keep .* a tensor: it returns \(2, 4\) for a list"):
+        Recurrent(nn.Sequential(Stack(), nn.Linear(4, 4)), 1)([torch.zeros(4), torch.zeros(4)])

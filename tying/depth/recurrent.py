@@ -154,10 +154,10 @@ def _same_shape(x: Any, out: Any) -> Any:
     """Return the output of a step, after checking that it has the shape of its input x."""
     if is_proxy(x) or is_jit_tracing() or (isinstance(x, Tensor) and x.is_nested):  # whose shapes are not known
         return out
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        shape = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    if not isinstance(out, Tensor) or not isinstance(x, Tensor) or out.shape != x.shape:
+        shapes = [tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}" for v in (out, x)]
         raise ConfigurationError(
-            f"a recurrent block must keep the shape of its input: it returns {shape} for {tuple(x.shape)}"
+            f"a recurrent block must keep the shape of its input, a tensor: it returns {shapes[0]} for {shapes[1]}"
         )
     return out
 
