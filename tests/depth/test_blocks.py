@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from contextlib import nullcontext
+import warnings
+from contextlib import nullcontext, suppress
 
 import pytest
 import timm
@@ -522,6 +523,49 @@ def test_a_block_that_is_skipped_at_once_must_keep_the_shape(mode, block):
         model(X)
 
 
+class Declared(nn.Module):
+    """Declares to return a tensor alone, and halves the length of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)[::2]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["batch", "subset"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_skipped_block_of_another_shape_is_refused_at_once(mode, keep, seed):
+    model = nn.Sequential(Declared())
+    apply_merge(model, "0", StochasticDepth(keep, mode))
+    torch.manual_seed(seed)
+    with pytest.raises(ConfigurationError, match=r"^0 \(Declared\) maps \(6, 4\) to \(3, 4\): "):
+        model(X)
+
+
+class Sized(Returns):
+    """Returns its hidden state and the sizes of its image, as multiscale vision transformers do."""
+
+    def forward(self, x, sizes):
+        return x + self.linear(x), self.function(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[3, 2], (3, 2)])
+@pytest.mark.parametrize("mode", ["batch", "subset"])
+def test_a_skipped_block_passes_on_equal_sizes(mode, sizes):
+    model = nn.Sequential(
+        Sized(lambda sizes: type(sizes)(sizes)), Sized(lambda sizes: type(sizes)(n // 2 for n in sizes))
+    )
+    apply_merge(model, "*", StochasticDepth(0.0, mode))
+    x, passed = model[0](X, sizes)
+    assert torch.equal(x, X)
+    assert passed == sizes
+    with pytest.raises(ConfigurationError, match=r"1 \(Sized\) cannot be skipped, since it alone computes output 2"):
+        model[1](X, sizes)
+
+
 @pytest.mark.parametrize(
     ("mask", "told"),
     [
@@ -543,6 +587,93 @@ def test_arguments_without_rows(mask, told):
     rows = keep_mask(0.5, (6,)).unsqueeze(1)
     torch.manual_seed(0)
     assert torch.equal(model[0](X, mask), torch.where(rows, X + model[0].linear(X), X))
+
+
+# which dimension is that of samples
+
+
+class Attends(nn.Module):
+    """A block of sequences, whose samples lie along the given dimension."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.linear, self.dim = nn.Linear(4, 4), dim
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x).mean(1 - self.dim, keepdim=True))
+
+
+class Packed(nn.Module):
+    """A block of samples that lie one after the other, as in the vision towers of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return x + self.norm(self.linear(x)) + self.linear(x).mean(0)
+
+
+SEQUENCE_FIRST = {
+    "encoder layer": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0),
+    "decoder layer": lambda: nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0),
+    "decoder": lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0), 1),
+    "recurrent": lambda: nn.GRU(4, 4),
+}
+
+
+@pytest.mark.parametrize("kind", SEQUENCE_FIRST)
+@pytest.mark.parametrize("mode", ["row", "auto", "subset"])
+@pytest.mark.filterwarnings("ignore:.*does not add its input:UserWarning")
+def test_samples_of_torchs_layers_lie_along_the_second_dimension(kind, mode):
+    torch.manual_seed(0)
+    block, x = SEQUENCE_FIRST[kind](), torch.randn(5, 6, 4)
+    further = (torch.randn(3, 6, 4),) if "decoder" in kind else ()
+    outputs = block(x, *further)
+    expected = outputs[0] if isinstance(outputs, tuple) else outputs
+    model = nn.Sequential(block)
+    apply_merge(model, "0", StochasticDepth(0.5, mode), whole=True)
+    if mode == "subset":
+        with pytest.raises(
+            ConfigurationError, match=r"along dimension 1: .*batch_first=True, or use mode='row'|computes"
+        ):
+            model[0](x, *further)
+        return
+    torch.manual_seed(0)
+    mask = keep_mask(0.5, (6,)).view(1, 6, 1)
+    torch.manual_seed(0)
+    merged = model[0](x, *further)
+    torch.testing.assert_close(
+        merged[0] if isinstance(merged, tuple) else merged, torch.where(mask, expected, x), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("mode", ["row", "subset", "auto"])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize(
+    ("block", "shape", "depends"),
+    [
+        (lambda: Attends(1), (3, 6, 4), True),
+        (lambda: Attends(0), (3, 6, 4), False),
+        (lambda: Packed().eval(), (6, 4), True),
+        (lambda: Packed(), (6, 4), False),  # batch normalisation mixes samples rightly
+        (lambda: Attends(1), (1, 6, 4), False),
+    ],
+)
+def test_a_notice_says_that_samples_depend_on_each_other(block, shape, depends, keep, mode):
+    model, x = nn.Sequential(block(), block()), torch.randn(shape, requires_grad=True)
+    apply_merge(model, "*", StochasticDepth(keep, mode))
+    for module in model.modules():
+        if isinstance(module, StochasticDepth):
+            module.train()
+    with warnings.catch_warnings(record=True) as notices:
+        warnings.simplefilter("always")
+        for layer in model:
+            with suppress(ConfigurationError):  # too few samples for batch normalisation
+                layer(x)
+    messages = [str(notice.message) for notice in notices if "depends on others" in str(notice.message)]
+    assert len(messages) == (depends and keep < 1)
+    assert all(message.startswith("0 (") and "use mode='batch'" in message for message in messages)
 
 
 class InPlace(nn.Module):
@@ -588,6 +719,13 @@ def test_a_block_that_overwrites_its_input(merge, training, works):
             model(X)
 
 
+class Reversible(nn.Linear):
+    """A block whose model calls another method in the backward pass, as Reformer does."""
+
+    def backward_pass(self, y):
+        return y
+
+
 def patched(module):
     module.forward = lambda x: x
     return module
@@ -607,12 +745,17 @@ def patched(module):
             r"blocks: 'stage\.0', a Linear, lies within 'stage', which matches, too: name one of them",
         ),
         ("patched", r"blocks: 'patched', a Linear, has a forward of its own, beside its class"),
+        (
+            "reversible",
+            r"blocks: 'reversible', a Reversible, is reversible, and computes its gradients without a merge",
+        ),
     ],
 )
 def test_modules_that_are_no_blocks(blocks, told):
     model = nn.Module()
     model.list, model.dict = nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), nn.ModuleDict()
     model.stage, model.patched = nn.Sequential(nn.Linear(4, 4)), patched(nn.Linear(4, 4))
+    model.reversible = Reversible(4, 4)
     before = attributes(model)
     with pytest.raises(ConfigurationError, match=told):
         apply_merge(model, blocks, StochasticDepth(0.5))

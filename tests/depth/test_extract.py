@@ -121,6 +121,37 @@ def test_layers_are_renumbered_and_configs_follow():
     assert [*dict(extract(named, "*").named_children())] == ["stem", "head"]
 
 
+class Computing:
+    """A config that computes the kind of each layer from other values, as Jamba's and ProphetNet's do."""
+
+    def __init__(self, count):
+        self.n_layers, self.depth = count, count
+
+    @property
+    def layer_types(self):
+        return ["linear" if layer % 2 else "full" for layer in range(self.n_layers)]
+
+    @property
+    def num_hidden_layers(self):
+        return self.n_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, count):
+        raise NotImplementedError("set n_layers")
+
+
+@pytest.mark.parametrize(("keep", "message"), [([0], ""), ([0, 3], ""), ([0, 2], "layer_types"), ([1], "layer_types")])
+def test_configs_that_compute_their_lists(keep, message):
+    model = nn.Module()
+    model.layers, model.config = chain(4), Computing(4)
+    if message:
+        with pytest.raises(ConfigurationError, match=f"the config above 'layers' computes {message} from other values"):
+            extract(model, "layers.*", keep)
+        return
+    config = extract(model, "layers.*", keep).config
+    assert (config.n_layers, config.depth, len(config.layer_types)) == (len(keep),) * 3
+
+
 def test_torchs_encoders_count_their_layers():
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 3).eval()
     shallow, x = extract(encoder, "layers.*", [0, 2]), torch.randn(2, 3, 4)

@@ -416,6 +416,11 @@ MISTAKES = {
         "{0..3}",
         r"'1\.branch\.0\.weight', '2\.branch\.0\.weight' are tied, and their names would change: untie them by",
     ),
+    "reversible": (
+        lambda: unequal(lambda model: setattr(model[0], "backward_pass", len)),
+        "{0..3}",
+        "^blocks: '0' is reversible, and computes its gradients by itself, which a Recurrent cannot: tie the weights",
+    ),
     "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), "*", "'0' has no other block beside it in 'the model'"),
 }
 

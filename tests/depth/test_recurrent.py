@@ -107,6 +107,43 @@ def test_every_kind_of_norm_is_of_each_step():
         assert recurrent.blocks[0][0].weight is recurrent.blocks[1][0].weight
 
 
+class TwoStates(nn.Module):
+    """Returns two states, or one and its second argument, or one and another tensor."""
+
+    def __init__(self, further):
+        super().__init__()
+        self.linear, self.further = nn.Linear(4, 4), further
+
+    def forward(self, x, y):
+        return x + self.linear(y), self.further(y)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("further", "steps", "refused"),
+    [
+        (lambda y: y + 1, 2, True),
+        (lambda y: y + 1, 1, False),
+        (lambda y: y, 2, False),
+        (lambda y: y.sum(-1), 2, False),
+        (lambda y: None, 2, False),
+    ],
+)
+def test_a_second_state_is_refused(further, steps, refused, by_name):
+    recurrent, x, y = Recurrent(TwoStates(further), steps), torch.randn(3, 4), torch.randn(3, 4)
+    call = (lambda: recurrent(x, y=y)) if by_name else (lambda: recurrent(x, y))
+    if refused:
+        with pytest.raises(ConfigurationError, match=r"must have one state, and its output 2 has .*\(3, 4\): it seems"):
+            call()
+    else:
+        call()
+
+
+class Stack(nn.Module):
+    def forward(self, tensors):
+        return torch.stack(tensors)
+
+
 def test_mistakes():
     with pytest.raises(ConfigurationError, match=r"whose weights are parameters, not parametrizations\.weight"):
         Recurrent(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), 2)
@@ -114,5 +151,7 @@ def test_mistakes():
         Recurrent(nn.Linear(2, 2), 2).steps = 0
     with pytest.raises(ConfigurationError, match="steps must be an integer, 1 or more, not 0"):
         Recurrent(nn.Linear(2, 2), 0)
-    with pytest.raises(ConfigurationError, match=r"must keep the shape of its input: it returns \(2, 3\) for \(2, 4\)"):
+    with pytest.raises(ConfigurationError, match=r"must keep .* a tensor: it returns \(2, 3\) for \(2, 4\)"):
         Recurrent(nn.Linear(4, 3), 1)(torch.zeros(2, 4))
+    with pytest.raises(ConfigurationError, match=r"must keep .* a tensor: it returns \(2, 4\) for a list"):
+        Recurrent(nn.Sequential(Stack(), nn.Linear(4, 4)), 1)([torch.zeros(4), torch.zeros(4)])

@@ -218,7 +218,7 @@ def test_units_that_repeat_are_told():
         (lambda m: tie(m.append(nn.Linear(10, 20)), ["0.weight ~ 5.weight | o i -> i o"]), {"parameters": ["5.weight"]}, "'5.weight' is tied to '0.weight' through a relation"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.weight"]}, "'0.weight' is computed from others: hash or parametrize it, or tie it, but not both"),
         (lambda m: None, {"hash": "uniform"}, "hash must be one of tying.hashing"),
-        (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {}, "'4.weight' is parametrized already"),
+        (lambda m: nn.utils.parametrizations.orthogonal(m[4]), {"parameters": ["4.weight"]}, "'4.weight' is parametrized already"),
         (lambda m: hash_weights(m, ["0.weight"]), {"parameters": ["0.table", "2.weight"]}, "'0.table' is the table of a hashed layer already"),
         (lambda m: m[2].double(), {"scope": "network", "parameters": ["0.weight", "2.weight"]}, "'2.weight': it cannot share a table with '0.weight': dtype is torch.float32 for one and torch.float64"),
         (lambda m: m[2].requires_grad_(False), {"scope": "network", "parameters": ["**.weight", "2.weight"]}, "cannot share a table with '0.weight': requires_grad is .* Make them alike first, or exclude one of them"),

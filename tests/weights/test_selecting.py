@@ -353,3 +353,38 @@ def test_values_on_the_meta_device_are_not_looked_at():
     with torch.device("meta"):
         model = convolutions()
     assert len(hash_weights(model, KERNELS, 0.5).weights) == 3
+
+
+def normed():
+    linear, norms = nn.Linear, nn.utils.parametrizations
+    return nn.Sequential(norms.weight_norm(linear(8, 8)), linear(8, 8), norms.spectral_norm(linear(8, 8)), linear(8, 8))
+
+
+@pytest.mark.parametrize("way", RELATED)
+def test_weights_that_others_parametrize_are_left_out_by_wildcards(way):
+    function, make = RELATED[way]
+    assert [*make(["**"]).affected(normed())] == ["1.weight", "3.weight"]
+    for only in ("0.**", "2.*"):
+        with pytest.raises(ConfigurationError, match="parametrized already: choose other weights"):
+            select_weights(normed(), [only], least_dims=2)
+    if function is None:
+        return
+    model = normed()
+    expected = [key for key in model.state_dict() if key[0] in "02"]
+    with pytest.warns(UserWarning, match=r"leaves out '0\.parametrizations.*, '2\.weight' \(parametrized already\)"):
+        result = function(model, ["**"])
+    assert names_in(result) == ["1.weight", "3.weight"]
+    assert [key for key in model.state_dict() if key[0] in "02"] == expected
+    model(torch.randn(3, 8)).sum().backward()
+    with pytest.raises(ConfigurationError, match=r"'2\.weight' is parametrized already"):
+        function(normed(), ["2.weight"])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (4, 0, 3, 3)])
+def test_empty_weights_are_not_generated(shape):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model.register_parameter("empty", nn.Parameter(torch.zeros(shape)))
+    with pytest.warns(UserWarning, match=r"leaves out 'empty' \(a weight of shape \(.*\) has no entries"):
+        assert generate_weights(model, ["**"], 4, 8, 8) == ["0.weight", "1.weight"]
+    with pytest.raises(ConfigurationError, match=r"'empty': a weight of shape .* has no entries: leave it out"):
+        generate_weights(model, ["empty"])

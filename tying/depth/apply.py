@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from tying.depth.addition_watch import ResidualNotice
-from tying.depth.blocks import BlockState, MergedBlock, block_state, merged_class
+from tying.depth.blocks import BlockState, MergedBlock, Notices, block_state, merged_class
 from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, silence
 from tying.depth.generated_classes import original_class
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
+from tying.depth.sample_watch import SampleNotice
 from tying.depth.stages import absent_shortcut, children, match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
 from tying.errors import ConfigurationError, check_range, listed
@@ -55,9 +56,10 @@ def apply_merge(
 
     A block is any module that keeps the shape of its input x, the first tensor among its arguments, and returns a
     tensor, or a tuple whose first item is one: it is ``x + F(x)`` with ``F(x) = block(x) − x``. Samples lie along the
-    first dimension. Blocks whose branches are known get a draw for each branch: modules with children of class
-    :class:`tying.depth.Merge`, which the merge replaces; :class:`tying.depth.Residual` is one; torch's
-    ``TransformerEncoderLayer``; and some of torchvision and timm. Names and values in the state dict stay the same.
+    first dimension; in torch's recurrent and transformer layers, along the second without ``batch_first``. Blocks whose
+    branches are known get a draw for each branch: modules with children of class :class:`tying.depth.Merge`, which the
+    merge replaces; :class:`tying.depth.Residual` is one; torch's ``TransformerEncoderLayer``; and some of torchvision
+    and timm. Names and values in the state dict stay the same.
 
     Args:
         model: changed in place. DropPath and StochasticDepth modules in its blocks return their input from now on.
@@ -144,8 +146,8 @@ def put_merges(
             f"{listed(dict.fromkeys(merged))}: merged already: leave out merge= where the model creates its blocks, or "
             "remove what apply_merge or ResidualMerging applied by remove_merge"
         )
-    notice, known = ResidualNotice(), _merged_classes()
-    sites = [_merge_site(name, block, whole, known, notice) for name, block in blocks.items()]
+    notices, known = Notices(ResidualNotice(), SampleNotice()), _merged_classes()
+    sites = [_merge_site(name, block, whole, known, notices) for name, block in blocks.items()]
     copies = [{name: _copied(merge) for name in site.names} for site, merge in zip(sites, merges, strict=True)]
     for block, site, by_name in zip(blocks.values(), sites, copies, strict=True):
         # both bypass nn.Module: former merges are not submodules
@@ -185,7 +187,7 @@ class _MergeSite(NamedTuple):
 
 
 def _merge_site(
-    name: str, block: nn.Module, whole: bool, known: Mapping[type[nn.Module], type[nn.Module]], notice: ResidualNotice
+    name: str, block: nn.Module, whole: bool, known: Mapping[type[nn.Module], type[nn.Module]], notices: Notices
 ) -> _MergeSite:
     """Return where a block takes a merge: in place of its own merges, in a known class, or as a whole."""
     plain, own = plain_class(block), merges_in(block)
@@ -193,7 +195,7 @@ def _merge_site(
         return _MergeSite(plain, [*own])
     if plain in known and not whole:
         return _MergeSite(known[plain], ["merge"])
-    state = block_state(block, f"{name} ({plain.__name__})", notice)
+    state = block_state(block, f"{name} ({plain.__name__})", notices)
     return _MergeSite(merged_class(plain), [state.merge], state)
 
 
@@ -307,6 +309,8 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
             problem = "has no forward: name the blocks within it"
         elif "forward" in block.__dict__:
             problem = "has a forward of its own, beside its class: undo that first"
+        elif hasattr(block, "backward_pass"):  # of Reformer, whose gradients would be those of the plain block
+            problem = "is reversible, and computes its gradients without a merge: name modules within it"
         elif not merges_in(block) and next(block.parameters(), None) is None:
             problem = (
                 "has no parameters, so that there is nothing to skip: name the block around it, or exclude it by '!'"

@@ -5,7 +5,7 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, M
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,28 @@ from tying.depth.further_outputs import FurtherOutputs, container_of, describe, 
 from tying.depth.generated_classes import generate_class
 from tying.depth.merge import Branch
 from tying.depth.rows import named_tensors, rows_obstacle, take_arguments, take_rows
+from tying.depth.sample_watch import SampleNotice
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded, recorded_parts
 
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
+SEQUENCE_LAYERS = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+)
+
+
+class Notices(NamedTuple):
+    """What the blocks of one ``apply_merge`` warn of, once for all."""
+
+    residual: ResidualNotice
+    samples: SampleNotice
 
 
 @dataclass
@@ -34,10 +50,10 @@ class BlockState:
         merge: the attribute name of the merge.
         parameters: the names of the block's positional parameters.
         returns_tensor: whether the block declares to return a tensor alone, and has returned nothing else.
+        keeps_shape: whether the block has returned a hidden state of its input's shape.
         notice: warns if the block proves not to be residual; None once that is known.
-        dim: the dimension of samples.
+        samples: warns if the samples prove to depend on each other.
         further: the further outputs, by the kinds of arguments.
-        keeps_shape: whether an output had the shape of the input; False before the first call.
     """
 
     name: str
@@ -45,25 +61,19 @@ class BlockState:
     parameters: tuple[str, ...]
     returns_tensor: bool
     notice: ResidualNotice | None
-    dim: int
+    samples: SampleNotice
     further: dict[object, FurtherOutputs] = field(default_factory=dict)
     keeps_shape: bool = False
 
 
-def block_state(block: nn.Module, name: str, notice: ResidualNotice) -> BlockState:
+def block_state(block: nn.Module, name: str, notices: Notices) -> BlockState:
     """Return the state of a block that has no merge yet; the name stands in errors."""
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     declared = signature(block.forward)
     positional = tuple(parameter.name for parameter in declared.parameters.values() if parameter.kind in kinds)
     returns_tensor = declared.return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
-    return BlockState(name, merge, positional, returns_tensor, notice, sample_dim(block))
-
-
-def sample_dim(block: nn.Module) -> int:
-    """Return the dimension of samples of a block: 1 for torch's layers without ``batch_first``, else 0."""
-    is_transformer = isinstance(block, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
-    return 0 if getattr(block.self_attn if is_transformer else block, "batch_first", True) else 1
+    return BlockState(name, merge, positional, returns_tensor, *notices)
 
 
 class MergedBlock(LeafModule):
@@ -81,6 +91,8 @@ class MergedBlock(LeafModule):
         branch = BlockBranch(self, state, super().forward, args, kwargs)
         if merge.training and not is_recorded():
             branch.check_caches()
+            if state.samples.is_due(self, merge):
+                branch.check_samples()
             if may_skip(merge):
                 branch.check_skippable()
         return branch.complete(merge(branch.x, branch), merge)
@@ -133,6 +145,20 @@ def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
     return generate_class(MergedList if issubclass(plain, (nn.Sequential, nn.ModuleList)) else MergedBlock, plain)
 
 
+def sample_dim(block: nn.Module, x: Tensor) -> int:
+    """Return the dimension of samples of a block's input: the second in torch's layers without ``batch_first``.
+
+    Example:
+        >>> layer, x = nn.TransformerDecoderLayer(4, 2), torch.zeros(5, 3, 4)
+        >>> sample_dim(layer, x), sample_dim(nn.Linear(4, 4), x)
+        (1, 0)
+    """
+    if x.ndim != 3 or not isinstance(block, SEQUENCE_LAYERS):
+        return 0
+    inner = next((module for module in block.modules() if hasattr(module, "batch_first")), None)
+    return int(inner is not None and not inner.batch_first)
+
+
 def may_skip(merge: nn.Module) -> bool:
     """Return whether a merge may skip a block, or compute it for some samples only, whatever the block is."""
     return isinstance(merge, StochasticDepth) and merge.mode in ("batch", "subset") and merge.keep_prob("keep") < 1
@@ -163,7 +189,7 @@ class BlockBranch(Branch):
         self.further: FurtherOutputs | None = None  # once they are asked for
         self.writes = count_writes(self.x)
         self.watch: AdditionWatch | None = None
-        super().__init__(compute, [(self.x, state.dim)], [block], whole=True)
+        super().__init__(compute, [(self.x, sample_dim(block, self.x))], [block], whole=True)
 
     @override
     def output(self, rows: Tensor | None = None) -> Tensor:
@@ -237,6 +263,14 @@ class BlockBranch(Branch):
                 "mode='row', which computes it for all samples"
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; it branches on values
+    def check_samples(self) -> None:
+        """Warn if the samples along the first dimension depend on each other."""
+        if self.dim == 0:
+            self.state.samples.check(
+                self.block, self.state.name, self.x, lambda x: cast(Tensor, first_output(self._tried(x).outputs))
+            )
+
     def check_caches(self) -> None:
         """Raise a ConfigurationError if a key-value cache holds earlier positions: a skipped block adds none to it."""
         for name, value in self._named_arguments():
@@ -270,7 +304,8 @@ class BlockBranch(Branch):
     def _further(self) -> FurtherOutputs:
         """Return the outputs after the first, by what the block declares, or by a former call or a first one."""
         if self.further is None:
-            self.further = FurtherOutputs() if self.state.returns_tensor else self._observed()
+            declared = self.state.returns_tensor and self.state.keeps_shape
+            self.further = FurtherOutputs() if declared else self._observed()
         return self.further
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; it stores what it observes
@@ -281,23 +316,28 @@ class BlockBranch(Branch):
             for label, value in self._arguments().items()
         )
         if kind not in self.state.further:
-            buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
-            args = tuple(self._copied(value) for value in self.args)
-            kwargs = {name: self._copied(value) for name, value in self.kwargs.items()}
-            branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
-            with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
-                branch.output()
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):  # others may be saved for a backward pass
-                        buffer.copy_(value)
-            torch.clear_autocast_cache()  # it holds weights that were cast without gradients
+            branch = self._tried(self.x)
             self.state.further[kind] = FurtherOutputs.of(branch.outputs, branch._arguments())
         return self.state.further[kind]
 
-    def _copied(self, value: Any) -> Any:
+    def _tried(self, x: Tensor) -> "BlockBranch":
+        """Return a branch that has computed the block for x, which has left everything as it was."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
+        args = tuple(self._copied(value, x) for value in self.args)
+        kwargs = {name: self._copied(value, x) for name, value in self.kwargs.items()}
+        branch = BlockBranch(self.block, self.state, self.compute, args, kwargs)
+        with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
+            branch.output()
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):  # others may be saved for a backward pass
+                    buffer.copy_(value)
+        torch.clear_autocast_cache()  # it holds weights that were cast without gradients
+        return branch
+
+    def _copied(self, value: Any, x: Tensor) -> Any:
         """Return a copy of what a block may write to, its input and a key-value cache, or another argument as it is."""
         if value is self.x:
-            return self.x.clone()
+            return x.clone()
         if not hasattr(value, "get_seq_length"):
             return value
         with TensorsAsTheyAre():
@@ -351,6 +391,6 @@ def is_filled_cache(name: str, value: Any, block: nn.Module) -> bool:
     indices = (getattr(module, "layer_idx", None) for module in block.modules())
     index = next((index for index in indices if isinstance(index, int)), 0)
     try:
-        return bool(value.get_seq_length(index) > 0)
+        return bool(value.get_seq_length(index))  # some return None for an empty one
     except ValueError:  # the layer has a state instead of a sequence
         return bool(value.has_previous_state(index))

@@ -51,7 +51,8 @@ def extract(
     Raises:
         ConfigurationError: a pattern matches nothing, or a module in no container; ``keep`` is none of these, an index
             is out of range, or an ``nn.ModuleList`` would be left empty; a block to remove changes the shape, or makes
-            what the other blocks need, such as the position bias that T5's first block makes.
+            what the other blocks need, such as the position bias that T5's first block makes; a config computes the
+            kind of each layer, and would take the remaining ones for others.
 
     Example:
         >>> import torch
@@ -73,7 +74,7 @@ def extract(
     for stage in reversed(find_stages(shallow, blocks)):  # positions of later entries change
         positions = _removed_positions(stage, remaining)
         entries = [entry for position, entry in enumerate(children(stage.container)) if position not in positions]
-        replace_layers(shallow, stage.path, stage.container, entries)
+        _check_lists(stage, replace_layers(shallow, stage.path, stage.container, entries))
     _tie_again(shallow, groups)
     return shallow
 
@@ -135,6 +136,15 @@ def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -
                 f"{removed[0]!r} cannot be removed, since it alone has the weight {alone[0]!r}, and the other "
                 "blocks may need what it makes with it. Keep it"
             )
+
+
+def _check_lists(stage: Stage, lists: Sequence[str]) -> None:
+    """Raise a ConfigurationError if lists of a config, such as its ``layer_types``, could not follow."""
+    if lists:
+        raise ConfigurationError(
+            f"the config above {stage.path!r} computes {listed(lists)} from other values, and would take the remaining "
+            "blocks for others: keep blocks that have the kinds of the config's first ones, in this order"
+        )
 
 
 def _weight_names(block: nn.Module) -> dict[str, None]:

@@ -14,7 +14,7 @@ class FurtherOutputs:
     Attributes:
         container: makes the outputs from a list; None if the block returns a single tensor.
         constants: None, numbers and strings, by the number of the output; the second output has number 2.
-        passed: the labels of arguments that the block passes on.
+        passed: the labels of arguments that the block passes on, such as the height and width of its image.
         computed: descriptions of what only the block can compute.
     """
 
@@ -32,7 +32,7 @@ class FurtherOutputs:
         for number, value in enumerate(outputs[1:], 2):
             if value is None or isinstance(value, (bool, int, float, str)):
                 further.constants[number] = value
-            elif label := next((label for label, argument in arguments.items() if argument is value), None):
+            elif label := next((label for label, argument in arguments.items() if is_same(argument, value)), None):
                 further.passed[number] = label
             else:
                 further.computed[number] = f"output {number} ({describe(value)})"
@@ -44,6 +44,19 @@ class FurtherOutputs:
             return hidden
         further = self.constants | {number: arguments[label] for number, label in self.passed.items()}
         return self.container([hidden, *(further[number] for number in sorted(further))])
+
+
+def is_same(argument: Any, output: Any) -> bool:
+    """Return whether an output of a block is one of its arguments, or has the same sizes, a tuple or list of integers.
+
+    Example:
+        >>> is_same((4, 4), [4, 4]), is_same([4, 4], [2, 2]), is_same([], [])
+        (True, False, False)
+    """
+    if argument is output:
+        return True
+    sizes = [[*value] if isinstance(value, (tuple, list)) else [] for value in (argument, output)]
+    return bool(sizes[0]) and sizes[0] == sizes[1] if all(type(n) is int for part in sizes for n in part) else False
 
 
 def first_output(outputs: Any) -> Any:

@@ -133,8 +133,10 @@ def replace_layers(
     container: nn.Module,
     entries: Sequence[tuple[str, nn.Module]],
     sources: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
-) -> None:
+) -> list[str]:
     """Replace the entries of a container; indices of layers and configs follow.
+
+    Returns the lists of configs that cannot follow, see :func:`renumber`.
 
     Args:
         model: changed in place.
@@ -146,7 +148,7 @@ def replace_layers(
     former, layers = layers_in(children(container)), layers_in(entries)
     positions = {layer: position for position, layer in enumerate(former)}
     replace_children(container, entries)
-    renumber(model, path, former, layers, [positions[sources.get(layer, layer)] for layer in layers])
+    return renumber(model, path, former, layers, [positions[sources.get(layer, layer)] for layer in layers])
 
 
 def layers_in(entries: Sequence[tuple[str, nn.Module]]) -> list[nn.Module]:
@@ -162,6 +164,11 @@ def _check_stage(model: nn.Module, stage: Stage) -> None:
         if block in inside or any(isinstance(module, Recurrent) for module in block.modules()):
             raise ConfigurationError(
                 f"blocks: {name!r} is recurrent already: change the steps of the Recurrent, or undo it by unrecur first"
+            )
+        if hasattr(block, "backward_pass"):
+            raise ConfigurationError(
+                f"blocks: {name!r} is reversible, and computes its gradients by itself, which a Recurrent cannot: tie "
+                "the weights of the blocks by tying.hard.tie instead"
             )
         if computed := derived_by_others(block):
             raise ConfigurationError(

@@ -125,6 +125,8 @@ class Recurrent(nn.Module):
             x = kwargs.pop(next(iter(signature(self.blocks[0].forward).parameters)))
         for step in range(self.steps):
             out = self.blocks[min(step, len(self.blocks) - 1)](x, *args, **kwargs)
+            if isinstance(out, tuple | list) and step < self.steps - 1:
+                _check_states(out, (*args, *kwargs.values()))
             x = _same_shape(x, out[0] if isinstance(out, tuple | list) else out)
         unused = self.blocks[self.steps :]
         if unused and self.training:
@@ -150,14 +152,31 @@ class Recurrent(nn.Module):
         return f"steps={self.steps}"
 
 
+def _check_states(out: Sequence[Any], arguments: Sequence[Any]) -> None:
+    """Raise a ConfigurationError if a further output replaces an argument, as in a block of two states.
+
+    The next step gets the hidden state of this one, and the same further arguments.
+    """
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    for number, value in enumerate(out[1:], 2):
+        if not isinstance(value, Tensor) or is_proxy(value) or any(value is tensor for tensor in tensors):
+            continue
+        if any((value.shape, value.dtype) == (tensor.shape, tensor.dtype) for tensor in tensors):
+            raise ConfigurationError(
+                f"a recurrent block must have one state, and its output {number} has the shape of an argument, "
+                f"{tuple(value.shape)}: it seems to replace it, but the next step gets the same argument again. Tie "
+                "the weights of the blocks by tying.hard.tie instead"
+            )
+
+
 def _same_shape(x: Any, out: Any) -> Any:
     """Return the output of a step, after checking that it has the shape of its input x."""
     if is_proxy(x) or is_jit_tracing() or (isinstance(x, Tensor) and x.is_nested):  # whose shapes are not known
         return out
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        shape = tuple(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    if not isinstance(out, Tensor) or not isinstance(x, Tensor) or out.shape != x.shape:
+        shapes = [tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}" for v in (out, x)]
         raise ConfigurationError(
-            f"a recurrent block must keep the shape of its input: it returns {shape} for {tuple(x.shape)}"
+            f"a recurrent block must keep the shape of its input, a tensor: it returns {shapes[0]} for {shapes[1]}"
         )
     return out
 

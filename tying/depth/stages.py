@@ -133,7 +133,7 @@ def replace_children(container: nn.Module, entries: Sequence[tuple[str, nn.Modul
 
 def renumber(
     model: nn.Module, path: str, former: Sequence[nn.Module], layers: Sequence[nn.Module], origins: Sequence[int]
-) -> None:
+) -> list[str]:
     """Give layers the indices of their new positions, and configs the new number of layers.
 
     An index is an integer attribute such as ``layer_idx``, which counts up over the former layers. The number is set,
@@ -146,6 +146,9 @@ def renumber(
         former: its layers before they were replaced; indices are read there first.
         layers: its layers now: some of the former, or copies of them.
         origins: the position of each layer, or of the one it is a copy of, among the former.
+
+    Returns:
+        The names of lists that do not say what each layer is, since a config computes them from other values.
     """
     indices = _layer_indices(former)
     for position, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
@@ -155,8 +158,9 @@ def renumber(
     parts = path.split(".")
     parents = [modules[".".join(parts[:depth])] for depth in range(len(parts))]
     configs = {id(config): config for parent in parents if (config := getattr(parent, "config", None)) is not None}
-    for owner in (*configs.values(), *parents[-1:]):
-        _set_counts(owner, path, len(former), origins)
+    return [
+        name for owner in (*configs.values(), *parents[-1:]) for name in _set_counts(owner, path, len(former), origins)
+    ]
 
 
 def shift_indices(layer: nn.Module, shift: int, indices: Sequence[tuple[str, str]] | None = None) -> None:
@@ -186,8 +190,10 @@ def _layer_indices(layers: Sequence[nn.Module]) -> list[tuple[str, str]]:
     return [index for index, values in offsets.items() if len(values) == 1]
 
 
-def _set_counts(owner: Any, path: str, former: int, origins: Sequence[int]) -> None:
+def _set_counts(owner: Any, path: str, former: int, origins: Sequence[int]) -> list[str]:
     """Set the number of layers of a container, and lists with an entry for each, in a config or module.
+
+    Returns the names of lists that cannot be set, and have other entries.
 
     Args:
         owner: changed in place.
@@ -199,13 +205,16 @@ def _set_counts(owner: Any, path: str, former: int, origins: Sequence[int]) -> N
     counts = [name for name in (DECODER_COUNTS if decoder else ENCODER_COUNTS) if hasattr(owner, name)]
     if not decoder or not counts or getattr(owner, "is_decoder", False):
         counts += LAYER_COUNTS
-    with suppress(AttributeError):  # of a read-only property
-        for name in [name for name in counts if getattr(owner, name, None) == former]:
-            setattr(owner, name, len(origins))
-        for name in LAYER_LISTS:
-            entries = getattr(owner, name, None)
-            if isinstance(entries, list | tuple) and len(entries) == former:
-                setattr(owner, name, type(entries)(entries[origin] for origin in origins))
+    values: dict[str, Any] = {name: len(origins) for name in counts if getattr(owner, name, None) == former}
+    for name in LAYER_LISTS:
+        entries = getattr(owner, name, None)
+        if isinstance(entries, list | tuple) and len(entries) == former:
+            values[name] = type(entries)(entries[origin] for origin in origins)
+    for name, value in values.items():
+        with suppress(AttributeError, NotImplementedError):  # of properties that are computed from others
+            setattr(owner, name, value)
+    with suppress(AttributeError):
         depths, numbers = getattr(owner, "depths", None), [int(part) for part in path.split(".") if part.isdigit()]
         if isinstance(depths, list) and numbers and depths[numbers[-1] : numbers[-1] + 1] == [former]:
             owner.depths = [*depths[: numbers[-1]], len(origins), *depths[numbers[-1] + 1 :]]
+    return [name for name in LAYER_LISTS if name in values and getattr(owner, name) != values[name]]

@@ -331,6 +331,7 @@ def plan_generation(
     for name in selection.skipped:
         if name in selection.spelt:
             raise ConfigurationError(f"{name!r} has fewer than two dimensions: leave it out")
+    selection = selection.fitting(_check_entries)
     tilings: dict[str, Tiling] = {}
     before, after = Counter[Tiling](), Counter[Tiling]()
     for name, weight in selection.weights.items():
@@ -342,6 +343,12 @@ def plan_generation(
     named = {tilings[name] for name in selection.spelt & tilings.keys()}
     kept = smaller | named or {*before}
     return GenerationPlan(selection, {name: tiling for name, tiling in tilings.items() if tiling in kept})
+
+
+def _check_entries(name: str, weight: nn.Parameter) -> None:
+    """Raise a ConfigurationError if a weight is empty."""
+    if 0 in weight.shape:
+        raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} has no entries: leave it out")
 
 
 def generate_weights(

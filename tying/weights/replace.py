@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tying.errors import ConfigurationError, listed
 from tying.selection.index import covers
@@ -145,7 +146,8 @@ def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int 
     """Return the weights that match patterns. This changes nothing.
 
     A tied weight is selected once, unless one of its names is excluded. A weight that is tied through a relation is
-    selected only if it is spelt out, and :func:`check_free` refuses it.
+    selected only if it is spelt out, and :func:`check_free` refuses it; so is one that another library
+    parametrizes, as torch's ``weight_norm`` does.
 
     Args:
         model: any module.
@@ -175,8 +177,12 @@ def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int 
     skipped = tuple(name for name, weight in matched.items() if weight.ndim < least_dims)
     related = {name: related_to(name, locations) for name in matched if name not in skipped and name not in spelt}
     tied = {name: partners for name, partners in related.items() if partners}
-    weights = {name: weight for name, weight in matched.items() if name not in tied and name not in skipped}
-    selection = Selection(weights, spelt, tied, skipped)
+    candidates = {name: weight for name, weight in matched.items() if name not in tied and name not in skipped}
+    foreign = [name for name in candidates if name not in spelt and is_parametrized(name, locations)]
+    weights = {name: weight for name, weight in candidates.items() if name not in foreign}
+    selection = Selection(weights, spelt, tied, skipped, dict.fromkeys(foreign, "parametrized already"))
+    if not weights and foreign:
+        raise ConfigurationError(f"{listed(map(repr, foreign))}: parametrized already: choose other weights")
     if not weights:
         raise ConfigurationError(
             f"parameters {[*parameters]} match weights only that a relation ties: {selection.describe_tied()}. Untie "
@@ -185,6 +191,14 @@ def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int 
             else f"parameters {[*parameters]} match nothing of two dimensions or more"
         )
     return selection
+
+
+def is_parametrized(name: str, locations: Locations) -> bool:
+    """Return whether a weight is one of those from which a parametrization of another library computes."""
+    holders = [location.holder for location in locations.owners(name)]
+    return any(
+        isinstance(holder, ParametrizationList) and not isinstance(holder, Parametrizations) for holder in holders
+    )
 
 
 def related_to(name: str, locations: Locations) -> tuple[str, ...]:
