@@ -912,6 +912,24 @@ def test_a_block_that_iterates_over_its_layers_finds_all_of_them_and_no_merge(bl
     assert type(model[0]) is type(block)
 
 
+def test_a_block_that_calls_all_its_children():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            out = x
+            for layer in self.children():
+                out = layer(out)
+            return x + out
+
+    model = nn.Sequential(Block())
+    apply_merge(model, "0", Sum())
+    with pytest.raises(ConfigurationError, match=r"^Sum is called without a branch\. .* or those of an nn\.ModuleList"):
+        model(X)
+
+
 def test_a_block_of_another_metaclass():
     class Meta(type):
         pass

@@ -325,7 +325,7 @@ class Merge(nn.Module):
             check_range(name, keep, "[0, 1]")
             setattr(self, name, float(keep))
 
-    def __call__(self, x: Tensor, branch: Any, *arguments: Any, dim: int = 0) -> Any:
+    def __call__(self, x: Tensor, branch: Any = None, *arguments: Any, dim: int = 0) -> Any:
         """Combine x with a branch.
 
         Args:
@@ -336,8 +336,13 @@ class Merge(nn.Module):
             dim: the dimension of samples.
 
         Raises:
-            ConfigurationError: there are further arguments for a branch that is not a module.
+            ConfigurationError: there is no branch, or there are further arguments for one that is not a module.
         """
+        if branch is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} is called without a branch. If a block calls all its children, it calls its "
+                "merge, too: let it call its layers by name, or those of an nn.ModuleList"
+            )
         computed = isinstance(branch, Tensor) or is_proxy(branch)
         if isinstance(branch, nn.Module):
             branch = ModuleBranch(branch, x, arguments, dim=dim)
