@@ -27,7 +27,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.cli import main, parse
 from tying.cli.bake import export
 from tying.cli.inspect import inspect
-from tying.depth import HMLSTM, StochasticDepth
+from tying.depth import HMLSTM, Residual, StochasticDepth, extract
 from tying.hard import bake, tied
 from tying.mixins import HardTyingMixin, SoftTyingMixin, TyingMixin
 
@@ -668,3 +668,40 @@ def test_the_command_line_trains_a_model_with_a_list(tmp_path, monkeypatch):
     cli.trainer.fit(cli.model, batches(), batches())
     assert len(tied(cli.model)) == 2
     assert float(cli.trainer.callback_metrics["tying/gap"]) == 0.0
+
+
+class Deep(TyingMixin, pl.LightningModule):
+    def __init__(self, callback):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = torch.nn.Sequential(*(Residual(torch.nn.Linear(6, 6)) for _ in range(4)))
+        self.tying = [callback, TyingMonitor()]
+
+    def predict_step(self, batch, batch_idx):
+        return self.layers(batch[0])
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        ResidualMerging("layers.*", StochasticDepth(0.5), [0.9, 0.8, 0.7, 0.6]),
+        ResidualMerging("layers.{2..3}", StochasticDepth(0.5), whole=True),
+        WeightHashing(["layers.*.branch.weight"], 0.5),
+        LowRankWeights(["layers.*.branch.weight"], 2),
+        HardTying(["layers.0.branch.weight ~ layers.3.branch.weight"]),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_a_trainer_leaves_the_extracted_copy_as_it_is(callback):
+    model = Deep(callback)
+    model.configure_model()
+    shallow = extract(model, "layers.*")
+    kinds, x = [type(module).__name__ for module in shallow.modules()], next(iter(batches()))[0]
+    expected = shallow.layers.eval()(x)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert torch.equal(trainer.predict(shallow, batches())[0], expected)
+    assert [type(module).__name__ for module in shallow.modules()] == kinds
+    assert [type(callback) for callback in shallow.configure_callbacks()] == [TyingMonitor]
+    for other in (model, extract(Deep(callback), "layers.*", keep=1.0)):  # not changed before it was extracted
+        assert [type(added) for added in other.configure_callbacks()] == [type(callback), TyingMonitor]

@@ -138,6 +138,8 @@ def _change_model(module: Mixin, mixin: type[Mixin], inherited: None) -> None:
         if isinstance(callback, ModelTransform):
             callback.apply_among(module, mixin_callbacks(module))
             accept_need(module, callback)
+            if callback not in vars(module).setdefault("_changed_by", []):
+                vars(module)["_changed_by"].append(callback)
 
 
 def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
@@ -165,6 +167,8 @@ def _callbacks(module: pl.LightningModule, mixin: type[Mixin]) -> list[pl.Callba
     if mixin not in callbacks:
         kind = mixin._callback
         callbacks[mixin] = _copied(module) if kind is None else [_constructed(module, mixin, kind)]
+    if "_is_extracted" in vars(module):  # by tying.depth.extract, from a model that these callbacks have changed
+        return [callback for callback in callbacks[mixin] if callback not in vars(module).get("_changed_by", ())]
     return callbacks[mixin]
 
 

@@ -44,9 +44,7 @@ def export(
         ConfigurationError: the checkpoint is missing or holds no weights, or needs a configuration.
     """
     content = read(checkpoint, "--ckpt")
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-        raise ConfigurationError(f"--ckpt: {checkpoint} holds no state dict")
+    weights = _state_dict(content, checkpoint)
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
         if not configs:
             raise ConfigurationError(f"{checkpoint} holds weights that the model computes: give the run's --config")
@@ -80,3 +78,11 @@ def export(
                 f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without\n"
                 "such merges, which also scale the branches that they keep, computes something else from them."
             )
+
+
+def _state_dict(content: object, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict in the content of a checkpoint."""
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise ConfigurationError(f"--ckpt: {checkpoint} holds no state dict")
+    return weights

@@ -40,7 +40,8 @@ def extract(
     merges that :func:`tying.depth.apply_merge` has put into the model are removed. The other blocks are gone from their
     ``nn.ModuleList`` or ``nn.Sequential``, whose entries are renumbered, as are layer indices such as ``layer_idx``;
     numbers of layers in a ``config``, and lists such as its ``layer_types``, follow. So a model that is built from the
-    changed config loads the copy's state dict. Ties and computed weights stay among the remaining blocks.
+    changed config loads the copy's state dict. Ties and computed weights stay among the remaining blocks. Mixins
+    that have changed a LightningModule do not change its copy again; callbacks of a Trainer do.
 
     Args:
         model: is not changed.
@@ -76,6 +77,7 @@ def extract(
         entries = [entry for position, entry in enumerate(children(stage.container)) if position not in positions]
         _check_lists(stage, replace_layers(shallow, stage.path, stage.container, entries))
     _tie_again(shallow, groups)
+    shallow.__dict__["_is_extracted"] = True  # for mixins
     return shallow
 
 
