@@ -86,6 +86,21 @@ def test_mistakes_are_told_in_one_line(name, right, wrong, message, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hash_recurrent", "the network takes inputs of another size than it gets: "),
+        ("hash_toeplitz", "this layer takes 784 features, not 3072"),
+        ("layer_drop", "blocks: pattern 'network.encoder.layers.*' matches no module"),
+    ],
+)
+def test_a_configuration_that_lacks_another_is_told_in_one_line(name, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={CONFIGS}/base.yaml", f"--config={CONFIGS}/{name}.yaml", "--trainer.fast_dev_run=true"])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tying: error: ")]
+    assert message in line
+
+
+@pytest.mark.parametrize(
     ("help_of", "option"),
     [
         ("model.help=Classifier", "--model.nesterov {true,false}"),

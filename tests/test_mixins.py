@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 from itertools import chain
+from types import SimpleNamespace
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -24,9 +25,10 @@ from tying.callbacks import (
 )
 from tying.callbacks.transform import ModelTransform
 from tying.cli import main, parse
+from tying.cli.bake import export
 from tying.cli.inspect import inspect
 from tying.depth import HMLSTM, StochasticDepth
-from tying.hard import tied
+from tying.hard import bake, tied
 from tying.mixins import HardTyingMixin, SoftTyingMixin, TyingMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore:MixtureTying begins with")
@@ -300,6 +302,37 @@ def test_a_mixin_trains_as_its_callbacks_and_resumes_bitwise(name, tmp_path):
     assert not same(mixed.net.kernels, Plain().net.kernels)  # something was trained
 
 
+class Overrides(Plain):
+    """Overrides all hooks of mixins without ``super()``."""
+
+    def configure_callbacks(self):
+        return []
+
+    def configure_model(self):
+        pass
+
+    def on_save_checkpoint(self, checkpoint):
+        pass
+
+    on_load_checkpoint = on_save_checkpoint
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mixin_may_be_the_last_base(name):
+    attribute, value = MIXINS[name]
+    last = type("Last", (Overrides, getattr(mixins, name)), {attribute: value})
+    results = []
+    for model in (MODELS[name](), last(), type("Below", (last,), {})()):
+        model.configure_model()
+        checkpoint = {"state_dict": {}}
+        model.on_save_checkpoint(checkpoint)
+        callbacks = [type(callback) for callback in model.configure_callbacks()]
+        results.append(
+            (callbacks, [*checkpoint["state_dict"]], [type(module).__name__ for module in model.modules()][1:])
+        )
+    assert results[0] == results[1] == results[2]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_loads_without_a_trainer(name, tmp_path):
     model = MODELS[name]()
@@ -311,6 +344,17 @@ def test_a_checkpoint_loads_without_a_trainer(name, tmp_path):
     ]
     assert len([*loaded.parameters()]) == len([*model.parameters()])
     assert torch.equal(predicted(loaded), predicted(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_is_baked(name, tmp_path):
+    model = MODELS[name]()
+    fit(model).save_checkpoint(tmp_path / "a.ckpt")
+    cli = SimpleNamespace(model=MODELS[name](), trainer=pl.Trainer(logger=False, enable_checkpointing=False))
+    export(tmp_path / "a.ckpt", tmp_path / "a.pt", ["config.yaml"], lambda configs: cli)
+    weights, baked = torch.load(tmp_path / "a.pt", weights_only=True), bake(model)
+    assert weights.keys() == baked.keys()
+    assert all(torch.equal(weights[key], baked[key]) for key in baked)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
+from zoo import ZOO, build, loss_of, output_of
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import evidence, report
@@ -37,7 +39,7 @@ def _beside_the_configs(tmp_path):
 
 
 def test_the_first_example(monkeypatch):
-    [code] = blocks(PAGES["README"], "python")
+    code = blocks(PAGES["README"], "python")[0]
     trainer = pl.Trainer
     quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
     quick |= {"logger": False, "enable_checkpointing": False}
@@ -45,6 +47,17 @@ def test_the_first_example(monkeypatch):
     exec(code, scope := {})
     assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
     assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+
+
+def test_the_example_of_gpt2():
+    exec(blocks(PAGES["README"], "python")[1], scope := {})
+    model = build("GPT2")
+    size = sum(weight.numel() for weight in model.parameters())
+    for callback in scope["callbacks"]:
+        callback.apply(model)
+    loss_of(output_of(model, ZOO["GPT2"].inputs())).backward()
+    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    assert sum(weight.numel() for weight in model.parameters()) < 0.2 * size
 
 
 @pytest.mark.parametrize(

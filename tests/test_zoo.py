@@ -15,7 +15,7 @@ import torch
 import zoo_run
 from torch.nn.modules.batchnorm import _BatchNorm
 from toys import train
-from zoo import DOZEN, NO_BLOCKS, TIMM, TRANSFORMERS, ZOO, build, loss_of, output_of
+from zoo import DOZEN, NO_BLOCKS, ROWS, TIMM, TRANSFORMERS, ZOO, build, loss_of, output_of
 from zoo_run import Trained, merging, numbers
 
 from tying.callbacks import (
@@ -167,10 +167,15 @@ def test_batch_mode_leaves_out_whole_blocks(name, column):
 
 
 @cells(MERGED, "row")
-def test_row_mode_masks_samples(name, column):
+def test_row_mode_masks_samples(name, column, monkeypatch):
+    even = torch.arange(ROWS) % 2 == 0
+    monkeypatch.setattr(sys.modules["tying.depth.stochastic_depth"], "keep_mask", lambda *_: even)
     model = merged(name, 0.5, mode="row")
-    output, gradients, _ = step(model, name)
-    assert not torch.equal(output, step(plain(name), name)[0])
+    output, gradients, _ = step(frozen_norms(model), name)
+    shallow = without(name, blocks_of(model, name))
+    kept, dropped = (step(frozen_norms(reference), name)[0] for reference in (plain(name), shallow))
+    torch.testing.assert_close(output, torch.where(even.view(-1, *[1] * (output.ndim - 1)), kept, dropped))
+    assert not torch.allclose(kept, dropped)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
@@ -212,7 +217,8 @@ def test_evaluation_with_scale_train_is_the_plain_models(name, column):
 @cells(MERGED, "removal")
 def test_removal_restores_the_model(name, column):
     model, expected = merged(name, 0.5), plain(name)
-    assert [*model.state_dict()] == [*expected.state_dict()]
+    assert_equal(dict(model.state_dict()), dict(expected.state_dict()))
+    assert_equal(dict(bake(model)), dict(expected.state_dict()))
     assert remove_merge(model) == len(blocks_of(model, name))
     for restored, original in zip(model.modules(), expected.modules(), strict=True):
         assert type(restored) is type(original)

@@ -51,7 +51,7 @@ def merging(name, keep=0.5, mode="batch"):
 
 def cases(name):
     """Return the callbacks of each run of an architecture, by the run's name."""
-    runs = {mode: [merging(name, mode=mode)] for mode in ("batch", "row")}
+    runs = {mode: [merging(name, mode=mode)] for mode in ("batch", "row", "auto")}
     if name in DECODERS:
         runs["no decoder"] = [ResidualMerging(f"net.{DECODERS[name]}", StochasticDepth(0.0), "uniform")]
     return runs

@@ -6,7 +6,7 @@ callbacks, several of a class too. For all mixins:
 
 - Each instance of a model has its own callbacks.
 - Callbacks that change the model do so in ``configure_model``, hence also in ``load_from_checkpoint``.
-- A class that overrides a hook without ``super()`` keeps the callbacks.
+- A class that overrides a hook without ``super()`` keeps the callbacks, and the order of the bases does not matter.
 - A callback replaces the Trainer's of the same class and name, with a warning; the Trainer's others stay. Classes
   without a name are compared by their patterns.
 """
@@ -82,12 +82,19 @@ class Mixin(pl.LightningModule):
                 setattr(cls, hook, _completed(vars(cls).get(hook, _inherited(cls, hook)), cls, complete))
         for mixin in filter(_is_mixin, reversed(cls.__mro__[1:])):
             for hook, complete in _completions(mixin).items():
-                if hook in vars(cls):
-                    setattr(cls, hook, _completed(vars(cls)[hook], mixin, complete))
+                if _is_hidden(cls, mixin, hook):
+                    setattr(cls, hook, _completed(vars(cls).get(hook, _inherited(cls, hook)), mixin, complete))
 
 
 def _is_mixin(cls: type) -> bool:
     return "_callback" in vars(cls)
+
+
+def _is_hidden(cls: type, mixin: type[Mixin], hook: str) -> bool:
+    """Return whether a class, or one of its bases before a mixin, may override the mixin's hook without ``super()``."""
+    before = cls.__mro__[: cls.__mro__.index(mixin)]
+    overriding = next((base for base in before if hook in vars(base) and not _is_mixin(base)), None)
+    return overriding is cls or (overriding is not None and not issubclass(overriding, mixin))  # else it is completed
 
 
 def _completions(mixin: type[Mixin]) -> dict[str, Callable[..., Any]]:

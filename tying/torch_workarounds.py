@@ -1,8 +1,11 @@
-"""All uses of private names of torch and timm, each with its reason; tested with torch 2.11 to 2.15 and timm 1.0.
+"""All uses of private names of torch, timm and transformers, each with its reason.
+
+Tested with torch 2.11 to 2.15, timm 1.0 and transformers 5.23.
 
 The rest of this package uses public names of torch. The private names of Lightning are in `lightning_workarounds`.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -34,6 +37,16 @@ def windowed_attention(block: Any, x: Tensor) -> Tensor:
     """Return the branch of attention of timm's Swin block, whose public forward adds it to its shortcut."""
     attended: Tensor = block._attn(x)
     return attended
+
+
+def recorded_parts() -> list[str]:
+    """Return the names of outputs that transformers' hooks now record within blocks, such as attentions.
+
+    The hooks stay on the modules when they record nothing, and transformers has no public name that tells.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    names = capturing._active_collector.get() if capturing is not None else None
+    return [name for name in names or () if name != "hidden_states" and not name.startswith("_")]
 
 
 # whether a transform such as torch.func.vmap runs; and the public torch.jit.is_tracing, which takes twice the time

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import timm
@@ -28,6 +28,7 @@ from tying.depth import (
 from tying.depth.draws import keep_mask
 from tying.hard import lower_rank
 from tying.selection.patterns import Pattern
+from tying.weights.derived import swap_class
 
 D = torch.float64
 TOKENS = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(0))
@@ -340,6 +341,24 @@ def test_a_skipped_block_leaves_everything_alone(mode):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
+def test_the_first_call_of_a_kind_leaves_buffers_to_earlier_calls():
+    """A block that is used twice in a step, with arguments of two kinds."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("scale", torch.full((4,), 2.0))
+
+        def forward(self, x, twice=False):
+            return (x + self.linear(x) * self.scale, twice)
+
+    block = Scaled()
+    apply_merge(nn.Sequential(block), "0", StochasticDepth(1 - 1e-12))
+    block(block(X, twice=True)[0])[0].sum().backward()  # the backward pass reads the buffer of the first call
+    assert bool(block.linear.weight.grad.any())
+
+
 def test_outputs_follow_the_kind_of_arguments():
     """A block that has been called with a bias passes on that it has none, and the other way round."""
     model = Layers(Layer())
@@ -374,6 +393,30 @@ def test_positions_along_a_sequence_have_no_rows():
         torch.manual_seed(0)
         expected = torch.where(rows, X + model[0].linear(X), X)
         torch.testing.assert_close(model[0](X, *arguments), expected)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mode", ["row", "subset", "auto"])
+@pytest.mark.parametrize("layer", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_samples_of_torchs_layers(layer, mode, batch_first):
+    """Without ``batch_first`` they lie along the second dimension, and the first is the sequence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(4, 2, 8, dropout=0.0, batch_first=batch_first, dtype=D))
+    x = torch.randn(5, 5, 4, dtype=D)
+    arguments = (x, x) if layer is nn.TransformerDecoderLayer else (x,)
+    plain = model[0](*arguments)
+    apply_merge(model, "0", StochasticDepth(0.5, mode), whole=True)
+    if mode == "subset" and not batch_first:
+        with pytest.raises(ConfigurationError, match=r"^mode='subset' .* 0 \(\w+\) along dim.*batch_first=True, or"):
+            model[0](*arguments)
+        return
+    torch.manual_seed(1)
+    out = model[0](*arguments)
+    torch.manual_seed(1)
+    mask = keep_mask(0.5, (5,))
+    assert 0 < mask.sum() < 5
+    expected = torch.where(mask.view(-1, 1, 1) if batch_first else mask.view(-1, 1), plain, x)
+    torch.testing.assert_close(out, expected)
 
 
 def test_a_hidden_state_given_by_name():
@@ -469,6 +512,15 @@ def test_blocks_that_are_none(mode, block, arguments, told):
 
     with pytest.raises(ConfigurationError, match=told):
         calls()
+
+
+@pytest.mark.parametrize("block", [lambda: nn.Linear(4, 3), lambda: nn.Sequential(nn.Linear(4, 3))])
+@every_mode
+def test_a_block_that_is_skipped_at_once_must_keep_the_shape(mode, block):
+    model = nn.Sequential(block())  # torch annotates that nn.Linear returns a tensor
+    apply_merge(model, "0", StochasticDepth(0.0, mode))
+    with pytest.raises(ConfigurationError, match=r"^0 \(\w+\) maps \(6, 4\) to \(6, 3\): .*Name only such blocks"):
+        model(X)
 
 
 class Declared(nn.Module):
@@ -598,7 +650,7 @@ def test_samples_of_torchs_layers_lie_along_the_second_dimension(kind, mode):
     apply_merge(model, "0", StochasticDepth(0.5, mode), whole=True)
     if mode == "subset":
         with pytest.raises(
-            ConfigurationError, match=r"second dimension: .*batch_first=True, or use mode='row'|computes"
+            ConfigurationError, match=r"along dimension 1: .*batch_first=True, or use mode='row'|computes"
         ):
             model[0](x, *further)
         return
@@ -701,6 +753,8 @@ def patched(module):
         ("dict", r"blocks: 'dict', a ModuleDict, has no forward"),
         ("list.1", r"blocks: 'list\.1', a ReLU, has no parameters, so that there is nothing to skip"),
         ("**", r"blocks: 'list', a ModuleList"),
+        (1, r"blocks must be a pattern of module names, or several, not 1"),
+        (["stage", 1], r"blocks must be a pattern of module names, or several, not \['stage', 1\]"),
         (
             ["stage", "stage.0"],
             r"blocks: 'stage\.0', a Linear, lies within 'stage', which matches, too: name one of them",
@@ -772,6 +826,11 @@ def test_drop_paths_of_timm_and_transformers():
         assert [*model.get_submodule(blocks)][-1].merge.keep == pytest.approx(0.7)
 
 
+def test_a_model_without_rates():
+    with pytest.warns(UserWarning, match=r"^keep='model' found no DropPath .*: set the model's own rate"):
+        apply_merge(drops([0.0, 0.0]), "*", StochasticDepth(0.5), keep="model")
+
+
 def test_a_model_of_several_rates():
     told = (
         "keep='model': '0' contains DropPath or StochasticDepth modules with the drop probabilities 0.2, 0.4: name the"
@@ -802,6 +861,19 @@ def test_residual_blocks_of_others_need_no_notice(case):
     run(model, case)  # warnings are errors
 
 
+@pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.bfloat16])
+def test_a_sum_in_another_dtype_needs_no_notice(convert):
+    """As in Mamba, which adds in float32."""
+
+    class Block(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x).float() + x.to(torch.float32)).to(x.dtype)
+
+    model = convert(nn.Sequential(Block(4, 4)))
+    apply_merge(model, "0", Sum())
+    model(X.to(model[0].weight.dtype))  # warnings are errors
+
+
 # blocks of every kind of class
 
 
@@ -814,6 +886,59 @@ def test_a_sequence_of_layers_is_a_block():
     assert torch.equal(model[1][:1](FEATURES), x)
     remove_merge(model)
     assert type(model[1]) is nn.Sequential
+
+
+class Stacked(nn.ModuleDict):
+    def forward(self, x):
+        out = x
+        for name, layer in self.items():
+            out = layer(out) if name in self.keys() else out  # the keys are asked
+        return x + len(self) * out * len([*self.values()])
+
+
+class Doubled(nn.ModuleList):
+    def forward(self, x):
+        return x + len(self) * self[-1](sum(layer(x) for layer in self))
+
+
+ACTIVATION = nn.Tanh()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "block",
+    [
+        nn.Sequential(nn.Linear(4, 4), ACTIVATION, nn.Linear(4, 4), ACTIVATION),
+        Doubled([nn.Linear(4, 4), ACTIVATION, ACTIVATION]),
+        Stacked({"linear": nn.Linear(4, 4), "first": ACTIVATION, "second": ACTIVATION}),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_a_block_that_iterates_over_its_layers_finds_all_of_them_and_no_merge(block, whole):
+    model = nn.Sequential(copy.deepcopy(block))
+    layers, expected = [*model[0]], model(X)
+    apply_merge(model, "0", Sum(), whole=whole)
+    with pytest.warns(UserWarning, match="does not add its input") if type(block) is nn.Sequential else nullcontext():
+        assert torch.equal(model(X), expected)
+    assert torch.equal(torch.export.export(model.eval(), (X,)).module()(X), expected)
+    assert [*model[0]] == layers
+    assert len(model[0]) == len(layers)
+    remove_merge(model)
+    assert type(model[0]) is type(block)
+
+
+def test_a_block_of_another_metaclass():
+    class Meta(type):
+        pass
+
+    class Block(Layer, metaclass=Meta):
+        pass
+
+    model = Layers(Block())
+    apply_merge(model, "layers.*", StochasticDepth(0.0))
+    assert torch.equal(copy.deepcopy(model)(X)[0], X)
+    remove_merge(model)
+    assert type(model.layers[0]) is Block
 
 
 def test_a_block_with_another_merge_keeps_it():
@@ -851,6 +976,26 @@ def test_blocks_with_computed_weights(first):
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_merge_below_another_class_is_not_removed(whole):
+    """As fully_shard makes one; a block with a merge of its own has kept its class."""
+
+    class Sharded(nn.Module):
+        pass
+
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, norm_first=True), Residual(nn.Linear(4, 4)))
+    apply_merge(model, "0", StochasticDepth(0.0), whole=whole)
+    apply_merge(model, "1", StochasticDepth(0.0))
+    for block in model:
+        swap_class(block, type(f"Sharded{type(block).__name__}", (Sharded, type(block)), {}))
+    with pytest.raises(ConfigurationError, match=r"'0' is a ShardedMerged\w+ since .*before .* such as fully_shard"):
+        remove_merge(model)
+    assert torch.equal(model(X), X)
+    del model[0]
+    assert remove_merge(model) == 1
+    assert (type(model[0].merge), type(model[0]).__name__) == (Sum, "ShardedResidual")
+
+
 def test_isinstance_and_hooks_see_the_plain_block():
     model, calls = drops([0.0]), []
     model[0].register_forward_hook(lambda module, args, output: calls.append(output.shape))
@@ -861,6 +1006,27 @@ def test_isinstance_and_hooks_see_the_plain_block():
 
 
 # transforms of libraries
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded"),
+    [({"output_router_logits": True}, "router_logits"), ({"output_attentions": True}, "attentions")],
+)
+def test_what_transformers_records_within_blocks_is_of_all_samples(asked, recorded):
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config)
+    apply_merge(model, "model.layers.*", StochasticDepth(0.5, "auto"))
+    output = model(**TEXT, labels=TOKENS, **asked)
+    assert all(len(tensor) in (4, 24) for tensor in output[recorded])
+    output.loss.backward()
+    remove_merge(model)
+    apply_merge(model, "model.layers.*", StochasticDepth(0.5, "subset"))
+    model(**TEXT, labels=TOKENS).loss.backward()
+    with pytest.raises(ConfigurationError, match=rf"cannot select samples of .* while transformers records {recorded}"):
+        model(**TEXT, labels=TOKENS, **asked)
 
 
 @pytest.mark.parametrize("case", ["GPT2", "T5", "BERT"])

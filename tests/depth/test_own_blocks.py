@@ -188,6 +188,19 @@ def test_copies_give_zero_gradients_to_their_own_weights():
     assert all(not weight.grad.any() for weight in model.parameters())
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_a_merge_of_another_model_comes_without_its_block(keep, whole):
+    source, model = made("function", StochasticDepth(0.5)), made("function")
+    size = len(pickle.dumps(model))
+    apply_merge(model, "0", StochasticDepth(0.5), keep, whole)
+    merged = len(pickle.dumps(model))
+    remove_merge(model)
+    assert len(pickle.dumps(model)) == size
+    apply_merge(model, "0", source[0].merge, keep, whole)
+    assert len(pickle.dumps(model)) == merged
+
+
 class TwoBranches(nn.Module):
     """Attention and a feed-forward layer, each with its merge, or both with one."""
 

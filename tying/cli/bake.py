@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tying.cli.inspect import load_weights
+from tying.cli.inspect import effective_callbacks, load_weights
 from tying.errors import ConfigurationError
 from tying.files import NEED, atomically, read
 from tying.hard import bake
@@ -54,7 +54,8 @@ def export(
             raise ConfigurationError(f"--config: {empty[0]} must hold keys and values")
         cli = load(configs)
         cli.model.configure_model()
-        load_weights(cli.model, callbacks_of(cli.trainer), weights, f"--config {', '.join(configs)}: {checkpoint}")
+        callbacks = effective_callbacks(cli.model, callbacks_of(cli.trainer))
+        load_weights(cli.model, callbacks, weights, f"--config {', '.join(configs)}: {checkpoint}")
         weights = bake(cli.model)
     plain = {
         unwrapped(key): value.detach().clone(memory_format=torch.contiguous_format)

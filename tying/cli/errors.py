@@ -42,6 +42,13 @@ EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
         "with; to begin another one from its weights, load those into the model",
     ),
     (
+        RuntimeError,
+        ".*mat1 and mat2 shapes cannot be multiplied",
+        False,
+        "the network takes inputs of another size than it gets: {line}. Let its sizes fit the data, or give the "
+        "configuration of other data before, which the first line of a file in configs names",
+    ),
+    (
         Exception,
         "Found more than one stateful callback",
         False,

@@ -77,7 +77,7 @@ def _collect(
 ) -> dict[str, Any]:
     """Return the report of :func:`inspect` as plain types; append it as text to ``text``, up to an error."""
     model.configure_model()
-    effective = _effective(model, callbacks)
+    effective = effective_callbacks(model, callbacks)
     replaced = [*dict.fromkeys(type(callback).__name__ for callback in callbacks if callback not in effective)]
     text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
     callbacks = [copy.copy(callback) for callback in effective]
@@ -117,7 +117,7 @@ def _collect(
     }
 
 
-def _effective(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
+def effective_callbacks(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
     """Return the callbacks of the configuration and of the model; the model's replace those of the same class."""
     added = model.configure_callbacks()
     added = [*added] if isinstance(added, Sequence) else [added]

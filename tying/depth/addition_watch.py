@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+COPIES = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "contiguous"}
 
 
 @dataclass
@@ -31,20 +32,27 @@ class AdditionWatch(TorchFunctionMode):
     """Observes whether a tensor is added to another.
 
     Args:
-        x: the tensor; views of it count.
+        x: the tensor; views of it count, and copies in another dtype, in which some models add.
     """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
-        self.x, self.has_added = x, False
+        self.equals, self.has_added = [x], False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call a function; remember if it adds the tensor."""
-        if getattr(func, "__name__", "") in ADDITIONS:
-            self.has_added |= any(is_view(value, self.x) for value in (*args, *(kwargs or {}).values()))
-        return func(*args, **(kwargs or {}))
+        name, values = getattr(func, "__name__", ""), (*args, *(kwargs or {}).values())
+        output = func(*args, **(kwargs or {}))
+        if name in ADDITIONS:
+            self.has_added |= any(map(self._is_equal, values))
+        elif name in COPIES and self._is_equal(values[0]):
+            self.equals.append(output)
+        return output
+
+    def _is_equal(self, value: object) -> bool:
+        return any(is_view(value, x) for x in self.equals)
 
 
 def is_view(value: object, x: Tensor) -> bool:

@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from tying.depth.addition_watch import ResidualNotice
-from tying.depth.blocks import BlockState, Notices, block_state, merged_class
+from tying.depth.blocks import BlockState, MergedBlock, Notices, block_state, merged_class
 from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, silence
 from tying.depth.generated_classes import original_class
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
 from tying.depth.sample_watch import SampleNotice
-from tying.depth.stages import match_modules
+from tying.depth.stages import absent_shortcut, children, match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
 from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
@@ -148,7 +148,7 @@ def put_merges(
         )
     notices, known = Notices(ResidualNotice(), SampleNotice()), _merged_classes()
     sites = [_merge_site(name, block, whole, known, notices) for name, block in blocks.items()]
-    copies = [{name: copy.deepcopy(merge) for name in site.names} for site, merge in zip(sites, merges, strict=True)]
+    copies = [{name: _copied(merge) for name in site.names} for site, merge in zip(sites, merges, strict=True)]
     for block, site, by_name in zip(blocks.values(), sites, copies, strict=True):
         # both bypass nn.Module: former merges are not submodules
         block.__dict__["_merge_before"] = {name: getattr(block, name, None) for name in site.names}
@@ -163,6 +163,13 @@ def put_merges(
             encoder.__dict__.setdefault("_nested_before", encoder.use_nested_tensor)
             encoder.use_nested_tensor = False  # nested tensors would hide the padding from its layers in evaluation
     return len(blocks)
+
+
+def _copied(merge: nn.Module) -> nn.Module:
+    """Return a copy of a merge that belongs to no block: of one of another model, without its block."""
+    copied = copy.deepcopy(merge, {id(vars(merge).get("_block")): None})
+    vars(copied).pop("_block", None)
+    return copied
 
 
 class _MergeSite(NamedTuple):
@@ -206,12 +213,14 @@ def merges_in(block: nn.Module) -> dict[str, nn.Module]:
 
 def own_merges(block: nn.Module) -> dict[str, Merge]:
     """Return the children of a block that are a :class:`tying.depth.Merge`, by attribute name."""
-    children = ((name, module) for name, module in block.named_modules(remove_duplicate=False) if "." not in name)
-    return {name: child for name, child in children if isinstance(child, Merge) and name}
+    return {name: child for name, child in children(block) if isinstance(child, Merge)}
 
 
 def remove_merge(model: nn.Module) -> int:
     """Remove all merges that :func:`apply_merge` put into blocks of a model; return the number of blocks.
+
+    Raises:
+        ConfigurationError: the class of a block has changed since. The model is then unchanged.
 
     Example:
         >>> from tying.depth import Swapout
@@ -219,24 +228,44 @@ def remove_merge(model: nn.Module) -> int:
         >>> apply_merge(model, "0", Swapout(0.5, 0.5)), remove_merge(model), model[0].merge
         (1, 1, Sum())
     """
+    known = {merged: plain for plain, merged in _merged_classes().items()}
+    blocks = {name: module for name, module in model.named_modules() if "_merge_before" in module.__dict__}
+    classes = [_class_before(name, block, known) for name, block in blocks.items()]
     restore_drop_paths(model)
     for module in model.modules():
         module.__dict__.pop("_merged_by", None)
         if "_nested_before" in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop("_nested_before")
-    known = {merged: plain for plain, merged in _merged_classes().items()}
-    blocks = [module for module in model.modules() if "_merge_before" in module.__dict__]
-    for block in blocks:
-        merged = plain_class(block)
-        swap_plain_class(
-            block, original_class(merged) if block.__dict__.pop("_block_state", None) else known.get(merged, merged)
-        )
+    for block, cls in zip(blocks.values(), classes, strict=True):
+        swap_plain_class(block, cls)
+        block.__dict__.pop("_block_state", None)
         for name, merge in block.__dict__.pop("_merge_before").items():
             if merge is None:
                 delattr(block, name)
             else:
                 setattr(block, name, merge)
     return len(blocks)
+
+
+def _class_before(name: str, block: nn.Module, known: Mapping[type[nn.Module], type[nn.Module]]) -> type[nn.Module]:
+    """Return the class that a block had before it got a merge.
+
+    Args:
+        name: the name of the block, for errors.
+        block: a block with a merge.
+        known: the plain class of each class of known branches.
+    """
+    merged = plain_class(block)
+    if merged in known:
+        return known[merged]
+    if issubclass(merged.__bases__[0], MergedBlock):
+        return original_class(merged)
+    if issubclass(merged, (MergedBlock, *known)):
+        raise ConfigurationError(
+            f"{name!r} is a {merged.__name__} since it got its merge, which therefore cannot be removed: call "
+            "remove_merge before what changes the class, such as fully_shard"
+        )
+    return merged  # its own merge was replaced
 
 
 def _merged_classes() -> dict[type[nn.Module], type[nn.Module]]:
@@ -286,7 +315,7 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
             problem = (
                 "has no parameters, so that there is nothing to skip: name the block around it, or exclude it by '!'"
             )
-        elif False in (getattr(block, "use_res_connect", True), getattr(block, "has_skip", True)):  # torchvision, timm
+        elif absent_shortcut(block):
             problem = "has no shortcut, since its output has another shape than its input: exclude it by '!'"
         elif outer and name.startswith(f"{outer}."):
             problem = f"lies within {outer!r}, which matches, too: name one of them"

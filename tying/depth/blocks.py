@@ -1,7 +1,7 @@
 """Merges on whole blocks: a block that keeps the shape of its input x is ``x + F(x)`` with ``F(x) = block(x) − x``."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -21,7 +21,7 @@ from tying.depth.sample_watch import SampleNotice
 from tying.depth.stochastic_depth import StochasticDepth
 from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, listed
-from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded
+from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded, recorded_parts
 
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
 POSITIONAL = ("rope", "rot", "pos", "freqs", "rel_")  # parts of names of tables with a row for each position
@@ -103,15 +103,46 @@ class MergedList(MergedBlock):
     """A block that iterates over its children, such as ``nn.Sequential``: the merge is none of them."""
 
     def __iter__(self) -> Iterator[nn.Module]:
-        state = self.__dict__.get("_block_state")
-        return (child for name, child in self.named_children() if state is None or name != state.merge)
+        merge, names = merge_name(self), self.__dict__["_modules"]  # by name: torch.export puts proxies in their place
+        return (child for name, child in zip(names, super().__iter__(), strict=True) if name != merge)  # type: ignore[misc]  # the plain class's
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
 
+class MergedDict(MergedBlock):
+    """A block that is an ``nn.ModuleDict``: the merge is none of its values."""
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        """Return the items but the merge."""
+        merge = merge_name(self)
+        return {key: child for key, child in super().items() if key != merge}.items()  # type: ignore[misc]  # the plain class's
+
+    def keys(self) -> KeysView[str]:
+        """Return the keys but the merge's."""
+        return dict(self.items()).keys()
+
+    def values(self) -> ValuesView[nn.Module]:
+        """Return the values but the merge."""
+        return dict(self.items()).values()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.items())
+
+
+def merge_name(block: nn.Module) -> str | None:
+    """Return the name of the merge in a whole block; None in a module that a call of the block's class has made."""
+    state: BlockState | None = block.__dict__.get("_block_state")
+    return None if state is None else state.merge
+
+
 def merged_class(plain: type[nn.Module]) -> type[nn.Module]:
     """Return the class that blocks of a plain class have while they have a merge."""
+    if issubclass(plain, nn.ModuleDict):
+        return generate_class(MergedDict, plain)
     return generate_class(MergedList if issubclass(plain, (nn.Sequential, nn.ModuleList)) else MergedBlock, plain)
 
 
@@ -167,6 +198,7 @@ class BlockBranch(Branch):
         self.block, self.state, self.args, self.kwargs = block, state, args, kwargs
         self.x = self._first_tensor()
         self.outputs: Any = None  # for all samples, once they are computed
+        self.further: FurtherOutputs | None = None  # once they are asked for
         self.writes = count_writes(self.x)
         self.watch: AdditionWatch | None = None
         super().__init__(compute, [(self.x, sample_dim(block, self.x))], [block], whole=True)
@@ -186,14 +218,19 @@ class BlockBranch(Branch):
 
     @override
     def obstacle(self) -> str | None:
-        if self.dim:
-            return (
-                f"cannot select samples of {self.state.name}, whose samples lie along the second dimension: create it "
-                "with batch_first=True, or use mode='row'"
-            )
         if further := self._further().computed:
             return (
                 f"cannot select samples of {self.state.name}, which computes {listed(further.values())}: use mode='row'"
+            )
+        if recorded := recorded_parts():
+            return (
+                f"cannot select samples of {self.state.name} while transformers records {listed(recorded)} of all "
+                "samples within it: do not ask the model for these, or use mode='row'"
+            )
+        if self.dim:
+            return (
+                f"cannot select samples of {self.state.name} along dimension {self.dim}: make it with "
+                "batch_first=True, or use mode='row'"
             )
         tensors = [
             (name, *item)
@@ -216,9 +253,8 @@ class BlockBranch(Branch):
             if not self.watch.has_added:
                 self.state.notice.give(self.state.name)
             self.state.notice = None
-        if merged is not first_output(self.outputs) and None is not self.writes != (
-            count_writes(self.x) or self.writes
-        ):
+        needs_input = merged is not first_output(self.outputs) and self.writes is not None
+        if needs_input and count_writes(self.x) not in (None, self.writes):
             raise ConfigurationError(
                 f"{self.state.name} overwrites its input, which the merge needs afterwards: set inplace=False in the "
                 "first operation of the block, or write it to another tensor"
@@ -227,6 +263,8 @@ class BlockBranch(Branch):
             self.output()  # its caches and further outputs are needed, although its hidden state is not
         if self.outputs is None:
             self.check_skippable()
+            if not self.state.keeps_shape:
+                self._observed()  # a block that was never computed may change the shape
             return self._further().around(merged, self._arguments())
         return merged if isinstance(self.outputs, Tensor) else container_of(self.outputs)([merged, *self.outputs[1:]])
 
@@ -274,13 +312,15 @@ class BlockBranch(Branch):
                 f"{self.state.name} maps {tuple(x.shape)} to {tuple(hidden.shape)}: a merge needs a block that keeps "
                 "the shape of its first tensor argument. Name only such blocks"
             )
-        if not self.state.keeps_shape:
-            self.state.keeps_shape = True
+        self.state.keeps_shape = True
         return outputs
 
     def _further(self) -> FurtherOutputs:
         """Return the outputs after the first, by what the block declares, or by a former call or a first one."""
-        return FurtherOutputs() if self.state.returns_tensor and self.state.keeps_shape else self._observed()
+        if self.further is None:
+            declared = self.state.returns_tensor and self.state.keeps_shape
+            self.further = FurtherOutputs() if declared else self._observed()
+        return self.further
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's; it stores what it observes
     def _observed(self) -> FurtherOutputs:
@@ -303,7 +343,8 @@ class BlockBranch(Branch):
         with torch.no_grad(), torch.random.fork_rng([self.x.device] if self.x.is_cuda else []):
             branch.output()
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # others may be saved for a backward pass
+                    buffer.copy_(value)
         torch.clear_autocast_cache()  # it holds weights that were cast without gradients
         return branch
 

@@ -59,7 +59,7 @@ def silence(blocks: Iterable[Mapping[nn.Module, float]], notice: bool) -> None:
 
     Args:
         blocks: the modules of each block, with their drop probabilities.
-        notice: whether to warn.
+        notice: whether to warn that they are silenced; if False, warn if there are none, whose rates would be taken.
     """
     rates = {module: rate for modules in blocks for module, rate in modules.items()}
     for module in rates:
@@ -69,6 +69,12 @@ def silence(blocks: Iterable[Mapping[nn.Module, float]], notice: bool) -> None:
             f"{len(rates)} DropPath or StochasticDepth modules in the blocks, with drop probabilities from "
             f"{min(rates.values()):g} to {max(rates.values()):g}, return their input until remove_merge, since the "
             "merges drop instead; keep='model' drops with these probabilities",
+            stacklevel=3,
+        )
+    if not rates and not notice:
+        warnings.warn(
+            "keep='model' found no DropPath or StochasticDepth module with a drop probability above 0, so that the "
+            "merges drop nothing: set the model's own rate, such as drop_path_rate of timm, or give keep as numbers",
             stacklevel=3,
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 from tying.depth.apply import remove_merge
 from tying.depth.recur import replace_layers
 from tying.depth.recurrent import Recurrent
-from tying.depth.stages import Stage, children, find_stages
+from tying.depth.stages import Stage, absent_shortcut, children, find_stages
 from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
 from tying.selection.relation import Relation
@@ -163,10 +163,7 @@ def _changes_shape(block: nn.Module) -> str:
         shortcut = getattr(block, name, None)
         if isinstance(shortcut, nn.Module) and any(True for _ in shortcut.parameters()):
             return f"its {name} has weights"
-    for name in ("use_res_connect", "has_skip"):  # of torchvision's and timm's mobile blocks
-        if getattr(block, name, True) is False:
-            return f"its {name} is False"
-    return ""
+    return f"its {flag} is False" if (flag := absent_shortcut(block)) else ""
 
 
 def _separate_ties(model: nn.Module, stages: Iterable[Stage]) -> list[list[TiedWeight]]:

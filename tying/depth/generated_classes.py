@@ -24,9 +24,19 @@ def generate_class(behaviour: type[nn.Module], plain: type[nn.Module]) -> type[n
         ['LeafModuleLinear', 'LeafModule', 'Linear', 'Module']
     """
     if (bases := (behaviour, plain)) not in GENERATED:
-        name = f"{behaviour.__name__.removesuffix('Block')}{plain.__name__}"
-        GENERATED[bases] = cast(type[nn.Module], GeneratedType(name, bases, {"__module__": __name__}))
+        name, kind = f"{behaviour.__name__.removesuffix('Block')}{plain.__name__}", _generated_type(type(plain))
+        GENERATED[bases] = cast(type[nn.Module], kind(name, bases, {"__module__": __name__}))
     return GENERATED[bases]
+
+
+def _generated_type(plain: type) -> type:
+    """Return the class of the subclasses of a class whose own class, its metaclass, is given."""
+    for kind in (GeneratedType, plain):
+        if issubclass(kind, GeneratedType) and issubclass(kind, plain):
+            return kind
+    kind = type(f"Generated{plain.__name__}", (GeneratedType, plain), {})
+    copyreg.pickle(kind, _reduce)
+    return kind
 
 
 def _reduce(cls: GeneratedType) -> tuple[Callable[..., Any], tuple[type, ...]]:

@@ -68,4 +68,5 @@ def depends_on_others(compute: Callable[[Tensor], Tensor], x: Tensor, block: nn.
     for values in (x, changed):
         with torch.random.fork_rng([x.device] if x.is_cuda else []):  # the same draws of dropout
             outputs.append(compute(values)[1:])
-    return not torch.allclose(outputs[0], outputs[1], rtol=1e-2, atol=1e-3 * float(x.abs().max()))
+    before, after = outputs
+    return not torch.allclose(before, after, rtol=1e-2, atol=1e-3 * float(x.abs().max()))

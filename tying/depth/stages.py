@@ -58,8 +58,8 @@ def match_modules(model: nn.Module, patterns: str | Sequence[str], aliases: bool
             modules.setdefault(
                 clean_name(path), module
             )  # of a wrapper and its module, which have one name, the wrapper
-    texts = [patterns] if isinstance(patterns, str) else [*patterns]
-    if all(text.startswith("!") for text in texts):
+    texts = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else [*patterns]
+    if not all(isinstance(text, str) for text in texts) or all(text.startswith("!") for text in texts):
         raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
     names: set[str] = set()
     for text in sorted(texts, key=lambda text: text.startswith("!")):
@@ -100,6 +100,11 @@ def find_stages(model: nn.Module, patterns: str | Sequence[str]) -> list[Stage]:
             positions, matched = zip(*(place for _, place in run), strict=True)
             stages.append(Stage(path, container, positions[0], matched, tuple(blocks[name] for name in matched)))
     return stages
+
+
+def absent_shortcut(block: nn.Module) -> str | None:
+    """Return the attribute by which a mobile block of torchvision or timm says that it has no shortcut, or None."""
+    return next((name for name in ("use_res_connect", "has_skip") if getattr(block, name, True) is False), None)
 
 
 def children(container: nn.Module) -> list[tuple[str, nn.Module]]:

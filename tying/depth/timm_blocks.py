@@ -16,7 +16,7 @@ from tying.depth.merge import Branch, chain
 from tying.torch_workarounds import is_proxy, windowed_attention
 
 
-class MergedBlock(Block):
+class MergedVisionTransformerBlock(Block):
     """The vision transformer's block: attention and MLP are merged one after the other."""
 
     merge: nn.Module
@@ -31,7 +31,7 @@ class MergedBlock(Block):
 
 
 class MergedResPostBlock(ResPostBlock):
-    """Like :class:`MergedBlock`, with the norms last."""
+    """Like :class:`MergedVisionTransformerBlock`, with the norms last."""
 
     merge: nn.Module
 
@@ -92,7 +92,7 @@ class MergedSwinTransformerBlock(SwinTransformerBlock):
 
 
 CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    Block: MergedBlock,
+    Block: MergedVisionTransformerBlock,
     ResPostBlock: MergedResPostBlock,
     ConvNeXtBlock: MergedConvNeXtBlock,
     SwinTransformerBlock: MergedSwinTransformerBlock,
