@@ -589,6 +589,21 @@ def test_arguments_without_rows(mask, told):
     assert torch.equal(model[0](X, mask), torch.where(rows, X + model[0].linear(X), X))
 
 
+class Rotary(Returns):
+    def forward(self, x, position_embeddings=(), states=None):
+        return x + self.linear(x) * sum(position_embeddings, states)
+
+
+def test_tables_of_positions_have_no_rows_by_chance():
+    model, table = nn.Sequential(Rotary(None)), torch.ones(6, 4)
+    apply_merge(model, "0", StochasticDepth(0.5, "subset"))
+    model[0](X, (), table)
+    with pytest.raises(
+        ConfigurationError, match=r"position_embeddings of 0 \(Rotary\)\[0\], a table with a row for each"
+    ):
+        model[0](X, (table,), table)
+
+
 # which dimension is that of samples
 
 

@@ -24,6 +24,7 @@ from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded, recorded_parts
 
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
+POSITIONAL = ("rope", "rot", "pos", "freqs", "rel_")  # parts of names of tables with a row for each position
 SEQUENCE_LAYERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
@@ -159,6 +160,17 @@ def sample_dim(block: nn.Module, x: Tensor) -> int:
     return int(inner is not None and not inner.batch_first)
 
 
+def is_table(name: str, tensor: Tensor, count: int) -> bool:
+    """Return whether an argument is a table of positions, with as many rows as there are samples by chance.
+
+    Example:
+        >>> is_table("rope", torch.zeros(4, 8), 4), is_table("states", torch.zeros(4, 8), 4)
+        (True, False)
+    """
+    by_name = any(part in name for part in POSITIONAL)
+    return by_name and tensor.ndim == 2 and tensor.is_floating_point() and len(tensor) == count > 1
+
+
 def may_skip(merge: nn.Module) -> bool:
     """Return whether a merge may skip a block, or compute it for some samples only, whatever the block is."""
     return isinstance(merge, StochasticDepth) and merge.mode in ("batch", "subset") and merge.keep_prob("keep") < 1
@@ -220,13 +232,15 @@ class BlockBranch(Branch):
                 f"cannot select samples of {self.state.name} along dimension {self.dim}: make it with "
                 "batch_first=True, or use mode='row'"
             )
-        tensors = (
-            item
+        tensors = [
+            (name, *item)
             for name, value in self._named_arguments()
             if value is not self.x and name not in SHARED
             for item in named_tensors(value, f"{name} of {self.state.name}")
-        )
-        return next((text for name, tensor in tensors if (text := rows_obstacle(tensor, len(self.x), name))), None)
+        ]
+        if table := next((text for name, text, tensor in tensors if is_table(name, tensor, len(self.x))), None):
+            return f"cannot select samples of {table}, a table with a row for each position: use mode='row'"
+        return next((text for _, name, tensor in tensors if (text := rows_obstacle(tensor, len(self.x), name))), None)
 
     @override
     def unused(self) -> Iterable[Tensor]:
