@@ -29,6 +29,7 @@ ARGUMENTS = {
     "LowRankWeights": {"parameters": [SITES.pair[0]], "rank": 2},
     "MixtureTying": {"parameters": [SITES.pair[0]], "components": 4, "rates": [1e-4, 3e-3, 3e-3]},
     "RandomState": {},
+    "RecurrentDepth": {"blocks": [SITES.blocks]},
     "ResidualMerging": {"blocks": [SITES.blocks], "merge": MERGE, "keep_schedule": [0.9, 0.8], "schedule": SCHEDULE},
     "SlopeAnnealing": {},
     "SoftTying": {"ties": [PAIR], "schedule": SCHEDULE, "penalty": HUBER, "harden_below": 0.1},

@@ -293,6 +293,11 @@ REFUSED = {
     ("an LSTM language model", "ResidualMerging"): "it alone computes output 2 (a tuple)",
     ("a GAN", "ResidualMerging"): "'net.generator.1', a Tanh, has no parameters",
     ("an LSTM language model", "Coupling"): "'net.head.bias' has no partner",
+    **{(f"torchvision resnet{n}", "RecurrentDepth"): "must be equal to share weights" for n in (18, 50)},
+    ("torchvision mobilenet_v3_small", "RecurrentDepth"): "a stage needs two blocks or more",
+    ("timm resnet10t", "RecurrentDepth"): "a stage needs two blocks or more",
+    ("an LSTM language model", "RecurrentDepth"): "not an entry of an nn.ModuleList or nn.Sequential",
+    ("a GAN", "RecurrentDepth"): "a Linear and 'net.generator.1' a Tanh: the blocks of a stage must be equal",
 }
 
 

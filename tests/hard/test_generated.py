@@ -252,10 +252,10 @@ class Training(pl.LightningModule):
         self.net, self.inputs = build(name), ZOO[name].inputs()
 
     def training_step(self, batch, batch_idx):
-        return loss_of(self.net, self.inputs)
+        return loss_of(output_of(self.net, self.inputs))
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
 @pytest.mark.parametrize("name", [*TRANSFORMERS, "convnext_tiny", "convnext_atto", "mobilenetv3_small_050"])
