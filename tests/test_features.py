@@ -1,4 +1,4 @@
-"""Every feature and the ways to use it, on one page: `python tests/test_features.py` writes it anew, to be read once more."""
+"""Every feature and the ways to use it, on one page: `python -m tests.test_features` writes it anew, to be read once more."""
 
 import ast
 import importlib
@@ -263,7 +263,7 @@ def test_exact_tests_name_their_feature(title):
 
 
 def test_the_page_of_features_is_up_to_date():
-    assert PAGE.read_text() == page(), "python tests/test_features.py"
+    assert PAGE.read_text() == page(), "python -m tests.test_features"
 
 
 if __name__ == "__main__":
