@@ -111,7 +111,6 @@ HOLES = {
     ("log of gaps", "evidence"): "it changes no training",
     ("exact resume", "function"): "it saves the state of random generators, which only a Trainer's checkpoint needs",
     ("exact resume", "module"): "it saves the state of random generators, which only a Trainer's checkpoint needs",
-    ("exact resume", "evidence"): "it changes no training that is not interrupted",
 }
 # tests that hold a feature exactly where no kept result shows it
 EXACT = {

@@ -296,33 +296,42 @@ def _install_tables(
         _initial_table([(virtual, locations[name].parameter) for name, virtual in group.items()], init)
         for group in groups
     ]
-    for group, table in zip(groups, tables, strict=True):
-        requires_grad = locations[next(iter(group))].parameter.requires_grad
-        put_table(model, locations, group, nn.Parameter(table.clone(), requires_grad))
+    parameters = [
+        nn.Parameter(table.clone(), locations[next(iter(group))].parameter.requires_grad)
+        for group, table in zip(groups, tables, strict=True)
+    ]
+    put_tables(model, locations, groups, parameters)
 
 
-def put_table(
-    model: nn.Module, locations: Locations, group: Mapping[str, HashedParametrization], table: nn.Parameter
+def put_tables(
+    model: nn.Module,
+    locations: Locations,
+    groups: Sequence[Mapping[str, HashedParametrization]],
+    tables: Sequence[nn.Parameter],
 ) -> None:
-    """Let weights of a model read one table, each in all modules that own it.
+    """Let weights of a model read tables, each in all modules that own it.
 
     Args:
         model: changed in place.
         locations: the locations of its parameters.
-        group: the map from the table to each weight, by name.
-        table: the table.
+        groups: for each table, the maps from it to the weights, by name.
+        tables: the tables.
     """
-    keys = {
-        location: hash_attribute(location.owner, location.attribute, virtual.to(table.device), table)
-        for name, virtual in group.items()
-        for location in locations.owners(name)
-    }
-    weights = {alias: name for name in group for alias in locations.aliases(name)}
-    forget_ties(model, weights)
-    if len(keys) > 1:
-        names = [alias.removesuffix(locations[alias].attribute) + keys[locations[alias]] for alias in weights]
-        record = TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),), is_table=True)
-        install_record(model, [record])
+    records, replaced = [], list[str]()
+    for group, table in zip(groups, tables, strict=True):
+        keys = {
+            location: hash_attribute(location.owner, location.attribute, virtual.to(table.device), table)
+            for name, virtual in group.items()
+            for location in locations.owners(name)
+        }
+        weights = {alias: name for name in group for alias in locations.aliases(name)}
+        replaced += weights
+        if len(keys) > 1:
+            names = [alias.removesuffix(locations[alias].attribute) + keys[locations[alias]] for alias in weights]
+            records.append(TieRecord((*names,), (Relation(),) * len(names), (*weights.values(),), is_table=True))
+    forget_ties(model, replaced)
+    if records:
+        install_record(model, records)
 
 
 def _initial_table(parts: Sequence[tuple[HashedParametrization, nn.Parameter]], init: Init) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_choice, check_range
-from tying.hashing.apply import check_fits_table, check_hashable, put_table
+from tying.hashing.apply import check_fits_table, check_hashable, put_tables
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
 from tying.weights.derived import Locations, ParameterLocation, locate_parameters
@@ -215,5 +215,5 @@ def put_codebook(model: nn.Module, name: str, assignments: Tensor, centroids: Te
     weight = locations[name].parameter
     parametrization = Codebook(weight.shape, len(centroids), CodebookHash(assignments), index="stored")
     codebook = nn.Parameter(centroids.to(weight), weight.requires_grad)
-    put_table(model, locations, {name: parametrization}, codebook)
+    put_tables(model, locations, [{name: parametrization}], [codebook])
     return codebook

@@ -127,8 +127,9 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
 
 def forget_ties(model: nn.Module, names: Collection[str]) -> None:
     """Drop the records of the groups that contain one of these names: other modules hold their weights together now."""
+    forgotten = {*names}
     for path, record in records_below(model):
-        record.groups = [group for group in record.groups if not {*names} & {*group.within(path).names}]
+        record.groups = [group for group in record.groups if forgotten.isdisjoint(group.within(path).names)]
 
 
 def share_parameter(group: TieRecord, source: nn.Parameter, locations: Mapping[str, ParameterLocation]) -> None:
