@@ -172,19 +172,19 @@ def configs():
 @cache
 def results():
     """Return for each kept result the words of its suite, those of every run apart, or the names in its source."""
-    told = {}
+    mentions = {}
     for name in suites():
         suite = load(name)
         axes = [{axis.key: axis.values} for axis in suite.axes.values()]
         base = [layer.content for layer in suite.base]
         runs = [words(*base, *(layer.content for layer in layers), *axes) for layers in suite.deltas.values()]
         kept = [path.stem for pattern in (name, f"{name}@*") for path in RESULTS.glob(f"{pattern}.md")]
-        told |= dict.fromkeys(kept, {*chain(*runs)} - configs()["base"])
+        mentions |= dict.fromkeys(kept, {*chain(*runs)} - configs()["base"])
     sources = {f"speed_{path.stem}": path for path in (ROOT / "benchmarks" / "speed").glob("*.py")}
     for name, source in (sources | {"zoo": ROOT / "tests" / "test_zoo.py"}).items():
         if (RESULTS / f"{name}.md").exists():
-            told[name] = {node.id for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Name)}
-    return dict(sorted(told.items()))
+            mentions[name] = {node.id for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Name)}
+    return dict(sorted(mentions.items()))
 
 
 def way(name):
@@ -194,14 +194,14 @@ def way(name):
     return "callback" if issubclass(value, pl.Callback) else "module"
 
 
-def cells(title, told, names):
+def cells(title, symbols, names):
     """Return the entries of a feature's row, for each way."""
     entries = {key: [f"`{name}`" for name in names.split() if way(name) == key] for key in WAYS[:3]}
     mixins = [f"{name}Mixin" for name in names.split() if way(name) == "callback"]
     entries["mixin"] = [f"`{name}`" for name in mixins if hasattr(tying.mixins, name)]
-    entries["YAML"] = [f"`{name}.yaml`" for name, said in configs().items() if {*told.split()} & said]
+    entries["YAML"] = [f"`{name}.yaml`" for name, said in configs().items() if {*symbols.split()} & said]
     entries["evidence"] = [
-        f"[{name}](../benchmarks/results/{name}.md)" for name, said in results().items() if {*told.split()} & said
+        f"[{name}](../benchmarks/results/{name}.md)" for name, said in results().items() if {*symbols.split()} & said
     ]
     return entries
 
@@ -257,8 +257,8 @@ def test_every_configuration_is_of_a_feature():
 
 @pytest.mark.parametrize("title", EXACT)
 def test_exact_tests_name_their_feature(title):
-    told = next(row[1] for rows in FEATURES.values() for name, row in rows.items() if name == title)
-    assert any(name in (ROOT / EXACT[title]).read_text() for name in told.split())
+    symbols = next(row[1] for rows in FEATURES.values() for name, row in rows.items() if name == title)
+    assert any(name in (ROOT / EXACT[title]).read_text() for name in symbols.split())
 
 
 def test_the_page_of_features_is_up_to_date():

@@ -157,9 +157,9 @@ def transformer_tables() -> list[str]:
 
 def _ratios(name: str, sides: dict[str, nn.Module], of: Batch) -> str:
     """Return a table of mean times over the plain network's, and the end of its caption."""
-    found = means({side: step_of(net, of=of) for side, net in sides.items()}, rounds=4)
+    times = means({side: step_of(net, of=of) for side, net in sides.items()}, rounds=4)
     rows = [
-        [f"{name}, {side}", f"{1e3 * statistics.fmean(found.seconds[side]):.0f}", told(found, side, "plain")]
+        [f"{name}, {side}", f"{1e3 * statistics.fmean(times.seconds[side]):.0f}", describe_ratio(times, side, "plain")]
         for side in sides
     ]
     caption = f"keeps fall linearly to 0.5; mean of {4 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):"
@@ -171,10 +171,10 @@ def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
     return race(steps, BLOCKS, rounds, statistics.fmean)
 
 
-def told(found: Race, side: str, peer: str) -> str:
+def describe_ratio(times: Race, side: str, peer: str) -> str:
     """Return the ratio of mean times, and of the blocks' the smallest and the largest."""
-    ratios = found.ratios(side, peer)
-    return f"{sum(found.seconds[side]) / sum(found.seconds[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+    ratios = times.ratios(side, peer)
+    return f"{sum(times.seconds[side]) / sum(times.seconds[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def held(net: nn.Module) -> float:
@@ -210,14 +210,14 @@ def measure() -> str:
         "torch's Dropout after each block": around(nn.Dropout, whole=True),
     }
     memory = {side: held(net) for side, net in sides.items()}
-    found = means({side: step_of(net) for side, net in sides.items()})
+    times = means({side: step_of(net) for side, net in sides.items()})
     mixed = means({side: step_of(net, torch.bfloat16) for side, net in list(sides.items())[:5]}, rounds=3)
     rows = [
         [
             side,
-            f"{1e3 * statistics.fmean(found.seconds[side]):.0f}",
-            told(found, side, "plain"),
-            told(mixed, side, "plain") if side in mixed.seconds else "–",
+            f"{1e3 * statistics.fmean(times.seconds[side]):.0f}",
+            describe_ratio(times, side, "plain"),
+            describe_ratio(mixed, side, "plain") if side in mixed.seconds else "–",
             f"{memory[side]:.0f}",
         ]
         for side in sides
@@ -225,7 +225,7 @@ def measure() -> str:
     by_keep = []
     for keep in KEEPS:
         modes = {mode: step_of(network(StochasticDepth(keep, mode), linear=False)) for mode in ("row", "subset")}
-        by_keep.append([f"{keep:g}", told(means(modes, rounds=2), "subset", "row")])
+        by_keep.append([f"{keep:g}", describe_ratio(means(modes, rounds=2), "subset", "row")])
     return "\n\n".join(
         [
             f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; mean of "

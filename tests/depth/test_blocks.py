@@ -428,12 +428,12 @@ def test_a_hidden_state_given_by_name():
 @pytest.mark.parametrize("mode", ["batch", "subset"])
 def test_what_only_the_block_computes_is_not_invented(mode):
     """The error comes in the first call, whatever the draw; masks and evaluation need nothing invented."""
-    told = r"^layers\.0 \(Layer\) cannot be skipped, .* computes output 2 \(a tensor of shape \(\)\).*Leave it out of blocks"
+    pattern = r"^layers\.0 \(Layer\) cannot be skipped, .* computes output 2 \(a tensor of shape \(\)\).*Leave it out of blocks"
     model = Layers(Layer(makes_bias=True), Layer())
     for layer in model.layers:
         layer.norm = nn.Identity()
     apply_merge(model, "layers.*", StochasticDepth(0.999, mode))
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=pattern):
         model(X)
     assert model.eval()(X)[1] == X.mean()
     for blocks, other in (("layers.*", "row"), ("layers.*", "auto"), (["layers.*", "!layers.0"], mode)):
@@ -473,7 +473,7 @@ class Given(Returns):
 
 
 @pytest.mark.parametrize(
-    ("block", "arguments", "told"),
+    ("block", "arguments", "pattern"),
     [
         (
             lambda: Returns(lambda y: y[:, :2]),
@@ -502,7 +502,7 @@ class Given(Returns):
     ],
 )
 @every_mode
-def test_blocks_that_are_none(mode, block, arguments, told):
+def test_blocks_that_are_none(mode, block, arguments, pattern):
     model = nn.Sequential(block())
     apply_merge(model, "0", StochasticDepth(0.5, mode))
 
@@ -510,7 +510,7 @@ def test_blocks_that_are_none(mode, block, arguments, told):
         for _ in range(30):  # some of which skip the block
             model[0](*arguments)
 
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=pattern):
         calls()
 
 
@@ -567,7 +567,7 @@ def test_a_skipped_block_passes_on_equal_sizes(mode, sizes):
 
 
 @pytest.mark.parametrize(
-    ("mask", "told"),
+    ("mask", "pattern"),
     [
         (
             torch.zeros(3, 4),
@@ -576,10 +576,10 @@ def test_a_skipped_block_passes_on_equal_sizes(mode, sizes):
         (torch.zeros(6, 6), "mode='subset' cannot select samples of mask of .*could be a mask for all samples"),
     ],
 )
-def test_arguments_without_rows(mask, told):
+def test_arguments_without_rows(mask, pattern):
     model = nn.Sequential(Given(lambda y: y))
     apply_merge(model, "0", StochasticDepth(0.5, "subset"))
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=pattern):
         model[0](X, mask)
     remove_merge(model)
     apply_merge(model, "0", StochasticDepth(0.5, "auto"))
@@ -747,7 +747,7 @@ def patched(module):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "told"),
+    ("blocks", "pattern"),
     [
         ("list", r"blocks: 'list', a ModuleList, has no forward: name the blocks within it"),
         ("dict", r"blocks: 'dict', a ModuleDict, has no forward"),
@@ -766,13 +766,13 @@ def patched(module):
         ),
     ],
 )
-def test_modules_that_are_no_blocks(blocks, told):
+def test_modules_that_are_no_blocks(blocks, pattern):
     model = nn.Module()
     model.list, model.dict = nn.ModuleList([nn.Linear(4, 4), nn.ReLU()]), nn.ModuleDict()
     model.stage, model.patched = nn.Sequential(nn.Linear(4, 4)), patched(nn.Linear(4, 4))
     model.reversible = Reversible(4, 4)
     before = attributes(model)
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=pattern):
         apply_merge(model, blocks, StochasticDepth(0.5))
     assert attributes(model) == before
 
@@ -809,8 +809,8 @@ def test_drop_paths_are_taken_over(whole):
 
 
 def test_a_notice_names_the_drop_paths():
-    told = r"^2 DropPath or StochasticDepth modules in the blocks, with drop probabilities from 0\.2 to 0\.4, return their input"
-    with pytest.warns(UserWarning, match=told):
+    pattern = r"^2 DropPath or StochasticDepth modules in the blocks, with drop probabilities from 0\.2 to 0\.4, return their input"
+    with pytest.warns(UserWarning, match=pattern):
         apply_merge(drops([0.0, 0.2, 0.4]), "*", StochasticDepth(0.5))
     apply_merge(drops([0.0, 0.0]), "*", StochasticDepth(0.5))  # without a notice
 
@@ -832,10 +832,10 @@ def test_a_model_without_rates():
 
 
 def test_a_model_of_several_rates():
-    told = (
+    pattern = (
         "keep='model': '0' contains DropPath or StochasticDepth modules with the drop probabilities 0.2, 0.4: name the"
     )
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=pattern):
         apply_merge(nn.Sequential(drops([0.2, 0.4])), "0", StochasticDepth(0.5), keep="model")
 
 
@@ -1083,8 +1083,8 @@ def test_caches():
     cache = model(TOKENS, use_cache=True).past_key_values
     while cache.get_seq_length() == 0:
         cache = model(TOKENS, use_cache=True).past_key_values
-    told = r"^transformer\.h\.0 \(GPT2Block\) is called with a filled cache, 'past_key_values', in training mode"
-    with pytest.raises(ConfigurationError, match=told):
+    pattern = r"^transformer\.h\.0 \(GPT2Block\) is called with a filled cache, 'past_key_values', in training mode"
+    with pytest.raises(ConfigurationError, match=pattern):
         model(TOKENS[:, :2], past_key_values=cache)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.eval().generate(TOKENS, **options), plain.generate(TOKENS, **options))

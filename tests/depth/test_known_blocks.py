@@ -306,8 +306,8 @@ def test_masks_of_attention(kind, shape):
         outs[merge] = at(1, results, model[0], x, *arguments)
     first, row, subset = outs.values()
     assert_equal(first, results(plain, x, *arguments))
-    for one, other in zip(row, subset, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    for masked, selected in zip(row, subset, strict=True):
+        torch.testing.assert_close(masked, selected, rtol=1e-11, atol=1e-12)
 
 
 def small(name):

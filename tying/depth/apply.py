@@ -190,9 +190,9 @@ def _merge_site(
     name: str, block: nn.Module, whole: bool, known: Mapping[type[nn.Module], type[nn.Module]], notices: Notices
 ) -> _MergeSite:
     """Return where a block takes a merge: in place of its own merges, in a known class, or as a whole."""
-    plain, own = plain_class(block), merges_in(block)
-    if own and not whole:
-        return _MergeSite(plain, [*own])
+    plain, merges = plain_class(block), merges_in(block)
+    if merges and not whole:
+        return _MergeSite(plain, [*merges])
     if plain in known and not whole:
         return _MergeSite(known[plain], ["merge"])
     state = block_state(block, f"{name} ({plain.__name__})", notices)
