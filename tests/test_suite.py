@@ -8,6 +8,7 @@ from benchmarks import declared as module
 from benchmarks.declared import load, suites
 from benchmarks.json_files import same
 from benchmarks.perform import arguments
+from benchmarks.program import parse_program
 from tying import ConfigurationError
 from tying.cli import parse
 
@@ -188,4 +189,8 @@ def test_every_configuration_can_be_made(name, tmp_path):
     if name == "transfer":  # the others need what pretraining.yaml leaves
         settings = {"scratch": settings["scratch"]}
     for number, run in enumerate(settings.values()):
-        assert isinstance(parse(arguments(run, tmp_path / str(number))).model, pl.LightningModule)
+        given = arguments(run, tmp_path / str(number))
+        if run.program:
+            assert parse_program(run.program, given)[1].seed == run.seed
+        else:
+            assert isinstance(parse(given).model, pl.LightningModule)
