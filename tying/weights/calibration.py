@@ -73,38 +73,38 @@ def input_scales(
         {'weight': tensor([[4.0825, 0.8165]])}
     """
     modules = {clean_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    owners = {name: modules[name.rpartition(".")[0]] for name in names}
-    squares: dict[nn.Module, Tensor] = {}  # summed over the inputs, by feature
-    counts: dict[nn.Module, int] = {}
-
-    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = next(iter([*args, *kwargs.values()]))
-        features = _by_feature(module, x.to(torch.promote_types(x.dtype, torch.float32)))
-        squares[module] = squares.get(module, 0) + features.square().sum(dim=0)
-        counts[module] = counts.get(module, 0) + len(features)
-
-    measured = {name: owner for name, owner in owners.items() if name.split(".")[-1] == "weight" and _multiplies(owner)}
-    hooks = [owner.register_forward_pre_hook(measure, with_kwargs=True) for owner in {*measured.values()}]
+    owners = {name: modules[name.rpartition(".")[0]] for name in names if name.split(".")[-1] == "weight"}
     is_empty = True
-    try:
-        with undisturbed(model):
-            for batch in batches:
-                is_empty = False
-                call(model, batch, forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _measured(filter(_multiplies, owners.values())) as squares, undisturbed(model):
+        for batch in batches:
+            is_empty = False
+            call(model, batch, forward)
     if is_empty:
         raise ConfigurationError("calibration has no batches: give one or more, or leave calibration out")
-    scales = {
-        name: _shaped(owner, (squares[owner] / counts[owner]).sqrt())
-        for name, owner in measured.items()
-        if owner in squares
-    }
+    scales = {name: _shaped(owner, squares[owner]) for name, owner in owners.items() if owner in squares}
     for name, scale in scales.items():
         if not scale.isfinite().all():
             raise ConfigurationError(f"calibration: an input of {name!r} is NaN or infinite")
     return scales
+
+
+@contextmanager
+def _measured(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[Tensor, int]]]:
+    """Yield, for each module that is called, the sum of squares of its inputs by feature, and their number."""
+    squares: dict[nn.Module, tuple[Tensor, int]] = {}
+
+    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = next(iter([*args, *kwargs.values()]))
+        features = _by_feature(module, x.to(torch.promote_types(x.dtype, torch.float32)))
+        total, count = squares.get(module, (features.new_zeros(()), 0))
+        squares[module] = total + features.square().sum(dim=0), count + len(features)
+
+    hooks = [module.register_forward_pre_hook(measure, with_kwargs=True) for module in {*modules}]
+    try:
+        yield squares
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -126,9 +126,10 @@ def _by_feature(module: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1] // groups)
 
 
-def _shaped(module: nn.Module, scale: Tensor) -> Tensor:
-    """Return the scale of each feature in a shape that broadcasts to the module's weight."""
+def _shaped(module: nn.Module, squares: tuple[Tensor, int]) -> Tensor:
+    """Return the root mean square of each feature in a shape that broadcasts to the module's weight."""
+    total, count = squares
     is_transposed = isinstance(module, TransposedConvolution) or _is_conv1d(module)
     shape = [1] * getattr(module, "weight").ndim  # noqa: B009  # mypy does not know that it has one
     shape[0 if is_transposed else 1] = -1
-    return scale.view(shape)
+    return (total / count).sqrt().view(shape)
