@@ -67,10 +67,9 @@ def advise(
 
     Example:
         >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> blocks = [nn.Linear(16, 16) for _ in range(4)]
-        >>> _ = blocks[2].load_state_dict(blocks[1].state_dict())
-        >>> model = nn.Sequential(*blocks)
+        >>> model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+        >>> weights = [nn.init.orthogonal_(layer.weight) for layer in model]
+        >>> _ = model[2].load_state_dict(model[1].state_dict())
         >>> advice = advise(model, [torch.randn(32, 16)], budget=0.8, progress=False)
         >>> advice.groups[0].ties, advice.groups[0].error, advice.groups[0].verdict
         (('{1..2}.weight',), 0.0, 'tie')

@@ -147,18 +147,11 @@ class Advice:
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        tied = [(row.saved_bytes, row.error) for row in self.groups]
         lowered = [(row.saved_bytes, row.low_rank_error) for row in self.groups if row.low_rank_error is not None]
-        for points, label, marker in ((tied, "tied", "o"), (lowered, "low rank of equal size", "x")):
-            if points:
-                axes.scatter(
-                    [x for x, _ in points],
-                    [y for _, y in points],
-                    s=14,
-                    marker=marker,
-                    alpha=0.7,
-                    label=f"groups, {label}",
-                )
+        tied = [(row.saved_bytes, row.error) for row in self.groups]
+        for points, label, marker in ((tied, "groups, tied", "o"), (lowered, "groups, at low rank of equal size", "x")):
+            sizes, errors = [size for size, _ in points], [error for _, error in points]
+            axes.scatter(sizes, errors, s=14, marker=marker, alpha=0.7, label=label)
         for number, row in enumerate(self.plans):
             axes.scatter(row.saved_bytes, row.error, s=60, marker="^", color=f"C{number + 2}", label=row.plan.kind)
         axes.set(xlabel="bytes saved", ylabel="relative squared error of the outputs", xscale="log")
