@@ -93,9 +93,17 @@ class Progress:
         Raises:
             ConfigurationError: another process has taken the run over.
         """
-        self.folder.keep_claim(self.attempt)
         with atomically(self.attempt / "checkpoints" / "last.ckpt") as aside:
             torch.save({"rows": self.rows, "share": share, "state": dict(state)}, aside)
+        self.tell(share)
+
+    def tell(self, share: float) -> None:
+        """Tell which share of the run is done, in [0, 1].
+
+        Raises:
+            ConfigurationError: another process has taken the run over.
+        """
+        self.folder.keep_claim(self.attempt)
         write_json(self.attempt / "progress.json", {"share": share, "begun at": self._begun_at})
 
 
