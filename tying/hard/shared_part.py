@@ -44,10 +44,10 @@ def nearest_shared_part(weights: Sequence[Tensor], relations: Sequence[Relation]
     exact = (EXACT * max(float(weight.norm()) for weight in weights)) ** 2
     best, shared = math.inf, weights[0]
     for start in fit.starts():
-        before, error, candidate = fit.descend(start)
+        error, candidate = fit.descend(start)
         if error < best:
             best, shared = error, candidate
-        if best <= exact or error > (1 - LEAST_GAIN) * before:  # weights that have little in common but their mean
+        if best <= exact:
             break
     return shared
 
@@ -68,17 +68,18 @@ class _Fit:
     def starts(self) -> Iterator[Tensor]:
         """Yield values of S to start from.
 
-        Of a pair, all is known: the first singular values of the difference belong to one weight, the next to the
-        other. Of more, the residual of a weight lies in its differences from any two others.
+        Differences of two weights of the form have twice the rank. Of a pair, the first singular values of the
+        difference belong to one weight, the next to the other. Of more, the residual of a weight lies in its
+        differences from any two others.
         """
+        u, s, v = torch.linalg.svd((self.aligned[0] - self.aligned[-1]).flatten(1), full_matrices=False)
         if len(self.weights) == 2:
-            u, s, v = torch.linalg.svd((self.aligned[0] - self.aligned[1]).flatten(1), full_matrices=False)
             first = (u[:, : self.rank] * s[: self.rank]) @ v[: self.rank]
             yield self.aligned[0] - first.reshape(self.aligned[0].shape)
             return
         mean = torch.stack(self.aligned).mean(dim=0)
         yield mean
-        if len(self.weights) > 2:
+        if len(self.weights) > 2 and s[2 * self.rank :].norm() < s.norm() / 2:
             yield mean + self.step(mean, [self._common(layer) for layer in range(len(self.weights))])
 
     def _common(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,9 @@ class _Fit:
         both = [torch.linalg.svd(torch.cat(spans, dim=1), full_matrices=False)[0] for spans in (columns, rows)]
         return both[0][:, : self.rank], both[1][:, : self.rank].mT
 
-    def descend(self, shared: Tensor) -> tuple[float, float, Tensor]:
-        """Lower the error, a sum of squares, from a start; return the error before, after, and S."""
+    def descend(self, shared: Tensor) -> tuple[float, Tensor]:
+        """Lower the error from a start; return the error, a sum of squares, and S."""
         error, spaces = self.leading(shared)
-        before = error
         for _ in range(STEPS):
             candidate = shared + self.step(shared, spaces)
             following, spaces = self.leading(candidate)
@@ -104,7 +104,7 @@ class _Fit:
             gain, error, shared = 1 - following / error, following, candidate
             if gain < LEAST_GAIN:
                 break
-        return before, error, shared
+        return error, shared
 
     def leading(self, shared: Tensor) -> tuple[float, Spaces]:
         """Return the error of the best residuals beside S, and the singular vectors of each."""
