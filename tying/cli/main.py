@@ -133,8 +133,8 @@ class TyingCLI(pl.cli.LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        ours = dict.fromkeys(["inspect", "advise"], {"model", "datamodule"})
-        return pl.cli.LightningCLI.subcommands() | ours
+        needs = {"model", "datamodule"}
+        return {**pl.cli.LightningCLI.subcommands(), "inspect": needs, "advise": needs}
 
     @override
     def init_parser(self, **kwargs: Any) -> pl.cli.LightningArgumentParser:
