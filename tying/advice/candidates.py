@@ -80,7 +80,10 @@ def find_candidates(weights: Weights) -> list[Candidate]:
         groups += [Candidate(pair) for pair in pairwise(names)]
         groups += [Candidate((*cluster,)) for cluster in _duplicates(names, weights)]
     groups += _transposed(weights, alike)
-    return [*{(frozenset(group.names), group.relation): group for group in reversed(groups)}.values()][::-1]
+    unique: dict[object, Candidate] = {}
+    for group in groups:
+        unique.setdefault((frozenset(group.names), group.relation), group)
+    return [*unique.values()]
 
 
 def _kind(weight: nn.Parameter, transposed: bool = False) -> tuple[object, ...]:

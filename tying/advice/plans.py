@@ -111,11 +111,14 @@ class Grouping:
 
     Args:
         weights: the weights, by name.
+        candidates: groups to begin with.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, candidates: Iterable[Candidate] = ()) -> None:
         self.weights = weights
         self.groups: dict[str, Candidate] = {}  # the group of each name
+        for candidate in candidates:
+            self.add(candidate)
 
     def saved_by(self, candidate: Candidate) -> int:
         """Return the number of values that a further candidate saves; 0 if a relation keeps it from joining."""
@@ -189,15 +192,19 @@ class Planner:
         Args:
             errors: the output error of each candidate, tied alone.
         """
-        grouping = Grouping(self.weights)
-        left = {*errors}
+        grouping, chosen, left = Grouping(self.weights), list[Candidate](), {*errors}
         while grouping.saved() < self.needed:
             gains = {candidate: saved for candidate in left if (saved := grouping.saved_by(candidate))}
             if not gains:
                 return None
             best = min(gains, key=lambda candidate: (errors[candidate] / gains[candidate], candidate.names))
             grouping.add(best)
+            chosen.append(best)
             left &= gains.keys() - {best}
+        for candidate in sorted(chosen, key=lambda candidate: -errors[candidate]):  # the last ones may save enough
+            without = Grouping(self.weights, [other for other in chosen if other is not candidate])
+            if without.saved() >= self.needed:
+                grouping, chosen = without, [other for other in chosen if other is not candidate]
         return Plan("hard", self.ties(grouping.distinct()))
 
     def _stacks(self) -> list[list[str]]:

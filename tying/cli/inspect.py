@@ -83,12 +83,7 @@ def _collect(
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
     if checkpoint is not None:
-        content = (
-            read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
-        )
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
-        load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+        load_checkpoint(model, callbacks, checkpoint, weights_only)
     before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
     free = [
@@ -209,6 +204,20 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
         if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
             names.setdefault(f"{type(module).__name__}({module.extra_repr()})", []).append(clean_name(name))
     return names
+
+
+def load_checkpoint(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], checkpoint: Path, weights_only: bool | None
+) -> None:
+    """Let callbacks change a model as they do in training, and load the weights of a checkpoint.
+
+    Raises:
+        ConfigurationError: the file is no checkpoint of Lightning, or does not fit.
+    """
+    content = read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=False)
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+    load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
 
 
 def load_weights(
