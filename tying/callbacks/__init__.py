@@ -12,6 +12,7 @@ from tying.callbacks.derived import (
     WeightHashing,
 )
 from tying.callbacks.hm_lstm import BoundaryPlot, SlopeAnnealing
+from tying.callbacks.importance import Fisher, Importance, Synaptic
 from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
 from tying.callbacks.observers.monitor import TyingMonitor
@@ -26,8 +27,10 @@ __all__ = [
     "BeforeEpoch",
     "BoundaryPlot",
     "Coupling",
+    "Fisher",
     "GeneratedWeights",
     "HardTying",
+    "Importance",
     "LowRankWeights",
     "MixtureTying",
     "RandomState",
@@ -35,6 +38,7 @@ __all__ = [
     "ResidualMerging",
     "SlopeAnnealing",
     "SoftTying",
+    "Synaptic",
     "TemplateWeights",
     "TyingCallback",
     "TyingMonitor",

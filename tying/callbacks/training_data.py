@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -99,27 +100,48 @@ def _restore(norms: Mapping[str, BatchNorm], before: Mapping[str, list[Tensor]])
             buffer.copy_(value)
 
 
-def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
-    """Call a model on its training batches; the statistics of its batch norms become the means over them."""
-    momenta = {norm: norm.momentum for norm in norms}
+@contextmanager
+def replayed_batches(trainer: pl.Trainer, model: pl.LightningModule, count: int) -> Iterator[Iterable[Any]]:
+    """Yield the first batches of the training data, as a training step receives them, and move nothing.
+
+    Random generators and the loader's position are restored at the end.
+
+    Args:
+        trainer: the trainer, in training.
+        model: its model.
+        count: number of batches; fewer if the training data has fewer.
+
+    Raises:
+        ConfigurationError: the training data has several loaders.
+    """
     loader: Any = only_loader(trainer.train_dataloader)
     if isinstance(loader, Mapping | Sequence):
-        raise TypeError(f"they are those of {len(loader)} loaders")
+        raise ConfigurationError(f"the training data has {len(loader)} loaders, not one")
     loader = copy.copy(loader)  # the position of the original does not move
     states = {
         generator: generator.get_state()
         for source in (loader, getattr(loader, "sampler", None))
         if isinstance(generator := getattr(source, "generator", None), torch.Generator)
     }
-    batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
+    try:
+        with pl.utilities.seed.isolate_rng():
+            yield (training_batch(trainer, model, loaded) for loaded in islice(loader, count))
+    finally:
+        for generator, state in states.items():
+            generator.set_state(state)
+
+
+def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
+    """Call a model on its training batches; the statistics of its batch norms become the means over them."""
+    momenta = {norm: norm.momentum for norm in norms}
+    count = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
     try:
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the mean
         # compiled, a momentum of None would depend on data
-        with pl.utilities.seed.isolate_rng(), torch.compiler.set_stance("force_eager"):
-            for loaded in islice(loader, int(batches)):
-                batch = training_batch(trainer, model, loaded)
+        with replayed_batches(trainer, model, int(count)) as batches, torch.compiler.set_stance("force_eager"):
+            for batch in batches:
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 if not isinstance(x, Tensor):
                     raise TypeError(f"{'they are' if x is batch else 'their first element is'} of {type(x).__name__}")
@@ -128,5 +150,3 @@ def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchN
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for generator, state in states.items():
-            generator.set_state(state)
