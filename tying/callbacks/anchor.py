@@ -242,7 +242,7 @@ class AnchorTying(PenaltyCallback):
         self._checked, self._ended = False, False
         if not self._importances:
             pl.utilities.rank_zero_info(
-                f"{self.label}: no weight is anchored in the first task; its end measures their importance for later ones"
+                f"{self.label}: nothing is pulled in the first task; at its end the importance of weights is measured"
             )
         else:
             pl.utilities.rank_zero_info(f"{self.label}: task {self._tasks + 1}; {self.describe_importance()}")

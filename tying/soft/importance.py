@@ -134,7 +134,7 @@ def label(model: nn.Module, batch: Any, labels: Labels) -> tuple[Arguments, Tens
         tensor([1, 0, 1])
     """
     arguments: Arguments = {0: batch}
-    given = None
+    given: Any = None
     if isinstance(batch, Mapping):
         arguments, given = {**batch}, _labels_of(batch)
     elif isinstance(batch, tuple | list):
@@ -148,10 +148,10 @@ def label(model: nn.Module, batch: Any, labels: Labels) -> tuple[Arguments, Tens
             "as the second item of a batch, or as 'labels' in a mapping: give them, or use labels='sampled'"
         )
     targets = given.long() if labels == "given" else logits.softmax(-1).flatten(0, -2).multinomial(1).view(shape)
-    counts = given != IGNORED if fits else torch.ones_like(targets, dtype=torch.bool)
-    if (mask := arguments.get("attention_mask")) is not None and mask.shape == shape:
-        counts = counts & (mask != 0)
-    return arguments, targets.where(counts, IGNORED)
+    if fits:
+        targets = targets.where(given != IGNORED, IGNORED)
+    mask = arguments.get("attention_mask")
+    return arguments, targets if mask is None or mask.shape != shape else targets.where(mask != 0, IGNORED)
 
 
 def _labels_of(batch: Mapping[str, Any]) -> Any:
