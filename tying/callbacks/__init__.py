@@ -12,6 +12,7 @@ from tying.callbacks.derived import (
     WeightHashing,
 )
 from tying.callbacks.hm_lstm import BoundaryPlot, SlopeAnnealing
+from tying.callbacks.importance import Fisher, Importance, Synaptic
 from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
 from tying.callbacks.observers.monitor import TyingMonitor
@@ -27,8 +28,10 @@ __all__ = [
     "BeforeEpoch",
     "BoundaryPlot",
     "Coupling",
+    "Fisher",
     "GeneratedWeights",
     "HardTying",
+    "Importance",
     "LowRankWeights",
     "MixtureTying",
     "RandomState",
@@ -37,6 +40,7 @@ __all__ = [
     "ResidualMerging",
     "SlopeAnnealing",
     "SoftTying",
+    "Synaptic",
     "TemplateWeights",
     "TyingCallback",
     "TyingMonitor",
