@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import json
 import math
 import sys
@@ -162,7 +163,7 @@ def run(
         method: ``"hard"``: the means of consecutive blocks; ``"relaxed"``: the same, with residuals; ``"low rank"``;
             ``"advised"``: the first plan of ``advise``, which compares hard and relaxed ties, low rank and mixtures.
         budget: share of the weights of the blocks that may remain.
-        group: number of consecutive blocks that share a relaxed weight; hard ties take the smallest that fits.
+        group: number of consecutive blocks that share a relaxed weight; for hard ties it is the smallest that fits.
         steps: of distillation.
         batch_size: docstrings in a batch.
         length: tokens of a docstring, at most.
@@ -218,23 +219,25 @@ def plan_of(method: str, model: nn.Module, budget: float, group: int) -> Plan:
         group: see :func:`run`.
 
     Raises:
-        ConfigurationError: the shared weights of ``group`` blocks, or their residuals, do not fit.
+        ConfigurationError: the shared weights, or residuals or factors of rank 1, are more than the share.
     """
-    weights = dict(tieable_weights(model, [MATRICES]))
-    size = math.ceil(1 / budget) if method == "hard" else group
-    ties: dict[int, list[str]] = {}
+    weights = tieable_weights(model, [MATRICES])
+    changes: dict[int, list[str]] = {}  # ties or names, by rank
     for family in families(weights):
-        share = budget - 1 / size if method == "relaxed" else budget
-        rank = rank_of_share(weights[family[0]], share) if method != "hard" else 0
-        if rank < 1 and method != "hard":
-            raise ConfigurationError(f"budget={budget:g} leaves no rank for groups of {group}")
-        runs = [family[at : at + size] for at in range(0, len(family), size)]
-        ties.setdefault(rank, []).extend(
-            family if method == "low rank" else [tie for run in runs for tie in as_ties(run, None, model)]
-        )
+        depth = len(family)
+        size = next((size for size in range(2, depth) if math.ceil(depth / size) <= budget * depth), depth)
+        size = group if method == "relaxed" else size
+        shared = math.ceil(depth / size) / depth
+        share = {"hard": budget - shared, "relaxed": budget - shared, "low rank": budget}[method]
+        rank = rank_of_share(weights[family[0]], share)
+        if share < 0 or (rank < 1 and method != "hard"):
+            raise ConfigurationError(f"budget={budget:g} is too small for {method} of {depth} blocks, {size} at a time")
+        runs = [family[at : at + size] for at in range(0, depth, size)]
+        ties = [tie for run in runs if len(run) > 1 for tie in as_ties(run, None, model)]
+        changes.setdefault(rank, []).extend(family if method == "low rank" else ties)
+    ranked = {rank: (*names,) for rank, names in changes.items()}
     if method == "hard":
-        return Plan(method, ties=(*ties[0],))
-    ranked = {rank: (*names,) for rank, names in ties.items()}
+        return Plan(method, ties=(*itertools.chain(*ranked.values()),))
     return Plan(method, relaxed=ranked) if method == "relaxed" else Plan(method, low_rank=ranked)
 
 
