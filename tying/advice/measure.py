@@ -103,7 +103,7 @@ class Comparison:
 
 @contextmanager
 def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Temporarily give parameters other values, in place.
+    """Temporarily let parameters hold other tensors; nothing is copied.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -113,14 +113,14 @@ def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
         >>> weight.tolist()
         [1.0, 1.0]
     """
-    before = {parameter: parameter.detach().clone() for parameter in values}
+    before = {parameter: parameter.data for parameter in values}
     try:
         for parameter, value in values.items():
-            parameter.data.copy_(value)
+            parameter.data = value
         yield
     finally:
-        for parameter, value in before.items():
-            parameter.data.copy_(value)
+        for parameter, data in before.items():
+            parameter.data = data
 
 
 @torch.no_grad()

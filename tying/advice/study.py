@@ -1,8 +1,8 @@
 """Measure ties, low rank and plans on one model."""
 
 import copy
-import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tying.advice.candidates import Candidate, Weights
-from tying.advice.distil import distil, lean_copy
+from tying.advice.distil import distil, free, lean_copy
 from tying.advice.measure import Comparison, Record, low_rank_values, ranks_of_equal_size, tied_values
 from tying.advice.plans import Plan, Planner
 from tying.advice.report import GroupRow, PlanRow
@@ -87,26 +87,24 @@ class Study:
             rows = [replace(row, error=self._error_after(row.plan, training, steps, rate)) for row in rows]
         return sorted(rows, key=lambda row: row.error)
 
-    def _changed(self, plan: Plan) -> nn.Module:
-        """Return a copy of the model, changed by a plan, that shares all unchanged parameters with it."""
-        gc.collect()  # modules with derived weights are in cycles: earlier copies would stay in memory
-        ties = [*plan.ties, *(tie for relaxed in plan.relaxed.values() for tie in relaxed)]
-        sources = [group.parameters[0] for group in resolve(self.model, ties)]  # which take the means, in place
+    @contextmanager
+    def _changed(self, plan: Plan) -> Iterator[nn.Module]:
+        """Yield a copy of the model, changed by a plan, that shares all unchanged parameters with it."""
+        sources = [group.parameters[0] for group in resolve(self.model, plan.ties)]  # which take the means, in place
         copied = lean_copy(self.model, sources)
         plan.apply(copied)
-        return copied
+        yield copied
+        free(copied, self.model)
 
     def _effect_of(self, plan: Plan) -> list[float]:
         """Return the error of a plan, and the numbers of values and bytes that it saves."""
 
         def measure() -> list[float]:
-            changed = self._changed(plan)
-            before, after = [*self.model.parameters()], [*changed.parameters()]
-            return [
-                self.comparison.error_of_model(changed),
-                sum(p.numel() for p in before) - sum(p.numel() for p in after),
-                sum(p.nbytes for p in before) - sum(p.nbytes for p in after),
-            ]
+            with self._changed(plan) as changed:
+                before, after = [*self.model.parameters()], [*changed.parameters()]
+                saved = sum(p.numel() for p in before) - sum(p.numel() for p in after)
+                saved_bytes = sum(p.nbytes for p in before) - sum(p.nbytes for p in after)
+                return [self.comparison.error_of_model(changed), saved, saved_bytes]
 
         return self.record.values(f"plan {plan.key()}", measure)
 
@@ -114,10 +112,13 @@ class Study:
         """Return the error of a plan after distillation."""
 
         def measure() -> list[float]:
-            student = copy.deepcopy(self._changed(plan))
+            with self._changed(plan) as changed:
+                student = copy.deepcopy(changed)
             with tqdm(total=steps, desc=f"distilling: {plan.kind}", disable=not self.progress) as bar:
                 distil(self.model, student, training, steps, rate, self.comparison.forward, bar.update)
-            return [self.comparison.error_of_model(student)]
+            error = self.comparison.error_of_model(student)
+            free(student, self.model)
+            return [error]
 
         [error] = self.record.values(f"{steps} steps at {rate} of {plan.key()}", measure)
         return error
