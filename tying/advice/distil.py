@@ -97,3 +97,22 @@ def lean_copy(model: nn.Module, separate: Iterable[nn.Parameter] = ()) -> nn.Mod
     apart = {id(parameter) for parameter in separate}
     shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in apart}
     return copy.deepcopy(model, shared)
+
+
+def free(copied: nn.Module, model: nn.Module) -> None:
+    """Free the memory of the parameters of a copy that are not the model's, and make the copy useless.
+
+    Modules with derived weights are in reference cycles: without this, they would stay in memory for a while.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> copied = lean_copy(model, [model.weight])
+        >>> free(copied, model)
+        >>> copied.weight.numel(), copied.bias.numel()
+        (0, 2)
+    """
+    shared = {id(parameter) for parameter in model.parameters()}
+    for parameter in copied.parameters():
+        parameter.grad = None
+        if id(parameter) not in shared:
+            parameter.data = parameter.data.new_empty(0)

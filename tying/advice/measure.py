@@ -103,7 +103,7 @@ class Comparison:
 
 @contextmanager
 def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Temporarily give parameters other values, in place.
+    """Temporarily let parameters hold other tensors; nothing is copied.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -113,14 +113,14 @@ def replaced(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
         >>> weight.tolist()
         [1.0, 1.0]
     """
-    before = {parameter: parameter.detach().clone() for parameter in values}
+    before = {parameter: parameter.data for parameter in values}
     try:
         for parameter, value in values.items():
-            parameter.data.copy_(value)
+            parameter.data = value
         yield
     finally:
-        for parameter, value in before.items():
-            parameter.data.copy_(value)
+        for parameter, data in before.items():
+            parameter.data = data
 
 
 @torch.no_grad()
@@ -133,15 +133,21 @@ def tied_values(candidate: Candidate, weights: Weights) -> dict[nn.Parameter, Te
     return {weights[first]: mean, **{weights[name]: mean.mT if candidate.relation else mean for name in others}}
 
 
-def rank_of_equal_size(candidate: Candidate, weights: Weights) -> int:
-    """Return the rank at which the members, one by one, have together as many values as one of them, or fewer."""
-    return rank_of_share(weights[candidate.names[0]], 1 / len(candidate.names))
+def ranks_of_equal_size(candidate: Candidate, weights: Weights) -> tuple[int, ...]:
+    """Return the ranks at which the members together have as many values as one of them, or a few less.
+
+    They differ by at most one. There are none if a member would have rank 0.
+    """
+    total, members = rank_of_share(weights[candidate.names[0]], 1.0), len(candidate.names)
+    ranks = [total // members + (number < total % members) for number in range(members)]
+    return tuple(ranks) if ranks[-1] else ()
 
 
 @torch.no_grad()
-def low_rank_values(candidate: Candidate, weights: Weights, rank: int) -> dict[nn.Parameter, Tensor]:
-    """Return, for each member, the nearest weight of a rank."""
-    return {weights[name]: nearest_of_rank(weights[name].detach(), rank) for name in candidate.names}
+def low_rank_values(candidate: Candidate, weights: Weights, ranks: Sequence[int]) -> dict[nn.Parameter, Tensor]:
+    """Return, for each member, the nearest weight of its rank."""
+    ranked = zip(candidate.names, ranks, strict=True)
+    return {weights[name]: nearest_of_rank(weights[name].detach(), rank) for name, rank in ranked}
 
 
 def nearest_of_rank(weight: Tensor, rank: int) -> Tensor:
@@ -151,29 +157,28 @@ def nearest_of_rank(weight: Tensor, rank: int) -> Tensor:
 
 
 class Record:
-    """Errors that are measured already, in a file, so that an interrupted run goes on where it stopped.
+    """What is measured already, in a file, so that an interrupted run goes on where it stopped.
 
     Args:
-        folder: where the file lies; None keeps the errors in memory.
-        context: what the errors depend on, in addition to their keys.
+        folder: where the file lies; None keeps the values in memory.
+        context: what the values depend on, in addition to their keys.
     """
 
     def __init__(self, folder: Path | None, context: str) -> None:
         self._path = None if folder is None else folder / "measured.json"
-        self._context = context
-        self._all: dict[str, dict[str, float]] = {}
+        self._contexts: dict[str, dict[str, list[float]]] = {}
         if self._path and self._path.is_file():
-            self._all = json.loads(self._path.read_text())
-        self._errors = self._all.setdefault(context, {})
+            self._contexts = json.loads(self._path.read_text())
+        self._known = self._contexts.setdefault(context, {})
 
-    def error(self, key: str, measure: Callable[[], float]) -> float:
-        """Return the error of a key: the recorded one, or else the measured one, which is recorded."""
-        if key not in self._errors:
-            self._errors[key] = measure()
+    def values(self, key: str, measure: Callable[[], list[float]]) -> list[float]:
+        """Return the values of a key: the recorded ones, or else those that are measured now, and recorded."""
+        if key not in self._known:
+            self._known[key] = measure()
             if self._path:
                 with atomically(self._path) as partial:
-                    partial.write_text(json.dumps(self._all))
-        return self._errors[key]
+                    partial.write_text(json.dumps(self._contexts))
+        return self._known[key]
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> str:

@@ -27,15 +27,16 @@ class GroupRow:
         names: names of the weights.
         saved_bytes: bytes that the tie saves.
         error: relative squared error of the outputs with the weights tied to their mean.
-        rank: rank at which the weights have, each on its own, together as many values as the tie, or fewer.
-        low_rank_error: error of the outputs with the weights at this rank; None if no rank is as small.
+        ranks: ranks of the weights at which they together have as many values as the tie, or a few less; none if one
+            of them would have rank 0.
+        low_rank_error: error of the outputs with the weights at these ranks, if there are such.
     """
 
     ties: tuple[str, ...]
     names: tuple[str, ...]
     saved_bytes: int
     error: float
-    rank: int
+    ranks: tuple[int, ...]
     low_rank_error: float | None
 
     @property
@@ -113,7 +114,7 @@ class Advice:
                     "; ".join(row.ties),
                     f"{row.saved_bytes / 1024:,.1f}",
                     _number(row.error),
-                    "" if row.low_rank_error is None else f"{_number(row.low_rank_error)} ({row.rank})",
+                    "" if row.low_rank_error is None else f"{_number(row.low_rank_error)} ({row.ranks[-1]})",
                     row.verdict,
                 )
                 for row in shown
@@ -124,8 +125,8 @@ class Advice:
         plans = _table(head, map(self._cells, self.plans))
         healed = f" after {self.steps} steps of distillation" * bool(self.steps)
         return (
-            "Error: relative squared error of the outputs. Low rank: error of the same weights at the rank in\n"
-            "parentheses, where they have at most as many values.\n\n"
+            "Error: relative squared error of the outputs. Low rank: the error if the same weights have low rank (the\n"
+            "smallest rank) and as many values as the tie, or a few less.\n\n"
             f"Groups, by error per byte\n{groups}{more}\n"
             f"Plans that leave at most {self.budget:g} of {self.parameters:,} parameters, by error{healed}\n{plans}"
         )

@@ -1,16 +1,17 @@
 """Measure ties, low rank and plans on one model."""
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 from tying.advice.candidates import Candidate, Weights
-from tying.advice.distil import distil, lean_copy
-from tying.advice.measure import Comparison, Record, low_rank_values, rank_of_equal_size, tied_values
+from tying.advice.distil import distil, free, lean_copy
+from tying.advice.measure import Comparison, Record, low_rank_values, ranks_of_equal_size, tied_values
 from tying.advice.plans import Plan, Planner
 from tying.advice.report import GroupRow, PlanRow
 from tying.selection.resolve import resolve
@@ -38,28 +39,30 @@ class Study:
         """Return what a tie of each candidate does, the smallest error per saved byte first."""
         rows = {}
         for candidate in tqdm(candidates, desc="groups", disable=not self.progress):
-            rank = rank_of_equal_size(candidate, self.weights)
+            ranks = ranks_of_equal_size(candidate, self.weights)
             rows[candidate] = GroupRow(
                 planner.ties([candidate]),
                 candidate.names,
                 candidate.saved(self.weights) * self.weights[candidate.names[0]].element_size(),
                 self._error_of_tie(candidate),
-                rank,
-                self._error_of_low_rank(candidate, rank) if rank else None,
+                ranks,
+                self._error_of_low_rank(candidate, ranks) if ranks else None,
             )
         return dict(sorted(rows.items(), key=lambda item: (item[1].error / item[1].saved_bytes, -item[1].saved_bytes)))
 
     def _error_of_tie(self, candidate: Candidate) -> float:
-        def measure() -> float:
-            return self.comparison.error_of_values(tied_values(candidate, self.weights))
+        def measure() -> list[float]:
+            return [self.comparison.error_of_values(tied_values(candidate, self.weights))]
 
-        return self.record.error(f"tie {candidate.names} {candidate.relation}", measure)
+        [error] = self.record.values(f"tie {candidate.names} {candidate.relation}", measure)
+        return error
 
-    def _error_of_low_rank(self, candidate: Candidate, rank: int) -> float:
-        def measure() -> float:
-            return self.comparison.error_of_values(low_rank_values(candidate, self.weights, rank))
+    def _error_of_low_rank(self, candidate: Candidate, ranks: Sequence[int]) -> float:
+        def measure() -> list[float]:
+            return [self.comparison.error_of_values(low_rank_values(candidate, self.weights, ranks))]
 
-        return self.record.error(f"rank {rank} {sorted(candidate.names)}", measure)
+        [error] = self.record.values(f"ranks {ranks} {candidate.names}", measure)
+        return error
 
     def plans(
         self, plans: Iterable[Plan], training: Iterable[Any], steps: int, rate: float, parameters: int
@@ -73,44 +76,49 @@ class Study:
             rate: learning rate of the distillation.
             parameters: number of parameters among which to save.
         """
-        errors = {}
+        best: dict[str, PlanRow] = {}
         for plan in tqdm([*plans], desc="plans", disable=not self.progress):
-            errors[plan.key()] = (self._error_of_plan(plan), plan)
-        best: dict[str, tuple[float, Plan]] = {}
-        for error, plan in errors.values():
-            if plan.kind not in best or error < best[plan.kind][0]:
-                best[plan.kind] = error, plan
-        rows = []
-        for before, plan in best.values():
-            after = self._error_after(plan, training, steps, rate) if steps else before
-            saved, saved_bytes = self._saved(plan)
-            rows.append(PlanRow(plan, parameters - saved, saved_bytes, after, before))
+            error, saved, saved_bytes = self._effect_of(plan)
+            row = PlanRow(plan, parameters - int(saved), int(saved_bytes), error, error)
+            if plan.kind not in best or error < best[plan.kind].error:
+                best[plan.kind] = row
+        rows = [*best.values()]
+        if steps:
+            rows = [replace(row, error=self._error_after(row.plan, training, steps, rate)) for row in rows]
         return sorted(rows, key=lambda row: row.error)
 
-    def changed(self, plan: Plan) -> nn.Module:
-        """Return a copy of the model, changed by a plan, that shares all unchanged parameters with it."""
-        ties = [*plan.ties, *(tie for relaxed in plan.relaxed.values() for tie in relaxed)]
-        sources = [group.parameters[0] for group in resolve(self.model, ties)]  # which take the means, in place
+    @contextmanager
+    def _changed(self, plan: Plan) -> Iterator[nn.Module]:
+        """Yield a copy of the model, changed by a plan, that shares all unchanged parameters with it."""
+        sources = [group.parameters[0] for group in resolve(self.model, plan.ties)]  # which take the means, in place
         copied = lean_copy(self.model, sources)
         plan.apply(copied)
-        return copied
+        yield copied
+        free(copied, self.model)
 
-    def _saved(self, plan: Plan) -> tuple[int, int]:
-        """Return the numbers of values and bytes that a plan saves."""
-        before, after = [*self.model.parameters()], [*self.changed(plan).parameters()]
-        return (
-            sum(p.numel() for p in before) - sum(p.numel() for p in after),
-            sum(p.nbytes for p in before) - sum(p.nbytes for p in after),
-        )
+    def _effect_of(self, plan: Plan) -> list[float]:
+        """Return the error of a plan, and the numbers of values and bytes that it saves."""
 
-    def _error_of_plan(self, plan: Plan) -> float:
-        return self.record.error(f"plan {plan.key()}", lambda: self.comparison.error_of_model(self.changed(plan)))
+        def measure() -> list[float]:
+            with self._changed(plan) as changed:
+                before, after = [*self.model.parameters()], [*changed.parameters()]
+                saved = sum(p.numel() for p in before) - sum(p.numel() for p in after)
+                saved_bytes = sum(p.nbytes for p in before) - sum(p.nbytes for p in after)
+                return [self.comparison.error_of_model(changed), saved, saved_bytes]
+
+        return self.record.values(f"plan {plan.key()}", measure)
 
     def _error_after(self, plan: Plan, training: Iterable[Any], steps: int, rate: float) -> float:
-        def measure() -> float:
-            student = copy.deepcopy(self.changed(plan))
+        """Return the error of a plan after distillation."""
+
+        def measure() -> list[float]:
+            with self._changed(plan) as changed:
+                student = copy.deepcopy(changed)
             with tqdm(total=steps, desc=f"distilling: {plan.kind}", disable=not self.progress) as bar:
                 distil(self.model, student, training, steps, rate, self.comparison.forward, bar.update)
-            return self.comparison.error_of_model(student)
+            error = self.comparison.error_of_model(student)
+            free(student, self.model)
+            return [error]
 
-        return self.record.error(f"{steps} steps at {rate} of {plan.key()}", measure)
+        [error] = self.record.values(f"{steps} steps at {rate} of {plan.key()}", measure)
+        return error

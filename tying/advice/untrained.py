@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 DEVIATIONS = 5.0  # standard errors of a mean square
 
 
@@ -13,9 +14,9 @@ DEVIATIONS = 5.0  # standard errors of a mean square
 def looks_untrained(model: nn.Module) -> bool:
     """Return whether the weights of a model look as they were initialised.
 
-    They do if all vectors of the model, such as biases and the scales of norms, hold one value each, as of zeros and
-    ones: training moves them apart. They do also if all norms are as they begin, and all linear layers and convolutions
-    have weights and biases within ``±1/√fan_in`` that are spread uniformly, as torch draws them.
+    They do if each vector, such as a bias or the scale of a norm, holds one value throughout, as of zeros or ones, or
+    is the bias of a linear layer or a convolution as torch draws it: it and the weight are spread uniformly within
+    ``±1/√fan_in``. Where there are no vectors, the weights of such layers are judged.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
@@ -25,29 +26,23 @@ def looks_untrained(model: nn.Module) -> bool:
         >>> looks_untrained(model)
         False
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    vectors = [parameter for parameter in parameters if parameter.ndim == 1 and parameter.numel() > 1]
-    if vectors and all(_is_constant(vector) for vector in vectors):
-        return True
-    judged = [verdict for module in model.modules() for verdict in _as_drawn(module)]
-    return bool(judged) and all(judged)
+    modules = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    vectors = [verdict for module in modules for verdict in _vectors_as_drawn(module)]
+    layers = [module for module in modules if isinstance(module, Layer)]
+    return all(vectors) if vectors else bool(layers) and all(map(_is_as_drawn, layers))
 
 
-def _is_constant(vector: Tensor) -> bool:
-    return bool((vector == vector[0]).all())
+def _vectors_as_drawn(module: nn.Module) -> Iterator[bool]:
+    """Yield, for each vector of a module, whether it looks as it was initialised."""
+    for vector in module.parameters(recurse=False):
+        if vector.ndim == 1 and vector.numel() > 1 and vector.is_floating_point():
+            yield bool((vector == vector[0]).all()) or (isinstance(module, Layer) and _is_as_drawn(module))
 
 
-def _as_drawn(module: nn.Module) -> Iterator[bool]:
-    """Yield, for each parameter of a module with known initial values, whether it has such values."""
-    own = dict(module.named_parameters(recurse=False))
-    weight, bias = own.get("weight"), own.get("bias")
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and weight is not None:
-        bound = 1 / math.sqrt(weight[0].numel())
-        yield from (_is_uniform(parameter, bound) for parameter in (weight, bias) if parameter is not None)
-    elif weight is not None and weight.ndim == 1:  # a norm
-        yield bool((weight == 1).all()) and (bias is None or not bias.any())
-        if (count := getattr(module, "num_batches_tracked", None)) is not None:
-            yield not int(count)
+def _is_as_drawn(layer: Layer) -> bool:
+    """Return whether the weight and the bias of a layer are spread as torch draws them."""
+    bound = 1 / math.sqrt(layer.weight[0].numel())
+    return all(_is_uniform(parameter, bound) for parameter in layer.parameters(recurse=False))
 
 
 def _is_uniform(weight: Tensor, bound: float) -> bool:
