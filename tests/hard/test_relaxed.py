@@ -607,4 +607,4 @@ def test_values_are_drawn_from_the_global_generator_only_at_random():
     assert torch.equal(torch.get_rng_state(), state)
     [group] = relax(linear(), ["*.weight"], LowRankResidual(2), init="source")
     assert not torch.equal(torch.get_rng_state(), state)
-    assert len({float(right[0, 0]) for _, right in group.residuals}) == 4
+    assert len({right[0, 0].item() for _, right in group.residuals}) == 4
