@@ -16,7 +16,7 @@ from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hard import RelaxedGroup, WeightResidual, harden, relax, relaxed, set_residual_factor, tied, untie
 from tying.hard.relaxed import Init
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import is_logging_step
+from tying.lightning_workarounds import is_logging_step, weights_to_prune
 from tying.mappings import from_mapping
 from tying.selection.index import unwrapped
 from tying.selection.tie import Tie, TiedGroup, parse_ties
@@ -131,6 +131,22 @@ class RelaxedTying(ModelTransform):
         self.apply(model)
         if not self._is_fitting:  # then _before_load prepares it
             self._follow(model, self._is_hard_in(model, state_dict))
+
+    @override
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
+        pruned = {
+            module
+            for other in others
+            if isinstance(other, pl.callbacks.ModelPruning)
+            for module, name in weights_to_prune(other)
+            if name == "weight"
+        }
+        for group in self._relaxed_in(model):
+            if group.steps[0].shared in pruned:
+                raise ConfigurationError(
+                    f"{self.label}: ModelPruning would prune the weight that {listed(group.names)} share, which is not "
+                    "possible: give it other parameters_to_prune, or prune in a later run"
+                )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
