@@ -22,6 +22,7 @@ from tying.selection.index import unwrapped
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Schedule
 from tying.soft.schedule import parse_schedule
+from tying.weights.calibration import call
 from tying.weights.optimizers import drop_parameters
 from tying.weights.state_dict import install_record
 
@@ -100,7 +101,7 @@ class RelaxedTying(ModelTransform):
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        groups = relax(model, self.ties, self.residual, self._batches, self.init)
+        groups = relax(model, self.ties, self.residual, self._batches, self.init, forward=_call)
         return [name for group in groups for name in group.names]
 
     @override
@@ -273,6 +274,17 @@ class RelaxedTying(ModelTransform):
     def _is_hard_in(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> bool:
         """Return whether a state dict holds the weights without residuals."""
         return not {unwrapped(key.removeprefix(prefix)) for key in state_dict}.isdisjoint(self.changed(model))
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a training batch, for the calibration."""
+    try:
+        return call(model, batch)
+    except Exception as error:
+        raise ConfigurationError(
+            f"calibration calls the model on the input of a training batch, and {type(model).__name__} fails "
+            f"({type(error).__name__}: {error}): define its forward for this input, or leave calibration out"
+        ) from error
 
 
 def _parse_anneal(anneal: Any) -> Schedule | None:
