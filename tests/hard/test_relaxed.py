@@ -249,6 +249,20 @@ def test_some_groups_are_hardened():
     assert plain_class(model[0]) is RelaxedLinear
 
 
+def test_a_part_of_a_model_is_hardened():
+    model = linear()
+    relax(model, ["0.weight ~ 2.weight"], LowRankResidual(1))
+    [group] = relaxed(model)
+    assert harden(model[2:]) == []
+    assert model[2].weight is group.parameters[0]
+    assert [group.names for group in relaxed(model)] == [("0.weight",)]
+    turned = linear()
+    relax(turned, ["0.weight ~ 2.weight | o i -> i o"], LowRankResidual(1))
+    with pytest.raises(ConfigurationError, match=r"'2\.weight': the source of its tie is not a part of this model"):
+        harden(turned[2:])
+    assert len(relaxed(turned)[0]) == 2
+
+
 @pytest.mark.parametrize("residual", RESIDUALS.values(), ids=RESIDUALS)
 def test_plain_weights_of_a_relaxed_model(residual):
     model, plain, x = linear(dtype=torch.float32), linear(dtype=torch.float32), torch.randn(5, 8)
