@@ -222,7 +222,7 @@ class AnchorTying(PenaltyCallback):
             self._begin_task()
         penalties = []
         if anchors:
-            if missing := weights.keys() - (anchors.keys() & (self._importances or anchors).keys()):
+            if missing := weights.keys() - anchors.keys():
                 raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
             self._anchored = anchored(weights, anchors, self.strength, self._importances or None)
             penalties.append(self._anchored)
@@ -245,7 +245,8 @@ class AnchorTying(PenaltyCallback):
                 f"{self.label}: nothing is pulled in the first task; at its end the importance of weights is measured"
             )
         else:
-            pl.utilities.rank_zero_info(f"{self.label}: task {self._tasks + 1}; {self.describe_importance()}")
+            means = layer_means(self._importances)
+            pl.utilities.rank_zero_info(f"{self.label}: task {self._tasks + 1}: {describe_importance(means)}")
 
     @override
     def on_train_batch_start(
@@ -313,19 +314,33 @@ class AnchorTying(PenaltyCallback):
                     f"the importance of all of {listed(importances)} is zero throughout, and would never pull: does "
                     "training change them, and do the model's logits depend on them?"
                 )
-        for name, importance in importances.items():
-            if name in self._importances:
-                importance = importance + self.importance.decay * self._importances[name].to(importance)
-            self._importances[name] = importance.detach()
+        decay, previous = self.importance.decay, self._importances
+        self._importances = {
+            name: importance.detach() + (decay * previous[name].to(importance) if previous else 0)
+            for name, importance in importances.items()
+        }
         self._anchors = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._tasks, self._path, self._restored_path, self._ended = self._tasks + 1, None, {}, True
-        pl.utilities.rank_zero_info(f"{self.label}: {self.describe_importance()}")
+        means, after = layer_means(self._importances), f"after {self._tasks} task{'s' * (self._tasks > 1)}"
+        pl.utilities.rank_zero_info(f"{self.label}: {after}: {describe_importance(means)}")
         if folder := picture_folder(trainer):
-            title = f"after {self._tasks} task{'s' * (self._tasks > 1)}"
-            figure = importance_figure(layer_means(self._importances), title)
+            figure = importance_figure(means, after)
             save_figure(figure, folder / f"{'_'.join(filter(None, ('importance', self.name)))}.png")
 
-    def describe_importance(self) -> str:
-        """Return the mean importance of each layer's weights, the most important layers first."""
-        means = sorted(layer_means(self._importances).items(), key=lambda item: -item[1])
-        return f"mean importance by layer: {listed(f'{layer} {mean:.3g}' for layer, mean in means)}"
+    def layer_importances(self, states: Mapping[str, Any]) -> dict[str, float]:
+        """Return the mean importance of each layer's weights.
+
+        Args:
+            states: the states of callbacks in a checkpoint; without one of this callback, its own importances or those
+                of the file ``anchor`` are used.
+        """
+        importances = states.get(self._final_state_key, {}).get("importances") or self._importances
+        if not importances and self.importance is not None and self.anchor != "initial":
+            importances = self._saved_state()["importances"]
+        return layer_means(importances)
+
+
+def describe_importance(means: Mapping[str, float]) -> str:
+    """Return the mean importance of each layer's weights as text, the most important layers first."""
+    ranked = sorted(means.items(), key=lambda item: -item[1])
+    return f"mean importance by layer: {listed(f'{layer} {mean:.3g}' for layer, mean in ranked)}"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console, RenderableType
 
-from tying.callbacks import TyingCallback
+from tying.callbacks import AnchorTying, TyingCallback
+from tying.callbacks.anchor import describe_importance
 from tying.callbacks.base import accept_need
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
@@ -82,6 +83,7 @@ def _collect(
     text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
+    content: Any = {}
     if checkpoint is not None:
         content = (
             read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
@@ -103,6 +105,12 @@ def _collect(
         text.append(f"Hashed: {hashed}")
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
+    importances = {
+        callback.label: means
+        for callback in callbacks
+        if isinstance(callback, AnchorTying) and (means := callback.layer_importances(content.get("callbacks", {})))
+    }
+    text += [f"{label}: {describe_importance(means)}" for label, means in importances.items()]
     problems = [problem for transform in transforms if (problem := averaging_before(transform, callbacks))]
     text += [*(f"Problem: {problem}." for problem in problems), *audited.remarks()]
     return {
@@ -112,6 +120,7 @@ def _collect(
         "modules": shared,
         "report": audited.as_dict(),
         "hashes": asdict(hashed),
+        "importances": importances,
         "problems": [*problems, *audited.problems],
         "limits": audited.limits,
     }
