@@ -1,7 +1,7 @@
 """``tying inspect``: report what a configuration ties, without training."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
@@ -83,14 +83,7 @@ def _collect(
     text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
-    content: Any = {}
-    if checkpoint is not None:
-        content = (
-            read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
-        )
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
-        load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+    states = _load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
     before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
     free = [
@@ -108,7 +101,7 @@ def _collect(
     importances = {
         callback.label: means
         for callback in callbacks
-        if isinstance(callback, AnchorTying) and (means := callback.layer_importances(content.get("callbacks", {})))
+        if isinstance(callback, AnchorTying) and (means := callback.layer_importances(states))
     }
     text += [f"{label}: {describe_importance(means)}" for label, means in importances.items()]
     problems = [problem for transform in transforms if (problem := averaging_before(transform, callbacks))]
@@ -218,6 +211,20 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
         if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
             names.setdefault(f"{type(module).__name__}({module.extra_repr()})", []).append(clean_name(name))
     return names
+
+
+def _load_checkpoint(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], checkpoint: Path, weights_only: bool | None
+) -> Mapping[str, Any]:
+    """Load the weights of a checkpoint, and return the states of its callbacks."""
+    content = (
+        read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
+    )
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+    load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+    states: Mapping[str, Any] = content.get("callbacks", {})
+    return states
 
 
 def load_weights(
