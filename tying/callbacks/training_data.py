@@ -126,10 +126,20 @@ def replayed_batches(trainer: pl.Trainer, model: pl.LightningModule, count: int)
     }
     try:
         with pl.utilities.seed.isolate_rng():
-            yield (training_batch(trainer, model, loaded) for loaded in islice(loader, least))
+            yield (training_batch(trainer, model, loaded) for loaded in islice(_one_pass(loader), least))
     finally:
         for generator, state in states.items():
             generator.set_state(state)
+
+
+def _one_pass(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of a pass; a loader that resumes behind its last batch passes to the next one first."""
+    is_empty = True
+    for batch in loader:
+        is_empty = False
+        yield batch
+    if is_empty:
+        yield from loader
 
 
 def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
