@@ -194,8 +194,10 @@ def test_docstrings_are_those_of_the_library(tmp_path, monkeypatch):
 
 def test_the_wheel_is_read_as_it_is(tmp_path, monkeypatch):
     """Its archive holds a model and a tokenizer; without it, the error says what to install."""
-    with pytest.raises(ConfigurationError, match=re.escape("pip install 'tying[sentence]'")):
-        sentence.MiniLM()
+    with monkeypatch.context() as patch:
+        patch.setattr(sentence, "find_spec", lambda name: None)
+        with pytest.raises(ConfigurationError, match=re.escape("pip install 'tying[sentence]'")):
+            sentence.MiniLM()
     from safetensors.torch import save
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from tying.callbacks.base import is_fresh_run, is_last_epoch, picture_folder, reject_copies
@@ -94,9 +94,7 @@ class AnchorTying(PenaltyCallback):
         self.parameters, self.head_strength, self.anchor = parse_patterns(parameters), float(head_strength), anchor
         self.head = None if head is None else parse_patterns(head, "head")
         if head is not None and not head_strength:
-            raise ConfigurationError(
-                f"head={self.head} needs a head_strength above 0: these weights are pulled to zero"
-            )
+            raise ConfigurationError(f"head={self.head} needs head_strength above 0, which pulls these weights to zero")
         self.importance: Importance | None = from_mapping(importance, Importance, "importance")
         if not isinstance(self.importance, Importance | None):
             raise ConfigurationError(f"importance must be Fisher(batches=...), Synaptic() or None, not {importance!r}")
@@ -159,15 +157,15 @@ class AnchorTying(PenaltyCallback):
             with acting_on(model, self, others):
                 self._read_anchors(model)
 
-    def _read_anchors(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return anchors and importances of earlier training or from the file, if any.
+    def _read_anchors(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+        """Return anchors, importances and the number of tasks, of earlier training or from the file, if any.
 
         Raises:
             ConfigurationError: the file does not exist; weights are missing from it or have other shapes there (the
-                message lists all); or a weight is tied to its source through a relation.
+                message lists all); it has no importances; or a weight is tied to its source through a relation.
         """
         if self.anchor == "initial" or self._importances:
-            return self._anchors, self._importances
+            return self._anchors, self._importances, self._tasks
         weights = select(model, self.parameters)
         relations = {name: place.relation for name, place in locate_parameters(model).items() if name in weights}
         if related := [name for name, relation in relations.items() if relation is not None and relation.steps]:
@@ -175,9 +173,10 @@ class AnchorTying(PenaltyCallback):
                 f"{listed(related)}: tied through a relation; anchor the source of the tie instead"
             )
         if self.importance is None:
-            return self._fitting(weights, saved_weights(self.anchor, CONTEXT)), {}
+            return self._fitting(weights, saved_weights(self.anchor, CONTEXT)), {}, 0
         state = self._saved_state()
-        return self._fitting(weights, state["anchors"]), self._fitting(weights, state["importances"])
+        anchors, importances = (self._fitting(weights, state[key]) for key in ("anchors", "importances"))
+        return anchors, importances, state["tasks"]
 
     def _fitting(self, weights: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the saved tensor of each weight, on its device; raise a ConfigurationError if one does not fit."""
@@ -208,23 +207,20 @@ class AnchorTying(PenaltyCallback):
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         weights = self._weights = select(module, self.parameters)
-        anchors, self._importances = self._read_anchors(module)
-        if self.importance is None:
-            anchors = anchors or {name: w.detach().clone() for name, w in weights.items()}
-        elif not self._importances:
-            anchors = {}
-        self._anchors = anchors
-        self._anchored: TyingPenalty | None = None
-        self._steps_checked = 0  # steps at the end of the last epoch in which some anchored weight was trained
         for name, weight in self.affected(module).items():
             check_shape(name, weight)
+        self._anchors, self._importances, self._tasks = self._read_anchors(module)
         if self.importance is not None:
-            self._begin_task()
+            self._begin_task(trainer)
+        elif not self._anchors:
+            self._anchors = {name: weight.detach().clone() for name, weight in weights.items()}
+        self._anchored: TyingPenalty | None = None
+        self._steps_checked = 0  # steps at the end of the last epoch in which some anchored weight was trained
         penalties = []
-        if anchors:
-            if missing := weights.keys() - (anchors.keys() & (self._importances or anchors).keys()):
+        if self.importance is None or self._importances:
+            if missing := weights.keys() - self._anchors.keys():
                 raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
-            self._anchored = anchored(weights, anchors, self.strength, self._importances or None)
+            self._anchored = anchored(weights, self._anchors, self.strength, self._importances or None)
             penalties.append(self._anchored)
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
             penalties.append(
@@ -232,20 +228,23 @@ class AnchorTying(PenaltyCallback):
             )
         return penalties
 
-    def _begin_task(self) -> None:
+    def _begin_task(self, trainer: pl.Trainer) -> None:
         """Follow the path of the weights, if the importance needs it, from its beginning or from a checkpoint on."""
         assert self.importance is not None
         if complex_weights := [name for name, weight in self._weights.items() if weight.is_complex()]:
             raise ConfigurationError(f"{complex_weights[0]!r} is complex, and importances are those of real weights")
-        if self.importance.follows_path and self._path is None:
-            self._path = TrainingPath(self._weights, self._restored_path)
+        if self.importance.follows_path:
+            if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+                raise ConfigurationError(
+                    f"{type(self.importance).__name__} follows steps of one gradient each, and LBFGS computes several "
+                    "for a step: use Fisher, or another optimizer"
+                )
+            self._path = self._path or TrainingPath(self._weights, self._restored_path)
         self._checked, self._ended = False, False
-        if not self._importances:
-            pl.utilities.rank_zero_info(
-                f"{self.label}: nothing is pulled in the first task; at its end the importance of weights is measured"
-            )
-        else:
-            pl.utilities.rank_zero_info(f"{self.label}: task {self._tasks + 1}; {self.describe_importance()}")
+        pl.utilities.rank_zero_info(
+            f"{self.label}: task {self._tasks + 1}: "
+            + (describe_importance(layer_means(self._importances)) if self._importances else "nothing is pulled yet")
+        )
 
     @override
     def on_train_batch_start(
@@ -253,7 +252,8 @@ class AnchorTying(PenaltyCallback):
     ) -> None:
         if self.importance is not None and not self._checked:  # rather than at the end of training
             self._checked = True
-            self.importance.check_batch(pl_module, batch)
+            with acting_on(pl_module, self, callbacks_of(trainer)):
+                self.importance.check_batch(pl_module, batch)
 
     @override
     def on_before_optimizer_step(
@@ -313,19 +313,33 @@ class AnchorTying(PenaltyCallback):
                     f"the importance of all of {listed(importances)} is zero throughout, and would never pull: does "
                     "training change them, and do the model's logits depend on them?"
                 )
-        for name, importance in importances.items():
-            if name in self._importances:
-                importance = importance + self.importance.decay * self._importances[name].to(importance)
-            self._importances[name] = importance.detach()
+        decay, previous = self.importance.decay, self._importances
+        self._importances = {
+            name: importance.detach() + (decay * previous[name].to(importance) if previous else 0)
+            for name, importance in importances.items()
+        }
         self._anchors = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._tasks, self._path, self._restored_path, self._ended = self._tasks + 1, None, {}, True
-        pl.utilities.rank_zero_info(f"{self.label}: {self.describe_importance()}")
+        means, after = layer_means(self._importances), f"after {self._tasks} task{'s' * (self._tasks > 1)}"
+        pl.utilities.rank_zero_info(f"{self.label}: {after}: {describe_importance(means)}")
         if folder := picture_folder(trainer):
-            title = f"after {self._tasks} task{'s' * (self._tasks > 1)}"
-            figure = importance_figure(layer_means(self._importances), title)
+            figure = importance_figure(means, after)
             save_figure(figure, folder / f"{'_'.join(filter(None, ('importance', self.name)))}.png")
 
-    def describe_importance(self) -> str:
-        """Return the mean importance of each layer's weights, the most important layers first."""
-        means = sorted(layer_means(self._importances).items(), key=lambda item: -item[1])
-        return f"mean importance by layer: {listed(f'{layer} {mean:.3g}' for layer, mean in means)}"
+    def layer_importances(self, states: Mapping[str, Any]) -> dict[str, float]:
+        """Return the mean importance of each layer's weights.
+
+        Args:
+            states: the states of callbacks in a checkpoint; without one of this callback, its own importances or those
+                of the file ``anchor`` are used.
+        """
+        importances = states.get(self._final_state_key, {}).get("importances") or self._importances
+        if not importances and self.importance is not None and self.anchor != "initial":
+            importances = self._saved_state()["importances"]
+        return layer_means(importances)
+
+
+def describe_importance(means: Mapping[str, float]) -> str:
+    """Return the mean importance of each layer's weights as text, the most important layers first."""
+    ranked = sorted(means.items(), key=lambda item: -item[1])
+    return f"mean importance by layer: {listed(f'{layer} {mean:.3g}' for layer, mean in ranked)}"

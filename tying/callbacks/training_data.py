@@ -109,7 +109,7 @@ def replayed_batches(trainer: pl.Trainer, model: pl.LightningModule, count: int)
     Args:
         trainer: the trainer, in training.
         model: its model.
-        count: number of batches; fewer if the training data has fewer.
+        count: number of batches; fewer if an epoch has fewer.
 
     Raises:
         ConfigurationError: the training data has several loaders.
@@ -117,20 +117,31 @@ def replayed_batches(trainer: pl.Trainer, model: pl.LightningModule, count: int)
     loader: Any = only_loader(trainer.train_dataloader)
     if isinstance(loader, Mapping | Sequence):
         raise ConfigurationError(f"the training data has {len(loader)} loaders, not one")
+    least = int(min(count, trainer.num_training_batches))  # which is infinite if unknown
     with _copied(loader) as copied:
-        yield (training_batch(trainer, model, loaded) for loaded in islice(copied, count))
+        yield (training_batch(trainer, model, loaded) for loaded in islice(_one_pass(copied), least))
+
+
+def _one_pass(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of a pass; a loader that resumes behind its last batch passes to the next one first."""
+    is_empty = True
+    for batch in loader:
+        is_empty = False
+        yield batch
+    if is_empty:
+        yield from loader
 
 
 def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
     """Call a model on its training batches; the statistics of its batch norms become the means over them."""
     momenta = {norm: norm.momentum for norm in norms}
-    count = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
+    count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
     try:
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the mean
         # compiled, a momentum of None would depend on data
-        with replayed_batches(trainer, model, int(count)) as batches, torch.compiler.set_stance("force_eager"):
+        with replayed_batches(trainer, model, count) as batches, torch.compiler.set_stance("force_eager"):
             for batch in batches:
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 if not isinstance(x, Tensor):

@@ -1,6 +1,7 @@
 """How important each weight is for what a model has learnt: by the Fisher information, or by the path of training."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -69,8 +70,9 @@ def squared_gradients(
 ) -> tuple[dict[str, Tensor], int]:
     """Return the sums over samples of which :func:`fisher_diagonal` returns the means, and the number of samples.
 
-    ``torch.func.vmap`` computes the gradients of several samples together. If it does not support an operation of the
-    model, the gradients are computed sample by sample.
+    ``torch.func.vmap`` computes the gradients of several samples together. They are computed sample by sample if it
+    does not support an operation of the model, or if the model contains an ``nn.LSTM`` or the like, whose list of
+    weights it would not see.
     """
     check_choice("labels", labels, get_args(Labels))
     sums = {
@@ -78,7 +80,8 @@ def squared_gradients(
         for name, weight in weights.items()
     }
     rows = max(1, MAX_GRADIENTS // max(1, sum(map(Tensor.numel, weights.values()))))
-    compute, samples = _squares_together if rows > 1 else _squares_one_by_one, 0
+    transformable = rows > 1 and not any(isinstance(module, nn.RNNBase) for module in model.modules())
+    compute, samples = _squares_together if transformable else _squares_one_by_one, 0
     with _undisturbed(model, seed):
         for batch in batches:
             arguments, targets = label(model, batch, labels)
@@ -163,11 +166,10 @@ def _labels_of(batch: Mapping[str, Any]) -> Any:
     return F.pad(given[:, 1:], (0, 1), value=IGNORED) if is_input else given
 
 
-def _logits(model: nn.Module, arguments: Arguments, values: Mapping[str, Tensor] | None = None) -> Tensor:
-    """Return the logits of a model, at least in float32, with other values for some of its parameters."""
-    inputs = tuple(value for key, value in arguments.items() if key == 0)
+def _logits(model: Callable[..., Any], arguments: Arguments) -> Tensor:
+    """Return the logits of a model, at least in float32."""
     try:
-        output = functional_call(model, {**(values or {})}, inputs, {} if inputs else arguments)
+        output = model(arguments[0]) if 0 in arguments else model(**arguments)
     except (NotImplementedError, TypeError) as error:
         raise ConfigurationError(
             f"importances need log p(y|x), and the model's forward cannot be called on a batch ({error!r}): it must "
@@ -191,9 +193,10 @@ def _has_rows(value: Any, targets: Tensor) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(targets)
 
 
-def _log_probability(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of ``log p(y|x)`` over all positions that count."""
-    return -F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+def _log_probability(model: Callable[..., Any], arguments: Arguments, targets: Tensor) -> Tensor:
+    """Return the sum of ``log p(y|x)`` over all samples and positions that count."""
+    logits = _logits(model, arguments).flatten(0, -2)
+    return -F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
 
 
 def _square(gradient: Tensor) -> Tensor:
@@ -204,15 +207,28 @@ def _squares_together(
     model: nn.Module, weights: Mapping[str, nn.Parameter], arguments: Arguments, targets: Tensor
 ) -> list[Tensor]:
     """Return the squared gradients with respect to each weight, summed over samples."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    values = {names[id(weight)]: weight.detach() for weight in weights.values()}
+    values = {id(weight): weight.detach() for weight in weights.values()}
+    # one name for each place: functional_call restores a module that two names share to the values of this call
+    names = {
+        f"{path}.{name}".lstrip("."): id(parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in values
+    }
     samples = {key: value for key, value in arguments.items() if _has_rows(value, targets)}
 
-    def log_probability(values: Mapping[str, Tensor], sample: Arguments, target: Tensor) -> Tensor:
-        rows = {key: value[None] for key, value in sample.items()}
-        return _log_probability(_logits(model, arguments | rows, values), target[None])
+    def log_probability(values: Mapping[int, Tensor], sample: Arguments, target: Tensor) -> Tensor:
+        replaced = {name: values[key] for name, key in names.items()}
+        rows = arguments | {key: value[None] for key, value in sample.items()}
+        return _log_probability(
+            lambda *args, **kwargs: functional_call(model, replaced, args, kwargs, tie_weights=False),
+            rows,
+            target[None],
+        )
 
-    gradients = vmap(grad(log_probability), in_dims=(None, 0, 0))(values, samples, targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # one by one would be slower still
+        gradients = vmap(grad(log_probability), in_dims=(None, 0, 0))(values, samples, targets)
     return [_square(gradient).sum(dim=0) for gradient in gradients.values()]
 
 
@@ -229,7 +245,7 @@ def _squares_one_by_one(
         with torch.enable_grad():
             for i in range(len(targets)):
                 sample = {k: x[i : i + 1] if _has_rows(x, targets) else x for k, x in arguments.items()}
-                value = _log_probability(_logits(model, sample), targets[i : i + 1])
+                value = _log_probability(model, sample, targets[i : i + 1])
                 gradients = torch.autograd.grad(value, parameters, materialize_grads=True)
                 sums = [total + _square(gradient) for total, gradient in zip(sums, gradients, strict=True)]
     finally:

@@ -193,12 +193,6 @@ class WeightedL2(Penalty):
         squares = [(w - mean).square() for w in pair]
         return torch.stack([torch.where(square == 0, 0, importance * square).sum() for square in squares]).sum()
 
-    def gradient(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``±F (w − w⁰)``."""
-        w, anchor, importance = tensors
-        pull = importance * (w - anchor)
-        return [pull, -pull]
-
     def add_gradient_(
         self, tensors: Sequence[list[Tensor]], into: Sequence[list[Tensor | None]], scales: Sequence[float]
     ) -> None:
@@ -211,12 +205,12 @@ class WeightedL2(Penalty):
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
         """Return ``(w + t w⁰) / (1 + t)`` with ``t = s r F``, and w⁰; entries with F = 0 stay as they are."""
         w, anchor, importance = tensors
-        exact = importance.to(torch.float32 if w.device.type == "mps" else torch.float64)  # as Python's numbers are
-        t = torch.where(exact == 0, 0.0, 2 * strength * rates[0] * exact)
-        b = 1 / (1 + t)  # the operations of L2, whose scalars these tensors are
-        weight, b = ((share).to(importance.dtype) for share in (b / (b + 1), b))
-        c = anchor + (weight * (w - anchor)).to(w.dtype)
-        return [torch.where(b == 1, w, c + (b * (w - c)).to(w.dtype)), anchor]
+        # the operations of L2, whose scalars are Python's
+        exact = importance.to(torch.float32 if w.device.type == "mps" else torch.float64)
+        b = 1 / (1 + torch.where(exact == 0, 0.0, 2 * strength * rates[0] * exact))
+        share, factor = (b / (b + 1)).to(importance.dtype), b.to(importance.dtype)
+        c = anchor + (share * (w - anchor)).to(w.dtype)
+        return [torch.where(b == 1, w, c + (factor * (w - c)).to(w.dtype)), anchor]
 
 
 class L1(Penalty):
