@@ -186,12 +186,13 @@ def run(
     before = count_of(student)
     errors: dict[str, float] = {}
     if method == "advised":
-        advice = advise(
-            student, training[:advised_on], budget, out=progress.folder.path / "advice", parameters=[MATRICES, NORMS]
-        )
+        out = progress.folder.path / "advice"
+        advice = advise(student, training[:advised_on], budget, out=out, progress=False, parameters=[MATRICES, NORMS])
         print(advice)
         advice.best.apply(student)
-        errors = {f"advice/{row.plan.kind}": row.error for row in advice.plans}
+        places = dict(zip(("first", "second"), advice.plans, strict=False))
+        errors = {f"advice/{name}": row.error for name, row in places.items()}
+        errors |= {f"advice/{row.plan.kind}": row.error for row in advice.plans}
     else:
         apply(plan_of(method, student, budget, group), student, training[:calibration])
     remaining = {"remaining": count_of(student) / before}

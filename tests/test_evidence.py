@@ -133,7 +133,8 @@ def test_half_of_the_weights_is_left_and_distilled(method, tmp_path):
         assert len(audit(outcome.model).groups) == 12
     if method == "advised":
         first = re.search(r"by\n([a-z ]+?)  ", (tmp_path / "run" / "advice" / "advice.txt").read_text())[1]
-        assert kinds[f"advice/{first}"] == min(kinds.values())
+        assert kinds["advice/first"] == kinds[f"advice/{first}"] == min(kinds.values())
+        assert kinds["advice/second"] == sorted(kinds.values())[2]
 
 
 @pytest.mark.usefixtures("_texts")
