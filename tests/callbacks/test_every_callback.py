@@ -29,6 +29,7 @@ from tying.callbacks import (
     MixtureTying,
     RandomState,
     RecurrentDepth,
+    RelaxedTying,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
@@ -43,7 +44,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.cli.inspect import inspect
 from tying.depth import StochasticDepth
 from tying.errors import NonFiniteError
-from tying.hard import audit, tie
+from tying.hard import LowRankResidual, audit, tie
 from tying.hashing import ModulusHash, hashes
 from tying.soft import Huber, Schedule, gap
 
@@ -60,6 +61,7 @@ MAKERS = {
     AnchorTying: lambda name=None, **more: AnchorTying(NAMES, **{"strength": 1.0, "name": name} | more),
     MixtureTying: lambda name=None, **more: MixtureTying(NAMES, 0.01, 4, name=name, **more),
     HardTying: lambda name=None: HardTying(TIES, name=name),
+    RelaxedTying: lambda name=None: RelaxedTying(TIES, LowRankResidual(rank=2), name=name),
     LowRankWeights: lambda name=None: LowRankWeights(NAMES, rank=2),
     TemplateWeights: lambda name=None: TemplateWeights(NAMES, templates=1),
     GeneratedWeights: lambda name=None: GeneratedWeights(NAMES, 2, 3, 3),
@@ -288,6 +290,13 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         "blocks",
         ["net.blocks.0", "net.blocks.1"],
     ),
+    RelaxedTying: (
+        lambda name: RelaxedTying(
+            ["net.first.weight ~ net.second.weight"] if name == "two" else TIES, LowRankResidual(rank=2), name=name
+        ),
+        "name",
+        ["one", "two"],
+    ),
     RandomState: (RandomState, None, []),
     TyingMonitor: (TyingMonitor, None, []),
 }
@@ -434,7 +443,7 @@ def test_two_callbacks_on_one_weight(first, second):
     pulls = {SoftTying, Coupling, AnchorTying, MixtureTying}
     together = {first, second} <= pulls or {first, second} <= {HardTying, AnchorTying} or first is second is HardTying
     together |= {first, second} == {HardTying, MixtureTying}  # one weight is pulled once
-    together |= first is second and first in TRANSFORMS  # equal callbacks are one
+    together |= first is second in {*TRANSFORMS} - {RelaxedTying}  # equal callbacks are one, unless names differ
     together |= first is HardTying and second in COMPUTING  # a tied weight is computed once
     model = Trained()
     if together:
@@ -498,6 +507,7 @@ class Separate(Grouped):
 
 SHARING = {
     HardTying: lambda: HardTying(TIES),
+    RelaxedTying: MAKERS[RelaxedTying],
     TemplateWeights: lambda: TemplateWeights(NAMES, templates=1),
     GeneratedWeights: lambda: GeneratedWeights(NAMES, 2, 3, 3),
     WeightHashing: lambda: WeightHashing(NAMES, 0.25, scope="network"),
