@@ -7,11 +7,12 @@ import warnings
 import weakref
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from zoo import ZOO, build
 
 from tying.advice import advise
@@ -26,19 +27,19 @@ DEPTH, WIDTH = 4, 24
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x):
         return x + self.down(torch.tanh(self.up(x)))
 
 
 class Net(nn.Module):
-    def __init__(self, depth=DEPTH):
+    def __init__(self, depth=DEPTH, width=WIDTH):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.head = nn.Linear(WIDTH, 5)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
 
     def forward(self, x):
         for block in self.blocks:
@@ -273,17 +274,26 @@ class Storages(TorchDispatchMode):
         self.alive -= size
 
 
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = net(depth=5, width=32), net(depth=5, width=32)
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
 @pytest.mark.parametrize("large", ["weights", "outputs"])
 def test_at_most_two_models_are_in_memory(large):
     """Also where the outputs are larger than the model: they are computed again, batch by batch."""
-    rows = {"weights": 4, "outputs": 1024}[large]
-    model = nn.Sequential(*(layer for _ in range(10) for layer in (nn.Linear(96, 96, bias=False), nn.Tanh())))
-    data = [torch.randn(rows, 96) for _ in range(3)]
+    model = Sum()
+    data = [torch.randn({"weights": 2, "outputs": 128}[large], 32) for _ in range(2)]
+    if large == "outputs":
+        model.first.head, model.second.head = nn.Linear(32, 1024), nn.Linear(32, 1024)
     size = sum(p.nbytes for p in model.parameters())
-    with warnings.catch_warnings(), Storages(model) as storages:
-        warnings.simplefilter("ignore")  # untrained
-        quiet(model, data, 0.5)
-    activations = 6 * 8 * rows * 96  # outputs and their differences, in double precision
+    with Storages(model) as storages:
+        quiet(model, data, 0.5, parameters=["*.blocks.**"])
+    activations = 6 * 8 * model(data[0]).numel()  # outputs and their differences, in double precision
     assert storages.peak <= size + activations  # besides the model itself
 
 
@@ -452,3 +462,130 @@ def test_the_tables_and_the_picture_say_what_the_rows_say(tmp_path):
     assert lowered == [[row.saved_bytes, row.low_rank_error] for row in advice.groups]
     assert plans == [[[row.saved_bytes, row.error]] for row in advice.plans]
     assert (tmp_path / "advice.png").stat().st_size > 1000
+
+
+class Tiny(pl.LightningModule):
+    """A model with its own data, of which the validation data can be left out."""
+
+    def __init__(self, validation: bool = True):
+        super().__init__()
+        self.network, self.validation = net(), validation
+
+    def forward(self, x):
+        return self.network(x)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return 2 * batch
+
+    def train_dataloader(self):
+        return DataLoader(torch.arange(4.0 * WIDTH).view(4, WIDTH).sin(), batch_size=2)
+
+    def val_dataloader(self):
+        return DataLoader(torch.arange(6.0 * WIDTH).view(6, WIDTH).cos(), batch_size=2) if self.validation else []
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+TINY = [
+    f"--model={__name__}.Tiny",
+    "--seed_everything=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+]
+PATTERNS = "--parameters=['network.blocks.**']"
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Tiny().state_dict()}, "some.ckpt")
+    return tmp_path / "some.ckpt"
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_the_command_line_says_what_python_says(checkpoint, validation, capsys):
+    arguments = [
+        "--budget=0.5",
+        "--steps=2",
+        "--batches=2",
+        PATTERNS,
+        "--out=advice",
+        f"--model.validation={validation}",
+    ]
+    main(["advise", *TINY, *arguments, f"--ckpt_path={checkpoint}"])
+    shown = capsys.readouterr().out
+    model = Tiny(validation)
+    model.load_state_dict(torch.load(checkpoint)["state_dict"])
+    training = [2 * batch for batch in model.train_dataloader()]
+    compared = [2 * batch for batch in model.val_dataloader()][:2] if validation else training
+    advice = quiet(model, compared, 0.5, steps=2, training=training, parameters=["network.blocks.**"])
+    assert str(advice) in shown
+    assert advice.yaml() in shown
+    assert Path("advice/ties.yaml").read_text() == advice.yaml()
+
+
+@pytest.mark.parametrize("kind", ["hard", "relaxed", "low rank", "mixed"])
+def test_plans_reload_from_yaml(kind, checkpoint):
+    model = Tiny()
+    model.load_state_dict(torch.load(checkpoint)["state_dict"])
+    for name in ("up", "down"):
+        getattr(model.network.blocks[3], name).load_state_dict(getattr(model.network.blocks[1], name).state_dict())
+    advice = quiet(model, [*model.train_dataloader()], 0.5, parameters=["network.blocks.*.*.weight"])
+    [plan] = [row.plan for row in advice.plans if row.plan.kind == kind]
+    Path("plan.yaml").write_text(plan.yaml())
+    loaded = copy.deepcopy(model)
+    cli = parse(["--config=plan.yaml", *TINY])
+    names = {callback["class_path"].split(".")[-1] for callback in plan.callbacks()}
+    callbacks = [callback for callback in cli.trainer.callbacks if type(callback).__name__ in names]
+    assert len(callbacks) == len(plan.callbacks())
+    for callback in callbacks:
+        callback.apply(loaded)
+    applied = copy.deepcopy(model)
+    plan.apply(applied)
+    assert loaded.state_dict().keys() == applied.state_dict().keys()
+    assert all(torch.equal(value, applied.state_dict()[key]) for key, value in loaded.state_dict().items())
+    if plan.ties:
+        tied = copy.deepcopy(model)
+        assert {*audit(applied).groups} == {group.names for group in tie(tied, plan.ties, init="mean")}
+
+
+BAD_LINES = {
+    "budget": (["--budget=2"], "budget must be in (0, 1), not 2.0"),
+    "batches": (["--batches=0"], "batches must be 1 or more, not 0"),
+    "out of reach": (["--budget=0.01"], "budget=0.01 is out of reach"),
+    "no checkpoint": (["--ckpt_path=none.ckpt"], "there is no file none.ckpt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_mistakes_on_the_command_line(case, checkpoint, capsys):
+    options, message = BAD_LINES[case]
+    with pytest.raises(SystemExit, match="2"):
+        main(["advise", *TINY, *options])
+    assert message in capsys.readouterr().err
+
+
+def test_the_ties_of_a_configuration_are_made_first(checkpoint, capsys):
+    ties = ["--trainer.callbacks+=HardTying", "--trainer.callbacks.ties=['network.blocks.{0..3}.up.weight']"]
+    main(["advise", *TINY, *ties, PATTERNS, "--budget=0.8"])
+    shown = capsys.readouterr().out
+    assert "down.weight" in shown
+    assert "blocks.1.up.weight" not in shown
+
+
+class NoData(Tiny):
+    def train_dataloader(self):
+        return []
+
+    val_dataloader = train_dataloader
+
+
+def test_a_model_without_data_is_refused(checkpoint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["advise", f"--model={__name__}.NoData", *TINY[1:]])
+    assert "NoData has neither training nor validation data to advise on" in capsys.readouterr().err

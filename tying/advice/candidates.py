@@ -13,7 +13,7 @@ from tying.weights.derived import locate_parameters
 
 TRANSPOSED = "o i -> i o"
 EVERY_RUN = 8  # of a deeper stack, long runs begin at fewer blocks, so that their number stays linear in the depth
-SAMPLED = 4096  # values of a weight, at most, by which duplicates are found
+SAMPLED = 1024  # values of a weight, at most, by which duplicates are found, and at most an eighth of them
 NEAR = 0.1  # largest distance of duplicates, relative to the larger weight
 
 Weights = Mapping[str, nn.Parameter]
@@ -135,7 +135,7 @@ def _sample(weight: Tensor, index: Tensor) -> Tensor:
 
 def _index(shape: Sequence[int]) -> Tensor:
     count = torch.Size(shape).numel()
-    return torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).long()
+    return torch.linspace(0, count - 1, min(count, max(8, min(count // 8, SAMPLED))), dtype=torch.float64).long()
 
 
 def _near(first: Tensor, second: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ class Study:
     @contextmanager
     def _changed(self, plan: Plan) -> Iterator[nn.Module]:
         """Yield a copy of the model, changed by a plan, that shares all unchanged parameters with it."""
-        sources = [group.parameters[0] for group in resolve(self.model, plan.ties)]  # which take the means, in place
+        ties = [*plan.ties, *(tie for relaxed in plan.relaxed.values() for tie in relaxed)]
+        sources = [group.parameters[0] for group in resolve(self.model, ties)]  # which take the means, in place
         copied = lean_copy(self.model, sources)
         plan.apply(copied)
         yield copied
