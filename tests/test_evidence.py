@@ -6,11 +6,13 @@ import zipfile
 
 import pytest
 import torch
+import yaml
 from transformers import BertConfig, BertModel
 
 from benchmarks import continual, sentence
 from benchmarks.folder import Folder
 from benchmarks.program import Progress
+from tying.advice import Plan
 from tying.callbacks import AnchorTying, Fisher
 from tying.errors import ConfigurationError
 from tying.hard import audit
@@ -222,3 +224,11 @@ def test_the_wheel_is_read_as_it_is(tmp_path, monkeypatch):
     assert torch.equal(embedding(**batch), expected(**batch))
     short = {name: values[:1, :2] for name, values in batch.items()}
     assert torch.allclose(embedding(**short), embedding(**batch)[:1], atol=1e-6)  # padding has no say
+
+
+def test_a_plan_of_several_ranks_is_written():
+    """As for blocks whose weights have several shapes: callbacks of one class then have names of their own."""
+    relaxed = {rank: (f"network.{rank}.weight ~ network.{rank + 2}.weight",) for rank in (1, 3)}
+    written = yaml.safe_load(Plan("relaxed", relaxed=relaxed).yaml())["trainer"]["callbacks+"]
+    assert [callback["init_args"]["name"] for callback in written] == ["rank_1", "rank_3"]
+    assert [callback["class_path"] for callback in written] == ["tying.callbacks.RelaxedTying"] * 2

@@ -92,8 +92,8 @@ class Plan:
         return repr(asdict(self))
 
 
-def _callback(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"tying.callbacks.{name}", "init_args": arguments}
+def _callback(kind: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"tying.callbacks.{kind}", "init_args": arguments}
 
 
 def sides(weight: nn.Parameter) -> int:
