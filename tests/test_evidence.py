@@ -114,7 +114,16 @@ def _texts(monkeypatch):
     monkeypatch.setattr(sentence, "MEASURED_EVERY", 20)
 
 
-SMALL = {"steps": 30, "batch_size": 4, "length": 8, "held_out": 2, "calibration": 2, "rate": 5e-3, "group": 4}
+SMALL = {
+    "steps": 30,
+    "batch_size": 4,
+    "length": 8,
+    "held_out": 2,
+    "calibration": 2,
+    "rate": 5e-3,
+    "group": 4,
+    "advised_steps": 2,
+}
 
 
 @pytest.mark.usefixtures("_texts")
