@@ -146,7 +146,7 @@ def run(
     encoder: Encoder,
     method: Method,
     budget: float = 0.5,
-    group: int = 3,
+    group: int = 6,
     steps: int = 150,
     batch_size: int = 32,
     length: int = 64,
@@ -154,7 +154,7 @@ def run(
     calibration: int = 8,
     advised_on: int = 2,
     advised_steps: int = 30,
-    rate: float = 3e-4,
+    rate: float = 5e-4,
     seed: int = 0,
 ) -> Outcome:
     """Change the blocks of a sentence transformer to a share of their weights, distil, and measure.

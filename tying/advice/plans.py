@@ -79,17 +79,17 @@ class Plan:
     def describe(self) -> str:
         """Describe the plan by the numbers of its parts."""
         ranks = ", ".join(map(str, self.low_rank))
-        return "; ".join(
-            [
-                *([f"{len(self.ties)} ties"] if self.ties else []),
-                *(f"{len(ties)} relaxed ties, residuals of rank {rank}" for rank, ties in self.relaxed.items()),
-                *([f"low rank ({ranks})"] if self.low_rank else []),
-            ]
-        )
+        relaxed = (f"{_counted(ties, 'relaxed tie')}, residuals of rank {rank}" for rank, ties in self.relaxed.items())
+        hard = [_counted(self.ties, "tie")] if self.ties else []
+        return "; ".join([*hard, *relaxed, *([f"low rank ({ranks})"] if self.low_rank else [])])
 
     def key(self) -> str:
         """Return a string that is equal for equal plans."""
         return repr(asdict(self))
+
+
+def _counted(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) > 1)}"
 
 
 def _callback(kind: str, **arguments: Any) -> dict[str, Any]:
