@@ -14,7 +14,16 @@ from benchmarks.speed import FAMILIES
 
 SECTIONS = {
     "One network, every family": ["demo", "cifar10", "full@cifar10-jpeg"],
-    "Soft tying": ["soft", "transfer", "coupling", "two-domains", "hybrid-toy", "mixture@mnist", "continual@mnist"],
+    "Soft tying": [
+        "soft",
+        "transfer",
+        "coupling",
+        "two-domains",
+        "hybrid-toy",
+        "mixture@mnist",
+        "continual@mnist",
+        "continual-search@mnist",
+    ],
     "Hard tying": ["hard", "sentence", "autoencoder"],
     "What ties live through": ["survival", "lightning_features", "strangers", "zoo", "fuzz"],
     "Hashed layers": [
