@@ -42,7 +42,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 NO_SUBSET = {"eva02_tiny_patch14_224": "rope of blocks.0 (EvaBlock), which has no row for each of 6 samples"}
 NO_CHECKPOINTING = ("mixer",)
 LOOPS = {"loop": None, "loop, norms": "norm", "loop, scales": "scale"}
-SLOW_COLUMNS = ("loop, norms", "loop, scales")
+SLOW_COLUMNS = ("loop, norms", "loop, scales", "loop, checkpointing")
 NO_NORMS = {"nfnet_f0": "contain no normalisation layer"}
 WHOLE = {
     "hashed": lambda: WeightHashing(["net.**"], 0.5),
@@ -350,6 +350,19 @@ def test_loops_are_the_repeats_written_out(name, column, record_property):
     assert_equal(evaluated(model, name), evaluated(expected, name))
     assert unloop(model) == len(stages)
     assert_equal(dict(model.named_parameters()), dict(plain(name).named_parameters()))
+
+
+@cells([name for name in (*TIMM, *TRANSFORMERS) if name not in NO_CHECKPOINTING], "loop, checkpointing")
+def test_gradient_checkpointing_of_loops(name, column):
+    model, expected = plain(name), plain(name)
+    for stage in find_stages(model, ZOO[name].blocks, any_parent=True):
+        loop(model, stage.names, 2)
+    written_out(expected, ZOO[name].blocks, 2)
+    enable_checkpointing(model, name)
+    enable_checkpointing(expected, name)
+    (output, gradients, _), (wanted, sums, _) = step(model, name), step(expected, name)
+    assert_equal(output, wanted)
+    torch.testing.assert_close([*gradients.values()], [*sums.values()])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in DOZEN)) for n in GENERATING])
