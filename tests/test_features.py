@@ -62,6 +62,10 @@ FEATURES = {
     },
     "depth": {
         "stochastic depth": ("StochasticDepth", "stochastic_depth apply_merge StochasticDepth ResidualMerging"),
+        "early and late stochastic depth": (
+            "schedule=early schedule=late",
+            "drop_scale StochasticDepth ResidualMerging",
+        ),
         "LayerDrop, and shallower models": (
             "whole=True extract",
             "extract apply_merge StochasticDepth ResidualMerging",
@@ -120,6 +124,7 @@ EXACT = {
     "identity hash": "tests/hashing/test_hashes.py",
     "Toeplitz hash": "tests/hashing/test_hashes.py",
     "recurrent hash": "tests/hashing/test_hashes.py",
+    "early and late stochastic depth": "tests/callbacks/test_residual_merging.py",
     "LayerDrop, and shallower models": "tests/depth/test_extract.py",
     "SkipForward": "tests/depth/test_merges.py",
 }

@@ -1,6 +1,6 @@
 """Layers that are shared or skipped."""
 
-from tying.depth.apply import apply_merge, keep_schedule, remove_merge
+from tying.depth.apply import apply_merge, drop_scale, keep_schedule, remove_merge
 from tying.depth.extract import extract
 from tying.depth.fractal import FractalBlock, fractal_join
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
@@ -37,6 +37,7 @@ __all__ = [
     "ZoneoutLSTM",
     "ZoneoutLSTMCell",
     "apply_merge",
+    "drop_scale",
     "extract",
     "fractal_join",
     "hm_update",
