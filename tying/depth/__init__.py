@@ -3,7 +3,7 @@
 from tying.depth.apply import apply_merge, drop_scale, keep_schedule, remove_merge
 from tying.depth.extract import extract
 from tying.depth.fractal import FractalBlock, fractal_join
-from tying.depth.loop import Loop, loop, loops_in, unloop
+from tying.depth.loop import Loop, loop, loops_in, scheduled_passes, unloop
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
 from tying.depth.recur import recur, unrecur
 from tying.depth.recurrent import Recurrent
@@ -50,6 +50,7 @@ __all__ = [
     "remove_merge",
     "sampled",
     "sampling",
+    "scheduled_passes",
     "skip_forward",
     "stochastic_depth",
     "swapout",
