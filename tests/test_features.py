@@ -74,7 +74,7 @@ FEATURES = {
         "SkipForward": ("SkipForward", "skip_forward apply_merge SkipForward ResidualMerging"),
         "FractalNet": ("FractalNet FractalBlock", "fractal_join FractalBlock"),
         "weight-shared depth": ("shared=True Recurrent RecurrentDepth recur", "recur unrecur Recurrent RecurrentDepth"),
-        "loops of existing blocks": ("Looping loop", "loop unloop loops_in scheduled_passes Loop Looping"),
+        "loops of existing blocks": ("Looping loop", "loop unloop loops_in scheduled_passes Looping"),
         "more steps in tests": ("Unrolling", "Unrolling"),
         "zoneout": ("ZoneoutLSTM", "zoned_lstm ZoneoutLSTM ZoneoutLSTMCell"),
         "passthrough networks": ("PassthroughGRU", "PassthroughGRU PassthroughHighway StateMatrix"),
@@ -91,7 +91,7 @@ FEATURES = {
 COMMON = {
     "the base of features of one's own": "Penalty Hash SeededHash Merge TyingCallback HashedParametrization",
     "arguments": "Schedule BeforeEpoch keep_schedule Residual Sum FeedForward",
-    "what functions return": "TieReport HashReport HashedWeight Sampled HMOutput HMState HyperState",
+    "what functions return": "TieReport HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
     "measures and plots": "entropy loads table_loads report plot_loads sampled sampling",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
 }
@@ -108,6 +108,7 @@ HOLES = {
     ("passthrough networks", "callback"): BUILT,
     ("dynamic hypernetwork", "function"): "its equations are those of `HyperLSTMCell`",
     ("dynamic hypernetwork", "callback"): BUILT,
+    ("loops of existing blocks", "module"): "the blocks of a model stay where they are",
     ("more steps in tests", "function"): "it sets the `steps` of `Recurrent`, and the `passes` of `Loop`",
     ("more steps in tests", "module"): "it tests a model as it is",
     ("summary of ties", "module"): "it reads a model as it is",

@@ -52,6 +52,13 @@ class Blocks(Toy):
     test_dataloader = predict_dataloader = val_dataloader
 
 
+class Stop(pl.Callback):
+    """Stops training after three steps, far from the end that was planned."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 3
+
+
 class Inherits(LoopingMixin, Blocks):
     looping = {"blocks": "blocks.[12]", "passes": 2, "per_pass": "norm"}  # noqa: RUF012
 
@@ -63,6 +70,11 @@ def callback(**arguments):
 def fit(model, *callbacks, **options):
     torch.manual_seed(0)
     return train(model, callbacks, **{"max_epochs": 2, "limit_val_batches": 0, "num_sanity_val_steps": 0} | options)
+
+
+def evaluator(*callbacks):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", callbacks=[*callbacks], **quiet)
 
 
 @pytest.mark.parametrize("lazily", [False, True])
@@ -193,9 +205,7 @@ def test_validation_uses_the_current_passes_and_tests_those_of_the_checkpoint(tm
     for path in tmp_path.glob("*.ckpt"):
         for evaluate in ("validate", "test", "predict"):
             tested = Blocks()
-            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-            trainer = pl.Trainer(accelerator="cpu", callbacks=[looping()], **quiet)
-            getattr(trainer, evaluate)(tested, ckpt_path=path, weights_only=True)
+            getattr(evaluator(looping()), evaluate)(tested, ckpt_path=path, weights_only=True)
             assert tested.passes == [training[int(path.stem.removeprefix("step=")) - 1]], (path, evaluate)
 
 
@@ -204,10 +214,10 @@ def test_without_a_checkpoint_tests_use_the_passes_of_training_or_the_final_ones
     fit(model, looping, max_epochs=1).test(model, verbose=False)
     assert model.passes == [[2]] * 5 + [[3]] * 5 + [[3]]
     stopped = Blocks()
-    fit(stopped, looping, max_epochs=1, callbacks=[Stop()]).test(stopped, verbose=False)
+    fit(stopped, looping, Stop(), max_epochs=1).test(stopped, verbose=False)
     assert stopped.passes == [[2]] * 3 + [[2]]
     fresh = Blocks()
-    trainer_of(callback(passes=3, grow=0.5)).test(fresh, verbose=False)
+    evaluator(callback(passes=3, grow=0.5)).test(fresh, verbose=False)
     assert fresh.passes == [[3]]
 
 

@@ -114,9 +114,8 @@ def score(model: nn.Module, batch: Any) -> tuple[str, Tensor, int]:
     labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
     if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
         raise ConfigurationError(
-            "Unrolling needs a model that returns a loss, or logits whose last dimension are the classes and the others "
-            f"those of the labels; {type(model).__name__} returns {_shape(logits)}, and the labels of the batch are "
-            f"{_shape(labels)}"
+            "Unrolling needs a model that returns a loss, or logits of shape (*labels.shape, classes); "
+            f"{type(model).__name__} returns {_shape(logits)}, and the labels of the batch are {_shape(labels)}"
         )
     if logits.ndim == 2:
         return "accuracy", (logits.argmax(dim=-1) == labels).sum(), len(labels)
