@@ -8,8 +8,11 @@ from torch import nn
 from toys import Toy, batches, same, train
 
 from tying.callbacks import Looping, RandomState
+from tying.data.resuming import ResumableLoader
 from tying.depth import Residual, loop, loops_in, unloop
 from tying.mixins import LoopingMixin
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 
 
 class Blocks(Toy):
@@ -43,6 +46,7 @@ class Blocks(Toy):
 
     def validation_step(self, batch, batch_idx):
         self.note()
+        return self.loss(batch)
 
     test_step = predict_step = validation_step
 
@@ -57,6 +61,18 @@ class Stop(pl.Callback):
 
     def on_train_batch_end(self, trainer, *_):
         trainer.should_stop = trainer.global_step == 3
+
+
+class Resumable(ResumableLoader):
+    """Eight batches."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        data = [*batches(8)]
+        for number in self._numbers(8):
+            yield data[number]
 
 
 class Inherits(LoopingMixin, Blocks):
@@ -148,11 +164,11 @@ def test_killed_after_any_step(per_pass, options, tmp_path):
         return model
 
     every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    whole = run(every, data=batches(8), enable_checkpointing=True)
+    whole = run(every, data=Resumable(), enable_checkpointing=True)
     points = sorted(tmp_path.glob("*.ckpt"))
     assert len(points) == 8 // options.get("accumulate_grad_batches", 1)
     for point in points:
-        resumed = run(data=batches(8), ckpt_path=point)
+        resumed = run(data=Resumable(), ckpt_path=point)
         assert same(resumed, whole), point
         assert [made.passes for made in loops_in(resumed)] == [4]
 
