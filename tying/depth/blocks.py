@@ -98,7 +98,7 @@ def first_tensor(parameters: Iterable[str], args: Sequence[Any], kwargs: Mapping
         'x'
     """
     names = [name for name in (*parameters, *kwargs) if name in kwargs]
-    arguments = (*enumerate(args), *((name, kwargs[name]) for name in names))
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in names)]
     return next((place for place, value in arguments if isinstance(value, Tensor)), None)
 
 

@@ -57,11 +57,15 @@ class Loop:
         norms: the normalisation layers that hold copies for further passes.
     """
 
+    _number: int | None  # of the pass that a block computes
+    _calls: list[BlockCall]  # of the first pass, so far
+    _remembered: WeakTensorKeyDictionary  # the calls of first passes, by the last block's input
+
     def __init__(self, names: Sequence[str], blocks: Sequence[nn.Module], passes: int, per_pass: PerPass) -> None:
         self.names, self.blocks, self.per_pass = tuple(names), tuple(blocks), per_pass
         self.norms: list[PerPassNorm] = []
         self.passes = passes
-        self._parameters = [positional_parameters(block.forward) for block in blocks]
+        self._positional = [positional_parameters(block.forward) for block in blocks]
         self._forget()
 
     @property
@@ -128,7 +132,7 @@ class Loop:
         self, block: nn.Module, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[BlockCall, Tensor]:
         """Return a call of a block without its hidden state and caches, and the hidden state."""
-        name, parameters = self.names[position], self._parameters[position]
+        name, parameters = self.names[position], self._positional[position]
         if (place := first_tensor(parameters, args, kwargs)) is None:
             raise ConfigurationError(
                 f"{name!r} is called without a tensor: a loop needs blocks whose first tensor argument is the hidden "
@@ -154,7 +158,7 @@ class Loop:
         repeated = call.with_hidden(hidden)
         kwargs = {**repeated.kwargs, "loop_pass": number} if self.norms else repeated.kwargs
         outputs = self._checked(position, hidden, call_block(self.blocks[position], repeated.args, kwargs))
-        if self.per_pass == "scale" and (scale := self.blocks[position].pass_scale).numel():
+        if self.per_pass == "scale" and len(scale := self.scales[position]):
             factor = scale[min(number - 2, len(scale) - 1)]
             before, after = promoted(hidden, first_output(outputs))
             return with_first(outputs, torch.lerp(before, after, factor.to(after.dtype)))
@@ -187,9 +191,10 @@ class Loop:
             if keeps:
                 self._remembered[hidden] = calls
             return calls
-        for former, remembered in self._remembered.items() if keeps else ():
-            if former.data_ptr() == hidden.data_ptr() and former.shape == hidden.shape:
-                return remembered
+        remembered = cast(Mapping[Tensor, list[BlockCall]], self._remembered if keeps else {})
+        for former, former_calls in remembered.items():
+            if former.data_ptr() == hidden.data_ptr() and former.shape == hidden.shape:  # or a detached copy of it
+                return former_calls
         missing = self.names[len(calls)]
         raise ConfigurationError(
             f"the model calls {self.names[-1]!r} without calling {missing!r} before: a loop needs all of its blocks, "
@@ -227,8 +232,8 @@ class Loop:
 
     def _forget(self) -> None:
         """Forget what belongs to a running forward or backward pass."""
-        self._number: int | None = None
-        self._calls: list[BlockCall] = []
+        self._number = None
+        self._calls = []
         self._remembered = WeakTensorKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
