@@ -78,6 +78,11 @@ def export(
                 f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without\n"
                 "such merges, which also scale the branches that they keep, computes something else from them."
             )
+        if callback.startswith("Looping") and (passes := state["passes"] or 1) > 1:
+            print(
+                f"Note: these are weights alone, and were trained with {passes} passes ({callback}): a plain model,\n"
+                "which runs the blocks once, computes something else from them."
+            )
 
 
 def _state_dict(content: object, checkpoint: Path) -> dict[str, torch.Tensor]:
