@@ -33,6 +33,7 @@ from tying.depth.stages import find_stages
 from tying.errors import ConfigurationError
 from tying.hard import bake, untie
 from tying.selection.patterns import Pattern
+from tying.soft import fisher_diagonal
 from tying.weights.derived import derived_weights, remove
 
 MERGED = [name for name in ZOO if name not in NO_BLOCKS]
@@ -375,6 +376,26 @@ def test_generation_after_training(name, scale):
         assert_equal(model.eval().generate(**prompt, **GREEDY), expected.eval().generate(**prompt, **GREEDY))
     else:
         assert_equal(model.eval().generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fisher_information_of_a_causal_language_model(padded):
+    """Labels that are the inputs are shifted, as the model's own loss shifts them."""
+    model, tokens = plain("GPT2").eval(), inputs("GPT2")["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[:, -2:] = not padded
+    expected = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    for row, kept in zip(tokens, mask, strict=True):
+        model.zero_grad()
+        labels = row.where(kept > 0, -100)[None]
+        (model(input_ids=row[None], attention_mask=kept[None], labels=labels).loss * (kept.sum() - 1)).backward()
+        for name, weight in model.named_parameters():
+            expected[name] += weight.grad.square() / len(tokens)
+    labels = tokens.where(mask > 0, -100)
+    found = fisher_diagonal(model, [{"input_ids": tokens, "attention_mask": mask, "labels": labels}], labels="given")
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
+    assert all(value.any() for value in found.values())
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from typing_extensions import override
 # fused operations over lists of tensors, which torch's optimizers use: they have no public name
 foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
+foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
 foreach_sub = torch._foreach_sub
 

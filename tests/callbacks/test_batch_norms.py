@@ -198,7 +198,7 @@ def test_one_loader_in_a_list_and_several():
     model = Listed()
     train(model, [callback(examples=40)], data=[batches()], max_epochs=2)
     assert int(model.encoder[1].num_batches_tracked) == 10
-    with pytest.warns(UserWarning, match=r"they are those of 2 loaders\): encoder\.1"):
+    with pytest.warns(UserWarning, match=r"the training data has 2 loaders, not one\): encoder\.1"):
         train(Listed(), [callback(examples=40)], data=[batches(), batches()], max_epochs=2)
 
 

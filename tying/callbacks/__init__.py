@@ -12,6 +12,7 @@ from tying.callbacks.derived import (
     WeightHashing,
 )
 from tying.callbacks.hm_lstm import BoundaryPlot, SlopeAnnealing
+from tying.callbacks.importance import Fisher, Importance, Synaptic
 from tying.callbacks.looping import Looping
 from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
@@ -28,8 +29,10 @@ __all__ = [
     "BeforeEpoch",
     "BoundaryPlot",
     "Coupling",
+    "Fisher",
     "GeneratedWeights",
     "HardTying",
+    "Importance",
     "Looping",
     "LowRankWeights",
     "MixtureTying",
@@ -39,6 +42,7 @@ __all__ = [
     "ResidualMerging",
     "SlopeAnnealing",
     "SoftTying",
+    "Synaptic",
     "TemplateWeights",
     "TyingCallback",
     "TyingMonitor",

@@ -16,7 +16,7 @@ from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError
 from tying.files import NEED
 from tying.lightning_namespace import check_namespace, pl
-from tying.lightning_workarounds import callbacks_of
+from tying.lightning_workarounds import callbacks_of, can_stop_early
 from tying.selection.index import clean_name, covers
 from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve
@@ -264,6 +264,13 @@ def configure_model(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 def is_fresh_run(trainer: pl.Trainer, stage: str) -> bool:
     """Return whether ``setup`` begins training. Lightning restores the state of a checkpoint, if any, later."""
     return stage == "fit" and trainer.global_step == 0
+
+
+def is_last_epoch(trainer: pl.Trainer) -> bool:
+    """Return whether training ends with the epoch that has just ended, as far as is known in ``on_train_epoch_end``."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    ends = 0 < (trainer.max_epochs or -1) <= progress.processed or 0 < trainer.max_steps <= trainer.global_step
+    return ends or (trainer.should_stop and can_stop_early(trainer))
 
 
 def training_steps(trainer: pl.Trainer, context: str, remedy: str = "") -> int:

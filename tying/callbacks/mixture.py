@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import is_fresh_run, picture_folder, reject_copies, warn_if_too_late
+from tying.callbacks.base import is_fresh_run, is_last_epoch, picture_folder, reject_copies, warn_if_too_late
 from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.training_data import estimate_batch_norms, num_train_samples
 from tying.errors import ConfigurationError, check_range, listed
 from tying.files import save_figure
 from tying.hashing.packing import contents
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import can_stop_early
 from tying.selection.resolve import parse_patterns, select
 from tying.soft import GaussianMixturePrior, TyingPenalty
 from tying.soft.group_penalty import Rates
@@ -197,9 +196,7 @@ class MixtureTying(PenaltyCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        progress: Any = trainer.fit_loop.epoch_progress.current
-        ends = 0 < (trainer.max_epochs or -1) <= progress.processed or 0 < trainer.max_steps <= trainer.global_step
-        if self._optimizer is not None and (ends or (trainer.should_stop and can_stop_early(trainer))):
+        if self._optimizer is not None and is_last_epoch(trainer):
             pl_module.log_dict(self._finish(trainer, pl_module))
 
     @override

@@ -100,21 +100,49 @@ def _restore(norms: Mapping[str, BatchNorm], before: Mapping[str, list[Tensor]])
             buffer.copy_(value)
 
 
+@contextmanager
+def replayed_batches(trainer: pl.Trainer, model: pl.LightningModule, count: int) -> Iterator[Iterable[Any]]:
+    """Yield the first batches of the training data, as a training step receives them, and move nothing.
+
+    Random generators and the loader's position are restored at the end.
+
+    Args:
+        trainer: the trainer, in training.
+        model: its model.
+        count: number of batches; fewer if an epoch has fewer.
+
+    Raises:
+        ConfigurationError: the training data has several loaders.
+    """
+    loader: Any = only_loader(trainer.train_dataloader)
+    if isinstance(loader, Mapping | Sequence):
+        raise ConfigurationError(f"the training data has {len(loader)} loaders, not one")
+    least = int(min(count, trainer.num_training_batches))  # which is infinite if unknown
+    with _copied(loader) as copied:
+        yield (training_batch(trainer, model, loaded) for loaded in islice(_one_pass(copied), least))
+
+
+def _one_pass(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of a pass; a loader that resumes behind its last batch passes to the next one first."""
+    is_empty = True
+    for batch in loader:
+        is_empty = False
+        yield batch
+    if is_empty:
+        yield from loader
+
+
 def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchNorm]) -> None:
     """Call a model on its training batches; the statistics of its batch norms become the means over them."""
     momenta = {norm: norm.momentum for norm in norms}
-    loader: Any = only_loader(trainer.train_dataloader)
-    if isinstance(loader, Mapping | Sequence):
-        raise TypeError(f"they are those of {len(loader)} loaders")
-    batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
+    count = trainer.fit_loop.epoch_loop.batch_progress.total.ready
     try:
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the mean
         # compiled, a momentum of None would depend on data
-        with _copied(loader) as copied, torch.compiler.set_stance("force_eager"):
-            for loaded in islice(copied, int(batches)):
-                batch = training_batch(trainer, model, loaded)
+        with replayed_batches(trainer, model, count) as batches, torch.compiler.set_stance("force_eager"):
+            for batch in batches:
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 if not isinstance(x, Tensor):
                     raise TypeError(f"{'they are' if x is batch else 'their first element is'} of {type(x).__name__}")

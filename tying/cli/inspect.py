@@ -1,7 +1,7 @@
 """``tying inspect``: report what a configuration ties, without training."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console, RenderableType
 
-from tying.callbacks import TyingCallback
+from tying.callbacks import AnchorTying, TyingCallback
+from tying.callbacks.anchor import describe_importance
 from tying.callbacks.base import accept_need
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
@@ -82,13 +83,7 @@ def _collect(
     text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
-    if checkpoint is not None:
-        content = (
-            read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
-        )
-        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
-        load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+    states = _load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
     before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
     free = [
@@ -103,6 +98,12 @@ def _collect(
         text.append(f"Hashed: {hashed}")
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
+    importances = {
+        callback.label: means
+        for callback in callbacks
+        if isinstance(callback, AnchorTying) and (means := callback.layer_importances(states))
+    }
+    text += [f"{label}: {describe_importance(means)}" for label, means in importances.items()]
     problems = [problem for transform in transforms if (problem := averaging_before(transform, callbacks))]
     text += [*(f"Problem: {problem}." for problem in problems), *audited.remarks()]
     return {
@@ -112,6 +113,7 @@ def _collect(
         "modules": shared,
         "report": audited.as_dict(),
         "hashes": asdict(hashed),
+        "importances": importances,
         "problems": [*problems, *audited.problems],
         "limits": audited.limits,
     }
@@ -209,6 +211,20 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
         if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
             names.setdefault(f"{type(module).__name__}({module.extra_repr()})", []).append(clean_name(name))
     return names
+
+
+def _load_checkpoint(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], checkpoint: Path, weights_only: bool | None
+) -> Mapping[str, Any]:
+    """Load the weights of a checkpoint, and return the states of its callbacks."""
+    content = (
+        read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
+    )
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+    load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
+    states: Mapping[str, Any] = content.get("callbacks", {})
+    return states
 
 
 def load_weights(

@@ -64,8 +64,8 @@ def select(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]
     return {first_names[id(match.parameter)]: match.parameter for match in matches}
 
 
-def parse_patterns(patterns: Sequence[str]) -> list[str]:
-    """Return patterns of parameters as a list.
+def parse_patterns(patterns: Sequence[str], argument: str = "parameters") -> list[str]:
+    """Return patterns of parameters as a list; ``argument`` is the name that an error says.
 
     Raises:
         ConfigurationError: they are one string, or none of them selects parameters.
@@ -76,13 +76,13 @@ def parse_patterns(patterns: Sequence[str]) -> list[str]:
         tying.errors.ConfigurationError: parameters must be a list of patterns; write ['encoder.*']
     """
     if isinstance(patterns, str):
-        raise ConfigurationError(f"parameters must be a list of patterns; write [{patterns!r}]")
+        raise ConfigurationError(f"{argument} must be a list of patterns; write [{patterns!r}]")
     if (
         not isinstance(patterns, Sequence)
         or not all(isinstance(pattern, str) for pattern in patterns)
         or all(pattern.startswith("!") for pattern in patterns)
     ):
-        raise ConfigurationError(f"parameters must be a list of patterns, at least one without '!', not {patterns!r}")
+        raise ConfigurationError(f"{argument} must be a list of patterns, at least one without '!', not {patterns!r}")
     return [*patterns]
 
 

@@ -2,6 +2,7 @@
 
 from tying.soft.coupling import coupling_strength
 from tying.soft.group_penalty import TyingPenalty, anchored, gap
+from tying.soft.importance import fisher_diagonal, path_importance, path_integral
 from tying.soft.mixture import GaussianMixturePrior, mixture_nll, responsibilities
 from tying.soft.penalties import L1, L2, Huber, Penalty, huber, l1, l2
 from tying.soft.schedule import Schedule
@@ -16,10 +17,13 @@ __all__ = [
     "TyingPenalty",
     "anchored",
     "coupling_strength",
+    "fisher_diagonal",
     "gap",
     "huber",
     "l1",
     "l2",
     "mixture_nll",
+    "path_importance",
+    "path_integral",
     "responsibilities",
 ]

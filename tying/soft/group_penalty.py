@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from tying.errors import ConfigurationError, listed, nearest
 from tying.mappings import from_mapping
 from tying.selection.index import check_shape
 from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
-from tying.soft.penalties import L1, L2, Penalty, group_mean, squared_norm
+from tying.soft.penalties import L1, L2, Penalty, WeightedL2, group_mean, squared_norm
 from tying.weights.derived import own_memory
 
 CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
@@ -54,6 +55,8 @@ class TyingPenalty(nn.Module):
         (2.0, 2.0)
     """
 
+    explicit_step = "lr · strength"  # what the stability bound limits, in words
+
     def __init__(self, groups: Sequence[TiedGroup], penalty: str | Penalty = "l2", strength: float = 1.0) -> None:
         super().__init__()
         self.groups = list(groups)  # not registered: the parameters belong to their model
@@ -75,10 +78,18 @@ class TyingPenalty(nn.Module):
                 "use 'l2' or 'l1', or ties that share no weight"
             )
 
+    def operands(self, group: TiedGroup) -> list[Tensor]:
+        """Return the tensors from which the penalty on a group is computed, in the source's layout."""
+        return group.tensors()
+
+    def curvature(self, group: TiedGroup) -> float:
+        """Return the largest second derivative of ρ for a group; 0 if unknown."""
+        return self.penalty.curvature
+
     def forward(self) -> Tensor:
         """Return Ω summed over all groups, a differentiable scalar; half-precision weights are summed in float32."""
         values = [
-            self.penalty.value([w.to(torch.promote_types(w.dtype, torch.float32)) for w in group.tensors()])
+            self.penalty.value([w.to(torch.promote_types(w.dtype, torch.float32)) for w in self.operands(group)])
             for group in self.groups
         ]
         return torch.stack(values).sum() if values else torch.zeros(())
@@ -105,7 +116,7 @@ class TyingPenalty(nn.Module):
                     group.parameters,
                     group.relations,
                     speeds,
-                    self.penalty.prox(group.tensors(), s, speeds),
+                    self.penalty.prox(self.operands(group), s, speeds),
                     strict=True,
                 ):
                     if speed:
@@ -117,11 +128,11 @@ class TyingPenalty(nn.Module):
         Raises:
             ConfigurationError: the penalty needs equal rates within a group, and they differ.
         """
-        for speeds, names in {_rates(group, rates): group.names for group in self.groups}.items():
+        for speeds, group in {_rates(group, rates): group for group in self.groups}.items():
             try:
-                self.penalty.prox([torch.zeros(1)] * len(speeds), 1.0, speeds)
+                self.penalty.prox([torch.zeros(1)] * len(self.operands(group)), 1.0, speeds)
             except ConfigurationError as error:
-                raise ConfigurationError(f"{listed(names)}: {error}") from None
+                raise ConfigurationError(f"{listed(group.names)}: {error}") from None
 
     def stability_warning(self, step: float, rates: Rates) -> str | None:
         """Describe the first group for which explicit steps ``w ← w − step · rate · ∂Ω`` diverge, or return ``None``.
@@ -129,17 +140,16 @@ class TyingPenalty(nn.Module):
         A group of m members diverges when ``rate · step · curvature > 2 / m``. The bound is ``2 / (m − 1)`` if a single
         member changes.
         """
-        if max(rates.values(), default=0.0) * step * self.penalty.curvature <= 2 / max(
-            map(len, self.groups), default=1
-        ):
+        largest = max(map(self.curvature, self.groups), default=0.0)
+        if max(rates.values(), default=0.0) * step * largest <= 2 / max(map(len, self.groups), default=1):
             return None
         for group in self.groups:
             speeds = _rates(group, rates)
             single = sum(map(bool, speeds)) == 1
             bound = 2 / (len(group) - single)
-            if max(speeds) * step * self.penalty.curvature > bound:
+            if (product := max(speeds) * step * self.curvature(group)) > bound:
                 return (
-                    f"lr · strength = {max(speeds) * step:.3g} is past the stability bound "
+                    f"{self.explicit_step} = {product:.3g} is past the stability bound "
                     f"2/{'(m − 1)' if single else 'm'} = {bound:.3g} of the group of {group.names[0]!r}: its weights "
                     "will oscillate apart. Lower the strength, or use update='proximal', which is stable at any "
                     "strength"
@@ -163,23 +173,73 @@ class TyingPenalty(nn.Module):
                             view = torch.zeros_like(view)
                             copies.append((target, group.relations[i], view))
                         views[i] = view
-                lanes.setdefault(speeds, []).append([*group.tensors(), *views])
+                lanes.setdefault(speeds, []).append([*self.operands(group), *views])
         for speeds, alike in lanes.items():
             for batch in _batches(alike):
                 columns = [[*column] for column in zip(*batch, strict=True)]
                 m = len(speeds)
-                self.penalty.add_gradient_(columns[:m], columns[m:], [scale * speed for speed in speeds])
+                self.penalty.add_gradient_(columns[:-m], columns[-m:], [scale * speed for speed in speeds])
         for target, relation, gradient in copies:
             target.add_(relation(gradient))
 
 
-def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor], strength: float = 1.0) -> TyingPenalty:
-    """Return the penalty ``½ Σ ‖w − w⁰‖²``, which ties each weight softly to a constant.
+class ImportancePenalty(TyingPenalty):
+    """The penalty ``½ Σ F (w − w⁰)²`` of weights w with anchors w⁰ and importances F; :func:`anchored` creates it.
+
+    Args:
+        groups: pairs of a weight and its anchor.
+        importances: F ≥ 0, by the name of the weight; ``inf`` only for proximal steps.
+        strength: see :class:`TyingPenalty`.
+
+    Raises:
+        ConfigurationError: an importance has another shape than its weight, or is negative or NaN, or a weight is
+            complex.
+    """
+
+    explicit_step = "lr · strength · largest importance"
+
+    def __init__(self, groups: Sequence[TiedGroup], importances: Mapping[str, Tensor], strength: float = 1.0) -> None:
+        super().__init__(groups, WeightedL2(), strength)
+        self.importances: dict[str, Tensor] = {}
+        self._largest: dict[str, float] = {}
+        for group in self.groups:
+            name, weight = group.names[0], group.parameters[0]
+            importance = importances[name].detach().to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+            if importance.shape != weight.shape:
+                raise ConfigurationError(
+                    f"the importance of {name!r} is {tuple(importance.shape)}, and the weight {tuple(weight.shape)}"
+                )
+            if not (importance >= 0).all():
+                raise ConfigurationError(f"the importance of {name!r} must be 0 or more throughout, and some is not")
+            self.importances[name] = importance
+            self._largest[name] = float(importance.max()) if importance.numel() else 0.0
+
+    @override
+    def operands(self, group: TiedGroup) -> list[Tensor]:
+        return [*group.tensors(), self.importances[group.names[0]]]
+
+    @override
+    def curvature(self, group: TiedGroup) -> float:
+        return self._largest[group.names[0]]
+
+
+def anchored(
+    weights: Mapping[str, nn.Parameter],
+    anchors: Mapping[str, Tensor],
+    strength: float = 1.0,
+    importances: Mapping[str, Tensor] | None = None,
+) -> TyingPenalty:
+    """Return the penalty ``½ Σ F (w − w⁰)²``, which ties each weight softly to a constant; without F, ``½ ‖w − w⁰‖²``.
 
     Args:
         weights: w, by name.
         anchors: w⁰, by the same names.
         strength: see :class:`TyingPenalty`.
+        importances: F ≥ 0, by the same names: entries with F = 0 are free, and an infinite F freezes an entry in
+            proximal steps.
+
+    Raises:
+        ConfigurationError: see :class:`ImportancePenalty`.
 
     Example:
         >>> w = nn.Parameter(torch.tensor([1.0, 4.0]))
@@ -187,9 +247,12 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
         >>> penalty.prox_(1.0)
         >>> w.tolist()
         [1.0, 3.0]
+        >>> anchored({"w": w}, {"w": torch.zeros(2)}, importances={"w": torch.tensor([0.0, 3.0])}).prox_(1.0)
+        >>> w.tolist()
+        [1.0, 0.75]
 
     Source: X. Li, Y. Grandvalet and F. Davoine, Explicit inductive bias for transfer learning with convolutional
-    networks, 2018.
+    networks, 2018; J. Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, 2017.
     """
     groups = []
     for name, weight in weights.items():
@@ -199,7 +262,9 @@ def anchored(weights: Mapping[str, nn.Parameter], anchors: Mapping[str, Tensor],
         anchor = nn.Parameter(anchors[name].detach().to(weight, copy=aliased), requires_grad=False)
         own_memory(anchor)
         groups.append(TiedGroup((name, f"anchor of {name}"), (weight, anchor), (Relation(), Relation())))
-    return TyingPenalty(groups, strength=strength)
+    if importances is None:
+        return TyingPenalty(groups, strength=strength)
+    return ImportancePenalty(groups, importances, strength)
 
 
 def as_penalty(penalty: str | Penalty | Mapping[str, Any]) -> Penalty:

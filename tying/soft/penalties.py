@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tying.errors import ConfigurationError, check_range
-from tying.torch_workarounds import foreach_add, foreach_add_, foreach_sub
+from tying.torch_workarounds import foreach_add, foreach_add_, foreach_mul_, foreach_sub
 
 
 def l2(tensors: Sequence[Tensor]) -> Tensor:
@@ -174,6 +174,43 @@ class L2(Penalty):
             if i != first
         )
         return [c + b_i * (w - c) if b_i != 1 else w for b_i, w in zip(b, tensors, strict=True)]
+
+
+class WeightedL2(Penalty):
+    """The penalty ``½ Σ F (w − w⁰)²`` on triples of a weight w, a constant w⁰ and the importance F ≥ 0 of each entry.
+
+    With F = 1 every method computes what :class:`L2` computes for the pair, bit by bit.
+    """
+
+    curvature = 1.0
+    pairs_only = True
+    real_only = True
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Ω; an entry at its anchor adds 0, also if its importance is infinite."""
+        *pair, importance = tensors
+        mean = group_mean(pair)
+        squares = [(w - mean).square() for w in pair]
+        return torch.stack([torch.where(square == 0, 0, importance * square).sum() for square in squares]).sum()
+
+    def add_gradient_(
+        self, tensors: Sequence[list[Tensor]], into: Sequence[list[Tensor | None]], scales: Sequence[float]
+    ) -> None:
+        """Add ``scale · F (w − w⁰)`` in place, with operations that are fused over all weights."""
+        weights, anchors, importances = tensors
+        pulls = foreach_sub(anchors, weights)
+        foreach_mul_(pulls, importances)
+        foreach_add_(cast(list[Tensor], into[0]), pulls, alpha=-scales[0])
+
+    def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
+        """Return ``(w + t w⁰) / (1 + t)`` with ``t = s r F``, and w⁰; entries with F = 0 stay as they are."""
+        w, anchor, importance = tensors
+        # the operations of L2, whose scalars are Python's
+        exact = importance.to(torch.float32 if w.device.type == "mps" else torch.float64)
+        b = 1 / (1 + torch.where(exact == 0, 0.0, 2 * strength * rates[0] * exact))
+        share, factor = (b / (b + 1)).to(importance.dtype), b.to(importance.dtype)
+        c = anchor + (share * (w - anchor)).to(w.dtype)
+        return [torch.where(b == 1, w, c + (factor * (w - c)).to(w.dtype)), anchor]
 
 
 class L1(Penalty):

@@ -39,6 +39,23 @@ def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) 
     return figure
 
 
+def importance_figure(means: Mapping[str, float], title: str = "") -> Figure:
+    """Plot the mean importance of each layer as a bar, in the order of the layers.
+
+    Args:
+        means: mean importance of a layer's weights, by the name of the layer.
+        title: title of the figure.
+    """
+    figure = Figure(figsize=(7, 1.4 + 0.2 * len(means)), layout="constrained")
+    axes = figure.add_subplot(xlabel="mean importance of the layer's weights", title=title)
+    axes.barh(range(len(means)), [*means.values()], color="C0")
+    axes.set_yticks(range(len(means)), [*means], fontsize="x-small")
+    axes.invert_yaxis()
+    if any(means.values()):
+        axes.set_xscale("log")  # layers differ by orders of magnitude
+    return figure
+
+
 @torch.no_grad()
 def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = "") -> Figure:
     """Plot a histogram of weights, and the number of weights that the mixture predicts for each bin.
