@@ -24,6 +24,7 @@ ALLOWED = {
     "files": FIRST | {"selection"},
     "weights": EARLY,
     **dict.fromkeys(["soft", "hard", "hashing", "depth"], EARLY | {"weights"}),
+    "advice": EARLY | {"weights", "hard"},
     "data": EARLY | LIGHTNING,
     "callbacks": EARLY | LIGHTNING | {"lightning_workarounds", "weights", "soft", "hard", "hashing", "depth"},
     "models": EARLY | LIGHTNING | {"weights", "depth"},

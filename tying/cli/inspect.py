@@ -83,7 +83,7 @@ def _collect(
     text += [f"{name} of the configuration is replaced by that of {type(model).__name__} itself" for name in replaced]
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
-    states = _load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
+    states = load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
     before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
     free = [
@@ -213,13 +213,15 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
     return names
 
 
-def _load_checkpoint(
+def load_checkpoint(
     model: pl.LightningModule, callbacks: Sequence[pl.Callback], checkpoint: Path, weights_only: bool | None
 ) -> Mapping[str, Any]:
-    """Load the weights of a checkpoint, and return the states of its callbacks."""
-    content = (
-        read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=weights_only)
-    )
+    """Let callbacks change a model as they do in training, load the weights of a checkpoint, and return their states.
+
+    Raises:
+        ConfigurationError: the file is no checkpoint of Lightning, or does not fit.
+    """
+    content = read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=False)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
     load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``inspect`` and ``bake``."""
+"""The command line: LightningCLI with ``inspect``, ``advise`` and ``bake``."""
 
 import os
 import sys
@@ -16,10 +16,12 @@ from typing_extensions import override
 import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
+from tying.advice import advise
+from tying.cli.advise import batches_of, prepare
 from tying.cli.bake import HELP, bake_parser, export
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
-from tying.errors import ConfigurationError, NonFiniteError
+from tying.errors import ConfigurationError, NonFiniteError, check_range
 from tying.files import check_whole, newest_intact
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
@@ -28,7 +30,7 @@ SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's configu
 
 
 class Trainer(pl.Trainer):
-    """Lightning's Trainer, which can also report what a configuration ties."""
+    """Lightning's Trainer, which can also report what a configuration ties, and advise on what to tie."""
 
     def inspect(
         self,
@@ -52,16 +54,53 @@ class Trainer(pl.Trainer):
         Raises:
             ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
         """
-        if ckpt_path == "last" and (ckpt_path := newest_checkpoint(self)) is None:  # type: ignore[assignment]
-            raise ConfigurationError("ckpt_path=last: there is no checkpoint of this name yet")
-        inspect(
-            model,
-            callbacks_of(self),
-            None if ckpt_path is None else Path(ckpt_path),
-            weights_only,
-            plot,
-            json,
-        )
+        inspect(model, callbacks_of(self), _checkpoint_path(self, ckpt_path), weights_only, plot, json)
+
+    def advise(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = True,
+        budget: float = 0.5,
+        steps: int = 0,
+        batches: int = 8,
+        parameters: list[str] = ["**"],  # noqa: B006  # not changed
+        rate: float = 1e-3,
+        out: Path | None = None,
+    ) -> None:
+        """Print which weights of a trained model may be tied: what ties do to its outputs, beside low rank.
+
+        Args:
+            model: the model.
+            datamodule: its data; default: the model's own loaders.
+            ckpt_path: path of a checkpoint to load weights from, or ``"last"`` for the newest.
+            weights_only: unpickle only tensors and plain types from the checkpoint.
+            budget: share of the parameters that may remain, in (0, 1).
+            steps: number of steps of distillation of each plan, on training data.
+            batches: number of batches of validation data, or else training data, on which outputs are compared.
+            parameters: patterns of the parameters among which to save; a leading ``!`` excludes.
+            rate: learning rate of the distillation.
+            out: folder for tables, picture, YAML and what is measured; an interrupted run goes on there.
+
+        Raises:
+            ConfigurationError: the checkpoint does not fit, there are no data, or ties do not reach the budget.
+        """
+        check_range("batches", batches, "[1, inf)")
+        checkpoint = _checkpoint_path(self, ckpt_path)
+        prepare(model, callbacks_of(self), checkpoint, weights_only)
+        compared, training = batches_of(model, datamodule, batches)
+        advice = advise(model, compared, budget, steps, out=out, parameters=parameters, training=training, rate=rate)
+        print(f"{advice}\nThe best plan, as a configuration{f' ({out}/ties.yaml)' if out else ''}:\n\n{advice.yaml()}")
+
+
+def _checkpoint_path(trainer: pl.Trainer, ckpt_path: str | None) -> Path | None:
+    """Return the path of a checkpoint, which may be given as ``"last"``."""
+    if ckpt_path != "last":
+        return None if ckpt_path is None else Path(ckpt_path)
+    if (newest := newest_checkpoint(trainer)) is None:
+        raise ConfigurationError("ckpt_path=last: there is no checkpoint of this name yet")
+    return newest
 
 
 class SaveConfig(pl.cli.SaveConfigCallback):
@@ -84,7 +123,7 @@ class Parser(pl.cli.LightningArgumentParser):
 
 
 class TyingCLI(pl.cli.LightningCLI):
-    """LightningCLI for any LightningModule and any LightningDataModule, with the subcommands ``inspect`` and ``bake``.
+    """LightningCLI for any LightningModule and any LightningDataModule, with ``inspect``, ``advise`` and ``bake``.
 
     Hyperparameters stored in the checkpoint are ignored; your config decides.
     """
@@ -94,7 +133,8 @@ class TyingCLI(pl.cli.LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**pl.cli.LightningCLI.subcommands(), "inspect": {"model", "datamodule"}}
+        needs = {"model", "datamodule"}
+        return {**pl.cli.LightningCLI.subcommands(), "inspect": needs, "advise": needs}
 
     @override
     def init_parser(self, **kwargs: Any) -> pl.cli.LightningArgumentParser:

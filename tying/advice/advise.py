@@ -1,0 +1,116 @@
+"""Advise on which weights may be tied, by what ties do to the outputs of a model."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tying.advice.candidates import find_candidates, tieable_weights
+from tying.advice.measure import Comparison, Record, fingerprint
+from tying.advice.plans import Planner, most_saved
+from tying.advice.report import Advice
+from tying.advice.study import Study
+from tying.advice.untrained import looks_untrained
+from tying.errors import ConfigurationError, check_range
+from tying.selection.resolve import select
+from tying.weights.calibration import Forward
+
+
+def advise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: float,
+    steps: int = 0,
+    forward: Forward | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    parameters: Sequence[str] = ("**",),
+    training: Iterable[Any] | None = None,
+    rate: float = 1e-3,
+) -> Advice:
+    """Advise on which weights of a trained model may be tied, by what ties do to its outputs.
+
+    Each group of weights that might be tied is tied to its mean, and the outputs on the batches are compared with
+    those before, beside those with the same weights at low rank of equal size. Plans that meet the budget follow: hard
+    ties, relaxed ties, low rank, and ties with low rank elsewhere. The best plan of each kind is listed, after
+    distillation if there are ``steps``: a copy of the model, changed by the plan, is trained to give its outputs.
+
+    The model is as before at the end. Besides it, at most one copy of it is in memory. Distillation adds, for the
+    parameters that remain, gradients and the two moments of Adam.
+
+    Args:
+        model: the trained model; evaluated in eval mode.
+        batches: batches on which outputs are compared: tensors, tuples and lists whose first item is the input, or
+            mappings of keyword arguments. All are kept.
+        budget: share of the parameters that may remain, in (0, 1).
+        steps: number of steps of distillation of each plan.
+        forward: a function of a model and a batch that returns the output to compare; default: the model's logits, or
+            the first floating-point tensor that it returns.
+        out: folder for tables, picture, YAML and what is measured. An interrupted run that is repeated with equal
+            model, batches and arguments goes on there.
+        progress: show a progress bar.
+        parameters: patterns of the parameters among which to save, of which the budget is a share; ``!`` excludes.
+        training: batches to distil on; default: ``batches``, whose errors are then too good.
+        rate: learning rate of the distillation.
+
+    Returns:
+        Groups of weights with the errors of their ties, and plans with theirs; the first plan has the smallest error.
+
+    Raises:
+        ConfigurationError: there are no batches, no two weights that could be tied, or the ties of all groups leave
+            more than the budget; or the outputs are zero, not finite or no tensors.
+
+    Warns:
+        UserWarning: the model looks untrained.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+        >>> weights = [nn.init.orthogonal_(layer.weight) for layer in model]
+        >>> _ = model[2].load_state_dict(model[1].state_dict())
+        >>> advice = advise(model, [torch.randn(32, 16)], budget=0.8, progress=False)
+        >>> advice.groups[0].ties, advice.groups[0].error, advice.groups[0].verdict
+        (('{1..2}.weight',), 0.0, 'tie')
+        >>> advice.ties
+        ['{1..2}.weight']
+
+    Source: how layers can be shared and relaxed after training: S. Bae et al., Relaxed Recursive Transformers, 2024.
+    """
+    check_range("budget", budget, "(0, 1)")
+    check_range("steps", steps, "[0, inf)")
+    if not (kept := [*batches]):
+        raise ConfigurationError("there are no batches: advice compares outputs on some")
+    weights = tieable_weights(model, parameters)
+    total = sum(weight.numel() for weight in select(model, parameters).values())
+    candidates = find_candidates(weights)
+    _check_reachable(budget, total, most_saved(candidates, weights))
+    if looks_untrained(model):
+        warnings.warn(
+            f"{type(model).__name__} looks untrained: its weights are as they are initialised. What may be tied in a "
+            "random function says nothing about a trained one: train it, or load a checkpoint, first",
+            stacklevel=2,
+        )
+    record = Record(None if out is None else Path(out), fingerprint(model, kept, forward))
+    planner = Planner(model, weights, needed=total - int(budget * total))
+    study = Study(model, weights, Comparison(model, kept, forward), record, progress)
+    groups = study.groups(candidates, planner)
+    plans = study.plans(planner.plans(groups), kept if training is None else training, steps, rate, total)
+    advice = Advice((*groups.values(),), (*plans,), total, budget, steps)
+    if out is not None:
+        advice.save(out)
+    return advice
+
+
+def _check_reachable(budget: float, total: int, saved: int) -> None:
+    """Raise an error if ties cannot meet a budget."""
+    if not saved:
+        raise ConfigurationError("no two weights of the model could be one: none of them have equal or related shapes")
+    if total - saved > int(budget * total):
+        share = -(-1000 * (total - saved) // total) / 1000  # rounded up
+        raise ConfigurationError(
+            f"budget={budget:g} is out of reach: if all {total:,} parameters that have an equal or related shape were "
+            f"tied, {total - saved:,} would remain. Give a budget of {share:g} or more, or leave parameters out that "
+            "cannot be tied"
+        )
