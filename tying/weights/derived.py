@@ -258,17 +258,18 @@ def install(
         _renew_class(module, {**_computes(module), name: keys})
 
 
-def remove(model: nn.Module, name: str) -> nn.Parameter:
-    """Replace a derived weight by a parameter of equal value, at its former position; return the parameter.
+def remove(model: nn.Module, name: str, parameter: nn.Parameter | None = None) -> nn.Parameter:
+    """Replace a derived weight by a parameter, at its former position; return the parameter.
 
     All names of the weight in the model hold the parameter.
 
     Args:
         model: changed in place; a module that owns the weight, or contains its owners.
         name: a name of the weight.
+        parameter: default: a new parameter of the weight's value.
     """
     weights = derived_weights(model, aliases=True)
-    parameter = _as_parameter(weights[name])
+    parameter = _as_parameter(weights[name]) if parameter is None else parameter
     identity = weights[name].identity
     owners = dict.fromkeys((weight.owner, weight.name) for weight in weights.values() if weight.identity == identity)
     for owner, attribute in reversed(owners):  # the last first: each position is relative to the earlier ones
@@ -361,6 +362,9 @@ def _renew_class(
 ) -> None:
     """Give a module a new class with a property for each derived weight, or its plain class if it has none.
 
+    A plain class with an attribute ``computes_with``, the name of a parametrized weight, has a faster forward pass for
+    it. The module returns to the base of that class when the weight is parametrized no more.
+
     The class that torch generates for parametrized modules is the outermost; torch removes it with the last
     parametrization.
 
@@ -373,7 +377,9 @@ def _renew_class(
     kind = next(
         cls
         for cls in type(module).__mro__
-        if cls.__module__ not in _GENERATED and _computes(cls).items() <= computes.items()
+        if cls.__module__ not in _GENERATED
+        and _computes(cls).items() <= computes.items()
+        and getattr(cls, "computes_with", None) in (None, *names)
     )
     resets = {name: _reset(kind, name) for name in ("reset_parameters", "_reset_parameters") if hasattr(kind, name)}
     if added := {name: keys for name, keys in computes.items() if name not in _computes(kind)}:
@@ -434,6 +440,8 @@ def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
         for name, (step, table, keys) in tables.items():
             table.copy_(step.initial(weights[name]))
             install(module, name, step, table, keys)
+        if plain_class(module) is not plain:  # it computes with a weight that was no parametrized one for a moment
+            swap_plain_class(module, plain)
 
     return reset
 

@@ -440,7 +440,11 @@ def _replace_derived(
     names = {derived: key for key, derived in weights.items()}
     for group in _sharing([derived for derived, value in values.items() if has_values(value)]):
         if _fits_jointly(group):
-            parts = [(derived.steps[0], derived.inputs[0], values[derived]) for derived in group]
+            inputs = ((*derived.inputs,) for derived in group)
+            parts = [
+                (derived.steps[0], tensors[0] if len(tensors) == 1 else tensors, values[derived])
+                for derived, tensors in zip(group, inputs, strict=True)
+            ]
             new: Any = group[0].steps[0].joint_inverse(parts)  # type: ignore[operator]  # a method
             fitted |= {id(part): value for part, value in new.items()}
         else:
@@ -462,7 +466,7 @@ def _fits_jointly(weights: Sequence[DerivedWeight]) -> bool:
     return (
         hasattr(steps[0], "joint_inverse")
         and len({(type(step), *map(id, step.parameters())) for step in steps}) == 1
-        and all(len(derived.steps) == len(derived.inputs) == 1 for derived in weights)
+        and all(len(derived.steps) == 1 for derived in weights)
     )
 
 

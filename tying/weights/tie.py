@@ -164,7 +164,7 @@ def _share(model: nn.Module, groups: Sequence[TiedGroup], init: Init) -> set[str
     """Make the weights of each group one parameter; return all their names."""
     locations = locate_parameters(model)
     records = plan(model, groups, locations)
-    means = [_mean(group) for group in groups] if init == "mean" else []
+    means = [mean_of(group) for group in groups] if init == "mean" else []
     for group, mean in zip(groups, means, strict=False):
         group.parameters[0].copy_(mean)
     for group, record in zip(groups, records, strict=True):
@@ -319,7 +319,13 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | N
     return records
 
 
-def _mean(group: TiedGroup) -> Tensor:
+def mean_of(group: TiedGroup) -> Tensor:
+    """Return the mean over the members of a group, in the source's layout.
+
+    Raises:
+        ConfigurationError: the members hold integers.
+        NonFiniteError: a member is not finite.
+    """
     if not group.parameters[0].is_floating_point() and not group.parameters[0].is_complex():
         raise ConfigurationError(f"{group.names[0]!r} holds integers, which have no mean: use init='source'")
     for name, parameter in zip(group.names, group.parameters, strict=True):
