@@ -6,6 +6,7 @@ Everything else in this package uses Lightning's public names.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -65,13 +66,26 @@ def restart_loader(trainer: pl.Trainer) -> None:
     iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # set by now
 
 
-def training_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-    """Return a batch of the loader as a training step receives it.
+def training_loader_of(trainer: pl.Trainer) -> Any:
+    """Return the training loader, or loaders, before Lightning requests them; None if there are none.
+
+    ``trainer.train_dataloader`` is set only when training starts.
+    """
+    source = trainer.fit_loop._data_source
+    return source.dataloader() if source.instance is not None and source.is_defined() else None
+
+
+def training_batch(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, device: torch.device | None = None
+) -> Any:
+    """Return a batch of the loader as a training step receives it; with a device, as the model takes it in ``setup``.
 
     ``strategy.batch_to_device`` calls all hooks of the module or data module except ``on_before_batch_transfer``.
+    Lightning moves the model, and converts it to the precision's dtype, after ``setup``.
     """
-    batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-    return trainer.strategy.batch_to_device(batch)
+    if device is None:
+        batch = trainer.precision_plugin.convert_input(batch)
+    return trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch), device)
 
 
 def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:

@@ -155,7 +155,7 @@ def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: 
 def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
     """Complete ``on_load_checkpoint``: prepare for weights that a callback has replaced since training began."""
     for callback in _callbacks(module, mixin):
-        if isinstance(callback, TyingCallback) and not isinstance(callback, ModelTransform):
+        if isinstance(callback, TyingCallback) and type(callback).prepare is not ModelTransform.prepare:
             with acting_on(module, callback, mixin_callbacks(module)):
                 callback.prepare(module, checkpoint["state_dict"])
             accept_need(module, callback)

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import DistributedSampler, Sampler
 
 from tying.errors import ConfigurationError
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import training_batch
+from tying.lightning_workarounds import training_batch, training_loader_of
 
 
 def only_loader(loaders: Any) -> Any:
@@ -105,20 +106,14 @@ def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchN
     loader: Any = only_loader(trainer.train_dataloader)
     if isinstance(loader, Mapping | Sequence):
         raise TypeError(f"they are those of {len(loader)} loaders")
-    loader = copy.copy(loader)  # the position of the original does not move
-    states = {
-        generator: generator.get_state()
-        for source in (loader, getattr(loader, "sampler", None))
-        if isinstance(generator := getattr(source, "generator", None), torch.Generator)
-    }
     batches = min(trainer.fit_loop.epoch_loop.batch_progress.total.ready, trainer.num_training_batches)
     try:
         for norm in momenta:
             norm.reset_running_stats()
             norm.momentum = None  # the mean
         # compiled, a momentum of None would depend on data
-        with pl.utilities.seed.isolate_rng(), torch.compiler.set_stance("force_eager"):
-            for loaded in islice(loader, int(batches)):
+        with _copied(loader) as copied, torch.compiler.set_stance("force_eager"):
+            for loaded in islice(copied, int(batches)):
                 batch = training_batch(trainer, model, loaded)
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 if not isinstance(x, Tensor):
@@ -128,5 +123,43 @@ def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchN
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
+
+
+@contextmanager
+def _copied(loader: Any) -> Iterator[Any]:
+    """Yield a copy of a loader; afterwards, the original's position and all random generators are as before."""
+    copied = copy.copy(loader)
+    states = {
+        generator: generator.get_state()
+        for source in (copied, getattr(copied, "sampler", None))
+        if isinstance(generator := getattr(source, "generator", None), torch.Generator)
+    }
+    try:
+        with pl.utilities.seed.isolate_rng():
+            yield copied
+    finally:
         for generator, state in states.items():
             generator.set_state(state)
+
+
+def first_batches(trainer: pl.Trainer, model: pl.LightningModule, count: int, context: str) -> list[Any]:
+    """Return the first training batches, in ``setup``, where Lightning has not requested the loader yet.
+
+    The loader's position and random generators do not change. Batches are on the device of the model.
+
+    Args:
+        trainer: the trainer, in the ``setup`` of a callback.
+        model: the model, whose hooks transfer the batches.
+        count: number of batches; fewer, if there are not as many.
+        context: name of the argument that asks for batches, for the error.
+
+    Raises:
+        ConfigurationError: there is not one loader.
+    """
+    with pl.utilities.seed.isolate_rng():
+        loader = only_loader(training_loader_of(trainer))
+    if loader is None or isinstance(loader, Mapping | Sequence):
+        data = "no training data" if loader is None else f"training data of {len(loader)} loaders"
+        raise ConfigurationError(f"{context} needs one loader of training data, and there is {data}")
+    with _copied(loader) as copied:
+        return [training_batch(trainer, model, loaded, model.device) for loaded in islice(copied, count)]

@@ -64,6 +64,24 @@ def _average_state(optimizers: Sequence[Optimizer], group: TiedGroup) -> None:
             merged[key] = torch.stack([read(copy) for read, copy in copies if isinstance(copy, Tensor)]).mean(dim=0)
 
 
+def drop_parameters(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Remove parameters, and their states, from optimizers; the order of the others stays.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> drop_parameters([optimizer], [layer.weight])
+        >>> optimizer.param_groups[0]["params"] == [layer.bias]
+        True
+    """
+    dropped = {*parameters}
+    for optimizer in optimizers:
+        for parameter in dropped:
+            optimizer.state.pop(parameter, None)
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in dropped]
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups of a model, one of them without weight decay if some parameters must not decay.
 
