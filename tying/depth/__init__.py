@@ -3,6 +3,7 @@
 from tying.depth.apply import apply_merge, keep_schedule, remove_merge
 from tying.depth.extract import extract
 from tying.depth.fractal import FractalBlock, fractal_join
+from tying.depth.loop import Loop, loop, loops_in, unloop
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
 from tying.depth.recur import recur, unrecur
 from tying.depth.recurrent import Recurrent
@@ -23,6 +24,7 @@ __all__ = [
     "HyperLSTM",
     "HyperLSTMCell",
     "HyperState",
+    "Loop",
     "Merge",
     "PassthroughGRU",
     "PassthroughHighway",
@@ -41,6 +43,8 @@ __all__ = [
     "fractal_join",
     "hm_update",
     "keep_schedule",
+    "loop",
+    "loops_in",
     "recur",
     "remove_merge",
     "sampled",
@@ -48,6 +52,7 @@ __all__ = [
     "skip_forward",
     "stochastic_depth",
     "swapout",
+    "unloop",
     "unrecur",
     "zoned_lstm",
 ]
