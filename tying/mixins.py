@@ -31,6 +31,7 @@ from tying.callbacks import (
     MixtureTying,
     RandomState,
     RecurrentDepth,
+    RelaxedTying,
     ResidualMerging,
     SlopeAnnealing,
     SoftTying,
@@ -393,6 +394,26 @@ class RecurrentDepthMixin(Mixin, callback=RecurrentDepth):
         >>> model.configure_model()
         >>> [(type(module).__name__, module.steps) for module in model.network]
         [('Recurrent', 3)]
+    """
+
+
+class RelaxedTyingMixin(Mixin, callback=RelaxedTying):
+    """Adds :class:`tying.callbacks.RelaxedTying` to a model; ``relaxed_tying`` holds its keyword arguments.
+
+    Calibration needs a Trainer: weights that ``configure_model`` relaxes before it has one are not calibrated.
+
+    Example:
+        >>> import torch
+        >>> from tying.hard import LowRankResidual, relaxed
+        >>> class Model(RelaxedTyingMixin):
+        ...     relaxed_tying = {"ties": ["network.*"], "residual": LowRankResidual(rank=1)}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> relaxed(model)[0].names
+        ('network.0.weight', 'network.1.weight', 'network.2.weight')
     """
 
 

@@ -19,6 +19,7 @@ from tying.callbacks.observers.summary import TyingSummary
 from tying.callbacks.observers.unrolling import Unrolling
 from tying.callbacks.random_state import RandomState
 from tying.callbacks.recurrent_depth import RecurrentDepth
+from tying.callbacks.relaxed import RelaxedTying
 from tying.callbacks.soft import Coupling, SoftTying
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "MixtureTying",
     "RandomState",
     "RecurrentDepth",
+    "RelaxedTying",
     "ResidualMerging",
     "SlopeAnnealing",
     "SoftTying",

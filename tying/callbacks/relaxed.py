@@ -1,7 +1,6 @@
 """Let tied weights differ by a residual during training, for good or for a while."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -197,7 +196,7 @@ class RelaxedTying(ModelTransform):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._harden_at_end(trainer, pl_module, epochs=trainer.current_epoch + 1)
+        self._harden_at_end(trainer, pl_module, ended_epochs=1)
         if self.residual is not None:
             distances = [distance for group in self._relaxed for distance in group.distances().values()]
             pl_module.log(f"{self._log_prefix}/largest_residual", max(distances, default=0.0))
@@ -221,19 +220,18 @@ class RelaxedTying(ModelTransform):
     def _log_prefix(self) -> str:
         return "/".join(filter(None, ("tying", self.name)))
 
-    def _count(self, trainer: pl.Trainer) -> int:
+    def _count(self, trainer: pl.Trainer, ended_epochs: int = 0) -> int:
         """Return the number of steps of each optimizer, or of epochs, that the schedule counts."""
         assert self.anneal is not None
-        is_epochs = self.anneal.unit == "epoch"
-        return trainer.current_epoch if is_epochs else trainer.global_step // max(1, len(trainer.optimizers))
+        if self.anneal.unit == "epoch":
+            return trainer.current_epoch + ended_epochs
+        return trainer.global_step // max(1, len(trainer.optimizers))
 
-    def _harden_at_end(self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int = 0) -> bool:
+    def _harden_at_end(self, trainer: pl.Trainer, model: pl.LightningModule, ended_epochs: int = 0) -> bool:
         """Drop the residuals if the schedule has ended; return whether there are none."""
-        if self.anneal is not None and self._relaxed:
-            count = max(epochs, self._count(trainer)) if self.anneal.unit == "epoch" else self._count(trainer)
-            if count >= self.anneal.length:
-                self._harden(trainer, model)
-                self.monitor(model)
+        if self.anneal is not None and self._relaxed and self._count(trainer, ended_epochs) >= self.anneal.length:
+            self._harden(trainer, model)
+            self.monitor(model)
         return not self._relaxed
 
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -285,6 +283,6 @@ def _insert_residuals(
             del state_dict[keys[name]]
             state_dict |= {
                 prefix + key: shared if value is group.parameters[0] else value.detach()
-                for name, (key, value) in current.items()
-                if name.startswith(hidden)
+                for clean, (key, value) in current.items()
+                if clean.startswith(hidden)
             }

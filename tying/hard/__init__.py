@@ -2,19 +2,8 @@
 
 from tying.hard.hypernetwork import HyperWeight, generate_weights
 from tying.hard.low_rank import LowRank, LowRankPlusDiagonal, lower_rank
-from tying.hard.relaxed import (
-    DiagonalResidual,
-    LowRankResidual,
-    RelaxedGroup,
-    RelaxedWeight,
-    ScaleResidual,
-    SharedWeight,
-    WeightResidual,
-    harden,
-    relax,
-    relaxed,
-    set_residual_factor,
-)
+from tying.hard.relaxed import RelaxedGroup, RelaxedWeight, SharedWeight, harden, relax, relaxed, set_residual_factor
+from tying.hard.residuals import DiagonalResidual, LowRankResidual, ScaleResidual, WeightResidual
 from tying.hard.templates import TemplateBank, TemplateMixture, fold, layer_similarity, plot_similarity, share_templates
 from tying.hard.untied_bias import untie_biases
 from tying.weights.report import TieReport, audit

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_choice, check_range, listed
-from tying.hard.low_rank import factorize
+from tying.hard.residuals import LowRankResidual, WeightResidual
 from tying.mappings import from_mapping
 from tying.selection.relation import Relation
 from tying.selection.resolve import resolve_named
@@ -32,189 +33,13 @@ from tying.weights.derived import (
     swap_plain_class,
 )
 from tying.weights.replace import check_free
-from tying.weights.state_dict import forget_ties
+from tying.weights.state_dict import EXACT, forget_ties
 from tying.weights.tie import mean_of, plan, tie, tie_groups
 from tying.weights.values import check_finite
 
 logger = logging.getLogger(__name__)
 
 Init = Literal["nearest", "source"]
-FLOOR = 1e-6  # of the scale of an input, relative to the largest: an input that is always zero has no say
-
-
-@dataclass(frozen=True)
-class WeightResidual:
-    """How the weight of a layer may differ from the weight S that it shares; the base of all kinds.
-
-    Weights are matrices here, (out, in); a kernel is (out, in · height · width). A subclass defines :meth:`combine`,
-    :meth:`zero` and :meth:`nearest`, and is a frozen dataclass, so that YAML can name it.
-    """
-
-    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
-        """Return a layer's weight.
-
-        Args:
-            shared: S, in the layer's layout.
-            factor: ρ, without dimensions: with 0, the weight must be S.
-            parameters: the residual's, of one layer.
-        """
-        raise NotImplementedError
-
-    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """Return parameters whose weight is S, and which can be trained from there."""
-        raise NotImplementedError
-
-    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the parameters whose weight, at ρ = 1, is nearest to a given one.
-
-        Args:
-            shared: S, in the layer's layout.
-            weight: the given weight.
-            input_scale: factors of the entries whose squared errors are summed: (1, in), or (out, 1) for a layer that
-                stores its weight transposed; default: 1.
-        """
-        raise NotImplementedError
-
-    def check(self, shape: Sequence[int]) -> None:
-        """Raise a ConfigurationError unless a weight of this shape, a matrix's, can have the residual."""
-
-    def describe(self) -> str:
-        """Describe the residual for a report."""
-        return str(self)
-
-
-@dataclass(frozen=True)
-class LowRankResidual(WeightResidual):
-    """The residual of low rank ``W = S + ρ B A`` with B (out, r) and A (r, in); with a scale, ``W = s ⊙ (S + ρ B A)``.
-
-    Args:
-        rank: r.
-        scale: multiply each output by ``1 + ρ (s − 1)`` too. The parameter is s − 1, so that weight decay leads to S.
-
-    Raises:
-        ConfigurationError: the rank is below 1, or above the weight's smaller side.
-
-    Example:
-        >>> [tuple(parameter.shape) for parameter in LowRankResidual(2, scale=True).zero(torch.ones(4, 6))]
-        [(4, 2), (2, 6), (4,)]
-
-    Source: S. Bae, A. Fisch, H. Harutyunyan, Z. Ji, S. Kim and T. Schuster, Relaxed recursive transformers: effective
-    parameter sharing with layer-wise LoRA, 2024.
-    """
-
-    rank: int
-    scale: bool = False
-
-    def __post_init__(self) -> None:
-        check_range("rank", self.rank, "[1, inf)")
-
-    @override
-    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
-        left, right, *scale = parameters
-        weight = torch.addmm(shared, left * factor, right)
-        return weight * (1 + factor * scale[0])[:, None] if scale else weight
-
-    @override
-    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
-        out, into = shared.shape
-        right = shared.new_empty(self.rank, into).normal_(std=into**-0.5)
-        return shared.new_zeros(out, self.rank), right, *self._scale(shared)
-
-    @override
-    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
-        difference = weight - shared
-        if input_scale is None or not input_scale.any():
-            return *factorize(difference, self.rank), *self._scale(shared)
-        by = input_scale.double()
-        by = by.clamp(min=FLOOR * float(by.amax()))
-        left, right = factorize(difference.double() * by, self.rank)
-        left, right = (left, right / by) if len(by) == 1 else (left / by, right)
-        return left.to(shared), right.to(shared), *self._scale(shared)
-
-    def _scale(self, shared: Tensor) -> list[Tensor]:
-        return [shared.new_zeros(len(shared))] if self.scale else []
-
-    @override
-    def check(self, shape: Sequence[int]) -> None:
-        if self.rank > min(shape):
-            size = self.rank * sum(shape)
-            raise ConfigurationError(
-                f"rank={self.rank} is more than {min(shape)}, the smaller side of a matrix of shape {(*shape,)}: the "
-                f"residual would have {size:,} parameters, where the untied weight has {math.prod(shape):,}. Lower the "
-                "rank, or exclude the weight"
-            )
-
-    @override
-    def describe(self) -> str:
-        return f"rank {self.rank}" + " and a scale" * self.scale
-
-
-@dataclass(frozen=True)
-class DiagonalResidual(WeightResidual):
-    """The residual ``W = S + ρ diag(d)`` of a square weight.
-
-    Raises:
-        ConfigurationError: the weight is not square.
-
-    Example:
-        >>> DiagonalResidual().combine(torch.ones(2, 2), torch.tensor(0.5), torch.tensor([2.0, 4.0]))
-        tensor([[2., 1.],
-                [1., 3.]])
-    """
-
-    @override
-    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
-        [diagonal] = parameters
-        return shared + torch.diag(factor * diagonal)
-
-    @override
-    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
-        return (shared.new_zeros(len(shared)),)
-
-    @override
-    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (torch.diag(weight - shared).clone(),)
-
-    @override
-    def check(self, shape: Sequence[int]) -> None:
-        if len({*shape}) > 1:
-            raise ConfigurationError(f"a diagonal residual needs a square weight, not {(*shape,)}")
-
-    @override
-    def describe(self) -> str:
-        return "a diagonal"
-
-
-@dataclass(frozen=True)
-class ScaleResidual(WeightResidual):
-    """The residual ``W = (1 + ρ (s − 1)) ⊙ S`` with a scale s for each output, the first dimension of the weight.
-
-    The parameter is s − 1, so that weight decay leads to S.
-
-    Example:
-        >>> ScaleResidual().combine(torch.ones(2, 3), torch.tensor(1.0), torch.tensor([0.0, 1.0]))
-        tensor([[1., 1., 1.],
-                [2., 2., 2.]])
-    """
-
-    @override
-    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
-        [scale] = parameters
-        return shared * (1 + factor * scale)[:, None]
-
-    @override
-    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
-        return (shared.new_zeros(len(shared)),)
-
-    @override
-    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
-        by = shared.new_ones(1, 1) if input_scale is None else input_scale.to(shared).square()
-        length = (shared.square() * by).sum(dim=1)
-        return (((weight - shared) * shared * by).sum(dim=1) / length.where(length > 0, torch.ones_like(length)),)
-
-    @override
-    def describe(self) -> str:
-        return "a scale"
 
 
 class SharedWeight(nn.Module):
@@ -250,14 +75,14 @@ class RelaxedWeight(nn.Module):
 
     Args:
         shared: the shared weight, one object of all layers of a group.
-        relation: the map from the source's layout to the layer's.
         residual: the kind of the residual.
+        relation: the map from the source's layout to the layer's.
         position: of the layer in its group, whose source is first.
 
     Example:
         >>> from torch.nn.utils.parametrize import register_parametrization
         >>> shared = SharedWeight(nn.Parameter(torch.ones(4, 6)))
-        >>> relaxed_weight = RelaxedWeight(shared, residual=LowRankResidual(4))
+        >>> relaxed_weight = RelaxedWeight(shared, LowRankResidual(4))
         >>> layer = register_parametrization(nn.Linear(6, 4), "weight", relaxed_weight)
         >>> layer.weight = torch.zeros(4, 6)
         >>> torch.allclose(layer.weight, torch.zeros(4, 6), atol=1e-6)
@@ -267,8 +92,8 @@ class RelaxedWeight(nn.Module):
     def __init__(
         self,
         shared: SharedWeight,
+        residual: WeightResidual,
         relation: Relation = Relation(),  # noqa: B008  # frozen
-        residual: WeightResidual = ScaleResidual(),  # frozen
         position: int = 0,
     ) -> None:
         super().__init__()
@@ -293,25 +118,46 @@ class RelaxedWeight(nn.Module):
     def joint_inverse(
         parts: "Sequence[tuple[RelaxedWeight, nn.Parameter | tuple[nn.Parameter, ...], Tensor]]",
     ) -> dict[nn.Parameter | nn.Module, Tensor]:
-        """Return the shared weight, which is the mean of several weights, and the residuals nearest to them.
+        """Return the shared weight and the residuals nearest to several weights; see :class:`WeightResidual`.
 
         Args:
             parts: for each weight, its parametrization, the parameters of its residual, and its values.
         """
-        shared = parts[0][0].shared.weight
-        weights = [step.relation.inverse()(weight.double()) for step, _, weight in parts]
-        mean = torch.stack(weights).mean(dim=0).to(shared.dtype)
-        values: dict[nn.Parameter | nn.Module, Tensor] = {shared: mean}
+        if all(step.holds(parameters, weight) for step, parameters, weight in parts):
+            return {}
+        step, shared = parts[0][0], parts[0][0].shared.weight
+        weights, relations = [weight.double() for _, _, weight in parts], [step.relation for step, _, _ in parts]
+        kind = step.residual if step.present_factor else WeightResidual()  # whose shared weight is the mean
+        nearest = kind.nearest_shared(weights, relations).to(shared.dtype)
+        values: dict[nn.Parameter | nn.Module, Tensor] = {shared: nearest}
         for step, parameters, weight in parts:
-            several = parameters if isinstance(parameters, tuple) else (parameters,)
-            values |= zip(several, step._nearest(mean, weight), strict=True)
+            values |= zip(_as_tuple(parameters), step._nearest(nearest, weight), strict=True)
         return values
+
+    def holds(self, parameters: "nn.Parameter | tuple[nn.Parameter, ...]", weight: Tensor) -> bool:
+        """Return whether the weight of given parameters is the given one, up to rounding."""
+        return bool((self(*_as_tuple(parameters)) - weight).norm() <= EXACT * weight.norm())
+
+    def describe_weight(self, weight: Tensor) -> str:
+        """Describe the layer's weight for a report, and how far it is from the shared one."""
+        how = f"a shared weight and {self.residual.describe()}"
+        return f"{how}, {self.distance(weight):.1%} of its norm from it" if has_values(weight) else how
+
+    def distance(self, weight: Tensor) -> float:
+        """Return ``‖W − S‖ / ‖W‖`` of the layer's weight W; 0 if both are zero."""
+        norm, distance = float(weight.norm()), float((weight - self.relation(self.shared.weight)).norm())
+        return distance / norm if norm else math.inf if distance else 0.0
+
+    @property
+    def present_factor(self) -> float:
+        """The factor of the residual; 1 on the meta device."""
+        return float(self.shared.factor) if has_values(self.shared.factor) else 1.0
 
     def _nearest(self, shared: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the residual nearest to a weight, given the shared weight and the present factor."""
         precise = torch.promote_types(weight.dtype, torch.float32)
         shared, weight = (tensor.flatten(1).to(precise) for tensor in (self.relation(shared), weight.detach()))
-        factor = float(self.shared.factor) if has_values(self.shared.factor) else 1.0
+        factor = self.present_factor
         if factor == 0:
             return self.residual.zero(shared.to(self.shared.weight.dtype))
         values = self.residual.nearest(shared, shared + (weight - shared) / factor if factor != 1 else weight)
@@ -320,6 +166,10 @@ class RelaxedWeight(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"residual={self.residual}" + f", relation={str(self.relation)!r}" * bool(self.relation.steps)
+
+
+def _as_tuple(parameters: nn.Parameter | tuple[nn.Parameter, ...]) -> tuple[nn.Parameter, ...]:
+    return parameters if isinstance(parameters, tuple) else (parameters,)
 
 
 class RelaxedLinear(nn.Linear):
@@ -349,7 +199,8 @@ class RelaxedLinear(nn.Linear):
 
 def _relaxed_step(layer: nn.Module) -> tuple[RelaxedWeight, list[nn.Parameter]] | None:
     """Return the one step that computes a layer's weight, if it is of low rank without a scale, and its parameters."""
-    steps: Any = getattr(layer, "parametrizations", {}).get("weight", ())
+    parametrizations: Any = getattr(layer, "parametrizations", {})
+    steps: Any = parametrizations["weight"] if "weight" in parametrizations else ()  # noqa: SIM401  # no dictionary
     step = steps[0] if len(steps) == 1 else None
     if not isinstance(step, RelaxedWeight) or not _is_plain_low_rank(step.residual):
         return None
@@ -380,12 +231,8 @@ class RelaxedGroup(TiedGroup):
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
         """Return ``‖W − S‖ / ‖W‖`` of each layer, by name; 0 if both are zero."""
-        distances = {}
-        for name, step, residual in zip(self.names, self.steps, self.residuals, strict=True):
-            weight, shared = step(*residual), step.relation(step.shared.weight)
-            norm, distance = float(weight.norm()), float((weight - shared).norm())
-            distances[name] = distance / norm if norm else math.inf if distance else 0.0
-        return distances
+        layers = zip(self.names, self.steps, self.residuals, strict=True)
+        return {name: step.distance(step(*residual)) for name, step, residual in layers}
 
 
 def relax(
@@ -396,21 +243,18 @@ def relax(
     init: Init = "nearest",
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> list[TiedGroup]:
-    """Let weights share one weight S up to a residual: ``W = relation(S) + ρ R``; see :class:`WeightResidual`.
+    """Let weights share one weight S up to a residual each, ``W = relation(S) + ρ R``; see :class:`WeightResidual`.
 
-    This lies between :func:`tying.hard.tie`, which has no residual, and separate weights, which a residual of full rank
-    can hold. Vectors that wildcards or names of modules match, such as biases and norms, stay separate: they cost as
-    little as a residual. Tie them by :func:`tying.hard.tie` to share them too.
-
+    Vectors that wildcards or names of modules match, such as biases, stay separate.
     In-place writes (``.data``, ``nn.init``, an adapter's merge) to a computed weight are lost: assign the weight, or
     load ``bake(model)`` into the untied model first.
 
     Args:
         model: the module whose names the patterns match; changed in place.
         ties: as of :func:`tying.hard.tie`.
-        residual: the kind of residual; default: none, which is a hard tie.
-        calibration: batches of inputs for the model. A residual of low rank then is the nearest as the layers' outputs
-            for these inputs see it: errors of a column count by the root mean square of its input.
+        residual: the kind of residual, or a mapping that names it as YAML does; default: none, which is a hard tie.
+        calibration: batches of inputs. The residuals are the nearest as the outputs of the layers see it then: errors
+            of an entry count by the root mean square of its input.
         init: ``"nearest"``: S is the mean over the members, and each residual the nearest to what is left of the
             layer's weight. ``"source"``: S is the source's weight, and residuals are zero; for training from scratch.
         forward: calls the model with a batch; default: see :func:`tying.weights.calibration.call`.
@@ -419,9 +263,8 @@ def relax(
         The groups, with the shared weight as ``parameters``; see :class:`RelaxedGroup`.
 
     Raises:
-        ConfigurationError: the ties do not fit the model, a tie spells out a vector, a weight cannot have the residual,
-            is computed already, is not real, or the members of a group differ in dtype or device, or are partly frozen.
-            The model is not changed.
+        ConfigurationError: as of :func:`tying.hard.tie`; or a tie spells out a vector, or a weight cannot have the
+            residual, is computed already or is not real. The model is not changed.
         NonFiniteError: a weight is not finite.
 
     Example:
@@ -430,27 +273,42 @@ def relax(
         >>> group.names, sum(p.numel() for p in model.parameters()) == 8 * 8 + 4 * (8 + 8) + 4 * 8
         (('0.weight', '1.weight', '2.weight', '3.weight'), True)
 
-    Source: S. Bae, A. Fisch, H. Harutyunyan, Z. Ji, S. Kim and T. Schuster, Relaxed recursive transformers: effective
-    parameter sharing with layer-wise LoRA, 2024.
+    Source: S. Bae et al., Relaxed recursive transformers: effective parameter sharing with layer-wise LoRA, 2024.
     """
     check_choice("init", init, ("nearest", "source"))
     residual = from_mapping(residual, WeightResidual, "residual")
+    if calibration is not None and (residual is None or init == "source"):
+        raise ConfigurationError("calibration chooses the nearest residuals: give a residual, and init='nearest'")
     if residual is None:
         return tie(model, ties, "mean" if init == "nearest" else "source")
+    if not isinstance(residual, WeightResidual):
+        raise ConfigurationError(f"residual must be a WeightResidual, such as LowRankResidual(8), not {residual!r}")
+    measure = None if calibration is None else partial(input_scales, model, batches=calibration, forward=forward)
+    return _relax(model, ties, residual, init, measure)
+
+
+@torch.no_grad()
+def _relax(
+    model: nn.Module,
+    ties: Sequence[AnyTie],
+    residual: WeightResidual,
+    init: Init,
+    measure: Callable[[Sequence[str]], Mapping[str, Tensor]] | None,
+) -> list[TiedGroup]:
+    """Relax ties with a residual; ``measure`` returns the scales of the inputs of named weights."""
     groups, vectors = _matrices(model, ties)
     locations = locate_parameters(model)
     _check_members(model, groups, residual, locations)
-    scales: dict[str, Tensor] = {}
-    if calibration is not None:
-        scales = input_scales(model, [name for group in groups for name in group.names], calibration, forward)
+    names = [name for group in groups for name in group.names]
+    scales = measure(names) if measure else {}
     starts = [_start(group, residual, init, scales) for group in groups]
     for group, (shared, values) in zip(groups, starts, strict=True):
         _install_group(group, residual, shared, values, locations)
-    names = {name for group in groups for name in group.names}
     forget_ties(model, [alias for name in names for alias in locations.aliases(name)])
     if vectors:
-        logger.info("relax leaves vectors separate: %s", listed(vectors))
-    return [group for group in relaxed(model) if not names.isdisjoint(group.names)]
+        logger.info("relax leaves vectors separate: %s", ", ".join(vectors))
+    chosen = {*names}
+    return [group for group in relaxed(model) if not chosen.isdisjoint(group.names)]
 
 
 def _matrices(model: nn.Module, ties: Sequence[AnyTie]) -> tuple[list[TiedGroup], list[str]]:
@@ -462,13 +320,17 @@ def _matrices(model: nn.Module, ties: Sequence[AnyTie]) -> tuple[list[TiedGroup]
     parsed = parse_ties(ties)
     groups, _ = resolve_named(model, parsed)
     spelt = {pattern for tie in parsed for pattern in (tie.source, tie.target)}
-    matrices = [group for group in groups if all(parameter.ndim > 1 for parameter in group.parameters)]
-    vectors = [name for group in groups if group not in matrices for name in group.names]
+    matrices, vectors = list[TiedGroup](), list[str]()
+    for group in groups:
+        if all(parameter.ndim > 1 for parameter in group.parameters):
+            matrices.append(group)
+        else:
+            vectors += group.names
     wrong = [name for name in vectors if name in spelt] or (vectors if not matrices else [])
     if wrong:
         raise ConfigurationError(
-            f"{listed(map(repr, wrong))}: a vector costs as little as its residual would: leave it separate, or tie it "
-            "by HardTying or tying.hard.tie"
+            f"{listed(map(repr, wrong))}: a vector has no residual that costs less than itself: leave it separate, or "
+            "tie it by HardTying or tying.hard.tie"
         )
     return matrices, vectors
 
@@ -520,12 +382,11 @@ def _install_group(
     locations: Locations,
 ) -> None:
     """Let the layers of a group compute their weights from the source's parameter, which gets a value."""
-    with torch.no_grad():
-        group.parameters[0].copy_(value)
+    group.parameters[0].copy_(value)
     shared = SharedWeight(group.parameters[0])
     members = zip(group.names, group.parameters, group.relations, starts, strict=True)
     for position, (name, parameter, relation, start) in enumerate(members):
-        step = RelaxedWeight(shared, relation, residual, position)
+        step = RelaxedWeight(shared, residual, relation, position)
         step.start = start
         parametrizations = Parametrizations([step], parameter)
         step.start = None
@@ -543,7 +404,7 @@ def relaxed(model: nn.Module) -> list[RelaxedGroup]:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        >>> _ = relax(model, ["*.weight"], DiagonalResidual())
+        >>> _ = relax(model, ["*.weight"], LowRankResidual(1))
         >>> [group] = relaxed(model)
         >>> group.names, group.factor, group.parameters[0].shape
         (('0.weight', '1.weight'), 1.0, torch.Size([4, 4]))
@@ -578,7 +439,7 @@ def harden(model: nn.Module, names: Collection[str] | None = None) -> list[TiedG
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        >>> [group] = relax(model, ["*.weight"], DiagonalResidual())
+        >>> [group] = relax(model, ["*.weight"], LowRankResidual(1))
         >>> [tied] = harden(model)
         >>> model[0].weight is model[1].weight is group.parameters[0], tied.names
         (True, ('0.weight', '1.weight'))
@@ -608,7 +469,7 @@ def set_residual_factor(model: nn.Module | RelaxedGroup, factor: float) -> None:
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        >>> [group] = relax(model, ["*.weight"], DiagonalResidual())
+        >>> [group] = relax(model, ["*.weight"], LowRankResidual(1))
         >>> set_residual_factor(model, 0.0)
         >>> torch.equal(model[0].weight, group.parameters[0])
         True

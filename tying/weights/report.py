@@ -228,8 +228,12 @@ def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
         for names in names_by_weight(weights):
             derived = weights[names[0]]
             step: Any = derived.steps[-1]
-            shape = effective_weight(derived).shape
-            how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
+            weight = effective_weight(derived)
+            shape = weight.shape
+            if hasattr(step, "describe_weight"):
+                how = step.describe_weight(weight)
+            else:
+                how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
             stored = sum(parameter.numel() for parameter in derived.originals)
             yield WeightRow(names, how, (*shape,), stored, shape.numel() * len(names))
 

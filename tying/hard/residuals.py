@@ -1,0 +1,285 @@
+"""Residuals: how the weight of a layer may differ from the weight that it shares with others."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tying.errors import ConfigurationError, check_range
+from tying.hard.low_rank import factorize
+from tying.selection.relation import Relation
+
+FLOOR = 1e-6  # of the scale of an input, relative to the largest: an input that is always zero has no say
+STEPS = 20  # of the Gauss–Newton method, at most
+LEAST_GAIN = 0.01  # relative, of a step that is followed by another
+SOLVER_STEPS = 50  # of the method of conjugate gradients, at most
+
+
+@dataclass(frozen=True)
+class WeightResidual:
+    """How the weight of a layer may differ from the weight S that it shares; the base of all kinds.
+
+    Weights are matrices here, (out, in); a kernel is (out, in · height · width). A subclass defines :meth:`combine`,
+    :meth:`zero` and :meth:`nearest`, and is a frozen dataclass, so that YAML can name it.
+    """
+
+    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
+        """Return a layer's weight.
+
+        Args:
+            shared: S, in the layer's layout.
+            factor: ρ, without dimensions: with 0, the weight must be S.
+            parameters: the residual's, of one layer.
+        """
+        raise NotImplementedError
+
+    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """Return parameters whose weight is S, and which can be trained from there."""
+        raise NotImplementedError
+
+    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the parameters whose weight, at ρ = 1, is nearest to a given one.
+
+        Args:
+            shared: S, in the layer's layout.
+            weight: the given weight.
+            input_scale: factors of the entries whose squared errors are summed: (1, in), or (out, 1) for a layer that
+                stores its weight transposed; default: 1.
+        """
+        raise NotImplementedError
+
+    def nearest_shared(self, weights: Sequence[Tensor], relations: Sequence[Relation]) -> Tensor:
+        """Return S, in the source's layout, for which the residuals come nearest to weights; by default the mean.
+
+        Args:
+            weights: of the layers, in their own layouts and shapes.
+            relations: the map from the source's layout to each layer's.
+        """
+        return torch.stack([relation.inverse()(w) for w, relation in zip(weights, relations, strict=True)]).mean(dim=0)
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise a ConfigurationError unless a weight of this shape, a matrix's, can have the residual."""
+
+    def describe(self) -> str:
+        """Describe the residual for a report."""
+        return str(self)
+
+
+@dataclass(frozen=True)
+class LowRankResidual(WeightResidual):
+    """The residual of low rank ``W = S + ρ B A`` with B (out, r) and A (r, in); with a scale, ``W = s ⊙ (S + ρ B A)``.
+
+    Args:
+        rank: r.
+        scale: multiply each output by ``1 + ρ (s − 1)`` too. The parameter is s − 1, so that weight decay leads to S.
+
+    Raises:
+        ConfigurationError: the rank is below 1, or above the weight's smaller side.
+
+    Example:
+        >>> [tuple(parameter.shape) for parameter in LowRankResidual(2, scale=True).zero(torch.ones(4, 6))]
+        [(4, 2), (2, 6), (4,)]
+
+    Source: S. Bae, A. Fisch, H. Harutyunyan, Z. Ji, S. Kim and T. Schuster, Relaxed recursive transformers: effective
+    parameter sharing with layer-wise LoRA, 2024.
+    """
+
+    rank: int
+    scale: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("rank", self.rank, "[1, inf)")
+
+    @override
+    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
+        left, right, *scale = parameters
+        weight = torch.addmm(shared, left * factor, right)
+        return weight * (1 + factor * scale[0])[:, None] if scale else weight
+
+    @override
+    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
+        out, into = shared.shape
+        right = shared.new_empty(self.rank, into).normal_(std=into**-0.5)
+        return shared.new_zeros(out, self.rank), right, *self._scale(shared)
+
+    @override
+    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
+        difference = weight - shared
+        if input_scale is None or not input_scale.any():
+            return *factorize(difference, self.rank), *self._scale(shared)
+        by = input_scale.double()
+        by = by.clamp(min=FLOOR * float(by.amax()))
+        left, right = factorize(difference.double() * by, self.rank)
+        left, right = (left, right / by) if len(by) == 1 else (left / by, right)
+        return left.to(shared), right.to(shared), *self._scale(shared)
+
+    @override
+    def nearest_shared(self, weights: Sequence[Tensor], relations: Sequence[Relation]) -> Tensor:
+        return shared_beside_low_rank(weights, relations, self.rank)
+
+    def _scale(self, shared: Tensor) -> list[Tensor]:
+        return [shared.new_zeros(len(shared))] if self.scale else []
+
+    @override
+    def check(self, shape: Sequence[int]) -> None:
+        if self.rank > min(shape):
+            size = self.rank * sum(shape)
+            raise ConfigurationError(
+                f"rank={self.rank} is more than {min(shape)}, the smaller side of a matrix of shape {(*shape,)}: the "
+                f"residual would have {size:,} parameters, where the untied weight has {math.prod(shape):,}. Lower the "
+                "rank, or exclude the weight"
+            )
+
+    @override
+    def describe(self) -> str:
+        return f"rank {self.rank}" + " and a scale" * self.scale
+
+
+@dataclass(frozen=True)
+class DiagonalResidual(WeightResidual):
+    """The residual ``W = S + ρ diag(d)`` of a square weight.
+
+    Raises:
+        ConfigurationError: the weight is not square.
+
+    Example:
+        >>> DiagonalResidual().combine(torch.ones(2, 2), torch.tensor(0.5), torch.tensor([2.0, 4.0]))
+        tensor([[2., 1.],
+                [1., 3.]])
+    """
+
+    @override
+    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
+        [diagonal] = parameters
+        return shared + torch.diag(factor * diagonal)
+
+    @override
+    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
+        return (shared.new_zeros(len(shared)),)
+
+    @override
+    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (torch.diag(weight - shared).clone(),)
+
+    @override
+    def check(self, shape: Sequence[int]) -> None:
+        if len({*shape}) > 1:
+            raise ConfigurationError(f"a diagonal residual needs a square weight, not {(*shape,)}")
+
+    @override
+    def describe(self) -> str:
+        return "a diagonal"
+
+
+@dataclass(frozen=True)
+class ScaleResidual(WeightResidual):
+    """The residual ``W = (1 + ρ (s − 1)) ⊙ S`` with a scale s for each output, the first dimension of the weight.
+
+    The parameter is s − 1, so that weight decay leads to S.
+
+    Example:
+        >>> ScaleResidual().combine(torch.ones(2, 3), torch.tensor(1.0), torch.tensor([0.0, 1.0]))
+        tensor([[1., 1., 1.],
+                [2., 2., 2.]])
+    """
+
+    @override
+    def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
+        [scale] = parameters
+        return shared * (1 + factor * scale)[:, None]
+
+    @override
+    def zero(self, shared: Tensor) -> tuple[Tensor, ...]:
+        return (shared.new_zeros(len(shared)),)
+
+    @override
+    def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
+        by = shared.new_ones(1, 1) if input_scale is None else input_scale.to(shared).square()
+        length = (shared.square() * by).sum(dim=1)
+        return (((weight - shared) * shared * by).sum(dim=1) / length.where(length > 0, torch.ones_like(length)),)
+
+    @override
+    def describe(self) -> str:
+        return "a scale"
+
+
+def shared_beside_low_rank(weights: Sequence[Tensor], relations: Sequence[Relation], rank: int) -> Tensor:
+    """Return the S that minimises ``Σ_l ‖W_l − S − R_l‖²`` over S and residuals R_l of a rank.
+
+    For given S, the best R_l is the truncated singular value decomposition of W_l − S. With P_l and Q_l the projections
+    beyond its singular vectors, a step δ of S changes what is left to first order by ``−P_l δ Q_l``. Least squares give
+    ``Σ_l P_l δ Q_l = Σ_l P_l (W_l − S) Q_l``: steps that converge quadratically where an S leaves nothing. The first S
+    is the mean; of a pair, for which the mean is a saddle, what is left of one weight without the first singular values
+    of the difference.
+
+    Args:
+        weights: W_l, each in its layer's layout; a kernel counts as a matrix.
+        relations: the map from the layout of S to each layer's.
+        rank: of the residuals.
+
+    Returns:
+        S, in the source's layout.
+
+    Example:
+        >>> pair = [torch.diag(torch.tensor([1.0, 1, 1, 5])), torch.diag(torch.tensor([3.0, 1, 1, 1]))]
+        >>> shared_beside_low_rank(pair, [Relation(), Relation()], rank=1).diag().round(decimals=4)
+        tensor([1., 1., 1., 1.])
+    """
+    back = [relation.inverse() for relation in relations]
+    aligned = [inverse(weight) for inverse, weight in zip(back, weights, strict=True)]
+    shared = torch.stack(aligned).mean(dim=0)
+    if len(weights) == 2:
+        u, s, v = torch.linalg.svd((aligned[0] - aligned[1]).flatten(1), full_matrices=False)
+        shared = aligned[0] - ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(shared.shape)
+
+    def beyond(changes: Sequence[Tensor]) -> Tensor:
+        """Return the sum of changes, one for each layer, without what its residual absorbs; in the source's layout."""
+        total = torch.zeros_like(shared)
+        for change, (u, v), relation, inverse in zip(changes, spaces, relations, back, strict=True):
+            image = relation(change)
+            matrix = image.flatten(1)
+            matrix = matrix - u @ (u.mT @ matrix)
+            total += inverse((matrix - (matrix @ v.mT) @ v).reshape(image.shape))
+        return total
+
+    error, spaces = _leading(weights, relations, shared, rank)
+    for _ in range(STEPS):
+        left = beyond([weight - shared for weight in aligned])
+        step = _solve(lambda change: beyond([change] * len(weights)), left)
+        following, following_spaces = _leading(weights, relations, shared + step, rank)
+        if following >= error:
+            break
+        gain, error, shared, spaces = 1 - following / error, following, shared + step, following_spaces
+        if gain < LEAST_GAIN:
+            break
+    return shared
+
+
+def _leading(
+    weights: Sequence[Tensor], relations: Sequence[Relation], shared: Tensor, rank: int
+) -> tuple[float, list[tuple[Tensor, Tensor]]]:
+    """Return the error of the best residuals beside S, and the singular vectors of each."""
+    error, spaces = 0.0, []
+    for weight, relation in zip(weights, relations, strict=True):
+        u, s, v = torch.linalg.svd((weight - relation(shared)).flatten(1), full_matrices=False)
+        error += float(s[rank:].square().sum())
+        spaces.append((u[:, :rank], v[:rank]))
+    return error, spaces
+
+
+def _solve(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """Return x with ``apply(x) = target``, for a symmetric apply, by the method of conjugate gradients."""
+    x, remainder, direction = torch.zeros_like(target), target, target
+    square = first = remainder.square().sum()
+    for _ in range(SOLVER_STEPS):
+        if square <= first * torch.finfo(target.dtype).eps ** 2:
+            break
+        image = apply(direction)
+        length = square / (direction * image).sum()
+        x, remainder = x + length * direction, remainder - length * image
+        square, before = remainder.square().sum(), square
+        direction = remainder + square / before * direction
+    return x
