@@ -62,6 +62,10 @@ FEATURES = {
     },
     "depth": {
         "stochastic depth": ("StochasticDepth", "stochastic_depth apply_merge StochasticDepth ResidualMerging"),
+        "early and late stochastic depth": (
+            "schedule=early schedule=late",
+            "drop_scale StochasticDepth ResidualMerging",
+        ),
         "LayerDrop, and shallower models": (
             "whole=True extract",
             "extract apply_merge StochasticDepth ResidualMerging",
@@ -70,6 +74,7 @@ FEATURES = {
         "SkipForward": ("SkipForward", "skip_forward apply_merge SkipForward ResidualMerging"),
         "FractalNet": ("FractalNet FractalBlock", "fractal_join FractalBlock"),
         "weight-shared depth": ("shared=True Recurrent RecurrentDepth recur", "recur unrecur Recurrent RecurrentDepth"),
+        "loops of existing blocks": ("Looping loop", "loop unloop loops_in scheduled_passes Looping"),
         "more steps in tests": ("Unrolling", "Unrolling"),
         "zoneout": ("ZoneoutLSTM", "zoned_lstm ZoneoutLSTM ZoneoutLSTMCell"),
         "passthrough networks": ("PassthroughGRU", "PassthroughGRU PassthroughHighway StateMatrix"),
@@ -86,7 +91,7 @@ FEATURES = {
 COMMON = {
     "the base of features of one's own": "Penalty Hash SeededHash Merge TyingCallback HashedParametrization",
     "arguments": "Schedule BeforeEpoch keep_schedule Residual Sum FeedForward",
-    "what functions return": "TieReport HashReport HashedWeight Sampled HMOutput HMState HyperState",
+    "what functions return": "TieReport HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
     "measures and plots": "entropy loads table_loads report plot_loads sampled sampling",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
 }
@@ -103,7 +108,8 @@ HOLES = {
     ("passthrough networks", "callback"): BUILT,
     ("dynamic hypernetwork", "function"): "its equations are those of `HyperLSTMCell`",
     ("dynamic hypernetwork", "callback"): BUILT,
-    ("more steps in tests", "function"): "it sets the `steps` of `Recurrent`",
+    ("loops of existing blocks", "module"): "the blocks of a model stay where they are",
+    ("more steps in tests", "function"): "it sets the `steps` of `Recurrent`, and the `passes` of `Loop`",
     ("more steps in tests", "module"): "it tests a model as it is",
     ("summary of ties", "module"): "it reads a model as it is",
     ("summary of ties", "evidence"): "it changes no training",
@@ -120,6 +126,7 @@ EXACT = {
     "identity hash": "tests/hashing/test_hashes.py",
     "Toeplitz hash": "tests/hashing/test_hashes.py",
     "recurrent hash": "tests/hashing/test_hashes.py",
+    "early and late stochastic depth": "tests/callbacks/test_residual_merging.py",
     "LayerDrop, and shallower models": "tests/depth/test_extract.py",
     "SkipForward": "tests/depth/test_merges.py",
 }

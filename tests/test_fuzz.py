@@ -212,6 +212,7 @@ CALLBACKS = {
     "WeightHashing": ["parameters", "table_ratio", "hash", "scope", "init", "density", "index"],
     "WeightClustering": ["parameters", "clusters", "start_epoch", "init", "gradient"],
     "ResidualMerging": ["blocks", "merge", "keep_schedule", "schedule"],
+    "Looping": ["blocks", "passes", "start", "per_pass", "grow"],
     "LowRankWeights": ["parameters", "rank", "diagonal"],
     "Coupling": ["first", "second", "alpha", "exponent", "examples", "update", "name"],
     "TemplateWeights": ["parameters", "templates"],

@@ -26,6 +26,7 @@ ARGUMENTS = {
     "Coupling": {"first": SITES.twins[0], "second": SITES.twins[1], "alpha": 0.5, "examples": 20},
     "GeneratedWeights": {"parameters": [SITES.alike], "embedding": 2, "in_channels": 3, "out_channels": 3},
     "HardTying": {"ties": [PAIR]},
+    "Looping": {"blocks": [SITES.blocks], "passes": 3, "start": 0.25, "per_pass": "scale", "grow": 0.25},
     "LowRankWeights": {"parameters": [SITES.pair[0]], "rank": 2},
     "MixtureTying": {"parameters": [SITES.pair[0]], "components": 4, "rates": [1e-4, 3e-3, 3e-3]},
     "RandomState": {},

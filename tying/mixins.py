@@ -27,6 +27,7 @@ from tying.callbacks import (
     Coupling,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RandomState,
@@ -336,6 +337,24 @@ class HardTyingMixin(Mixin, callback=HardTying):
         >>> model.configure_model()
         >>> model.encoder.weight is model.decoder.weight
         True
+    """
+
+
+class LoopingMixin(Mixin, callback=Looping):
+    """Adds :class:`tying.callbacks.Looping` to a model; ``looping`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> from tying.depth import loops_in
+        >>> class Model(LoopingMixin):
+        ...     looping = {"blocks": "network.[12]", "passes": 3}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> [(loop.names, loop.passes) for loop in loops_in(model)]
+        [(('network.1', 'network.2'), 3)]
     """
 
 

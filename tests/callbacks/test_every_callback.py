@@ -25,6 +25,7 @@ from tying.callbacks import (
     Coupling,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RandomState,
@@ -67,9 +68,10 @@ MAKERS = {
     WeightHashing: lambda name=None: WeightHashing(NAMES, 0.25),
     WeightClustering: lambda name=None: WeightClustering(NAMES, clusters=4),
     ResidualMerging: lambda name=None: ResidualMerging("net.blocks.*", StochasticDepth(0.75)),
+    Looping: lambda name=None: Looping("net.blocks.*", passes=2),
     RecurrentDepth: lambda name=None: RecurrentDepth("net.blocks.*"),
 }
-ON_WEIGHTS = [kind for kind in MAKERS if kind not in (ResidualMerging, RecurrentDepth, UntiedBiases)]
+ON_WEIGHTS = [kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases)]
 PENALTIES = [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)]
 COMPUTING = [LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
 TRANSFORMS = [kind for kind in MAKERS if issubclass(kind, ModelTransform)]
@@ -288,6 +290,7 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         "blocks",
         ["net.blocks.0", "net.blocks.1"],
     ),
+    Looping: (lambda blocks: Looping(blocks, passes=2), "blocks", ["net.blocks.0", "net.blocks.1"]),
     RandomState: (RandomState, None, []),
     TyingMonitor: (TyingMonitor, None, []),
 }

@@ -12,6 +12,7 @@ from tying.callbacks.derived import (
     WeightHashing,
 )
 from tying.callbacks.hm_lstm import BoundaryPlot, SlopeAnnealing
+from tying.callbacks.looping import Looping
 from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
 from tying.callbacks.observers.monitor import TyingMonitor
@@ -29,6 +30,7 @@ __all__ = [
     "Coupling",
     "GeneratedWeights",
     "HardTying",
+    "Looping",
     "LowRankWeights",
     "MixtureTying",
     "RandomState",

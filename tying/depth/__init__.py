@@ -1,9 +1,9 @@
 """Layers that are shared or skipped."""
 
-from tying.depth.apply import apply_merge, keep_schedule, remove_merge
+from tying.depth.apply import apply_merge, drop_scale, keep_schedule, remove_merge
 from tying.depth.extract import extract
 from tying.depth.fractal import FractalBlock, fractal_join
-from tying.depth.loop import Loop, loop, loops_in, unloop
+from tying.depth.loop import Loop, loop, loops_in, scheduled_passes, unloop
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
 from tying.depth.recur import recur, unrecur
 from tying.depth.recurrent import Recurrent
@@ -39,6 +39,7 @@ __all__ = [
     "ZoneoutLSTM",
     "ZoneoutLSTMCell",
     "apply_merge",
+    "drop_scale",
     "extract",
     "fractal_join",
     "hm_update",
@@ -49,6 +50,7 @@ __all__ = [
     "remove_merge",
     "sampled",
     "sampling",
+    "scheduled_passes",
     "skip_forward",
     "stochastic_depth",
     "swapout",

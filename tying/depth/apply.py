@@ -16,7 +16,7 @@ from tying.depth.recurrent import Recurrent
 from tying.depth.sample_watch import SampleNotice
 from tying.depth.stages import absent_shortcut, children, match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.selection.index import clean_name
 from tying.weights.derived import plain_class, swap_plain_class
 
@@ -43,6 +43,32 @@ def keep_schedule(first: float, last: float, count: int) -> list[float]:
     check_range("first", first, "[0, 1]")
     check_range("last", last, "[0, 1]")
     return [*(first + (last - first) * block / (count - 1) for block in range(count - 1)), last]
+
+
+def drop_scale(preset: Literal["early", "late"], step: int, total: int) -> float:
+    """Return the factor on drop probabilities at a step of early or late stochastic depth.
+
+    ``"early"`` decreases linearly from 1 to 0 over the first sixth of training, and stays 0. ``"late"`` is 0 for five
+    sixths of training, and then 1.
+
+    Args:
+        preset: ``"early"`` or ``"late"``.
+        step: number of optimizer steps before this one.
+        total: number of optimizer steps of the whole training.
+
+    Raises:
+        ConfigurationError: the preset is unknown.
+
+    Example:
+        >>> [drop_scale("early", step, 12) for step in (0, 1, 2, 12)]
+        [1.0, 0.5, 0.0, 0.0]
+        >>> [drop_scale("late", step, 12) for step in (0, 9, 10, 12)]
+        [0.0, 0.0, 1.0, 1.0]
+
+    Source: Z. Liu, Z. Xu, J. Jin, Z. Shen and T. Darrell, Dropout reduces underfitting, 2023.
+    """
+    check_choice("preset", preset, ("early", "late"))
+    return max(0.0, 1 - 6 * step / total) if preset == "early" else float(6 * step >= 5 * total)
 
 
 def apply_merge(

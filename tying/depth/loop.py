@@ -475,3 +475,21 @@ def _make_loop(stage: Stage, passes: int, per_pass: PerPass) -> None:
             block.pass_scale = nn.Parameter(torch.ones(passes - 1, dtype=like.dtype, device=like.device))
         block.__dict__["_loop_place"] = (made, position)
         swap_plain_class(block, generate_class(behaviour, plain_class(block)))
+
+
+def scheduled_passes(step: int, total: int, passes: int, start: float = 0.0, grow: float | None = None) -> int:
+    """Return the number of passes at a step of training; pass p ≥ 2 begins at the fraction ``start + (p − 2) · grow``.
+
+    Args:
+        step: number of optimizer steps before this one.
+        total: number of optimizer steps of the whole training.
+        passes: the final number of passes.
+        start: the fraction of training after which there are several passes.
+        grow: the fraction of training after which there is one more; None: all begin at ``start``.
+
+    Example:
+        >>> [scheduled_passes(step, 100, passes=3, start=0.35, grow=0.2) for step in (0, 34, 35, 54, 55, 99)]
+        [1, 1, 2, 2, 3, 3]
+    """
+    begins = [start + number * (grow or 0.0) for number in range(passes - 1)]  # rounded, since 0.35 + 0.2 > 0.55
+    return 1 + sum(step >= round(fraction * total, 6) for fraction in begins)
