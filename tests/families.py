@@ -22,6 +22,7 @@ from tying.callbacks import (
     LowRankWeights,
     MixtureTying,
     RecurrentDepth,
+    RelaxedTying,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
@@ -29,7 +30,7 @@ from tying.callbacks import (
     WeightHashing,
 )
 from tying.depth import Residual, StochasticDepth, apply_merge, loop, recur, remove_merge, unloop, unrecur
-from tying.hard import generate_weights, lower_rank, share_templates, tie
+from tying.hard import LowRankResidual, generate_weights, lower_rank, relax, share_templates, tie
 from tying.hashing import UniformHash, cluster_weight, hash_weights
 from tying.lightning_namespace import pl
 from tying.selection.patterns import Pattern
@@ -178,6 +179,11 @@ def of_rank_two(model, free, sites):
     assert rank_of(weight(model, sites.pair[0]).flatten(1)) == 2 < rank_of(weight(free, sites.pair[0]).flatten(1))
 
 
+def apart_by_rank_one_each(model, free, sites):
+    distances = [weight(one, sites.pair[0]) - weight(one, sites.pair[1]) for one in (model, free)]
+    assert rank_of(distances[0].flatten(1)) == 2 < rank_of(distances[1].flatten(1))
+
+
 def alike(model, free, sites):
     names = [name for name, _ in free.named_parameters() if Pattern(sites.alike).match(name) is not None]
     assert len(names) > 1
@@ -283,6 +289,11 @@ FAMILIES = {
         at_once(lambda model, s: tie(model, [f"{s.pair[0]} ~ {s.pair[1]}"])),
         lambda s: HardTying([f"{s.pair[0]} ~ {s.pair[1]}"]),
         equal,
+    ),
+    "RelaxedTying": Family(
+        at_once(lambda model, s: relax(model, [f"{s.pair[0]} ~ {s.pair[1]}"], LowRankResidual(rank=1))),
+        lambda s: RelaxedTying([f"{s.pair[0]} ~ {s.pair[1]}"], LowRankResidual(rank=1)),
+        apart_by_rank_one_each,
     ),
     "LowRankWeights": Family(
         at_once(lambda model, s: lower_rank(model, [s.pair[0]], rank=2)),

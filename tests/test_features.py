@@ -36,6 +36,10 @@ FEATURES = {
     },
     "hard": {
         "hard ties": ("HardTying tie", "tie untie tied restore audit HardTying"),
+        "relaxed ties": (
+            "RelaxedTying",
+            "relax harden relaxed LowRankResidual DiagonalResidual ScaleResidual WeightResidual RelaxedTying",
+        ),
         "low rank": ("LowRankWeights", "lower_rank LowRank LowRankPlusDiagonal LowRankWeights"),
         "templates": (
             "TemplateWeights",

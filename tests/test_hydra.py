@@ -19,6 +19,8 @@ TIES = {
 HASH = {"_target_": "tying.hashing.UniformHash", "seed": 1}
 MERGE = {"_target_": "tying.depth.StochasticDepth", "keep": 0.75}
 SCHEDULE = {"_target_": "tying.soft.Schedule", "start": 0.0, "end": 1.0, "length": 4}
+ANNEAL = {"_target_": "tying.soft.Schedule", "start": 1.0, "end": 0.0, "length": 4}
+RESIDUAL = {"_target_": "tying.hard.LowRankResidual", "rank": 2}
 HUBER = {"_target_": "tying.soft.Huber", "delta": 0.5}
 ARGUMENTS = {
     "AnchorTying": {"parameters": ["net.**", "!net.kernels"], "strength": 0.1},
@@ -31,6 +33,7 @@ ARGUMENTS = {
     "MixtureTying": {"parameters": [SITES.pair[0]], "components": 4, "rates": [1e-4, 3e-3, 3e-3]},
     "RandomState": {},
     "RecurrentDepth": {"blocks": [SITES.blocks]},
+    "RelaxedTying": {"ties": [PAIR], "residual": RESIDUAL, "anneal": ANNEAL, "calibration": 2},
     "ResidualMerging": {"blocks": [SITES.blocks], "merge": MERGE, "keep_schedule": [0.9, 0.8], "schedule": SCHEDULE},
     "SlopeAnnealing": {},
     "SoftTying": {"ties": [PAIR], "schedule": SCHEDULE, "penalty": HUBER, "harden_below": 0.1},

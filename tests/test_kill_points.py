@@ -6,8 +6,10 @@ import torch
 from families import FAMILIES, SITES, Trained, inputs
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from tying.callbacks import MixtureTying, RandomState, SoftTying, WeightClustering
+from tying.callbacks import MixtureTying, RandomState, RelaxedTying, SoftTying, WeightClustering
 from tying.data.resuming import ResumableLoader
+from tying.hard import LowRankResidual
+from tying.soft import Schedule
 
 EPOCHS, STEPS = 3, 5
 
@@ -39,7 +41,12 @@ class Noisy(Trained):
 
 
 UPDATES = {"SoftTying, decoupled": "decoupled", "SoftTying, proximal": "proximal"}
-ACCUMULATED = ["SoftTying, accumulated", "WeightHashing, accumulated", "MixtureTying, accumulated"]  # over two batches
+ACCUMULATED = [
+    "SoftTying, accumulated",
+    "WeightHashing, accumulated",
+    "MixtureTying, accumulated",
+    "RelaxedTying, accumulated",
+]  # over two batches
 
 
 def callback_of(family):
@@ -49,6 +56,9 @@ def callback_of(family):
         return WeightClustering([SITES.pair[0]], clusters=4, start_epoch=1)
     if family == "MixtureTying":
         return MixtureTying([SITES.pair[0]], 0.01, components=4, start_epoch=1, examples=20)
+    if family == "RelaxedTying":  # killed before, amid and after its annealing
+        pair = f"{SITES.pair[0]} ~ {SITES.pair[1]}"
+        return RelaxedTying([pair], LowRankResidual(rank=2), anneal=Schedule(1.0, 0.0, 2 * STEPS - 1))
     return FAMILIES[family].callback(SITES)
 
 

@@ -7,7 +7,17 @@ from torch import nn
 
 from tying.depth.rnn.hyper_lstm import HyperLSTM
 from tying.depth.rnn.passthrough import PassthroughGRU, PassthroughHighway
-from tying.hard import generate_weights, lower_rank, share_templates, tie, untie_biases
+from tying.hard import (
+    DiagonalResidual,
+    LowRankResidual,
+    ScaleResidual,
+    generate_weights,
+    lower_rank,
+    relax,
+    share_templates,
+    tie,
+    untie_biases,
+)
 from tying.hashing import (
     HashedConv2d,
     HashedEmbedding,
@@ -53,6 +63,15 @@ MADE = {  # a model, and the change
     "low rank, recurrent": (recurrent, lambda model: lower_rank(model, ["*.weight_*"], 8)),
     "low rank, attention": (attention, lambda model: lower_rank(model, ["*.in_proj_weight"], 8)),
     "low rank plus diagonal": (linear, lambda model: lower_rank(model, ["*.weight"], 8, diagonal=True)),
+    "relaxed": (linear, lambda model: relax(model, ["*.weight"], LowRankResidual(4))),
+    "relaxed, transposed": (
+        linear,
+        lambda m: relax(m, ["0.weight ~ 1.weight | o i -> i o"], LowRankResidual(4)),
+    ),
+    "relaxed, kernels": (convolutions, lambda model: relax(model, ["*.weight"], LowRankResidual(4))),
+    "relaxed, recurrent": (recurrent, lambda model: relax(model, ["*.weight_*"], LowRankResidual(4))),
+    "relaxed by scales": (linear, lambda model: relax(model, ["*.weight"], ScaleResidual())),
+    "relaxed by diagonals": (linear, lambda model: relax(model, ["*.weight"], DiagonalResidual())),
     "templates": (linear, lambda model: share_templates(model, ["*.weight"], 2)),
     "templates, kernels": (convolutions, lambda model: share_templates(model, ["*.weight"], 2)),
     "generated": (convolutions, lambda model: generate_weights(model, ["*.weight"], 16)),

@@ -30,6 +30,7 @@ from tying.callbacks import (
     MixtureTying,
     RandomState,
     RecurrentDepth,
+    RelaxedTying,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
@@ -44,7 +45,7 @@ from tying.callbacks.transform import ModelTransform
 from tying.cli.inspect import inspect
 from tying.depth import StochasticDepth
 from tying.errors import NonFiniteError
-from tying.hard import audit, tie
+from tying.hard import LowRankResidual, audit, tie
 from tying.hashing import ModulusHash, hashes
 from tying.soft import Huber, Schedule, gap
 
@@ -61,6 +62,7 @@ MAKERS = {
     AnchorTying: lambda name=None, **more: AnchorTying(NAMES, **{"strength": 1.0, "name": name} | more),
     MixtureTying: lambda name=None, **more: MixtureTying(NAMES, 0.01, 4, name=name, **more),
     HardTying: lambda name=None: HardTying(TIES, name=name),
+    RelaxedTying: lambda name=None: RelaxedTying(TIES, LowRankResidual(rank=2), name=name),
     LowRankWeights: lambda name=None: LowRankWeights(NAMES, rank=2),
     TemplateWeights: lambda name=None: TemplateWeights(NAMES, templates=1),
     GeneratedWeights: lambda name=None: GeneratedWeights(NAMES, 2, 3, 3),
@@ -73,7 +75,7 @@ MAKERS = {
 }
 ON_WEIGHTS = [kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases)]
 PENALTIES = [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)]
-COMPUTING = [LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
+COMPUTING = [RelaxedTying, LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
 TRANSFORMS = [kind for kind in MAKERS if issubclass(kind, ModelTransform)]
 
 
@@ -291,6 +293,13 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         ["net.blocks.0", "net.blocks.1"],
     ),
     Looping: (lambda blocks: Looping(blocks, passes=2), "blocks", ["net.blocks.0", "net.blocks.1"]),
+    RelaxedTying: (
+        lambda name: RelaxedTying(
+            ["net.first.weight ~ net.second.weight"] if name == "two" else TIES, LowRankResidual(rank=2), name=name
+        ),
+        "name",
+        ["one", "two"],
+    ),
     RandomState: (RandomState, None, []),
     TyingMonitor: (TyingMonitor, None, []),
 }

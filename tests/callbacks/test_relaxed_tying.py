@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from toys import same, train
 from tying import ConfigurationError
 from tying.callbacks import HardTying, RandomState, RelaxedTying
 from tying.cli.inspect import load_weights
+from tying.data.resuming import ResumableLoader
 from tying.hard import (
     DiagonalResidual,
     LowRankResidual,
@@ -29,6 +31,8 @@ from tying.hard import (
 )
 from tying.mixins import RelaxedTyingMixin
 from tying.soft import Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 
 TIES = ["net.first.weight ~ net.second.weight", "net.kernels.*"]
 HARD_TIES = [TIES[0], "net.kernels.*.weight"]
@@ -46,6 +50,17 @@ class Adam(Trained):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Resumable(ResumableLoader):
+    """Batches of two, in order."""
+
+    def __len__(self):
+        return STEPS
+
+    def __iter__(self):
+        for number in self._numbers(STEPS):
+            yield [inputs()[2 * number : 2 * number + 2]]
+
+
 class Mixed(RelaxedTyingMixin, Adam):
     relaxed_tying: ClassVar = {"ties": TIES, "residual": RESIDUAL, "anneal": Schedule(1.0, 0.0, LENGTH)}
 
@@ -57,7 +72,7 @@ def annealed(unit="step", length=LENGTH, **more):
 def fit(model, callbacks, ckpt_path=None, **more):
     torch.manual_seed(0)
     options = {"max_epochs": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0} | more
-    return train(model, callbacks, data=model.train_dataloader(), ckpt_path=ckpt_path, **options)
+    return train(model, callbacks, data=Resumable(), ckpt_path=ckpt_path, **options)
 
 
 def states_of(trainer):
@@ -115,8 +130,8 @@ def test_the_residuals_are_annealed_as_a_loop_anneals_them():
     fit(model, [annealed()], max_epochs=1)
     torch.manual_seed(0)
     relax(reference, TIES, RESIDUAL)
-    optimizer, loader = reference.configure_optimizers(), reference.train_dataloader()
-    for step, batch in enumerate(loader):
+    optimizer = reference.configure_optimizers()
+    for step, batch in enumerate(Resumable()):
         if step < LENGTH:
             set_residual_factor(reference, 1 - step / LENGTH)
         elif step == LENGTH:
@@ -229,6 +244,12 @@ class Shuffling(Adam):
         return DataLoader(loader.dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(3))
 
 
+def note(steps, batch, batch_idx):
+    """Take a step without training."""
+    steps.append((batch[0], torch.rand(())))
+    return torch.zeros((), requires_grad=True)
+
+
 def test_calibration_reads_batches_and_moves_nothing():
     model, plain, reference = Shuffling(), Shuffling(), Shuffling()
     loader = model.train_dataloader()
@@ -237,14 +258,14 @@ def test_calibration_reads_batches_and_moves_nothing():
     relax(reference, TIES, RESIDUAL, batches)
     callback = RelaxedTying(TIES, RESIDUAL, calibration=2)
     seen = []
-    model.training_step = lambda batch, index: seen.append((batch[0], torch.rand(())))
+    model.training_step = partial(note, seen)
     torch.manual_seed(0)
     train(model, [callback], data=loader, max_epochs=1)
     assert same(model, reference)
     relax(plain, TIES, RESIDUAL)
     assert not same(model, plain)
     expected = []
-    plain.training_step = lambda batch, index: expected.append((batch[0], torch.rand(())))
+    plain.training_step = partial(note, expected)
     torch.manual_seed(0)
     train(plain, data=Shuffling().train_dataloader(), max_epochs=1)
     assert len(seen) == len(expected) == 5

@@ -9,7 +9,19 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from tying.hard import bake, fold, generate_weights, load_plain, lower_rank, share_templates, tie
+from tying.hard import (
+    DiagonalResidual,
+    LowRankResidual,
+    ScaleResidual,
+    bake,
+    fold,
+    generate_weights,
+    load_plain,
+    lower_rank,
+    relax,
+    share_templates,
+    tie,
+)
 from tying.hard.hypernetwork import nearest_network
 from tying.hashing import cluster_weight, hash_weights
 
@@ -35,6 +47,18 @@ WAYS = {
     "low rank": (layers, lambda model: lower_rank(model, ["*.weight"], 2)),
     "low rank, kernels": (convolutions, lambda model: lower_rank(model, ["*.weight"], 2)),
     "low rank plus diagonal": (layers, lambda model: lower_rank(model, ["*.weight"], 2, diagonal=True)),
+    "relaxed": (layers, lambda model: relax(model, ["*.weight"], LowRankResidual(2))),
+    "relaxed pair": (layers, lambda model: relax(model, ["0.weight ~ 1.weight"], LowRankResidual(2))),
+    "relaxed, transposed": (
+        layers,
+        lambda model: relax(model, ["0.weight ~ {1..3}.weight | o i -> i o"], LowRankResidual(2)),
+    ),
+    "relaxed, kernels": (
+        lambda dtype=D: convolutions(dtype)[1:],
+        lambda model: relax(model, ["*.weight"], LowRankResidual(1)),
+    ),
+    "relaxed by scales": (layers, lambda model: relax(model, ["*.weight"], ScaleResidual())),
+    "relaxed by diagonals": (layers, lambda model: relax(model, ["*.weight"], DiagonalResidual())),
     "templates": (layers, lambda model: share_templates(model, ["*.weight"], 2)),
     "templates of several shapes": (convolutions, lambda model: share_templates(model, ["*.weight"], 1)),
     "generated": (convolutions, lambda model: generate_weights(model, ["*.weight"], 3, 4, 4)),

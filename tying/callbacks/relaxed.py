@@ -1,6 +1,7 @@
 """Let tied weights differ by a residual during training, for good or for a while."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class RelaxedTying(ModelTransform):
         residual: such as :class:`tying.hard.LowRankResidual`; default: none, as with HardTying.
         anneal: a factor in [0, 1] on the residuals, which ends at 0, such as ``Schedule(1.0, 0.0, 1000)``; default: the
             residuals stay.
-        calibration: number of training batches by which residuals of low rank are initialised, when a run begins; see
-            relax. The model is called on them; the loader and random generators do not move.
+        calibration: number of training batches by which residuals of low rank are initialised; see relax. The model is
+            called on them when a run begins; the loader and random generators do not move.
         name: distinguishes several callbacks of this class, in checkpoints and in the log.
         init: ``"nearest"``: the shared weight is the mean of the layers' weights, and the residuals are nearest to what
             is left; ``"source"``: it is the source's, and residuals begin at zero, for training from scratch.
@@ -128,38 +129,36 @@ class RelaxedTying(ModelTransform):
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         self.apply(model)
-        if self.residual is not None and not self._is_fitting:  # then on_fit_start hardens
-            if self._is_hard_in(model, state_dict):
-                harden(model, self.changed(model))
-            elif not self._relaxed_in(model):
-                self._relax_again(model)
+        if not self._is_fitting:  # then _before_load prepares it
+            self._follow(model, self._is_hard_in(model, state_dict))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._is_fitting, self._is_resumed_hard = stage == "fit", False
         if self.anneal is not None:
             reject_copies(trainer, f"{self.label}: anneal", "the residuals: leave it out, and train on with HardTying")
-        is_new = trainer.ckpt_path is None and not self.is_applied(pl_module)
-        if self.calibration and self._is_fitting and is_new:
+        if self.calibration and self._is_fitting and not self.is_applied(pl_module):
             self._batches = first_batches(trainer, pl_module, self.calibration, f"{self.label}: calibration")
         try:
             super().setup(trainer, pl_module, stage)
         finally:
             self._batches = None
-        if self.residual is not None and trainer.ckpt_path is not None:
-            if not self._relaxed_in(pl_module):  # the checkpoint may be from before they were hardened
-                self._relax_again(pl_module)
-            install_record(pl_module, [])  # registers hooks, which hardening cannot while torch calls them
-            self._load_hook = pl_module.register_load_state_dict_pre_hook(self._before_load)  # type: ignore[no-untyped-call]  # torch's
+        install_record(pl_module, [])  # registers hooks, which hardening cannot while torch calls them
+        self._load_hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
+            partial(self._before_load, trainer)
+        )
 
-    def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        groups = self._relaxed_in(model)
-        if groups and self._is_hard_in(model, state_dict, prefix):
-            if self._is_fitting:  # optimizers are made as when training began: harden in on_fit_start
-                self._is_resumed_hard = True
-                _insert_residuals(groups, model, state_dict, prefix)
-            else:
-                harden(model, self.changed(model))
+    def _before_load(
+        self, trainer: pl.Trainer, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+    ) -> None:
+        """Let a model have the residuals that a checkpoint has, when Lightning restores it."""
+        if self.residual is None or trainer.ckpt_path is None:
+            return
+        is_hard = self._is_hard_in(model, state_dict, prefix)
+        self._follow(model, is_hard and not self._is_fitting)
+        if is_hard and self._is_fitting:  # optimizers are made as when training began: on_fit_start hardens
+            self._is_resumed_hard = True
+            _insert_residuals(self._relaxed_in(model), model, state_dict, prefix)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -247,10 +246,13 @@ class RelaxedTying(ModelTransform):
         names = {*self.changed(model)}
         return [group for group in relaxed(model) if not names.isdisjoint(group.names)]
 
-    def _relax_again(self, model: nn.Module) -> None:
-        """Give hardened weights residuals again, without values: they are loaded next."""
-        untie(model, self.changed(model))
-        relax(model, self.ties, self.residual, init="source")
+    def _follow(self, model: nn.Module, is_hard: bool) -> None:
+        """Harden a model, or give hardened weights residuals again, without values: they are loaded next."""
+        if is_hard:
+            harden(model, self.changed(model))
+        elif self.residual is not None and not self._relaxed_in(model):
+            untie(model, self.changed(model))
+            relax(model, self.ties, self.residual, init="source")
 
     def _is_hard_in(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> bool:
         """Return whether a state dict holds the weights without residuals."""

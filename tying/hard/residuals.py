@@ -1,7 +1,7 @@
 """Residuals: how the weight of a layer may differ from the weight that it shares with others."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,10 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_range
 from tying.hard.low_rank import factorize
+from tying.hard.shared_part import nearest_shared_part
 from tying.selection.relation import Relation
 
 FLOOR = 1e-6  # of the scale of an input, relative to the largest: an input that is always zero has no say
-STEPS = 20  # of the Gauss–Newton method, at most
-LEAST_GAIN = 0.01  # relative, of a step that is followed by another
-SOLVER_STEPS = 50  # of the method of conjugate gradients, at most
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class LowRankResidual(WeightResidual):
 
     @override
     def nearest_shared(self, weights: Sequence[Tensor], relations: Sequence[Relation]) -> Tensor:
-        return shared_beside_low_rank(weights, relations, self.rank)
+        return nearest_shared_part(weights, relations, self.rank)
 
     def _scale(self, shared: Tensor) -> list[Tensor]:
         return [shared.new_zeros(len(shared))] if self.scale else []
@@ -204,82 +202,3 @@ class ScaleResidual(WeightResidual):
     @override
     def describe(self) -> str:
         return "a scale"
-
-
-def shared_beside_low_rank(weights: Sequence[Tensor], relations: Sequence[Relation], rank: int) -> Tensor:
-    """Return the S that minimises ``Σ_l ‖W_l − S − R_l‖²`` over S and residuals R_l of a rank.
-
-    For given S, the best R_l is the truncated singular value decomposition of W_l − S. With P_l and Q_l the projections
-    beyond its singular vectors, a step δ of S changes what is left to first order by ``−P_l δ Q_l``. Least squares give
-    ``Σ_l P_l δ Q_l = Σ_l P_l (W_l − S) Q_l``: steps that converge quadratically where an S leaves nothing. The first S
-    is the mean; of a pair, for which the mean is a saddle, what is left of one weight without the first singular values
-    of the difference.
-
-    Args:
-        weights: W_l, each in its layer's layout; a kernel counts as a matrix.
-        relations: the map from the layout of S to each layer's.
-        rank: of the residuals.
-
-    Returns:
-        S, in the source's layout.
-
-    Example:
-        >>> pair = [torch.diag(torch.tensor([1.0, 1, 1, 5])), torch.diag(torch.tensor([3.0, 1, 1, 1]))]
-        >>> shared_beside_low_rank(pair, [Relation(), Relation()], rank=1).diag().round(decimals=4)
-        tensor([1., 1., 1., 1.])
-    """
-    back = [relation.inverse() for relation in relations]
-    aligned = [inverse(weight) for inverse, weight in zip(back, weights, strict=True)]
-    shared = torch.stack(aligned).mean(dim=0)
-    if len(weights) == 2:
-        u, s, v = torch.linalg.svd((aligned[0] - aligned[1]).flatten(1), full_matrices=False)
-        shared = aligned[0] - ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(shared.shape)
-
-    def beyond(changes: Sequence[Tensor]) -> Tensor:
-        """Return the sum of changes, one for each layer, without what its residual absorbs; in the source's layout."""
-        total = torch.zeros_like(shared)
-        for change, (u, v), relation, inverse in zip(changes, spaces, relations, back, strict=True):
-            image = relation(change)
-            matrix = image.flatten(1)
-            matrix = matrix - u @ (u.mT @ matrix)
-            total += inverse((matrix - (matrix @ v.mT) @ v).reshape(image.shape))
-        return total
-
-    error, spaces = _leading(weights, relations, shared, rank)
-    for _ in range(STEPS):
-        left = beyond([weight - shared for weight in aligned])
-        step = _solve(lambda change: beyond([change] * len(weights)), left)
-        following, following_spaces = _leading(weights, relations, shared + step, rank)
-        if following >= error:
-            break
-        gain, error, shared, spaces = 1 - following / error, following, shared + step, following_spaces
-        if gain < LEAST_GAIN:
-            break
-    return shared
-
-
-def _leading(
-    weights: Sequence[Tensor], relations: Sequence[Relation], shared: Tensor, rank: int
-) -> tuple[float, list[tuple[Tensor, Tensor]]]:
-    """Return the error of the best residuals beside S, and the singular vectors of each."""
-    error, spaces = 0.0, []
-    for weight, relation in zip(weights, relations, strict=True):
-        u, s, v = torch.linalg.svd((weight - relation(shared)).flatten(1), full_matrices=False)
-        error += float(s[rank:].square().sum())
-        spaces.append((u[:, :rank], v[:rank]))
-    return error, spaces
-
-
-def _solve(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """Return x with ``apply(x) = target``, for a symmetric apply, by the method of conjugate gradients."""
-    x, remainder, direction = torch.zeros_like(target), target, target
-    square = first = remainder.square().sum()
-    for _ in range(SOLVER_STEPS):
-        if square <= first * torch.finfo(target.dtype).eps ** 2:
-            break
-        image = apply(direction)
-        length = square / (direction * image).sum()
-        x, remainder = x + length * direction, remainder - length * image
-        square, before = remainder.square().sum(), square
-        direction = remainder + square / before * direction
-    return x
