@@ -16,7 +16,6 @@ from tying.selection.relation import Relation
 FLOOR = 1e-6  # of the scale of an input, relative to the largest: an input that is always zero has no say
 
 
-@dataclass(frozen=True)
 class WeightResidual:
     """How the weight of a layer may differ from the weight S that it shares; the base of all kinds.
 
