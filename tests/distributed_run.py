@@ -19,6 +19,7 @@ from tying.callbacks import (
     Coupling,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RandomState,
@@ -39,7 +40,7 @@ from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
-KINDS += ["skipped function", "skipped module", "low rank", "templates", "generated", "biases", "mixins"]
+KINDS += ["skipped function", "skipped module", "looped", "low rank", "templates", "generated", "biases", "mixins"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -60,6 +61,8 @@ def callback(kind):
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
     if kind.startswith("skipped"):
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
+    if kind == "looped":
+        return Looping("blocks.[01]", passes=3, start=0.25, grow=0.5, per_pass="scale")
     if kind == "low rank":
         return LowRankWeights(["encoder.0.weight"], rank=2)
     if kind == "templates":
@@ -163,7 +166,12 @@ class Listed(TyingMixin, Skipping):
     ]
 
 
-MODELS = {"skipped": Skipping, "skipped module": SkippingModules, "skipped function": SkippingFunctions}
+MODELS = {
+    "skipped": Skipping,
+    "skipped module": SkippingModules,
+    "skipped function": SkippingFunctions,
+    "looped": Skipping,
+}
 MODELS |= {"fractal": Fractal, "mixins": Listed, **dict.fromkeys(["templates", "generated", "biases"], Convolving)}
 
 

@@ -155,8 +155,13 @@ def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: 
 
 
 def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
-    """Complete ``on_load_checkpoint``: prepare for weights that a callback has replaced since training began."""
+    """Complete ``on_load_checkpoint``: prepare for weights that a callback has replaced since training began.
+
+    Without a Trainer, nothing else restores the number of passes with which loops were trained.
+    """
     for callback in _callbacks(module, mixin):
+        if isinstance(callback, Looping) and (state := checkpoint.get("callbacks", {}).get(callback.final_state_key)):
+            callback.load_state_dict(state)
         if isinstance(callback, TyingCallback) and type(callback).prepare is not ModelTransform.prepare:
             with acting_on(module, callback, mixin_callbacks(module)):
                 callback.prepare(module, checkpoint["state_dict"])

@@ -7,9 +7,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from toys import Toy, batches, same, train
 
-from tying.callbacks import Looping, RandomState
+from tying import ConfigurationError
+from tying.callbacks import HardTying, Looping, LowRankWeights, RandomState, ResidualMerging, SoftTying, WeightHashing
+from tying.cli.bake import export
 from tying.data.resuming import ResumableLoader
-from tying.depth import Residual, loop, loops_in, unloop
+from tying.depth import Residual, StochasticDepth, loop, loops_in, unloop
+from tying.hard import audit
 from tying.mixins import LoopingMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
@@ -265,3 +268,99 @@ def test_it_is_applied_once_and_to_each_run_of_blocks():
     assert not looping.is_applied(model)
     fit(model, callback(passes=3))
     assert [made.names for made in loops_in(model)] == [("blocks.1", "blocks.2")]
+
+
+def test_checkpoints_of_the_mixin_load_with_the_passes_of_training(tmp_path):
+    class Growing(LoopingMixin, Blocks):
+        looping = {"blocks": "blocks.[12]", "passes": 4, "start": 0.25, "grow": 0.25, "per_pass": "norm"}  # noqa: RUF012
+
+    model = Growing()
+    fit(model, Stop(), max_epochs=1, data=Resumable()).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Growing.load_from_checkpoint(tmp_path / "a.ckpt")
+    x = torch.randn(3, 6)
+    assert torch.equal(loaded.eval().blocks(x), model.eval().blocks(x))
+    assert [made.passes for made in loops_in(loaded)] == [2]
+    evaluator().test(loaded, verbose=False)
+    assert loaded.passes == [[2]]
+    with pytest.raises(RuntimeError, match=r"needs Looping of tying\.mixins\.LoopingMixin"):
+        Blocks.load_from_checkpoint(tmp_path / "a.ckpt")
+    export(tmp_path / "a.ckpt", tmp_path / "a.pt", [], lambda configs: None)
+    assert [*torch.load(tmp_path / "a.pt", weights_only=True)] == [*model.state_dict()]
+
+
+def test_bake_says_that_weights_alone_do_not_repeat_blocks(tmp_path, capsys):
+    for looping, said in ((callback(), True), (callback(passes=1), False)):
+        fit(Blocks(), looping, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+        export(tmp_path / "a.ckpt", tmp_path / "a.pt", [], lambda configs: None)
+        note = (
+            "Note: these are weights alone, and were trained with 2 passes (Looping{'blocks': 'blocks.[12]'}): a plain"
+        )
+        assert (note in capsys.readouterr().out) == said
+
+
+BRANCH = "blocks.1.branch.1.weight"
+OTHERS = {
+    "HardTying": lambda: HardTying([f"{BRANCH} ~ blocks.2.branch.1.weight"]),
+    "WeightHashing": lambda: WeightHashing([BRANCH], 0.5),
+    "LowRankWeights": lambda: LowRankWeights([BRANCH], 2),
+    "ResidualMerging": lambda: ResidualMerging("blocks.*", StochasticDepth(0.5)),
+    "SoftTying": lambda: SoftTying([f"{BRANCH} ~ blocks.2.branch.1.weight"], strength=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_callbacks_act_on_the_blocks_in_any_order(name):
+    ends = []
+    for order in (1, -1):
+        callbacks = [callback(start=0.25, per_pass="norm"), OTHERS[name]()]
+        fit(model := Blocks(), *callbacks[::order], max_epochs=1)
+        assert audit(model).problems == ()
+        assert [made.passes for made in loops_in(model)] == [2]
+        ends.append(dict(model.state_dict()))
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    fit(alone := Blocks(), callback(start=0.25, per_pass="norm"), max_epochs=1)
+    assert not torch.equal(alone.decoder[2].weight, model.decoder[2].weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"passes": 0}, "passes must be an integer, 1 or more, not 0"),
+        ({"passes": 2.5}, r"passes must be an integer, 1 or more, not 2\.5"),
+        ({"start": 1.0}, r"start must be in \[0, 1\), not 1\.0"),
+        ({"start": "late"}, r"start must be in \[0, 1\), not 'late'"),
+        ({"per_pass": "norms"}, "per_pass, if given, must be 'norm' or 'scale', not 'norms'"),
+        ({"grow": 0.0}, r"grow must be in \(0, 1\), not 0\.0"),
+        (
+            {"passes": 4, "start": 0.5, "grow": 0.3},
+            r"pass 4 would begin at start \+ \(passes - 2\) \* grow = 1\.1 of training, not before its end: lower start, ",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        callback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ("blocks.[02]", r"blocks: 'blocks\.0' and 'blocks\.2' are not consecutive: 'blocks\.1' between them"),
+        ("block.*", r"blocks: pattern 'block\.\*' matches no module"),
+        ("blocks.1.branch", r"blocks: 'blocks\.1\.branch', a Sequential, is in a loop already, or overlaps with one"),
+    ],
+)
+def test_blocks_that_are_no_loop(blocks, message):
+    with pytest.raises(ConfigurationError, match=f"^Looping: {message}"):
+        fit(Blocks(), callback(), Looping(blocks, passes=2))
+
+
+def test_fractions_need_the_length_of_training():
+    message = (
+        r"^Looping: start=0\.25, grow=None needs the length of training, which is unknown: set the trainer's max_steps$"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        fit(Blocks(), callback(start=0.25), max_epochs=-1)
+    fit(Blocks(), callback(start=0.25), max_epochs=-1, max_steps=2)
+    fit(model := Blocks(), callback(passes=3), Stop(), max_epochs=-1)  # from the first step on
+    assert model.passes == [[3]] * 3

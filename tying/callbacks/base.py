@@ -59,10 +59,11 @@ class Callback(pl.Callback):
     @override
     def state_key(self) -> str:
         # Lightning refuses equal keys in its own words, before setup
-        return self._final_state_key if self._is_set_up else f"{self._final_state_key} {id(self)}"
+        return self.final_state_key if self._is_set_up else f"{self.final_state_key} {id(self)}"
 
     @property
-    def _final_state_key(self) -> str:
+    def final_state_key(self) -> str:
+        """The key of the callback's state in checkpoints."""
         argument = self.distinguished_by
         return f"{type(self).__qualname__}{ {argument: getattr(self, argument)} if argument else '' }"
 

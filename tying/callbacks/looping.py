@@ -50,7 +50,7 @@ class Looping(ModelTransform):
     ) -> None:
         check_passes(passes)
         check_range("start", start, "[0, 1)")
-        check_choice("per_pass", per_pass, ("norm", "scale", None))
+        check_choice("per_pass, if given,", "norm" if per_pass is None else per_pass, ("norm", "scale"))
         check_range("grow", 0.5 if grow is None else grow, "(0, 1)")
         if (last := start + (passes - 2) * (grow or 0.0)) >= 1:
             raise ConfigurationError(
@@ -83,7 +83,8 @@ class Looping(ModelTransform):
             loop(model, self.blocks, self.passes, self.per_pass)
             for block in (block for made in loops_in(model) for block in made.blocks if id(block) not in former):
                 block.__dict__["_looped_by"] = arguments_of(self)
-        return len(self._made(model))
+        self._loops = self._made(model)
+        return len(self._loops)
 
     def _made(self, model: nn.Module) -> list[Loop]:
         """Return the loops that this callback, or an equal one, has made."""
@@ -93,7 +94,6 @@ class Looping(ModelTransform):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._loops = self._made(pl_module)
         if is_fresh_run(trainer, stage):
             self._trained = None
         self._set_passes(scheduled_passes(0, 1, self.passes, self.start, self.grow) if stage == "fit" else self.passes)

@@ -115,7 +115,7 @@ def score(model: nn.Module, batch: Any) -> tuple[str, Tensor, int]:
     if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
         raise ConfigurationError(
             "Unrolling needs a model that returns a loss, or logits of shape (*labels.shape, classes); "
-            f"{type(model).__name__} returns {_shape(logits)}, and the labels of the batch are {_shape(labels)}"
+            f"{type(model).__name__} returns {_described(logits)}, and the labels of the batch are {_described(labels)}"
         )
     if logits.ndim == 2:
         return "accuracy", (logits.argmax(dim=-1) == labels).sum(), len(labels)
@@ -124,8 +124,8 @@ def score(model: nn.Module, batch: Any) -> tuple[str, Tensor, int]:
     return "bits" if is_language else "loss", entropy / (math.log(2) if is_language else 1), labels.numel()
 
 
-def _shape(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @contextmanager
