@@ -23,6 +23,7 @@ from tying.callbacks import (
     LowRankWeights,
     MixtureTying,
     RandomState,
+    RelaxedTying,
     ResidualMerging,
     SoftTying,
     TemplateWeights,
@@ -34,13 +35,14 @@ from tying.callbacks import (
 from tying.data import CIFAR10, Text
 from tying.depth import FractalBlock, Residual, StochasticDepth, Sum, ZoneoutLSTM
 from tying.depth.fractal import draw_column
-from tying.hard import bake
+from tying.hard import LowRankResidual, bake
 from tying.mixins import TyingMixin
 from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
-KINDS += ["skipped function", "skipped module", "looped", "low rank", "templates", "generated", "biases", "mixins"]
+KINDS += ["skipped function", "skipped module", "looped", "relaxed", "low rank", "templates", "generated", "biases"]
+KINDS += ["mixins"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -63,6 +65,8 @@ def callback(kind):
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
     if kind == "looped":
         return Looping("blocks.[01]", passes=3, start=0.25, grow=0.5, per_pass="scale")
+    if kind == "relaxed":
+        return RelaxedTying(TIES[:1], LowRankResidual(rank=2))
     if kind == "low rank":
         return LowRankWeights(["encoder.0.weight"], rank=2)
     if kind == "templates":

@@ -113,10 +113,13 @@ def test_speed_of_hard_ties(monkeypatch, capsys):
     monkeypatch.setattr(speed_hard, "PAIRS", 4)
     monkeypatch.setattr(speed_hard, "ROUNDS", 2)
     monkeypatch.setattr(speed_hard, "SIZES", (32, 16, 8))
+    monkeypatch.setattr(speed_hard, "RELAXED_WIDTH", 64)
     assert benchmarks.main(["speed", "hard"]) == 0
     out = capsys.readouterr().out
     assert "| autoencoder 32–16–8, transposed | " in out
     assert "| 8 linear layers of 1024, plain  |   96.1 | 12.1 | 0.8741 | " in out
+    assert "linear layers of 64 that share a weight up to a residual of rank 8, over separate layers:" in out
+    assert "| 4 layers | " in out
 
 
 def test_speed_of_hashing(monkeypatch, capsys):

@@ -15,6 +15,7 @@ from torch import nn
 import tying.mixins
 from benchmarks.declared import load, suites
 from benchmarks.report import RESULTS
+from tying.hard import WeightResidual
 from tying.hashing import Hash
 from tying.soft import Penalty
 
@@ -37,8 +38,9 @@ FEATURES = {
     "hard": {
         "hard ties": ("HardTying tie", "tie untie tied restore audit HardTying"),
         "relaxed ties": (
-            "RelaxedTying",
-            "relax harden relaxed LowRankResidual DiagonalResidual ScaleResidual WeightResidual RelaxedTying",
+            "RelaxedTying relax",
+            "relax harden relaxed set_residual_factor LowRankResidual DiagonalResidual ScaleResidual RelaxedWeight "
+            "SharedWeight RelaxedTying",
         ),
         "low rank": ("LowRankWeights", "lower_rank LowRank LowRankPlusDiagonal LowRankWeights"),
         "templates": (
@@ -93,9 +95,9 @@ FEATURES = {
 }
 # public names that serve several features
 COMMON = {
-    "the base of features of one's own": "Penalty Hash SeededHash Merge TyingCallback HashedParametrization",
+    "the base of features of one's own": "Penalty WeightResidual Hash SeededHash Merge TyingCallback HashedParametrization",
     "arguments": "Schedule BeforeEpoch keep_schedule Residual Sum FeedForward",
-    "what functions return": "TieReport HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
+    "what functions return": "TieReport RelaxedGroup HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
     "measures and plots": "entropy loads table_loads report plot_loads sampled sampling",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
 }
@@ -258,7 +260,9 @@ def test_every_public_name_is_of_a_feature():
     common = [name for names in COMMON.values() for name in names.split()]
     assert {*names} | {*common} == {*PUBLIC}
     assert not {*names} & {*common}
-    assert all(issubclass(PUBLIC[name], nn.Module | Hash | Penalty) for name in names if way(name) == "module")
+    assert all(
+        issubclass(PUBLIC[name], nn.Module | Hash | Penalty | WeightResidual) for name in names if way(name) == "module"
+    )
 
 
 def test_every_configuration_is_of_a_feature():

@@ -163,6 +163,7 @@ REFUSED = {
     ("stochastic weight averaging", "WeightClustering"): "does not go with StochasticWeightAveraging",
     ("EMA weight averaging", "MixtureTying"): "does not go with EMAWeightAveraging",
     ("EMA weight averaging", "WeightClustering"): "does not go with EMAWeightAveraging",
+    ("ModelPruning", "RelaxedTying"): "give it other parameters_to_prune",
     ("ModelPruning", "WeightClustering"): "give it apply_pruning=BeforeEpoch(0)",
 }
 WARNED = (

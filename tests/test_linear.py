@@ -12,7 +12,19 @@ from torch.utils.data import DataLoader
 import tying
 from tying import resolve
 from tying.callbacks import AnchorTying, Coupling, HardTying, SoftTying, TyingMonitor, TyingSummary
-from tying.hard import audit, bake, load_plain, lower_rank, share_templates, tie, tied, untie
+from tying.hard import (
+    LowRankResidual,
+    audit,
+    bake,
+    harden,
+    load_plain,
+    lower_rank,
+    relax,
+    share_templates,
+    tie,
+    tied,
+    untie,
+)
 from tying.hashing import hash_weights
 
 FOLDER = str(Path(tying.__file__).parent)
@@ -88,6 +100,7 @@ def test_ties_are_linear(pairs, question):
 
 COMPUTED = {
     "lower_rank": lambda model: lower_rank(model, ["**.weight"], 1),
+    "relax": lambda model: relax(model, ["a.{i}.weight ~ b.{i}.weight"], LowRankResidual(1)),
     "share_templates": lambda model: share_templates(model, ["**.weight"], 2),
     "hash_weights by layer": lambda model: hash_weights(model, ["**.weight"], 0.5),
     "hash_weights by network": lambda model: hash_weights(model, ["**.weight"], 0.5, scope="network"),
@@ -110,6 +123,15 @@ def test_computed_weights_are_linear(way, question):
         else:
             COMPUTED[way](model)
             counts.append(instructions(ASKED[question], model, plain))
+    assert counts[1] <= counts[0] * MANY / FEW * 1.02
+
+
+def test_hardening_is_linear():
+    counts = []
+    for number in (FEW, MANY):
+        model = layers(number)
+        relax(model, ["a.{i}.weight ~ b.{i}.weight"], LowRankResidual(1))
+        counts.append(instructions(harden, model))
     assert counts[1] <= counts[0] * MANY / FEW * 1.02
 
 

@@ -75,7 +75,7 @@ MAKERS = {
 }
 ON_WEIGHTS = [kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases)]
 PENALTIES = [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)]
-COMPUTING = [RelaxedTying, LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
+COMPUTING = [LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
 TRANSFORMS = [kind for kind in MAKERS if issubclass(kind, ModelTransform)]
 
 
@@ -446,7 +446,7 @@ def test_two_callbacks_on_one_weight(first, second):
     pulls = {SoftTying, Coupling, AnchorTying, MixtureTying}
     together = {first, second} <= pulls or {first, second} <= {HardTying, AnchorTying} or first is second is HardTying
     together |= {first, second} == {HardTying, MixtureTying}  # one weight is pulled once
-    together |= first is second and first in TRANSFORMS  # equal callbacks are one
+    together |= first is second in {*TRANSFORMS} - {RelaxedTying}  # equal callbacks are one, unless names differ
     together |= first is HardTying and second in COMPUTING  # a tied weight is computed once
     model = Trained()
     if together:
@@ -510,6 +510,7 @@ class Separate(Grouped):
 
 SHARING = {
     HardTying: lambda: HardTying(TIES),
+    RelaxedTying: MAKERS[RelaxedTying],
     TemplateWeights: lambda: TemplateWeights(NAMES, templates=1),
     GeneratedWeights: lambda: GeneratedWeights(NAMES, 2, 3, 3),
     WeightHashing: lambda: WeightHashing(NAMES, 0.25, scope="network"),

@@ -11,7 +11,7 @@ import torch
 from families import Trained, inputs
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
-from toys import same, train
+from toys import Toy, same, train
 
 from tying import ConfigurationError
 from tying.callbacks import HardTying, RandomState, RelaxedTying
@@ -382,6 +382,11 @@ def test_lbfgs_would_keep_the_residuals():
 
     with pytest.raises(ConfigurationError, match="LBFGS keeps the residuals to itself"):
         fit(Line(), [annealed()])
+
+
+def test_calibration_needs_a_forward():
+    with pytest.raises(ConfigurationError, match=r"^RelaxedTying: calibration calls the model .*, and Toy fails"):
+        train(Toy(), [RelaxedTying(["encoder.0.weight ~ decoder.2.weight | o i -> i o"], RESIDUAL, calibration=2)])
 
 
 def test_calibration_needs_one_loader():

@@ -11,7 +11,7 @@ from zoo import build, output_of
 from tying import ConfigurationError
 from tying.depth import Recurrent, Residual, StochasticDepth, Swapout, apply_merge, extract, recur, unrecur
 from tying.depth.stages import find_stages
-from tying.hard import audit, bake, lower_rank, share_templates, tie
+from tying.hard import LowRankResidual, audit, bake, lower_rank, relax, share_templates, tie
 from tying.hashing import cluster_weight, hash_weights
 
 # whose blocks stand in a module that is no container
@@ -238,6 +238,7 @@ COMPUTED = {
     "hashed by network": lambda model: hash_weights(model, ["*.branch.weight"], 0.5, scope="network"),
     "templates": lambda model: share_templates(model, ["*.branch.weight"], 2),
     "low rank": lambda model: lower_rank(model, ["*.branch.weight"], 2),
+    "relaxed": lambda model: relax(model, ["*.branch.weight"], LowRankResidual(2)),
     "clustered": lambda model: cluster_weight(model, "2.branch.weight", 3),
 }
 

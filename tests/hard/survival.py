@@ -9,7 +9,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tying import Tie
-from tying.hard import generate_weights, lower_rank, share_templates, tie, tied, untie_biases
+from tying.hard import (
+    LowRankResidual,
+    generate_weights,
+    lower_rank,
+    relax,
+    relaxed,
+    share_templates,
+    tie,
+    tied,
+    untie_biases,
+)
 from tying.hashing import cluster_weight, hash_weights
 
 BY_HAND = "by hand"
@@ -18,10 +28,12 @@ TIES = {
     "transposed tie": [Tie("encoder.weight", "decoder.weight", "o i -> i o")],
     "whole modules": [Tie("blocks.*", exclude=("**.norm",))],
 }
+RELAXED = ["first.weight ~ second.weight", "first.weight ~ blocks.*.linear.weight"]
 SQUARES = ["first.weight", "second.weight", "blocks.*.linear.weight"]
 CHANGES = {
     "low rank": lambda net: lower_rank(net, ["first.weight"], 2),
     "low rank + diagonal": lambda net: lower_rank(net, ["first.weight"], 2, diagonal=True),
+    "relaxed": lambda net: relax(net, RELAXED, LowRankResidual(2)),
     "templates": lambda net: share_templates(net, SQUARES, 2),
     "generated": lambda net: generate_weights(net, ["kernels.*.weight"], 2, 3, 3),
     "hashed by layer": lambda net: hash_weights(net, SQUARES, 0.25),
@@ -124,6 +136,11 @@ def assert_computed(net, row):
     elif row == "low rank + diagonal":
         diagonal = net.first.parametrizations.weight.original2.detach().double().diag()
         assert torch.linalg.matrix_rank(weight - diagonal, rtol=1e-5) <= 2
+    elif row == "relaxed":
+        [group] = relaxed(net)
+        shared = group.parameters[0].detach().double()
+        assert all(torch.linalg.matrix_rank(layer.weight.double() - shared, rtol=1e-4) <= 2 for layer in squares(net))
+        assert len(group) == len(squares(net))
     elif row == "templates":
         assert len({id(layer.parametrizations.weight[0].bank) for layer in squares(net)}) == 1
     elif row == "generated":

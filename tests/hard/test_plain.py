@@ -8,7 +8,7 @@ import torch
 from survival import ROWS, TIES, Net, assert_shared, batch, made
 from torch import nn
 
-from tying.hard import audit, bake, load_plain, lower_rank, share_templates, tie, untie
+from tying.hard import LowRankResidual, audit, bake, load_plain, lower_rank, relax, share_templates, tie, untie
 from tying.hashing import hash_weights
 from tying.weights.derived import derived_weights
 
@@ -164,6 +164,7 @@ class Twice(nn.Module):
 
 CHANGES = {
     "low rank": lambda model, names: lower_rank(model, names, 2),
+    "relaxed": lambda model, names: relax(model, names, LowRankResidual(2)),
     "templates": lambda model, names: share_templates(model, names, 2),
     "hashed": lambda model, names: hash_weights(model, names, 0.5),
     "by others": lambda model, names: [nn.utils.parametrizations.weight_norm(layer) for layer in model.layers],

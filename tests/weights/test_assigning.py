@@ -12,7 +12,18 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import tying.hard
 import tying.hashing
-from tying.hard import audit, bake, generate_weights, lower_rank, restore, share_templates, tie, untie_biases
+from tying.hard import (
+    LowRankResidual,
+    audit,
+    bake,
+    generate_weights,
+    lower_rank,
+    relax,
+    restore,
+    share_templates,
+    tie,
+    untie_biases,
+)
 from tying.hashing import (
     BlockHash,
     HashedConv2d,
@@ -34,6 +45,10 @@ def table(hash, **options):
     return lambda model: hash_weights(model, ["weight*"], 0.5, hash, **options)
 
 
+def relaxing(model):
+    return relax(model, ["*.weight"], LowRankResidual(2))
+
+
 MODULES = {  # a module, the name of a derived weight of it, and an input
     "low rank": (lambda: changed(nn.Linear(6, 6), lambda m: lower_rank(m, ["weight"], 2)), "weight", (3, 6)),
     "low rank + diagonal": (
@@ -45,6 +60,16 @@ MODULES = {  # a module, the name of a derived weight of it, and an input
         lambda: changed(nn.LSTM(6, 6), lambda m: lower_rank(m, ["weight_hh_l0"], 2)),
         "weight_hh_l0",
         (3, 6),
+    ),
+    "relaxed": (
+        lambda: changed(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), relaxing)[0],
+        "weight",
+        (30, 6),
+    ),
+    "relaxed, of few inputs": (
+        lambda: changed(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), relaxing)[1],
+        "weight",
+        (2, 6),
     ),
     "templates": (lambda: changed(nn.Linear(6, 6), lambda m: share_templates(m, ["weight"], 1)), "weight", (3, 6)),
     "generated": (
@@ -175,7 +200,9 @@ def test_writes_reach_the_source_of_a_view(relation, is_lost):
     assert any("1.weight: in-place writes" in limit for limit in audit(model).limits) == is_lost
 
 
-@pytest.mark.parametrize("function", [tie, lower_rank, share_templates, generate_weights, hash_weights, cluster_weight])
+@pytest.mark.parametrize(
+    "function", [tie, lower_rank, relax, share_templates, generate_weights, hash_weights, cluster_weight]
+)
 def test_functions_say_which_writes_are_lost(function):
     told = " ".join(inspect.getdoc(function).replace("``", "").split())
     assert "In-place writes (.data, nn.init, an adapter's merge) to a" in told

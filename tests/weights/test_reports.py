@@ -21,6 +21,7 @@ WAYS = {
     "WeightClustering": "computing weights",
     "TemplateWeights": "sharing and computing weights",  # a bank is shared
     "GeneratedWeights": "sharing and computing weights",
+    "RelaxedTying": "sharing and computing weights",
 }
 COUNTS = r"([\d,]+) unique parameters, ([\d,]+) counting each use; ([\d,]+) bytes (?:saved|more) by ([a-z ]+)\."
 

@@ -16,12 +16,13 @@ from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.hard import RelaxedGroup, WeightResidual, harden, relax, relaxed, set_residual_factor, tied, untie
 from tying.hard.relaxed import Init
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import is_logging_step
+from tying.lightning_workarounds import is_logging_step, weights_to_prune
 from tying.mappings import from_mapping
 from tying.selection.index import unwrapped
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Schedule
 from tying.soft.schedule import parse_schedule
+from tying.weights.calibration import call
 from tying.weights.optimizers import drop_parameters
 from tying.weights.state_dict import install_record
 
@@ -100,7 +101,7 @@ class RelaxedTying(ModelTransform):
 
     @override
     def change(self, model: nn.Module) -> list[str]:
-        groups = relax(model, self.ties, self.residual, self._batches, self.init)
+        groups = relax(model, self.ties, self.residual, self._batches, self.init, forward=_call)
         return [name for group in groups for name in group.names]
 
     @override
@@ -131,6 +132,22 @@ class RelaxedTying(ModelTransform):
         self.apply(model)
         if not self._is_fitting:  # then _before_load prepares it
             self._follow(model, self._is_hard_in(model, state_dict))
+
+    @override
+    def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
+        pruned = {
+            module
+            for other in others
+            if isinstance(other, pl.callbacks.ModelPruning)
+            for module, name in weights_to_prune(other)
+            if name == "weight"
+        }
+        for group in self._relaxed_in(model):
+            if group.steps[0].shared in pruned:
+                raise ConfigurationError(
+                    f"{self.label}: ModelPruning would prune the weight that {listed(group.names)} share, which is not "
+                    "possible: give it other parameters_to_prune, or prune in a later run"
+                )
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -257,6 +274,17 @@ class RelaxedTying(ModelTransform):
     def _is_hard_in(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> bool:
         """Return whether a state dict holds the weights without residuals."""
         return not {unwrapped(key.removeprefix(prefix)) for key in state_dict}.isdisjoint(self.changed(model))
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a training batch, for the calibration."""
+    try:
+        return call(model, batch)
+    except Exception as error:
+        raise ConfigurationError(
+            f"calibration calls the model on the input of a training batch, and {type(model).__name__} fails "
+            f"({type(error).__name__}: {error}): define its forward for this input, or leave calibration out"
+        ) from error
 
 
 def _parse_anneal(anneal: Any) -> Schedule | None:

@@ -29,7 +29,7 @@ from tying.weights.derived import (
     locate_parameters,
     own_memory,
     plain_class,
-    remove,
+    put_in_place,
     swap_plain_class,
 )
 from tying.weights.replace import check_free
@@ -437,6 +437,9 @@ def harden(model: nn.Module, names: Collection[str] | None = None) -> list[TiedG
     Returns:
         The tied groups.
 
+    Raises:
+        ConfigurationError: a relation computes a weight from a source that is not in the model.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         >>> [group] = relax(model, ["*.weight"], LowRankResidual(1))
@@ -446,14 +449,19 @@ def harden(model: nn.Module, names: Collection[str] | None = None) -> list[TiedG
     """
     chosen = None if names is None else {*names}
     groups = [group for group in relaxed(model) if chosen is None or not chosen.isdisjoint(group.names)]
-    parts = []
+    parts, separate = list[TiedGroup](), dict[str, nn.Parameter]()
     for group in groups:
         shared = group.parameters[0]
+        if group.relations[0].steps:
+            raise ConfigurationError(
+                f"{group.names[0]!r}: the source of its tie is not a part of this model. Harden the whole model"
+            )
         members = [shared]
         members += [nn.Parameter(relation(shared.detach()), shared.requires_grad) for relation in group.relations[1:]]
-        for name, member in zip(group.names, members, strict=True):
-            remove(model, name, member)
-        parts.append(TiedGroup(group.names, (*members,), group.relations))
+        separate |= zip(group.names, members, strict=True)
+        if len(group) > 1:  # else it is a part of a relaxed model
+            parts.append(TiedGroup(group.names, (*members,), group.relations))
+    put_in_place(model, separate)
     return tie_groups(model, parts)
 
 

@@ -258,23 +258,32 @@ def install(
         _renew_class(module, {**_computes(module), name: keys})
 
 
-def remove(model: nn.Module, name: str, parameter: nn.Parameter | None = None) -> nn.Parameter:
-    """Replace a derived weight by a parameter, at its former position; return the parameter.
+def remove(model: nn.Module, name: str) -> nn.Parameter:
+    """Replace a derived weight by a parameter of equal value, at its former position; return the parameter.
 
     All names of the weight in the model hold the parameter.
 
     Args:
         model: changed in place; a module that owns the weight, or contains its owners.
         name: a name of the weight.
-        parameter: default: a new parameter of the weight's value.
+    """
+    parameter = _as_parameter(derived_weights(model, aliases=True)[name])
+    put_in_place(model, {name: parameter})
+    return parameter
+
+
+def put_in_place(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Replace derived weights by given parameters, each at its former position and under all names of the weight.
+
+    Args:
+        model: changed in place; it contains all owners of the weights.
+        parameters: by a name of the weight.
     """
     weights = derived_weights(model, aliases=True)
-    parameter = _as_parameter(weights[name]) if parameter is None else parameter
-    identity = weights[name].identity
-    owners = dict.fromkeys((weight.owner, weight.name) for weight in weights.values() if weight.identity == identity)
-    for owner, attribute in reversed(owners):  # the last first: each position is relative to the earlier ones
-        _put_back(owner, attribute, parameter)
-    return parameter
+    given = {weights[name].identity: parameter for name, parameter in parameters.items()}
+    owners = {(weight.owner, weight.name): weight.identity for weight in weights.values() if weight.identity in given}
+    for (owner, attribute), identity in reversed(owners.items()):  # the last first: positions are relative to earlier
+        _put_back(owner, attribute, given[identity])
 
 
 def _as_parameter(derived: DerivedWeight) -> nn.Parameter:
