@@ -12,14 +12,11 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from torch.optim import SGD
-from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data.distributed import DistributedSampler
 from toys import TIES, Toy, batches, train
 
 from tying.callbacks import (
     AnchorTying,
     Coupling,
-    Fisher,
     GeneratedWeights,
     HardTying,
     Looping,
@@ -29,7 +26,6 @@ from tying.callbacks import (
     RelaxedTying,
     ResidualMerging,
     SoftTying,
-    Synaptic,
     TemplateWeights,
     TyingMonitor,
     TyingSummary,
@@ -45,17 +41,8 @@ from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
-KINDS += [
-    "skipped function",
-    "skipped module",
-    "relaxed",
-    "looped",
-    "low rank",
-    "templates",
-    "generated",
-    "biases",
-    "mixins",
-]
+KINDS += ["skipped function", "skipped module", "looped", "relaxed", "low rank", "templates", "generated", "biases"]
+KINDS += ["mixins"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -76,10 +63,10 @@ def callback(kind):
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
     if kind.startswith("skipped"):
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
-    if kind == "relaxed":
-        return RelaxedTying(TIES[:1], LowRankResidual(rank=2))
     if kind == "looped":
         return Looping("blocks.[01]", passes=3, start=0.25, grow=0.5, per_pass="scale")
+    if kind == "relaxed":
+        return RelaxedTying(TIES[:1], LowRankResidual(rank=2))
     if kind == "low rank":
         return LowRankWeights(["encoder.0.weight"], rank=2)
     if kind == "templates":
@@ -259,43 +246,6 @@ def normed(out: Path, world: int, kind: type[Normed]) -> None:
     torch.save(own, out / f"{kind.__name__}-{world}-{trainer.global_rank}.pt")
 
 
-class Labelled(Toy):
-    """Classifies its inputs by the place of their largest feature."""
-
-    def forward(self, x):
-        return self.decoder(self.encoder(x.double()))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return torch.nn.functional.cross_entropy(self(x), y)
-
-
-IMPORTANCES = {"given": Fisher(5, "given"), "sampled": Fisher(5), "path": Synaptic()}
-
-
-def important(out: Path, world: int) -> None:
-    """Learn two tasks, the second held by the first; save the weights and their importance of each rank."""
-    for name, importance in IMPORTANCES.items():
-        model, anchor = Labelled(optimizer).double(), AnchorTying(["**"], 0.3, importance=importance)
-        for sign in (1, -1):
-            [x] = batches(count=10 * world, size=8 // world, world=world).dataset.tensors
-            dataset = TensorDataset(sign * x, x.argmax(dim=1))
-            rank = int(os.environ.get("RANK", 0))
-            sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
-            trainer = train(
-                model,
-                [anchor],
-                default_root_dir=out / "logs",
-                data=DataLoader(dataset, batch_size=8 // world, sampler=sampler),
-                use_distributed_sampler=False,
-                strategy="ddp" if world > 1 else "auto",
-                devices=world,
-                max_epochs=1,
-            )
-        ends = model.state_dict() | {f"F {key}": value for key, value in anchor.state_dict()["importances"].items()}
-        torch.save(ends, out / f"{name}-{world}-{trainer.global_rank}.pt")
-
-
 class Noisy(Toy):
     """Classifies CIFAR-10 through dropout, so that every step draws from the process's own generator."""
 
@@ -364,5 +314,4 @@ if __name__ == "__main__":
     normed(Path(sys.argv[1]), int(sys.argv[2]), Normed)
     normed(Path(sys.argv[1]), int(sys.argv[2]), Failing)
     resume(Path(sys.argv[1]), int(sys.argv[2]))
-    important(Path(sys.argv[1]), int(sys.argv[2]))
     torch.distributed.barrier()

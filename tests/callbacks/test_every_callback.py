@@ -292,6 +292,7 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         "blocks",
         ["net.blocks.0", "net.blocks.1"],
     ),
+    Looping: (lambda blocks: Looping(blocks, passes=2), "blocks", ["net.blocks.0", "net.blocks.1"]),
     RelaxedTying: (
         lambda name: RelaxedTying(
             ["net.first.weight ~ net.second.weight"] if name == "two" else TIES, LowRankResidual(rank=2), name=name
@@ -299,7 +300,6 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         "name",
         ["one", "two"],
     ),
-    Looping: (lambda blocks: Looping(blocks, passes=2), "blocks", ["net.blocks.0", "net.blocks.1"]),
     RandomState: (RandomState, None, []),
     TyingMonitor: (TyingMonitor, None, []),
 }
