@@ -10,6 +10,7 @@ A suite is a base configuration, deltas to compare, and axes to sweep::
     axes:                            # every combination of values, for all deltas or for those listed
       strength: {key: trainer.callbacks.strength, values: [1.0e-3, 1.0e-2], deltas: [soft]}
     seed_keys: [seed_everything]     # where the seed goes
+    program: module.function         # what does a run that is no single fit: see benchmarks.program
     figures: {accuracy: test/accuracy}  # columns of the report: metrics by heading
     curves: [val/accuracy]           # panels of its plot: metrics over epochs
     like: other                      # instead of base, axes and seeds: the very runs of another suite,
@@ -33,7 +34,7 @@ from tying.errors import ConfigurationError, listed, nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
 CLAIMS = {"trends": Trend, "peaks": Peak, "orders": Order}
-KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", *CLAIMS, "like")
+KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", *CLAIMS, "like", "program")
 AXIS_KEYS = ("key", "values", "deltas")
 Part = TypeVar("Part", bound="Plot | Claim")
 
@@ -80,7 +81,7 @@ def load(name: str) -> Suite:
 
 def _like_another(path: Path, content: Mapping[str, Any]) -> Suite:
     """Return the runs of another suite, as this one chooses them."""
-    if wrong := [key for key in ("base", "axes", "seed_keys") if key in content]:
+    if wrong := [key for key in ("base", "axes", "seed_keys", "program") if key in content]:
         raise ConfigurationError(f"suite {path.name}: {wrong[0]} and like exclude each other")
     other = load(content["like"])
     chosen = _strings(path, content.get("deltas", [*other.deltas]), "deltas, with like,")
@@ -100,13 +101,15 @@ def _of_its_own(path: Path, content: Mapping[str, Any]) -> Suite:
         raise ConfigurationError(f"suite {path.name}: deltas must map names to lists of files and overrides")
     if not isinstance(axes, dict):
         raise ConfigurationError(f"suite {path.name}: axes must map names to keys and values, not {axes!r}")
+    program = str(content.get("program", ""))
     return Suite(
         path.stem,
         "",
         _layers(path, content.get("base", []), "base"),
         {str(delta): _layers(path, layers, f"delta {delta}") for delta, layers in deltas.items()},
         {str(axis): _axis(path, axis, given, deltas) for axis, given in axes.items()},
-        _strings(path, content.get("seed_keys", ["seed_everything"]), "seed_keys"),
+        _strings(path, content.get("seed_keys", ["seed" if program else "seed_everything"]), "seed_keys"),
+        program=program,
     )
 
 

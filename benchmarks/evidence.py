@@ -14,8 +14,8 @@ from benchmarks.speed import FAMILIES
 
 SECTIONS = {
     "One network, every family": ["demo", "cifar10", "full@cifar10-jpeg"],
-    "Soft tying": ["soft", "transfer", "coupling", "two-domains", "hybrid-toy", "mixture@mnist"],
-    "Hard tying": ["hard", "autoencoder", "relaxed"],
+    "Soft tying": ["soft", "transfer", "coupling", "two-domains", "hybrid-toy", "mixture@mnist", "continual@mnist"],
+    "Hard tying": ["hard", "autoencoder", "relaxed", "sentence"],
     "What ties live through": ["survival", "lightning_features", "strangers", "zoo", "fuzz"],
     "Hashed layers": [
         *(f"arbnet-{suite}@mnist" for suite in ("fig2", "fig3", "fig4", "density")),

@@ -106,6 +106,7 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
         kept: a folder where the last epochs and all plots are written too.
     """
     rows = curves(sweep.runs, sweep.out)
+    x = "step" if sweep.suite.program else "epoch"
     table = sweep.out / f"{sweep.name}.csv"
     write_csv(table, rows)
     written = [table]
@@ -114,7 +115,7 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
         for path, one in pictures.items():
             draw_plot(one, rows, path)
         written += [folder / f"{sweep.name}.png", *pictures]
-        plot(rows, sweep.suite.curves, folder / f"{sweep.name}.png")
+        plot(rows, sweep.suite.curves, folder / f"{sweep.name}.png", x)
     if kept:
         write_csv(kept / table.name, final(rows))
     return written

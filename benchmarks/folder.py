@@ -110,6 +110,11 @@ class Folder:
             shutil.rmtree(aside, ignore_errors=True)
         return attempt
 
+    def keep_claim(self, attempt: Path) -> None:
+        """Raise if another process has taken the run over, as it does where this one was long silent."""
+        if self.last_attempt() != attempt:
+            raise ConfigurationError(f"the run was taken over by another process, as {self.last_attempt()}")
+
     def definition(self) -> dict[str, Any] | None:
         """Return the definition this folder was made for, or ``None`` where it holds none."""
         holder = self.last_of("claim.json") or self.path / "result.json"

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing_extensions import override
 from benchmarks.folder import HEARTBEAT, Folder, touch
 from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine, peak_memory
+from benchmarks.program import Outcome, Progress, parse_program
 from benchmarks.report import write, write_csv
 from benchmarks.suite import Run
 from tying.callbacks import RandomState
@@ -76,7 +77,7 @@ class Record(Checkpoint):  # Lightning calls checkpoints last, after the module'
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        keep_claim(self.folder, self.attempt)
+        self.folder.keep_claim(self.attempt)
         logged = trainer.callback_metrics.items()  # also those of earlier epochs: the very same tensors
         metrics = {name: float(value) for name, value in logged if value is not self._stale.get(name)}
         passed = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
@@ -117,7 +118,7 @@ def finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str] = ()) ->
     stopped = threading.Event()
     threading.Thread(target=_beat, args=(attempt, stopped), daemon=True).start()
     try:
-        _train_and_test(folder, attempt, arguments(run, attempt / "configs", data))
+        _finish(folder, attempt, run, data)
     except Exception as error:
         with suppress(OSError):  # the disk may be what is wrong
             write_json(attempt / "failure.json", {"error": in_a_line(error)})
@@ -154,20 +155,56 @@ def in_a_line(error: Exception) -> str:
 
 def arguments(run: Run, folder: Path, data: Sequence[str] = ()) -> list[str]:
     """Return a run on the command line, in one process and without a progress bar; its files go to ``folder``."""
+    if run.program:
+        return [*run.arguments(folder), *data]
     alone = ["--trainer.devices=1", "--trainer.num_nodes=1"]  # where the configuration does not say
     return [*alone, *run.arguments(folder), *data, "--trainer.enable_progress_bar=false"]
 
 
-def keep_claim(folder: Folder, attempt: Path) -> None:
-    """Raise if another process has taken the run over, as it does where this one was long silent."""
-    if folder.last_attempt() != attempt:
-        raise ConfigurationError(f"the run was taken over by another process, as {folder.last_attempt()}")
-
-
-def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> None:
+def _finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str]) -> None:
     begun = time.perf_counter()
     claim = read_json(attempt / "claim.json")
     torch.set_num_threads(claim["threads"])
+    given = arguments(run, attempt / "configs", data)
+    outcome = _call(folder, attempt, run.program, given) if run.program else _train_and_test(folder, attempt, given)
+    unique, virtual = count_parameters(outcome.model)
+    seconds = sorted(row["seconds"] for row in outcome.rows)
+    result = {
+        "name": folder.name,
+        "definition": claim["definition"],
+        "exit": "complete",
+        "metrics": {name: value for row in outcome.rows for name, value in row.items()} | {**outcome.metrics},
+        "data": outcome.data,
+        "machine": machine(),
+        "parameters": {"unique": unique, "virtual": virtual, "bytes": stored_bytes(outcome.model.state_dict())},
+        "seconds": {
+            "training": sum(seconds),
+            **({} if run.program else {"epoch": seconds[len(seconds) // 2]}),
+            "last attempt": time.perf_counter() - begun,
+            "testing": outcome.testing,
+        },
+        "peak_memory": max(outcome.peak, peak_memory()),
+        "attempts": len(folder.attempts()),
+        "finished": time.time(),
+    }
+    folder.keep_claim(attempt)
+    write(folder.path / "config.yaml", outcome.config)
+    write_csv(folder.path / "metrics.csv", outcome.rows)
+    write_json(folder.path / "result.json", result)
+    for earlier in folder.attempts():
+        if int(earlier.name) < int(attempt.name):
+            shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
+
+
+def _call(folder: Folder, attempt: Path, path: str, given: Sequence[str]) -> Outcome:
+    program, settings, config = parse_program(path, given)
+    outcome = program(Progress(folder, attempt), **settings)
+    if not outcome.rows:
+        raise ConfigurationError(f"program {path!r} has logged nothing")
+    return replace(outcome, config=config)
+
+
+def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> Outcome:
     cli = parse(given)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     record = Record(folder, attempt)
@@ -180,38 +217,20 @@ def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> None
     fitted = time.perf_counter()
     if not record.rows:
         raise ConfigurationError("the configuration trains for no epoch")
-    metrics = {name: value for row in record.rows for name, value in row.items()}  # of each, the last
+    metrics: dict[str, float] = {}
     if is_overridden("test_step", model):
         seed_everything(int(cli.config.get("seed_everything") or 0), verbose=False)  # whatever was drawn before
         for tested in trainer.test(model, data, verbose=False):
             metrics |= tested
-    unique, virtual = count_parameters(model)
-    done = time.perf_counter()
-    result = {
-        "name": folder.name,
-        "definition": claim["definition"],
-        "exit": "complete",
-        "metrics": metrics,
-        "data": {"description": getattr(data, "description", type(data).__name__), "key": getattr(data, "key", None)},
-        "machine": machine(),
-        "parameters": {"unique": unique, "virtual": virtual, "bytes": stored_bytes(model.state_dict())},
-        "seconds": {
-            "training": sum(row["seconds"] for row in record.rows),
-            "epoch": sorted(row["seconds"] for row in record.rows)[len(record.rows) // 2],
-            "last attempt": done - begun,
-            "testing": done - fitted,
-        },
-        "peak_memory": max(record.peak, peak_memory()),
-        "attempts": len(folder.attempts()),
-        "finished": time.time(),
-    }
-    keep_claim(folder, attempt)
-    write(folder.path / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
-    write_csv(folder.path / "metrics.csv", record.rows)
-    write_json(folder.path / "result.json", result)
-    for earlier in folder.attempts():
-        if int(earlier.name) < int(attempt.name):
-            shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
+    return Outcome(
+        record.rows,
+        metrics,
+        model,
+        {"description": getattr(data, "description", type(data).__name__), "key": getattr(data, "key", None)},
+        cli.parser.dump(cli.config, skip_none=False),
+        testing=time.perf_counter() - fitted,
+        peak=record.peak,
+    )
 
 
 def stored_bytes(state: object) -> int:

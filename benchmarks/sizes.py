@@ -28,8 +28,12 @@ def remeasure(sweep: Sweep) -> str:
     builds. Its numbers of parameters differ, and its result stays as it is.
 
     Raises:
-        ConfigurationError: no run is complete.
+        ConfigurationError: no run is complete, or the suite's models are made by a program.
     """
+    if sweep.suite.program:
+        raise ConfigurationError(
+            f"suite {sweep.name}: {sweep.suite.program} makes its models, and reports their bytes when it runs"
+        )
     complete = [run for run in sweep.runs if sweep.folder(run).state() == "complete"]
     if not complete:
         raise ConfigurationError(f"no run of suite {sweep.name} is complete in {sweep.out}")

@@ -46,12 +46,14 @@ class Run:
         values: its value on each axis.
         seed: of everything random.
         layers: its configuration, each layer on top of those before.
+        program: the function that does it, where it is no single fit; see :mod:`benchmarks.program`.
     """
 
     delta: str
     values: dict[str, Any]
     seed: int
     layers: tuple[Layer, ...]
+    program: str = ""
 
     @property
     def setting(self) -> str:
@@ -104,6 +106,7 @@ class Suite:
     plots: tuple[Plot, ...] = ()
     claims: tuple[Claim, ...] = ()
     home: str = ""  # the suite whose runs these are, if another's
+    program: str = ""  # module and function that does each run, where a run is no single fit
 
     def runs(self, seeds: int = 1, only: str | None = None, overrides: Iterable[str] = ()) -> list[Run]:
         """Return all runs, seed by seed.
@@ -131,7 +134,7 @@ class Suite:
                 values = dict(zip(axes, combination, strict=True))
                 swept = Layer({axes[name].key: value for name, value in values.items()})
                 seeded = Layer(dict.fromkeys(self.seed_keys, seed))
-                run = Run(delta, values, seed, (*self.base, *layers, swept, *above, seeded))
+                run = Run(delta, values, seed, (*self.base, *layers, swept, *above, seeded), self.program)
                 if run.name in every:
                     raise ConfigurationError(f"suite {self.name}: two runs are named {run.name}")
                 every[run.name] = run

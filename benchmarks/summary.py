@@ -62,7 +62,7 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
                 f"{found[0]['parameters']['unique']:,}",
                 f"{found[0]['parameters']['virtual']:,}",
                 f"{found[0]['parameters']['bytes'] / 1024:,.0f}" if "bytes" in found[0]["parameters"] else "–",
-                f"{median(r['seconds']['epoch'] for r in found):.1f}",
+                f"{median(r['seconds']['epoch'] for r in found):.1f}" if "epoch" in found[0]["seconds"] else "–",
                 f"{max(r['peak_memory'] for r in found) / 2**20:.0f}",
             ]
         )
@@ -114,7 +114,7 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         result = folder.result()
         sizes = {"parameters": result["parameters"]["unique"], "bytes": result["parameters"].get("bytes", "")}
         seconds = result["seconds"]
-        times = {"seconds / epoch": seconds["epoch"], "seconds of training": seconds.get("training", "")}
+        times = {"seconds / epoch": seconds.get("epoch", ""), "seconds of training": seconds.get("training", "")}
         costs = {**sizes, **times, "peak memory": result["peak_memory"]}
         came_to = {**result["metrics"], **costs}  # also metrics that the last epoch has not logged, '' in the CSV
         own[-1] |= {name: str(value) for name, value in came_to.items() if not own[-1].get(name)}
@@ -123,8 +123,15 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
     return rows
 
 
-def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) -> None:
-    """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
+def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
+    """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds.
+
+    Args:
+        rows: those of :func:`curves`.
+        metrics: their names.
+        path: of the file.
+        x: ``"epoch"`` or ``"step"``.
+    """
     settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
     beside = 3.0 if len(settings) > 8 else 0.0  # inches, of a legend
     figure = Figure(figsize=(4.5 * len(metrics) + beside, max(3.6, 0.16 * len(settings))), layout="constrained")
@@ -134,11 +141,11 @@ def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path) 
         for row in rows:
             if row.get(metric):
                 epochs = points.setdefault(row["run"], {})
-                epochs.setdefault(int(row["epoch"]), []).append(float(row[metric]))
+                epochs.setdefault(int(row[x]), []).append(float(row[metric]))
         for setting, epochs in points.items():
             means = [moments(epochs[epoch])[0] for epoch in sorted(epochs)]
             [lines[setting]] = axes.plot(sorted(epochs), means, **line_style(settings[setting]))
-        axes.set(xlabel="epoch", ylabel=metric)
+        axes.set(xlabel=x, ylabel=metric)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if beside:
         figure.legend(lines.values(), lines, loc="outside right upper", **LEGEND)

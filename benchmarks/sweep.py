@@ -16,9 +16,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import lightning.pytorch as pl
+import yaml
+
 from benchmarks.folder import Folder
 from benchmarks.json_files import read_json, write_json
 from benchmarks.perform import arguments, in_a_line, work
+from benchmarks.program import parse_program
 from benchmarks.suite import Run, Suite
 from tying.cli import parse
 from tying.errors import ConfigurationError
@@ -81,7 +85,8 @@ class Sweep:
     def definition(self, run: Run) -> dict[str, Any]:
         """Return what makes a run the run it is: a folder that holds another one's results is left alone."""
         key = self._data_keys.get(run.setting)
-        return {"layers": run.definition, "data": self.label, **({"data key": key} if key else {})}
+        content = {"layers": run.definition, "data": self.label, "data key": key, "program": run.program}
+        return {name: value for name, value in content.items() if value or name in ("layers", "data")}
 
     def check(self) -> None:
         """Refuse folders that hold results of another definition.
@@ -110,19 +115,27 @@ class Sweep:
                 continue
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    cli = parse(arguments(run, Path(folder), self.data))
-                cli.trainer.inspect(cli.model)  # do the ties fit?
-                if cli.trainer.world_size > 1:
-                    raise ConfigurationError("a run trains in one process: set devices and num_nodes to 1")
-                described = str(cli.config.get("data"))
-                if cli.datamodule is not None and described not in keys:
-                    cli.datamodule.prepare_data()
-                    cli.datamodule.setup("fit")
-                    keys[described] = str(getattr(cli.datamodule, "key", ""))
+                    datamodule, described = self._checked(run, Path(folder))
+                if datamodule is not None and described not in keys:
+                    datamodule.prepare_data()
+                    datamodule.setup("fit")
+                    keys[described] = str(getattr(datamodule, "key", ""))
                 self._data_keys[run.setting] = keys.get(described, "")
             except Exception as error:
                 raise ConfigurationError(f"{run.setting}: {in_a_line(error)}") from error
         self.check()
+
+    def _checked(self, run: Run, folder: Path) -> tuple[pl.LightningDataModule | None, str]:
+        """Make what a run's configuration says; return its data module, and the data's configuration."""
+        given = arguments(run, folder, self.data)
+        if run.program:
+            _, settings, config = parse_program(run.program, given)
+            return settings.get("data"), str(yaml.safe_load(config).get("data"))
+        cli = parse(given)
+        cli.trainer.inspect(cli.model)  # do the ties fit?
+        if cli.trainer.world_size > 1:
+            raise ConfigurationError("a run trains in one process: set devices and num_nodes to 1")
+        return cli.datamodule, str(cli.config.get("data"))
 
     def perform(self, jobs: int = 1) -> dict[str, str]:
         """Do all runs that nobody has done, several at a time; return why those failed that failed, by name.

@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from benchmarks.program import Outcome, Progress
 from tying.data.images import Images
 from tying.models import Classifier
 
@@ -82,3 +83,28 @@ class Noisy(Classifier):
     def test_step(self, batch, batch_idx):
         self.log("test/drawn", torch.rand(()))
         super().test_step(batch, batch_idx)
+
+
+def program(progress: Progress, seed: int = 0, rate: float = 0.1, data: Few | None = None, stages: int = 3) -> Outcome:
+    """Train a layer in stages; in the second, while the file ``armed`` exists, be killed."""
+    model = torch.nn.Linear(4, 1)
+    if (state := progress.restore()) is not None:
+        model.load_state_dict(state["model"])
+    for stage in range(len(progress.rows), stages):
+        drawn = torch.Generator().manual_seed(seed * stages + stage)
+        loss = (model(torch.rand(8, 4, generator=drawn)) - 1).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight -= rate * weight.grad
+                weight.grad = None
+        progress.log(stage + 1, 0.5, **{"val/loss": float(loss)})
+        progress.save((stage + 1) / stages, {"model": model.state_dict()})
+        if stage == 1 and Path("armed").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+    return Outcome(progress.rows, {"test/sum": float(model.weight.sum())}, model, {"description": "noise", "key": None})
+
+
+def silent(progress: Progress, seed: int = 0) -> Outcome:
+    """Log nothing."""
+    return Outcome([], {}, torch.nn.Linear(1, 1), {"description": "nothing", "key": None})

@@ -216,7 +216,7 @@ def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
 def load_checkpoint(
     model: pl.LightningModule, callbacks: Sequence[pl.Callback], checkpoint: Path, weights_only: bool | None
 ) -> Mapping[str, Any]:
-    """Let callbacks change a model as they do in training, load the weights of a checkpoint, and return their states.
+    """Let callbacks change a model as in training, load the weights of a checkpoint, and return its callbacks' states.
 
     Raises:
         ConfigurationError: the file is no checkpoint of Lightning, or does not fit.

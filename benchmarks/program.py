@@ -1,0 +1,154 @@
+"""Programs: runs of a suite that are more than one fit and its test.
+
+A suite's ``program`` names a function in place of a LightningModule's training::
+
+    program: benchmarks.continual.run   # module and function
+    deltas:
+      plain: []
+      ewc: [{anchor.strength: 100.0}]   # its arguments, by dotted key, or files of them
+    seed_keys: [seed]                   # the default of programs
+
+The function takes a :class:`Progress` and, by name, the arguments that the suite gives: plain types, and objects by
+``class_path`` as in any configuration. Its argument ``seed`` seeds all random generators before any object is made; its
+argument ``data``, if it has one, is a data module. It returns an :class:`Outcome`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.seed import seed_everything
+
+from benchmarks.folder import Folder
+from benchmarks.json_files import write_json
+from tying.errors import ConfigurationError
+from tying.files import atomically, newest_intact, read
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        rows: what was logged after each epoch, or stage of a program, with the keys ``step`` and ``seconds``.
+        metrics: the final metrics, in addition to the last value of each in ``rows``.
+        model: the model at the end, of which parameters are counted.
+        data: ``description`` and ``key`` of the data.
+        config: the configuration, as YAML.
+        testing: seconds after training.
+        peak: bytes of memory.
+    """
+
+    rows: Sequence[Mapping[str, float]]
+    metrics: Mapping[str, float]
+    model: torch.nn.Module
+    data: Mapping[str, str | None]
+    config: str = ""
+    testing: float = 0.0
+    peak: int = 0
+
+
+@dataclass
+class Progress:
+    """What a program has logged and saved: an interrupted run goes on from there.
+
+    Args:
+        folder: of the run.
+        attempt: the attempt's own folder.
+        rows: what was logged so far.
+    """
+
+    folder: Folder
+    attempt: Path
+    rows: list[dict[str, float]] = field(default_factory=list)
+    _begun_at: float = 0.0
+
+    def restore(self) -> dict[str, Any] | None:
+        """Return the newest state that an earlier attempt saved, and its rows to :attr:`rows`; None at the start."""
+        newest = newest_intact(self.folder.checkpoints())
+        if newest is None:
+            return None
+        saved = read(newest, "the state of the interrupted run")
+        self.rows, self._begun_at = saved["rows"], saved["share"]
+        state: dict[str, Any] = saved["state"]
+        return state
+
+    def log(self, step: int, seconds: float, **metrics: float) -> None:
+        """Add a row: the metrics after ``step`` optimizer steps, the last ones of which took ``seconds``."""
+        self.rows.append({"step": step, "seconds": seconds, **metrics})
+
+    def save(self, share: float, state: Mapping[str, Any]) -> None:
+        """Save a state of tensors and plain types, with the rows.
+
+        Args:
+            share: of the run that is done, in [0, 1].
+            state: what :meth:`restore` returns.
+
+        Raises:
+            ConfigurationError: another process has taken the run over.
+        """
+        with atomically(self.attempt / "checkpoints" / "last.ckpt") as aside:
+            torch.save({"rows": self.rows, "share": share, "state": dict(state)}, aside)
+        self.tell(share)
+
+    def tell(self, share: float) -> None:
+        """Tell which share of the run is done, in [0, 1].
+
+        Raises:
+            ConfigurationError: another process has taken the run over.
+        """
+        self.folder.keep_claim(self.attempt)
+        write_json(self.attempt / "progress.json", {"share": share, "begun at": self._begun_at})
+
+
+Program = Callable[..., Outcome]
+
+
+def load_program(path: str) -> Program:
+    """Return the function of that module and name.
+
+    Raises:
+        ConfigurationError: there is none.
+
+    Example:
+        >>> load_program("benchmarks.program.no_program")
+        Traceback (most recent call last):
+        ...
+        tying.errors.ConfigurationError: program 'benchmarks.program.no_program': module benchmarks.program has no
+        function no_program
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        program: Program | None = getattr(import_module(module), name, None)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"program {path!r}: {error}") from None
+    if not callable(program):
+        raise ConfigurationError(f"program {path!r}: module {module} has no function {name}")
+    return program
+
+
+def parse_program(path: str, given: Sequence[str]) -> tuple[Program, Namespace, str]:
+    """Return a program, its arguments, all objects made, and those arguments as YAML.
+
+    Args:
+        path: module and function.
+        given: arguments as on the command line, ``--key=value`` and ``--config=file``.
+
+    Raises:
+        ConfigurationError: there is no such program, or no such argument.
+    """
+    program = load_program(path)
+    parser = ArgumentParser(prog=path, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(program, skip={"progress"})
+    settings = parser.parse_args([*given])
+    seed_everything(int(settings.get("seed") or 0), verbose=False)
+    made = parser.instantiate_classes(settings)
+    made.pop("config")
+    return program, made, parser.dump(settings, skip_none=False)
