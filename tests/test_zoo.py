@@ -352,6 +352,15 @@ def test_loops_are_the_repeats_written_out(name, column, record_property):
     assert_equal(dict(model.named_parameters()), dict(plain(name).named_parameters()))
 
 
+@cells(NO_BLOCKS, *LOOPS)
+def test_loops_without_blocks(name, column, record_property):
+    model = plain(name)
+    loop(model, ZOO[name].blocks, 2, LOOPS[column])
+    with pytest.raises(ConfigurationError, match=r"a loop needs blocks (that keep the shape|whose first tensor)"):
+        output_of(model, inputs(name))
+    record_property("remark", f"refused: {NO_BLOCKS[name]}")
+
+
 @cells([name for name in (*TIMM, *TRANSFORMERS) if name not in NO_CHECKPOINTING], "loop, checkpointing")
 def test_gradient_checkpointing_of_loops(name, column):
     model, expected = plain(name), plain(name)

@@ -1,7 +1,7 @@
 """Loops: consecutive blocks of a model that run several times, as 3 4 5 3 4 5."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast
@@ -21,7 +21,7 @@ from tying.depth.stages import Stage, children, find_stages
 from tying.depth.tracing import LeafModule, find_tracer
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.index import check_shape, clean_name
-from tying.torch_workarounds import in_backward, is_jit_tracing, is_recorded
+from tying.torch_workarounds import count_writes, in_backward, is_jit_tracing, is_recorded
 from tying.weights.derived import plain_class, swap_plain_class
 
 PerPass = Literal["norm", "scale"] | None
@@ -115,7 +115,7 @@ class Loop:
             kwargs: the keyword arguments of the call.
         """
         if self.passes == 1:
-            return self._completed(position, call_block(block, args, kwargs))
+            return call_block(block, args, kwargs)
         call, hidden = self._separated(block, position, args, kwargs)
         if position == 0:
             self._calls = []
@@ -127,18 +127,14 @@ class Loop:
             for number in range(2, self.passes + 1):
                 for place, repeated in enumerate(calls):
                     outputs = self._repeat(place, repeated, first_output(outputs), number)
-        return self._completed(position, outputs)
+        return outputs
 
     def _separated(
         self, block: nn.Module, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[BlockCall, Tensor]:
         """Return a call of a block without its hidden state and caches, and the hidden state."""
         name, parameters = self.names[position], self._positional[position]
-        if (place := first_tensor(parameters, args, kwargs)) is None:
-            raise ConfigurationError(
-                f"{name!r} is called without a tensor: a loop needs blocks whose first tensor argument is the hidden "
-                "state. Name other blocks"
-            )
+        place = self._hidden_place(position, args, kwargs)
         labels = [*parameters[: len(args)], *(f"argument {n + 1}" for n in range(len(parameters), len(args)))]
         for label, value in (*zip(labels, args, strict=True), *kwargs.items()):
             if is_filled_cache(label, value, block):
@@ -146,24 +142,27 @@ class Loop:
                     f"{name!r} is called with a filled cache, {label!r}, which holds keys and values of its first pass "
                     "only. Call the model, and its generate, with use_cache=False"
                 )
-        hidden = cast(Tensor, args[place] if isinstance(place, int) else kwargs[place])
         call = BlockCall(
             tuple(None if is_cache(label, value) else value for label, value in zip(labels, args, strict=True)),
             {label: None if is_cache(label, value) else value for label, value in kwargs.items()},
             place,
         )
-        return call.with_hidden(None), hidden
+        return call.with_hidden(None), argument(place, args, kwargs)
+
+    def _hidden_place(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+        """Return where the hidden state of a block, the first tensor, stands among the arguments of a call."""
+        if (place := first_tensor(self._positional[position], args, kwargs)) is None:
+            raise ConfigurationError(
+                f"{self.names[position]!r} is called without a tensor: a loop needs blocks whose first tensor argument "
+                "is the hidden state. Name other blocks"
+            )
+        return place
 
     def _repeat(self, position: int, call: BlockCall, hidden: Tensor, number: int) -> Any:
         """Return the outputs of a block in a further pass of a given number."""
         repeated = call.with_hidden(hidden)
-        kwargs = {**repeated.kwargs, "loop_pass": number} if self.norms else repeated.kwargs
-        outputs = self._checked(position, hidden, call_block(self.blocks[position], repeated.args, kwargs))
-        if self.per_pass == "scale" and self.further:
-            factor = self.scales[position][min(number - 1, self.further) - 1]
-            before, after = promoted(hidden, first_output(outputs))
-            return with_first(outputs, torch.lerp(before, after, factor.to(after.dtype)))
-        return outputs
+        kwargs = {**repeated.kwargs, "loop_pass": number} if self.per_pass else repeated.kwargs
+        return self._checked(position, hidden, call_block(self.blocks[position], repeated.args, kwargs))
 
     def _checked(self, position: int, hidden: Tensor, outputs: Any) -> Any:
         """Return the outputs of a block, after checking that they begin with a hidden state of the same shape."""
@@ -202,24 +201,50 @@ class Loop:
             "in order. Turn off what skips blocks, such as layerdrop, or name the blocks in the order of their calls"
         )
 
-    def _completed(self, position: int, outputs: Any) -> Any:
-        """Return the outputs of a block; after the last one, norms and scales of unused passes have zero gradients."""
-        if position < len(self.blocks) - 1 or not self.blocks[-1].training:
-            return outputs
-        unused = [
-            weight for norm in self.norms for part in norm.passes[self.passes - 1 :] for weight in part.parameters()
-        ]
-        unused += self.scales if self.passes == 1 else []
-        return with_first(outputs, zero_gradients(first_output(outputs), unused)) if unused else outputs
+    def scaled(
+        self,
+        position: int,
+        compute: Callable[..., Any],
+        factor: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Return the outputs of a block for x, with ``x + factor · (y − x)`` for its y; bitwise y for the factor 1."""
+        x = argument(self._hidden_place(position, args, kwargs), args, kwargs)
+        writes = count_writes(x)
+        outputs = compute(*args, **kwargs)
+        if count_writes(x) != writes:
+            raise ConfigurationError(
+                f"{self.names[position]!r} overwrites its input, which per_pass='scale' needs afterwards: set "
+                "inplace=False in the first operation of the block, or use per_pass='norm'"
+            )
+        x, y = promoted(x, first_output(self._checked(position, x, outputs)))
+        return with_first(outputs, torch.lerp(x, y, factor.to(y.dtype)))
+
+    def unused(self, block: nn.Module) -> list[nn.Parameter]:
+        """Return the norms and scales of a block that no pass uses; distributed training waits for their gradients."""
+        if self.passes > self.further:
+            return []
+        norms = [module for module in block.modules() if isinstance(module, PerPassNorm)]
+        unused = [weight for norm in norms for part in norm.passes[self.passes - 1 :] for weight in part.parameters()]
+        return [*unused, cast(nn.Parameter, block.pass_scale)] if self.per_pass == "scale" else unused
 
     @contextmanager
-    def computing(self, number: int) -> Iterator[None]:
-        """Let the normalisation layers be those of a pass."""
+    def computing(self, block: nn.Module, number: int) -> Iterator[None]:
+        """Let the normalisation layers of a block be those of a pass.
+
+        torch's encoder layer calls them then, instead of reading the weights of the first pass.
+        """
         former, self._number = self._number, number
+        fused = vars(block).get("activation_relu_or_gelu", 0) if number > 1 else 0
+        if fused:
+            vars(block)["activation_relu_or_gelu"] = 0
         try:
             yield
         finally:
             self._number = former
+            if fused:
+                vars(block)["activation_relu_or_gelu"] = fused
 
     def norm_of(self, norm: "PerPassNorm") -> nn.Module | None:
         """Return the copy of a normalisation layer for the pass that runs; None for the layer itself."""
@@ -265,25 +290,26 @@ class LoopedBlock(LeafModule):
 
 
 class PerPassBlock(LoopedBlock):
-    """A block in a loop whose normalisation layers differ by pass.
+    """A block in a loop whose passes differ by their normalisation layers or scales.
 
-    The number of the pass is an argument of its forward, so that gradient checkpointing recomputes the same pass.
+    The number of the pass is an argument of the forward, so that gradient checkpointing recomputes the same pass. The
+    parameters of all passes are used within the forward, as sharding needs.
     """
 
     @override
     def forward(self, *args: Any, loop_pass: int = 1, **kwargs: Any) -> Any:
-        loop, _ = self.__dict__.get("_loop_place", (None, 0))
+        loop, position = self.__dict__.get("_loop_place", (None, 0))
         if loop is None:
             return super().forward(*args, **kwargs)
-        fused = self.__dict__.get("activation_relu_or_gelu", 0)
-        with loop.computing(loop_pass):
-            if not fused or loop_pass == 1:
-                return super().forward(*args, **kwargs)
-            self.activation_relu_or_gelu = 0  # or torch's encoder layer would read the norms of the first pass
-            try:
-                return super().forward(*args, **kwargs)
-            finally:
-                self.activation_relu_or_gelu = fused
+        further = min(loop_pass - 1, loop.further) if loop.per_pass == "scale" else 0
+        with loop.computing(self, loop_pass):
+            if further:
+                factor = cast(nn.Parameter, self.pass_scale)[further - 1]
+                outputs = loop.scaled(position, super().forward, factor, args, kwargs)
+            else:
+                outputs = super().forward(*args, **kwargs)
+        unused = loop.unused(self) if loop_pass == 1 and self.training else []
+        return with_first(outputs, zero_gradients(first_output(outputs), unused)) if unused else outputs
 
 
 class PerPassNorm(nn.Module):
@@ -301,6 +327,11 @@ class PerPassNorm(nn.Module):
 def call_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a block in a loop once, as the plain model would."""
     return super(LoopedBlock, block).__call__(*args, **kwargs)  # type: ignore[misc]  # the block is a LoopedBlock
+
+
+def argument(place: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor among arguments at a position, or of a name."""
+    return cast(Tensor, args[place] if isinstance(place, int) else kwargs[place])
 
 
 def parameters_of(block: nn.Module) -> tuple[str, ...]:
@@ -444,8 +475,8 @@ def _check_blocks(model: nn.Module, stage: Stage, per_pass: PerPass) -> None:
             problem = "stands at several places in the model: name blocks that stand at one"
         elif hasattr(block, "backward_pass"):  # of Reformer, whose gradients would be those of one pass
             problem = "is reversible, and computes its gradients without the loop: name other blocks"
-        elif per_pass == "norm" and "forward" in vars(block):
-            problem = "has a forward of its own, beside its class: undo that first, or use per_pass='scale'"
+        elif per_pass and "forward" in vars(block):
+            problem = "has a forward of its own, beside its class: undo that first, or leave per_pass out"
         elif per_pass and (encoder := _nested(model, block)):
             problem = (
                 f"gets nested tensors from {encoder!r} in evaluation, on which per_pass has no effect: make the "
@@ -492,7 +523,7 @@ def _make_loop(stage: Stage, passes: int, per_pass: PerPass) -> None:
             swap_plain_class(norm, generate_class(PerPassNorm, plain_class(norm)))
             norm.passes, norm.__dict__["_loop"] = copies, made
         made.norms = cast(list[PerPassNorm], [*norms])
-    behaviour = PerPassBlock if per_pass == "norm" else LoopedBlock
+    behaviour = PerPassBlock if per_pass else LoopedBlock
     for position, block in enumerate(stage.blocks):
         if per_pass == "scale":
             like = next((weight for weight in block.parameters() if weight.is_floating_point()), torch.empty(0))
