@@ -184,7 +184,7 @@ def looped(passes: int, per_pass: Literal["norm", "scale"] | None = None) -> nn.
 
 def loop_table() -> str:
     """Return the table of a loop of two passes beside the same network with the repeats written out."""
-    generator, count = torch.Generator().manual_seed(0), BATCH // 4
+    generator, count = torch.Generator().manual_seed(0), BATCH // 8
     sides = {
         "repeats written out": Encoder(WRITTEN_OUT),
         "loop": looped(2),
