@@ -32,6 +32,8 @@ FEATURES = {
         "L1 pull": ("penalty=l1 L1", "l1 L1 TyingPenalty SoftTying"),
         "Huber pull": ("Huber", "huber Huber TyingPenalty SoftTying"),
         "pull to an anchor (L2-SP)": ("AnchorTying", "anchored TyingPenalty AnchorTying"),
+        "pull by importance (EWC)": ("Fisher", "anchored fisher_diagonal TyingPenalty AnchorTying"),
+        "pull by importance (SI)": ("Synaptic", "anchored path_importance path_integral TyingPenalty AnchorTying"),
         "generative/discriminative coupling": ("Coupling", "coupling_strength TyingPenalty Coupling"),
         "Gaussian mixture": ("MixtureTying", "mixture_nll responsibilities GaussianMixturePrior MixtureTying"),
     },
@@ -95,8 +97,8 @@ FEATURES = {
 }
 # public names that serve several features
 COMMON = {
-    "the base of features of one's own": "Penalty WeightResidual Hash SeededHash Merge TyingCallback HashedParametrization",
-    "arguments": "Schedule BeforeEpoch keep_schedule Residual Sum FeedForward",
+    "the base of features of one's own": "Penalty WeightResidual Hash SeededHash Merge TyingCallback HashedParametrization Importance",
+    "arguments": "Schedule Fisher Synaptic BeforeEpoch keep_schedule Residual Sum FeedForward",
     "what functions return": "TieReport RelaxedGroup HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
     "measures and plots": "entropy loads table_loads report plot_loads sampled sampling",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
@@ -126,6 +128,8 @@ HOLES = {
 }
 # tests that hold a feature exactly where no kept result shows it
 EXACT = {
+    "pull by importance (EWC)": "tests/callbacks/test_importance.py",
+    "pull by importance (SI)": "tests/callbacks/test_importance.py",
     "L1 pull": "tests/soft/test_penalties.py",
     "Huber pull": "tests/soft/test_penalties.py",
     "untied biases": "tests/hard/test_biases.py",

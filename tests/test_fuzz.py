@@ -209,7 +209,7 @@ CALLBACKS = {
     "SoftTying": ["ties", "strength", "penalty", "update", "schedule", "harden_below", "name", "tie"],
     "HardTying": ["ties", "init", "name"],
     "RelaxedTying": ["ties", "residual", "anneal", "calibration", "name", "init"],
-    "AnchorTying": ["parameters", "strength", "head_strength", "anchor"],
+    "AnchorTying": ["parameters", "strength", "head_strength", "anchor", "importance", "head"],
     "WeightHashing": ["parameters", "table_ratio", "hash", "scope", "init", "density", "index"],
     "WeightClustering": ["parameters", "clusters", "start_epoch", "init", "gradient"],
     "ResidualMerging": ["blocks", "merge", "keep_schedule", "schedule"],

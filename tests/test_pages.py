@@ -107,11 +107,15 @@ def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
     if "configs/transfer.yaml" in args:
         main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
+    if "callbacks.anchor" in command:
+        main(["fit", "--config=configs/base.yaml", "--config=configs/ewc.yaml", *SMALL])
     if args[0] == "test":  # what was trained before
         main(["fit", *args[1:-2], *SMALL])
     deep = (
         []
-        if any(word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm"))
+        if any(
+            word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm", "ewc")
+        )
         else ["--model.network.depth=20"]
     )
     extra = {"fit": [*SMALL, *deep], "test": ["--trainer.limit_test_batches=1"]}.get(args[0], [])
