@@ -109,6 +109,10 @@ def test_console_commands_run(command, capsys):
         main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
     if "callbacks.anchor" in command:
         main(["fit", "--config=configs/base.yaml", "--config=configs/ewc.yaml", *SMALL])
+    if args[0] == "advise":
+        small = ["--model.network.depth=20", "--data.batch_size=8"]
+        main(["fit", "--config=configs/base.yaml", *SMALL, *small])
+        args += [*small, "--batches=1"]
     if args[0] == "test":  # what was trained before
         main(["fit", *args[1:-2], *SMALL])
     deep = (
