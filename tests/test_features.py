@@ -80,7 +80,7 @@ FEATURES = {
         "SkipForward": ("SkipForward", "skip_forward apply_merge SkipForward ResidualMerging"),
         "FractalNet": ("FractalNet FractalBlock", "fractal_join FractalBlock"),
         "weight-shared depth": ("shared=True Recurrent RecurrentDepth recur", "recur unrecur Recurrent RecurrentDepth"),
-        "loops of existing blocks": ("Looping loop", "loop unloop loops_in scheduled_passes Looping"),
+        "loops of existing blocks": ("Looping unloop", "loop unloop loops_in scheduled_passes Looping"),
         "more steps in tests": ("Unrolling", "Unrolling"),
         "zoneout": ("ZoneoutLSTM", "zoned_lstm ZoneoutLSTM ZoneoutLSTMCell"),
         "passthrough networks": ("PassthroughGRU", "PassthroughGRU PassthroughHighway StateMatrix"),

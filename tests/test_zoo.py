@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import zoo_run
+from reference import written_out
 from torch.nn.modules.batchnorm import _BatchNorm
 from toys import train
 from zoo import DOZEN, NO_BLOCKS, ROWS, TIMM, TRANSFORMERS, ZOO, build, loss_of, output_of
@@ -27,7 +28,8 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.depth import StochasticDepth, apply_merge, remove_merge
+from tying.depth import StochasticDepth, apply_merge, loop, remove_merge, unloop
+from tying.depth.stages import find_stages
 from tying.errors import ConfigurationError
 from tying.hard import bake, untie
 from tying.selection.patterns import Pattern
@@ -39,6 +41,9 @@ GENERATING = [name for name in TRANSFORMERS if name not in ("BERT", "ViT")]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 NO_SUBSET = {"eva02_tiny_patch14_224": "rope of blocks.0 (EvaBlock), which has no row for each of 6 samples"}
 NO_CHECKPOINTING = ("mixer",)
+LOOPS = {"loop": None, "loop, norms": "norm", "loop, scales": "scale"}
+SLOW_COLUMNS = ("loop, norms", "loop, scales", "loop, checkpointing")
+NO_NORMS = {"nfnet_f0": "contain no normalisation layer"}
 WHOLE = {
     "hashed": lambda: WeightHashing(["net.**"], 0.5),
     "low rank": lambda: LowRankWeights(["net.**"], rank=2),
@@ -48,7 +53,7 @@ WHOLE = {
 
 
 def cell(name, column):
-    marks = [pytest.mark.slow] * (name not in DOZEN)
+    marks = [pytest.mark.slow] * (name not in DOZEN or column in SLOW_COLUMNS)
     if name == "poolformerv2_s12":
         marks.append(pytest.mark.filterwarnings("ignore:stages.*does not add its input"))  # it adds a multiple
     return pytest.param(name, column, id=f"{name}-{column}", marks=marks)
@@ -324,6 +329,40 @@ def test_ties_over_equal_layers(name, column):
     count = len([*expected.get_submodule(first).parameters()])
     assert untie(module) == (count if column == "hard ties" else 0)
     assert_equal(evaluated(module.net, name), evaluated(expected, name))
+
+
+@cells(MERGED, *LOOPS)
+def test_loops_are_the_repeats_written_out(name, column, record_property):
+    model, expected = plain(name), plain(name)
+    stages = find_stages(model, ZOO[name].blocks, any_parent=True)
+    for stage in stages:
+        if reason := LOOPS[column] == "norm" and NO_NORMS.get(name):
+            with pytest.raises(ConfigurationError, match=reason):
+                loop(model, stage.names, 2, LOOPS[column])
+            record_property("remark", f"refused: {reason}")
+            return
+        assert loop(model, stage.names, 2, LOOPS[column]) == 1
+    written_out(expected, ZOO[name].blocks, 2, shares_norms=LOOPS[column] != "norm")
+    (output, gradients, _), (wanted, sums, _) = step(model, name), step(expected, name)
+    assert_equal(output, wanted)
+    if column == "loop":
+        assert_equal([*gradients.values()], [*sums.values()])
+    assert_equal(evaluated(model, name), evaluated(expected, name))
+    assert unloop(model) == len(stages)
+    assert_equal(dict(model.named_parameters()), dict(plain(name).named_parameters()))
+
+
+@cells([name for name in (*TIMM, *TRANSFORMERS) if name not in NO_CHECKPOINTING], "loop, checkpointing")
+def test_gradient_checkpointing_of_loops(name, column):
+    model, expected = plain(name), plain(name)
+    for stage in find_stages(model, ZOO[name].blocks, any_parent=True):
+        loop(model, stage.names, 2)
+    written_out(expected, ZOO[name].blocks, 2)
+    enable_checkpointing(model, name)
+    enable_checkpointing(expected, name)
+    (output, gradients, _), (wanted, sums, _) = step(model, name), step(expected, name)
+    assert_equal(output, wanted)
+    torch.testing.assert_close([*gradients.values()], [*sums.values()])
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in DOZEN)) for n in GENERATING])

@@ -235,9 +235,11 @@ def test_without_a_checkpoint_tests_use_the_passes_of_training_or_the_final_ones
     stopped = Blocks()
     fit(stopped, looping, Stop(), max_epochs=1).test(stopped, verbose=False)
     assert stopped.passes == [[2]] * 3 + [[2]]
-    fresh = Blocks()
-    evaluator(callback(passes=3, grow=0.5)).test(fresh, verbose=False)
-    assert fresh.passes == [[3]]
+    fresh, trainer = Blocks(), evaluator(callback(passes=3, grow=0.5))
+    trainer.test(fresh, verbose=False)
+    trainer.save_checkpoint("untrained.ckpt")
+    trainer.test(fresh, ckpt_path="untrained.ckpt", weights_only=True, verbose=False)
+    assert fresh.passes == [[3]] * 2
 
 
 def test_it_logs_the_passes():

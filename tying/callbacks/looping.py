@@ -21,7 +21,7 @@ class Looping(ModelTransform):
     number of the last training step, also that of a checkpoint, or else ``passes``. Logs ``tying/passes``.
 
     Args:
-        blocks: a pattern of names of modules, or several; each run of consecutive blocks in one container is a loop.
+        blocks: a pattern of names of modules, or several. Those in one container are one loop and must be consecutive.
         passes: the final number of passes.
         start: the fraction of training after which the blocks run more than once, in [0, 1).
         per_pass: ``"norm"``: further passes have separate normalisation layers, which start as copies of those of the
@@ -70,7 +70,8 @@ class Looping(ModelTransform):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._trained = state_dict["passes"]
-        self._set_passes()
+        for made in self._loops:
+            made.passes = self._trained or made.passes
 
     @override
     def is_applied(self, model: nn.Module) -> bool:
@@ -96,7 +97,9 @@ class Looping(ModelTransform):
         super().setup(trainer, pl_module, stage)
         if is_fresh_run(trainer, stage):
             self._trained = None
-        self._set_passes(scheduled_passes(0, 1, self.passes, self.start, self.grow) if stage == "fit" else self.passes)
+        passes = scheduled_passes(0, 1, self.passes, self.start, self.grow) if stage == "fit" else self.passes
+        for made in self._loops:
+            made.passes = self._trained or passes
         pl.utilities.rank_zero_info(f"Looping: {self.describe(pl_module)}")
 
     @override
@@ -115,11 +118,6 @@ class Looping(ModelTransform):
         for made in self._loops:
             made.grow(self._trained)
         pl_module.log("tying/passes", float(self._trained))
-
-    def _set_passes(self, otherwise: int = 1) -> None:
-        """Let the loops have the number of passes of the last training step, or another one if there was none."""
-        for made in self._loops:
-            made.passes = self._trained or otherwise
 
     @override
     def describe(self, model: nn.Module) -> str:

@@ -67,11 +67,11 @@ class BlockState:
     keeps_shape: bool = False
 
 
-def block_state(block: nn.Module, name: str, notices: Notices) -> BlockState:
-    """Return the state of a block that has no merge yet; the name stands in errors."""
-    returns_tensor = signature(block.forward).return_annotation in (Tensor, "Tensor", "torch.Tensor")
+def block_state(block: nn.Module, forward: Callable[..., Any], name: str, notices: Notices) -> BlockState:
+    """Return the state of a block that has no merge yet, of its plain forward and a name, which stands in errors."""
+    returns_tensor = signature(forward).return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
-    return BlockState(name, merge, positional_parameters(block.forward), returns_tensor, *notices)
+    return BlockState(name, merge, positional_parameters(forward), returns_tensor, *notices)
 
 
 def positional_parameters(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
-from tying.depth.blocks import first_tensor, is_cache, is_filled_cache, positional_parameters
+from tying.depth.blocks import BlockState, first_tensor, is_cache, is_filled_cache, positional_parameters
 from tying.depth.further_outputs import container_of, describe, first_output
 from tying.depth.generated_classes import generate_class, original_class
 from tying.depth.merge import zero_gradients
@@ -55,6 +55,7 @@ class Loop:
         blocks: the blocks.
         per_pass: what the passes do not share: ``"norm"``, ``"scale"`` or None.
         norms: the normalisation layers that hold copies for further passes.
+        further: the number of passes after the first that have norms or scales, if any.
     """
 
     _number: int | None  # of the pass that a block computes
@@ -64,8 +65,8 @@ class Loop:
     def __init__(self, names: Sequence[str], blocks: Sequence[nn.Module], passes: int, per_pass: PerPass) -> None:
         self.names, self.blocks, self.per_pass = tuple(names), tuple(blocks), per_pass
         self.norms: list[PerPassNorm] = []
-        self.passes = passes
-        self._positional = [positional_parameters(block.forward) for block in blocks]
+        self.passes, self.further = passes, passes - 1
+        self._positional = [parameters_of(block) for block in blocks]
         self._forget()
 
     @property
@@ -97,12 +98,12 @@ class Loop:
     @torch.no_grad()
     def _begin(self, number: int) -> None:
         """Give the norms or scales of a pass the values of the pass before it; the first pass has the scale 1."""
+        if number - 1 > self.further:
+            return
         for norm in self.norms:
-            if number - 2 < len(norm.passes):
-                norm.passes[number - 2].load_state_dict(own_state(norm if number == 2 else norm.passes[number - 3]))
+            norm.passes[number - 2].load_state_dict(own_state(norm if number == 2 else norm.passes[number - 3]))
         for scale in self.scales:
-            if number - 2 < len(scale):
-                scale[number - 2] = 1.0 if number == 2 else scale[number - 3]
+            scale[number - 2] = 1.0 if number == 2 else scale[number - 3]
 
     def call(self, block: nn.Module, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs of a call of a block by the model; after the last block's own pass, those of all passes.
@@ -158,8 +159,8 @@ class Loop:
         repeated = call.with_hidden(hidden)
         kwargs = {**repeated.kwargs, "loop_pass": number} if self.norms else repeated.kwargs
         outputs = self._checked(position, hidden, call_block(self.blocks[position], repeated.args, kwargs))
-        if self.per_pass == "scale" and len(scale := self.scales[position]):
-            factor = scale[min(number - 2, len(scale) - 1)]
+        if self.per_pass == "scale" and self.further:
+            factor = self.scales[position][min(number - 1, self.further) - 1]
             before, after = promoted(hidden, first_output(outputs))
             return with_first(outputs, torch.lerp(before, after, factor.to(after.dtype)))
         return outputs
@@ -227,8 +228,8 @@ class Loop:
                 f"gradient checkpointing within a block of the loop {listed(self.names)} recomputes a normalisation "
                 "layer, which cannot know its pass then: checkpoint whole blocks, or use per_pass='scale'"
             )
-        copies = min(self._number or 1, len(norm.passes) + 1) - 1
-        return norm.passes[copies - 1] if copies else None
+        further = min((self._number or 1) - 1, self.further)
+        return norm.passes[further - 1] if further else None
 
     def _forget(self) -> None:
         """Forget what belongs to a running forward or backward pass."""
@@ -302,6 +303,12 @@ def call_block(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return super(LoopedBlock, block).__call__(*args, **kwargs)  # type: ignore[misc]  # the block is a LoopedBlock
 
 
+def parameters_of(block: nn.Module) -> tuple[str, ...]:
+    """Return the names of the positional parameters of a block, which may have a merge."""
+    state: BlockState | None = vars(block).get("_block_state")
+    return positional_parameters(block.forward) if state is None else state.parameters
+
+
 def with_first(outputs: Any, hidden: Tensor) -> Any:
     """Return the outputs of a block with another hidden state."""
     return hidden if isinstance(outputs, Tensor) else container_of(outputs)([hidden, *outputs[1:]])
@@ -373,7 +380,7 @@ def unloop(model: nn.Module) -> int:
     loops = loops_in(model)
     for found in loops:
         for name, block in zip(found.names, found.blocks, strict=True):
-            if not issubclass(plain_class(block).__bases__[0], LoopedBlock):
+            if plain_class(block).__bases__[0] not in (LoopedBlock, PerPassBlock):
                 raise ConfigurationError(
                     f"{name!r} is a {plain_class(block).__name__} since it is in a loop, which therefore cannot be "
                     "undone: call unloop before what changes the class, such as fully_shard"
@@ -439,18 +446,35 @@ def _check_blocks(model: nn.Module, stage: Stage, per_pass: PerPass) -> None:
             problem = "is reversible, and computes its gradients without the loop: name other blocks"
         elif per_pass == "norm" and "forward" in vars(block):
             problem = "has a forward of its own, beside its class: undo that first, or use per_pass='scale'"
+        elif per_pass and (encoder := _nested(model, block)):
+            problem = (
+                f"gets nested tensors from {encoder!r} in evaluation, on which per_pass has no effect: make the "
+                "TransformerEncoder with enable_nested_tensor=False"
+            )
         elif other := next((other for other in loops_in(model) if _overlaps(other, block)), None):
             problem = f"is in a loop already, or overlaps with one, of {listed(other.names)}: call unloop first"
         if problem:
             raise ConfigurationError(f"blocks: {name!r}, a {type(block).__name__}, {problem}")
         for norm_name, norm in norms_in(block).items() if per_pass == "norm" else ():
             for key, parameter in norm.named_parameters():
-                check_shape(f"{name}.{norm_name}.{key}", parameter, "per_pass='norm': ")
+                check_shape(".".join(filter(None, (name, norm_name, key))), parameter, "per_pass='norm': ")
     if per_pass == "norm" and not any(norms_in(block) for block in stage.blocks):
         raise ConfigurationError(
             f"per_pass='norm': {listed(map(repr, stage.names))} contain no normalisation layer: use per_pass='scale', "
             "or leave per_pass out"
         )
+
+
+def _nested(model: nn.Module, block: nn.Module) -> str | None:
+    """Return the name of the torch encoder that may call a block with nested tensors, or None."""
+    return next(
+        (
+            name or "the model"
+            for name, encoder in model.named_modules()
+            if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor and block in {*encoder.layers}
+        ),
+        None,
+    )
 
 
 def _overlaps(other: Loop, block: nn.Module) -> bool:
