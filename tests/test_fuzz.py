@@ -208,6 +208,7 @@ VALUES = st.recursive(
 CALLBACKS = {
     "SoftTying": ["ties", "strength", "penalty", "update", "schedule", "harden_below", "name", "tie"],
     "HardTying": ["ties", "init", "name"],
+    "RelaxedTying": ["ties", "residual", "anneal", "calibration", "name", "init"],
     "AnchorTying": ["parameters", "strength", "head_strength", "anchor"],
     "WeightHashing": ["parameters", "table_ratio", "hash", "scope", "init", "density", "index"],
     "WeightClustering": ["parameters", "clusters", "start_epoch", "init", "gradient"],

@@ -465,7 +465,7 @@ def test_two_callbacks_on_one_weight(first, second):
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("kind", [LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing])
+@pytest.mark.parametrize("kind", [RelaxedTying, LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing])
 def test_an_anchor_of_all_parameters_holds_a_computed_weight(kind):
     model = Trained()
     callback = MAKERS[kind]()

@@ -12,6 +12,7 @@ from families import Trained, inputs
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch.utils.data import DataLoader
 from toys import Toy, same, train
+from zoo import ZOO, build, loss_of, output_of
 
 from tying import ConfigurationError
 from tying.callbacks import HardTying, RandomState, RelaxedTying
@@ -22,6 +23,7 @@ from tying.hard import (
     LowRankResidual,
     ScaleResidual,
     audit,
+    bake,
     harden,
     relax,
     relaxed,
@@ -331,6 +333,51 @@ def test_residuals_in_a_parameter_group_of_their_own_leave_it():
     model = Groups()
     [optimizer] = fit(model, [annealed()]).optimizers
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, len([*model.parameters()])]
+
+
+# Transformers
+
+
+class Stranger(pl.LightningModule):
+    """Trains a network of the zoo on batches of keyword arguments."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.net = build(name)
+        self.batches = DataLoader([ZOO[name].inputs() for _ in range(4)], batch_size=None)
+
+    def forward(self, **inputs):
+        return output_of(self.net, inputs)
+
+    def training_step(self, batch, batch_idx):
+        return loss_of(self(**batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "BERT", "ViT"])
+def test_the_blocks_of_a_transformer_share_their_weights(name):
+    torch.manual_seed(0)
+    model, plain = Stranger(name), build(name)
+    blocks = f"net.{ZOO[name].blocks.removesuffix('*')}{{0..2}}"
+    callback = RelaxedTying([blocks], LowRankResidual(rank=2), calibration=2)
+    matrices = sum(p.numel() for p in callback.affected(model).values())
+    total = sum(p.numel() for p in model.parameters())
+    train(model, [callback], data=model.batches, max_epochs=1)
+    groups = relaxed(model)
+    residuals = sum(2 * sum(p.flatten(1).shape) for group in groups for p in group.parameters)
+    assert len(groups) >= 4
+    assert sum(p.numel() for p in model.parameters()) == total - matrices + matrices // 3 + residuals
+    assert all(distance > 0 for group in groups for distance in group.distances().values())
+    plain.load_state_dict({key.removeprefix("net."): value for key, value in bake(model).items()})
+    batch = ZOO[name].inputs()
+    torch.testing.assert_close(output_of(plain.eval(), batch), model.eval()(**batch), rtol=0, atol=1e-6)
+    annealing = RelaxedTying([blocks], LowRankResidual(rank=2), Schedule(1.0, 0.0, 3), name="annealed")
+    again = Stranger(name)
+    trainer = train(again, [annealing], data=model.batches, max_epochs=1)
+    assert [group.names for group in annealing.groups] == [group.names for group in groups]
+    assert audit(again, trainer.optimizers).problems == ()
 
 
 # Errors

@@ -186,6 +186,7 @@ class RelaxedTying(ModelTransform):
                 "optimizer, or leave anneal out"
             )
         self._relaxed, names = self._relaxed_in(pl_module), {*self.changed(pl_module)}
+        self._factor = 1.0 if self._relaxed else 0.0
         if self._is_resumed_hard:  # optimizer states are restored next, by position
             self._harden(trainer, pl_module)
         self._hard_groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
