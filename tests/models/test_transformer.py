@@ -10,7 +10,7 @@ from toys import same, train
 from tying import ConfigurationError
 from tying.callbacks import HardTying, RandomState
 from tying.data import Text
-from tying.depth import StochasticDepth, apply_merge, extract
+from tying.depth import StochasticDepth, apply_merge, extract, loop
 from tying.models import SequenceModel, Transformer
 from tying.models.transformer import CausalSelfAttention
 
@@ -110,6 +110,17 @@ def test_blocks_take_merges():
     shallow = extract(model, "network.blocks.*", keep=[0, 2])
     assert apply_merge(model, "network.blocks.*", StochasticDepth(keep=0.5, scale="train"), keep=[1.0, 0.0, 1.0]) == 3
     assert torch.equal(model.train()(x), shallow.train()(x))
+
+
+def test_blocks_run_in_loops():
+    model, x = language(), torch.randint(8, (2, 10))
+    longer = language(layers=5)
+    for number, block in enumerate((0, 1, 2, 1, 2)):
+        longer.network.blocks[number].load_state_dict(model.network.blocks[block].state_dict())
+    longer.network.positions = model.network.positions
+    longer.embedding, longer.head = model.embedding, model.head
+    assert loop(model, "network.blocks.{1..2}", passes=2) == 1
+    assert torch.equal(model(x), longer(x))
 
 
 @pytest.mark.parametrize(
