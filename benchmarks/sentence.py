@@ -37,6 +37,7 @@ from tying.advice.plans import rank_of_share
 from tying.errors import ConfigurationError, check_range
 from tying.hard import LowRankResidual, lower_rank, relax, tie
 from tying.hard.low_rank import factorize
+from tying.selection.resolve import select
 from tying.weights.calibration import input_scales, undisturbed
 
 Method = Literal["hard", "relaxed", "low rank", "advised"]
@@ -145,14 +146,15 @@ def run(
     encoder: Encoder,
     method: Method,
     budget: float = 0.5,
-    group: int = 3,
+    group: int = 6,
     steps: int = 150,
     batch_size: int = 32,
     length: int = 64,
     held_out: int = 16,
     calibration: int = 8,
     advised_on: int = 2,
-    rate: float = 3e-4,
+    advised_steps: int = 30,
+    rate: float = 5e-4,
     seed: int = 0,
 ) -> Outcome:
     """Change the blocks of a sentence transformer to a share of their weights, distil, and measure.
@@ -170,6 +172,7 @@ def run(
         held_out: number of batches to measure on.
         calibration: number of training batches by which inputs are weighed.
         advised_on: number of training batches on which advise compares outputs.
+        advised_steps: of distillation of each plan that advise compares, on other training batches.
         rate: largest learning rate of the distillation.
         seed: of the choice and the order of docstrings.
     """
@@ -177,7 +180,7 @@ def run(
     texts = docstrings()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
     parts = [[texts[number] for number in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    count = held_out + max(steps, calibration, advised_on)
+    count = held_out + max(steps, calibration, advised_on + advised_steps)
     batches = [encoder.tokenize(part, length) for part in parts[:count]]
     measured, training = batches[:held_out], batches[held_out:]
     teacher = Embedding(encoder.load()).eval().requires_grad_(False)
@@ -187,14 +190,25 @@ def run(
     errors: dict[str, float] = {}
     if method == "advised":
         out = progress.folder.path / "advice"
-        advice = advise(student, training[:advised_on], budget, out=out, progress=False, parameters=[MATRICES, NORMS])
+        advice = advise(
+            student,
+            training[:advised_on],
+            budget,
+            advised_steps,
+            out=out,
+            progress=False,
+            parameters=[MATRICES, NORMS],
+            training=training[advised_on:],
+            rate=rate,
+        )
         print(advice)
-        advice.best.apply(student)
+        plan = advice.best
         places = dict(zip(("first", "second"), advice.plans, strict=False))
         errors = {f"advice/{name}": row.error for name, row in places.items()}
         errors |= {f"advice/{row.plan.kind}": row.error for row in advice.plans}
     else:
-        apply(plan_of(method, student, budget, group), student, training[:calibration])
+        plan = plan_of(method, student, budget, group)
+    apply(plan, student, training[:calibration])
     remaining = {"remaining": count_of(student) / before}
     healed = distil_and_measure(progress, teacher, student, measured, training, steps, rate)
     data = {
@@ -248,14 +262,14 @@ def apply(plan: Plan, model: nn.Module, batches: Sequence[Batch]) -> None:
         tie(model, plan.ties, init="mean")
     for rank, ties in plan.relaxed.items():
         relax(model, ties, LowRankResidual(rank), calibration=batches)
-    scales = input_scales(model, [name for names in plan.low_rank.values() for name in names], batches)
-    for rank, names in plan.low_rank.items():
-        for name in names:
-            weight = model.get_parameter(name)
+    ranks = {name: rank for rank, patterns in plan.low_rank.items() for name in select(model, patterns)}
+    scales = input_scales(model, ranks, batches) if ranks else {}
+    for rank, patterns in plan.low_rank.items():
+        for name, weight in select(model, patterns).items():
             by = scales[name].clamp(min=FLOOR * float(scales[name].amax()))
             left, right = factorize(weight.detach() * by, rank)
             weight.data.copy_(left @ (right / by))  # of that rank, so that lower_rank keeps it
-        lower_rank(model, names, rank)
+        lower_rank(model, patterns, rank)
 
 
 def distil_and_measure(

@@ -6,11 +6,13 @@ import zipfile
 
 import pytest
 import torch
+import yaml
 from transformers import BertConfig, BertModel
 
 from benchmarks import continual, sentence
 from benchmarks.folder import Folder
 from benchmarks.program import Progress
+from tying.advice import Plan
 from tying.callbacks import AnchorTying, Fisher
 from tying.errors import ConfigurationError
 from tying.hard import audit
@@ -112,7 +114,16 @@ def _texts(monkeypatch):
     monkeypatch.setattr(sentence, "MEASURED_EVERY", 20)
 
 
-SMALL = {"steps": 30, "batch_size": 4, "length": 8, "held_out": 2, "calibration": 2, "rate": 5e-3, "group": 4}
+SMALL = {
+    "steps": 30,
+    "batch_size": 4,
+    "length": 8,
+    "held_out": 2,
+    "calibration": 2,
+    "rate": 5e-3,
+    "group": 4,
+    "advised_steps": 2,
+}
 
 
 @pytest.mark.usefixtures("_texts")
@@ -222,3 +233,11 @@ def test_the_wheel_is_read_as_it_is(tmp_path, monkeypatch):
     assert torch.equal(embedding(**batch), expected(**batch))
     short = {name: values[:1, :2] for name, values in batch.items()}
     assert torch.allclose(embedding(**short), embedding(**batch)[:1], atol=1e-6)  # padding has no say
+
+
+def test_a_plan_of_several_ranks_is_written():
+    """As for blocks whose weights have several shapes: callbacks of one class then have names of their own."""
+    relaxed = {rank: (f"network.{rank}.weight ~ network.{rank + 2}.weight",) for rank in (1, 3)}
+    written = yaml.safe_load(Plan("relaxed", relaxed=relaxed).yaml())["trainer"]["callbacks+"]
+    assert [callback["init_args"]["name"] for callback in written] == ["rank_1", "rank_3"]
+    assert [callback["class_path"] for callback in written] == ["tying.callbacks.RelaxedTying"] * 2

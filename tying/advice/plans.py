@@ -92,8 +92,8 @@ def _counted(things: Sequence[object], noun: str) -> str:
     return f"{len(things)} {noun}{'s' * (len(things) > 1)}"
 
 
-def _callback(name: str, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"tying.callbacks.{name}", "init_args": arguments}
+def _callback(kind: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"tying.callbacks.{kind}", "init_args": arguments}
 
 
 def sides(weight: nn.Parameter) -> int:
