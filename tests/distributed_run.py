@@ -12,11 +12,14 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from torch.optim import SGD
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 from toys import TIES, Toy, batches, train
 
 from tying.callbacks import (
     AnchorTying,
     Coupling,
+    Fisher,
     GeneratedWeights,
     HardTying,
     Looping,
@@ -26,6 +29,7 @@ from tying.callbacks import (
     RelaxedTying,
     ResidualMerging,
     SoftTying,
+    Synaptic,
     TemplateWeights,
     TyingMonitor,
     TyingSummary,
@@ -246,6 +250,43 @@ def normed(out: Path, world: int, kind: type[Normed]) -> None:
     torch.save(own, out / f"{kind.__name__}-{world}-{trainer.global_rank}.pt")
 
 
+class Labelled(Toy):
+    """Classifies its inputs by the place of their largest feature."""
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x.double()))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self(x), y)
+
+
+IMPORTANCES = {"given": Fisher(5, "given"), "sampled": Fisher(5), "path": Synaptic()}
+
+
+def important(out: Path, world: int) -> None:
+    """Learn two tasks, the second held by the first; save the weights and their importance of each rank."""
+    for name, importance in IMPORTANCES.items():
+        model, anchor = Labelled(optimizer).double(), AnchorTying(["**"], 0.3, importance=importance)
+        for sign in (1, -1):
+            [x] = batches(count=10 * world, size=8 // world, world=world).dataset.tensors
+            dataset = TensorDataset(sign * x, x.argmax(dim=1))
+            rank = int(os.environ.get("RANK", 0))
+            sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
+            trainer = train(
+                model,
+                [anchor],
+                default_root_dir=out / "logs",
+                data=DataLoader(dataset, batch_size=8 // world, sampler=sampler),
+                use_distributed_sampler=False,
+                strategy="ddp" if world > 1 else "auto",
+                devices=world,
+                max_epochs=1,
+            )
+        ends = model.state_dict() | {f"F {key}": value for key, value in anchor.state_dict()["importances"].items()}
+        torch.save(ends, out / f"{name}-{world}-{trainer.global_rank}.pt")
+
+
 class Noisy(Toy):
     """Classifies CIFAR-10 through dropout, so that every step draws from the process's own generator."""
 
@@ -315,3 +356,4 @@ if __name__ == "__main__":
     normed(Path(sys.argv[1]), int(sys.argv[2]), Failing)
     resume(Path(sys.argv[1]), int(sys.argv[2]))
     torch.distributed.barrier()
+    important(Path(sys.argv[1]), int(sys.argv[2]))

@@ -220,7 +220,7 @@ def looped(model, free, sites):
     names = [*free.state_dict()]
     assert [*model.state_dict()] == names
     assert unloop(model) > 0
-    assert [type(module) for module in model.modules()] == [type(module) for module in free.modules()]
+    assert [type(module) for module in model.net.modules()] == [type(module) for module in free.net.modules()]
 
 
 def nothing():

@@ -342,6 +342,7 @@ QUERIES = {
     "selects": lambda callback, model: callback.selects("net.first.weight"),
     "is_same": lambda callback, model: callback.is_same(callback),
     "is_needed": lambda callback, model: callback.is_needed(model),
+    "layer_importances": lambda callback, model: callback.layer_importances({}),
     "check_conflicts": lambda callback, model: callback.check_conflicts(model, []),
     "check_groups": lambda callback, model: callback.check_groups([]),
     "check_fits": lambda callback, model: callback.check_fits("net.first.weight", model.net.first.weight),
