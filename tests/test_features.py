@@ -128,8 +128,6 @@ HOLES = {
 }
 # tests that hold a feature exactly where no kept result shows it
 EXACT = {
-    "pull by importance (EWC)": "tests/callbacks/test_tasks.py",
-    "pull by importance (SI)": "tests/callbacks/test_tasks.py",
     "L1 pull": "tests/soft/test_penalties.py",
     "Huber pull": "tests/soft/test_penalties.py",
     "untied biases": "tests/hard/test_biases.py",
