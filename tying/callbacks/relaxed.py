@@ -9,7 +9,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import reject_copies
+from tying.callbacks.base import optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_range, listed
@@ -244,7 +244,7 @@ class RelaxedTying(ModelTransform):
         assert self.anneal is not None
         if self.anneal.unit == "epoch":
             return trainer.current_epoch + ended_epochs
-        return trainer.global_step // max(1, len(trainer.optimizers))
+        return optimizer_steps(trainer)
 
     def _harden_at_end(self, trainer: pl.Trainer, model: pl.LightningModule, ended_epochs: int = 0) -> bool:
         """Drop the residuals if the schedule has ended; return whether there are none."""
