@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -85,7 +86,7 @@ def run(
         seed_everything(TASK_SEEDS * seed + task, verbose=False)
         # without importance an anchor would hold the first task at random weights
         callbacks = [anchor] if anchor is not None and (task or anchor.importance) else []
-        trainer = _trainer(epochs, callbacks)
+        trainer = _trainer(epochs, callbacks, progress.folder.path)
         start = time.perf_counter()
         trainer.fit(model, data.of_task(task))
         seconds = time.perf_counter() - start
@@ -93,8 +94,8 @@ def run(
         for stage, evaluate in stages.items():
             accuracies = {}
             for number in range(task + 1):
-                [found] = evaluate(trainer, model, data.of_task(number), verbose=False)
-                accuracies[f"{stage}/task {number + 1}"] = found[f"{stage}/accuracy"]
+                [results] = evaluate(trainer, model, data.of_task(number), verbose=False)
+                accuracies[f"{stage}/task {number + 1}"] = results[f"{stage}/accuracy"]
             metrics |= {**accuracies, f"{stage}/accuracy": fmean(accuracies.values())}
         progress.log(sum(int(row["step"]) for row in progress.rows[-1:]) + trainer.global_step, seconds, **metrics)
         saved = {"model": model.state_dict(), "anchor": anchor and anchor.state_dict()}
@@ -118,8 +119,9 @@ def forgetting(rows: list[dict[str, float]], stage: str) -> float:
     return fmean(row[name] - rows[-1][name] for row, name in zip(rows, names, strict=False)) if names else 0.0
 
 
-def _trainer(epochs: int, callbacks: list[AnchorTying]) -> pl.Trainer:
+def _trainer(epochs: int, callbacks: list[AnchorTying], folder: Path) -> pl.Trainer:
     return pl.Trainer(
+        default_root_dir=folder,
         max_epochs=epochs,
         callbacks=[*callbacks],
         check_val_every_n_epoch=epochs + 1,  # not in the fit

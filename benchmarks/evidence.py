@@ -24,7 +24,7 @@ SECTIONS = {
         "continual@mnist",
         "continual-search@mnist",
     ],
-    "Hard tying": ["hard", "sentence", "autoencoder"],
+    "Hard tying": ["hard", "autoencoder", "relaxed", "sentence"],
     "What ties live through": ["survival", "lightning_features", "strangers", "zoo", "fuzz"],
     "Hashed layers": [
         *(f"arbnet-{suite}@mnist" for suite in ("fig2", "fig3", "fig4", "density")),

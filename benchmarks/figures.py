@@ -31,7 +31,8 @@ class Plot:
 
     Attributes:
         name: of the picture.
-        x: an axis of the suite, a metric, or one of parameters, bytes, seconds / epoch, peak memory.
+        x: an axis of the suite, a metric, or one of parameters, bytes, seconds / epoch, seconds of training, peak
+            memory.
         y: a metric, or several.
         lines: an axis: a line for each of its values and each metric; ``"run"``: a point for each setting.
         log: whether x is logarithmic.

@@ -43,7 +43,7 @@ def remeasure(sweep: Sweep) -> str:
         result = folder.result()
         kept = result["parameters"]
         with quietly():
-            unique, virtual, stored = _size(run, sweep.data)
+            unique, virtual, stored = size(run, sweep.data)
         same = (unique, virtual) == (kept["unique"], kept["virtual"])
         if same and kept.get("bytes") != stored:
             write_json(folder.path / "result.json", {**result, "parameters": {**kept, "bytes": stored}})
@@ -53,7 +53,7 @@ def remeasure(sweep: Sweep) -> str:
     return table(["run", "bytes before", "bytes"], rows) if rows else f"all {len(complete)} runs have the same bytes"
 
 
-def _size(run: Run, data: Sequence[str]) -> tuple[int, int, int]:
+def size(run: Run, data: Sequence[str] = ()) -> tuple[int, int, int]:
     """Return the parameters that a run's model has of its own, those that it computes with, and the bytes it saves."""
     with tempfile.TemporaryDirectory() as folder:
         cli = parse(arguments(run, Path(folder), data))

@@ -113,7 +113,9 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
             own = [*csv.DictReader(file)]
         result = folder.result()
         sizes = {"parameters": result["parameters"]["unique"], "bytes": result["parameters"].get("bytes", "")}
-        costs = {**sizes, "seconds / epoch": result["seconds"].get("epoch", ""), "peak memory": result["peak_memory"]}
+        seconds = result["seconds"]
+        times = {"seconds / epoch": seconds.get("epoch", ""), "seconds of training": seconds.get("training", "")}
+        costs = {**sizes, **times, "peak memory": result["peak_memory"]}
         came_to = {**result["metrics"], **costs}  # also metrics that the last epoch has not logged, '' in the CSV
         own[-1] |= {name: str(value) for name, value in came_to.items() if not own[-1].get(name)}
         described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}

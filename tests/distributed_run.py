@@ -12,19 +12,24 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from torch.optim import SGD
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 from toys import TIES, Toy, batches, train
 
 from tying.callbacks import (
     AnchorTying,
     Coupling,
+    Fisher,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RandomState,
     RelaxedTying,
     ResidualMerging,
     SoftTying,
+    Synaptic,
     TemplateWeights,
     TyingMonitor,
     TyingSummary,
@@ -40,7 +45,8 @@ from tying.models import SequenceModel
 from tying.soft import Schedule
 
 KINDS = ["gradient", "decoupled", "proximal", "hard", "hashed", "coupled", "anchored", "mixture", "skipped", "fractal"]
-KINDS += ["skipped function", "skipped module", "relaxed", "low rank", "templates", "generated", "biases", "mixins"]
+KINDS += ["skipped function", "skipped module", "looped", "relaxed", "low rank", "templates", "generated", "biases"]
+KINDS += ["mixins"]
 CASES = list(itertools.product(KINDS, [1, 4], [None, 0.02]))
 
 
@@ -61,6 +67,8 @@ def callback(kind):
         return MixtureTying(["**.weight"], strength=0.3, components=5, start_epoch=1)
     if kind.startswith("skipped"):
         return ResidualMerging("blocks.*", StochasticDepth(keep=0.5), "uniform")
+    if kind == "looped":
+        return Looping("blocks.[01]", passes=3, start=0.25, grow=0.5, per_pass="scale")
     if kind == "relaxed":
         return RelaxedTying(TIES[:1], LowRankResidual(rank=2))
     if kind == "low rank":
@@ -166,7 +174,12 @@ class Listed(TyingMixin, Skipping):
     ]
 
 
-MODELS = {"skipped": Skipping, "skipped module": SkippingModules, "skipped function": SkippingFunctions}
+MODELS = {
+    "skipped": Skipping,
+    "skipped module": SkippingModules,
+    "skipped function": SkippingFunctions,
+    "looped": Skipping,
+}
 MODELS |= {"fractal": Fractal, "mixins": Listed, **dict.fromkeys(["templates", "generated", "biases"], Convolving)}
 
 
@@ -235,6 +248,43 @@ def normed(out: Path, world: int, kind: type[Normed]) -> None:
         **dict(model.norm.named_buffers()),
     }
     torch.save(own, out / f"{kind.__name__}-{world}-{trainer.global_rank}.pt")
+
+
+class Labelled(Toy):
+    """Classifies its inputs by the place of their largest feature."""
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x.double()))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self(x), y)
+
+
+IMPORTANCES = {"given": Fisher(5, "given"), "sampled": Fisher(5), "path": Synaptic()}
+
+
+def important(out: Path, world: int) -> None:
+    """Learn two tasks, the second held by the first; save the weights and their importance of each rank."""
+    for name, importance in IMPORTANCES.items():
+        model, anchor = Labelled(optimizer).double(), AnchorTying(["**"], 0.3, importance=importance)
+        for sign in (1, -1):
+            [x] = batches(count=10 * world, size=8 // world, world=world).dataset.tensors
+            dataset = TensorDataset(sign * x, x.argmax(dim=1))
+            rank = int(os.environ.get("RANK", 0))
+            sampler = DistributedSampler(dataset, num_replicas=world, rank=rank, shuffle=False)
+            trainer = train(
+                model,
+                [anchor],
+                default_root_dir=out / "logs",
+                data=DataLoader(dataset, batch_size=8 // world, sampler=sampler),
+                use_distributed_sampler=False,
+                strategy="ddp" if world > 1 else "auto",
+                devices=world,
+                max_epochs=1,
+            )
+        ends = model.state_dict() | {f"F {key}": value for key, value in anchor.state_dict()["importances"].items()}
+        torch.save(ends, out / f"{name}-{world}-{trainer.global_rank}.pt")
 
 
 class Noisy(Toy):
@@ -306,3 +356,4 @@ if __name__ == "__main__":
     normed(Path(sys.argv[1]), int(sys.argv[2]), Failing)
     resume(Path(sys.argv[1]), int(sys.argv[2]))
     torch.distributed.barrier()
+    important(Path(sys.argv[1]), int(sys.argv[2]))

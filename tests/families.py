@@ -18,6 +18,7 @@ from tying.callbacks import (
     Coupling,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RecurrentDepth,
@@ -28,7 +29,7 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.depth import Residual, StochasticDepth, apply_merge, recur, remove_merge, unrecur
+from tying.depth import Residual, StochasticDepth, apply_merge, loop, recur, remove_merge, unloop, unrecur
 from tying.hard import LowRankResidual, generate_weights, lower_rank, relax, share_templates, tie
 from tying.hashing import UniformHash, cluster_weight, hash_weights
 from tying.lightning_namespace import pl
@@ -215,6 +216,13 @@ def recurrent(model, free, sites):
     assert shared < sum(p.numel() for p in model.parameters())
 
 
+def looped(model, free, sites):
+    names = [*free.state_dict()]
+    assert [*model.state_dict()] == names
+    assert unloop(model) > 0
+    assert [type(module) for module in model.net.modules()] == [type(module) for module in free.net.modules()]
+
+
 def nothing():
     """Do nothing at a step."""
 
@@ -316,6 +324,9 @@ FAMILIES = {
         at_once(lambda model, s: apply_merge(model, s.blocks, StochasticDepth(0.75))),
         lambda s: ResidualMerging(s.blocks, StochasticDepth(0.75), keep_schedule="uniform"),
         merged,
+    ),
+    "Looping": Family(
+        at_once(lambda model, s: loop(model, s.blocks, passes=2)), lambda s: Looping(s.blocks, passes=2), looped
     ),
     "RecurrentDepth": Family(
         at_once(lambda model, s: recur(model, s.blocks)), lambda s: RecurrentDepth(s.blocks), recurrent

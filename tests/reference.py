@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from itertools import combinations
@@ -9,6 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tying.depth.recur import replace_layers
+from tying.depth.recurrent import norms_in
+from tying.depth.stages import children, find_stages
+from tying.hard import tie
 
 
 def pairwise(tensors: list[Tensor], rho) -> Tensor:
@@ -95,3 +101,32 @@ def hashed_by_loops(layer: Any) -> tuple[Tensor, list[int], list[int]]:
         signs.append(int(virtual.hash.sign(identifier)) if virtual.sign else 1)
         values.append(signs[i] * layer.table[slots[i]] if slots[i] >= 0 else layer.table.new_zeros(()))
     return torch.stack(values).view(virtual.shape).detach(), slots, signs
+
+
+def written_out(model, patterns, passes: int, shares_norms: bool = True) -> None:
+    """Write the repeats of a model's blocks out, in place: copies whose weights are tied, and whose buffers are shared.
+
+    Args:
+        model: changed in place.
+        patterns: patterns of the names of blocks; those of each stage follow each other ``passes`` times.
+        passes: number of passes.
+        shares_norms: whether passes share their normalisation layers.
+    """
+    stages, sources = find_stages(model, patterns, any_parent=True), {}
+    for stage in reversed(stages):
+        entries, end = children(stage.container), stage.start + len(stage.blocks)
+        repeats = [(copy.deepcopy(block), block) for _ in range(passes - 1) for block in stage.blocks]
+        sources |= dict(repeats)
+        entries[end:end] = [(f"again{number}", repeat) for number, (repeat, _) in enumerate(repeats)]
+        replace_layers(model, stage.path, stage.container, entries, dict(repeats))
+    names = {module: name for name, module in model.named_modules()}
+    ties = []
+    for repeat, block in sources.items():
+        unshared = () if shares_norms else norms_in(block)
+        for (path, module), source in zip(repeat.named_modules(), block.modules(), strict=True):
+            if path not in unshared:
+                module._buffers.update(source._buffers)
+                keys = [key for key, _ in module.named_parameters(recurse=False)]
+                ties += [f"{names[source]}.{key} ~ {names[module]}.{key}" for key in keys]
+    if ties:
+        tie(model, ties)

@@ -191,7 +191,7 @@ class Stopping(nn.Module):
 
     def __init__(self, stop=math.inf):
         super().__init__()
-        self.net, self.calls, self.stop = net(), 0, stop
+        self.net, self.calls, self.stop = net(depth=3), 0, stop
 
     def forward(self, x):
         self.calls += 1
@@ -200,7 +200,7 @@ class Stopping(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("stop", [math.inf, 3, 30, 45])
+@pytest.mark.parametrize("stop", [math.inf, 3, 15, 29])
 def test_the_model_is_as_before(stop):
     model = Stopping(stop).train()
     model.net.blocks[0].eval()
@@ -216,7 +216,7 @@ def test_the_model_is_as_before(stop):
     assert (model.training, model.net.blocks[0].training, model.net.blocks[1].up.training) == (True, False, True)
 
 
-@pytest.mark.parametrize("stop", [10, 40, 45])
+@pytest.mark.parametrize("stop", [10, 29])
 def test_an_interrupted_run_goes_on(stop, tmp_path):
     data, model = batches(1), Stopping()
     whole = quiet(model, data, 0.5, steps=2)
@@ -405,7 +405,7 @@ def test_weights_that_are_computed_or_no_real_numbers_are_left_out():
     assert names.isdisjoint({"blocks.0.up.weight", "blocks.2.down.weight", "table"})
 
 
-@pytest.mark.parametrize("name", ["GPT2", "T5", "swin_t"])
+@pytest.mark.parametrize("name", ["GPT2", "swin_t"])
 def test_models_of_others(name):
     model, inputs = build(name), ZOO[name].inputs()
     for weight in model.parameters():
@@ -438,10 +438,10 @@ def test_recurrent_layers():
 
 def test_distillation_lowers_the_error():
     model, data = net(), batches(4)
-    advice = quiet(model, data, 0.5, steps=60, rate=3e-3)
+    advice = quiet(model, data, 0.5, steps=40, rate=5e-3)
     assert all(row.error < 0.7 * row.error_before for row in advice.plans)
-    training = [torch.randn(16, WIDTH) for _ in range(60)]
-    assert quiet(model, data, 0.5, steps=60, rate=3e-3, training=training).plans[0].error < advice.plans[0].error_before
+    training = [torch.randn(16, WIDTH) for _ in range(40)]
+    assert quiet(model, data, 0.5, steps=40, rate=5e-3, training=training).plans[0].error < advice.plans[0].error_before
 
 
 def test_the_tables_and_the_picture_say_what_the_rows_say(tmp_path):

@@ -83,6 +83,7 @@ def test_speed_of_depth(monkeypatch, capsys):
     rows = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.startswith("|")}
     assert {"plain", "stochastic depth, batch", "swapout", "torch's Dropout after each block", "0.5"} <= rows.keys()
     assert {"ViT, batch", "ViT, subset", "ViT, row", "ViT, DropPath", "GPT-2, batch", "GPT-2, subset"} <= rows.keys()
+    assert {"encoder, repeats written out", "encoder, loop", "encoder, loop, norms of each pass"} <= rows.keys()
     held = {side: float(rows[side][5]) for side in ("plain", "stochastic depth, batch", "stochastic depth, row")}
     assert held["stochastic depth, batch"] <= held["plain"] <= held["stochastic depth, row"] + 1
 

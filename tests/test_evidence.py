@@ -72,6 +72,7 @@ def test_tasks_are_learnt_one_after_the_other(tmp_path):
 
     importance = Fisher(batches=4)
     held = learn(started(tmp_path / "held"), importance, strength=1e3)
+    assert [*(tmp_path / "held").rglob("importance.png")]  # and not where the command runs
     assert held.rows[0]["test/task 1"] == plain.rows[0]["test/task 1"]
     assert held.metrics["test/forgetting"] < lost / 2
     learn(started(tmp_path / "parts"), importance, strength=1e3, tasks=2)

@@ -32,6 +32,8 @@ FEATURES = {
         "L1 pull": ("penalty=l1 L1", "l1 L1 TyingPenalty SoftTying"),
         "Huber pull": ("Huber", "huber Huber TyingPenalty SoftTying"),
         "pull to an anchor (L2-SP)": ("AnchorTying", "anchored TyingPenalty AnchorTying"),
+        "pull by importance (EWC)": ("Fisher", "anchored fisher_diagonal TyingPenalty AnchorTying"),
+        "pull by importance (SI)": ("Synaptic", "anchored path_importance path_integral TyingPenalty AnchorTying"),
         "generative/discriminative coupling": ("Coupling", "coupling_strength TyingPenalty Coupling"),
         "Gaussian mixture": ("MixtureTying", "mixture_nll responsibilities GaussianMixturePrior MixtureTying"),
     },
@@ -68,6 +70,10 @@ FEATURES = {
     },
     "depth": {
         "stochastic depth": ("StochasticDepth", "stochastic_depth apply_merge StochasticDepth ResidualMerging"),
+        "early and late stochastic depth": (
+            "schedule=early schedule=late",
+            "drop_scale StochasticDepth ResidualMerging",
+        ),
         "LayerDrop, and shallower models": (
             "whole=True extract",
             "extract apply_merge StochasticDepth ResidualMerging",
@@ -76,6 +82,7 @@ FEATURES = {
         "SkipForward": ("SkipForward", "skip_forward apply_merge SkipForward ResidualMerging"),
         "FractalNet": ("FractalNet FractalBlock", "fractal_join FractalBlock"),
         "weight-shared depth": ("shared=True Recurrent RecurrentDepth recur", "recur unrecur Recurrent RecurrentDepth"),
+        "loops of existing blocks": ("Looping unloop", "loop unloop loops_in scheduled_passes Looping"),
         "more steps in tests": ("Unrolling", "Unrolling"),
         "zoneout": ("ZoneoutLSTM", "zoned_lstm ZoneoutLSTM ZoneoutLSTMCell"),
         "passthrough networks": ("PassthroughGRU", "PassthroughGRU PassthroughHighway StateMatrix"),
@@ -90,13 +97,13 @@ FEATURES = {
 }
 # public names that serve several features
 COMMON = {
-    "the base of features of one's own": "Penalty WeightResidual Hash SeededHash Merge TyingCallback HashedParametrization",
-    "arguments": "Schedule BeforeEpoch keep_schedule Residual Sum FeedForward",
-    "what functions return": "TieReport RelaxedGroup HashReport HashedWeight Sampled HMOutput HMState HyperState",
+    "the base of features of one's own": "Penalty WeightResidual Hash SeededHash Merge TyingCallback HashedParametrization Importance",
+    "arguments": "Schedule Fisher Synaptic BeforeEpoch keep_schedule Residual Sum FeedForward",
+    "what functions return": "TieReport RelaxedGroup HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
     "measures and plots": "entropy loads table_loads report plot_loads sampled sampling",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
 }
-PLAIN = {"bf16", "mnist", "pretraining", "vit"}  # configurations that say what others need
+PLAIN = {"bf16", "mnist", "pretraining", "transformer", "vit"}  # configurations that say what others need
 BUILT = "a network is built of these layers; no callback can put them into another"
 HOLES = {
     ("hard ties", "module"): "tied weights are one parameter, and a relation is a parametrization that `tie` makes",
@@ -109,7 +116,8 @@ HOLES = {
     ("passthrough networks", "callback"): BUILT,
     ("dynamic hypernetwork", "function"): "its equations are those of `HyperLSTMCell`",
     ("dynamic hypernetwork", "callback"): BUILT,
-    ("more steps in tests", "function"): "it sets the `steps` of `Recurrent`",
+    ("loops of existing blocks", "module"): "the blocks of a model stay where they are",
+    ("more steps in tests", "function"): "it sets the `steps` of `Recurrent`, and the `passes` of `Loop`",
     ("more steps in tests", "module"): "it tests a model as it is",
     ("summary of ties", "module"): "it reads a model as it is",
     ("summary of ties", "evidence"): "it changes no training",
@@ -126,6 +134,7 @@ EXACT = {
     "identity hash": "tests/hashing/test_hashes.py",
     "Toeplitz hash": "tests/hashing/test_hashes.py",
     "recurrent hash": "tests/hashing/test_hashes.py",
+    "early and late stochastic depth": "tests/callbacks/test_residual_merging.py",
     "LayerDrop, and shallower models": "tests/depth/test_extract.py",
     "SkipForward": "tests/depth/test_merges.py",
 }

@@ -22,12 +22,15 @@ SCHEDULE = {"_target_": "tying.soft.Schedule", "start": 0.0, "end": 1.0, "length
 ANNEAL = {"_target_": "tying.soft.Schedule", "start": 1.0, "end": 0.0, "length": 4}
 RESIDUAL = {"_target_": "tying.hard.LowRankResidual", "rank": 2}
 HUBER = {"_target_": "tying.soft.Huber", "delta": 0.5}
+SYNAPTIC = {"_target_": "tying.callbacks.Synaptic", "damping": 0.2}
+HEAD = {"head_strength": 0.1, "head": ["net.kernels"]}
 ARGUMENTS = {
-    "AnchorTying": {"parameters": ["net.**", "!net.kernels"], "strength": 0.1},
+    "AnchorTying": {"parameters": ["net.**", "!net.kernels"], "strength": 0.1, "importance": SYNAPTIC, **HEAD},
     "BoundaryPlot": {},
     "Coupling": {"first": SITES.twins[0], "second": SITES.twins[1], "alpha": 0.5, "examples": 20},
     "GeneratedWeights": {"parameters": [SITES.alike], "embedding": 2, "in_channels": 3, "out_channels": 3},
     "HardTying": {"ties": [PAIR]},
+    "Looping": {"blocks": [SITES.blocks], "passes": 3, "start": 0.25, "per_pass": "scale", "grow": 0.25},
     "LowRankWeights": {"parameters": [SITES.pair[0]], "rank": 2},
     "MixtureTying": {"parameters": [SITES.pair[0]], "components": 4, "rates": [1e-4, 3e-3, 3e-3]},
     "RandomState": {},

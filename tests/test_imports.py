@@ -74,5 +74,5 @@ def test_no_room_imports_itself_through_others():
 
 
 def test_import_tying_does_not_import_lightning():
-    code = "import sys, tying, tying.soft, tying.hard, tying.hashing, tying.depth; sys.exit(bool({'lightning', 'pytorch_lightning', 'torchvision'} & {*sys.modules}))"
+    code = "import sys, tying, tying.soft, tying.hard, tying.hashing, tying.depth, tying.advice; sys.exit(bool({'lightning', 'pytorch_lightning', 'torchvision'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

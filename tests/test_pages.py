@@ -102,11 +102,14 @@ def test_pages_link_to_what_there_is():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # a further task writes where the first did
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("tying")])
 def test_console_commands_run(command, capsys):
     _, *args = shlex.split(command)
     if "configs/transfer.yaml" in args:
         main(["fit", "--config=configs/base.yaml", "--config=configs/pretraining.yaml", *SMALL])
+    if "callbacks.anchor" in command:
+        main(["fit", "--config=configs/base.yaml", "--config=configs/ewc.yaml", *SMALL])
     if args[0] == "advise":
         small = ["--model.network.depth=20", "--data.batch_size=8"]
         main(["fit", "--config=configs/base.yaml", *SMALL, *small])
@@ -115,7 +118,9 @@ def test_console_commands_run(command, capsys):
         main(["fit", *args[1:-2], *SMALL])
     deep = (
         []
-        if any(word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm"))
+        if any(
+            word in command for word in ("autoencoder", "coupling", "fractal", "tied_lm", "hm_rnn", "hyper_lstm", "ewc")
+        )
         else ["--model.network.depth=20"]
     )
     extra = {"fit": [*SMALL, *deep], "test": ["--trainer.limit_test_batches=1"]}.get(args[0], [])
@@ -170,6 +175,8 @@ def test_configs_compose():
     deltas.remove("two_domains.yaml")  # whose network is too shallow to share blocks
     deltas.remove("swapout.yaml")  # which asks for sampled tests, of networks with merges
     deltas.remove("transfer.yaml")  # which needs what pretraining.yaml leaves
+    deltas.remove("ewc.yaml")  # whose network is an MLP, as that of synaptic.yaml
+    deltas.remove("synaptic.yaml")
     cli = parse([f"--config=configs/{name}" for name in ["base.yaml", *deltas]])
     assert cli.trainer.precision == "bf16-mixed"
     assert "tying.callbacks.SoftTying" in {f"tying.callbacks.{type(c).__name__}" for c in cli.trainer.callbacks}

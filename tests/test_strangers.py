@@ -293,6 +293,8 @@ REFUSED = {
     ("an LSTM language model", "ResidualMerging"): "it alone computes output 2 (a tuple)",
     ("a GAN", "ResidualMerging"): "'net.generator.1', a Tanh, has no parameters",
     ("an LSTM language model", "Coupling"): "'net.head.bias' has no partner",
+    **{(f"torchvision resnet{n}", "Looping"): "a loop needs blocks that keep the shape" for n in (18, 50)},
+    ("torchvision mobilenet_v3_small", "Looping"): "'net.features.3' and 'net.features.5' are not consecutive",
     **{(f"torchvision resnet{n}", "RecurrentDepth"): "must be equal to share weights" for n in (18, 50)},
     ("torchvision mobilenet_v3_small", "RecurrentDepth"): "a stage needs two blocks or more",
     ("timm resnet10t", "RecurrentDepth"): "a stage needs two blocks or more",

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import zoo_run
+from reference import written_out
 from torch.nn.modules.batchnorm import _BatchNorm
 from toys import train
 from zoo import DOZEN, NO_BLOCKS, ROWS, TIMM, TRANSFORMERS, ZOO, build, loss_of, output_of
@@ -27,10 +28,12 @@ from tying.callbacks import (
     WeightClustering,
     WeightHashing,
 )
-from tying.depth import StochasticDepth, apply_merge, remove_merge
+from tying.depth import StochasticDepth, apply_merge, loop, remove_merge, unloop
+from tying.depth.stages import find_stages
 from tying.errors import ConfigurationError
 from tying.hard import bake, untie
 from tying.selection.patterns import Pattern
+from tying.soft import fisher_diagonal
 from tying.weights.derived import derived_weights, remove
 
 MERGED = [name for name in ZOO if name not in NO_BLOCKS]
@@ -39,6 +42,9 @@ GENERATING = [name for name in TRANSFORMERS if name not in ("BERT", "ViT")]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 NO_SUBSET = {"eva02_tiny_patch14_224": "rope of blocks.0 (EvaBlock), which has no row for each of 6 samples"}
 NO_CHECKPOINTING = ("mixer",)
+LOOPS = {"loop": None, "loop, norms": "norm", "loop, scales": "scale"}
+SLOW_COLUMNS = ("loop, norms", "loop, scales", "loop, checkpointing")
+NO_NORMS = {"nfnet_f0": "contain no normalisation layer"}
 WHOLE = {
     "hashed": lambda: WeightHashing(["net.**"], 0.5),
     "low rank": lambda: LowRankWeights(["net.**"], rank=2),
@@ -48,7 +54,7 @@ WHOLE = {
 
 
 def cell(name, column):
-    marks = [pytest.mark.slow] * (name not in DOZEN)
+    marks = [pytest.mark.slow] * (name not in DOZEN or column in SLOW_COLUMNS)
     if name == "poolformerv2_s12":
         marks.append(pytest.mark.filterwarnings("ignore:stages.*does not add its input"))  # it adds a multiple
     return pytest.param(name, column, id=f"{name}-{column}", marks=marks)
@@ -326,6 +332,49 @@ def test_ties_over_equal_layers(name, column):
     assert_equal(evaluated(module.net, name), evaluated(expected, name))
 
 
+@cells(MERGED, *LOOPS)
+def test_loops_are_the_repeats_written_out(name, column, record_property):
+    model, expected = plain(name), plain(name)
+    stages = find_stages(model, ZOO[name].blocks, any_parent=True)
+    for stage in stages:
+        if reason := LOOPS[column] == "norm" and NO_NORMS.get(name):
+            with pytest.raises(ConfigurationError, match=reason):
+                loop(model, stage.names, 2, LOOPS[column])
+            record_property("remark", f"refused: {reason}")
+            return
+        assert loop(model, stage.names, 2, LOOPS[column]) == 1
+    written_out(expected, ZOO[name].blocks, 2, shares_norms=LOOPS[column] != "norm")
+    (output, gradients, _), (wanted, sums, _) = step(model, name), step(expected, name)
+    assert_equal(output, wanted)
+    if column == "loop":
+        assert_equal([*gradients.values()], [*sums.values()])
+    assert_equal(evaluated(model, name), evaluated(expected, name))
+    assert unloop(model) == len(stages)
+    assert_equal(dict(model.named_parameters()), dict(plain(name).named_parameters()))
+
+
+@cells(NO_BLOCKS, *LOOPS)
+def test_loops_without_blocks(name, column, record_property):
+    model = plain(name)
+    loop(model, ZOO[name].blocks, 2, LOOPS[column])
+    with pytest.raises(ConfigurationError, match=r"a loop needs blocks (that keep the shape|whose first tensor)"):
+        output_of(model, inputs(name))
+    record_property("remark", f"refused: {NO_BLOCKS[name]}")
+
+
+@cells([name for name in (*TIMM, *TRANSFORMERS) if name not in NO_CHECKPOINTING], "loop, checkpointing")
+def test_gradient_checkpointing_of_loops(name, column):
+    model, expected = plain(name), plain(name)
+    for stage in find_stages(model, ZOO[name].blocks, any_parent=True):
+        loop(model, stage.names, 2)
+    written_out(expected, ZOO[name].blocks, 2)
+    enable_checkpointing(model, name)
+    enable_checkpointing(expected, name)
+    (output, gradients, _), (wanted, sums, _) = step(model, name), step(expected, name)
+    assert_equal(output, wanted)
+    torch.testing.assert_close([*gradients.values()], [*sums.values()])
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in DOZEN)) for n in GENERATING])
 @pytest.mark.parametrize("scale", ["test", "train"])
 def test_generation_after_training(name, scale):
@@ -336,6 +385,26 @@ def test_generation_after_training(name, scale):
         assert_equal(model.eval().generate(**prompt, **GREEDY), expected.eval().generate(**prompt, **GREEDY))
     else:
         assert_equal(model.eval().generate(**prompt, **GREEDY), model.generate(**prompt, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fisher_information_of_a_causal_language_model(padded):
+    """Labels that are the inputs are shifted, as the model's own loss shifts them."""
+    model, tokens = plain("GPT2").eval(), inputs("GPT2")["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[:, -2:] = not padded
+    expected = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    for row, kept in zip(tokens, mask, strict=True):
+        model.zero_grad()
+        labels = row.where(kept > 0, -100)[None]
+        (model(input_ids=row[None], attention_mask=kept[None], labels=labels).loss * (kept.sum() - 1)).backward()
+        for name, weight in model.named_parameters():
+            expected[name] += weight.grad.square() / len(tokens)
+    labels = tokens.where(mask > 0, -100)
+    found = fisher_diagonal(model, [{"input_ids": tokens, "attention_mask": mask, "labels": labels}], labels="given")
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6)
+    assert all(value.any() for value in found.values())
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from tying.callbacks import (
     Coupling,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RandomState,
@@ -154,8 +155,13 @@ def _name_needs(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: 
 
 
 def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dict[str, Any]) -> None:
-    """Complete ``on_load_checkpoint``: prepare for weights that a callback has replaced since training began."""
+    """Complete ``on_load_checkpoint``: prepare for weights that a callback has replaced since training began.
+
+    Without a Trainer, nothing else restores the number of passes with which loops were trained.
+    """
     for callback in _callbacks(module, mixin):
+        if isinstance(callback, Looping) and (state := checkpoint.get("callbacks", {}).get(callback.final_state_key)):
+            callback.load_state_dict(state)
         if isinstance(callback, TyingCallback) and type(callback).prepare is not ModelTransform.prepare:
             with acting_on(module, callback, mixin_callbacks(module)):
                 callback.prepare(module, checkpoint["state_dict"])
@@ -336,6 +342,24 @@ class HardTyingMixin(Mixin, callback=HardTying):
         >>> model.configure_model()
         >>> model.encoder.weight is model.decoder.weight
         True
+    """
+
+
+class LoopingMixin(Mixin, callback=Looping):
+    """Adds :class:`tying.callbacks.Looping` to a model; ``looping`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> from tying.depth import loops_in
+        >>> class Model(LoopingMixin):
+        ...     looping = {"blocks": "network.[12]", "passes": 3}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.network = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> [(loop.names, loop.passes) for loop in loops_in(model)]
+        [(('network.1', 'network.2'), 3)]
     """
 
 

@@ -81,6 +81,19 @@ def is_recorded() -> bool:
     )
 
 
+def in_backward() -> bool:
+    """Return whether a backward pass runs, as while gradient checkpointing recomputes; torch has no public test.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> _ = x.register_hook(lambda gradient: print(in_backward()))
+        >>> in_backward(), x.sum().backward()
+        True
+        (False, None)
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
 def has_values(tensor: Tensor) -> bool:
     """Return whether a tensor has values: meta tensors have none, nor have fake tensors, which have no public name."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))

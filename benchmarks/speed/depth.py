@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Literal, get_args
 
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from benchmarks.report import table
 from benchmarks.speed.timing import Race, Step, race
-from tying.callbacks import ResidualMerging
+from tying.callbacks import Looping, ResidualMerging
 from tying.depth import Merge, StochasticDepth, Swapout, apply_merge
 from tying.models import ResNet
 
@@ -24,6 +25,7 @@ DEPTH, BATCH = 56, 128
 BLOCKS, ROUNDS = 10, 10  # 100 interleaved steps of each side; extremes are those of ten blocks
 KEEPS = (0.5, 0.7, 0.8, 0.9, 0.95)
 LAYERS, WIDTH, TOKENS, VOCABULARY, IMAGE = 12, 128, 64, 1000, 64  # of the transformers, at half the batch
+PLAIN, WRITTEN_OUT = (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 2, 3, 4, 5)  # orders of the layers of an encoder
 Mode = Literal["batch", "subset", "row"]
 
 
@@ -155,6 +157,59 @@ def transformer_tables() -> list[str]:
     return tables
 
 
+class Encoder(nn.Module):
+    """Torch's encoder layers, in an order that may repeat some, and a classifier of their mean."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(2 * WIDTH, 4, 8 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in PLAIN)
+        self.head, self.order = nn.Linear(2 * WIDTH, 10), [*order]
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        for place in self.order:
+            x = self.layers[place](x)
+        logits: Tensor = self.head(x.mean(dim=1))
+        return logits
+
+
+def looped(passes: int, per_pass: Literal["norm", "scale"] | None = None) -> nn.Module:
+    """Return an encoder that runs its two middle layers several times."""
+    net = Encoder(PLAIN)
+    Looping("layers.[23]", passes, per_pass=per_pass).apply(net)
+    return net
+
+
+def loop_table() -> str:
+    """Return the table of a loop of two passes beside the same network with the repeats written out."""
+    generator, count = torch.Generator().manual_seed(0), BATCH // 8
+    sides = {
+        "repeats written out": Encoder(WRITTEN_OUT),
+        "loop": looped(2),
+        "loop, norms of each pass": looped(2, "norm"),
+        "loop, scales of each pass": looped(2, "scale"),
+        "one pass": looped(1),
+        "plain": Encoder(PLAIN),
+    }
+    data = torch.randn(count, TOKENS, 2 * WIDTH, generator=generator), torch.randint(10, (count,), generator=generator)
+    times = means({side: step_of(net, of=data) for side, net in sides.items()}, rounds=2)
+    rows = [
+        [
+            f"encoder, {side}",
+            f"{1e3 * statistics.fmean(times.seconds[side]):.0f}",
+            describe_ratio(times, side, "repeats written out"),
+        ]
+        for side in sides
+    ]
+    return (
+        f"Two of {len(PLAIN)} encoder layers of torch, of width {2 * WIDTH}, in two passes; batch {count} of {TOKENS} "
+        f"steps; mean of {2 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):\n\n"
+        + table(["side", "ms", "/ written out"], rows)
+    )
+
+
 def _ratios(name: str, sides: dict[str, nn.Module], of: Batch) -> str:
     """Return a table of mean times over the plain network's, and the end of its caption."""
     times = means({side: step_of(net, of=of) for side, net in sides.items()}, rounds=4)
@@ -234,5 +289,6 @@ def measure() -> str:
             "Rows chosen and computed, over rows masked, at one keep in all blocks:",
             table(["keep", "subset / row"], by_keep),
             *transformer_tables(),
+            loop_table(),
         ]
     )

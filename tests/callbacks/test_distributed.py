@@ -28,6 +28,7 @@ def weights(tmp_path_factory):
     )
     distributed_run.main(out, 1)
     distributed_run.normed(out, 1, distributed_run.Normed)
+    distributed_run.important(out, 1)
     assert len(list(out.glob("2-*.pt"))) == 2 * len(distributed_run.CASES), done.stderr[-3000:]
     return {path.stem: torch.load(path, weights_only=True) for path in out.glob("*.pt")}
 
@@ -57,6 +58,16 @@ def test_batch_norms_have_the_mean_of_the_processes_statistics(weights):
 def test_where_one_process_fails_all_keep_their_statistics(weights):
     for rank in (0, 1):
         assert int(weights[f"Failing-2-{rank}"]["num_batches_tracked"]) == 20  # those of training
+
+
+@pytest.mark.parametrize("name", distributed_run.IMPORTANCES)
+def test_importances_are_those_of_all_processes(weights, name):
+    one, first, second = (weights[f"{name}-{rank}"] for rank in ["1-0", "2-0", "2-1"])
+    for key in one:
+        assert torch.equal(first[key], second[key])
+        if name != "sampled":  # each process draws labels of its own
+            torch.testing.assert_close(first[key], one[key], rtol=0, atol=1e-10)
+    assert any(key.startswith("F ") and one[key].any() for key in one)
 
 
 @pytest.mark.parametrize("name", ["boundary", "middle", "language"])

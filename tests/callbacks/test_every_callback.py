@@ -25,6 +25,7 @@ from tying.callbacks import (
     Coupling,
     GeneratedWeights,
     HardTying,
+    Looping,
     LowRankWeights,
     MixtureTying,
     RandomState,
@@ -69,9 +70,10 @@ MAKERS = {
     WeightHashing: lambda name=None: WeightHashing(NAMES, 0.25),
     WeightClustering: lambda name=None: WeightClustering(NAMES, clusters=4),
     ResidualMerging: lambda name=None: ResidualMerging("net.blocks.*", StochasticDepth(0.75)),
+    Looping: lambda name=None: Looping("net.blocks.*", passes=2),
     RecurrentDepth: lambda name=None: RecurrentDepth("net.blocks.*"),
 }
-ON_WEIGHTS = [kind for kind in MAKERS if kind not in (ResidualMerging, RecurrentDepth, UntiedBiases)]
+ON_WEIGHTS = [kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases)]
 PENALTIES = [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)]
 COMPUTING = [LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
 TRANSFORMS = [kind for kind in MAKERS if issubclass(kind, ModelTransform)]
@@ -290,6 +292,7 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         "blocks",
         ["net.blocks.0", "net.blocks.1"],
     ),
+    Looping: (lambda blocks: Looping(blocks, passes=2), "blocks", ["net.blocks.0", "net.blocks.1"]),
     RelaxedTying: (
         lambda name: RelaxedTying(
             ["net.first.weight ~ net.second.weight"] if name == "two" else TIES, LowRankResidual(rank=2), name=name
@@ -339,6 +342,7 @@ QUERIES = {
     "selects": lambda callback, model: callback.selects("net.first.weight"),
     "is_same": lambda callback, model: callback.is_same(callback),
     "is_needed": lambda callback, model: callback.is_needed(model),
+    "layer_importances": lambda callback, model: callback.layer_importances({}),
     "check_conflicts": lambda callback, model: callback.check_conflicts(model, []),
     "check_groups": lambda callback, model: callback.check_groups([]),
     "check_fits": lambda callback, model: callback.check_fits("net.first.weight", model.net.first.weight),
@@ -348,6 +352,7 @@ QUERIES = {
     "is_applied": lambda callback, model: callback.is_applied(model),
     "changed": lambda callback, model: callback.changed(model),
     "describe": lambda callback, model: callback.describe(model),
+    "layer_importances": lambda callback, model: callback.layer_importances({}),
     "value": lambda callback, model: callback.value(),
     "selected": lambda callback, model: (
         callback.parameters and not callback.is_applied(model) and callback.selected(model)

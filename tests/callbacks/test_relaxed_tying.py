@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import Trained, inputs
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
 from torch.utils.data import DataLoader
 from toys import Toy, same, train
 from zoo import ZOO, build, loss_of, output_of
@@ -235,6 +236,30 @@ def test_load_from_checkpoint_takes_each_phase(phases, step):
     model = Mixed.load_from_checkpoint(phases["mixin", step], weights_only=False)
     assert (relaxed(model) == []) == is_hard(step)
     assert torch.equal(model.eval()(inputs()), expected(phases, "mixin", step))
+
+
+class Aliased(Adam):
+    """Uses one of the weights twice, in a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(6, 6)
+        self.again.weight = self.net.first.weight
+
+    def forward(self, x):
+        return self.net(self.again(x))
+
+
+def test_a_weight_of_several_modules_goes_on_bitwise_too(tmp_path):
+    whole = Aliased()
+    every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(whole, [RandomState(), annealed(), every], enable_checkpointing=True)
+    assert whole.again.weight is whole.net.first.weight is whole.net.second.weight
+    for step in (3, LENGTH):
+        model = Aliased()
+        fit(model, [RandomState(), annealed()], tmp_path / f"step={step}.ckpt")
+        assert same(model, whole)
+        assert model.again.weight is model.net.second.weight
 
 
 # Calibration

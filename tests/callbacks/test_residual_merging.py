@@ -104,6 +104,93 @@ def test_what_is_dropped_over_time(tmp_path):
     assert seen[-1] == [1.0] * 4
 
 
+class Watched(Blocks):
+    """Notes the factor on drop probabilities at each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = []
+
+    def training_step(self, batch, batch_idx):
+        self.scales.append(self.blocks[0].merge.drop_scale)
+        return super().training_step(batch, batch_idx)
+
+
+# with 12 steps: the factor at each, and at the end
+PRESETS = {"early": [1.0, 0.5, *[0.0] * 10], "late": [*[0.0] * 10, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_early_and_late_by_fractions_of_training(preset, accumulated, tmp_path):
+    def merging():
+        return ResidualMerging("blocks.*", StochasticDepth(0.5), schedule=preset)
+
+    options = {"data": batches(4 * accumulated), "accumulate_grad_batches": accumulated}
+    model, expected = Watched(), [scale for scale in PRESETS[preset] for _ in range(accumulated)]
+    trainer = train(model, [merging()], max_epochs=3, **options)
+    assert model.scales == expected
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    longer = Watched()
+    train(longer, [merging()], max_epochs=6, ckpt_path=tmp_path / "a.ckpt", **options)  # of 24 steps
+    assert longer.scales == [
+        float(preset == "late" and step >= 20) for step in range(12, 24) for _ in range(accumulated)
+    ]
+    model.test_step = lambda batch, batch_idx: model.scales.append(model.blocks[0].merge.drop_scale)
+    trainer.test(model, [torch.zeros(2, 6)], verbose=False)
+    assert model.scales[-1] == float(preset == "late")
+    loaded = Blocks()
+    merging().apply(loaded)
+    assert loaded.blocks[0].merge.drop_scale == float(preset == "late")
+
+
+MERGES = [
+    *(StochasticDepth(0.5, mode, scale) for mode in ("batch", "row", "subset", "auto") for scale in ("test", "train")),
+    Swapout(0.5, 0.5),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*Please add the following callbacks")
+@pytest.mark.parametrize("merge", MERGES, ids=str)
+def test_steps_after_early_stochastic_depth_are_bitwise_plain(merge, tmp_path):
+    """They draw nothing, either: a dropout in the model has the same masks."""
+
+    class Random(Blocks):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+        def loss(self, batch):
+            return super().loss([nn.functional.dropout(batch[0], 0.25)])
+
+    early = ResidualMerging("blocks.*", merge, schedule="early")
+    first = train(Random(), [early, RandomState(), save := SaveAt(0, tmp_path / "a.ckpt")], max_epochs=6)
+    ends = []
+    for merging in ([ResidualMerging("blocks.*", merge, schedule="early")], []):
+        train(model := Random(), [*merging, RandomState()], max_epochs=6, ckpt_path=save.path)  # from the cut-off on
+        ends.append(model)
+    assert same(*ends)
+    assert same(ends[0], first.lightning_module)
+
+
+def test_early_and_late_need_the_length_of_training():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from batches().dataset
+
+    merging = ResidualMerging("blocks.*", StochasticDepth(0.5), schedule="early")
+    message = (
+        r"^ResidualMerging: schedule='early' needs the length of training, which is unknown: set the trainer's "
+        r"max_steps, or give a tying\.soft\.Schedule with a length$"
+    )
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    halving = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    for options in ({"max_epochs": -1}, {"data": stream}, {"callbacks": [merging, halving]}):
+        with pytest.raises(ConfigurationError, match=message):
+            train(Blocks(), **{"callbacks": [merging]} | options)
+    train(Blocks(), [merging], data=stream, max_steps=6)
+    assert merging.schedule == "early"
+
+
 class SaveAt(pl.Callback):
     def __init__(self, epoch, path):
         self.epoch, self.path = epoch, path
@@ -243,6 +330,10 @@ def test_sums_draw_nothing():
         (
             lambda: ResidualMerging("a", StochasticDepth(0.5), schedule=Schedule(0.0, 3.0, 5)),
             r"schedule, a factor on drop probabilities, must be in \[0, 1\]",
+        ),
+        (
+            lambda: ResidualMerging("a", StochasticDepth(0.5), schedule="erly"),
+            r"schedule must be a tying\.soft\.Schedule, or a mapping of its arguments, or 'early' or 'late', not 'erly'",
         ),
         (lambda: ResidualMerging("a", nn.Identity()), "Identity is no tying.depth.Merge"),
         (lambda: train(Blocks(), [ResidualMerging("block.*", StochasticDepth(0.5))]), r"'block\.\*' matches no module"),

@@ -1,15 +1,17 @@
 """Tests with other numbers of steps than in training."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
 from tying import ConfigurationError
-from tying.callbacks import Unrolling
-from tying.depth import Recurrent, Residual
-from tying.models import MLP, Classifier
+from tying.callbacks import Looping, Unrolling
+from tying.depth import Recurrent, Residual, loop, loops_in
+from tying.models import MLP, Classifier, SequenceModel
 
 
 def loader():
@@ -53,3 +55,106 @@ def test_mistakes():
     plain = Classifier(MLP([5, 2]), num_classes=2)
     with pytest.raises(ConfigurationError, match=r"Unrolling: the model has no tying\.depth\.Recurrent"):
         train(plain, [Unrolling([1])], data=loader(), max_epochs=1).test(plain, loader())
+
+
+def evaluate(model, data, extra=(-1, 0, 2)):
+    """Return what a test logs."""
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[Unrolling([*extra])], **options)
+    [logged] = trainer.test(model, data, verbose=False)
+    return logged
+
+
+def test_accuracy_by_passes_of_loops(tmp_path):
+    own = Classifier(nn.Sequential(*(Residual(nn.Linear(5, 5)) for _ in range(3)), MLP([5, 2])), num_classes=2)
+    loop(own, "network.[12]", passes=2)
+    tested = evaluate(own, loader())
+    assert tested["test/steps+0/accuracy"] == pytest.approx(tested["test/accuracy"])
+    x, y = loader().dataset.tensors
+    [made] = loops_in(own)
+    assert made.passes == 2
+    for extra in (-1, 0, 2):
+        made.passes = 2 + extra
+        with torch.no_grad():
+            right = (own(x).argmax(dim=1) == y).double().mean()
+        assert tested[f"test/steps{extra:+d}/accuracy"] == pytest.approx(float(right))
+    assert (tmp_path / "unrolling.png").read_bytes().startswith(b"\x89PNG")
+
+
+class LanguageModel(pl.LightningModule):
+    """A language model of transformers, whose loss is that of labels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(
+            vocab_size=20, n_positions=8, n_embd=8, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        self.network = transformers.GPT2LMHeadModel(config)
+
+    def forward(self, **batch):
+        return self.network(**batch)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/loss", self(**batch).loss)
+
+
+def test_loss_by_passes_of_a_language_model_of_transformers():
+    own = LanguageModel()
+    tokens = torch.randint(20, (10, 8), generator=torch.Generator().manual_seed(0))
+    data = DataLoader([{"input_ids": row, "labels": row} for row in tokens], batch_size=4)
+    Looping("network.transformer.h.[12]", passes=2).apply(own)
+    tested = evaluate(own, data)
+    assert tested["test/steps+0/loss"] == pytest.approx(tested["test/loss"])
+    [made] = loops_in(own.eval())
+    for extra in (-1, 2):
+        made.passes = 2 + extra
+        with torch.no_grad():
+            losses = torch.stack([own(input_ids=row[None], labels=row[None]).loss for row in tokens])
+        assert tested[f"test/steps{extra:+d}/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert len({tested[f"test/steps{extra:+d}/loss"] for extra in (-1, 0, 2)}) == 3
+
+
+class Stateless(nn.Module):
+    """Blocks of a sequence model, without a state."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual(nn.Linear(6, 6)) for _ in range(2))
+
+    def forward(self, x, state=None):
+        for block in self.blocks:
+            x = block(x)
+        return x, torch.zeros(1, x.shape[1], 1)
+
+
+def test_bits_by_passes_of_a_sequence_model():
+    torch.manual_seed(0)
+    own = SequenceModel(Stateless(), size=6, task="language", num_classes=9)
+    text = torch.randint(9, (12, 7), generator=torch.Generator().manual_seed(0))
+    loop(own, "network.blocks.*", passes=2)
+    tested = evaluate(own, DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=5))
+    assert tested["test/steps+0/bits"] == pytest.approx(tested["test/bits"])
+    assert len({tested[f"test/steps{extra:+d}/bits"] for extra in (-1, 0, 2)}) == 3
+
+
+def test_models_without_a_measure():
+    class Regression(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.network = nn.Sequential(nn.Linear(5, 5))
+            loop(self, "network.*", passes=2)
+
+        def forward(self, x):
+            return self.network(x)
+
+        def test_step(self, batch, batch_idx):
+            pass
+
+    data = DataLoader(TensorDataset(torch.zeros(4, 5), torch.zeros(4, 5)))
+    message = (
+        r"^Unrolling needs a model that returns a loss, or logits of shape \(\*labels\.shape, classes\); Regression "
+        r"returns a tensor of shape \(1, 5\), and the labels of the batch are a tensor of shape \(1, 5\)$"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        evaluate(Regression(), data)

@@ -165,6 +165,12 @@ def test_tied_embeddings_save_a_vocabulary_of_vectors(path):
     assert trainer.callback_metrics["val/bits"] < 0.5
 
 
+def test_the_scale_of_the_embedding():
+    plain, scaled = language(), language(embedding_std=0.5)
+    assert torch.equal(scaled.embedding.weight, 0.5 * plain.embedding.weight)
+    assert torch.equal(scaled.head.weight, plain.head.weight)
+
+
 def test_slopes_of_a_multiscale_network(path):
     model = language("multiscale")
     train(model, [SlopeAnnealing(rate=1.0)], data=text(path), max_epochs=2, limit_train_batches=2, limit_val_batches=1)
@@ -176,6 +182,7 @@ def test_mistakes():
         ({"task": "translation"}, "task must be 'classification' or 'language'"),
         ({"embedding": 3}, "needs task='language'"),
         ({"embedding": 0, "task": "language"}, "a size of 1 or more, not 0"),
+        ({"embedding_std": -1}, "embedding_std must be 0 or more, not -1"),
         ({"test_samples": 2}, "tests by one pass"),
         ({"network": nn.LSTM(1, 4, batch_first=True)}, "make it with batch_first=False"),
         ({"network": nn.LSTM(1, 4, bidirectional=True), "task": "language"}, "use one direction"),

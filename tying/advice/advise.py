@@ -30,37 +30,23 @@ def advise(
     training: Iterable[Any] | None = None,
     rate: float = 1e-3,
 ) -> Advice:
-    """Advise on which weights of a trained model may be tied, by what ties do to its outputs.
-
-    Each group of weights that might be tied is tied to its mean, and the outputs on the batches are compared with
-    those before, beside those with the same weights at low rank of equal size. Plans that meet the budget follow: hard
-    ties, relaxed ties, low rank, and ties with low rank elsewhere. The best plan of each kind is listed, after
-    distillation if there are ``steps``: a copy of the model, changed by the plan, is trained to give its outputs.
-
-    The model is as before at the end. Besides it, at most one copy of it is in memory. Distillation adds, for the
-    parameters that remain, gradients and the two moments of Adam.
+    """Advise on which weights of a trained model may be tied; see :mod:`tying.advice`. The model stays as it is.
 
     Args:
         model: the trained model; evaluated in eval mode.
-        batches: batches on which outputs are compared: tensors, tuples and lists whose first item is the input, or
-            mappings of keyword arguments. All are kept.
+        batches: inputs, tuples and lists that begin with the input, or mappings of keyword arguments. All are kept.
         budget: share of the parameters that may remain, in (0, 1).
         steps: number of steps of distillation of each plan.
-        forward: a function of a model and a batch that returns the output to compare; default: the model's logits, or
-            the first floating-point tensor that it returns.
-        out: folder for tables, picture, YAML and what is measured. An interrupted run that is repeated with equal
-            model, batches and arguments goes on there.
+        forward: returns the output of a model for a batch; default: its logits, or its first floating-point tensor.
+        out: folder for tables, picture, YAML and what is measured; an interrupted run goes on there.
         progress: show a progress bar.
-        parameters: patterns of the parameters among which to save, of which the budget is a share; ``!`` excludes.
+        parameters: patterns of the parameters among which to save; a leading ``!`` excludes.
         training: batches to distil on; default: ``batches``, whose errors are then too good.
         rate: learning rate of the distillation.
 
-    Returns:
-        Groups of weights with the errors of their ties, and plans with theirs; the first plan has the smallest error.
-
     Raises:
-        ConfigurationError: there are no batches, no two weights that could be tied, or the ties of all groups leave
-            more than the budget; or the outputs are zero, not finite or no tensors.
+        ConfigurationError: there are no batches or no weights to tie, ties do not reach the budget, or the outputs are
+            zero, not finite or no tensors.
 
     Warns:
         UserWarning: the model looks untrained.
@@ -71,17 +57,32 @@ def advise(
         >>> weights = [nn.init.orthogonal_(layer.weight) for layer in model]
         >>> _ = model[2].load_state_dict(model[1].state_dict())
         >>> advice = advise(model, [torch.randn(32, 16)], budget=0.8, progress=False)
-        >>> advice.groups[0].ties, advice.groups[0].error, advice.groups[0].verdict
-        (('{1..2}.weight',), 0.0, 'tie')
-        >>> advice.ties
-        ['{1..2}.weight']
-
-    Source: how layers can be shared and relaxed after training: S. Bae et al., Relaxed Recursive Transformers, 2024.
+        >>> advice.groups[0].ties, advice.groups[0].error, advice.groups[0].verdict, advice.ties
+        (('{1..2}.weight',), 0.0, 'tie', ['{1..2}.weight'])
     """
     check_range("budget", budget, "(0, 1)")
     check_range("steps", steps, "[0, inf)")
     if not (kept := [*batches]):
         raise ConfigurationError("there are no batches: advice compares outputs on some")
+    folder = None if out is None else Path(out)
+    return _advise(
+        model, kept, budget, steps, forward, folder, progress, parameters, kept if training is None else training, rate
+    )
+
+
+def _advise(
+    model: nn.Module,
+    batches: Sequence[Any],
+    budget: float,
+    steps: int,
+    forward: Forward | None,
+    folder: Path | None,
+    progress: bool,
+    parameters: Sequence[str],
+    training: Iterable[Any],
+    rate: float,
+) -> Advice:
+    """Return advice, given arguments that are checked, and save it if there is a folder."""
     weights = tieable_weights(model, parameters)
     total = sum(weight.numel() for weight in select(model, parameters).values())
     candidates = find_candidates(weights)
@@ -90,16 +91,16 @@ def advise(
         warnings.warn(
             f"{type(model).__name__} looks untrained: its weights are as they are initialised. What may be tied in a "
             "random function says nothing about a trained one: train it, or load a checkpoint, first",
-            stacklevel=2,
+            stacklevel=3,
         )
-    record = Record(None if out is None else Path(out), fingerprint(model, kept, forward))
     planner = Planner(model, weights, needed=total - int(budget * total))
-    study = Study(model, weights, Comparison(model, kept, forward), record, progress)
+    record = Record(folder, fingerprint(model, batches, forward))
+    study = Study(model, weights, Comparison(model, batches, forward), record, progress)
     groups = study.groups(candidates, planner)
-    plans = study.plans(planner.plans(groups), kept if training is None else training, steps, rate, total)
+    plans = study.plans(planner.plans(groups), training, steps, rate, total)
     advice = Advice((*groups.values(),), (*plans,), total, budget, steps)
-    if out is not None:
-        advice.save(out)
+    if folder is not None:
+        advice.save(folder)
     return advice
 
 

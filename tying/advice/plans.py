@@ -12,7 +12,7 @@ from tying.advice.report import GroupRow
 from tying.hard import LowRankResidual, lower_rank, relax, tie
 
 Ranked = dict[int, tuple[str, ...]]
-HALVINGS = 40  # of the interval in which the share of a low rank is sought
+HALVINGS = 40  # of the interval in which the fraction of a low rank is sought
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def sides(weight: nn.Parameter) -> int:
     return weight.shape[0] + weight.numel() // weight.shape[0]
 
 
-def rank_of_share(weight: nn.Parameter, share: float) -> int:
-    """Return the largest rank whose factors have at most a share of the values of a weight; 0 if there is none."""
-    return int(share * weight.numel() / sides(weight))
+def rank_of_share(weight: nn.Parameter, fraction: float) -> int:
+    """Return the largest rank whose factors have at most a fraction of the values of a weight; 0 if there is none."""
+    return int(fraction * weight.numel() / sides(weight))
 
 
 class Grouping:
@@ -237,22 +237,22 @@ class Planner:
         for size in self._sizes():
             groups = self._chunked(size)
 
-            def saved(share: float, groups: Sequence[Candidate] = groups) -> int:
+            def saved(fraction: float, groups: Sequence[Candidate] = groups) -> int:
                 return sum(
-                    group.saved(self.weights) - len(group.names) * rank_of_share(first, share) * sides(first)
+                    group.saved(self.weights) - len(group.names) * rank_of_share(first, fraction) * sides(first)
                     for group in groups
                     for first in [self.weights[group.names[0]]]
                 )
 
-            share = self._largest_share(saved)
+            fraction = self._largest_share(saved)
             ranks: dict[int, list[Candidate]] = {}
             for group in groups:
-                ranks.setdefault(rank_of_share(self.weights[group.names[0]], share), []).append(group)
-            if share and ranks and 0 not in ranks:
+                ranks.setdefault(rank_of_share(self.weights[group.names[0]], fraction), []).append(group)
+            if fraction and ranks and 0 not in ranks:
                 yield Plan("relaxed", relaxed={rank: self.ties(members) for rank, members in ranks.items()})
 
     def _largest_share(self, saved: Callable[[float], int]) -> float:
-        """Return the largest share of a weight for its factors at which enough is saved; 0 if there is none."""
+        """Return the largest fraction of a weight for its factors at which enough is saved; 0 if there is none."""
         if saved(0) < self.needed:
             return 0
         low, high = 0.0, 1.0
@@ -262,7 +262,7 @@ class Planner:
         return low
 
     def lowered(self, names: Sequence[str], groups: Sequence[Candidate] = ()) -> Plan | None:
-        """Return the plan of groups tied and other weights at low rank, each at the same share; None if none fits.
+        """Return the plan of groups tied and other weights at low rank, each at the same fraction; None if none fits.
 
         Args:
             names: names of the weights that may be of low rank.
@@ -270,20 +270,20 @@ class Planner:
         """
         tied = sum(group.saved(self.weights) for group in groups)
 
-        def rank(name: str, share: float) -> int:
-            return max(1, rank_of_share(self.weights[name], share))
+        def rank(name: str, fraction: float) -> int:
+            return max(1, rank_of_share(self.weights[name], fraction))
 
-        def saved_by(name: str, share: float) -> int:
+        def saved_by(name: str, fraction: float) -> int:
             weight = self.weights[name]
-            return max(0, weight.numel() - rank(name, share) * sides(weight))
+            return max(0, weight.numel() - rank(name, fraction) * sides(weight))
 
-        share = self._largest_share(lambda share: tied + sum(saved_by(name, share) for name in names))
-        if not share:
+        fraction = self._largest_share(lambda fraction: tied + sum(saved_by(name, fraction) for name in names))
+        if not fraction:
             return None
         ranks: dict[int, list[str]] = {}
         for name in names:
-            if saved_by(name, share):
-                ranks.setdefault(rank(name, share), []).append(name)
+            if saved_by(name, fraction):
+                ranks.setdefault(rank(name, fraction), []).append(name)
         patterns = {rank: self._as_patterns(members) for rank, members in ranks.items()}
         return Plan("mixed" if groups else "low rank", self.ties(groups), low_rank=patterns)
 

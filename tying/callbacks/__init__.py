@@ -13,6 +13,7 @@ from tying.callbacks.derived import (
 )
 from tying.callbacks.hm_lstm import BoundaryPlot, SlopeAnnealing
 from tying.callbacks.importance import Fisher, Importance, Synaptic
+from tying.callbacks.looping import Looping
 from tying.callbacks.merging import ResidualMerging
 from tying.callbacks.mixture import MixtureTying
 from tying.callbacks.observers.monitor import TyingMonitor
@@ -32,6 +33,7 @@ __all__ = [
     "GeneratedWeights",
     "HardTying",
     "Importance",
+    "Looping",
     "LowRankWeights",
     "MixtureTying",
     "RandomState",

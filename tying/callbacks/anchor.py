@@ -197,12 +197,12 @@ class AnchorTying(PenaltyCallback):
         states = {
             key: state for key, state in callbacks.items() if isinstance(state, dict) and state.get("importances")
         }
-        if self._final_state_key not in states and len(states) != 1:
+        if self.final_state_key not in states and len(states) != 1:
             raise ConfigurationError(
                 f"anchor: {self.anchor} has no importances of {self.label}: they are measured when a fit ends. Train "
                 "the earlier task to its end with this callback and anchor='initial', and give its last checkpoint"
             )
-        return dict(states.get(self._final_state_key) or next(iter(states.values())))
+        return dict(states.get(self.final_state_key) or next(iter(states.values())))
 
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
@@ -333,7 +333,7 @@ class AnchorTying(PenaltyCallback):
             states: the states of callbacks in a checkpoint; without one of this callback, its own importances or those
                 of the file ``anchor`` are used.
         """
-        importances = states.get(self._final_state_key, {}).get("importances") or self._importances
+        importances = states.get(self.final_state_key, {}).get("importances") or self._importances
         if not importances and self.importance is not None and self.anchor != "initial":
             importances = self._saved_state()["importances"]
         return layer_means(importances)

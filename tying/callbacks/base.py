@@ -1,5 +1,6 @@
 """The base classes of all callbacks, and shared functions."""
 
+import math
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,10 +59,11 @@ class Callback(pl.Callback):
     @override
     def state_key(self) -> str:
         # Lightning refuses equal keys in its own words, before setup
-        return self._final_state_key if self._is_set_up else f"{self._final_state_key} {id(self)}"
+        return self.final_state_key if self._is_set_up else f"{self.final_state_key} {id(self)}"
 
     @property
-    def _final_state_key(self) -> str:
+    def final_state_key(self) -> str:
+        """The key of the callback's state in checkpoints."""
         argument = self.distinguished_by
         return f"{type(self).__qualname__}{ {argument: getattr(self, argument)} if argument else '' }"
 
@@ -269,6 +271,34 @@ def is_last_epoch(trainer: pl.Trainer) -> bool:
     progress: Any = trainer.fit_loop.epoch_progress.current
     ends = 0 < (trainer.max_epochs or -1) <= progress.processed or 0 < trainer.max_steps <= trainer.global_step
     return ends or (trainer.should_stop and can_stop_early(trainer))
+
+
+def training_steps(trainer: pl.Trainer, context: str, remedy: str = "") -> int:
+    """Return the number of optimizer steps of the whole training, which fractions of training refer to.
+
+    Call it when the training data is loaded, from ``on_train_start`` on: it would load them.
+
+    Args:
+        trainer: the trainer.
+        context: the callback and its argument, for the error message.
+        remedy: what to do other than setting an end, for the error message.
+
+    Raises:
+        ConfigurationError: training has no end, or one that cannot be estimated.
+    """
+    steps = trainer.estimated_stepping_batches  # -1 for an iterable dataset without max_steps
+    accumulation = [c for c in callbacks_of(trainer) if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
+    is_wrong = trainer.max_steps == -1 and any(len({*callback.scheduling.values()}) > 1 for callback in accumulation)
+    if steps < 0 or math.isinf(steps) or is_wrong:
+        raise ConfigurationError(
+            f"{context} needs the length of training, which is unknown: set the trainer's max_steps{remedy}"
+        )
+    return int(steps)
+
+
+def optimizer_steps(trainer: pl.Trainer) -> int:
+    """Return the number of steps that each optimizer has made; ``global_step`` counts those of all optimizers."""
+    return trainer.global_step // max(1, len(trainer.optimizers))
 
 
 def picture_folder(trainer: pl.Trainer) -> Path | None:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
+from tying.callbacks.base import optimizer_steps, training_steps
 from tying.callbacks.transform import ModelTransform
-from tying.depth import Merge, apply_merge
+from tying.depth import Merge, apply_merge, drop_scale
 from tying.depth.apply import merges_in, residual_blocks
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.lightning_namespace import pl
@@ -31,12 +32,14 @@ class ResidualMerging(ModelTransform):
             probabilities; ``"uniform"``: each block drops as the merge does; ``"model"``: each block drops as its
             DropPath or StochasticDepth modules do, which then return their input; or the keep probability of each
             block.
-        schedule: a factor in [0, 1] on the drop probabilities that changes during training. Tests and predictions use
-            its final value.
+        schedule: a factor in [0, 1] on the drop probabilities that changes during training: ``"early"`` decreases from
+            1 to 0 over the first sixth of training, ``"late"`` is 0 for five sixths and then 1, see
+            :func:`tying.depth.drop_scale`; or any Schedule. Tests and predictions use its final value.
         whole: merge blocks as a whole, also where their branches are known: LayerDrop, with ``"uniform"``.
 
     Raises:
-        ConfigurationError: ``keep_schedule`` is unknown; when the model is set up, see apply_merge.
+        ConfigurationError: ``keep_schedule`` or ``schedule`` is unknown; when the model is set up, see apply_merge;
+            when training starts, its length is unknown, which ``"early"`` and ``"late"`` need.
 
     Example:
         >>> from tying.depth import StochasticDepth
@@ -51,13 +54,15 @@ class ResidualMerging(ModelTransform):
         blocks: str | list[str],
         merge: nn.Module,
         keep_schedule: Literal["linear", "uniform", "model"] | list[float] = "linear",
-        schedule: Schedule | None = None,
+        schedule: Schedule | Literal["early", "late"] | None = None,
         whole: bool = False,
     ) -> None:
         if isinstance(keep_schedule, str):
             choices = ("linear", "uniform", "model")
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, choices)
-        merge, schedule = from_mapping(merge, Merge, "merge"), parse_schedule(schedule)
+        merge = from_mapping(merge, Merge, "merge")
+        if schedule != "early" and schedule != "late":
+            schedule = parse_schedule(schedule, ", or 'early' or 'late'")
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
                 f"merge must be a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a "
@@ -68,7 +73,7 @@ class ResidualMerging(ModelTransform):
                 f"{type(merge).__name__} is no tying.depth.Merge: its keep probabilities are not known. Use "
                 "keep_schedule='uniform', without a schedule"
             )
-        if schedule is not None and max(schedule.start, schedule.end) > 1:
+        if isinstance(schedule, Schedule) and max(schedule.start, schedule.end) > 1:
             raise ConfigurationError(f"schedule, a factor on drop probabilities, must be in [0, 1], not {schedule}")
         self.blocks = blocks if isinstance(blocks, str) else [*blocks]
         self.keep_schedule = keep_schedule if isinstance(keep_schedule, str) else [*keep_schedule]
@@ -112,8 +117,9 @@ class ResidualMerging(ModelTransform):
         return len(blocks)
 
     def _end_schedule(self, model: nn.Module) -> None:
+        end = self.schedule.end if isinstance(self.schedule, Schedule) else float(self.schedule != "early")
         for merge in self._merges_of(model):
-            merge.drop_scale = self.schedule.end if self.schedule else 1.0
+            merge.drop_scale = end
 
     @property
     def _description(self) -> str:
@@ -134,6 +140,10 @@ class ResidualMerging(ModelTransform):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._merges = self._merges_of(pl_module)
+        if isinstance(self.schedule, str):
+            self._total_steps = training_steps(
+                trainer, f"{self.label}: schedule={self.schedule!r}", ", or give a tying.soft.Schedule with a length"
+            )
 
     @override
     def on_train_batch_start(
@@ -141,10 +151,15 @@ class ResidualMerging(ModelTransform):
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.schedule is not None:
-            steps = trainer.global_step // max(1, len(trainer.optimizers))  # of each optimizer
-            count = steps if self.schedule.unit == "step" else trainer.current_epoch
+            scale = self._drop_scale(optimizer_steps(trainer), trainer.current_epoch)
             for merge in self._merges:
-                merge.drop_scale = self.schedule(count)
+                merge.drop_scale = scale
+
+    def _drop_scale(self, step: int, epoch: int) -> float:
+        """Return the factor on the drop probabilities at a step."""
+        if isinstance(self.schedule, Schedule):
+            return self.schedule(step if self.schedule.unit == "step" else epoch)
+        return 1.0 if self.schedule is None else drop_scale(self.schedule, step, self._total_steps)
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:
         blocks = residual_blocks(model, self.blocks).values()

@@ -9,7 +9,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import reject_copies
+from tying.callbacks.base import optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_range, listed
@@ -23,6 +23,7 @@ from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Schedule
 from tying.soft.schedule import parse_schedule
 from tying.weights.calibration import call
+from tying.weights.derived import derived_weights
 from tying.weights.optimizers import drop_parameters
 from tying.weights.state_dict import install_record
 
@@ -38,7 +39,7 @@ class RelaxedTying(ModelTransform):
 
     Args:
         ties: :class:`tying.Tie`, strings ``"source ~ target | relation"``, or mappings of Tie's arguments. Vectors that
-            wildcards or names of modules match stay separate: add HardTying for them.
+            wildcards or names of modules match stay separate: list HardTying after this callback for them.
         residual: such as :class:`tying.hard.LowRankResidual`; default: none, as with HardTying.
         anneal: a factor in [0, 1] on the residuals, which ends at 0, such as ``Schedule(1.0, 0.0, 1000)``; default: the
             residuals stay.
@@ -160,6 +161,7 @@ class RelaxedTying(ModelTransform):
             super().setup(trainer, pl_module, stage)
         finally:
             self._batches = None
+        self._remove_hook()
         install_record(pl_module, [])  # registers hooks, which hardening cannot while torch calls them
         self._load_hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
             partial(self._before_load, trainer)
@@ -242,7 +244,7 @@ class RelaxedTying(ModelTransform):
         assert self.anneal is not None
         if self.anneal.unit == "epoch":
             return trainer.current_epoch + ended_epochs
-        return trainer.global_step // max(1, len(trainer.optimizers))
+        return optimizer_steps(trainer)
 
     def _harden_at_end(self, trainer: pl.Trainer, model: pl.LightningModule, ended_epochs: int = 0) -> bool:
         """Drop the residuals if the schedule has ended; return whether there are none."""
@@ -306,14 +308,13 @@ def _insert_residuals(
     """Replace hard tied weights in a state dict by shared weights, with the residuals that a model has."""
     keys = {unwrapped(key.removeprefix(prefix)): key for key in state_dict}
     current = {unwrapped(key): (key, value) for key, value in model.state_dict(keep_vars=True).items()}
-    for group in groups:
-        shared = state_dict[keys[group.names[0]]]
-        for name in group.names:
-            path, _, attribute = name.rpartition(".")
-            hidden = f"{path}.parametrizations.{attribute}.".lstrip(".")
-            del state_dict[keys[name]]
+    shared = {group.parameters[0]: state_dict[keys[group.names[0]]] for group in groups}
+    for name, derived in derived_weights(model, aliases=True).items():
+        if not shared.keys().isdisjoint(derived.originals):
+            hidden = tuple(name.removesuffix(derived.name) + key for key in derived.prefixes)
+            state_dict.pop(keys[name], None)
             state_dict |= {
-                prefix + key: shared if value is group.parameters[0] else value.detach()
+                prefix + key: shared[value] if value in shared else value.detach()
                 for clean, (key, value) in current.items()
                 if clean.startswith(hidden)
             }

@@ -1,8 +1,9 @@
 """``tying bake``: export the plain weights of a checkpoint."""
 
 from argparse import SUPPRESS
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,11 +73,22 @@ def export(
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
         raise ConfigurationError(f"--out: {out} cannot be written: {error}") from None
     print(f"{len(plain)} tensors, {sum(value.nbytes for value in plain.values()):,} bytes: {out}")
-    for callback, state in content.get("callbacks", {}).items():
-        if callback.startswith("ResidualMerging") and "scale='train'" not in str(state):
+    _print_notes(content.get("callbacks", {}))
+
+
+def _print_notes(states: Mapping[str, Any]) -> None:
+    """Print what a plain model computes otherwise, by the states of callbacks in a checkpoint."""
+    for callback, state in states.items():
+        merges = str(state.get("merges")) if callback.startswith("ResidualMerging") else ""
+        if merges and "scale='train'" not in merges and "schedule=early" not in merges:
             print(
-                f"Note: these are weights alone, and were trained with {state.get('merges')}: a plain model without\n"
+                f"Note: these are weights alone, and were trained with {merges}: a plain model without\n"
                 "such merges, which also scale the branches that they keep, computes something else from them."
+            )
+        if callback.startswith("Looping") and (passes := state["passes"] or 1) > 1:
+            print(
+                f"Note: these are weights alone, and were trained with {passes} passes ({callback}): a plain model,\n"
+                "which runs the blocks once, computes something else from them."
             )
 
 

@@ -1,8 +1,9 @@
 """Layers that are shared or skipped."""
 
-from tying.depth.apply import apply_merge, keep_schedule, remove_merge
+from tying.depth.apply import apply_merge, drop_scale, keep_schedule, remove_merge
 from tying.depth.extract import extract
 from tying.depth.fractal import FractalBlock, fractal_join
+from tying.depth.loop import Loop, loop, loops_in, scheduled_passes, unloop
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
 from tying.depth.recur import recur, unrecur
 from tying.depth.recurrent import Recurrent
@@ -23,6 +24,7 @@ __all__ = [
     "HyperLSTM",
     "HyperLSTMCell",
     "HyperState",
+    "Loop",
     "Merge",
     "PassthroughGRU",
     "PassthroughHighway",
@@ -37,17 +39,22 @@ __all__ = [
     "ZoneoutLSTM",
     "ZoneoutLSTMCell",
     "apply_merge",
+    "drop_scale",
     "extract",
     "fractal_join",
     "hm_update",
     "keep_schedule",
+    "loop",
+    "loops_in",
     "recur",
     "remove_merge",
     "sampled",
     "sampling",
+    "scheduled_passes",
     "skip_forward",
     "stochastic_depth",
     "swapout",
+    "unloop",
     "unrecur",
     "zoned_lstm",
 ]

@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from types import MethodType
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -11,14 +12,14 @@ from tying.depth.addition_watch import ResidualNotice
 from tying.depth.blocks import BlockState, MergedBlock, Notices, block_state, merged_class
 from tying.depth.drop_paths import common_rate, drop_paths, restore_drop_paths, silence
 from tying.depth.generated_classes import original_class
+from tying.depth.loop import plain_block_class, swap_block_class
 from tying.depth.merge import Merge, Residual, Sum
 from tying.depth.recurrent import Recurrent
 from tying.depth.sample_watch import SampleNotice
 from tying.depth.stages import absent_shortcut, children, match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.selection.index import clean_name
-from tying.weights.derived import plain_class, swap_plain_class
 
 
 def keep_schedule(first: float, last: float, count: int) -> list[float]:
@@ -43,6 +44,32 @@ def keep_schedule(first: float, last: float, count: int) -> list[float]:
     check_range("first", first, "[0, 1]")
     check_range("last", last, "[0, 1]")
     return [*(first + (last - first) * block / (count - 1) for block in range(count - 1)), last]
+
+
+def drop_scale(preset: Literal["early", "late"], step: int, total: int) -> float:
+    """Return the factor on drop probabilities at a step of early or late stochastic depth.
+
+    ``"early"`` decreases linearly from 1 to 0 over the first sixth of training, and stays 0. ``"late"`` is 0 for five
+    sixths of training, and then 1.
+
+    Args:
+        preset: ``"early"`` or ``"late"``.
+        step: number of optimizer steps before this one.
+        total: number of optimizer steps of the whole training.
+
+    Raises:
+        ConfigurationError: the preset is unknown.
+
+    Example:
+        >>> [drop_scale("early", step, 12) for step in (0, 1, 2, 12)]
+        [1.0, 0.5, 0.0, 0.0]
+        >>> [drop_scale("late", step, 12) for step in (0, 9, 10, 12)]
+        [0.0, 0.0, 1.0, 1.0]
+
+    Source: Z. Liu, Z. Xu, J. Jin, Z. Shen and T. Darrell, Dropout reduces underfitting, 2023.
+    """
+    check_choice("preset", preset, ("early", "late"))
+    return max(0.0, 1 - 6 * step / total) if preset == "early" else float(6 * step >= 5 * total)
 
 
 def apply_merge(
@@ -153,7 +180,7 @@ def put_merges(
         # both bypass nn.Module: former merges are not submodules
         block.__dict__["_merge_before"] = {name: getattr(block, name, None) for name in site.names}
         block.__dict__.update({"_block_state": site.state} if site.state else {})
-        swap_plain_class(block, site.cls)
+        swap_block_class(block, site.cls)
         for name, merge in by_name.items():
             setattr(block, name, merge.train(block.training))
             if isinstance(merge, Merge) and site.state is None:
@@ -190,12 +217,12 @@ def _merge_site(
     name: str, block: nn.Module, whole: bool, known: Mapping[type[nn.Module], type[nn.Module]], notices: Notices
 ) -> _MergeSite:
     """Return where a block takes a merge: in place of its own merges, in a known class, or as a whole."""
-    plain, merges = plain_class(block), merges_in(block)
+    plain, merges = plain_block_class(block), merges_in(block)
     if merges and not whole:
         return _MergeSite(plain, [*merges])
     if plain in known and not whole:
         return _MergeSite(known[plain], ["merge"])
-    state = block_state(block, f"{name} ({plain.__name__})", notices)
+    state = block_state(block, MethodType(plain.forward, block), f"{name} ({plain.__name__})", notices)
     return _MergeSite(merged_class(plain), [state.merge], state)
 
 
@@ -237,7 +264,7 @@ def remove_merge(model: nn.Module) -> int:
         if "_nested_before" in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop("_nested_before")
     for block, cls in zip(blocks.values(), classes, strict=True):
-        swap_plain_class(block, cls)
+        swap_block_class(block, cls)
         block.__dict__.pop("_block_state", None)
         for name, merge in block.__dict__.pop("_merge_before").items():
             if merge is None:
@@ -255,7 +282,7 @@ def _class_before(name: str, block: nn.Module, known: Mapping[type[nn.Module], t
         block: a block with a merge.
         known: the plain class of each class of known branches.
     """
-    merged = plain_class(block)
+    merged = plain_block_class(block)
     if merged in known:
         return known[merged]
     if issubclass(merged.__bases__[0], MergedBlock):

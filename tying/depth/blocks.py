@@ -67,14 +67,39 @@ class BlockState:
     keeps_shape: bool = False
 
 
-def block_state(block: nn.Module, name: str, notices: Notices) -> BlockState:
-    """Return the state of a block that has no merge yet; the name stands in errors."""
-    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    declared = signature(block.forward)
-    positional = tuple(parameter.name for parameter in declared.parameters.values() if parameter.kind in kinds)
-    returns_tensor = declared.return_annotation in (Tensor, "Tensor", "torch.Tensor")
+def block_state(block: nn.Module, forward: Callable[..., Any], name: str, notices: Notices) -> BlockState:
+    """Return the state of a block that has no merge yet, of its plain forward and a name, which stands in errors."""
+    returns_tensor = signature(forward).return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
-    return BlockState(name, merge, positional, returns_tensor, *notices)
+    return BlockState(name, merge, positional_parameters(forward), returns_tensor, *notices)
+
+
+def positional_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the positional parameters of a function.
+
+    Example:
+        >>> positional_parameters(nn.Linear(2, 2).forward)
+        ('input',)
+    """
+    kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(parameter.name for parameter in signature(function).parameters.values() if parameter.kind in kinds)
+
+
+def first_tensor(parameters: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Return where the first tensor among arguments stands: its position or its name; None if there is none.
+
+    Args:
+        parameters: the names of the positional parameters, by which keyword arguments are ordered.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+
+    Example:
+        >>> first_tensor(["x", "mask"], [], {"mask": torch.ones(1), "x": torch.ones(1)})
+        'x'
+    """
+    names = [name for name in (*parameters, *kwargs) if name in kwargs]
+    arguments: list[tuple[int | str, Any]] = [*enumerate(args), *((name, kwargs[name]) for name in names)]
+    return next((place for place, value in arguments if isinstance(value, Tensor)), None)
 
 
 class MergedBlock(LeafModule):
@@ -358,17 +383,13 @@ class BlockBranch(Branch):
             return copy.deepcopy(value)
 
     def _first_tensor(self) -> Tensor:
-        in_order = (
-            *self.args,
-            *(self.kwargs[name] for name in (*self.state.parameters, *self.kwargs) if name in self.kwargs),
-        )
-        for value in in_order:
-            if isinstance(value, Tensor):
-                return value
-        raise ConfigurationError(
-            f"{self.state.name} is called without a tensor: a merge needs a block whose first tensor argument is the "
-            "hidden state. Name other blocks"
-        )
+        place = first_tensor(self.state.parameters, self.args, self.kwargs)
+        if place is None:
+            raise ConfigurationError(
+                f"{self.state.name} is called without a tensor: a merge needs a block whose first tensor argument is "
+                "the hidden state. Name other blocks"
+            )
+        return cast(Tensor, self.args[place] if isinstance(place, int) else self.kwargs[place])
 
     def _named_arguments(self) -> Iterator[tuple[str, Any]]:
         for number, value in enumerate(self.args):
@@ -393,15 +414,20 @@ class TensorsAsTheyAre(TorchFunctionMode):
         return args[0] if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
-def is_filled_cache(name: str, value: Any, block: nn.Module) -> bool:
-    """Return whether an argument of a block is a key-value cache with entries of the block.
+def is_cache(name: str, value: Any) -> bool:
+    """Return whether an argument of a block is a key-value cache.
 
     Caches are recognised by the methods of transformers' ``Cache``; older ones are tuples of tensors.
     """
-    if isinstance(value, (tuple, list)):
-        return "past" in name and any(True for _ in named_tensors(value, name))
-    if not hasattr(value, "get_seq_length"):
+    return "past" in name if isinstance(value, (tuple, list)) else hasattr(value, "get_seq_length")
+
+
+def is_filled_cache(name: str, value: Any, block: nn.Module) -> bool:
+    """Return whether an argument of a block is a key-value cache with entries of the block."""
+    if not is_cache(name, value):
         return False
+    if isinstance(value, (tuple, list)):
+        return any(True for _ in named_tensors(value, name))
     indices = (getattr(module, "layer_idx", None) for module in block.modules())
     index = next((index for index in indices if isinstance(index, int)), 0)
     try:

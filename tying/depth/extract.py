@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from tying.depth.apply import remove_merge
+from tying.depth.loop import loops_in
 from tying.depth.recur import replace_layers
 from tying.depth.recurrent import Recurrent
 from tying.depth.stages import Stage, absent_shortcut, children, find_stages
@@ -126,6 +127,8 @@ def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -
             f"{stage.path or 'the model'!r} would be left without a block: keep one of {listed(stage.names)} or more"
         )
     for position, name in removed.items():
+        if loops_in(entries[position][1]):
+            raise ConfigurationError(f"{name!r} cannot be removed, since it is in a loop: call unloop first")
         if reason := _changes_shape(entries[position][1]):
             raise ConfigurationError(f"{name!r} cannot be removed, since it changes the shape: {reason}. Keep it")
     if 0 in removed:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from torch import nn
 
+from tying.depth.loop import loops_in
 from tying.depth.recurrent import Recurrent, check_steps, norms_in
 from tying.depth.stages import Stage, children, find_stages, renumber, replace_children
 from tying.errors import ConfigurationError, check_choice, listed
@@ -165,6 +166,8 @@ def _check_stage(model: nn.Module, stage: Stage) -> None:
             raise ConfigurationError(
                 f"blocks: {name!r} is recurrent already: change the steps of the Recurrent, or undo it by unrecur first"
             )
+        if loops_in(block):
+            raise ConfigurationError(f"blocks: {name!r} is in a loop: call unloop first, or set the passes of the loop")
         if hasattr(block, "backward_pass"):
             raise ConfigurationError(
                 f"blocks: {name!r} is reversible, and computes its gradients by itself, which a Recurrent cannot: tie "

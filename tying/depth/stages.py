@@ -28,7 +28,7 @@ class Stage:
 
     Attributes:
         path: the name of the container in the model.
-        container: an ``nn.ModuleList`` or ``nn.Sequential``.
+        container: an ``nn.ModuleList`` or ``nn.Sequential``, or another module where the blocks stay in place.
         start: the position of the first block in the container.
         names: the names of the blocks in the model.
         blocks: the blocks.
@@ -72,8 +72,13 @@ def match_modules(model: nn.Module, patterns: str | Sequence[str], aliases: bool
     return {name: module for name, module in modules.items() if name in names}
 
 
-def find_stages(model: nn.Module, patterns: str | Sequence[str]) -> list[Stage]:
+def find_stages(model: nn.Module, patterns: str | Sequence[str], any_parent: bool = False) -> list[Stage]:
     """Return the stages that the modules matched by patterns form, in the model's order.
+
+    Args:
+        model: any module.
+        patterns: a pattern of module names, or several; a leading ``!`` excludes.
+        any_parent: whether blocks may stand in any module, instead of an ``nn.ModuleList`` or ``nn.Sequential``.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a module that stands in no container.
@@ -86,7 +91,8 @@ def find_stages(model: nn.Module, patterns: str | Sequence[str]) -> list[Stage]:
             raise ConfigurationError(
                 f"blocks: {name!r} is a part of {outer!r}, which matches too: name only the blocks"
             )
-    if loose := [n for n, path in parents.items() if not isinstance(containers[path], nn.ModuleList | nn.Sequential)]:
+    kinds = nn.Module if any_parent else nn.ModuleList | nn.Sequential
+    if loose := [name for name, path in parents.items() if not isinstance(containers[path], kinds)]:
         raise ConfigurationError(
             f"blocks: {listed(map(repr, loose))}: not an entry of an nn.ModuleList or nn.Sequential, the containers "
             "whose blocks can be replaced: name entries of such a container, as in 'layers.*'"

@@ -21,6 +21,20 @@ class WeightResidual:
 
     Weights are matrices here, (out, in); a kernel is (out, in · height · width). A subclass defines :meth:`combine`,
     :meth:`zero` and :meth:`nearest`, and is a frozen dataclass, so that YAML can name it.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class InputScales(WeightResidual):
+        ...     def combine(self, shared, factor, *parameters):
+        ...         return shared * (1 + factor * parameters[0])
+        ...
+        ...     def zero(self, shared):
+        ...         return (shared.new_zeros(shared.shape[1]),)
+        ...
+        ...     def nearest(self, shared, weight, input_scale=None):
+        ...         return ((weight * shared).sum(dim=0) / shared.square().sum(dim=0) - 1,)
+        >>> InputScales().nearest(torch.ones(2, 3), torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 5.0]]))
+        (tensor([0., 1., 3.]),)
     """
 
     def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from tying.models.hybrid import HybridClassifier
 from tying.models.networks import GRU, MLP, sequential
 from tying.models.resnet import ResNet
 from tying.models.sequence import HMNetwork, SequenceModel
+from tying.models.transformer import Transformer
 
 __all__ = [
     "GRU",
@@ -23,5 +24,6 @@ __all__ = [
     "HybridClassifier",
     "ResNet",
     "SequenceModel",
+    "Transformer",
     "sequential",
 ]

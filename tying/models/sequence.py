@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.depth import HMLSTM, HMState
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, check_range
 from tying.lightning_namespace import pl
 from tying.models.classifier import Classification
 from tying.weights.sharding import all_gather_object
@@ -33,6 +33,7 @@ class SequenceModel(Classification):
         size: size of the network's outputs.
         task: ``"classification"``: classify the last output; ``"language"``: predict the next character at each output.
         embedding: size of the embedding of characters, for ``"language"``; default: ``size``.
+        embedding_std: standard deviation of the embedding's initial values; GPT-2's is 0.02.
         options: further arguments of :class:`tying.models.classifier.Classification`; for ``"language"``,
             ``num_classes`` is the size of the vocabulary.
 
@@ -40,9 +41,10 @@ class SequenceModel(Classification):
     characters (batch, steps) and of the characters that follow them, int64.
 
     Raises:
-        ConfigurationError: the task is unknown, an embedding is given for classification, the network has
-            ``batch_first``, the network is bidirectional for ``"language"``, or ``test_samples`` is above 1; in use,
-            outputs have another size, or the vocabulary is larger than ``num_classes``.
+        ConfigurationError: the task is unknown, an embedding is given for classification, ``embedding_std`` is
+            negative, the network has ``batch_first``, the network is bidirectional for ``"language"``, or
+            ``test_samples`` is above 1; in use, outputs have another size, or the vocabulary is larger than
+            ``num_classes``.
 
     Example:
         >>> model = SequenceModel(nn.LSTM(16, 16), size=16, task="language", num_classes=50)
@@ -58,6 +60,7 @@ class SequenceModel(Classification):
         size: int,
         task: Task = "classification",
         embedding: int | None = None,
+        embedding_std: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -66,6 +69,7 @@ class SequenceModel(Classification):
             raise ConfigurationError(
                 f"an embedding of characters needs task='language', and a size of 1 or more, not {embedding}"
             )
+        check_range("embedding_std", embedding_std, "[0, inf)")
         if getattr(network, "batch_first", False):
             raise ConfigurationError("the network must take (steps, batch, features): make it with batch_first=False")
         if task == "language" and getattr(network, "bidirectional", False):
@@ -75,6 +79,9 @@ class SequenceModel(Classification):
         self.task = task
         classes = self.hparams["num_classes"]
         self.embedding = nn.Embedding(classes, embedding or size) if task == "language" else nn.Identity()
+        with torch.no_grad():
+            for weight in self.embedding.parameters():
+                weight.mul_(embedding_std)
         self.network = network
         self.head = nn.Linear(size, classes)
         self._carried: dict[str, Any] = {}  # states by stage

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tying.errors import ConfigurationError, check_choice
 from tying.selection.resolve import select
-from tying.weights.derived import eval_mode
+from tying.weights.calibration import undisturbed
 
 Labels = Literal["sampled", "given"]
 Arguments = dict[Any, Any]  # of a model's forward: the input under 0, or all by name
@@ -104,11 +104,10 @@ def squared_gradients(
 @contextmanager
 def _undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Temporarily evaluate a model, without gradients, with seeded random generators and no cached casts."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     caches = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # it could return the transformed weights of an earlier call
     try:
-        with eval_mode(model), torch.random.fork_rng([*devices]), torch.compiler.set_stance("force_eager"):
+        with undisturbed(model), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(seed)
             yield
     finally:

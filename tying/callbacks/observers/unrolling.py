@@ -1,31 +1,41 @@
-"""Test recurrent blocks with more or fewer steps than in training."""
+"""Test recurrent blocks and loops with more or fewer steps than in training."""
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.callbacks.base import Callback, picture_folder
 from tying.depth import Recurrent
+from tying.depth.loop import loops_in
 from tying.errors import ConfigurationError
 from tying.files import save_figure
 from tying.lightning_namespace import pl
+from tying.weights.calibration import call
 
 
 class Unrolling(Callback):
-    """Test a classifier also with more, or fewer, steps of its recurrent blocks.
+    """Test a model also with more, or fewer, steps of its recurrent blocks and passes through its loops.
 
-    Logs ``test/steps+1/accuracy`` and so on, and plots accuracy against steps as ``unrolling.png`` in the logger's
-    directory. Additional steps use the normalisation layers of the last trained step.
+    Logs ``test/steps+1/accuracy`` and so on for a classifier. For a model that returns its loss, as those of
+    transformers do, or that predicts a class at each position, logs ``test/steps+1/loss``, or ``test/steps+1/bits`` if
+    its ``task`` is ``"language"``, as of :class:`tying.models.SequenceModel`. Plots it against the steps as
+    ``unrolling.png`` in the logger's directory. Additional steps use the normalisation layers of the last trained step.
+    A batch is the inputs and the labels, or a mapping of keyword arguments.
 
     Args:
-        extra: numbers of steps to add to each :class:`tying.depth.Recurrent`; negative numbers remove steps, and at
-            least one step remains.
+        extra: numbers of steps to add to each :class:`tying.depth.Recurrent`, and of passes to each loop of
+            :func:`tying.depth.loop`; negative numbers remove steps, and at least one step remains.
 
     Raises:
-        ConfigurationError: ``extra`` is empty, or the model has no recurrent block.
+        ConfigurationError: ``extra`` is empty; or the model has no recurrent block and no loop, or returns neither a
+            loss nor logits that fit the labels.
 
     Example:
         >>> Unrolling(extra=[-1, 0, 1, 2]).extra
@@ -39,9 +49,12 @@ class Unrolling(Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not any(isinstance(module, Recurrent) for module in pl_module.modules()):
-            raise ConfigurationError("Unrolling: the model has no tying.depth.Recurrent")
-        self._correct: dict[int, list[Tensor]] = {extra: [] for extra in self.extra}
+        if not _recurrents(pl_module) and not loops_in(pl_module):
+            raise ConfigurationError(
+                "Unrolling: the model has no tying.depth.Recurrent and no loop: RecurrentDepth or Looping makes them"
+            )
+        self._metric = ""
+        self._scores: dict[int, list[Tensor]] = {extra: [] for extra in self.extra}
 
     @override
     @torch.no_grad()
@@ -54,30 +67,84 @@ class Unrolling(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        x, y = batch
-        steps = {module: module.steps for module in pl_module.modules() if isinstance(module, Recurrent)}
-        try:
-            for extra, correct in self._correct.items():
-                for block, trained in steps.items():
-                    block.steps = max(1, trained + extra)
-                with trainer.precision_plugin.forward_context():
-                    correct.append(pl_module(x).argmax(dim=-1) == y)
-        finally:
-            for block, trained in steps.items():
-                block.steps = trained
+        for extra, scores in self._scores.items():
+            with _unrolled(pl_module, extra), trainer.precision_plugin.forward_context():
+                self._metric, total, count = score(pl_module, batch)
+            scores.append(torch.stack([total.float(), total.new_tensor(count, dtype=torch.float32)]))
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        answers = [torch.cat(correct) for correct in self._correct.values()]
-        counts = torch.tensor([[int(correct.sum()), len(correct)] for correct in answers], device=pl_module.device)
-        correct, total = trainer.strategy.reduce(counts, reduce_op="sum").unbind(dim=1)
-        accuracies = dict(zip(self._correct, correct / total, strict=True))
-        for extra, accuracy in accuracies.items():
-            pl_module.log(f"test/steps{extra:+d}/accuracy", accuracy)
+        sums = torch.stack([torch.stack(scores).sum(dim=0) for scores in self._scores.values()])
+        totals, counts = trainer.strategy.reduce(sums, reduce_op="sum").unbind(dim=1)
+        values = dict(zip(self._scores, totals / counts, strict=True))
+        for extra, value in values.items():
+            pl_module.log(f"test/steps{extra:+d}/{self._metric}", value)
         if folder := picture_folder(trainer):
+            units = ["steps"] * bool(_recurrents(pl_module)) + ["passes"] * bool(loops_in(pl_module))
             figure = Figure(figsize=(5, 3.8), layout="constrained")
             axes = figure.subplots()
-            axes.plot([*accuracies], [float(accuracy) for accuracy in accuracies.values()], marker=".")
+            axes.plot([*values], [float(value) for value in values.values()], marker=".")
             axes.axvline(0, color="grey", linewidth=0.8)
-            axes.set(xlabel="steps beyond those of training", ylabel="test accuracy")
+            axes.set(xlabel=f"{' and '.join(units)} beyond those of training", ylabel=f"test {self._metric}")
             save_figure(figure, folder / "unrolling.png")
+
+
+def score(model: nn.Module, batch: Any) -> tuple[str, Tensor, int]:
+    """Return what to measure on a batch: the metric's name, its sum over the batch, and the number of its terms.
+
+    The metric is the loss, if the model returns it; the accuracy of logits (batch, classes); or the cross entropy of
+    logits (batch, steps, classes), in bits if the model's ``task`` is ``"language"``.
+
+    Args:
+        model: called as :func:`tying.weights.calibration.call` says.
+        batch: the inputs and the labels; or a mapping of keyword arguments, of which ``labels`` may be one.
+
+    Raises:
+        ConfigurationError: the model returns neither a loss nor logits that fit the labels.
+
+    Example:
+        >>> score(nn.Identity(), (torch.tensor([[1.0, 2.0], [4.0, 3.0]]), torch.tensor([1, 1])))
+        ('accuracy', tensor(1), 2)
+    """
+    output = call(model, batch)
+    if isinstance(loss := getattr(output, "loss", None), Tensor):
+        size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        return "loss", loss * size, size
+    logits = getattr(output, "logits", output)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+        raise ConfigurationError(
+            "Unrolling needs a model that returns a loss, or logits of shape (*labels.shape, classes); "
+            f"{type(model).__name__} returns {_described(logits)}, and the labels of the batch are {_described(labels)}"
+        )
+    if logits.ndim == 2:
+        return "accuracy", (logits.argmax(dim=-1) == labels).sum(), len(labels)
+    entropy = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    is_language = getattr(model, "task", None) == "language"
+    return "bits" if is_language else "loss", entropy / (math.log(2) if is_language else 1), labels.numel()
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+@contextmanager
+def _unrolled(model: nn.Module, extra: int) -> Iterator[None]:
+    """Temporarily add steps to the recurrent blocks of a model, and passes to its loops."""
+    steps = {recurrent: recurrent.steps for recurrent in _recurrents(model)}
+    passes = [(loop, loop.passes) for loop in loops_in(model)]
+    try:
+        for recurrent, trained in steps.items():
+            recurrent.steps = max(1, trained + extra)
+        for loop, trained in passes:
+            loop.passes = max(1, trained + extra)
+        yield
+    finally:
+        for recurrent, trained in steps.items():
+            recurrent.steps = trained
+        for loop, trained in passes:
+            loop.passes = trained
+
+
+def _recurrents(model: nn.Module) -> list[Recurrent]:
+    return [module for module in model.modules() if isinstance(module, Recurrent)]

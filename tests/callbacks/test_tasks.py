@@ -149,8 +149,7 @@ def test_no_importance_is_free_and_infinite_strength_freezes_the_rest():
             assert torch.equal(weight == anchored[name], importances[name] > 0)
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.25])
-@pytest.mark.parametrize("labels", ["sampled", "given"])
+@pytest.mark.parametrize(("labels", "decay"), [("sampled", 1.0), ("given", 0.25)])
 def test_the_fisher_information_of_all_tasks_is_added(labels, decay):
     """``F ← γF + F_new``, measured on the first batches at the end of each fit; the weights become the anchor."""
     model, callback = Net(), AnchorTying(S, 1.0, importance=Fisher(3, labels, decay))
@@ -167,9 +166,8 @@ def test_the_fisher_information_of_all_tasks_is_added(labels, decay):
             assert torch.equal(state["importances"][name], value)
 
 
-@pytest.mark.parametrize("clip", [None, 0.2])
-@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("update", ["gradient", "proximal"])
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (4, 0.2)])
 def test_the_path_is_that_of_the_loss_alone(update, accumulate, clip):
     """``ω = −Σ g Δw``, with the gradient of the loss without penalty and clipping, and the whole change."""
     importances, start = random_importances(), Net(seed=1)
@@ -253,8 +251,9 @@ def test_killed_within_and_between_tasks(kind, update, tmp_path):
     assert final["path"] == {}
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("kind", ["Fisher", "Synaptic"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("Fisher", "bf16-mixed"), ("Fisher", "bf16-true"), ("Synaptic", "bf16-true")]
+)
 def test_half_precision(kind, precision):
     """Importances are float32, and near those of full precision."""
     ends = []
