@@ -352,7 +352,6 @@ QUERIES = {
     "is_applied": lambda callback, model: callback.is_applied(model),
     "changed": lambda callback, model: callback.changed(model),
     "describe": lambda callback, model: callback.describe(model),
-    "layer_importances": lambda callback, model: callback.layer_importances({}),
     "value": lambda callback, model: callback.value(),
     "selected": lambda callback, model: (
         callback.parameters and not callback.is_applied(model) and callback.selected(model)
