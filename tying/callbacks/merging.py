@@ -62,7 +62,7 @@ class ResidualMerging(ModelTransform):
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, choices)
         merge = from_mapping(merge, Merge, "merge")
         if schedule != "early" and schedule != "late":
-            schedule = parse_schedule(schedule, ", or 'early' or 'late'")
+            schedule = parse_schedule(schedule, alternatives=", or 'early' or 'late'")
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
                 f"merge must be a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a "
@@ -158,7 +158,7 @@ class ResidualMerging(ModelTransform):
     def _drop_scale(self, step: int, epoch: int) -> float:
         """Return the factor on the drop probabilities at a step."""
         if isinstance(self.schedule, Schedule):
-            return self.schedule(step if self.schedule.unit == "step" else epoch)
+            return self.schedule(self.schedule.count(step, epoch))
         return 1.0 if self.schedule is None else drop_scale(self.schedule, step, self._total_steps)
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:

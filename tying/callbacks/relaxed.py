@@ -242,9 +242,7 @@ class RelaxedTying(ModelTransform):
     def _count(self, trainer: pl.Trainer, ended_epochs: int = 0) -> int:
         """Return the number of steps of each optimizer, or of epochs, that the schedule counts."""
         assert self.anneal is not None
-        if self.anneal.unit == "epoch":
-            return trainer.current_epoch + ended_epochs
-        return optimizer_steps(trainer)
+        return self.anneal.count(optimizer_steps(trainer), trainer.current_epoch + ended_epochs)
 
     def _harden_at_end(self, trainer: pl.Trainer, model: pl.LightningModule, ended_epochs: int = 0) -> bool:
         """Drop the residuals if the schedule has ended; return whether there are none."""
@@ -291,7 +289,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _parse_anneal(anneal: Any) -> Schedule | None:
-    schedule = parse_schedule(anneal)
+    schedule = parse_schedule(anneal, "anneal")
     if schedule is not None and (schedule.end != 0 or schedule.length == 0):
         raise ConfigurationError(
             f"anneal must end at 0 after some steps or epochs, when the residuals are dropped, as "
