@@ -97,7 +97,9 @@ def _advise(
     record = Record(folder, fingerprint(model, batches, forward))
     study = Study(model, weights, Comparison(model, batches, forward), record, progress)
     groups = study.groups(candidates, planner)
-    plans = study.plans(planner.plans(groups), training, steps, rate, total)
+    errors = {group: row.error for group, row in groups.items()}
+    verdicts = [group for group, row in groups.items() if row.may_tie]
+    plans = study.plans(planner.plans(errors, verdicts), training, steps, rate, total)
     advice = Advice((*groups.values(),), (*plans,), total, budget, steps)
     if folder is not None:
         advice.save(folder)
