@@ -17,6 +17,7 @@ from zoo import ZOO, build
 
 from tying.advice import advise
 from tying.advice.candidates import as_range, find_candidates, runs, tieable_weights
+from tying.advice.distil import distil
 from tying.advice.untrained import looks_untrained
 from tying.cli import main, parse
 from tying.errors import ConfigurationError
@@ -442,6 +443,24 @@ def test_distillation_lowers_the_error():
     assert all(row.error < 0.7 * row.error_before for row in advice.plans)
     training = [torch.randn(16, WIDTH) for _ in range(40)]
     assert quiet(model, data, 0.5, steps=40, rate=5e-3, training=training).plans[0].error < advice.plans[0].error_before
+
+
+@pytest.mark.parametrize("stop", [math.inf, 2, 7], ids=["never", "by the model", "by the caller"])
+def test_distillation_leaves_the_modes(stop):
+    teacher, student = net().train(), Stopping(2 if stop == 2 else math.inf).train()
+    student.net.blocks[0].eval()
+    modes = [module.training for model in (teacher, student) for module in model.modules()]
+    steps = 0
+
+    def advance():
+        nonlocal steps
+        steps += 1
+        if steps == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if stop < math.inf else warnings.catch_warnings():
+        distil(teacher, student, batches(1), steps=8, rate=1e-3, advance=advance)
+    assert [module.training for model in (teacher, student) for module in model.modules()] == modes
 
 
 def test_the_tables_and_the_picture_say_what_the_rows_say(tmp_path):
