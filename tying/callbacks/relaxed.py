@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.optim import LBFGS
@@ -69,7 +69,7 @@ class RelaxedTying(ModelTransform):
         anneal: Schedule | None = None,
         calibration: int | None = None,
         name: str | None = None,
-        init: Literal["nearest", "source"] = "nearest",
+        init: Init = "nearest",
     ) -> None:
         check_choice("init", init, get_args(Init))
         check_range("calibration", 1 if calibration is None else calibration, "[1, inf)")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +275,7 @@ def relax(
 
     Source: S. Bae et al., Relaxed recursive transformers: effective parameter sharing with layer-wise LoRA, 2024.
     """
-    check_choice("init", init, ("nearest", "source"))
+    check_choice("init", init, get_args(Init))
     residual = from_mapping(residual, WeightResidual, "residual")
     if calibration is not None and (residual is None or init == "source"):
         raise ConfigurationError("calibration chooses the nearest residuals: give a residual, and init='nearest'")
