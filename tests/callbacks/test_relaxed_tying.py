@@ -413,6 +413,8 @@ def test_the_blocks_of_a_transformer_share_their_weights(name):
     [
         ({"anneal": Schedule(1.0, 0.5, 10)}, r"anneal must end at 0 .*Schedule\(1\.0, 0\.0, length\) does, not"),
         ({"anneal": Schedule()}, r"anneal must end at 0"),
+        ({"anneal": 1.0}, r"^anneal must be a tying\.soft\.Schedule, or a mapping of its arguments, not 1\.0"),
+        ({"anneal": {"length": 3, "stop": 0.0}}, r"^anneal cannot be"),
         ({"anneal": {"start": 2.0, "end": 0.0, "length": 3}}, r"must be in \[0, 1\], not"),
         ({"residual": None, "anneal": Schedule(1.0, 0.0, 10)}, "anneal needs a residual"),
         ({"residual": None, "calibration": 2}, "calibration needs a residual"),

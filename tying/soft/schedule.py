@@ -55,19 +55,20 @@ class Schedule:
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
 
 
-def parse_schedule(value: Any, alternatives: str = "") -> Schedule | None:
+def parse_schedule(value: Any, alternatives: str = "", argument: str = "schedule") -> Schedule | None:
     """Return a schedule that may be given as a mapping of its arguments; None if there is none.
 
     Args:
         value: the schedule, a mapping, or None.
         alternatives: what the argument may be instead, for the error message.
+        argument: name of the argument, for the error message.
 
     Raises:
         ConfigurationError: it is neither a schedule nor such a mapping.
     """
-    schedule = from_mapping(value, Schedule, "schedule")
+    schedule = from_mapping(value, Schedule, argument)
     if schedule is None or isinstance(schedule, Schedule):
         return schedule
     raise ConfigurationError(
-        f"schedule must be a tying.soft.Schedule, or a mapping of its arguments{alternatives}, not {value!r}"
+        f"{argument} must be a tying.soft.Schedule, or a mapping of its arguments{alternatives}, not {value!r}"
     )
