@@ -113,6 +113,6 @@ def _check_reachable(budget: float, total: int, saved: int) -> None:
         share = -(-1000 * (total - saved) // total) / 1000  # rounded up
         raise ConfigurationError(
             f"budget={budget:g} is out of reach: if all weights of equal or related shapes were tied, "
-            f"{total - saved:,} of {total:,} parameters would remain. Give a budget of {share:g} or more, or leave parameters out that "
-            "cannot be tied"
+            f"{total - saved:,} of {total:,} parameters would remain. Give a budget of {share:g} or more, or leave "
+            "parameters out that cannot be tied"
         )
