@@ -337,8 +337,12 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_errors(case):
     call, message = BAD[case]
+    model = net(depth=4)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ConfigurationError, match=message):
-        call(net(depth=4))
+        call(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def trained(model):
