@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from toys import Toy, same, train
 from zoo import ZOO, build, loss_of, output_of
 
 from tying import ConfigurationError
-from tying.callbacks import HardTying, RandomState, RelaxedTying
+from tying.callbacks import AnchorTying, HardTying, RandomState, RelaxedTying
 from tying.cli.inspect import load_weights
 from tying.data.resuming import ResumableLoader
 from tying.hard import (
@@ -106,6 +107,16 @@ def test_with_full_rank_it_begins_as_the_untied_model_to_1e_6():
     assert len(relaxed(model)) == 2
     x = inputs().double()
     assert torch.allclose(model(x), free(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", [RESIDUAL, LowRankResidual(rank=2, scale=True), ScaleResidual()])
+def test_an_infinite_proximal_pull_makes_residuals_exactly_zero(residual):
+    model, pulled = Adam(), ["net.kernels.*.parametrizations.weight.original*"]
+    pull = AnchorTying(["net.first.bias"], 0.0, head_strength=math.inf, update="proximal", head=pulled)
+    fit(model, [RelaxedTying(TIES[1:], residual), pull])
+    [group] = relaxed(model)
+    assert {*group.distances().values()} == {0.0}
+    assert group.parameters[0].any()
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])
