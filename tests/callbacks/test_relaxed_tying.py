@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from toys import Toy, same, train
 from zoo import ZOO, build, loss_of, output_of
 
 from tying import ConfigurationError
-from tying.callbacks import HardTying, RandomState, RelaxedTying
+from tying.callbacks import AnchorTying, HardTying, RandomState, RelaxedTying
 from tying.cli.inspect import load_weights
 from tying.data.resuming import ResumableLoader
 from tying.hard import (
@@ -106,6 +107,16 @@ def test_with_full_rank_it_begins_as_the_untied_model_to_1e_6():
     assert len(relaxed(model)) == 2
     x = inputs().double()
     assert torch.allclose(model(x), free(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", [RESIDUAL, LowRankResidual(rank=2, scale=True), ScaleResidual()])
+def test_an_infinite_proximal_pull_makes_residuals_exactly_zero(residual):
+    model, pulled = Adam(), ["net.kernels.*.parametrizations.weight.original*"]
+    pull = AnchorTying(["net.first.bias"], 0.0, head_strength=math.inf, update="proximal", head=pulled)
+    fit(model, [RelaxedTying(TIES[1:], residual), pull])
+    [group] = relaxed(model)
+    assert {*group.distances().values()} == {0.0}
+    assert group.parameters[0].any()
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])
@@ -413,8 +424,8 @@ def test_the_blocks_of_a_transformer_share_their_weights(name):
     [
         ({"anneal": Schedule(1.0, 0.5, 10)}, r"anneal must end at 0 .*Schedule\(1\.0, 0\.0, length\) does, not"),
         ({"anneal": Schedule()}, r"anneal must end at 0"),
-        ({"anneal": 0.5}, r"^anneal must be a tying\.soft\.Schedule, or a mapping of its arguments, not 0\.5$"),
-        ({"anneal": {"strat": 1.0}}, "^anneal cannot be"),
+        ({"anneal": 1.0}, r"^anneal must be a tying\.soft\.Schedule, or a mapping of its arguments, not 1\.0"),
+        ({"anneal": {"length": 3, "stop": 0.0}}, r"^anneal cannot be"),
         ({"anneal": {"start": 2.0, "end": 0.0, "length": 3}}, r"must be in \[0, 1\], not"),
         ({"residual": None, "anneal": Schedule(1.0, 0.0, 10)}, "anneal needs a residual"),
         ({"residual": None, "calibration": 2}, "calibration needs a residual"),

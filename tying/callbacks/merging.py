@@ -62,7 +62,7 @@ class ResidualMerging(ModelTransform):
             check_choice("keep_schedule, if not a list with one keep per block,", keep_schedule, choices)
         merge = from_mapping(merge, Merge, "merge")
         if schedule != "early" and schedule != "late":
-            schedule = parse_schedule(schedule, alternatives=", or 'early' or 'late'")
+            schedule = parse_schedule(schedule, ", or 'early' or 'late'")
         if not isinstance(merge, nn.Module):
             raise ConfigurationError(
                 f"merge must be a module such as tying.depth.StochasticDepth(keep=0.5), not {merge!r}; in YAML a "

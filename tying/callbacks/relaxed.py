@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.callbacks.base import optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_count, listed
 from tying.hard import RelaxedGroup, WeightResidual, harden, relax, relaxed, set_residual_factor, tied, untie
 from tying.hard.relaxed import Init
 from tying.lightning_namespace import pl
@@ -72,7 +72,7 @@ class RelaxedTying(ModelTransform):
         init: Init = "nearest",
     ) -> None:
         check_choice("init", init, get_args(Init))
-        check_range("calibration", 1 if calibration is None else calibration, "[1, inf)")
+        check_count("calibration", 1 if calibration is None else calibration)
         self.ties, self.residual = parse_ties(ties), from_mapping(residual, WeightResidual, "residual")
         if not isinstance(self.residual, WeightResidual | None):
             raise ConfigurationError(
@@ -289,7 +289,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _parse_anneal(anneal: Any) -> Schedule | None:
-    schedule = parse_schedule(anneal, "anneal")
+    schedule = parse_schedule(anneal, argument="anneal")
     if schedule is not None and (schedule.end != 0 or schedule.length == 0):
         raise ConfigurationError(
             f"anneal must end at 0 after some steps or epochs, when the residuals are dropped, as "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count
 from tying.torch_workarounds import has_values
 from tying.weights.replace import parametrize_all
 
@@ -203,7 +203,7 @@ class _OfRank(nn.Module):
 
     def __init__(self, rank: int) -> None:
         super().__init__()
-        check_range("rank", rank, f"[{self.least}, inf)")
+        check_count("rank", rank, f"[{self.least}, inf)")
         self.rank = rank
 
     @override

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count
 from tying.hard.low_rank import factorize
 from tying.hard.shared_part import nearest_shared_part
 from tying.selection.relation import Relation
@@ -100,7 +100,7 @@ class LowRankResidual(WeightResidual):
     scale: bool = False
 
     def __post_init__(self) -> None:
-        check_range("rank", self.rank, "[1, inf)")
+        check_count("rank", self.rank)
 
     @override
     def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:

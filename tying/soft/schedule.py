@@ -59,13 +59,13 @@ class Schedule:
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
 
 
-def parse_schedule(value: Any, argument: str = "schedule", alternatives: str = "") -> Schedule | None:
+def parse_schedule(value: Any, alternatives: str = "", argument: str = "schedule") -> Schedule | None:
     """Return a schedule that may be given as a mapping of its arguments; None if there is none.
 
     Args:
         value: the schedule, a mapping, or None.
-        argument: name of the argument, for the error message.
         alternatives: what the argument may be instead, for the error message.
+        argument: name of the argument, for the error message.
 
     Raises:
         ConfigurationError: it is neither a schedule nor such a mapping.
