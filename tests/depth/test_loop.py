@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from reference import written_out
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -402,6 +403,44 @@ def test_each_branch_has_a_draw_in_each_pass():
         assert_equal(*outputs)
 
 
+class Attending(nn.Module):
+    """A network whose attention layers get their hidden state as query, key and value, or all its input as memory."""
+
+    def __init__(self, memory, options=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.MultiheadAttention(4, 2, batch_first=True) for _ in range(3))
+        self.double()
+        self.memory, self.options = memory, options
+
+    def forward(self, x, order=(0, 1, 2)):
+        hidden = x
+        for layer in (self.layers[number] for number in order):
+            memory = x if self.memory else hidden
+            if self.options is None:
+                hidden = layer(hidden, key=memory, value=memory)[0]
+            else:
+                hidden = checkpoint(layer, hidden, memory, memory, **self.options)[0]
+        return hidden
+
+
+@pytest.mark.parametrize("options", [None, *CHECKPOINTS])
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("blocks", [(0, 1), (1, 2), (1,), (0, 1, 2)])
+def test_a_hidden_state_that_is_given_several_times(blocks, memory, options):
+    """It is replaced wherever it stands; a memory stays, even if it is the first hidden state."""
+    model, plain = Attending(memory, CHECKPOINTS.get(options)), Attending(memory)
+    loop(model, [f"layers.{number}" for number in blocks], 3)
+    order = [*range(blocks[0]), *[*blocks] * 3, *range(blocks[-1] + 1, 3)]
+    inputs = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) for _ in range(2)]
+    outputs = [model(inputs[0].requires_grad_()), plain(inputs[1].requires_grad_(), order)]
+    assert_equal(*outputs)
+    for output in outputs:
+        loss_of(output).backward()
+    gradients = [[x.grad, *(p.grad for p in net.parameters())] for x, net in zip(inputs, (model, plain), strict=True)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)  # sums in another order
+
+
 @pytest.mark.filterwarnings("ignore:.*max_length")
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "T5"])
 def test_caches(name):
@@ -419,6 +458,24 @@ def test_caches(name):
         ConfigurationError, match=r"is called with a filled cache, 'past_key_values?', .* use_cache=False$"
     ):
         model.generate(**prompt, **options)
+
+
+CHANGES = {
+    "loop": lambda model: loop(model, "h.1", 2),
+    "merge": lambda model: apply_merge(model, "h.1", StochasticDepth(0.5, mode="row")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_empty_cache_of_gpt_neo(change):
+    """Its blocks name their number ``layer_id``."""
+    sizes = {"hidden_size": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 9, "bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.GPTNeoModel(transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    CHANGES[change](model.train())
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    cache = model(tokens).past_key_values
+    with pytest.raises(ConfigurationError, match="is called with a filled cache, 'layer_past'"):
+        model(tokens, past_key_values=cache)
 
 
 @pytest.mark.parametrize("per_pass", KINDS)

@@ -25,6 +25,7 @@ from tying.torch_workarounds import count_writes, is_jit_tracing, is_recorded, r
 
 SHARED = {"cache_position"}  # positions along a sequence, the same for all samples
 POSITIONAL = ("rope", "rot", "pos", "freqs", "rel_")  # parts of names of tables with a row for each position
+LAYER_NUMBERS = ("layer_idx", "layer_id")  # of a block in a key-value cache of transformers; GPT-Neo has the other
 SEQUENCE_LAYERS = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
@@ -428,7 +429,7 @@ def is_filled_cache(name: str, value: Any, block: nn.Module) -> bool:
         return False
     if isinstance(value, (tuple, list)):
         return any(True for _ in named_tensors(value, name))
-    indices = (getattr(module, "layer_idx", None) for module in block.modules())
+    indices = (getattr(module, name, None) for module in block.modules() for name in LAYER_NUMBERS)
     index = next((index for index in indices if isinstance(index, int)), 0)
     try:
         return bool(value.get_seq_length(index))  # some return None for an empty one

@@ -33,18 +33,24 @@ class BlockCall(NamedTuple):
     Attributes:
         args: the positional arguments.
         kwargs: the keyword arguments.
-        place: where the hidden state stands among them: its position or name.
+        places: where the hidden state stands among them, by position or name; several in ``attention(x, x, x)``.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    place: int | str
+    places: tuple[int | str, ...]
 
     def with_hidden(self, hidden: Tensor | None) -> "BlockCall":
         """Return the call with another hidden state."""
-        if isinstance(self.place, str):
-            return self._replace(kwargs={**self.kwargs, self.place: hidden})
-        return self._replace(args=(*self.args[: self.place], hidden, *self.args[self.place + 1 :]))
+        return self._replace(
+            args=tuple(hidden if place in self.places else value for place, value in enumerate(self.args)),
+            kwargs={name: hidden if name in self.places else value for name, value in self.kwargs.items()},
+        )
+
+    def others(self) -> list[Any]:
+        """Return the arguments other than the hidden state."""
+        arguments = (*enumerate(self.args), *self.kwargs.items())
+        return [value for place, value in arguments if place not in self.places]
 
 
 class Loop:
@@ -120,7 +126,7 @@ class Loop:
         if position == 0:
             self._calls = []
         if len(self._calls) == position:
-            self._calls.append(call)
+            self._remember(call)
         outputs = self._checked(position, hidden, call_block(block, args, kwargs))
         if position == len(self.blocks) - 1:
             calls = self._calls_before(hidden)
@@ -135,6 +141,7 @@ class Loop:
         """Return a call of a block without its hidden state and caches, and the hidden state."""
         name, parameters = self.names[position], self._positional[position]
         place = self._hidden_place(position, args, kwargs)
+        hidden = argument(place, args, kwargs)
         labels = [*parameters[: len(args)], *(f"argument {n + 1}" for n in range(len(parameters), len(args)))]
         for label, value in (*zip(labels, args, strict=True), *kwargs.items()):
             if is_filled_cache(label, value, block):
@@ -142,12 +149,22 @@ class Loop:
                     f"{name!r} is called with a filled cache, {label!r}, which holds keys and values of its first pass "
                     "only. Call the model, and its generate, with use_cache=False"
                 )
+        further = [at for at, value in (*enumerate(args), *kwargs.items()) if at != place and is_same(value, hidden)]
         call = BlockCall(
             tuple(None if is_cache(label, value) else value for label, value in zip(labels, args, strict=True)),
             {label: None if is_cache(label, value) else value for label, value in kwargs.items()},
-            place,
+            (place, *further),
         )
-        return call.with_hidden(None), argument(place, args, kwargs)
+        return call, hidden
+
+    def _remember(self, call: BlockCall) -> None:
+        """Remember a call of the first pass, without its hidden state."""
+        if self._calls and (first := self._calls[0]).places[1:]:
+            source = argument(first.places[0], first.args, first.kwargs)
+            if any(is_same(value, source) for value in call.others()):  # the first block begins with the memory
+                self._calls[0] = first._replace(places=first.places[:1])
+        keeps = not self._calls and call.places[1:] and len(self.blocks) > 1  # later calls show what it is
+        self._calls.append(call if keeps else call.with_hidden(None))
 
     def _hidden_place(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
         """Return where the hidden state of a block, the first tensor, stands among the arguments of a call."""
@@ -185,7 +202,7 @@ class Loop:
         Gradient checkpointing around single blocks calls the last one again in the backward pass, alone: the calls
         before it are remembered for as long as its input exists.
         """
-        calls, self._calls = self._calls, []
+        calls, self._calls = [call.with_hidden(None) for call in self._calls], []
         keeps = len(self.blocks) > 1 and not (torch.compiler.is_compiling() or is_recorded())
         if len(calls) == len(self.blocks):
             if keeps:
@@ -334,6 +351,13 @@ def argument(place: int | str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return cast(Tensor, args[place] if isinstance(place, int) else kwargs[place])
 
 
+def is_same(value: Any, tensor: Tensor) -> bool:
+    """Return whether a value is a tensor; a checkpoint that recomputes detaches each of its arguments."""
+    if value is tensor or not isinstance(value, Tensor) or torch.compiler.is_compiling() or not in_backward():
+        return value is tensor
+    return value.is_set_to(tensor)
+
+
 def parameters_of(block: nn.Module) -> tuple[str, ...]:
     """Return the names of the positional parameters of a block, which may have a merge."""
     state: BlockState | None = vars(block).get("_block_state")
@@ -366,9 +390,10 @@ def loop(model: nn.Module, blocks: str | Sequence[str], passes: int, per_pass: P
     """Let consecutive blocks of a model run several times, as 3 4 5 3 4 5; return the number of loops.
 
     The blocks of each container are one loop: after its last block, all of its blocks run again, with the hidden state
-    that the last one returned and the further arguments of their first calls. The loop returns the outputs of the
-    last pass. Blocks stay where they are, and keep their names in the state dict. As in :func:`apply_merge`, a block
-    returns a tensor, or a tuple whose first item is one, of the shape of its first tensor argument.
+    that the last one returned, wherever a block gets it, and the further arguments of their first calls. The loop
+    returns the outputs of the last pass. Blocks stay where they are, and keep their names in the state dict. As in
+    :func:`apply_merge`, a block returns a tensor, or a tuple whose first item is one, of the shape of its first tensor
+    argument, the hidden state.
 
     Args:
         model: changed in place.
