@@ -110,6 +110,6 @@ def free(copied: nn.Module, model: nn.Module) -> None:
     """
     shared = {id(parameter) for parameter in model.parameters()}
     for parameter in copied.parameters():
-        parameter.grad = None
         if id(parameter) not in shared:
+            parameter.grad = None
             parameter.data = parameter.data.new_empty(0)
