@@ -106,6 +106,7 @@ class AnchorTying(PenaltyCallback):
         self._tasks = 0
         self._restored_path: dict[str, dict[str, Tensor]] = {}
         self._path: TrainingPath | None = None
+        self._saved = True  # whether a state with the latest importances has been saved
         self._weights: dict[str, nn.Parameter] = {}  # the anchored weights in training
 
     @override
@@ -113,6 +114,7 @@ class AnchorTying(PenaltyCallback):
         state = super().state_dict()
         if self.importance is None:
             return state | ({"anchors": self._anchors} if self.anchor == "initial" else {})
+        self._saved = True
         path = {} if self._path is None else self._path.state_dict()
         return state | {
             "anchors": self._anchors,
@@ -321,6 +323,19 @@ class AnchorTying(PenaltyCallback):
                 stacklevel=2,
             )
             self._end_task(trainer, pl_module)
+            self._saved = True  # it has been said
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if trainer.checkpoint_callbacks and not (self._saved or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            warnings.warn(
+                f"{self.label}: no checkpoint has the importances of this fit, which were measured at the end of its "
+                "last epoch, after the last checkpoint: add ModelCheckpoint(save_on_train_epoch_end=True), or call "
+                "trainer.save_checkpoint now",
+                stacklevel=2,
+            )
+            self._saved = True
 
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure the importance of the weights for the task, and anchor them."""
@@ -340,7 +355,8 @@ class AnchorTying(PenaltyCallback):
             for name, importance in importances.items()
         }
         self._anchors = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._tasks, self._path, self._restored_path, self._ended = self._tasks + 1, None, {}, True
+        self._tasks, self._path, self._restored_path = self._tasks + 1, None, {}
+        self._ended, self._saved = True, False
         means, after = layer_means(self._importances), f"after {self._tasks} task{'s' * (self._tasks > 1)}"
         pl.utilities.rank_zero_info(f"{self.label}: {after}: {describe_importance(means)}")
         if folder := picture_folder(trainer):
