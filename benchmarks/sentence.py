@@ -44,7 +44,6 @@ Method = Literal["hard", "relaxed", "low rank", "advised"]
 Batch = dict[str, Tensor]
 SHORTEST = 40  # characters of a docstring: shorter ones say little
 LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3"}  # folders
-FLOOR = 1e-6  # of the scale of an input, relative to the largest
 MEASURED_EVERY = 50  # steps
 BLOCKS = "transformer.encoder.layer"
 MATRICES, NORMS = f"{BLOCKS}.**.weight", f"!{BLOCKS}.**.LayerNorm.weight"
@@ -266,9 +265,8 @@ def apply(plan: Plan, model: nn.Module, batches: Sequence[Batch]) -> None:
     scales = input_scales(model, ranks, batches) if ranks else {}
     for rank, patterns in plan.low_rank.items():
         for name, weight in select(model, patterns).items():
-            by = scales[name].clamp(min=FLOOR * float(scales[name].amax()))
-            left, right = factorize(weight.detach() * by, rank)
-            weight.data.copy_(left @ (right / by))  # of that rank, so that lower_rank keeps it
+            left, right = factorize(weight.detach(), rank, scales[name])
+            weight.data.copy_(left @ right)  # of that rank, so that lower_rank keeps it
         lower_rank(model, patterns, rank)
 
 

@@ -17,6 +17,7 @@ from zoo import ZOO, build
 
 from tying.advice import advise
 from tying.advice.candidates import as_range, find_candidates, runs, tieable_weights
+from tying.advice.distil import distil
 from tying.advice.untrained import looks_untrained
 from tying.cli import main, parse
 from tying.errors import ConfigurationError
@@ -301,10 +302,11 @@ BAD = {
     "budget of nothing": (lambda model: quiet(model, batches(), 0.0), r"budget must be in \(0, 1\), not 0.0"),
     "budget of all": (lambda model: quiet(model, batches(), 1.0), r"budget must be in \(0, 1\), not 1.0"),
     "steps": (lambda model: quiet(model, batches(), 0.5, steps=-1), "steps must be 0 or more, not -1"),
+    "rate": (lambda model: quiet(model, batches(), 0.5, steps=1, rate=0.0), "rate must be above 0, not 0.0"),
     "no batches": (lambda model: quiet(model, [], 0.5), "there are no batches: advice compares outputs on some"),
     "out of reach": (
         lambda model: quiet(model, batches(), 0.1),
-        r"budget=0.1 is out of reach: .* 2,717 would remain\. Give a budget of 0.283 or more",
+        r"if all weights of equal or related shapes were tied, 2,717 of 9,629 parameters would remain\. Give a budget of 0.283",
     ),
     "alone": (
         lambda model: quiet(model, batches(), 0.5, parameters=["head.**"]),
@@ -336,8 +338,12 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_errors(case):
     call, message = BAD[case]
+    model = net(depth=4)
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(ConfigurationError, match=message):
-        call(net(depth=4))
+        call(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def trained(model):
@@ -442,6 +448,24 @@ def test_distillation_lowers_the_error():
     assert all(row.error < 0.7 * row.error_before for row in advice.plans)
     training = [torch.randn(16, WIDTH) for _ in range(40)]
     assert quiet(model, data, 0.5, steps=40, rate=5e-3, training=training).plans[0].error < advice.plans[0].error_before
+
+
+@pytest.mark.parametrize("stop", [math.inf, 2, 7], ids=["never", "by the model", "by the caller"])
+def test_distillation_leaves_the_modes(stop):
+    teacher, student = net().train(), Stopping(2 if stop == 2 else math.inf).train()
+    student.net.blocks[0].eval()
+    modes = [module.training for model in (teacher, student) for module in model.modules()]
+    steps = 0
+
+    def advance():
+        nonlocal steps
+        steps += 1
+        if steps == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if stop < math.inf else warnings.catch_warnings():
+        distil(teacher, student, batches(1), steps=8, rate=1e-3, advance=advance)
+    assert [module.training for model in (teacher, student) for module in model.modules()] == modes
 
 
 def test_the_tables_and_the_picture_say_what_the_rows_say(tmp_path):

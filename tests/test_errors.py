@@ -28,8 +28,9 @@ def text(node):
 
 
 def of_check(call):
-    """Return what `check_range` and `check_choice` say of an argument."""
-    name, value, allowed = (text(argument) for argument in call.args)
+    """Return what `check_range`, `check_count` and `check_choice` say of an argument."""
+    name, value, *interval = (text(argument) for argument in call.args)
+    allowed = interval[0] if interval else "[1, inf)"
     if ast.unparse(call.func) == "check_choice":
         return f"{name} must be one of {allowed}, not {value}"
     low, _, high = allowed[1:-1].partition(", ")
@@ -45,7 +46,7 @@ def messages(path):
             numbered.append((node.lineno, text(node.exc.args[0])))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "pl.utilities.rank_zero_warn"):
             numbered.append((node.lineno, text(node.args[0])))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_range", "check_choice"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_range", "check_count", "check_choice"):
             numbered.append((node.lineno, of_check(node)))
     return [message for _, message in sorted(numbered)]
 

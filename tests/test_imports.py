@@ -73,6 +73,13 @@ def test_no_room_imports_itself_through_others():
     assert {*TopologicalSorter(arrows).static_order()} >= {"selection", "cli"}  # raises CycleError
 
 
+def test_no_file_imports_itself_through_others():
+    """Not even for type checking."""
+    names = {".".join(("tying", *path.with_suffix("").parts)).removesuffix(".__init__"): path for path in TREES}
+    arrows = {name: {*house.imports(TREES[path])} & names.keys() - {name} for name, path in names.items()}
+    assert {*TopologicalSorter(arrows).static_order()} == names.keys()  # raises CycleError
+
+
 def test_import_tying_does_not_import_lightning():
     code = "import sys, tying, tying.soft, tying.hard, tying.hashing, tying.depth, tying.advice; sys.exit(bool({'lightning', 'pytorch_lightning', 'torchvision'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,8 +2,10 @@
 
 import json
 import warnings
+from functools import partial
 
 import pytest
+from torch import nn
 from toys import Toy, train
 
 from tying.callbacks import (
@@ -16,6 +18,7 @@ from tying.callbacks import (
     WeightHashing,
 )
 from tying.cli.inspect import inspect
+from tying.depth import Recurrent, StochasticDepth, apply_merge, loop
 from tying.errors import ConfigurationError
 
 A, B = "encoder.0.bias", "decoder.0.bias"
@@ -121,3 +124,19 @@ def test_errors_are_alone_where_json_is_asked_for(capsys):
     with pytest.raises(ConfigurationError, match="matches no"):
         inspect(Toy(), [SoftTying([TIE]), MixtureTying(["encodr.*"])], json=True)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: apply_merge(model, "[01]", StochasticDepth(0.5)),
+        *(partial(loop, blocks="[01]", passes=2, per_pass=per_pass) for per_pass in (None, "norm", "scale")),
+    ],
+    ids=["merge", "loop", "norms", "scales"],
+)
+def test_blocks_with_merges_or_in_loops_are_no_shared_modules(change, capsys):
+    model = Toy()
+    model.net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), Recurrent(nn.Linear(4, 4), steps=3))
+    change(model.net)
+    inspect(model, [], json=True)
+    assert json.loads(capsys.readouterr().out)["modules"] == {"Recurrent(steps=3)": ["net.2"]}

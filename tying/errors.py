@@ -87,3 +87,24 @@ def check_range(name: str, value: float, interval: str) -> None:
             bound = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
             bound += " and finite" * (is_number and value == high)
         raise ConfigurationError(f"{name} must be {bound}, not {value!r}")
+
+
+def check_count(name: str, value: int, interval: str = "[1, inf)") -> None:
+    """Raise an error unless the value of an argument is an integer in an interval.
+
+    Args:
+        name: name of the argument.
+        value: value of the argument.
+        interval: as of :func:`check_range`.
+
+    Raises:
+        ConfigurationError: the value is outside the interval, or not an integer.
+
+    Example:
+        >>> check_count("rank", 1.5)
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: rank must be an integer, not 1.5
+    """
+    check_range(name, value, interval)
+    if not hasattr(value, "__index__"):
+        raise ConfigurationError(f"{name} must be an integer, not {value!r}")

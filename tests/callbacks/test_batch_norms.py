@@ -75,18 +75,43 @@ def test_only_as_many_batches_as_training_takes():
 
 class Named(Normed):
     def loss(self, batch):
-        return super().loss([batch["x"]])
+        [x] = batch.values()
+        return super().loss([x])
+
+
+FORMS = {
+    "tuple": lambda x: (x,),
+    "list": lambda x: [x, "labels"],
+    "mapping": lambda x: {"x": x},
+    "tensor": lambda x: x,
+}
+
+
+class AnyForm(Normed):
+    def loss(self, batch):
+        parts = [*batch.values()] if isinstance(batch, dict) else batch
+        return super().loss([parts if isinstance(parts, torch.Tensor) else parts[0]])
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_batches_of_each_form(form):
+    expected, model = Normed(), AnyForm()
+    for trained, make in ((expected, FORMS["tuple"]), (model, form)):
+        torch.manual_seed(3)
+        data = DataLoader([make(x) for [x] in batches()], batch_size=None)
+        train(trained, [callback(examples=40)], data=data, max_epochs=2)
+    assert all(torch.equal(value, statistics(expected)[name]) for name, value in statistics(model).items())
 
 
 def test_batches_that_the_model_is_not_called_on():
-    data = DataLoader([{"x": torch.randn(6)} for _ in range(8)], batch_size=4)
+    data = DataLoader([{"features": torch.randn(6)} for _ in range(8)], batch_size=4)
     found = []
     for estimates in (True, False):
         model, own = Named(), callback(examples=8, batch_norms=estimates)
         torch.manual_seed(3)
         if estimates:
             told = (
-                r"keep the statistics of the weights before, .*\(they are of dict\): encoder\.1, encoder\.5; see torch"
+                r"keep the statistics of the weights before, .*argument 'features'\): encoder\.1, encoder\.5; see torch"
             )
             with pytest.warns(UserWarning, match=told):
                 train(model, [own], data=data, max_epochs=2)

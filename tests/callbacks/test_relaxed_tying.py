@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -106,6 +107,16 @@ def test_with_full_rank_it_begins_as_the_untied_model_to_1e_6():
     assert len(relaxed(model)) == 2
     x = inputs().double()
     assert torch.allclose(model(x), free(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("residual", [RESIDUAL, LowRankResidual(rank=2, scale=True), ScaleResidual()])
+def test_an_infinite_proximal_pull_makes_residuals_exactly_zero(residual):
+    model, pulled = Adam(), ["net.kernels.*.parametrizations.weight.original*"]
+    pull = AnchorTying(["net.first.bias"], 0.0, head_strength=math.inf, update="proximal", head=pulled)
+    fit(model, [RelaxedTying(TIES[1:], residual), pull])
+    [group] = relaxed(model)
+    assert {*group.distances().values()} == {0.0}
+    assert group.parameters[0].any()
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])
@@ -270,7 +281,9 @@ ANCHORS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:training ended before its last epoch did")
+@pytest.mark.filterwarnings(
+    "ignore:training ended before its last epoch did", "ignore:AnchorTying. no checkpoint has the"
+)
 @pytest.mark.parametrize(("kind", "order"), [*((kind, 1) for kind in ANCHORS), ("gradient", -1), ("Synaptic", -1)])
 def test_anchors_follow_the_weights_that_become_one(kind, order, tmp_path):
     def run(callbacks, *more, **options):
@@ -447,6 +460,8 @@ def test_the_blocks_of_a_transformer_share_their_weights(name):
     [
         ({"anneal": Schedule(1.0, 0.5, 10)}, r"anneal must end at 0 .*Schedule\(1\.0, 0\.0, length\) does, not"),
         ({"anneal": Schedule()}, r"anneal must end at 0"),
+        ({"anneal": 1.0}, r"^anneal must be a tying\.soft\.Schedule, or a mapping of its arguments, not 1\.0"),
+        ({"anneal": {"length": 3, "stop": 0.0}}, r"^anneal cannot be"),
         ({"anneal": {"start": 2.0, "end": 0.0, "length": 3}}, r"must be in \[0, 1\], not"),
         ({"residual": None, "anneal": Schedule(1.0, 0.0, 10)}, "anneal needs a residual"),
         ({"residual": None, "calibration": 2}, "calibration needs a residual"),

@@ -562,7 +562,8 @@ MISTAKES = {
     "nothing matches": (chain, ("layers.*", 2), r"^blocks: pattern 'layers\.\*' matches no module"),
     "no pass": (chain, ("1", 0), "^passes must be an integer, 1 or more, not 0$"),
     "half a pass": (chain, ("1", 1.5), r"^passes must be an integer, 1 or more, not 1\.5$"),
-    "per pass": (chain, ("1", 2, "bias"), "^per_pass must be 'norm' or 'scale', not 'bias'"),
+    "per pass": (chain, ("1", 2, "bias"), "^per_pass, if given, must be 'norm' or 'scale', not 'bias'"),
+    "empty per pass": (chain, ("1", 2, ""), "^per_pass, if given, must be 'norm' or 'scale', not ''"),
     "looped": (
         looped,
         ("{2..3}", 2),

@@ -70,6 +70,31 @@ def test_of_half_the_side_or_more(rank):
     assert error(PRODUCTS["random"](rank) + torch.diag(normal(SIZE)), rank) < 1e-6
 
 
+SCALES = {
+    "inputs": torch.logspace(-2, 2, SIZE)[None].double(),
+    "rows": torch.logspace(-2, 2, SIZE)[:, None].double(),
+    "with dead ones": torch.logspace(-2, 2, SIZE)[None].double() * (torch.arange(SIZE) % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_a_scale_weighs_the_errors(scale):
+    """The error is that of the truncated singular value decomposition of the weighted matrix."""
+    torch.manual_seed(0)
+    weight = normal(SIZE, SIZE)
+    least = torch.linalg.svdvals(scale * weight)[4:].norm()
+    left, right = factorize(weight, 4, scale)
+    assert float((scale * (left @ right - weight)).norm()) == pytest.approx(float(least), rel=1e-4)
+    plain = factorize(weight, 4)
+    assert float((scale * (plain[0] @ plain[1] - weight)).norm()) > 1.5 * float(least)
+
+
+def test_a_scale_of_zero_throughout_says_nothing():
+    weight = normal(SIZE, SIZE)
+    for factor, expected in zip(factorize(weight, 4, torch.zeros(1, SIZE)), factorize(weight, 4), strict=True):
+        assert torch.equal(factor, expected)
+
+
 def alternated(weight, rank, sweeps=50):
     """Return the weight after alternating between the best factors and the best diagonal."""
     diagonal = torch.zeros(len(weight)).double()

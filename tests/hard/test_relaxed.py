@@ -26,6 +26,7 @@ from tying.hard import (
     relax,
     relaxed,
     set_residual_factor,
+    share_templates,
     tie,
     tied,
 )
@@ -622,3 +623,23 @@ def test_values_are_drawn_from_the_global_generator_only_at_random():
     [group] = relax(linear(), ["*.weight"], LowRankResidual(2), init="source")
     assert not torch.equal(torch.get_rng_state(), state)
     assert len({right[0, 0].item() for _, right in group.residuals}) == 4
+
+
+COMPUTED = {
+    "relaxed": lambda model: relax(model, ["{0..3}"], LowRankResidual(2)),
+    "templates": lambda model: share_templates(model, ["*.weight"], 2),
+}
+
+
+@pytest.mark.parametrize("ties", [["{0..3}"], ["{0..3}.weight"]])
+@pytest.mark.parametrize("change", [relax, tie], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("made", COMPUTED)
+def test_weights_that_are_computed_already_are_named(made, change, ties):
+    """By the names of the model, not of what hides in it."""
+    model = changed(linear(), COMPUTED[made])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=r"'0\.weight'.*(is|are) (computed|parametrized)") as raised:
+        change(model, ties, *[LowRankResidual(1)] * (change is relax))
+    assert ".parametrizations." not in str(raised.value)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -13,7 +13,7 @@ from tying.advice.plans import Planner, most_saved
 from tying.advice.report import Advice
 from tying.advice.study import Study
 from tying.advice.untrained import looks_untrained
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count, check_range
 from tying.selection.resolve import select
 from tying.weights.calibration import Forward
 
@@ -61,12 +61,12 @@ def advise(
         (('{1..2}.weight',), 0.0, 'tie', ['{1..2}.weight'])
     """
     check_range("budget", budget, "(0, 1)")
-    check_range("steps", steps, "[0, inf)")
+    check_count("steps", steps, "[0, inf)")
+    check_range("rate", rate, "(0, inf)")
     if not (kept := [*batches]):
         raise ConfigurationError("there are no batches: advice compares outputs on some")
-    folder = None if out is None else Path(out)
     return _advise(
-        model, kept, budget, steps, forward, folder, progress, parameters, kept if training is None else training, rate
+        model, kept, budget, steps, forward, out, progress, parameters, kept if training is None else training, rate
     )
 
 
@@ -76,13 +76,14 @@ def _advise(
     budget: float,
     steps: int,
     forward: Forward | None,
-    folder: Path | None,
+    out: str | Path | None,
     progress: bool,
     parameters: Sequence[str],
     training: Iterable[Any],
     rate: float,
 ) -> Advice:
     """Return advice, given arguments that are checked, and save it if there is a folder."""
+    folder = None if out is None else Path(out)
     weights = tieable_weights(model, parameters)
     total = sum(weight.numel() for weight in select(model, parameters).values())
     candidates = find_candidates(weights)
@@ -97,7 +98,9 @@ def _advise(
     record = Record(folder, fingerprint(model, batches, forward))
     study = Study(model, weights, Comparison(model, batches, forward), record, progress)
     groups = study.groups(candidates, planner)
-    plans = study.plans(planner.plans(groups), training, steps, rate, total)
+    errors = {group: row.error for group, row in groups.items()}
+    verdicts = [group for group, row in groups.items() if row.may_tie]
+    plans = study.plans(planner.plans(errors, verdicts), training, steps, rate, total)
     advice = Advice((*groups.values(),), (*plans,), total, budget, steps)
     if folder is not None:
         advice.save(folder)
@@ -111,7 +114,7 @@ def _check_reachable(budget: float, total: int, saved: int) -> None:
     if total - saved > int(budget * total):
         share = -(-1000 * (total - saved) // total) / 1000  # rounded up
         raise ConfigurationError(
-            f"budget={budget:g} is out of reach: if all {total:,} parameters that have an equal or related shape were "
-            f"tied, {total - saved:,} would remain. Give a budget of {share:g} or more, or leave parameters out that "
-            "cannot be tied"
+            f"budget={budget:g} is out of reach: if all weights of equal or related shapes were tied, "
+            f"{total - saved:,} of {total:,} parameters would remain. Give a budget of {share:g} or more, or leave "
+            "parameters out that cannot be tied"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tying.advice.measure import output_of
 from tying.errors import ConfigurationError
 from tying.weights.calibration import Forward, undisturbed
+from tying.weights.derived import eval_mode
 
 WARM = 0.1  # part of the steps in which the learning rate rises
 
@@ -49,19 +50,15 @@ def distil(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
     )
-    modes = {module: module.training for module in student.modules()}
-    student.eval()
     for _, batch in zip(range(steps), _repeated(batches), strict=False):
         with undisturbed(teacher):
             target = output_of(teacher, batch, forward)
         optimizer.zero_grad()
-        with torch.enable_grad():
+        with eval_mode(student), torch.enable_grad():
             _relative(output_of(student, batch, forward), target).backward()  # type: ignore[no-untyped-call]  # torch's
         optimizer.step()
         schedule.step()
         advance()
-    for module, mode in modes.items():
-        module.training = mode
 
 
 def _relative(output: Tensor, target: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import yaml
 from torch import nn
 
 from tying.advice.candidates import Candidate, Weights, as_range, as_ties, families
-from tying.advice.report import GroupRow
 from tying.hard import LowRankResidual, lower_rank, relax, tie
 
 Ranked = dict[int, tuple[str, ...]]
@@ -169,18 +168,19 @@ class Planner:
     weights: Weights
     needed: int
 
-    def plans(self, groups: Mapping[Candidate, GroupRow]) -> Iterator[Plan]:
+    def plans(self, errors: Mapping[Candidate, float], verdicts: Sequence[Candidate]) -> Iterator[Plan]:
         """Yield plans that meet the budget.
 
         Args:
-            groups: what a tie of each group does, the smallest error per saved byte first.
+            errors: the output error of each candidate, tied alone.
+            verdicts: the candidates that err no more than low rank of equal size, the best first.
         """
-        names = [name for name in self.weights if any(name in group.names for group in groups)]
-        yield from filter(None, [self.greedy({group: row.error for group, row in groups.items()})])
+        names = [name for name in self.weights if any(name in candidate.names for candidate in errors)]
+        yield from filter(None, [self.greedy(errors)])
         yield from self.chunks()
         yield from self.relaxations()
         yield from filter(None, [self.lowered(names)])
-        yield from self.mixtures([group for group, row in groups.items() if row.may_tie], names)
+        yield from self.mixtures(verdicts, names)
 
     def ties(self, groups: Iterable[Candidate]) -> tuple[str, ...]:
         """Return the ties that make each group one weight."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tying.advice.plans import Plan
 from tying.files import atomically, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # a slow import
-
-    from tying.advice.plans import Plan
 
 ROWS = 20  # of the groups, in print
 LOST = 1.0  # the error of outputs of zero

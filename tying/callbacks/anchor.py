@@ -23,7 +23,7 @@ from tying.selection.index import check_shape, clean_name
 from tying.selection.resolve import parse_patterns, select
 from tying.soft import TyingPenalty, anchored
 from tying.soft.group_penalty import Rates
-from tying.soft.importance import layer_means
+from tying.soft.importance import add_importances, layer_means
 from tying.soft.plots import importance_figure
 from tying.weights.derived import locate_parameters
 
@@ -349,11 +349,7 @@ class AnchorTying(PenaltyCallback):
                     f"the importance of all of {listed(importances)} is zero throughout, and would never pull: does "
                     "training change them, and do the model's logits depend on them?"
                 )
-        decay, previous = self.importance.decay, self._importances
-        self._importances = {
-            name: importance.detach() + (decay * previous[name].to(importance) if previous else 0)
-            for name, importance in importances.items()
-        }
+        self._importances = add_importances(importances, self._importances, self.importance.decay)
         self._anchors = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._tasks, self._path, self._restored_path = self._tasks + 1, None, {}
         self._ended, self._saved = True, False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.callbacks.training_data import replayed_batches
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_count, check_range
 from tying.lightning_namespace import pl
 from tying.soft.importance import Labels, check_logits, path_importance, path_integral, squared_gradients
 
@@ -130,7 +130,7 @@ class Fisher(Importance):
     decay: float = 1.0
 
     def __post_init__(self) -> None:
-        check_range("Fisher's batches", self.batches, "[1, inf)")
+        check_count("Fisher's batches", self.batches)
         check_choice("Fisher's labels", self.labels, get_args(Labels))
         check_range("Fisher's decay", self.decay, "[0, 1]")
 

@@ -1,14 +1,14 @@
 """Run consecutive blocks of a model several times, from a fraction of training on."""
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import is_fresh_run, optimizer_steps, training_steps
 from tying.callbacks.transform import ModelTransform, arguments_of
-from tying.depth.loop import Loop, check_passes, loop, loops_in, scheduled_passes
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.depth.loop import Loop, PerPass, check_passes, check_per_pass, loop, loops_in, scheduled_passes
+from tying.errors import ConfigurationError, check_range, listed
 from tying.lightning_namespace import pl
 
 
@@ -45,12 +45,12 @@ class Looping(ModelTransform):
         blocks: str | list[str],
         passes: int,
         start: float = 0.0,
-        per_pass: Literal["norm", "scale"] | None = None,
+        per_pass: PerPass = None,
         grow: float | None = None,
     ) -> None:
         check_passes(passes)
         check_range("start", start, "[0, 1)")
-        check_choice("per_pass, if given,", "norm" if per_pass is None else per_pass, ("norm", "scale"))
+        check_per_pass(per_pass)
         check_range("grow", 0.5 if grow is None else grow, "(0, 1)")
         if (last := start + (passes - 2) * (grow or 0.0)) >= 1:
             raise ConfigurationError(

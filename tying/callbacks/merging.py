@@ -158,7 +158,7 @@ class ResidualMerging(ModelTransform):
     def _drop_scale(self, step: int, epoch: int) -> float:
         """Return the factor on the drop probabilities at a step."""
         if isinstance(self.schedule, Schedule):
-            return self.schedule(step if self.schedule.unit == "step" else epoch)
+            return self.schedule(self.schedule.count(step, epoch))
         return 1.0 if self.schedule is None else drop_scale(self.schedule, step, self._total_steps)
 
     def _merges_of(self, model: nn.Module) -> list[Merge]:

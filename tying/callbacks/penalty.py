@@ -275,7 +275,7 @@ class PenaltyCallback(TyingCallback):
     def _factor(self, trainer: pl.Trainer, optimizer: Optimizer) -> float:
         """Return the factor on all strengths in an optimizer's next step."""
         steps = self._steps[self._optimizers.index(optimizer)]
-        return self.examples_scale * self.schedule(steps if self.schedule.unit == "step" else trainer.current_epoch)
+        return self.examples_scale * self.schedule(self.schedule.count(steps, trainer.current_epoch))
 
     def _warn_if_unstable(self, factor: float, rates: Rates) -> None:
         for penalty in self.penalties:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from torch.optim import LBFGS
@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.callbacks.base import TyingCallback, optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_count, listed
 from tying.hard import RelaxedGroup, WeightResidual, harden, relax, relaxed, set_residual_factor, tied, untie
 from tying.hard.relaxed import Init
 from tying.lightning_namespace import pl
@@ -69,10 +69,10 @@ class RelaxedTying(ModelTransform):
         anneal: Schedule | None = None,
         calibration: int | None = None,
         name: str | None = None,
-        init: Literal["nearest", "source"] = "nearest",
+        init: Init = "nearest",
     ) -> None:
         check_choice("init", init, get_args(Init))
-        check_range("calibration", 1 if calibration is None else calibration, "[1, inf)")
+        check_count("calibration", 1 if calibration is None else calibration)
         self.ties, self.residual = parse_ties(ties), from_mapping(residual, WeightResidual, "residual")
         if not isinstance(self.residual, WeightResidual | None):
             raise ConfigurationError(
@@ -247,9 +247,7 @@ class RelaxedTying(ModelTransform):
     def _count(self, trainer: pl.Trainer, ended_epochs: int = 0) -> int:
         """Return the number of steps of each optimizer, or of epochs, that the schedule counts."""
         assert self.anneal is not None
-        if self.anneal.unit == "epoch":
-            return trainer.current_epoch + ended_epochs
-        return optimizer_steps(trainer)
+        return self.anneal.count(optimizer_steps(trainer), trainer.current_epoch + ended_epochs)
 
     def _harden_at_end(self, trainer: pl.Trainer, model: pl.LightningModule, ended_epochs: int = 0) -> bool:
         """Drop the residuals if the schedule has ended; return whether there are none."""
@@ -299,7 +297,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _parse_anneal(anneal: Any) -> Schedule | None:
-    schedule = parse_schedule(anneal)
+    schedule = parse_schedule(anneal, argument="anneal")
     if schedule is not None and (schedule.end != 0 or schedule.length == 0):
         raise ConfigurationError(
             f"anneal must end at 0 after some steps or epochs, when the residuals are dropped, as "

@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler, Sampler
 from tying.errors import ConfigurationError
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import training_batch, training_loader_of
+from tying.weights.calibration import call
 
 
 def only_loader(loaders: Any) -> Any:
@@ -54,7 +55,7 @@ def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callbac
 
     Args:
         trainer: the trainer, in training.
-        model: it is called on each batch, or on its first element if the batch is a tuple or a list.
+        model: it is called on each batch; see :func:`tying.weights.calibration.call`.
         callback: name of the callback that changed the weights, for the warning.
 
     Warns:
@@ -143,11 +144,8 @@ def _call(trainer: pl.Trainer, model: pl.LightningModule, norms: Iterable[BatchN
         # compiled, a momentum of None would depend on data
         with replayed_batches(trainer, model, count) as batches, torch.compiler.set_stance("force_eager"):
             for batch in batches:
-                x = batch[0] if isinstance(batch, tuple | list) else batch
-                if not isinstance(x, Tensor):
-                    raise TypeError(f"{'they are' if x is batch else 'their first element is'} of {type(x).__name__}")
                 with trainer.precision_plugin.forward_context():
-                    model(x)
+                    call(model, batch)
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum

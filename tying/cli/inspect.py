@@ -17,6 +17,7 @@ from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
 from tying.callbacks.transform import ModelTransform, averaging_before
 from tying.depth import Merge
+from tying.depth.generated_classes import GeneratedType
 from tying.errors import ConfigurationError, listed
 from tying.files import read
 from tying.hard import audit
@@ -205,11 +206,14 @@ def _match_ties(
 
 
 def _shared_modules(model: pl.LightningModule) -> dict[str, list[str]]:
-    """Return the names of modules that share weights over depth or time, except merges, by their description."""
+    """Return the names of modules that share weights over depth or time, by their description."""
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("tying.depth.") and not isinstance(module, Merge) and module.extra_repr():
-            names.setdefault(f"{type(module).__name__}({module.extra_repr()})", []).append(clean_name(name))
+        cls = type(module)
+        if isinstance(module, Merge) or isinstance(cls, GeneratedType):  # callbacks describe merges and loops of blocks
+            continue
+        if cls.__module__.startswith("tying.depth.") and module.extra_repr():
+            names.setdefault(f"{cls.__name__}({module.extra_repr()})", []).append(clean_name(name))
     return names
 
 

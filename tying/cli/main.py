@@ -21,7 +21,7 @@ from tying.cli.advise import batches_of, prepare
 from tying.cli.bake import HELP, bake_parser, export
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
-from tying.errors import ConfigurationError, NonFiniteError, check_range
+from tying.errors import ConfigurationError, NonFiniteError, check_count
 from tying.files import check_whole, newest_intact
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
@@ -86,7 +86,7 @@ class Trainer(pl.Trainer):
         Raises:
             ConfigurationError: the checkpoint does not fit, there are no data, or ties do not reach the budget.
         """
-        check_range("batches", batches, "[1, inf)")
+        check_count("batches", batches)
         checkpoint = _checkpoint_path(self, ckpt_path)
         prepare(model, callbacks_of(self), checkpoint, weights_only)
         compared, training = batches_of(model, datamodule, batches)

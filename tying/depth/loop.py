@@ -350,6 +350,11 @@ def own_state(norm: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in norm.state_dict().items() if not name.startswith("passes.")}
 
 
+def check_per_pass(per_pass: PerPass) -> None:
+    """Raise a ConfigurationError unless the value says what passes do not share."""
+    check_choice("per_pass, if given,", "norm" if per_pass is None else per_pass, ("norm", "scale"))
+
+
 def check_passes(passes: int) -> int:
     """Return the number of passes, after checking that it is an integer of 1 or more."""
     if not isinstance(passes, int) or passes < 1:
@@ -384,7 +389,7 @@ def loop(model: nn.Module, blocks: str | Sequence[str], passes: int, per_pass: P
         >>> loop(model, "[23]", passes=2), torch.equal(model(x), expected), unloop(model)
         (1, True, 1)
     """
-    check_choice("per_pass", per_pass or "norm", ("norm", "scale"))
+    check_per_pass(per_pass)
     check_passes(passes)
     stages = find_stages(model, blocks, any_parent=True)
     _check_gaps(stages)
@@ -409,20 +414,20 @@ def unloop(model: nn.Module) -> int:
         (1, 6, 1, 4)
     """
     loops = loops_in(model)
-    for found in loops:
-        for name, block in zip(found.names, found.blocks, strict=True):
+    for undone in loops:
+        for name, block in zip(undone.names, undone.blocks, strict=True):
             if plain_class(block).__bases__[0] not in (LoopedBlock, PerPassBlock):
                 raise ConfigurationError(
                     f"{name!r} is a {plain_class(block).__name__} since it is in a loop, which therefore cannot be "
                     "undone: call unloop before what changes the class, such as fully_shard"
                 )
-    for found in loops:
-        for block in found.blocks:
+    for undone in loops:
+        for block in undone.blocks:
             del block.__dict__["_loop_place"]
             swap_plain_class(block, original_class(plain_class(block)))
-            if found.per_pass == "scale":
+            if undone.per_pass == "scale":
                 del block.pass_scale
-        for norm in found.norms:
+        for norm in undone.norms:
             del norm.__dict__["_loop"], norm.passes
             swap_plain_class(norm, original_class(plain_class(norm)))
     return len(loops)

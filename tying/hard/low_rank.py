@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count
 from tying.torch_workarounds import has_values
 from tying.weights.replace import parametrize_all
 
+FLOOR = 1e-6  # of the scale of an input, relative to the largest: one that is always zero has no say
 ALTERNATIONS = 5  # of the steps
 STEPS = 40  # at most, from each start; most weights take fewer than 20
 STARTS = 16  # more of them, at most, where a start is only a guess
@@ -37,11 +38,16 @@ def low_rank_plus_diagonal(left: Tensor, right: Tensor, diagonal: Tensor) -> Ten
     return left @ right + torch.diag(diagonal)
 
 
-def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factorize(weight: Tensor, rank: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the factors (n, d) and (d, m) of the nearest matrix of the given rank, by singular value decomposition.
 
     Each factor is scaled by the square roots of the singular values. For a singular value of zero, the column of the
     left factor is zero and the row of the right factor is random: if both were zero, neither would have a gradient.
+
+    Args:
+        weight: (n, m).
+        rank: d.
+        scale: factors of the entries whose squared errors are summed, (1, m) or (n, 1); default, and if all are 0: 1.
 
     Example:
         >>> left, right = factorize(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), rank=1)
@@ -49,6 +55,12 @@ def factorize(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         tensor([[4., 0.],
                 [0., 0.]])
     """
+    if scale is not None and scale.any():
+        by = scale.double()
+        by = by.clamp(min=FLOOR * float(by.amax()))
+        left, right = factorize(weight.double() * by, rank)
+        left, right = (left, right / by) if len(by) == 1 else (left / by, right)
+        return left.to(weight.dtype), right.to(weight.dtype)
     u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     dead = (s <= s.amax() * torch.finfo(s.dtype).eps * max(weight.shape))[:rank]
     root = s[:rank].sqrt()
@@ -191,7 +203,7 @@ class _OfRank(nn.Module):
 
     def __init__(self, rank: int) -> None:
         super().__init__()
-        check_range("rank", rank, f"[{self.least}, inf)")
+        check_count("rank", rank, f"[{self.least}, inf)")
         self.rank = rank
 
     @override

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +275,7 @@ def relax(
 
     Source: S. Bae et al., Relaxed recursive transformers: effective parameter sharing with layer-wise LoRA, 2024.
     """
-    check_choice("init", init, ("nearest", "source"))
+    check_choice("init", init, get_args(Init))
     residual = from_mapping(residual, WeightResidual, "residual")
     if calibration is not None and (residual is None or init == "source"):
         raise ConfigurationError("calibration chooses the nearest residuals: give a residual, and init='nearest'")
@@ -296,8 +296,8 @@ def _relax(
     measure: Callable[[Sequence[str]], Mapping[str, Tensor]] | None,
 ) -> list[TiedGroup]:
     """Relax ties with a residual; ``measure`` returns the scales of the inputs of named weights."""
-    groups, vectors = _matrices(model, ties)
     locations = locate_parameters(model)
+    groups, vectors = _matrices(model, ties, locations)
     _check_members(model, groups, residual, locations)
     names = [name for group in groups for name in group.names]
     scales = measure(names) if measure else {}
@@ -311,11 +311,11 @@ def _relax(
     return [group for group in relaxed(model) if not chosen.isdisjoint(group.names)]
 
 
-def _matrices(model: nn.Module, ties: Sequence[AnyTie]) -> tuple[list[TiedGroup], list[str]]:
+def _matrices(model: nn.Module, ties: Sequence[AnyTie], locations: Locations) -> tuple[list[TiedGroup], list[str]]:
     """Return the groups of matrices and kernels that ties describe, and the names of the vectors.
 
     Raises:
-        ConfigurationError: a tie spells out a vector, or there are only vectors.
+        ConfigurationError: a tie spells out a vector, or there are only vectors, or a vector computes a weight.
     """
     parsed = parse_ties(ties)
     groups, _ = resolve_named(model, parsed)
@@ -327,6 +327,8 @@ def _matrices(model: nn.Module, ties: Sequence[AnyTie]) -> tuple[list[TiedGroup]
         else:
             vectors += group.names
     wrong = [name for name in vectors if name in spelt] or (vectors if not matrices else [])
+    for name in wrong:  # such as the coefficients of a weight that is mixed from templates
+        check_free(name, locations)
     if wrong:
         raise ConfigurationError(
             f"{listed(map(repr, wrong))}: a vector has no residual that costs less than itself: leave it separate, or "

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count
 from tying.hard.low_rank import factorize
 from tying.hard.shared_part import nearest_shared_part
 from tying.selection.relation import Relation
-
-FLOOR = 1e-6  # of the scale of an input, relative to the largest: an input that is always zero has no say
 
 
 class WeightResidual:
@@ -102,7 +100,7 @@ class LowRankResidual(WeightResidual):
     scale: bool = False
 
     def __post_init__(self) -> None:
-        check_range("rank", self.rank, "[1, inf)")
+        check_count("rank", self.rank)
 
     @override
     def combine(self, shared: Tensor, factor: Tensor, *parameters: Tensor) -> Tensor:
@@ -118,14 +116,7 @@ class LowRankResidual(WeightResidual):
 
     @override
     def nearest(self, shared: Tensor, weight: Tensor, input_scale: Tensor | None = None) -> tuple[Tensor, ...]:
-        difference = weight - shared
-        if input_scale is None or not input_scale.any():
-            return *factorize(difference, self.rank), *self._scale(shared)
-        by = input_scale.double()
-        by = by.clamp(min=FLOOR * float(by.amax()))
-        left, right = factorize(difference.double() * by, self.rank)
-        left, right = (left, right / by) if len(by) == 1 else (left / by, right)
-        return left.to(shared), right.to(shared), *self._scale(shared)
+        return *factorize(weight - shared, self.rank, input_scale), *self._scale(shared)
 
     @override
     def nearest_shared(self, weights: Sequence[Tensor], relations: Sequence[Relation]) -> Tensor:

@@ -1,5 +1,6 @@
 """Resolve ties to groups of tensors."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from tying.selection.index import Match, Names, check_shape
 from tying.selection.patterns import Pattern, mirror_ranks
 from tying.selection.relation import Relation, bind, check
 from tying.selection.tie import AnyTie, Tie, TiedGroup, parse_ties
+
+PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\..*")  # the part of a name that hides a computed weight
 
 
 def resolve(model: nn.Module, ties: Sequence[AnyTie]) -> list[TiedGroup]:
@@ -225,6 +228,12 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
             raise ConfigurationError(f"tie '{tie}' ties {match.name!r} to itself through {str(between)!r}")
     if len(members) == 1:
         same = [match.name for match in matches if match.name != first.name]
+        if same and ".parametrizations." in first.name and ".parametrizations." in same[0]:
+            computed = listed(repr(PARAMETRIZED.sub(r".\1", name)) for name in (first.name, same[0]))
+            raise ConfigurationError(
+                f"tie '{tie}': {computed} are computed from one tensor already. Exclude them, or load "
+                "tying.hard.bake(model) into the untied model first"
+            )
         raise ConfigurationError(
             f"tie '{tie}' would tie a weight to itself: "
             + (f"{same[0]!r} is already the same tensor as {first.name!r}" if same else f"only {first.name!r} is in it")

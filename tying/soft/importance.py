@@ -287,6 +287,28 @@ def path_importance(path: Tensor, change: Tensor, damping: float = 0.1) -> Tenso
     return path.clamp(min=0) / (change.to(path.dtype).square() + damping)
 
 
+def add_importances(
+    importances: Mapping[str, Tensor], previous: Mapping[str, Tensor], decay: float = 1.0
+) -> dict[str, Tensor]:
+    """Return ``F + γ F'``, the importance of each weight for all tasks so far.
+
+    Args:
+        importances: F, for the task that has just been learnt, by name.
+        previous: F', for the tasks before it; empty if there are none.
+        decay: γ in [0, 1].
+
+    Example:
+        >>> add_importances({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([4.0, 0.0])}, decay=0.5)
+        {'w': tensor([3., 2.])}
+
+    Source: J. Schwarz et al., Progress & compress: a scalable framework for continual learning, 2018.
+    """
+    return {
+        name: importance.detach() + (decay * previous[name].to(importance) if previous else 0)
+        for name, importance in importances.items()
+    }
+
+
 def layer_means(importances: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the mean importance of the entries of each module's weights, by the module's name.
 

@@ -45,6 +45,10 @@ class Schedule:
         share = (1 - math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else progress
         return self.start + (self.end - self.start) * share
 
+    def count(self, step: int, epoch: int) -> int:
+        """Return the number of units after which the factor is taken, given the numbers of steps and epochs so far."""
+        return step if self.unit == "step" else epoch
+
     def __post_init__(self) -> None:
         check_range("a schedule's start", self.start, "[0, inf)")
         check_range("a schedule's end", self.end, "[0, inf)")
@@ -55,19 +59,20 @@ class Schedule:
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
 
 
-def parse_schedule(value: Any, alternatives: str = "") -> Schedule | None:
+def parse_schedule(value: Any, alternatives: str = "", argument: str = "schedule") -> Schedule | None:
     """Return a schedule that may be given as a mapping of its arguments; None if there is none.
 
     Args:
         value: the schedule, a mapping, or None.
         alternatives: what the argument may be instead, for the error message.
+        argument: name of the argument, for the error message.
 
     Raises:
         ConfigurationError: it is neither a schedule nor such a mapping.
     """
-    schedule = from_mapping(value, Schedule, "schedule")
+    schedule = from_mapping(value, Schedule, argument)
     if schedule is None or isinstance(schedule, Schedule):
         return schedule
     raise ConfigurationError(
-        f"schedule must be a tying.soft.Schedule, or a mapping of its arguments{alternatives}, not {value!r}"
+        f"{argument} must be a tying.soft.Schedule, or a mapping of its arguments{alternatives}, not {value!r}"
     )

@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from tying.depth.rnn.sequences import initial_state, steps_first
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count, check_range
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
 
@@ -32,7 +32,7 @@ class StateMatrix(nn.Module):
 
     def __init__(self, size: int, rank: int, diagonal: bool = True) -> None:
         super().__init__()
-        check_range("rank", rank, "[0, inf)" if diagonal else "[1, inf)")
+        check_count("rank", rank, "[0, inf)" if diagonal else "[1, inf)")
         if rank > size:
             raise ConfigurationError(
                 f"rank={rank} is over the size {size}: its factors would have {2 * size * rank:,} entries, and a full "
