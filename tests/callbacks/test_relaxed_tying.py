@@ -17,7 +17,7 @@ from toys import Toy, same, train
 from zoo import ZOO, build, loss_of, output_of
 
 from tying import ConfigurationError
-from tying.callbacks import AnchorTying, HardTying, RandomState, RelaxedTying
+from tying.callbacks import AnchorTying, HardTying, RandomState, RelaxedTying, Synaptic
 from tying.cli.inspect import load_weights
 from tying.data.resuming import ResumableLoader
 from tying.hard import (
@@ -271,6 +271,42 @@ def test_a_weight_of_several_modules_goes_on_bitwise_too(tmp_path):
         fit(model, [RandomState(), annealed()], tmp_path / f"step={step}.ckpt")
         assert same(model, whole)
         assert model.again.weight is model.net.second.weight
+
+
+ANCHORS = {
+    "gradient": lambda: AnchorTying(["net.**"], 0.5),
+    "decoupled": lambda: AnchorTying(["net.**"], 0.5, update="decoupled"),
+    "proximal": lambda: AnchorTying(["net.**"], 0.5, update="proximal"),
+    "Synaptic": lambda: AnchorTying(["net.**"], 0.5, importance=Synaptic()),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:training ended before its last epoch did", "ignore:AnchorTying. no checkpoint has the"
+)
+@pytest.mark.parametrize(("kind", "order"), [*((kind, 1) for kind in ANCHORS), ("gradient", -1), ("Synaptic", -1)])
+def test_anchors_follow_the_weights_that_become_one(kind, order, tmp_path):
+    def run(callbacks, *more, **options):
+        fit(model := Adam(), [RandomState(), *callbacks[::order], *more], **options)
+        return model
+
+    def values(callback):
+        state = callback.state_dict()
+        return state["anchors"] | {
+            f"importance of {name}": value for name, value in state.get("importances", {}).items()
+        }
+
+    every = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    anchor = ANCHORS[kind]()
+    whole = run([annealed(), anchor], every, enable_checkpointing=True)
+    assert {name.removeprefix("importance of ") for name in values(anchor)} == {n for n, _ in whole.named_parameters()}
+    assert not any("original" in name for group in anchor.groups for name in group.names)
+    for step in (LENGTH - 1, LENGTH):
+        again = ANCHORS[kind]()
+        assert same(run([annealed(), again], ckpt_path=tmp_path / f"step={step}.ckpt"), whole)
+        assert all(torch.equal(value, values(anchor)[name]) for name, value in values(again).items())
+    fit(whole, [annealed(), anchor][::order])  # the next task
+    assert relaxed(whole) == []
 
 
 # Calibration

@@ -347,6 +347,26 @@ def test_training_that_ends_early():
     assert callback.state_dict()["tasks"] == 2
 
 
+@pytest.mark.parametrize(
+    ("saving", "said"),
+    [
+        ([{}], False),
+        ([{"save_on_train_epoch_end": False}], True),
+        ([{"every_n_train_steps": 6, "save_last": True}], True),
+        ([{"every_n_train_steps": 6, "save_on_train_epoch_end": True}], True),  # Lightning saves a step once
+        ([{"every_n_train_steps": 6}, {"save_on_train_epoch_end": True}], False),
+    ],
+)
+def test_a_fit_whose_checkpoints_lack_its_importances(saving, said, tmp_path, recwarn):
+    saves = [ModelCheckpoint(tmp_path / str(number), "{step}", **options) for number, options in enumerate(saving)]
+    learn(Net(), [AnchorTying(S, 1.0, importance=Synaptic()), *saves], 0, enable_checkpointing=True)
+    paths = [*tmp_path.rglob("*.ckpt")]
+    states = [torch.load(path, weights_only=True)["callbacks"]["AnchorTying{'name': None}"] for path in paths]
+    assert any(state["importances"] for state in states) != said
+    message = "AnchorTying: no checkpoint has the importances of this fit"
+    assert any(str(warning.message).startswith(message) for warning in recwarn) == said
+
+
 class Detached(Net):
     """Its logits do not depend on its body."""
 

@@ -106,12 +106,15 @@ class AnchorTying(PenaltyCallback):
         self._tasks = 0
         self._restored_path: dict[str, dict[str, Tensor]] = {}
         self._path: TrainingPath | None = None
+        self._saved = True  # whether a state with the latest importances has been saved
+        self._weights: dict[str, nn.Parameter] = {}  # the anchored weights in training
 
     @override
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self.importance is None:
             return state | ({"anchors": self._anchors} if self.anchor == "initial" else {})
+        self._saved = True
         path = {} if self._path is None else self._path.state_dict()
         return state | {
             "anchors": self._anchors,
@@ -132,6 +135,7 @@ class AnchorTying(PenaltyCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._weights = {}
         if self.importance is not None:
             reject_copies(trainer, "AnchorTying with importance", "other weights than those measured", processes=False)
         if is_fresh_run(trainer, stage):
@@ -216,10 +220,14 @@ class AnchorTying(PenaltyCallback):
             self._anchors = {name: weight.detach().clone() for name, weight in weights.items()}
         self._anchored: TyingPenalty | None = None
         self._steps_checked = 0  # steps at the end of the last epoch in which some anchored weight was trained
-        penalties = []
+        return self._penalties_of(module)
+
+    def _penalties_of(self, module: nn.Module) -> list[TyingPenalty]:
+        """Return the penalties on the anchored weights, if they have anchors, and on those of the head."""
+        weights, penalties = self._weights, []
         if self.importance is None or self._importances:
             if missing := weights.keys() - self._anchors.keys():
-                raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
+                raise ConfigurationError(f"earlier training has left no anchor of {listed(sorted(missing))}")
             self._anchored = anchored(weights, self._anchors, self.strength, self._importances or None)
             penalties.append(self._anchored)
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
@@ -227,6 +235,21 @@ class AnchorTying(PenaltyCallback):
                 anchored(head, {name: torch.zeros_like(w) for name, w in head.items()}, self.head_strength)
             )
         return penalties
+
+    @override
+    def follow_names(self, model: nn.Module) -> None:
+        if not self._weights:  # they are selected next
+            return
+        current = {weight: name for name, weight in select(model, self.parameters).items()}
+        renamed = {name: current[weight] for name, weight in self._weights.items() if weight in current}
+        self._weights = {renamed[name]: self._weights[name] for name in renamed}
+        self._anchors, self._importances = (
+            {renamed[name]: values[name] for name in renamed if name in values}
+            for values in (self._anchors, self._importances)
+        )
+        if self._path is not None:
+            self._path.rename(renamed)
+        self.penalties = self._penalties_of(model)
 
     def _begin_task(self, trainer: pl.Trainer) -> None:
         """Follow the path of the weights, if the importance needs it, from its beginning or from a checkpoint on."""
@@ -300,6 +323,19 @@ class AnchorTying(PenaltyCallback):
                 stacklevel=2,
             )
             self._end_task(trainer, pl_module)
+            self._saved = True  # it has been said
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        if trainer.checkpoint_callbacks and not (self._saved or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            warnings.warn(
+                f"{self.label}: no checkpoint has the importances of this fit, which were measured at the end of its "
+                "last epoch, after the last checkpoint: add ModelCheckpoint(save_on_train_epoch_end=True), or call "
+                "trainer.save_checkpoint now",
+                stacklevel=2,
+            )
+            self._saved = True
 
     def _end_task(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure the importance of the weights for the task, and anchor them."""
@@ -315,7 +351,8 @@ class AnchorTying(PenaltyCallback):
                 )
         self._importances = add_importances(importances, self._importances, self.importance.decay)
         self._anchors = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._tasks, self._path, self._restored_path, self._ended = self._tasks + 1, None, {}, True
+        self._tasks, self._path, self._restored_path = self._tasks + 1, None, {}
+        self._ended, self._saved = True, False
         means, after = layer_means(self._importances), f"after {self._tasks} task{'s' * (self._tasks > 1)}"
         pl.utilities.rank_zero_info(f"{self.label}: {after}: {describe_importance(means)}")
         if folder := picture_folder(trainer):

@@ -145,6 +145,15 @@ class TyingCallback(Callback):
         """Return whether a model without this callback would not load the model's state dict, or compute otherwise."""
         return not derived_by_others(model).keys().isdisjoint(self.replaced(model))
 
+    def restore_structure(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """Make the change that a checkpoint's model had undergone in training, if not yet made, when a fit resumes.
+
+        Each callback that keeps values by names of weights calls this for all others first.
+        """
+
+    def follow_names(self, model: nn.Module) -> None:
+        """Use the current names of weights in training: another callback has changed them."""
+
     def check_groups(self, groups: Sequence[TiedGroup]) -> None:
         """Raise a ConfigurationError if the callback cannot tie these groups."""
 

@@ -39,6 +39,13 @@ class TrainingPath:
         """Return the start and the integral."""
         return {"start": self.start, "integral": self.integral}
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give weights other names, by their former names, and leave out all others."""
+        self.weights = {name: self.weights[former] for former, name in names.items()}
+        self.start, self.integral = (
+            {name: values[former] for former, name in names.items()} for values in (self.start, self.integral)
+        )
+
     def before_step(self, optimized: set[nn.Parameter], scale: float) -> None:
         """Keep the gradients of an optimizer's parameters, which are those of the loss times a scale."""
         self._before = {

@@ -122,6 +122,9 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for other in callbacks_of(trainer):
+            if isinstance(other, TyingCallback):
+                other.restore_structure(trainer, pl_module)
         namesakes = [c for c in callbacks_of(trainer) if isinstance(c, PenaltyCallback) and c.name == self.name]
         self._log_class = type(self).__name__ if len(namesakes) > 1 else ""
         with acting_on(pl_module, self, callbacks_of(trainer)):

@@ -9,14 +9,14 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import optimizer_steps, reject_copies
+from tying.callbacks.base import TyingCallback, optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_count, listed
 from tying.hard import RelaxedGroup, WeightResidual, harden, relax, relaxed, set_residual_factor, tied, untie
 from tying.hard.relaxed import Init
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import is_logging_step, weights_to_prune
+from tying.lightning_workarounds import callbacks_of, is_logging_step, weights_to_prune
 from tying.mappings import from_mapping
 from tying.selection.index import unwrapped
 from tying.selection.tie import Tie, TiedGroup, parse_ties
@@ -187,12 +187,17 @@ class RelaxedTying(ModelTransform):
                 f"{self.label}: LBFGS keeps the residuals to itself, so that anneal cannot drop them: use another "
                 "optimizer, or leave anneal out"
             )
+        self.restore_structure(trainer, pl_module)
         self._relaxed, names = self._relaxed_in(pl_module), {*self.changed(pl_module)}
         self._factor = 1.0 if self._relaxed else 0.0
-        if self._is_resumed_hard:  # optimizer states are restored next, by position
-            self._harden(trainer, pl_module)
         self._hard_groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
         super().on_fit_start(trainer, pl_module)
+
+    @override
+    def restore_structure(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        if self._is_resumed_hard:  # optimizer states are restored next, by position
+            self._is_resumed_hard, self._relaxed = False, self._relaxed_in(model)
+            self._harden(trainer, model)
 
     @override
     def on_train_batch_start(
@@ -257,6 +262,9 @@ class RelaxedTying(ModelTransform):
         drop_parameters(trainer.optimizers, residuals)
         self._hard_groups = harden(model, self.changed(model))
         self._relaxed, self._factor = [], 0.0
+        for other in callbacks_of(trainer):
+            if isinstance(other, TyingCallback):
+                other.follow_names(model)
         pl.utilities.rank_zero_info(f"{self.label}: {self.describe(model)}")
 
     def _relaxed_in(self, model: nn.Module) -> list[RelaxedGroup]:
