@@ -149,7 +149,8 @@ class Loop:
                     f"{name!r} is called with a filled cache, {label!r}, which holds keys and values of its first pass "
                     "only. Call the model, and its generate, with use_cache=False"
                 )
-        further = [at for at, value in (*enumerate(args), *kwargs.items()) if at != place and is_same(value, hidden)]
+        positions: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        further = (at for at, value in positions if at != place and is_same(value, hidden))
         call = BlockCall(
             tuple(None if is_cache(label, value) else value for label, value in zip(labels, args, strict=True)),
             {label: None if is_cache(label, value) else value for label, value in kwargs.items()},
