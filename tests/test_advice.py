@@ -618,7 +618,7 @@ def test_a_model_without_data_is_refused(checkpoint, capsys):
 
 
 def test_the_notebook_runs():
-    notebook = json.loads((Path(__file__).parents[1] / "docs" / "what_may_i_tie.ipynb").read_text())
+    notebook = json.loads((Path(__file__).parents[1] / "docs" / "notebooks" / "what_may_i_tie.ipynb").read_text())
     scope = {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":

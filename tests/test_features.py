@@ -89,7 +89,7 @@ FEATURES = {
         "HM-LSTM": ("HMNetwork SlopeAnnealing", "hm_update HMLSTM SlopeAnnealing BoundaryPlot"),
         "dynamic hypernetwork": ("HyperLSTM", "HyperLSTM HyperLSTMCell"),
     },
-    "lightning": {
+    "compatibility": {
         "summary of ties": ("TyingSummary", "audit TyingSummary"),
         "log of gaps": ("TyingMonitor", "gap TyingMonitor"),
         "exact resume": ("RandomState", "RandomState"),
@@ -142,9 +142,9 @@ HEAD = """# Features
 
 Every feature, and the ways to use it: a function on any model, a module or class, a callback, a mixin, a configuration
 on top of `configs/base.yaml`, and the kept results that show it. `TyingMixin` takes any of the callbacks, several of a class
-too. [Compatibility](lightning.md) has a cell for each callback beside Lightning's features. A dash has its reason below.
+too. [Compatibility](compatibility.md) has a cell for each callback beside Lightning's features. A dash has its reason below.
 """
-TITLES = {"lightning": "Around training"}
+TITLES = {"compatibility": "Around training"}
 
 
 def settings(content, key=""):

@@ -71,7 +71,7 @@ def test_python_runs(page, code):
         model.configure_model()
         assert model.decoder[0].bias is model.decoder[1].bias
         assert len(model.configure_callbacks()) == 4
-    if page == "lightning" and "fabric" in scope:  # the loop pulls, and what is one stays one
+    if page == "compatibility" and "fabric" in scope:  # the loop pulls, and what is one stays one
         before = float(scope["penalty"]().detach())
         for _ in range(3):
             scope["optimizer"].zero_grad()
