@@ -1,4 +1,4 @@
-"""Lines of a figure that a reader can tell apart, also in grey."""
+"""Figures that a reader can read at the width of a page, and lines in them that differ also in grey."""
 
 from __future__ import annotations
 
@@ -6,16 +6,38 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tying.extras import extra
+
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
+WIDTH = 7.0  # inches, at most: a wider figure is shrunk, with its letters
+DPI = 120
+SMALL = 7.5  # points, the smallest letters
 COLORS = 10  # of matplotlib's own cycle
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "x", "D", "v", "P", "*")  # 8 markers and 5 dashes: 40 pairs, whatever the colors
-WIDTH = 7.0  # inches, at most: a README shows no more without making the letters smaller
-SMALL = 7.5  # points, the smallest letters
 LEGEND: dict[str, Any] = {"fontsize": SMALL, "handlelength": 5.0}  # long enough for two dashes
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure without a window, which needs no display.
+
+    Args:
+        width: width in inches.
+        height: height in inches.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+
+    Example:
+        >>> new_figure(7, 4).axes
+        []
+    """
+    with extra("plots"):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -36,13 +58,12 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
     """Add a legend below everything else, in as many columns as fit, and make the figure taller by its rows.
 
     Args:
-        figure: a figure with constrained layout.
+        figure: a figure of :func:`new_figure`.
         handles: what the legend explains.
         labels: the words for it.
 
     Example:
-        >>> from matplotlib.figure import Figure
-        >>> figure = Figure(figsize=(7, 4), layout="constrained")
+        >>> figure = new_figure(7, 4)
         >>> legend_below(figure, figure.subplots().plot([1, 2]), ["largest gap"])
         >>> [text.get_text() for text in figure.legends[0].get_texts()], figure.get_figheight() > 4
         (['largest gap'], True)

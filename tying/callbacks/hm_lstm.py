@@ -1,10 +1,9 @@
 """Callbacks for hierarchical multiscale LSTMs: anneal the slope in training, and plot detected boundaries."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -12,8 +11,12 @@ from typing_extensions import override
 from tying.callbacks.base import Callback, picture_folder
 from tying.depth import HMLSTM, HMOutput
 from tying.errors import ConfigurationError, check_range
+from tying.figures import new_figure
 from tying.files import save_figure
 from tying.lightning_namespace import pl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 
 class SlopeAnnealing(Callback):
@@ -140,7 +143,7 @@ class BoundaryPlot(Callback):
             self._hook.remove()
 
 
-def boundary_figure(text: str, boundaries: Tensor) -> Figure:
+def boundary_figure(text: str, boundaries: Tensor) -> "Figure":
     """Return a figure of a text and, below each character, of its boundaries.
 
     Args:
@@ -150,7 +153,7 @@ def boundary_figure(text: str, boundaries: Tensor) -> Figure:
     layers = boundaries.shape[1]
     height = 1 + 0.5 * layers  # of a line
     lines = -(-len(text) // LINE)
-    figure = Figure(figsize=(0.12 * LINE + 0.4, 0.22 * height * lines + 0.5), layout="constrained")
+    figure = new_figure(0.12 * LINE + 0.4, 0.22 * height * lines + 0.5)
     axes = figure.add_subplot(xlim=(-1, LINE), ylim=(-height * lines, 0.7))
     axes.axis("off")
     for position, letter in enumerate(text.translate(BLANKS)):

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
 from tying.errors import ConfigurationError
+from tying.figures import new_figure
 from tying.files import save_figure
 from tying.hard.low_rank import least_squares, numerical_rank
 from tying.selection.index import clean_name
@@ -288,14 +289,12 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
     Raises:
         ConfigurationError: no weight is a mixture.
     """
-    from matplotlib.figure import Figure
-
     banks: dict[TemplateBank, list[tuple[str, Tensor]]] = {}
     for name, (layer, bank) in mixtures(model).items():
         banks.setdefault(bank, []).append((name, layer.get_parameter("original")))
     if not banks:
         raise ConfigurationError("no weight of the model is a mixture of templates")
-    figure = Figure(figsize=(4 * len(banks), 4), layout="constrained")
+    figure = new_figure(4 * len(banks), 4)
     for axes, layers in zip(figure.subplots(1, len(banks), squeeze=False)[0], banks.values(), strict=True):
         names, coefficients = zip(*layers, strict=True)
         image = axes.imshow(layer_similarity(coefficients).cpu().float().numpy(), vmin=0, vmax=1)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -15,6 +14,7 @@ from tying.callbacks.base import Callback, picture_folder
 from tying.depth import Recurrent
 from tying.depth.loop import loops_in
 from tying.errors import ConfigurationError
+from tying.figures import new_figure
 from tying.files import save_figure
 from tying.lightning_namespace import pl
 from tying.weights.calibration import call
@@ -81,7 +81,7 @@ class Unrolling(Callback):
             pl_module.log(f"test/steps{extra:+d}/{self._metric}", value)
         if folder := picture_folder(trainer):
             units = ["steps"] * bool(_recurrents(pl_module)) + ["passes"] * bool(loops_in(pl_module))
-            figure = Figure(figsize=(5, 3.8), layout="constrained")
+            figure = new_figure(5, 3.8)
             axes = figure.subplots()
             axes.plot([*values], [float(value) for value in values.values()], marker=".")
             axes.axvline(0, color="grey", linewidth=0.8)
