@@ -1,6 +1,7 @@
 """Callbacks for hierarchical multiscale LSTMs: anneal the slope in training, and plot detected boundaries."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import Callback, picture_folder
+from tying.callbacks.base import Callback, counted
+from tying.callbacks.figures import log_figure
 from tying.depth import HMLSTM, HMOutput
 from tying.errors import ConfigurationError, check_range
-from tying.files import save_figure
 from tying.lightning_namespace import pl
 
 
@@ -43,10 +44,17 @@ class SlopeAnnealing(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # also here: a run that resumes within an epoch has no first batch
-        layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
-        if not layers:
+        self._set_slope(trainer)
+        layers, slope = counted(len(self._layers), "layer"), self._layers[0].slope
+        pl.utilities.rank_zero_info(
+            f"SlopeAnnealing: {layers}, slope {slope:g}, plus {self.rate:g} an epoch up to {self.maximum:g}"
+        )
+
+    def _set_slope(self, trainer: pl.Trainer) -> None:
+        self._layers = [module for module in trainer.lightning_module.modules() if isinstance(module, HMLSTM)]
+        if not self._layers:
             raise ConfigurationError("SlopeAnnealing: the model has no tying.depth.HMLSTM")
-        for layer in layers:
+        for layer in self._layers:
             layer.slope = min(self.maximum, 1 + self.rate * trainer.current_epoch)
 
     @override
@@ -54,7 +62,7 @@ class SlopeAnnealing(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:  # Lightning skips on_train_epoch_start in a run that resumes at the end of an epoch
-            self.on_train_start(trainer, pl_module)
+            self._set_slope(trainer)
 
 
 LINE = 80  # characters
@@ -64,8 +72,9 @@ BLANKS = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
 class BoundaryPlot(Callback):
     """Draw the boundaries that a :class:`tying.depth.HMLSTM` finds in the first characters of the test text.
 
-    Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that detects a
-    boundary there. Logs the fraction of steps with a boundary for each layer, as ``test/boundaries/1`` and so on.
+    The picture ``boundaries`` (see :func:`tying.callbacks.figures.log_figure`) has, below each character, a mark for
+    each layer that detects a boundary there. Logs the fraction of steps with a boundary for each layer, as
+    ``test/boundaries/1`` and so on.
 
     Args:
         characters: number of characters to draw, from the first sample of the first batch and of the following batches.
@@ -123,12 +132,11 @@ class BoundaryPlot(Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for layer, count in enumerate(self._sum / self._steps, start=1):
             pl_module.log(f"test/boundaries/{layer}", count, sync_dist=True)
-        if folder := picture_folder(trainer):
-            ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
-            text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph")  # matplotlib draws a box for a character that the font lacks
-                save_figure(boundary_figure(text, marks), folder / "boundaries.png")
+        ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
+        text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # matplotlib draws a box for a character that the font lacks
+            log_figure(trainer, partial(boundary_figure, text, marks), "boundaries")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

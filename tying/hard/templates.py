@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from tying.files import save_figure
 from tying.hard.low_rank import least_squares, numerical_rank
 from tying.selection.index import clean_name
 from tying.weights.replace import parametrize_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 
 def mix_templates(templates: Tensor, coefficients: Tensor) -> Tensor:
@@ -288,6 +292,15 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
     Raises:
         ConfigurationError: no weight is a mixture.
     """
+    save_figure(similarity_figure(model), path)
+
+
+def similarity_figure(model: nn.Module) -> "Figure":
+    """Return a figure with the similarity matrix of the layers of each bank of a model.
+
+    Raises:
+        ConfigurationError: no weight is a mixture.
+    """
     from matplotlib.figure import Figure
 
     banks: dict[TemplateBank, list[tuple[str, Tensor]]] = {}
@@ -301,4 +314,4 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
         image = axes.imshow(layer_similarity(coefficients).cpu().float().numpy(), vmin=0, vmax=1)
         axes.set(title=f"{names[0]} … {names[-1]}", xlabel="layer", ylabel="layer")
     figure.colorbar(image, ax=figure.axes, label="similarity")
-    save_figure(figure, path)
+    return figure

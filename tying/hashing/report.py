@@ -115,13 +115,8 @@ class HashReport:
 
     def counts(self) -> str:
         """Return the numbers of weights, values, tables and entries as one line."""
-        count, tables = len(self.weights), len({weight.holder for weight in self.weights})
-        verb = "has" if count == 1 else "share" if tables < count else "have"
-        shared = "a table" if tables == 1 else f"{tables} tables with a total"
-        return (
-            f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) {verb} {shared} of {self.stored:,} entries "
-            f"(ratio {self.stored / max(1, self.virtual):.3g})"
-        )
+        tables = len({weight.holder for weight in self.weights})
+        return _counts(len(self.weights), self.virtual, tables, self.stored)
 
     def __str__(self) -> str:
         lines = [self.counts()]
@@ -215,6 +210,32 @@ def report(
         skipped=(*skipped,),
         tied=(*tied,),
         unfit=(*unfit,),
+    )
+
+
+def table_counts(model: nn.Module, names: Container[str] | None = None) -> str:
+    """Return the numbers of hashed weights, values, tables and entries of a model as one line.
+
+    Args:
+        model: any module.
+        names: names of the weights to include; by default, the first name of each weight.
+
+    Example:
+        >>> from tying.hashing import HashedLinear, ModulusHash
+        >>> table_counts(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash())))
+        '1 weight (16 values) has a table of 4 entries (ratio 0.25)'
+    """
+    tables = tables_in(model, names)
+    values = [virtual.shape.numel() for group in tables.values() for virtual in group.values()]
+    return _counts(len(values), sum(values), len(tables), sum(group[name].table_size for name, group in tables.items()))
+
+
+def _counts(weights: int, values: int, tables: int, entries: int) -> str:
+    verb = "has" if weights == 1 else "share" if tables < weights else "have"
+    shared = "a table" if tables == 1 else f"{tables} tables with a total"
+    return (
+        f"{weights} weight{'s' * (weights != 1)} ({values:,} values) {verb} {shared} of {entries:,} entries "
+        f"(ratio {entries / max(1, values):.3g})"
     )
 
 
