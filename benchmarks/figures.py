@@ -25,7 +25,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLoca
 
 from benchmarks.inference import moments
 from benchmarks.labels import name_points
-from benchmarks.quantities import QUANTITIES, quantity
+from benchmarks.quantities import QUANTITIES, in_common, quantity
 from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import save_figure
 
@@ -67,7 +67,6 @@ class Plot:
     @property
     def title(self) -> str:
         """What is to be seen, in words."""
-        names = [quantity(metric).name for metric in self.metrics]
         x = self.label.partition(":")[0] or quantity(self.x).name
         if self.lines != "run":
             shown = f"a line for each value of {self.lines}"
@@ -76,7 +75,7 @@ class Plot:
             shown = f"{first} as a line, {', '.join(others)} as points"
         else:
             shown = "a point for each setting"
-        return f"{_upper(' and '.join(names))} against {x}: {shown}"
+        return f"{_upper(in_common(self.metrics).name)} against {x}: {shown}"
 
 
 class Point(NamedTuple):
@@ -128,8 +127,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         across = x_spreads if any(x_spreads) else None
         bars[name] = axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=name, capsize=2, **style)
     _scale(axes, plot, [point.x for point in shown])
-    ylabel = " and ".join(quantity(metric).label for metric in plot.metrics)
-    axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=ylabel)
+    axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=in_common(plot.metrics).label)
     if bars and (plot.families or not by_run):
         legend_below(figure, [*bars.values()], [*bars])
     if by_run:
@@ -177,7 +175,7 @@ def _scale(axes: Axes, plot: Plot, xs: Sequence[float]) -> None:
     elif plot.x == "parameters":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     elif plot.log and plot.x not in QUANTITIES and len(values) <= TICKS:
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks(values, [f"{value:,.10g}" for value in values])
     if plot.log:
         axes.xaxis.set_minor_locator(NullLocator())
 

@@ -65,8 +65,8 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
     Example:
         >>> figure = new_figure(7, 4)
         >>> legend_below(figure, figure.subplots().plot([1, 2]), ["largest gap"])
-        >>> [text.get_text() for text in figure.legends[0].get_texts()], figure.get_figheight() > 4
-        (['largest gap'], True)
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['largest gap']
     """
     handle, letter, line = 0.85, 0.058, 0.17  # inches: width of a handle with its margins, and of a letter; height
     columns = int(figure.get_figwidth() / (handle + letter * max(map(len, labels), default=1)))
