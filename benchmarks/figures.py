@@ -112,7 +112,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     bears its setting's name. Where a value is not finite, there is no point.
     """
     by_run = plot.lines == "run"
-    figure = new_figure(WIDTH, 4.6 if by_run else 3.6)
+    figure = new_figure(WIDTH, 4.6 if by_run else 3.6, plot.title)
     axes = figure.subplots()
     bars: dict[str, Artist] = {}
     shown: list[Point] = []
@@ -206,7 +206,7 @@ def has_curves(rows: Sequence[Row]) -> bool:
 def draw_curves(rows: Sequence[Row], metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
     settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
-    figure = new_figure(WIDTH, 3.2)
+    figure = new_figure(WIDTH, 3.2, f"{_upper(in_common(metrics).name)} of each setting by {x}")
     lines: dict[str, Artist] = {}
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
@@ -234,7 +234,8 @@ def draw_outcomes(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> No
     lines = lines_of(rows, "run")
     known = {metric: len({row["run"] for row in final(rows) if row.get(metric)}) for metric in metrics}
     shown = [metric for metric in metrics if 2 * known[metric] >= len(lines)][:PANELS]  # of most settings
-    figure = new_figure(WIDTH, 0.9 + 0.19 * len(lines))
+    height = 0.9 + 0.19 * len(lines)
+    figure = new_figure(WIDTH, height, f"{_upper(in_common(shown).name)} of each setting after training")
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False, sharey=True)[0]
     panels[0].set_yticks(range(len(lines)), [_spaced(setting) for setting in lines], fontsize=SMALL)
     panels[0].set_ylim(len(lines) - 0.5, -0.5)

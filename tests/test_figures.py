@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -14,11 +15,12 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
-from benchmarks import hybrid_toy, report
+from benchmarks import evidence, experiment, hybrid_toy, report
 from benchmarks.declared import load, suites
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
@@ -28,7 +30,9 @@ from tying.callbacks import Unrolling
 from tying.callbacks.hm_lstm import boundary_figure
 from tying.callbacks.observers.unrolling import unrolling_figure
 from tying.depth import Recurrent, Residual
-from tying.figures import SMALL, WIDTH
+from tying.errors import ConfigurationError
+from tying.figures import SMALL, WIDTH, new_figure
+from tying.files import save_figure
 from tying.hard import layer_similarity, plot_similarity, share_templates
 from tying.hard.templates import similarity_figure
 from tying.hashing import ModulusHash, hash_weights, plot_loads
@@ -372,6 +376,7 @@ def test_every_figure_can_be_read(name, saved, monkeypatch, tmp_path):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     assert figure.get_figwidth() <= WIDTH
+    assert len(str(figure.get_label()).split()) > 3
     panels = [axes for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]
     for axes in panels:
         assert len(panels) == 1 or any(axes.get_title(loc=side) for side in ("left", "center", "right"))
@@ -430,6 +435,33 @@ def in_grey(artist):
     if isinstance(artist, PathCollection):
         return artist.get_paths()[0].vertices.tobytes(), float(artist.get_sizes()[0])
     return type(artist).__name__
+
+
+def test_kept_results_are_drawn_again(tmp_path, saved):
+    """Of all epochs where an archive has them, else of the last; not of an archive with other results."""
+    (tmp_path / "runs").mkdir()
+    for kept in ("autoencoder.csv", "runs/autoencoder.tar.xz"):
+        shutil.copy(report.RESULTS / kept, tmp_path / kept)
+    assert experiment.redraw("autoencoder", tmp_path) == [tmp_path / "autoencoder.png"]
+    assert {len(line.get_xdata()) for line in saved[0].axes[0].lines} == {12}
+    table = (tmp_path / "autoencoder.csv").read_text()
+    (tmp_path / "autoencoder.csv").write_text(table.replace("0.1", "0.2", 1))
+    with pytest.raises(ConfigurationError, match=r"autoencoder\.tar\.xz has other results than .*autoencoder\.csv"):
+        experiment.redraw("autoencoder", tmp_path)
+    (tmp_path / "runs" / "autoencoder.tar.xz").unlink()
+    experiment.redraw("autoencoder", tmp_path)
+    assert len(saved[1].axes[0].containers) == 2
+    with pytest.raises(ConfigurationError, match=r"there is no .*soft\.csv"):
+        experiment.redraw("soft", tmp_path)
+
+
+def test_a_file_says_what_its_figure_shows(tmp_path):
+    """For the alternative text of pages: the words of every figure that is kept."""
+    save_figure(new_figure(1, 1, "Gap by step"), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.info["Title"] == "Gap by step"
+    for picture in report.RESULTS.glob("*.png"):
+        assert len(evidence.description(picture).split()) > 3, picture
 
 
 @pytest.mark.parametrize("suite", suites())
