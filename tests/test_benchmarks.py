@@ -12,6 +12,7 @@ from benchmarks.speed import growth as speed_growth
 from benchmarks.speed import hard as speed_hard
 from benchmarks.speed import harness as speed_harness
 from benchmarks.speed import hashing as speed_hashing
+from benchmarks.speed import imports as speed_imports
 from benchmarks.speed import recurrent as speed_recurrent
 from benchmarks.speed import scale as speed_scale
 from benchmarks.speed import soft as speed_soft
@@ -52,6 +53,15 @@ def test_speed_of_data(monkeypatch, capsys):
     monkeypatch.setattr(speed_data, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
     assert benchmarks.main(["speed", "data"]) == 0
     assert "| tying.data.CIFAR10, in memory " in capsys.readouterr().out
+
+
+def test_speed_of_imports(monkeypatch, capsys):
+    """Whether the ratio is small enough depends on the machine; tests/test_imports.py holds what is imported."""
+    seconds = {"torch": 2.0, "tying": 2.1}
+    monkeypatch.setattr(speed_imports, "PEERS", {"torch": "torch", "tying": "torch"})
+    monkeypatch.setattr(speed_imports, "seconds_of", seconds.__getitem__)
+    assert benchmarks.main(["speed", "imports"]) == 0
+    assert "| import tying | 2.10 | 1.05 (1.05–1.05) | torch |" in capsys.readouterr().out
 
 
 def test_speed_of_depth(monkeypatch, capsys):
