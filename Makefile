@@ -49,7 +49,7 @@ lint: install
 	$(BIN)/mypy
 
 demo: install
-	$(BIN)/python -W ignore -m benchmarks demo
+	$(BIN)/tying demo
 
 docs: install
 	rm -rf build/pages build/site

@@ -159,7 +159,7 @@ def test_make_targets_exist():
     assert "pytest" in dry.stdout
     assert "mkdocs build --strict" in dry.stdout
     assert "--quiet" not in dry.stdout.partition("mkdocs")[2].partition("\n")[0]  # it silences what strict counts
-    assert "benchmarks demo" in dry.stdout
+    assert "tying demo" in dry.stdout
 
 
 def test_results_are_up_to_date():

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tying.advice.plans import Plan
+from tying.figures import new_figure
 from tying.files import atomically, save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # a slow import
+    from matplotlib.figure import Figure  # an optional package
 
 ROWS = 20  # of the groups, in print
 LOST = 1.0  # the error of outputs of zero
@@ -143,9 +144,7 @@ class Advice:
 
     def figure(self) -> Figure:
         """Plot the bytes that each group and plan saves against the error of the outputs."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure(7, 4.5)
         axes = figure.subplots()
         lowered = [(row.saved_bytes, row.low_rank_error) for row in self.groups if row.low_rank_error is not None]
         tied = [(row.saved_bytes, row.error) for row in self.groups]

@@ -2,10 +2,9 @@
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -14,7 +13,11 @@ from tying.callbacks.base import Callback, counted
 from tying.callbacks.figures import log_figure
 from tying.depth import HMLSTM, HMOutput
 from tying.errors import ConfigurationError, check_range
+from tying.figures import MARKERS, SMALL, WIDTH, legend_below, new_figure
 from tying.lightning_namespace import pl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 
 class SlopeAnnealing(Callback):
@@ -148,7 +151,7 @@ class BoundaryPlot(Callback):
             self._hook.remove()
 
 
-def boundary_figure(text: str, boundaries: Tensor) -> Figure:
+def boundary_figure(text: str, boundaries: Tensor) -> "Figure":
     """Return a figure of a text and, below each character, of its boundaries.
 
     Args:
@@ -158,15 +161,16 @@ def boundary_figure(text: str, boundaries: Tensor) -> Figure:
     layers = boundaries.shape[1]
     height = 1 + 0.5 * layers  # of a line
     lines = -(-len(text) // LINE)
-    figure = Figure(figsize=(0.12 * LINE + 0.4, 0.22 * height * lines + 0.5), layout="constrained")
+    figure = new_figure(WIDTH, 0.22 * height * lines + 0.2)
     axes = figure.add_subplot(xlim=(-1, LINE), ylim=(-height * lines, 0.7))
     axes.axis("off")
     for position, letter in enumerate(text.translate(BLANKS)):
         line, column = divmod(position, LINE)
-        axes.text(column, -height * line, letter, family="monospace", size=7, ha="center", parse_math=False)
+        axes.text(column, -height * line, letter, family="monospace", size=SMALL, ha="center", parse_math=False)
     for layer in range(layers):
         positions = boundaries[:, layer].nonzero().flatten()
         heights = -height * (positions // LINE) - 0.35 - 0.5 * layer
-        axes.plot(positions % LINE, heights, "s", color=f"C{layer}", markersize=2.5, label=f"layer {layer + 1}")
-    axes.legend(loc="lower right", ncols=layers, fontsize="x-small", frameon=False, bbox_to_anchor=(1, 1))
+        style = {"color": f"C{layer}", "marker": MARKERS[layer % len(MARKERS)], "markersize": 3}
+        axes.plot(positions % LINE, heights, linestyle="none", label=f"boundaries of layer {layer + 1}", **style)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure

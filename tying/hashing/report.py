@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tying.errors import ConfigurationError
+from tying.figures import new_figure
 from tying.files import save_figure
 from tying.hashing.parametrization import HashedParametrization, repeated_units
 from tying.weights.derived import derived_weights
 from tying.weights.report import WeightRow
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # a slow import
+    from matplotlib.figure import Figure  # an optional package
 
 
 def loads(index: Tensor, table_size: int) -> Tensor:
@@ -276,11 +277,9 @@ def loads_figure(counts: Mapping[str, Tensor]) -> "Figure":
     Raises:
         ConfigurationError: there are no loads.
     """
-    from matplotlib.figure import Figure
-
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    figure = Figure(figsize=(6.8, 2.9 * len(counts)), layout="constrained")
+    figure = new_figure(6.8, 2.9 * len(counts))
     for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)

@@ -1,13 +1,18 @@
 """Plot how far apart tied weights are, and the mixture that is the prior of weights."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from tying.figures import LEGEND, line_style
+from tying.figures import LEGEND, line_style, new_figure
 from tying.soft.mixture import GaussianMixturePrior
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 BINS = 200
 MARKED = 20  # points of a line that bear a marker, at most
@@ -27,7 +32,7 @@ def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) 
     title = "Distance of tied weights from their mean"
     if len(furthest) < len(gaps):
         title += f": the {len(furthest)} of {len(gaps)} groups that end furthest apart"
-    figure = Figure(figsize=(7, 3.6 + 0.16 * len(furthest)), layout="constrained")
+    figure = new_figure(7, 3.6 + 0.16 * len(furthest))
     axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap")
     axes.set_title(title, fontsize="small")
     axes.plot(*zip(*sorted(largest.items()), strict=True), color="0.8", linewidth=4, label="largest of all groups")
@@ -46,7 +51,7 @@ def importance_figure(means: Mapping[str, float], title: str = "") -> Figure:
         means: mean importance of a layer's weights, by the name of the layer.
         title: title of the figure.
     """
-    figure = Figure(figsize=(7, 1.4 + 0.2 * len(means)), layout="constrained")
+    figure = new_figure(7, 1.4 + 0.2 * len(means))
     axes = figure.add_subplot(xlabel="mean importance of the layer's weights", title=title)
     axes.barh(range(len(means)), [*means.values()], color="C0")
     axes.set_yticks(range(len(means)), [*means], fontsize="x-small")
@@ -72,7 +77,7 @@ def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = ""
     below = torch.special.ndtr((edges - means[:, None]) / log_stds.exp()[:, None])  # cumulative distributions
     expected = len(flat) * log_proportions.exp()[:, None] * below.diff(dim=1)
     middle = (edges[1:] + edges[:-1]) / 2
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
     axes = figure.add_subplot(xlabel="weight", ylabel="weights", title=title, yscale="log", ylim=(0.5, 2.0 * len(flat)))
     axes.hist(flat.numpy(), bins=edges.tolist(), color="0.75", label="weights")
     axes.plot(middle, expected.sum(dim=0), color="C3", label="mixture")

@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -17,8 +16,14 @@ from tying.callbacks.figures import log_figure
 from tying.depth import Recurrent
 from tying.depth.loop import loops_in
 from tying.errors import ConfigurationError
+from tying.figures import legend_below, new_figure
 from tying.lightning_namespace import pl
 from tying.weights.calibration import call
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
+
+UNITS = {"accuracy": "fraction correct", "bits": "bits per character", "loss": "mean"}
 
 
 class Unrolling(Callback):
@@ -85,7 +90,7 @@ class Unrolling(Callback):
         log_figure(trainer, partial(unrolling_figure, scores, units, self._metric), "unrolling")
 
 
-def unrolling_figure(scores: Mapping[int, float], units: str, metric: str) -> Figure:
+def unrolling_figure(scores: Mapping[int, float], units: str, metric: str) -> "Figure":
     """Plot what a model scores against its numbers of steps.
 
     Args:
@@ -93,11 +98,13 @@ def unrolling_figure(scores: Mapping[int, float], units: str, metric: str) -> Fi
         units: what the steps are, such as ``"passes"``.
         metric: name of the metric.
     """
-    figure = Figure(figsize=(5, 3.8), layout="constrained")
+    figure = new_figure(5, 3.6)
     axes = figure.subplots()
-    axes.plot([*scores], [*scores.values()], marker=".")
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel=f"{units} beyond those of training", ylabel=f"test {metric}")
+    axes.plot([*scores], [*scores.values()], marker="o", label="test")
+    axes.axvline(0, color="grey", linewidth=0.8, linestyle="--", label="as in training")
+    axes.set(xlabel=f"{units} beyond those of training (number)", ylabel=f"test {metric} ({UNITS[metric]})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
