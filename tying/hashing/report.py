@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tying.errors import ConfigurationError
-from tying.figures import new_figure
+from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
 from tying.hashing.parametrization import HashedParametrization, repeated_units
 from tying.weights.derived import derived_weights
@@ -279,15 +279,17 @@ def loads_figure(counts: Mapping[str, Tensor]) -> "Figure":
     """
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    figure = new_figure(6.8, 2.9 * len(counts))
+    figure = new_figure(WIDTH, 3.0 * len(counts))
     for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
-        figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
-        heat.set(xticks=[], yticks=[])
+        figure.colorbar(
+            heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="load (weights that read the entry)"
+        )
+        heat.set(xticks=[], yticks=[], xlabel=f"entries of the table, {side} in a row", ylabel="rows")
         heat.set_title(title, fontsize="small", loc="left", wrap=True)
         bars.hist(uses.numpy(), bins=load_bins(uses))
-        bars.set(xlabel="weights that use an entry", ylabel="entries")
+        bars.set(xlabel="load (weights that read an entry)", ylabel="number of entries")
         bars.set_title(
             f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats", fontsize="small", loc="right"
         )
