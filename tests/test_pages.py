@@ -205,7 +205,7 @@ def test_make_targets_exist():
     assert "pytest" in dry.stdout
     [building] = [line for line in dry.stdout.splitlines() if "sphinx" in line]
     assert "--fail-on-warning" in building
-    assert "benchmarks demo" in dry.stdout
+    assert "tying demo" in dry.stdout
 
 
 def test_results_are_up_to_date():

@@ -115,7 +115,7 @@ def misread(page):
 def site():
     """Every page of the site that ``make docs`` builds, by its path."""
     tools = f"BIN={Path(sys.executable).parent}"
-    command = ["make", "--old-file=install", "docs", tools]  # with the packages that are here
+    command = ["make", "--old-file=tools", "docs", tools]  # with the packages that are here
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
     assert "WARNING" not in made.stdout + made.stderr

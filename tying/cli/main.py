@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``inspect``, ``advise`` and ``bake``."""
+"""The command line: LightningCLI with ``inspect``, ``advise``, ``bake`` and ``demo``."""
 
 import os
 import sys
@@ -17,8 +17,8 @@ import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
+from tying.cli import bake, demo
 from tying.cli.advise import batches_of, prepare
-from tying.cli.bake import HELP, bake_parser, export
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError, check_count
@@ -113,17 +113,18 @@ class SaveConfig(pl.cli.SaveConfigCallback):
 
 
 class Parser(pl.cli.LightningArgumentParser):
-    """Lightning's parser, with the subcommand ``bake``, which needs neither trainer nor model."""
+    """Lightning's parser, with the subcommands ``bake`` and ``demo``, which need neither trainer nor model."""
 
     @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         subcommands = super().add_subcommands(*args, **kwargs)
-        subcommands.add_subcommand("bake", bake_parser(), help=HELP)
+        subcommands.add_subcommand("bake", bake.bake_parser(), help=bake.HELP)
+        subcommands.add_subcommand("demo", demo.demo_parser(), help=demo.HELP)
         return subcommands
 
 
 class TyingCLI(pl.cli.LightningCLI):
-    """LightningCLI for any LightningModule and any LightningDataModule, with ``inspect``, ``advise`` and ``bake``.
+    """LightningCLI for any LightningModule and LightningDataModule, with ``inspect``, ``advise``, ``bake``, ``demo``.
 
     Hyperparameters stored in the checkpoint are ignored; your config decides.
     """
@@ -163,8 +164,11 @@ class TyingCLI(pl.cli.LightningCLI):
     def instantiate_classes(self) -> None:
         if self.subcommand == "bake":
             options = self.config.bake
-            export(options.ckpt, options.out, options.config, load)
+            bake.export(options.ckpt, options.out, options.config, load)
             self.subcommand = None  # nothing is left to run
+        elif self.subcommand == "demo":
+            demo.demo(self.config.demo.out, self.config.demo.epochs, parse)
+            self.subcommand = None
         else:
             super().instantiate_classes()
 
