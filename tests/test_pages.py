@@ -100,7 +100,7 @@ class LanguageModel(pl.LightningModule):
 
 @NO_TENSORBOARD
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-@pytest.mark.parametrize(("page", "code"), blocks_of_pages("python", but=["README"]))
+@pytest.mark.parametrize(("page", "code"), blocks_of_pages("python", but=["README", "recipes"]))  # of test_recipes.py
 def test_python_runs(page, code):
     exec(code, scope := {"__name__": page})
     if "Model" in scope and page == "compatibility":
@@ -119,10 +119,7 @@ def test_python_runs(page, code):
         assert layer3[1].branch.conv2.weight is layer3[2].branch.conv2.weight
 
 
-@pytest.mark.parametrize(
-    ("page", "text"),
-    blocks_of_pages("yaml", but=["extending", "start"]),
-)
+@pytest.mark.parametrize(("page", "text"), blocks_of_pages("yaml", but=["extending", "recipes", "start"]))
 def test_yaml_runs(page, text, tmp_path):
     whole = text if text.startswith("trainer:") else "trainer:\n  callbacks+:\n" + text
     (tmp_path / "own.yaml").write_text(whole)
