@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     speed.add_argument("--turns", type=int, default=5, help="measurements of each checkout, with --against")
     restore = commands.add_parser("restore", help="put a suite's kept runs where runs are, to go on from them")
     sizes = commands.add_parser("sizes", help="measure anew the bytes of a suite's models, without training them")
+    redraw = commands.add_parser("redraw", help="draw the pictures of kept results again, without running anything")
+    redraw.add_argument("results", nargs="*", metavar="RESULTS", help="such as 'soft'; by default, all of suites")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
     run.add_argument("suite", metavar="SUITE", help=told)
@@ -84,6 +86,9 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
         for page in PAGES:
             write(page, paste(page.read_text()))
         write(RESULTS / "README.md", evidence.markdown())
+    elif known.command == "redraw":
+        for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
+            print("Written:", *experiment.redraw(name))
     elif known.command == "restore":
         sweep = experiment.prepare(known.suite, known.out, known.data)
         restored = unpack(_archive(sweep), sweep.out)
