@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SUITE := -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-.PHONY: install test test-slow test-oldest test-newest survival fuzz lint demo docs speed clean
+.PHONY: install test test-slow test-oldest test-newest survival fuzz lint demo docs site-test speed clean
 
 install: .venv/installed
 
@@ -52,11 +52,12 @@ demo: install
 	$(BIN)/python -W ignore -m benchmarks demo
 
 docs: install
-	rm -rf build/pages build/site
-	mkdir -p build/pages/benchmarks
-	cp -r README.md CHANGELOG.md LICENSE docs configs build/pages
-	cp -r benchmarks/*.md benchmarks/results benchmarks/suites build/pages/benchmarks
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # the theme's notice is no warning of these pages
+	rm -rf build/doctrees build/site
+	$(BIN)/python -m sphinx --fail-on-warning --quiet --jobs 2 --conf-dir docs --doctree-dir build/doctrees . build/site
+
+site-test: docs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest tests/site_in_browser.py
 
 speed: install
 	$(BIN)/python -m benchmarks speed

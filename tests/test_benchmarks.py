@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import evidence, machine, report
+from benchmarks import machine, report
 from benchmarks.speed import against
 from benchmarks.speed import data as speed_data
 from benchmarks.speed import depth as speed_depth
@@ -202,7 +202,7 @@ def test_paste_of_a_figure_and_a_verdict(tmp_path):
         report.paste("<!-- claim x :: soft ties --><!-- end -->")
 
 
-def test_a_report_of_all_that_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_page_of_all_that_is_kept(tmp_path, monkeypatch):
     report.write(tmp_path / "results" / "soft.md", RESULT)
     report.write(tmp_path / "results" / "mine.md", RESULT)
     for name in ("soft_strength", "softer"):
@@ -212,7 +212,6 @@ def test_a_report_of_all_that_is_kept(tmp_path, monkeypatch, capsys):
         page.write_text(
             f"# {page.stem}\n\n## Soft tying\n\n[row](results/soft.md) <!-- cell soft :: soft :: accuracy --><!-- end -->"
         )
-    monkeypatch.setattr(evidence, "GUIDANCE", pages[1:])
     monkeypatch.setattr(benchmarks, "PAGES", pages)
     assert benchmarks.main(["readme"]) == 0
     assert all("-->0.5<!--" in page.read_text() for page in pages)
@@ -225,16 +224,6 @@ def test_a_report_of_all_that_is_kept(tmp_path, monkeypatch, capsys):
     assert "### mine" in written
     assert "softer" not in written
     assert "Not kept yet: demo, " in written
-    assert benchmarks.main(["report"]) == 0
-    page = (tmp_path / "runs" / "report.html").read_text()
-    assert "<td>soft</td>" in page
-    assert page.count("data:image/png;base64,") == 1
-    ids = re.findall(r'id="(.*?)"', page)
-    assert {*re.findall(r'href="#(.*?)"', page)} == {"soft", "guide", "papers", "soft-tying", "others"}
-    assert all(ids.count(one) == 1 for one in {*re.findall(r'href="#(.*?)"', page)})
-    assert ".md" not in page
-    assert benchmarks.main(["report", "--seeds=2"]) == 2
-    assert "--seeds: of which suite?" in capsys.readouterr().err
 
 
 def test_speed_by_size(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What is shipped: the archives, and the site of the pages."""
+"""What is shipped: the archives."""
 
 import os
 import subprocess
@@ -62,11 +62,3 @@ def test_the_source_archive_holds_what_its_tests_need(archives):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert tracked  # by git
     assert {*tracked} - names == set()
-
-
-def test_the_site_is_built(tmp_path):
-    tools = Path(sys.executable).parent
-    done = subprocess.run(["make", "-o", "install", f"BIN={tools}", "docs"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    api = (ROOT / "build" / "site" / "docs" / "api" / "index.html").read_text()
-    assert 'id="tying.soft.TyingPenalty"' in api
