@@ -123,9 +123,10 @@ def test_python_runs(page, code):
 def test_yaml_runs(page, text, tmp_path):
     whole = text if text.startswith("trainer:") else "trainer:\n  callbacks+:\n" + text
     (tmp_path / "own.yaml").write_text(whole)
-    model = "--model=Autoencoder" if "encoder." in text else "--model.network.depth=8"
+    network = "--model=Autoencoder" if "encoder." in text else "--model.network.depth=8"
+    model = [] if "\nmodel:" in text else [network]
     epochs = ["--trainer.max_epochs=2"] * ("start_epoch" in text)
-    main(["fit", "--config=configs/base.yaml", "--config=own.yaml", model, *SMALL, *epochs])
+    main(["fit", "--config=configs/base.yaml", "--config=own.yaml", *model, *SMALL, "--data.batch_size=8", *epochs])
 
 
 @NO_TENSORBOARD
