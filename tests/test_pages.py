@@ -56,6 +56,13 @@ def _beside_the_files_of_pages(tmp_path, monkeypatch):
 
 def test_the_readme_is_short():
     assert len(PAGES["README"].splitlines()) <= 120
+    assert f"{len(ZOO)} architectures" in PAGES["README"]
+
+
+def test_selection_prints_what_the_page_shows(capsys):
+    code, output = blocks(PAGES["patterns"], "python")[0], blocks(PAGES["patterns"], "text")[0]
+    exec(code, {})
+    assert capsys.readouterr().out.endswith(output)
 
 
 @NO_TENSORBOARD

@@ -180,7 +180,9 @@ def test_no_line_begins_with_a_comment(path):
     assert begun == []  # but for comments that are alone on their lines
 
 
-@pytest.mark.parametrize("path", [path for path in EVERY if EQUATION.search(path.read_text())], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in EVERY if EQUATION.search(path.read_text())], ids=lambda path: path.name
+)
 def test_equations_are_no_markup(path):
     """GitHub reads Markdown before equations: an underscore after a bracket, say, may begin an emphasis."""
     source = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
