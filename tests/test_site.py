@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "site"
 EVERY = [*(page for page in PAGES if page.name != "index.md"), ROOT / "CHANGELOG.md", *sorted(RESULTS.glob("*.md"))]
 API = ["soft", "hard", "hashing", "depth", "advice", "callbacks", "mixins", "models", "data"]
+EQUATION = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)  # on GitHub, and for MathJax
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 BLOCKS = {"p", "li", "td", "th", "dd", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "summary", "article"}
 HIDDEN = {"pre", "script", "style", "svg"}
@@ -99,7 +100,7 @@ def read(html):
 
 def misread(page):
     """Yield what of a page's Markdown stands in its text, and what of its text stands where none belongs."""
-    for tag, text in page.prose:
+    for tag, text in ((tag, EQUATION.sub("§", text)) for tag, text in page.prose):
         if tag == "article" and text.replace("§", "").strip():
             yield f"text in no paragraph: {text}"
         if tag == "p" and FIGURE.match(text):
@@ -116,7 +117,7 @@ def misread(page):
 def site():
     """Every page of the site that ``make docs`` builds, by its path."""
     tools = f"BIN={Path(sys.executable).parent}"
-    command = ["make", "--old-file=install", "docs", tools]  # with the packages that are here
+    command = ["make", "--old-file=tools", "docs", tools]  # with the packages that are here
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
     assert "WARNING" not in made.stdout + made.stderr
@@ -176,3 +177,14 @@ def test_no_line_begins_with_a_comment(path):
     """CommonMark ends the paragraph there, and leaves the rest of the line as it is."""
     begun = re.findall(r"^\s*(?:[-*] |\d+\. )?<!--.*?-->.+", path.read_text(), re.MULTILINE)
     assert begun == []  # but for comments that are alone on their lines
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in EVERY if EQUATION.search(path.read_text())], ids=lambda path: path.name
+)
+def test_equations_are_no_markup(path):
+    """GitHub reads Markdown before equations: an underscore after a bracket, say, may begin an emphasis."""
+    source = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text(), flags=re.DOTALL)
+    page = read(f"<article>{MarkdownIt('commonmark').enable('table').render(source)}</article>")
+    shown = "".join(text for _, text in page.prose)
+    assert [equation for equation in EQUATION.findall(source) if equation not in shown] == []

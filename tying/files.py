@@ -16,7 +16,7 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # a slow import
+    from matplotlib.figure import Figure  # an optional package
 
 NEED = "needs "  # begins the keys of a checkpoint's state dict that name a callback without which it does not load
 
