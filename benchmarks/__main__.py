@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: experiments, the demo among them, speed tables, and the pages of what is kept."""
+"""``python -m benchmarks``: experiments, speed tables, and the pages of what is kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks import evidence, experiment, gallery, hybrid_toy
 from benchmarks.archive import pack, unpack
 from benchmarks.declared import suites
-from benchmarks.machine import describe, supports_bf16
+from benchmarks.machine import describe
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 1 where runs failed, 2 for a mistake in what was asked for."""
     parser = _parser()
     known, overrides = parser.parse_known_args(arguments)
-    if overrides and known.command not in ("run", "report", "demo"):
+    if overrides and known.command not in ("run", "report"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        return _obey(known, overrides, sys.argv[1:] if arguments is None else arguments)
+        return _obey(known, overrides)
     except (ConfigurationError, OSError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the suites, and how far they are")
     run = commands.add_parser("run", help="do those of a suite's runs that are not done, and report")
     report = commands.add_parser("report", help="table, plot and CSV of a suite's runs")
-    demo = commands.add_parser("demo", help="the suite demo under runs/demo, in bfloat16 where that is fast")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
     speed.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout, in turns")
@@ -74,15 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--seeds", type=int, help="replicas of each setting; by default, one, and in a report those that were begun"
         )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs are")
-    for command in (run, demo):
-        command.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
-    for command in (run, report, demo, speed):
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+    for command in (run, report, speed):
         command.add_argument("--save", action="store_true", help="keep what comes out under benchmarks/results")
     return parser
 
 
-def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
+def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
     if known.command == "list":
         print(experiment.overview())
     elif known.command == "readme":
@@ -115,15 +112,12 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
             text, figure = made if isinstance(made, tuple) else (made, None)
             _present(f"speed_{family}", text, figure, f"speed {family}", known.save)
     else:
-        return _experiment(known, overrides, given)
+        return _experiment(known, overrides)
     return 0
 
 
-def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
-    demo, reporting = known.command == "demo", known.command == "report"
-    if demo:
-        known.suite, known.data, known.only, known.seeds = "demo", None, None, 1
-        overrides = [*(["--trainer.precision=bf16-mixed"] if supports_bf16() else []), *overrides]
+def _experiment(known: argparse.Namespace, overrides: list[str]) -> int:
+    reporting = known.command == "report"
     where = {"out": known.out, "data": known.data}
     failed = {}
     if not reporting:
@@ -132,9 +126,8 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
     chosen = {"seeds": known.seeds, "only": known.only} if reporting else {}  # after a run: all there is
     sweep = experiment.prepare(known.suite, **where, **chosen, overrides=overrides, as_begun=True)
     try:
-        command = "make demo" if set(given) <= {"demo", "--save"} else _command(known.suite, sweep)
-        _keep(sweep.name, experiment.report(sweep, command), known.save)
-        if known.save and not demo:
+        _keep(sweep.name, experiment.report(sweep, _command(known.suite, sweep)), known.save)
+        if known.save:
             pack(sweep.out, _archive(sweep))
     except ConfigurationError:
         if failed:  # and told already

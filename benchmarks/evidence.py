@@ -12,7 +12,7 @@ from benchmarks.report import table
 from benchmarks.speed import FAMILIES
 
 SECTIONS = {
-    "One network, every family": ["demo", "cifar10", "full@cifar10-jpeg"],
+    "One network, every family": ["cifar10", "full@cifar10-jpeg"],
     "Soft tying": [
         "soft",
         "transfer",

@@ -26,7 +26,7 @@ from benchmarks.summary import curves, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
-RUNS, DEMO = Path("runs/suites"), Path("runs/demo")
+RUNS = Path("runs/suites")
 BEGUN = "begun.json"  # which seeds and overrides the runs of a folder have
 
 
@@ -170,7 +170,6 @@ def overview() -> str:
     for name in suites():
         suite = load(name)
         folders = [out for out in sorted(RUNS.glob(f"{name}*")) if out.name.partition("@")[0] == name]
-        folders += [DEMO] if name == "demo" and DEMO.exists() else []
         done = "; ".join(f"{len(complete_below(out))} done in {out}" for out in folders) or "none done"
         lines.append(f"{name}: {suite.description} {len(suite.runs())} runs a seed; {done}.")
     return "\n".join(lines)

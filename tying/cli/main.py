@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``inspect``, ``advise`` and ``bake``."""
+"""The command line: LightningCLI with ``inspect``, ``advise``, ``bake`` and ``demo``."""
 
 import os
 import sys
@@ -17,8 +17,8 @@ import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
+from tying.cli import bake, demo
 from tying.cli.advise import batches_of, prepare
-from tying.cli.bake import HELP, bake_parser, export
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError, check_count
@@ -113,17 +113,18 @@ class SaveConfig(pl.cli.SaveConfigCallback):
 
 
 class Parser(pl.cli.LightningArgumentParser):
-    """Lightning's parser, with the subcommand ``bake``, which needs neither trainer nor model."""
+    """Lightning's parser, with the subcommands ``bake`` and ``demo``, which need neither trainer nor model."""
 
     @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         subcommands = super().add_subcommands(*args, **kwargs)
-        subcommands.add_subcommand("bake", bake_parser(), help=HELP)
+        subcommands.add_subcommand("bake", bake.bake_parser(), help=bake.HELP)
+        subcommands.add_subcommand("demo", demo.demo_parser(), help=demo.HELP)
         return subcommands
 
 
 class TyingCLI(pl.cli.LightningCLI):
-    """LightningCLI for any LightningModule and any LightningDataModule, with ``inspect``, ``advise`` and ``bake``.
+    """LightningCLI for any LightningModule and LightningDataModule, with ``inspect``, ``advise``, ``bake``, ``demo``.
 
     Hyperparameters stored in the checkpoint are ignored; your config decides.
     """
@@ -163,8 +164,11 @@ class TyingCLI(pl.cli.LightningCLI):
     def instantiate_classes(self) -> None:
         if self.subcommand == "bake":
             options = self.config.bake
-            export(options.ckpt, options.out, options.config, load)
+            bake.export(options.ckpt, options.out, options.config, load)
             self.subcommand = None  # nothing is left to run
+        elif self.subcommand == "demo":
+            demo.demo(self.config.demo.out, self.config.demo.epochs, parse)
+            self.subcommand = None
         else:
             super().instantiate_classes()
 
@@ -210,6 +214,8 @@ def _places(trainer: pl.Trainer) -> dict[str, str]:
 def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingCLI] = TyingCLI) -> TyingCLI:
     """Parse arguments and instantiate trainer, model and data; with ``run``, the first argument is a subcommand to run.
 
+    Names such as ``configs/base.yaml`` that do not exist in the current folder are those of this package.
+
     Example:
         >>> model = ["--model=Autoencoder", "--model.sizes=[8, 4]"]
         >>> parse(["--seed_everything=0", "--trainer.logger=false", *model]).model.hparams["sizes"]
@@ -222,7 +228,7 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
         save_config_kwargs={"overwrite": True},  # in the logger's own directory
         parser_class=Parser,
         parser_kwargs={"prog": "tying", "version": tying.__version__},
-        args=None if args is None else [*args],
+        args=[*map(_locate_config, sys.argv[1:] if args is None else args)],
         run=run,
     )
 
@@ -260,7 +266,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes of the user are explained in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
-    given = [*map(_locate_config, sys.argv[1:] if args is None else args)]
+    given = sys.argv[1:] if args is None else [*args]
     try:
         parse(given, run=True)
     except Exception as error:
