@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: experiments, speed tables, and one report of all that is kept."""
+"""``python -m benchmarks``: experiments, speed tables, and the pages of what is kept."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
 from benchmarks.speed import against
 from benchmarks.sweep import Sweep
-from tying.errors import ConfigurationError, listed, nearest
+from tying.errors import ConfigurationError, nearest
 from tying.files import save_figure
 
-REPORT = Path("runs/report.html")
 COMPUTED = {"hybrid-toy": hybrid_toy.report}  # experiments without a network to train
 
 
@@ -47,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the suites, and how far they are")
     run = commands.add_parser("run", help="do those of a suite's runs that are not done, and report")
-    report = commands.add_parser("report", help="table, plot and CSV of a suite's runs; or a page of all kept results")
+    report = commands.add_parser("report", help="table, plot and CSV of a suite's runs")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
     speed.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout, in turns")
@@ -58,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     redraw.add_argument("results", nargs="*", metavar="RESULTS", help="such as 'soft'; by default, all of suites")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
-    run.add_argument("suite", metavar="SUITE", help=told)
-    report.add_argument("suite", metavar="SUITE", nargs="?", help=f"{told}; by default, all that is kept, as HTML")
+    for command in (run, report):
+        command.add_argument("suite", metavar="SUITE", help=told)
     for command in (restore, sizes):
         command.add_argument("suite", metavar="SUITE", help="its name, or a YAML file")
     for command in (run, report, restore, sizes):
@@ -92,13 +91,6 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{len(restored)} runs put back in {sweep.out}")
     elif known.command == "sizes":
         print(remeasure(experiment.prepare(known.suite, known.out, known.data, as_begun=True)))
-    elif known.command == "report" and known.suite is None:
-        if given := [f"--{name}" for name in ("data", "only", "out", "seeds") if vars(known)[name] is not None]:
-            raise ConfigurationError(
-                f"{listed(given)}: of which suite? The report of all that is kept takes no options"
-            )
-        write(REPORT, evidence.html())
-        print(f"Written: {REPORT}")
     elif known.command == "run" and known.suite in COMPUTED:
         _present(known.suite, *COMPUTED[known.suite](), f"run {known.suite}", known.save)
     elif known.command == "speed" and known.against:
@@ -163,7 +155,7 @@ def _anywhere(argument: str) -> str:
 def _present(name: str, text: str, figure: Figure | None, command: str, save: bool) -> None:
     _keep(name, f"{text}\n\n{describe()}. Command: `python -m benchmarks {command}`.", save)
     if figure is not None:
-        save_figure(figure, (RESULTS if save else REPORT.parent) / f"{name}.png")
+        save_figure(figure, (RESULTS if save else Path("runs")) / f"{name}.png")
 
 
 def _keep(name: str, text: str, save: bool) -> None:
