@@ -53,7 +53,9 @@ def test_the_wheel_trains_anywhere(archives, tmp_path):
 def test_the_wheel_holds_every_configuration(archives):
     with zipfile.ZipFile(archives[0]) as wheel:
         packaged = {Path(name).name: wheel.read(name) for name in wheel.namelist() if name.startswith("tying/configs/")}
+        shipped = {*wheel.namelist()}
     assert packaged == {path.name: path.read_bytes() for path in (ROOT / "configs").iterdir()}
+    assert {"tying/cli/demo.py", "tying/data/cifar10_sample.tar.xz", "tying/data/SAMPLE.md"} <= shipped
 
 
 def test_the_source_archive_holds_what_its_tests_need(archives):

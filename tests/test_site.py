@@ -16,7 +16,8 @@ from benchmarks.report import PAGES, RESULTS
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "site"
-EVERY = [*(page for page in PAGES if page.name != "index.md"), ROOT / "CHANGELOG.md", *sorted(RESULTS.glob("*.md"))]
+ABOUT = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
+EVERY = [*(page for page in PAGES if page.name != "index.md"), *ABOUT, *sorted(RESULTS.glob("*.md"))]
 API = ["soft", "hard", "hashing", "depth", "advice", "callbacks", "mixins", "models", "data"]
 EQUATION = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)  # on GitHub, and for MathJax
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}

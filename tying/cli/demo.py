@@ -22,7 +22,7 @@ import tying
 from tying.callbacks import TyingSummary
 from tying.data.sample import CLASSES, PER_CLASS
 from tying.errors import ConfigurationError, check_count
-from tying.figures import LEGEND, line_style, new_figure
+from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import atomically, newest_intact, save_figure
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
@@ -248,20 +248,21 @@ def fastest_precision(model: Callable[[torch.Tensor], torch.Tensor], images: tor
 
 def figure(results: Mapping[str, Result]) -> "Figure":
     """Plot validation accuracies over the epochs, and test accuracies with their 95 % intervals."""
-    picture = new_figure(10, 4)
+    picture = new_figure(WIDTH, 3.6)
     over_epochs, tested = picture.subplots(1, 2)
-    for number, (name, result) in enumerate(results.items()):
+    lines = []
+    for number, result in enumerate(results.values()):
         numbers = [epoch["epoch"] for epoch in result.epochs]
         accuracies = [epoch["validation accuracy"] for epoch in result.epochs]
-        over_epochs.plot(numbers, accuracies, label=name, **line_style(number))
+        lines += over_epochs.plot(numbers, accuracies, **line_style(number))
         interval = 1.96 * (result.accuracy * (1 - result.accuracy) / TESTED) ** 0.5
         tested.errorbar(result.accuracy, len(results) - number, xerr=interval, capsize=3, **line_style(number))
     over_epochs.xaxis.get_major_locator().set_params(integer=True)
     over_epochs.set(xlabel="epoch", ylabel="validation accuracy", title="While training")
-    over_epochs.legend(**LEGEND)
     labels = [f"{name}\n{run.bytes / 1024:,.0f} KiB, {run.seconds:.1f} s / epoch" for name, run in results.items()]
-    tested.set_yticks(range(len(results), 0, -1), labels, fontsize="small")
-    tested.set(xlabel=f"test accuracy, with its 95 % interval from {TESTED:,} images", title="After training")
+    tested.set_yticks(range(len(results), 0, -1), labels, fontsize=SMALL)
+    tested.set(xlabel="test accuracy (95 % interval)", title="After training")
+    legend_below(picture, lines, [*results])
     return picture
 
 
