@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from PIL import Image
 
 from benchmarks import report
 from benchmarks.report import table
@@ -60,8 +63,14 @@ def with_pictures(name: str) -> str:
     folder = report.RESULTS
     pictures = [*sorted(folder.glob(f"{name}.png")), *sorted(folder.glob(f"{name}_*.png"))]
     return "\n\n".join(
-        [(folder / f"{name}.md").read_text().strip(), *(f"![{path.stem}]({path.name})" for path in pictures)]
+        [(folder / f"{name}.md").read_text().strip(), *(f"![{description(path)}]({path.name})" for path in pictures)]
     )
+
+
+def description(picture: Path) -> str:
+    """Return what a picture shows: the title in its file, see :func:`tying.files.save_figure`, or else its name."""
+    with Image.open(picture) as image:
+        return str(image.info.get("Title") or f"The picture of {picture.stem}")
 
 
 def _anchor(title: str) -> str:

@@ -25,7 +25,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLoca
 
 from benchmarks.inference import moments
 from benchmarks.labels import name_points
-from benchmarks.quantities import QUANTITIES, quantity
+from benchmarks.quantities import QUANTITIES, in_common, quantity
 from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import save_figure
 
@@ -67,7 +67,6 @@ class Plot:
     @property
     def title(self) -> str:
         """What is to be seen, in words."""
-        names = [quantity(metric).name for metric in self.metrics]
         x = self.label.partition(":")[0] or quantity(self.x).name
         if self.lines != "run":
             shown = f"a line for each value of {self.lines}"
@@ -76,7 +75,7 @@ class Plot:
             shown = f"{first} as a line, {', '.join(others)} as points"
         else:
             shown = "a point for each setting"
-        return f"{_upper(' and '.join(names))} against {x}: {shown}"
+        return f"{_upper(in_common(self.metrics).name)} against {x}: {shown}"
 
 
 class Point(NamedTuple):
@@ -113,7 +112,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     bears its setting's name. Where a value is not finite, there is no point.
     """
     by_run = plot.lines == "run"
-    figure = new_figure(WIDTH, 4.6 if by_run else 3.6)
+    figure = new_figure(WIDTH, 4.6 if by_run else 3.6, plot.title)
     axes = figure.subplots()
     bars: dict[str, Artist] = {}
     shown: list[Point] = []
@@ -128,8 +127,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
         across = x_spreads if any(x_spreads) else None
         bars[name] = axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=name, capsize=2, **style)
     _scale(axes, plot, [point.x for point in shown])
-    ylabel = " and ".join(quantity(metric).label for metric in plot.metrics)
-    axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=ylabel)
+    axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=in_common(plot.metrics).label)
     if bars and (plot.families or not by_run):
         legend_below(figure, [*bars.values()], [*bars])
     if by_run:
@@ -177,7 +175,7 @@ def _scale(axes: Axes, plot: Plot, xs: Sequence[float]) -> None:
     elif plot.x == "parameters":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     elif plot.log and plot.x not in QUANTITIES and len(values) <= TICKS:
-        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xticks(values, [f"{value:,.10g}" for value in values])
     if plot.log:
         axes.xaxis.set_minor_locator(NullLocator())
 
@@ -208,7 +206,7 @@ def has_curves(rows: Sequence[Row]) -> bool:
 def draw_curves(rows: Sequence[Row], metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
     settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
-    figure = new_figure(WIDTH, 3.2)
+    figure = new_figure(WIDTH, 3.2, f"{_upper(in_common(metrics).name)} of each setting by {x}")
     lines: dict[str, Artist] = {}
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
@@ -236,7 +234,8 @@ def draw_outcomes(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> No
     lines = lines_of(rows, "run")
     known = {metric: len({row["run"] for row in final(rows) if row.get(metric)}) for metric in metrics}
     shown = [metric for metric in metrics if 2 * known[metric] >= len(lines)][:PANELS]  # of most settings
-    figure = new_figure(WIDTH, 0.9 + 0.19 * len(lines))
+    height = 0.9 + 0.19 * len(lines)
+    figure = new_figure(WIDTH, height, f"{_upper(in_common(shown).name)} of each setting after training")
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False, sharey=True)[0]
     panels[0].set_yticks(range(len(lines)), [_spaced(setting) for setting in lines], fontsize=SMALL)
     panels[0].set_ylim(len(lines) - 0.5, -0.5)

@@ -132,7 +132,7 @@ def verdict(values: Tensor, alphas: Sequence[float] = ALPHAS) -> tuple[float, st
 def report(draws: int = DRAWS) -> tuple[str, Figure]:
     """Run the experiment; return its tables as Markdown, and its figure."""
     head, columns, judged = ["α"], [], []
-    figure = new_figure(WIDTH, 3.8)
+    figure = new_figure(WIDTH, 3.8, "Test accuracy against α: a line for each number of labels")
     axes = figure.add_subplot(xlabel="α: 0 generative, 1 discriminative", ylabel="test accuracy (fraction correct)")
     bars = []
     for number, (count, values) in enumerate(zip(LABELS, accuracies(draws), strict=True)):

@@ -43,7 +43,8 @@ def name_points(figure: Figure, axes: Axes, names: Sequence[tuple[str, float, fl
         size = Text.get_window_extent(label, renderer).size
         point = axes.transData.transform((x, y))
         boxes = {offset: _box(point, offset, size, figure.dpi / 72) for offset in _offsets()}
-        offset = min(boxes, key=lambda place: _hidden(boxes[place], taken, axes.bbox))  # the first of the best
+        free = (offset for offset, box in boxes.items() if _is_free(box, taken, axes.bbox))
+        offset = next(free, (NEAR, 0.0))
         taken.append(boxes[offset])
         label.set(position=offset, horizontalalignment=SIDES[int(np.sign(offset[0]))])
         if label.arrow_patch is not None:
@@ -65,10 +66,10 @@ def _box(point: np.ndarray, offset: Offset, size: np.ndarray, scale: float) -> B
     return Bbox.from_bounds(left, y - size[1] / 2, *size)
 
 
-def _hidden(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> int:
-    """Return how many boxes a box covers, and many if it leaves the frame."""
+def _is_free(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> bool:
+    """Return whether a box covers no other, and is inside the frame."""
     inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-    return box.count_overlaps(taken) + 1000 * (not inside)
+    return inside and not box.count_overlaps(taken)
 
 
 def _drawn(axes: Axes) -> Iterator[Bbox]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
@@ -67,3 +68,16 @@ def quantity(metric: str) -> Quantity:
         name, unit = MEASURES.get(last, (last.replace("_", " "), ""))
     whole = ", ".join([f"{SPLITS.get(split, split.replace('_', ' '))} {name}".strip(), *between])
     return Quantity(re.sub(r"steps([+-]\d+)", r"\1 steps", whole), unit)
+
+
+def in_common(metrics: Sequence[str]) -> Quantity:
+    """Return what several metrics measure, for the axis that they share.
+
+    Example:
+        >>> in_common(["test/colour/accuracy", "test/grey/accuracy"]).label, in_common(["test/loss", "tying/gap"]).name
+        ('test accuracy (fraction correct)', 'test loss and largest gap of tied weights')
+    """
+    words = [quantity(metric) for metric in metrics]
+    names = [*dict.fromkeys(word.name if len(words) == 1 else word.name.partition(",")[0] for word in words)]
+    units = {word.unit for word in words}
+    return Quantity(" and ".join(names), units.pop() if len(units) == 1 else "")

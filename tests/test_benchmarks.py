@@ -18,6 +18,8 @@ from benchmarks.speed import scale as speed_scale
 from benchmarks.speed import soft as speed_soft
 from benchmarks.speed.timing import Race
 from tying.errors import ConfigurationError
+from tying.figures import new_figure
+from tying.files import save_figure
 
 SMALL = [
     "--trainer.max_epochs=2",
@@ -199,6 +201,7 @@ def test_a_page_of_all_that_is_kept(tmp_path, monkeypatch):
     report.write(tmp_path / "results" / "mine.md", RESULT)
     for name in ("soft_strength", "softer"):
         Image.new("RGB", (2, 2)).save(tmp_path / "results" / f"{name}.png")
+    save_figure(new_figure(2, 2, "Accuracy against time"), tmp_path / "results" / "soft.png")
     pages = [tmp_path / f"{name}.md" for name in ("README", "GUIDE", "PAPERS")]
     for page in pages:
         page.write_text(
@@ -211,7 +214,8 @@ def test_a_page_of_all_that_is_kept(tmp_path, monkeypatch):
     assert (
         written.index("## Soft tying")
         < written.index("### soft\n")
-        < written.index("![soft_strength](soft_strength.png)")
+        < written.index("![Accuracy against time](soft.png)")
+        < written.index("![The picture of soft_strength](soft_strength.png)")
     )
     assert "### mine" in written
     assert "softer" not in written

@@ -162,7 +162,8 @@ def draw(growth: Growth, milliseconds: Sequence[float], measured: float, axes: A
 def measure() -> tuple[str, Figure]:
     """Run all measurements; return their tables as Markdown, and a plot."""
     chosen = growths()
-    figure = new_figure(WIDTH, 2.3 * math.ceil(len(chosen) / 2))
+    height = 2.3 * math.ceil(len(chosen) / 2)
+    figure = new_figure(WIDTH, height, "Time against what makes it grow: measured, and the expected power law")
     rows = []
     panels = [*figure.subplots(math.ceil(len(chosen) / 2), 2).flat]
     for unused in panels[len(chosen) :]:

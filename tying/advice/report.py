@@ -145,7 +145,7 @@ class Advice:
 
     def figure(self) -> Figure:
         """Plot the bytes that each group and plan saves against the error of the outputs."""
-        figure = new_figure(WIDTH, 4.2)
+        figure = new_figure(WIDTH, 4.2, "Error of the outputs against the memory that ties and low rank save")
         axes = figure.subplots()
         lowered = [(row.saved_bytes, row.low_rank_error) for row in self.groups if row.low_rank_error is not None]
         tied = [(row.saved_bytes, row.error) for row in self.groups]

@@ -161,7 +161,7 @@ def boundary_figure(text: str, boundaries: Tensor) -> "Figure":
     layers = boundaries.shape[1]
     height = 1 + 0.5 * layers  # of a line
     lines = -(-len(text) // LINE)
-    figure = new_figure(WIDTH, 0.22 * height * lines + 0.2)
+    figure = new_figure(WIDTH, 0.22 * height * lines + 0.2, "A text, and below it the boundaries of each layer")
     axes = figure.add_subplot(xlim=(-1, LINE), ylim=(-height * lines, 0.7))
     axes.axis("off")
     for position, letter in enumerate(text.translate(BLANKS)):

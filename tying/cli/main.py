@@ -215,6 +215,8 @@ def _places(trainer: pl.Trainer) -> dict[str, str]:
 def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingCLI] = TyingCLI) -> TyingCLI:
     """Parse arguments and instantiate trainer, model and data; with ``run``, the first argument is a subcommand to run.
 
+    Names such as ``configs/base.yaml`` that do not exist in the current folder are those of this package.
+
     Example:
         >>> model = ["--model=Autoencoder", "--model.sizes=[8, 4]"]
         >>> parse(["--seed_everything=0", "--trainer.logger=false", *model]).model.hparams["sizes"]
@@ -227,7 +229,7 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
         save_config_kwargs={"overwrite": True},  # in the logger's own directory
         parser_class=Parser,
         parser_kwargs={"prog": "tying", "version": tying.__version__},
-        args=None if args is None else [*args],
+        args=[*map(_locate_config, sys.argv[1:] if args is None else args)],
         run=run,
     )
 
@@ -265,7 +267,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes of the user are explained in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
-    given = [*map(_locate_config, sys.argv[1:] if args is None else args)]
+    given = sys.argv[1:] if args is None else [*args]
     try:
         parse(given, run=True)
     except Exception as error:

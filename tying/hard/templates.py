@@ -309,7 +309,9 @@ def similarity_figure(model: nn.Module) -> "Figure":
         raise ConfigurationError("no weight of the model is a mixture of templates")
     columns = min(2, len(banks))
     rows = math.ceil(len(banks) / columns)
-    figure = new_figure(WIDTH if columns > 1 else 0.7 * WIDTH, 3.4 * rows)
+    figure = new_figure(
+        WIDTH if columns > 1 else 0.7 * WIDTH, 3.4 * rows, "Similarity of the layers that share a bank of templates"
+    )
     panels = [*figure.subplots(rows, columns, squeeze=False).flat]
     for unused in panels[len(banks) :]:
         unused.set_axis_off()

@@ -279,7 +279,7 @@ def loads_figure(counts: Mapping[str, Tensor]) -> "Figure":
     """
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    figure = new_figure(WIDTH, 3.0 * len(counts))
+    figure = new_figure(WIDTH, 3.0 * len(counts), "Number of weights that read each table entry: map and histogram")
     for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)

@@ -32,7 +32,7 @@ def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) 
     title = "Distance of tied weights from their mean"
     if len(furthest) < len(gaps):
         title += f": the {len(furthest)} of {len(gaps)} groups that end furthest apart"
-    figure = new_figure(WIDTH, 3.6)
+    figure = new_figure(WIDTH, 3.6, f"{title}, by optimizer step")
     axes = figure.add_subplot(xlabel="training time (optimizer steps)", ylabel="gap (relative to the weights' norm)")
     axes.set_title(title, fontsize="small")
     axes.plot(*zip(*sorted(largest.items()), strict=True), color="0.8", linewidth=4, label="largest of all groups")
@@ -51,7 +51,7 @@ def importance_figure(means: Mapping[str, float], title: str = "") -> Figure:
         means: mean importance of a layer's weights, by the name of the layer.
         title: title of the figure.
     """
-    figure = new_figure(WIDTH, 1.4 + 0.2 * len(means))
+    figure = new_figure(WIDTH, 1.4 + 0.2 * len(means), f"Mean importance of each layer's weights {title}".rstrip())
     axes = figure.add_subplot(xlabel="mean importance of the layer's weights", ylabel="layer", title=title)
     axes.barh(range(len(means)), [*means.values()], color="C0")
     axes.set_yticks(range(len(means)), [*means], fontsize=SMALL)
@@ -77,7 +77,7 @@ def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = ""
     below = torch.special.ndtr((edges - means[:, None]) / log_stds.exp()[:, None])  # cumulative distributions
     expected = len(flat) * log_proportions.exp()[:, None] * below.diff(dim=1)
     middle = (edges[1:] + edges[:-1]) / 2
-    figure = new_figure(WIDTH, 4)
+    figure = new_figure(WIDTH, 4, f"Histogram of weights, and the mixture that is their prior: {title}".rstrip(": "))
     axes = figure.add_subplot(xlabel="value of a weight", ylabel="number of weights", title=title)
     axes.set(yscale="log", ylim=(0.5, 2.0 * len(flat)))
     axes.hist(flat.numpy(), bins=edges.tolist(), color="0.75", label="weights")

@@ -98,7 +98,7 @@ def unrolling_figure(scores: Mapping[int, float], units: str, metric: str) -> "F
         units: what the steps are, such as ``"passes"``.
         metric: name of the metric.
     """
-    figure = new_figure(5, 3.6)
+    figure = new_figure(5, 3.6, f"Test {metric} against the number of {units}")
     axes = figure.subplots()
     axes.plot([*scores], [*scores.values()], marker="o", label="test")
     axes.axvline(0, color="grey", linewidth=0.8, linestyle="--", label="as in training")

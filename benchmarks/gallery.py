@@ -1,0 +1,70 @@
+"""The pictures of docs/gallery.md that callbacks and commands draw, in a few minutes on the embedded sample."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.report import ROOT
+from tying.errors import ConfigurationError
+
+FOLDER = ROOT / "docs" / "gallery"
+SMALL = ["--model.network.init_args.width=0.25", "--model.lr=0.1"]
+MLP = ["--model.network.init_args.sizes=[3072, 64, 10]", "--model.channels_last=false"]
+FIT = ["fit", "--config=configs/base.yaml"]
+PICTURES = {  # the arguments of `tying` that draw each, in turn
+    "tying_gap": [[*FIT, "--config=configs/soft.yaml", *SMALL, "--trainer.max_epochs=4"]],
+    "importance": [[*FIT, "--config=configs/ewc.yaml", "--trainer.max_epochs=2"]],
+    "mixture_end": [
+        [
+            *FIT,
+            "--config=configs/mixture.yaml",
+            *MLP,
+            "--trainer.max_epochs=12",
+            "--trainer.callbacks.start_epoch=4",
+            "--data=CIFAR10",
+        ]
+    ],
+    "hash_loads": [
+        [*FIT, "--config=configs/hashing.yaml", *SMALL, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    ],
+    "layer_similarity": [[*FIT, "--config=configs/templates.yaml", *SMALL, "--trainer.max_epochs=4"]],
+    "unrolling": [
+        [*FIT, "--config=configs/recurrent.yaml", *SMALL, "--trainer.max_epochs=4"],
+        ["test", "--config=configs/base.yaml", "--config=configs/recurrent.yaml", *SMALL, "--ckpt_path=last"],
+    ],
+    "boundaries": [
+        [*FIT, "--config=configs/hm_rnn.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=300"],
+        ["test", "--config=configs/base.yaml", "--config=configs/hm_rnn.yaml", "--ckpt_path=last", "--trainer.limit_test_batches=4"],
+    ],
+    "advice": [
+        [*FIT, *SMALL, "--trainer.max_epochs=4"],
+        ["advise", "--config=configs/base.yaml", *SMALL, "--ckpt_path=last", "--budget=0.7", "--batches=2", "--out=runs"],
+    ],
+}
+
+
+def draw(name: str, folder: Path = FOLDER) -> Path:
+    """Draw one of :data:`PICTURES`; return its file.
+
+    Args:
+        name: name of the picture.
+        folder: where to write it.
+
+    Raises:
+        ConfigurationError: a command fails, or draws no picture of this name.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        for arguments in PICTURES[name]:
+            command = [sys.executable, "-m", "tying", *arguments]
+            done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ConfigurationError(f"{' '.join(command)} fails: {done.stderr[-2000:]}")
+        drawn = [*Path(out).rglob(f"{name}.png")]
+        if len(drawn) != 1:
+            raise ConfigurationError(f"{len(drawn)} pictures are called {name}.png, not 1")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copyfile(drawn[0], folder / f"{name}.png"))
