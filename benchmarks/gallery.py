@@ -9,40 +9,48 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.report import ROOT
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed, nearest
 
 FOLDER = ROOT / "docs" / "gallery"
+BASE = "--config=configs/base.yaml"
 SMALL = ["--model.network.init_args.width=0.25", "--model.lr=0.1"]
-MLP = ["--model.network.init_args.sizes=[3072, 64, 10]", "--model.channels_last=false"]
-FIT = ["fit", "--config=configs/base.yaml"]
-PICTURES = {  # the arguments of `tying` that draw each, in turn
-    "tying_gap": [[*FIT, "--config=configs/soft.yaml", *SMALL, "--trainer.max_epochs=4"]],
-    "importance": [[*FIT, "--config=configs/ewc.yaml", "--trainer.max_epochs=2"]],
+SHORT = "--trainer.max_epochs=4"
+PICTURES = {  # the commands of `tying` that draw each, in turn
+    "tying_gap": [["fit", BASE, "--config=configs/soft.yaml", *SMALL, SHORT]],
+    "importance": [["fit", BASE, "--config=configs/ewc.yaml", "--trainer.max_epochs=2"]],
     "mixture_end": [
         [
-            *FIT,
+            "fit",
+            BASE,
             "--config=configs/mixture.yaml",
-            *MLP,
+            "--model.network.init_args.sizes=[3072, 64, 10]",
+            "--model.channels_last=false",
             "--trainer.max_epochs=12",
             "--trainer.callbacks.start_epoch=4",
-            "--data=CIFAR10",
         ]
     ],
     "hash_loads": [
-        [*FIT, "--config=configs/hashing.yaml", *SMALL, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+        [
+            "fit",
+            BASE,
+            "--config=configs/hashing.yaml",
+            *SMALL,
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=2",
+        ]
     ],
-    "layer_similarity": [[*FIT, "--config=configs/templates.yaml", *SMALL, "--trainer.max_epochs=4"]],
+    "layer_similarity": [["fit", BASE, "--config=configs/templates.yaml", *SMALL, SHORT]],
     "unrolling": [
-        [*FIT, "--config=configs/recurrent.yaml", *SMALL, "--trainer.max_epochs=4"],
-        ["test", "--config=configs/base.yaml", "--config=configs/recurrent.yaml", *SMALL, "--ckpt_path=last"],
+        ["fit", BASE, "--config=configs/recurrent.yaml", *SMALL, SHORT],
+        ["test", BASE, "--config=configs/recurrent.yaml", *SMALL, "--ckpt_path=last"],
     ],
     "boundaries": [
-        [*FIT, "--config=configs/hm_rnn.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=300"],
-        ["test", "--config=configs/base.yaml", "--config=configs/hm_rnn.yaml", "--ckpt_path=last", "--trainer.limit_test_batches=4"],
+        ["fit", BASE, "--config=configs/hm_rnn.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=300"],
+        ["test", BASE, "--config=configs/hm_rnn.yaml", "--ckpt_path=last", "--trainer.limit_test_batches=4"],
     ],
     "advice": [
-        [*FIT, *SMALL, "--trainer.max_epochs=4"],
-        ["advise", "--config=configs/base.yaml", *SMALL, "--ckpt_path=last", "--budget=0.7", "--batches=2", "--out=runs"],
+        ["fit", BASE, *SMALL, SHORT],
+        ["advise", BASE, *SMALL, "--ckpt_path=last", "--budget=0.7", "--batches=2", "--out=runs"],
     ],
 }
 
@@ -55,8 +63,10 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
         folder: where to write it.
 
     Raises:
-        ConfigurationError: a command fails, or draws no picture of this name.
+        ConfigurationError: there is no such picture, a command fails, or it draws no picture of this name.
     """
+    if name not in PICTURES:
+        raise ConfigurationError(f"unknown picture {name!r}: there is {listed(PICTURES)}.{nearest(name, PICTURES)}")
     with tempfile.TemporaryDirectory() as out:
         for arguments in PICTURES[name]:
             command = [sys.executable, "-m", "tying", *arguments]
