@@ -166,7 +166,7 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
             package is missing.
     """
     check_count("epochs", epochs)
-    new_figure(1, 1)  # without matplotlib, raises before the training
+    new_figure(1, 1, "")  # without matplotlib, raises before the training
     with _quiet():
         precision = _begin(out, {"epochs": epochs, "version": tying.__version__}, parse)
         common = [*QUIET, f"--trainer.max_epochs={epochs}", f"--trainer.precision={precision}"]
@@ -248,7 +248,7 @@ def fastest_precision(model: Callable[[torch.Tensor], torch.Tensor], images: tor
 
 def figure(results: Mapping[str, Result]) -> "Figure":
     """Plot validation accuracies over the epochs, and test accuracies with their 95 % intervals."""
-    picture = new_figure(WIDTH, 3.6)
+    picture = new_figure(WIDTH, 3.6, "Accuracy of tied and plain networks, while and after training")
     over_epochs, tested = picture.subplots(1, 2)
     lines = []
     for number, result in enumerate(results.values()):
