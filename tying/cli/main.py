@@ -17,8 +17,9 @@ import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
-from tying.cli import bake, demo
 from tying.cli.advise import batches_of, prepare
+from tying.cli.bake import bake_parser, export
+from tying.cli.demo import demo, demo_parser
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError, check_count
@@ -118,8 +119,8 @@ class Parser(pl.cli.LightningArgumentParser):
     @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         subcommands = super().add_subcommands(*args, **kwargs)
-        subcommands.add_subcommand("bake", bake.bake_parser(), help=bake.HELP)
-        subcommands.add_subcommand("demo", demo.demo_parser(), help=demo.HELP)
+        for name, parser in {"bake": bake_parser(), "demo": demo_parser()}.items():
+            subcommands.add_subcommand(name, parser, help=parser.description)
         return subcommands
 
 
@@ -164,10 +165,10 @@ class TyingCLI(pl.cli.LightningCLI):
     def instantiate_classes(self) -> None:
         if self.subcommand == "bake":
             options = self.config.bake
-            bake.export(options.ckpt, options.out, options.config, load)
+            export(options.ckpt, options.out, options.config, load)
             self.subcommand = None  # nothing is left to run
         elif self.subcommand == "demo":
-            demo.demo(self.config.demo.out, self.config.demo.epochs, parse)
+            demo(self.config.demo.out, self.config.demo.epochs, parse)
             self.subcommand = None
         else:
             super().instantiate_classes()
