@@ -82,8 +82,8 @@ def check_range(name: str, value: float, interval: str) -> None:
     is_number = hasattr(value, "__float__")
     inside = is_number and (low <= value if interval[0] == "[" else low < value)
     if not (inside and (value <= high if interval[-1] == "]" else value < high)):
-        bound = f"in {interval}"
-        if high == float("inf"):
+        bound = "a finite number" if low == -float("inf") else f"in {interval}"
+        if low > -float("inf") and high == float("inf"):
             bound = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
             bound += " and finite" * (is_number and value == high)
         raise ConfigurationError(f"{name} must be {bound}, not {value!r}")
@@ -108,3 +108,18 @@ def check_count(name: str, value: int, interval: str = "[1, inf)") -> None:
     check_range(name, value, interval)
     if not hasattr(value, "__index__"):
         raise ConfigurationError(f"{name} must be an integer, not {value!r}")
+
+
+def check_counts(**counts: int) -> None:
+    """Raise an error unless the values of arguments, given by their names, are integers of 1 or more.
+
+    Raises:
+        ConfigurationError: as :func:`check_count`.
+
+    Example:
+        >>> check_counts(layers=2, heads=0)
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: heads must be 1 or more, not 0
+    """
+    for name, value in counts.items():
+        check_count(name, value)

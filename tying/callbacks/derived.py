@@ -10,9 +10,18 @@ from typing_extensions import override
 
 from tying.callbacks.base import picture_folder
 from tying.callbacks.transform import ModelTransform
-from tying.errors import ConfigurationError, check_choice, listed
+from tying.errors import ConfigurationError, check_choice, check_counts, listed
 from tying.files import save_figure
-from tying.hard import generate_weights, lower_rank, plot_similarity, share_templates, tied, untie_biases
+from tying.hard import (
+    LowRank,
+    LowRankPlusDiagonal,
+    generate_weights,
+    lower_rank,
+    plot_similarity,
+    share_templates,
+    tied,
+    untie_biases,
+)
 from tying.hard.hypernetwork import GenerationPlan, plan_generation
 from tying.hard.low_rank import check_rank
 from tying.hard.untied_bias import has_untied_bias
@@ -148,6 +157,7 @@ class LowRankWeights(ModelTransform):
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
         super().__init__(parameters)
+        (LowRankPlusDiagonal if diagonal else LowRank)(rank)  # raises if the rank is out of range
         self.rank, self.diagonal = rank, diagonal
 
     @override
@@ -175,6 +185,7 @@ class TemplateWeights(ModelTransform):
 
     def __init__(self, parameters: list[str], templates: int) -> None:
         super().__init__(parameters)
+        check_counts(templates=templates)
         self.templates = templates
 
     @override
@@ -206,6 +217,7 @@ class GeneratedWeights(ModelTransform):
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
         super().__init__(parameters)
+        check_counts(embedding=embedding, in_channels=in_channels, out_channels=out_channels)
         self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
     def _plan(self, model: nn.Module) -> GenerationPlan:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.callbacks.base import is_fresh_run, is_last_epoch, picture_folder, reject_copies, warn_if_too_late
 from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.training_data import estimate_batch_norms, num_train_samples
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_count, listed
 from tying.files import save_figure
 from tying.hashing.packing import contents
 from tying.lightning_namespace import pl
@@ -77,8 +77,8 @@ class MixtureTying(PenaltyCallback):
     ) -> None:
         super().__init__(strength, "gradient", None, name)
         GaussianMixturePrior(components, zero_weight)  # raises if an argument is out of range
-        check_range("start_epoch", start_epoch, "[0, inf)")
-        check_range("examples", 1 if examples is None else examples, "[1, inf)")
+        check_count("start_epoch", start_epoch, "[0, inf)")
+        check_count("examples", 1 if examples is None else examples, "[1, inf)")
         if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
         self.parameters, self.components, self.zero_weight = parse_patterns(parameters), components, zero_weight

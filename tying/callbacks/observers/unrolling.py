@@ -14,7 +14,7 @@ from typing_extensions import override
 from tying.callbacks.base import Callback, picture_folder
 from tying.depth import Recurrent
 from tying.depth.loop import loops_in
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_count
 from tying.files import save_figure
 from tying.lightning_namespace import pl
 from tying.weights.calibration import call
@@ -45,6 +45,8 @@ class Unrolling(Callback):
     def __init__(self, extra: list[int]) -> None:
         if not extra:
             raise ConfigurationError("extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not []")
+        for steps in extra:
+            check_count("every entry of extra", steps, "(-inf, inf)")
         self.extra = [*extra]
 
     @override
