@@ -245,7 +245,7 @@ def test_shapes_that_do_not_meet_are_named():
         ConfigurationError, match=r"'encoder\.0\.weight' and 'decoder\.2\.weight' do not meet.*\(6, 8\).*\(8, 6\)"
     ):
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
-    with pytest.raises(ConfigurationError, match="'o i -> i o' would fit$"):
+    with pytest.raises(ConfigurationError, match=r"'o i -> i o' would fit$"):
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
     with pytest.raises(ConfigurationError, match="exclude one of them"):
         resolve(ResNet(14), ["layer2.*.branch.conv1.weight"])

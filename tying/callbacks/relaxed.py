@@ -203,8 +203,8 @@ class RelaxedTying(ModelTransform):
         total = epochs if self.anneal.unit == "epoch" else estimated_steps(trainer)
         if total is not None and total < self.anneal.length:
             warnings.warn(
-                f"{self.label}: anneal ends after {self.anneal.length} {self.anneal.unit}s, and training after {total}: "
-                "the residuals stay. Shorten anneal, or train longer",
+                f"{self.label}: anneal ends after {self.anneal.length} {self.anneal.unit}s, and training after "
+                f"{total}: the residuals stay. Shorten anneal, or train longer",
                 stacklevel=2,
             )
 

@@ -107,8 +107,9 @@ def check(pattern: str, context: str = "") -> None:
         raise ConfigurationError(f"{context}relation {pattern!r}: axis {reserved.pop()!r} needs another name")
     if one_sided := left.identifiers ^ right.identifiers:
         raise ConfigurationError(
-            f"{context}relation {pattern!r} cannot be inverted: axes {', '.join(sorted(one_sided)).replace('…', '...')} "
-            "stand on one side only; every axis must stand once on each side"
+            f"{context}relation {pattern!r} cannot be inverted: axes "
+            f"{', '.join(sorted(one_sided)).replace('…', '...')} stand on one side only; every axis must stand once on "
+            "each side"
         )
 
 
@@ -142,7 +143,8 @@ def bind(pattern: str | None, source: Shape, target: Shape) -> Relation:
     if (counts := [*map(len, axes)]) != [len(source), len(target)]:
         numbers = "- and ".join(map(str, dict.fromkeys(counts)))
         raise ConfigurationError(
-            f"relation {pattern!r} is for {numbers}-dimensional weights, and these have the shapes {source} and {target}"
+            f"relation {pattern!r} is for {numbers}-dimensional weights, and these have the shapes {source} and "
+            f"{target}"
         )
     if (sizes := _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)])) is None:
         raise ConfigurationError(f"relation {pattern!r} does not map shape {source} to shape {target}")
