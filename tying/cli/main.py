@@ -5,12 +5,9 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
-import yaml
 from typing_extensions import override
 
 import tying.callbacks
@@ -18,15 +15,14 @@ import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
 from tying.cli.advise import batches_of, prepare
-from tying.cli.bake import HELP, bake_parser, export
+from tying.cli.bake import export
+from tying.cli.config import Parser, SectionsParser, check_variables
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError, check_count
 from tying.files import check_whole, newest_intact
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
-
-SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's configuration, without its subcommand's options
 
 
 class Trainer(pl.Trainer):
@@ -96,6 +92,8 @@ class Trainer(pl.Trainer):
 
 def _checkpoint_path(trainer: pl.Trainer, ckpt_path: str | None) -> Path | None:
     """Return the path of a checkpoint, which may be given as ``"last"``."""
+    if "://" in (ckpt_path or ""):
+        raise ConfigurationError(f"ckpt_path: {ckpt_path} is read by fit and test only: download it, and give its path")
     if ckpt_path != "last":
         return None if ckpt_path is None else Path(ckpt_path)
     if (newest := newest_checkpoint(trainer)) is None:
@@ -112,16 +110,6 @@ class SaveConfig(pl.cli.SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class Parser(pl.cli.LightningArgumentParser):
-    """Lightning's parser, with the subcommand ``bake``, which needs neither trainer nor model."""
-
-    @override
-    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        subcommands = super().add_subcommands(*args, **kwargs)
-        subcommands.add_subcommand("bake", bake_parser(), help=HELP)
-        return subcommands
-
-
 class TyingCLI(pl.cli.LightningCLI):
     """LightningCLI for any LightningModule and any LightningDataModule, with ``inspect``, ``advise`` and ``bake``.
 
@@ -129,6 +117,7 @@ class TyingCLI(pl.cli.LightningCLI):
     """
 
     trainer: Trainer
+    file_parser: ClassVar[type[Parser]] = Parser
 
     @staticmethod
     @override
@@ -220,7 +209,7 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
         auto_configure_optimizers=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},  # in the logger's own directory
-        parser_class=Parser,
+        parser_class=cli.file_parser,
         parser_kwargs={"prog": "tying", "version": tying.__version__},
         args=None if args is None else [*args],
         run=run,
@@ -230,6 +219,8 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
 class Loading(TyingCLI):
     """Instantiate the classes of a run's configuration, and run no subcommand."""
 
+    file_parser = SectionsParser
+
     @override
     def after_instantiate_classes(self) -> None:
         self.subcommand = None
@@ -237,15 +228,7 @@ class Loading(TyingCLI):
 
 def load(configs: Sequence[str]) -> TyingCLI:
     """Return the trainer and the model that the configurations of a run, of any subcommand, describe."""
-    arguments = ["inspect"]
-    with TemporaryDirectory() as folder:
-        for number, config in enumerate(configs):
-            path = Path(folder) / f"{number}.yaml"
-            with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # which the parser explains
-                content = yaml.safe_load(Path(config).read_text()).items()
-                path.write_text(yaml.safe_dump({key: value for key, value in content if key in SECTIONS}))
-            arguments.append(f"--config={path if path.exists() else config}")
-        return parse([*arguments, "--ckpt_path=null"], run=True, cli=Loading)
+    return parse(["inspect", *(f"--config={config}" for config in configs), "--ckpt_path=null"], run=True, cli=Loading)
 
 
 def _locate_config(argument: str) -> str:
@@ -262,6 +245,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
     given = [*map(_locate_config, sys.argv[1:] if args is None else args)]
     try:
+        for argument in given:
+            check_variables(argument)
         parse(given, run=True)
     except Exception as error:
         explanation = (
