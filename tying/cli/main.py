@@ -50,7 +50,7 @@ class Trainer(pl.Trainer):
         Raises:
             ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
         """
-        inspect(model, callbacks_of(self), _checkpoint_path(self, ckpt_path), weights_only, plot, json)
+        inspect(model, callbacks_of(self), _checkpoint_path(self, ckpt_path), weights_only, plot, json, self)
 
     def advise(
         self,
