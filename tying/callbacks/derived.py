@@ -253,7 +253,8 @@ class UntiedBiases(ModelTransform):
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
         super().__init__(parameters)
-        if not input_size or not all(isinstance(size, int) and size > 0 for size in input_size):
+        is_size = isinstance(input_size, Sequence) and all(isinstance(size, int) and size > 0 for size in input_size)
+        if not input_size or not is_size:
             raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size!r}")
         self.input_size = [*input_size]
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class MixtureTying(PenaltyCallback):
         GaussianMixturePrior(components, zero_weight)  # raises if an argument is out of range
         check_count("start_epoch", start_epoch, "[0, inf)")
         check_count("examples", 1 if examples is None else examples, "[1, inf)")
-        if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
+        if not isinstance(rates, Sequence) or len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
         self.parameters, self.components, self.zero_weight = parse_patterns(parameters), components, zero_weight
         self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, (*rates,), batch_norms

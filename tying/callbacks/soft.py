@@ -190,6 +190,8 @@ class Coupling(PenaltyCallback):
         name: str | None = None,
     ) -> None:
         check_count("examples", 1 if examples is None else examples, "[1, inf)")
+        if not (isinstance(first, str) and isinstance(second, str)):
+            raise ConfigurationError(f"first and second must each be one name or pattern, not {first!r} and {second!r}")
         strength = coupling_strength(alpha, exponent)
         if math.isinf(strength) and update != "proximal":
             raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")

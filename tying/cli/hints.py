@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import tying
 from tying.errors import listed, nearest
 from tying.lightning_namespace import pl
+from tying.mappings import subclasses
 
 PACKAGES = ("tying.callbacks", "tying.models", "tying.data", "tying.soft", "tying.hard", "tying.hashing", "tying.depth")
 SHORT = PACKAGES[:3]  # whose classes need no path
@@ -122,15 +123,10 @@ def _taken_by(places: Sequence[str]) -> Iterator[str]:
     with suppress(ImportError, AttributeError, TypeError, ValueError, KeyError, IndexError, NameError):
         for base in _flat(get_type_hints(_imported(places[-2]).__init__)[places[-1]]):
             if isinstance(base, type) and base.__module__.startswith("tying."):
-                yield from (cls.__name__ for cls in _subclasses(base) if cls.__name__ in public)
+                yield from (cls.__name__ for cls in subclasses(base) if cls.__name__ in public)
 
 
 def _flat(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
         yield from _flat(part)
-
-
-def _subclasses(cls: type[Any]) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
-        yield from (subclass, *_subclasses(subclass))

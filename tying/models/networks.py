@@ -64,10 +64,10 @@ def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: boo
     Raises:
         ConfigurationError: fewer than two sizes.
     """
+    if not isinstance(sizes, Sequence) or len(sizes) < 2:
+        raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {sizes}")
     for size in sizes:
         check_count("every size", size)
-    if len(sizes) < 2:
-        raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {[*sizes]}")
     layers = [
         layer
         for inputs, outputs in pairwise(sizes)

@@ -1,7 +1,7 @@
 """Test recurrent blocks and loops with more or fewer steps than in training."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,8 +43,8 @@ class Unrolling(Callback):
     """
 
     def __init__(self, extra: list[int]) -> None:
-        if not extra:
-            raise ConfigurationError("extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not []")
+        if not isinstance(extra, Sequence) or not extra:
+            raise ConfigurationError(f"extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not {extra!r}")
         for steps in extra:
             check_count("every entry of extra", steps, "(-inf, inf)")
         self.extra = [*extra]
