@@ -5,11 +5,13 @@ import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pickle import PickleError
+from traceback import walk_tb
 
 from yaml import YAMLError
 
 from tying.cli.hints import hint
 from tying.errors import ConfigurationError, listed
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import MisconfigurationException
 
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
@@ -117,6 +119,9 @@ def _summarize(chain: Sequence[BaseException]) -> str:
         alternatives += [re.sub(r"\s+", " ", attempt) for attempt in attempts if not attempt.startswith(TRIED)][1:]
         of_classes = [text for text in alternatives if "Got value: Namespace(class_path=" not in text]
         alternatives = of_classes or alternatives  # whoever names a class means none of the other types
+    alternatives = [text.partition("\nSubclass types expect")[0] for text in alternatives]
+    if isinstance(cause, ConfigurationError) and not places and (constructed := _constructed(cause)) not in str(cause):
+        places.append(constructed)
     text = ": ".join([*places, _in_plain_words("; or: ".join(alternatives))])
     if "Got value: {'init_args':" in text:
         return (
@@ -132,6 +137,15 @@ def _summarize(chain: Sequence[BaseException]) -> str:
         return f"{text} (infinity is written .inf)"
     sentence = hint(text, places)
     return f"{text}.{sentence}" if sentence else text
+
+
+def _constructed(error: BaseException) -> str:
+    """Return the name of the class in whose constructor an error was raised; an empty string if in none."""
+    for frame, _ in walk_tb(error.__traceback__):
+        instance = frame.f_locals.get("self")
+        if frame.f_code.co_name in ("__init__", "__post_init__") and not isinstance(instance, pl.cli.LightningCLI):
+            return type(instance).__name__
+    return ""
 
 
 def _in_plain_words(text: str) -> str:

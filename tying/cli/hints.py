@@ -17,6 +17,17 @@ from tying.mappings import subclasses
 PACKAGES = ("tying.callbacks", "tying.models", "tying.data", "tying.soft", "tying.hard", "tying.hashing", "tying.depth")
 SHORT = PACKAGES[:3]  # whose classes need no path
 OPTIONS = ("config", "print_config", "seed_everything", "model", "data", "ckpt_path", "weights_only", "verbose")
+OPTIONS += (
+    "plot",
+    "json",
+    "ckpt",
+    "out",
+    "budget",
+    "steps",
+    "batches",
+    "parameters",
+    "rate",
+)  # of inspect, bake, advise
 
 
 def hint(text: str, places: Sequence[str]) -> str:
@@ -88,10 +99,28 @@ def _of_file(path: str, places: Sequence[str]) -> str:
 
 
 def _of_no_model(name: str, places: Sequence[str]) -> str:
-    return " Name it, as in --model=ResNet, or give a configuration that does, such as --config configs/base.yaml."
+    return " Name it, as in --model=Autoencoder, or give a configuration that does, such as --config configs/base.yaml."
+
+
+def _of_value(value: str, places: Sequence[str]) -> str:
+    """Return what to write for a value that is neither a class's name nor its arguments."""
+    if "Tie" in value:
+        return " A tie is 'source ~ target | relation', or a mapping with source, target, relation and exclude."
+    return _of_class(value, places) or " Write the name of a class, or class_path and init_args."
+
+
+def _of_list(value: str, places: Sequence[str]) -> str:
+    return f" Write [{value!r}]."
+
+
+def _of_class_path(name: str, places: Sequence[str]) -> str:
+    return " The arguments of a class stand below init_args, beside class_path."
 
 
 HINTS = {  # by a pattern of the message, whose group is the wrong name
+    r"Option '(class_path)' is not accepted$": _of_class_path,
+    r"(Not a valid subclass of \w+|does not correspond to a subclass of \w+)": _of_value,
+    r"Expected a list\. Got value: ([^[{].*)$": _of_list,
     r"no class is named (\w+)$": _of_class,
     r"(has no attribute '\w+'|No module named '[\w.]+')$": _of_path,
     r"Option '([\w.]+)' is not accepted$": _of_argument,
@@ -123,7 +152,7 @@ def _taken_by(places: Sequence[str]) -> Iterator[str]:
     with suppress(ImportError, AttributeError, TypeError, ValueError, KeyError, IndexError, NameError):
         for base in _flat(get_type_hints(_imported(places[-2]).__init__)[places[-1]]):
             if isinstance(base, type) and base.__module__.startswith("tying."):
-                yield from (cls.__name__ for cls in subclasses(base) if cls.__name__ in public)
+                yield from (cls.__name__ for cls in [*subclasses(base)] or [base] if cls.__name__ in public)
 
 
 def _flat(annotation: Any) -> Iterator[Any]:

@@ -154,7 +154,7 @@ def hash_weights(
     return report(model, selection.weights, selection.skipped, selection.tied, selection.unfit)
 
 
-def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
+def check_choices(table_ratio: float | None, hash: object, scope: str, init: str) -> None:
     """Raise a ConfigurationError if an argument of :func:`hash_weights` is wrong for any model."""
     if not isinstance(hash, Hash):
         close = nearest(str(hash), [cls.__name__ for cls in subclasses(Hash)])

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.patterns import Captures, Pattern
 from tying.selection.relation import Relation
 
@@ -122,6 +122,7 @@ class Names:
         ] or self._below_modules(pattern)
         if not matches:
             hint = self._explain_derived(pattern) or nearest(text, [*self.parameters, *self.modules])
+            hint = hint or f" Parameters are {listed(self.parameters, limit=3)}."
             raise ConfigurationError(f"{context}: pattern {text!r} matches no parameter or module.{hint}")
         for other in map(Pattern, exclude):
             if not any(covers(other, name) for name in self.parameters):
