@@ -423,16 +423,16 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--trainer.callbacks.strength=.nan"], "strength must be 0 or more, not nan"),
         (["--trainer.callbacks.strength=.inf"], "strength=inf needs update='proximal'"),
         (["--trainer.callbacks.strength=inf"], "infinity is written .inf"),
-        (["--trainer.callbacks.strength=abc"], "strength: Expected a <class 'float'>. Got value: abc"),
-        (["--trainer.callbacks.penalty=l3"], "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
-        (["--trainer.callbacks.update=up"], "update: Expected a typing.Literal['gradient', 'decoupled', 'proximal']"),
+        (["--trainer.callbacks.strength=abc"], "strength: Expected a number. Got value: abc"),
+        (["--trainer.callbacks.penalty=l3"], "penalty: Expected 'l2' or 'l1'. Got value: l3"),
+        (["--trainer.callbacks.update=up"], "update: Expected 'gradient', 'decoupled' or 'proximal'"),
         (["--trainer.callbacks.ties=[a ~]"], "tie 'a ~' must have the form"),
         (["--trainer.callbacks.schedule.length=-3"], "a schedule's length must be 0 or more, not -3"),
         (["--trainer.callbacks.ties=[network.steem.conv.weight]"], "Nearest existing names: network.stem.conv.weight"),
         (["--model.network.depth=21"], "a ResNet's depth is 6n + 2"),
         (
             ["--data.source=foo"],
-            "source: Expected a typing.Literal['auto', 'archive', 'folder', 'sample']. Got value: foo",
+            "source: Expected 'auto', 'archive', 'folder' or 'sample'. Got value: foo",
         ),
         (["--data.source=archive"], "source='archive' needs root"),
         (["--data.root=nowhere"], "no CIFAR-10 under nowhere"),
@@ -453,7 +453,7 @@ def test_inspect_tells_every_tie_that_does_not_fit(capsys):
         (["--modell=3"], "unrecognized arguments: --modell=3"),
         (["--trainer.callbacks.strenght=1"], "Option 'strenght' is not accepted. Nearest existing names: strength."),
         (["--model.netwrk=ResNet"], "Option 'netwrk' is not accepted. Nearest existing names: network."),
-        (["--trainer.callbacks+=SoftTieing"], "import path string: SoftTieing. Nearest existing names: SoftTying"),
+        (["--trainer.callbacks+=SoftTieing"], "no class is named SoftTieing. Nearest existing names: SoftTying"),
         (["--trainer.callbacks.ties=a ~ b"], "ties: Expected a list. Got value: a ~ b"),
         (["--config=alias.yaml"], "In YAML, a pattern needs quotes: asterisks"),
         (["--config=none.yaml"], "File does not exist"),
@@ -754,10 +754,10 @@ def test_a_run_whose_disk_is_full_goes_on_where_there_is_room(capsys, caplog):
 
 def test_configurations_that_are_no_text(checkpoint, capsys):
     Path("latin.yaml").write_bytes("model: é".encode("latin-1"))
-    assert "a configuration is no text in UTF-8" in errors(capsys, "fit", "--config=latin.yaml")
+    assert "latin.yaml: this is no text in UTF-8" in errors(capsys, "fit", "--config=latin.yaml")
     Path("empty.yaml").touch()
     torch.save({"a_extra_state": torch.zeros(1)}, "a.ckpt")
-    assert "empty.yaml must hold keys and values" in errors(
+    assert "empty.yaml: the configuration is empty" in errors(
         capsys, "bake", "--ckpt=a.ckpt", "--out=a.pt", "--config=empty.yaml"
     )
 
@@ -774,7 +774,9 @@ def test_inspect_tells_what_is_computed(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'templates.yaml'}"])
     told = capsys.readouterr().out
     assert "No tied weights" not in told
-    assert re.search(r"TemplateWeights: \d+ weights from 2 templates a shape: network.layer1.0.branch.conv1.weight, ", told)
+    assert re.search(
+        r"TemplateWeights: \d+ weights from 2 templates a shape: network.layer1.0.branch.conv1.weight, ", told
+    )
     [free] = [line for line in told.splitlines() if line.startswith("Not matched by any tie: ")]
     assert "network.stem.conv.weight" in free
     assert "network.layer1.0.branch.conv1.weight" not in free

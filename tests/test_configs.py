@@ -68,10 +68,10 @@ def test_first_lines_name_configs():
     [
         ("hash_modulus", "ModulusHash", "ModuloHash", "hash: tying.hashing.ModuloHash: module 'tying.hashing' has no attribute 'ModuloHash'"),
         ("hash_block", "block: 64", "blocks: 64", "hash: tying.hashing.BlockHash: Option 'blocks' is not accepted. Nearest existing names: block."),
-        ("hash_neighborhood", "radius: 8", "radius: far", "hash: tying.hashing.NeighborhoodHash: radius: Expected a <class 'int'>. Got value: far"),
+        ("hash_neighborhood", "radius: 8", "radius: far", "hash: tying.hashing.NeighborhoodHash: radius: Expected an integer. Got value: far"),
         ("hash_neighborhood", "radius: 8", "radius: -1", "radius must be 0 or more, not -1"),
         ("hashed_layers", "torch.nn.ReLU", "torch.nn.Relu", "network: tying.models.sequential: layers: torch.nn.Relu: module 'torch.nn' has no attribute 'Relu'"),
-        ("soft_l1", "penalty: l1", "penalty: l3", "penalty: Expected a typing.Literal['l2', 'l1']. Got value: l3"),
+        ("soft_l1", "penalty: l1", "penalty: l3", "penalty: Expected 'l2' or 'l1'. Got value: l3"),
         ("soft_huber", "delta: 0.1", "delta: -0.1", "tying: error: Huber's delta must be above 0, not -0.1"),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
+CHECKS = ("check_range", "check_count", "check_counts", "check_choice")
 HEAD = """# Errors and warnings
 
 Every error that the package raises, and every warning, as it is written in the source; braces hold values of the case. Each has
@@ -28,14 +29,19 @@ def text(node):
 
 
 def of_check(call):
-    """Return what `check_range`, `check_count` and `check_choice` say of an argument."""
+    """Return what `check_range`, `check_count`, `check_counts` and `check_choice` say of each argument."""
+    check = ast.unparse(call.func)
+    if check == "check_counts":
+        return [f"{count.arg} must be an integer of 1 or more, not {text(count.value)}" for count in call.keywords]
     name, value, *interval = (text(argument) for argument in call.args)
     allowed = interval[0] if interval else "[1, inf)"
-    if ast.unparse(call.func) == "check_choice":
-        return f"{name} must be one of {allowed}, not {value}"
+    if check == "check_choice":
+        return [f"{name} must be one of {allowed}, not {value}"]
     low, _, high = allowed[1:-1].partition(", ")
     interval = f"in {allowed}" if high != "inf" else f"{low} or more" if allowed[0] == "[" else f"above {low}"
-    return f"{name} must be {interval}, not {value}"
+    if check == "check_count":
+        interval = "an integer" + (f" of {interval}" if high == "inf" else f" {interval}") * (low != "-inf")
+    return [f"{name} must be {interval}, not {value}"]
 
 
 def messages(path):
@@ -46,8 +52,8 @@ def messages(path):
             numbered.append((node.lineno, text(node.exc.args[0])))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "pl.utilities.rank_zero_warn"):
             numbered.append((node.lineno, text(node.args[0])))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("check_range", "check_count", "check_choice"):
-            numbered.append((node.lineno, of_check(node)))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in CHECKS:
+            numbered += [(node.lineno, message) for message in of_check(node)]
     return [message for _, message in sorted(numbered)]
 
 

@@ -1,10 +1,12 @@
 """What a configuration ties, without training: what training accepts, and nothing else."""
 
 import json
+import math
 import warnings
 from functools import partial
 
 import pytest
+import torch
 from torch import nn
 from toys import Toy, train
 
@@ -20,6 +22,7 @@ from tying.callbacks import (
 from tying.cli.inspect import inspect
 from tying.depth import Recurrent, StochasticDepth, apply_merge, loop
 from tying.errors import ConfigurationError
+from tying.soft import Huber, Schedule
 
 A, B = "encoder.0.bias", "decoder.0.bias"
 V, W = "encoder.0.weight", "decoder.2.weight"
@@ -140,3 +143,50 @@ def test_blocks_with_merges_or_in_loops_are_no_shared_modules(change, capsys):
     change(model.net)
     inspect(model, [], json=True)
     assert json.loads(capsys.readouterr().out)["modules"] == {"Recurrent(steps=3)": ["net.2"]}
+
+
+def sgd(lr=0.1, momentum=0.0):
+    return lambda parameters: torch.optim.SGD(parameters, lr, momentum)
+
+
+SPEEDS = {
+    "gradient": (sgd(), {}, "lr 0.1 · strength 0.001 · m 2: shrinks the gap by 0.02 % a step, half in 3,466 steps"),
+    "momentum": (sgd(momentum=0.5), {}, "m 2 · momentum 0.5: shrinks the gap by 0.04 % a step, half in 1,732 steps"),
+    "decoupled": (torch.optim.Adam, {"update": "decoupled"}, "lr 0.001 · strength 0.001 · m 2: shrinks the gap by "),
+    "proximal": (sgd(), {"update": "proximal", "strength": 10.0}, "shrinks the gap by 67 % a step, half in 1 step"),
+    "infinite": (
+        sgd(),
+        {"update": "proximal", "strength": math.inf},
+        "an infinite strength closes the gap in each step",
+    ),
+    "none": (sgd(), {"strength": 0.0}, "strength 0 pulls nothing"),
+    "adaptive": (torch.optim.Adam, {}, "Adam scales the pull together with the loss's gradients"),
+    "diverging": (
+        sgd(),
+        {"strength": 15.0},
+        "m 2: diverges: it multiplies the gap by 2 a step. Lower the strength, or",
+    ),
+    "scheduled": (sgd(), {"strength": 1.0, "schedule": Schedule(0.0, 0.001, 9)}, "lr 0.1 · strength 0.001 · m 2"),
+    "l1": (sgd(), {"penalty": "l1"}, "lr 0.1 · strength 0.001 · m 2: moves each entry by up to 0.0001 a step"),
+    "Huber": (sgd(), {"penalty": Huber(0.5)}, "half in 3,466 steps, where it is below 0.5"),
+}
+
+
+@pytest.mark.parametrize("case", SPEEDS)
+def test_inspect_says_what_a_strength_does(case, capsys):
+    optimizer, arguments, sentence = SPEEDS[case]
+    inspect(Toy(optimizer), [SoftTying([TIE], **arguments)])
+    [line] = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("SoftTying: ") and TIE not in line
+    ]
+    assert sentence in line
+
+
+def test_frozen_members_and_unknown_optimizers(capsys):
+    model = Toy(sgd())
+    model.decoder[2].weight.requires_grad_(False)
+    inspect(model, [SoftTying([TIE])])
+    assert "SoftTying: lr 0.1 · strength 0.001 · m 1: shrinks the gap by 0.01 % a step" in capsys.readouterr().out
+    model.make_optimizer = lambda parameters: model.trainer.train_dataloader.dataset
+    inspect(model, [SoftTying([TIE])])
+    assert "lr 0.1" not in capsys.readouterr().out

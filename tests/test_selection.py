@@ -245,10 +245,17 @@ def test_shapes_that_do_not_meet_are_named():
         ConfigurationError, match=r"'encoder\.0\.weight' and 'decoder\.2\.weight' do not meet.*\(6, 8\).*\(8, 6\)"
     ):
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
-    with pytest.raises(ConfigurationError, match="'o i -> i o' would fit"):
+    with pytest.raises(ConfigurationError, match=r"'o i -> i o' would fit$"):
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
     with pytest.raises(ConfigurationError, match="exclude one of them"):
         resolve(ResNet(14), ["layer2.*.branch.conv1.weight"])
+    kernels = nn.ModuleList(nn.Conv2d(4, 4, 3) for _ in range(2))
+    message = (
+        r"relation 'o i -> i o' is for 2-dimensional weights, and these have the shapes \(4, 4, 3, 3\) and "
+        r"\(4, 4, 3, 3\); the relation 'o i h w -> i o h w' would fit$"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        resolve(kernels, ["0.weight ~ 1.weight | o i -> i o"])
 
 
 def test_a_string_for_exclude():

@@ -1,7 +1,10 @@
 """Errors of configuration and training, and checks of arguments."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from inspect import signature
+from typing import Any
 
 
 class ConfigurationError(ValueError):
@@ -34,6 +37,18 @@ def listed(names: Iterable[str], limit: int = 6) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def misnamed(function: Callable[..., Any], arguments: Iterable[str]) -> str:
+    """Return a sentence with the arguments of a function closest to one that it does not have, or an empty string.
+
+    Example:
+        >>> misnamed(check_choice, ["name", "chioces"])
+        ' Nearest existing names: choices.'
+    """
+    known = [*signature(function).parameters]
+    wrong = [argument for argument in arguments if argument not in known]
+    return (nearest(wrong[0], known) or f" It takes {listed(known, limit=12)}.") if wrong else ""
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -79,14 +94,22 @@ def check_range(name: str, value: float, interval: str) -> None:
         tying.errors.ConfigurationError: samples must be 1 or more, not 0
     """
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    is_number = hasattr(value, "__float__")
-    inside = is_number and (low <= value if interval[0] == "[" else low < value)
-    if not (inside and (value <= high if interval[-1] == "]" else value < high)):
-        bound = f"in {interval}"
-        if high == float("inf"):
+    number = _number(value)
+    inside = low <= number if interval[0] == "[" else low < number
+    if not (inside and (number <= high if interval[-1] == "]" else number < high)):
+        bound = "a finite number" if low == -float("inf") else f"in {interval}"
+        if low > -float("inf") and high == float("inf"):
             bound = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
-            bound += " and finite" * (is_number and value == high)
+            bound += " and finite" * (number == high)
         raise ConfigurationError(f"{name} must be {bound}, not {value!r}")
+
+
+def _number(value: object) -> float:
+    """Return a value as a float; NaN if it is no number."""
+    try:
+        return float(value) if hasattr(value, "__float__") else math.nan
+    except (TypeError, ValueError, RuntimeError):  # of an array of several numbers
+        return math.nan
 
 
 def check_count(name: str, value: int, interval: str = "[1, inf)") -> None:
@@ -105,6 +128,21 @@ def check_count(name: str, value: int, interval: str = "[1, inf)") -> None:
         Traceback (most recent call last):
         tying.errors.ConfigurationError: rank must be an integer, not 1.5
     """
-    check_range(name, value, interval)
     if not hasattr(value, "__index__"):
         raise ConfigurationError(f"{name} must be an integer, not {value!r}")
+    check_range(name, value, interval)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise an error unless the values of arguments, given by their names, are integers of 1 or more.
+
+    Raises:
+        ConfigurationError: as :func:`check_count`.
+
+    Example:
+        >>> check_counts(layers=2, heads=0)
+        Traceback (most recent call last):
+        tying.errors.ConfigurationError: heads must be 1 or more, not 0
+    """
+    for name, value in counts.items():
+        check_count(name, value)

@@ -5,7 +5,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from tying.errors import ConfigurationError, listed, nearest
+from tying.errors import ConfigurationError, listed, misnamed, nearest
 
 
 def from_mapping(value: Any, kind: type, argument: str) -> Any:
@@ -18,7 +18,8 @@ def from_mapping(value: Any, kind: type, argument: str) -> Any:
         argument: name of the argument, for error messages.
 
     Raises:
-        ConfigurationError: the mapping names no such class, or arguments that the class does not have.
+        ConfigurationError: the mapping names no such class, or arguments that the class does not have; or the value is
+            a class, not an instance.
 
     Example:
         >>> from tying.soft import Penalty, Schedule
@@ -27,6 +28,9 @@ def from_mapping(value: Any, kind: type, argument: str) -> Any:
         >>> from_mapping({"class_path": "Huber", "init_args": {"delta": 0.5}}, Penalty, "penalty")
         Huber(delta=0.5)
     """
+    if isinstance(value, type):
+        name = value.__name__
+        raise ConfigurationError(f"{argument} must be an instance, not the class {name}: write {name}(...)")
     if not isinstance(value, Mapping):
         return value
     arguments = {**value}
@@ -35,15 +39,17 @@ def from_mapping(value: Any, kind: type, argument: str) -> Any:
     try:
         return kind(**arguments)
     except TypeError as error:
-        known = listed(cls.__name__ for cls in _subclasses(kind))
+        known = listed(cls.__name__ for cls in subclasses(kind))
         remedy = f"; write class_path, such as {known}, and init_args" if known and not path else ""
+        if not remedy and (close := misnamed(kind, arguments)):
+            remedy = f".{close}"
         raise ConfigurationError(f"{argument} cannot be {dict(value)}: {error}{remedy}") from None
 
 
 def _find_class(path: str, base: type, argument: str) -> type:
     """Return the class that a path imports, or the subclass of a base that has this name."""
     module, _, name = path.rpartition(".")
-    classes = {cls.__name__: cls for cls in (base, *_subclasses(base))}
+    classes = {cls.__name__: cls for cls in (base, *subclasses(base))}
     cls: Any = None
     with suppress(ImportError, AttributeError, KeyError):
         cls = getattr(import_module(module), name) if module else classes[name]
@@ -55,6 +61,7 @@ def _find_class(path: str, base: type, argument: str) -> type:
     return cls
 
 
-def _subclasses(kind: type[Any]) -> Iterator[type]:
+def subclasses(kind: type[Any]) -> Iterator[type]:
+    """Yield the subclasses of a class, and theirs."""
     for cls in kind.__subclasses__():
-        yield from (cls, *_subclasses(cls))
+        yield from (cls, *subclasses(cls))

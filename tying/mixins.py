@@ -48,7 +48,7 @@ from tying.callbacks import (
 from tying.callbacks.base import Callback, accept_need, needs
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.transform import ModelTransform
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, misnamed
 from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of
 
@@ -195,7 +195,8 @@ def _constructed(module: pl.LightningModule, mixin: type[Mixin], kind: type[Call
     try:
         return kind(**arguments)
     except TypeError as error:
-        raise ConfigurationError(f"{type(module).__name__}.{attribute}: {error}") from None
+        close = misnamed(kind, arguments)
+        raise ConfigurationError(f"{type(module).__name__}.{attribute}: {error}{close and '.' + close}") from None
 
 
 def _copied(module: pl.LightningModule) -> list[pl.Callback]:

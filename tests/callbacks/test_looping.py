@@ -358,9 +358,7 @@ def test_blocks_that_are_no_loop(blocks, message):
 
 
 def test_fractions_need_the_length_of_training():
-    message = (
-        r"^Looping: start=0\.25, grow=None needs the length of training, which is unknown: set the trainer's max_steps$"
-    )
+    message = r"^Looping: start=0\.25 needs the length of training, which is unknown: set the trainer's max_steps$"
     with pytest.raises(ConfigurationError, match=message):
         fit(Blocks(), callback(start=0.25), max_epochs=-1)
     fit(Blocks(), callback(start=0.25), max_epochs=-1, max_steps=2)

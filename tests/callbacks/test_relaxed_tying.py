@@ -139,6 +139,14 @@ def test_annealed_to_the_end_it_is_a_hard_tie(unit):
     assert {state["step"].item() for state in optimizer.state.values()} == {2 * STEPS}  # also of the shared weight
 
 
+@pytest.mark.parametrize(("unit", "length", "total"), [("step", STEPS + 1, STEPS), ("epoch", 2, 1)])
+def test_residuals_that_training_ends_too_early_to_drop_are_told(unit, length, total):
+    message = f"RelaxedTying: anneal ends after {length} {unit}s, and training after {total}: the residuals stay"
+    with pytest.warns(UserWarning, match=message):
+        fit(model := Adam(), [annealed(unit, length)])
+    assert len(relaxed(model)) == 2
+
+
 def test_the_residuals_are_annealed_as_a_loop_anneals_them():
     model, reference = Adam(), Adam()
     fit(model, [annealed()], max_epochs=1)

@@ -181,7 +181,7 @@ def test_mistakes():
     for options, told in (
         ({"task": "translation"}, "task must be 'classification' or 'language'"),
         ({"embedding": 3}, "needs task='language'"),
-        ({"embedding": 0, "task": "language"}, "a size of 1 or more, not 0"),
+        ({"embedding": 0, "task": "language"}, "embedding must be 1 or more, not 0"),
         ({"embedding_std": -1}, "embedding_std must be 0 or more, not -1"),
         ({"test_samples": 2}, "tests by one pass"),
         ({"network": nn.LSTM(1, 4, batch_first=True)}, "make it with batch_first=False"),

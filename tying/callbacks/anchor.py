@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ class AnchorTying(PenaltyCallback):
     ) -> None:
         super().__init__(strength, update, None, name)
         check_strength("head_strength", head_strength, update)
+        if not isinstance(anchor, str | PathLike):
+            raise ConfigurationError(f"anchor must be 'initial' or the path of a file, not {type(anchor).__name__}")
         self.parameters, self.head_strength, self.anchor = parse_patterns(parameters), float(head_strength), anchor
         self.head = None if head is None else parse_patterns(head, "head")
         if head is not None and not head_strength:

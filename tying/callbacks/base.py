@@ -312,14 +312,22 @@ def training_steps(trainer: pl.Trainer, context: str, remedy: str = "") -> int:
     Raises:
         ConfigurationError: training has no end, or one that cannot be estimated.
     """
-    steps = trainer.estimated_stepping_batches  # -1 for an iterable dataset without max_steps
-    accumulation = [c for c in callbacks_of(trainer) if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
-    is_wrong = trainer.max_steps == -1 and any(len({*callback.scheduling.values()}) > 1 for callback in accumulation)
-    if steps < 0 or math.isinf(steps) or is_wrong:
+    if (steps := estimated_steps(trainer)) is None:
         raise ConfigurationError(
             f"{context} needs the length of training, which is unknown: set the trainer's max_steps{remedy}"
         )
-    return int(steps)
+    return steps
+
+
+def estimated_steps(trainer: pl.Trainer) -> int | None:
+    """Return the number of optimizer steps of the whole training, or None if it has no end that can be estimated.
+
+    Call it when the training data is loaded, from ``on_train_start`` on: it would load them.
+    """
+    steps = trainer.estimated_stepping_batches  # -1 for an iterable dataset without max_steps
+    accumulation = [c for c in callbacks_of(trainer) if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
+    is_wrong = trainer.max_steps == -1 and any(len({*callback.scheduling.values()}) > 1 for callback in accumulation)
+    return None if steps < 0 or math.isinf(steps) or is_wrong else int(steps)
 
 
 def optimizer_steps(trainer: pl.Trainer) -> int:

@@ -23,7 +23,7 @@ from tying.callbacks.base import (
 from tying.callbacks.conflicts import acting_on, conflict
 from tying.callbacks.derived import HardTying
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_count, listed
 from tying.hashing.apply import check_hashable, table_names
 from tying.hashing.codebook import Start, check_fits_codebook, cluster_weight, put_codebook, uses_of
 from tying.hashing.packing import clustered, contents
@@ -47,6 +47,9 @@ class BeforeEpoch:
     """
 
     epoch: int
+
+    def __post_init__(self) -> None:
+        check_count("epoch", self.epoch, "[0, inf)")
 
     def __call__(self, epoch: int) -> bool:
         """Return whether ``epoch`` comes before."""
@@ -91,8 +94,8 @@ class WeightClustering(TyingCallback):
         init: Literal["linear", "density", "forgy"] = "linear",
         gradient: Literal["sum", "mean"] = "sum",
     ) -> None:
-        check_range("clusters", clusters, "[1, inf)")
-        check_range("start_epoch", start_epoch, "[0, inf)")
+        check_count("clusters", clusters, "[1, inf)")
+        check_count("start_epoch", start_epoch, "[0, inf)")
         check_choice("init", init, get_args(Start))
         check_choice("gradient", gradient, ("sum", "mean"))
         self.parameters, self.clusters = parse_patterns(parameters), clusters

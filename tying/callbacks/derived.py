@@ -12,8 +12,8 @@ from typing_extensions import override
 from tying.callbacks.base import counted
 from tying.callbacks.figures import log_figure
 from tying.callbacks.transform import ModelTransform
-from tying.errors import ConfigurationError, check_choice, listed
-from tying.hard import generate_weights, lower_rank, share_templates, tied, untie_biases
+from tying.errors import ConfigurationError, check_choice, check_counts, listed
+from tying.hard import LowRank, LowRankPlusDiagonal, generate_weights, lower_rank, share_templates, tied, untie_biases
 from tying.hard.hypernetwork import GenerationPlan, plan_generation
 from tying.hard.low_rank import check_rank
 from tying.hard.templates import similarity_figure
@@ -149,6 +149,7 @@ class LowRankWeights(ModelTransform):
 
     def __init__(self, parameters: list[str], rank: int, diagonal: bool = False) -> None:
         super().__init__(parameters)
+        (LowRankPlusDiagonal if diagonal else LowRank)(rank)  # raises if the rank is out of range
         self.rank, self.diagonal = rank, diagonal
 
     @override
@@ -181,6 +182,7 @@ class TemplateWeights(ModelTransform):
 
     def __init__(self, parameters: list[str], templates: int) -> None:
         super().__init__(parameters)
+        check_counts(templates=templates)
         self.templates = templates
 
     @override
@@ -215,6 +217,7 @@ class GeneratedWeights(ModelTransform):
         self, parameters: list[str], embedding: int = 64, in_channels: int = 16, out_channels: int = 16
     ) -> None:
         super().__init__(parameters)
+        check_counts(embedding=embedding, in_channels=in_channels, out_channels=out_channels)
         self.embedding, self.in_channels, self.out_channels = embedding, in_channels, out_channels
 
     def _plan(self, model: nn.Module) -> GenerationPlan:
@@ -254,7 +257,8 @@ class UntiedBiases(ModelTransform):
 
     def __init__(self, parameters: list[str], input_size: list[int]) -> None:
         super().__init__(parameters)
-        if not input_size or not all(isinstance(size, int) and size > 0 for size in input_size):
+        is_size = isinstance(input_size, Sequence) and all(isinstance(size, int) and size > 0 for size in input_size)
+        if not input_size or not is_size:
             raise ConfigurationError(f"input_size must be that of one sample, such as [3, 32, 32], not {input_size!r}")
         self.input_size = [*input_size]
 

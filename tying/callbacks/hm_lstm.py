@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.callbacks.base import Callback, counted
 from tying.callbacks.figures import log_figure
 from tying.depth import HMLSTM, HMOutput
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count, check_range
 from tying.figures import MARKERS, SMALL, WIDTH, legend_below, new_figure
 from tying.lightning_namespace import pl
 
@@ -94,7 +94,7 @@ class BoundaryPlot(Callback):
     """
 
     def __init__(self, characters: int = 400) -> None:
-        check_range("characters", characters, "[1, inf)")
+        check_count("characters", characters, "[1, inf)")
         self.characters = characters
         self._hook: RemovableHandle | None = None
 

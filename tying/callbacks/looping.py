@@ -105,7 +105,8 @@ class Looping(ModelTransform):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self.start or self.grow:
-            self._total_steps = training_steps(trainer, f"{self.label}: start={self.start}, grow={self.grow}")
+            grow = f", grow={self.grow}" if self.grow else ""
+            self._total_steps = training_steps(trainer, f"{self.label}: start={self.start}{grow}")
 
     @override
     def on_train_batch_start(

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from tying.callbacks.base import is_fresh_run, is_last_epoch, reject_copies, war
 from tying.callbacks.figures import log_figure
 from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.training_data import estimate_batch_norms, num_train_samples
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_count, listed
 from tying.hashing.packing import contents
 from tying.lightning_namespace import pl
 from tying.selection.resolve import parse_patterns, select
@@ -78,9 +79,9 @@ class MixtureTying(PenaltyCallback):
     ) -> None:
         super().__init__(strength, "gradient", None, name)
         GaussianMixturePrior(components, zero_weight)  # raises if an argument is out of range
-        check_range("start_epoch", start_epoch, "[0, inf)")
-        check_range("examples", 1 if examples is None else examples, "[1, inf)")
-        if len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
+        check_count("start_epoch", start_epoch, "[0, inf)")
+        check_count("examples", 1 if examples is None else examples, "[1, inf)")
+        if not isinstance(rates, Sequence) or len(rates) != 3 or not all(0 <= rate < math.inf for rate in rates):
             raise ConfigurationError(f"rates are three learning rates of 0 or more, not {rates}")
         self.parameters, self.components, self.zero_weight = parse_patterns(parameters), components, zero_weight
         self.start_epoch, self.examples, self.rates, self.batch_norms = start_epoch, examples, (*rates,), batch_norms

@@ -66,7 +66,7 @@ class PenaltyCallback(TyingCallback):
         name: str | None = None,
     ) -> None:
         check_choice("update", update, get_args(Update))
-        check_strength("strength", float(strength), update)
+        check_strength("strength", strength, update)
         schedule = parse_schedule(schedule) or Schedule()
         self.strength, self.update, self.schedule, self.name = float(strength), update, schedule, name
         self.penalties: list[TyingPenalty] = []

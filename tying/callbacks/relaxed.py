@@ -1,5 +1,6 @@
 """Let tied weights differ by a residual during training, for good or for a while."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
@@ -9,7 +10,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, counted, optimizer_steps, reject_copies
+from tying.callbacks.base import TyingCallback, counted, estimated_steps, optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_count, listed
@@ -193,6 +194,20 @@ class RelaxedTying(ModelTransform):
         self._factor = 1.0 if self._relaxed else 0.0
         self._hard_groups = [group for group in tied(pl_module) if not names.isdisjoint(group.names)]
         super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.anneal is None:
+            return
+        epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        total = epochs if self.anneal.unit == "epoch" else estimated_steps(trainer)
+        if total is not None and total < self.anneal.length:
+            warnings.warn(
+                f"{self.label}: anneal ends after {self.anneal.length} {self.anneal.unit}s, and training after "
+                f"{total}: the residuals stay. Shorten anneal, or train longer",
+                stacklevel=2,
+            )
 
     @override
     def restore_structure(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:

@@ -11,7 +11,7 @@ from tying.callbacks.base import reject_copies
 from tying.callbacks.penalty import PenaltyCallback, Update
 from tying.callbacks.training_data import num_train_samples
 from tying.callbacks.transform import shared_with
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_count, check_range, listed
 from tying.hard import untie
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import weights_to_prune
@@ -189,7 +189,9 @@ class Coupling(PenaltyCallback):
         update: Update = "proximal",
         name: str | None = None,
     ) -> None:
-        check_range("examples", 1 if examples is None else examples, "[1, inf)")
+        check_count("examples", 1 if examples is None else examples, "[1, inf)")
+        if not (isinstance(first, str) and isinstance(second, str)):
+            raise ConfigurationError(f"first and second must each be one name or pattern, not {first!r} and {second!r}")
         strength = coupling_strength(alpha, exponent)
         if math.isinf(strength) and update != "proximal":
             raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")

@@ -49,8 +49,6 @@ def export(
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
         if not configs:
             raise ConfigurationError(f"{checkpoint} holds weights that the model computes: give the run's --config")
-        if empty := [config for config in configs if Path(config).is_file() and not Path(config).stat().st_size]:
-            raise ConfigurationError(f"--config: {empty[0]} must hold keys and values")
         cli = load(configs)
         cli.model.configure_model()
         callbacks = effective_callbacks(cli.model, callbacks_of(cli.trainer))

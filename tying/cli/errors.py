@@ -4,22 +4,23 @@ import errno
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib import import_module
-from inspect import signature
 from pickle import PickleError
+from traceback import walk_tb
 
 from yaml import YAMLError
 
-from tying.errors import ConfigurationError, listed, nearest
+from tying.cli.hints import hint
+from tying.errors import ConfigurationError, listed
+from tying.lightning_namespace import pl
 from tying.lightning_workarounds import MisconfigurationException
 
 UNION = "Does not validate against any of the Union subtypes"  # the parser has tried several types
 TRIED = ("Expected a <class 'NoneType'>", "Not a valid subclass", "Expected a path")  # of types that users rarely mean
+WORDS = {"Sequence": "a list", "int": "an integer", "float": "a number", "bool": "true or false", "str": "a text"}
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # class of an error, pattern of the beginning of its message, whether it is explained only if a checkpoint is loaded,
 # and the explanation, with the message, its first line, its first sentence and its summary as fields
-EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
+EXPLANATIONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str, bool, str], ...] = (
     (
         Exception,
         r"Error\(s\) in loading state_dict",
@@ -34,6 +35,12 @@ EXPLANATIONS: tuple[tuple[type[BaseException], str, bool, str], ...] = (
         "ckpt_path: this is no checkpoint of Lightning: {line}",
     ),
     (PickleError, "", True, "ckpt_path: the checkpoint holds more than tensors and plain types: {line}"),
+    (
+        (FileNotFoundError, ImportError, ValueError),
+        r"Checkpoint file not found|Install \w+ to access|Protocol not known",
+        True,
+        "ckpt_path: {message}: check the address, or download the checkpoint and give its path",
+    ),
     (
         Exception,
         "loaded state dict",
@@ -83,8 +90,6 @@ def explain(error: BaseException, of_checkpoint: bool = False) -> str | None:
     chain = [error]  # down to the first cause
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    if unreadable := [cause for cause in chain if isinstance(cause, UnicodeDecodeError)]:
-        return f"a configuration is no text in UTF-8: {unreadable[0]}"
     return (
         _summarize(chain)
         if any(
@@ -114,7 +119,10 @@ def _summarize(chain: Sequence[BaseException]) -> str:
         alternatives += [re.sub(r"\s+", " ", attempt) for attempt in attempts if not attempt.startswith(TRIED)][1:]
         of_classes = [text for text in alternatives if "Got value: Namespace(class_path=" not in text]
         alternatives = of_classes or alternatives  # whoever names a class means none of the other types
-    text = ": ".join([*places, "; or: ".join(alternatives)]).replace("a <class 'collections.abc.Sequence'>", "a list")
+    alternatives = [text.partition("\nSubclass types expect")[0] for text in alternatives]
+    if isinstance(cause, ConfigurationError) and not places and (constructed := _constructed(cause)) not in str(cause):
+        places.append(constructed)
+    text = ": ".join([*places, _in_plain_words("; or: ".join(alternatives))])
     if "Got value: {'init_args':" in text:
         return (
             f"{text.splitlines()[0]}. These are init_args without a class_path: changes to what another configuration "
@@ -127,17 +135,26 @@ def _summarize(chain: Sequence[BaseException]) -> str:
         )
     if text.endswith("Got value: inf"):
         return f"{text} (infinity is written .inf)"
-    close = _nearest(text, places)
-    return f"{text}.{close}" if close else text
+    sentence = hint(text, places)
+    return f"{text}.{sentence}" if sentence else text
 
 
-def _nearest(text: str, places: Sequence[str]) -> str:
-    """Return the names closest to a rejected one: classes of this package, or arguments of the class."""
-    if rejected := re.search(r"Expected a dot import path string: (\w+)$", text):
-        packages = map(import_module, ("tying.callbacks", "tying.models", "tying.data"))
-        return nearest(rejected[1], [name for package in packages for name in package.__all__])
-    if (rejected := re.search(r"Option '(\w+)' is not accepted$", text)) and places:
-        module, _, name = places[-1].rpartition(".")
-        with suppress(ImportError, AttributeError, TypeError, ValueError):
-            return nearest(rejected[1], signature(getattr(import_module(module), name)).parameters)
+def _constructed(error: BaseException) -> str:
+    """Return the name of the class in whose constructor an error was raised; an empty string if in none."""
+    for frame, _ in walk_tb(error.__traceback__):
+        instance = frame.f_locals.get("self")
+        if frame.f_code.co_name in ("__init__", "__post_init__") and not isinstance(instance, pl.cli.LightningCLI):
+            return type(instance).__name__
     return ""
+
+
+def _in_plain_words(text: str) -> str:
+    """Return a message of the parser without the names of its types.
+
+    Example:
+        >>> _in_plain_words("Expected a typing.Literal['l2', 'l1']. Got value: l3; or: Expected a <class 'int'>")
+        "Expected 'l2' or 'l1'. Got value: l3; or: Expected an integer"
+    """
+    text = re.sub(r"a typing\.Literal\[([^\]]*)\]", lambda match: " or ".join(match[1].rsplit(", ", 1)), text)
+    text = re.sub(r"an? <class '(?:[\w.]*\.)?(\w+)'>", lambda match: WORDS.get(match[1], f"a {match[1]}"), text)
+    return re.sub(r"Expected a dot import path string: (\w+)", r"no class is named \1", text)

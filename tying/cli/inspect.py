@@ -15,7 +15,9 @@ from tying.callbacks.anchor import describe_importance
 from tying.callbacks.base import accept_need
 from tying.callbacks.conflicts import acting_on
 from tying.callbacks.observers.summary import group_row, summary, summary_lines
+from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.transform import ModelTransform, averaging_before
+from tying.cli.strength import describe_strength, optimizers_of
 from tying.depth import Merge
 from tying.depth.generated_classes import GeneratedType
 from tying.errors import ConfigurationError, listed
@@ -36,6 +38,7 @@ def inspect(
     weights_only: bool | None = True,
     plot: Path | None = None,
     json: bool = False,
+    trainer: pl.Trainer | None = None,
 ) -> None:
     """Print which weights each tie matches, and which weights no tie matches. This changes nothing.
 
@@ -46,6 +49,7 @@ def inspect(
         weights_only: unpickle only tensors and plain types from the checkpoint.
         plot: path of a PNG for heat maps and histograms of how hashes use their tables.
         json: print one JSON document instead of text; NaN and infinity become null.
+        trainer: the trainer that the model's optimizers may ask for, for what strengths do at their learning rates.
 
     Raises:
         ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
@@ -55,7 +59,7 @@ def inspect(
     model, text = copy.deepcopy(model), list[RenderableType]()
     try:
         with torch.random.fork_rng(devices=[]):
-            document = _collect(model, callbacks, checkpoint, weights_only, text)
+            document = _collect(model, callbacks, checkpoint, weights_only, trainer, text)
         if plot is not None:
             if not document["hashes"]["weights"]:
                 raise ConfigurationError("plot: no weight of the model is hashed")
@@ -75,6 +79,7 @@ def _collect(
     callbacks: Sequence[pl.Callback],
     checkpoint: Path | None,
     weights_only: bool | None,
+    trainer: pl.Trainer | None,
     text: list[RenderableType],
 ) -> dict[str, Any]:
     """Return the report of :func:`inspect` as plain types; append it as text to ``text``, up to an error."""
@@ -87,6 +92,8 @@ def _collect(
     states = load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
     before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
+    strengths = _strengths(model, callbacks, trainer)
+    text += [f"{label}: {sentence}." for label, sentences in strengths.items() for sentence in sentences]
     free = [
         clean_name(name)
         for name, parameter in model.named_parameters()
@@ -115,9 +122,22 @@ def _collect(
         "report": audited.as_dict(),
         "hashes": asdict(hashed),
         "importances": importances,
+        "strengths": strengths,
         "problems": [*problems, *audited.problems],
         "limits": audited.limits,
     }
+
+
+def _strengths(
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], trainer: pl.Trainer | None
+) -> dict[str, list[str]]:
+    """Return what the strength of each callback does to the gap of its groups in a step, in words."""
+    pulling = [callback for callback in callbacks if isinstance(callback, PenaltyCallback) and callback.ties]
+    optimizers = optimizers_of(model, trainer) if pulling else []
+    sentences = {
+        callback.label: describe_strength(callback, resolve(model, callback.ties), optimizers) for callback in pulling
+    }
+    return {label: lines for label, lines in sentences.items() if lines}
 
 
 def effective_callbacks(model: pl.LightningModule, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:

@@ -5,12 +5,9 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
-import yaml
 from typing_extensions import override
 
 import tying.callbacks
@@ -18,16 +15,15 @@ import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
 from tying.cli.advise import batches_of, prepare
-from tying.cli.bake import bake_parser, export
-from tying.cli.demo import demo, demo_parser
+from tying.cli.bake import export
+from tying.cli.config import Parser, SectionsParser, check_variables
+from tying.cli.demo import demo
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError, check_count
 from tying.files import check_whole, newest_intact
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of
-
-SECTIONS = ("seed_everything", "trainer", "model", "data")  # of a run's configuration, without its subcommand's options
 
 
 class Trainer(pl.Trainer):
@@ -55,7 +51,7 @@ class Trainer(pl.Trainer):
         Raises:
             ConfigurationError: ties do not fit the model. The ties that fit are printed first, as text only.
         """
-        inspect(model, callbacks_of(self), _checkpoint_path(self, ckpt_path), weights_only, plot, json)
+        inspect(model, callbacks_of(self), _checkpoint_path(self, ckpt_path), weights_only, plot, json, self)
 
     def advise(
         self,
@@ -97,6 +93,8 @@ class Trainer(pl.Trainer):
 
 def _checkpoint_path(trainer: pl.Trainer, ckpt_path: str | None) -> Path | None:
     """Return the path of a checkpoint, which may be given as ``"last"``."""
+    if "://" in (ckpt_path or ""):
+        raise ConfigurationError(f"ckpt_path: {ckpt_path} is read by fit and test only: download it, and give its path")
     if ckpt_path != "last":
         return None if ckpt_path is None else Path(ckpt_path)
     if (newest := newest_checkpoint(trainer)) is None:
@@ -113,17 +111,6 @@ class SaveConfig(pl.cli.SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class Parser(pl.cli.LightningArgumentParser):
-    """Lightning's parser, with the subcommands ``bake`` and ``demo``, which need neither trainer nor model."""
-
-    @override
-    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        subcommands = super().add_subcommands(*args, **kwargs)
-        for name, parser in {"bake": bake_parser(), "demo": demo_parser()}.items():
-            subcommands.add_subcommand(name, parser, help=parser.description)
-        return subcommands
-
-
 class TyingCLI(pl.cli.LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, with ``inspect``, ``advise``, ``bake``, ``demo``.
 
@@ -131,6 +118,7 @@ class TyingCLI(pl.cli.LightningCLI):
     """
 
     trainer: Trainer
+    file_parser: ClassVar[type[Parser]] = Parser
 
     @staticmethod
     @override
@@ -227,7 +215,7 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
         auto_configure_optimizers=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},  # in the logger's own directory
-        parser_class=Parser,
+        parser_class=cli.file_parser,
         parser_kwargs={"prog": "tying", "version": tying.__version__},
         args=[*map(_locate_config, sys.argv[1:] if args is None else args)],
         run=run,
@@ -237,6 +225,8 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
 class Loading(TyingCLI):
     """Instantiate the classes of a run's configuration, and run no subcommand."""
 
+    file_parser = SectionsParser
+
     @override
     def after_instantiate_classes(self) -> None:
         self.subcommand = None
@@ -244,15 +234,7 @@ class Loading(TyingCLI):
 
 def load(configs: Sequence[str]) -> TyingCLI:
     """Return the trainer and the model that the configurations of a run, of any subcommand, describe."""
-    arguments = ["inspect"]
-    with TemporaryDirectory() as folder:
-        for number, config in enumerate(configs):
-            path = Path(folder) / f"{number}.yaml"
-            with suppress(OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # which the parser explains
-                content = yaml.safe_load(Path(config).read_text()).items()
-                path.write_text(yaml.safe_dump({key: value for key, value in content if key in SECTIONS}))
-            arguments.append(f"--config={path if path.exists() else config}")
-        return parse([*arguments, "--ckpt_path=null"], run=True, cli=Loading)
+    return parse(["inspect", *(f"--config={config}" for config in configs), "--ckpt_path=null"], run=True, cli=Loading)
 
 
 def _locate_config(argument: str) -> str:
@@ -269,6 +251,8 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
     given = sys.argv[1:] if args is None else [*args]
     try:
+        for argument in given:
+            check_variables(argument)
         parse(given, run=True)
     except Exception as error:
         explanation = (

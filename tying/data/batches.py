@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tying.data.resuming import ResumableLoader
+from tying.errors import check_counts
 
 
 class RawBatch(NamedTuple):
@@ -119,6 +120,7 @@ class BatchLoader(ResumableLoader):
 
     def __post_init__(self) -> None:
         super().__init__()
+        check_counts(batch_size=self.batch_size)
         self.dataset = self.labels
         self._joint = self.world * self.batch_size
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.data.folders import PACKED, Split, find_splits, load_folder
 from tying.data.images import Images, draw_balanced, spread_evenly
 from tying.data.sample import CLASSES, load_sample
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, check_counts
 from tying.extras import extra
 from tying.lightning_namespace import pl
 
@@ -154,7 +154,8 @@ class TwoDomains(CIFAR10):
         download: bool = False,
     ) -> None:
         super().__init__(root, source, batch_size, validation, None, augment, seed, download)
-        if shrink < 1 or 32 % shrink:
+        check_counts(grey=grey, shrink=shrink)
+        if 32 % shrink:
             raise ConfigurationError(f"shrink must divide the images' 32 pixels, not {shrink}")
         self.grey = grey
         self.shrink = shrink

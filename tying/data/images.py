@@ -11,7 +11,7 @@ from typing_extensions import override
 from tying.data.batches import BatchLoader, RawBatch, augment, normalize
 from tying.data.folders import Split
 from tying.data.resuming import ResumableData
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_count, check_range, listed
 from tying.lightning_namespace import pl
 
 
@@ -65,8 +65,9 @@ class Images(ResumableData):
         if classes is not None and (not classes or len({*classes}) < len(classes)):
             raise ConfigurationError(f"classes must be distinct labels, at least one, not {list(classes)}")
         check_range("validation", validation, "[0, 1)")
-        check_range("batch_size", batch_size, "[1, inf)")
-        check_range("label_seed", label_seed, "[0, inf)")
+        check_count("batch_size", batch_size, "[1, inf)")
+        check_count("seed", seed, "(-inf, inf)")
+        check_count("label_seed", label_seed, "[0, inf)")
         self.batch_size = batch_size
         self.validation = validation
         self.labelled = labelled
@@ -198,6 +199,7 @@ def spread_evenly(total: int, labels: Tensor, name: str) -> list[int]:
         [2, 1]
     """
     counts = labels.bincount().tolist()
+    check_count(name, total)
     if not len(counts) <= total <= len(labels):
         raise ConfigurationError(
             f"{name} must be from {len(counts)} (one a class) to {len(labels)} (all training labels), not {total}"

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from tying.data.folders import Split
 from tying.data.images import Images
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_counts
 from tying.extras import extra
 
 FILES = {
@@ -123,7 +123,8 @@ class SequentialMNIST(MNIST):
         download: bool = False,
     ) -> None:
         super().__init__(root, batch_size, validation, None, False, seed, download)
-        if shrink < 1 or 28 % shrink:
+        check_counts(shrink=shrink)
+        if 28 % shrink:
             raise ConfigurationError(f"shrink must divide the images' 28 pixels, not {shrink}")
         self.shrink = shrink
         steps = (28 // shrink) ** 2

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.data.resuming import ResumableData, ResumableLoader
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count
 from tying.lightning_namespace import pl
 
 UNKNOWN = 0  # the id of all characters outside the vocabulary
@@ -99,10 +99,10 @@ class Text(ResumableData):
         encoding: str = "utf-8",
     ) -> None:
         super().__init__()
-        check_range("window", window, "[1, inf)")
-        check_range("batch_size", batch_size, "[1, inf)")
-        check_range("vocabulary", vocabulary, "[2, inf)")
-        check_range("characters", 2 if characters is None else characters, "[2, inf)")
+        check_count("window", window, "[1, inf)")
+        check_count("batch_size", batch_size, "[1, inf)")
+        check_count("vocabulary", vocabulary, "[2, inf)")
+        check_count("characters", 2 if characters is None else characters, "[2, inf)")
         self.path, self.window, self.batch_size = path, window, batch_size
         self.vocabulary, self.characters, self.encoding = vocabulary, characters, encoding
         self.letters = ""

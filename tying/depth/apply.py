@@ -18,7 +18,7 @@ from tying.depth.recurrent import Recurrent
 from tying.depth.sample_watch import SampleNotice
 from tying.depth.stages import absent_shortcut, children, match_modules
 from tying.depth.transformer_block import MergedTransformerEncoderLayer
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_count, check_range, listed
 from tying.selection.index import clean_name
 
 
@@ -40,7 +40,7 @@ def keep_schedule(first: float, last: float, count: int) -> list[float]:
         >>> keep_schedule(1.0, 0.5, 3)
         [1.0, 0.75, 0.5]
     """
-    check_range("count", count, "[1, inf)")
+    check_count("count", count, "[1, inf)")
     check_range("first", first, "[0, 1]")
     check_range("last", last, "[0, 1]")
     return [*(first + (last - first) * block / (count - 1) for block in range(count - 1)), last]

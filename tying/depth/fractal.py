@@ -10,7 +10,7 @@ from typing_extensions import override
 from tying.depth.draws import agreed_rand
 from tying.depth.merge import zero_gradients
 from tying.depth.tracing import in_graph, leaf_function
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count, check_range
 
 
 @leaf_function
@@ -143,7 +143,7 @@ class FractalBlock(nn.Module):
         drop_path: float = 0.15,
     ) -> None:
         super().__init__()
-        check_range("columns", columns, "[1, inf)")
+        check_count("columns", columns, "[1, inf)")
         check_range("drop_path", drop_path, "[0, 1]")
         self.columns = nn.ModuleList(
             nn.ModuleList(layer(outputs if number else inputs, outputs) for number in range(2**column))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tying.deprecated import class_aliases
 from tying.depth.draws import per_rank_rng
 from tying.depth.merge import Merge
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count
 
 
 @class_aliases("tying.depth.Sampled")
@@ -73,7 +73,7 @@ def sampled(model: nn.Module, x: Tensor, samples: int) -> Sampled:
         >>> sampled(Residual(nn.Linear(3, 3), merge=Swapout(0.5, 0.5)), torch.zeros(2, 3), samples=30).mean.shape
         torch.Size([2, 3])
     """
-    check_range("samples", samples, "[1, inf)")
+    check_count("samples", samples, "[1, inf)")
     if not any(isinstance(module, Merge) and module.prob_names for module in model.modules()):
         raise ConfigurationError(
             "sampled passes need a stochastic merge, and the model has no merge that draws: apply one, such as Swapout"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_counts, listed
 from tying.hard.low_rank import least_squares, numerical_rank
 from tying.weights.derived import locate_parameters
 from tying.weights.replace import Selection, parametrize_all, select_weights
@@ -134,8 +134,11 @@ class HyperWeight(nn.Module):
         hidden: int | None = None,
     ) -> None:
         super().__init__()
-        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        hidden = hidden or embedding
+        size = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+        hidden = embedding if hidden is None else hidden
+        check_counts(in_channels=in_channels, out_channels=out_channels, embedding=embedding, hidden=hidden)
+        for length in size:
+            check_counts(kernel_size=length)
         self.inner = nn.Parameter(torch.empty(in_channels, hidden, embedding))
         self.inner_bias = nn.Parameter(torch.empty(in_channels, hidden))
         self.outer = nn.Parameter(torch.empty(out_channels, *size, hidden))
@@ -325,8 +328,7 @@ def plan_generation(
     Raises:
         ConfigurationError: a number is below 1, or the patterns match no matrix or kernel.
     """
-    for name, value in (("embedding", embedding), ("in_channels", in_channels), ("out_channels", out_channels)):
-        check_range(name, value, "[1, inf)")
+    check_counts(embedding=embedding, in_channels=in_channels, out_channels=out_channels)
     locations, selection = locate_parameters(model), select_weights(model, parameters, least_dims=2)
     for name in selection.skipped:
         if name in selection.spelt:

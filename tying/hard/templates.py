@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_counts
 from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
 from tying.hard.low_rank import least_squares, numerical_rank
@@ -103,11 +103,9 @@ class TemplateBank(nn.Module):
 
     def __init__(self, templates: int, shape: Sequence[int]) -> None:
         super().__init__()
-        if templates < 1 or len(shape) < 2:
-            raise ConfigurationError(
-                f"a bank needs 1 template or more of 2 dimensions or more, not {templates} of {tuple(shape)}: leave "
-                "vectors out"
-            )
+        check_counts(templates=templates)
+        if len(shape) < 2:
+            raise ConfigurationError(f"templates need 2 dimensions or more, not {tuple(shape)}: leave vectors out")
         self.shape = (*shape,)  # not the parameter's: a memory format is for as many dimensions as a weight has
         self.templates = nn.Parameter(torch.empty(templates, math.prod(shape)))
         self.reset_parameters()

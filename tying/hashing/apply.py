@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tying.errors import ConfigurationError, check_choice, check_range, listed
+from tying.errors import ConfigurationError, check_choice, check_range, listed, nearest
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
 from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
 from tying.hashing.report import HashReport, report
+from tying.mappings import subclasses
 from tying.selection.index import check_shape
 from tying.selection.relation import Relation
 from tying.weights.derived import (
@@ -153,10 +154,13 @@ def hash_weights(
     return report(model, selection.weights, selection.skipped, selection.tied, selection.unfit)
 
 
-def check_choices(table_ratio: float | None, hash: Hash, scope: str, init: str) -> None:
+def check_choices(table_ratio: float | None, hash: object, scope: str, init: str) -> None:
     """Raise a ConfigurationError if an argument of :func:`hash_weights` is wrong for any model."""
     if not isinstance(hash, Hash):
-        raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
+        close = nearest(str(hash), [cls.__name__ for cls in subclasses(Hash)])
+        raise ConfigurationError(
+            f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}{close and '.' + close}"
+        )
     if table_ratio is not None:
         check_range("table_ratio", table_ratio, "(0, 1]")
     check_choice("scope", scope, ("layer", "network"))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_count
 from tying.extras import extra
 from tying.hashing.apply import check_fits_table, check_hashable, put_tables
 from tying.hashing.hashes import CodebookHash
@@ -65,7 +65,7 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
     Source: S. Han, H. Mao and W. J. Dally, Deep compression, 2016, section 3.
     """
     check_choice("init", init, get_args(Start))
-    check_range("clusters", clusters, f"[1, {len(weights)}]")
+    check_count("clusters", clusters, f"[1, {len(weights)}]")
     check_real("weights", weights)
     check_finite("weights", weights)
     distinct, inverse = torch.unique(weights, return_inverse=True)
@@ -198,7 +198,7 @@ def check_clusterable(name: str, locations: Locations, clusters: int) -> None:
 def check_fits_codebook(owners: Sequence[ParameterLocation], clusters: int) -> None:
     """Raise a ConfigurationError if a codebook cannot do what the owners of a weight need, or has too many entries."""
     check_fits_table(owners)
-    check_range("clusters", clusters, f"[1, {owners[0].parameter.numel()}]")
+    check_count("clusters", clusters, f"[1, {owners[0].parameter.numel()}]")
 
 
 def put_codebook(model: nn.Module, name: str, assignments: Tensor, centroids: Tensor) -> nn.Parameter:

@@ -168,4 +168,4 @@ def repeat_to(x: Tensor, count: int, dim: int, bias: Tensor | None = None) -> Te
 
 def pair(size: Size) -> tuple[int, int]:
     """Return height and width; a single number stands for both."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    return (size[0], size[1]) if isinstance(size, Sequence) else (size, size)

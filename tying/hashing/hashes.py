@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.deprecated import class_aliases
-from tying.errors import ConfigurationError, check_range, listed
+from tying.errors import ConfigurationError, check_count, check_counts, check_range, listed
 from tying.hashing.fast_paths import Blocks, Convolution, FastPath, RepeatedRows, Size, pair
 
 _LOW = 0xFFFFFFFF  # the low 32 bits
@@ -95,7 +95,7 @@ class Hash:
             scope: ``"layer"`` or ``"network"``, as in :func:`tying.hashing.hash_weights`.
         """
         if table_size is not None:
-            check_range("table_size", table_size, "[1, inf)")
+            check_count("table_size", table_size, "[1, inf)")
             self.check_entries(table_size)
             count = sum(map(math.prod, shapes))
             if (required := self.table_size(count)) not in (None, table_size):
@@ -364,7 +364,7 @@ class NeighborhoodHash(SeededHash):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("radius", self.radius, "[0, inf)")
+        check_count("radius", self.radius, "[0, inf)")
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -398,7 +398,7 @@ class XXHash(SeededHash):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("seed", self.seed, f"[0, {1 << 32})")
+        check_count("seed", self.seed, f"[0, {1 << 32})")
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -443,7 +443,7 @@ class BlockHash(SeededHash):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("block", self.block, "[1, inf)")
+        check_count("block", self.block, "[1, inf)")
 
     @override
     def slot(self, ids: Tensor, table_size: int, drawn: Tensor | None = None) -> Tensor:
@@ -459,7 +459,7 @@ class BlockHash(SeededHash):
     ) -> None:
         super().validate(shapes, table_size, scope)
         if table_size is not None:
-            check_range("block", self.block, f"[1, {table_size}]")
+            check_count("block", self.block, f"[1, {table_size}]")
 
     @override
     @_none_if_slot_overridden
@@ -485,6 +485,9 @@ class RecurrentHash(ModulusHash):
     include_biases = True
     layers: int = 1
 
+    def __post_init__(self) -> None:
+        check_counts(layers=self.layers)
+
     @override
     def validate(
         self, shapes: Sequence[Sequence[int]], table_size: int | None = None, scope: str | None = None
@@ -493,14 +496,14 @@ class RecurrentHash(ModulusHash):
         if scope == "layer":
             raise ConfigurationError(f"{self} shares the weights of layers: use scope='network'")
         sizes = [*map(tuple, shapes)]
-        if scope == "network" and sizes != sizes[: len(sizes) // max(1, self.layers)] * self.layers:
+        if scope == "network" and sizes != sizes[: len(sizes) // self.layers] * self.layers:
             raise ConfigurationError(
                 f"weights of shapes {listed(map(str, sizes))} are not those of {self.layers} equal layers"
             )
 
     @override
     def table_size(self, count: int) -> int:
-        if self.layers < 1 or count % self.layers:
+        if count % self.layers:
             raise ConfigurationError(f"{count} weights are not those of {self.layers} equal layers")
         return count // self.layers
 
@@ -544,9 +547,11 @@ class ToeplitzHash(Hash):
     dilation: Size = 1
 
     def __post_init__(self) -> None:
+        check_counts(in_channels=self.in_channels, out_channels=self.out_channels)
         for name, least in {"input_size": 1, "kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}.items():
             object.__setattr__(self, name, pair(getattr(self, name)))  # so that 3, [3, 3] and (3, 3) have the same repr
-            check_range(name, min(getattr(self, name)), f"[{least}, inf)")
+            for size in getattr(self, name):
+                check_count(name, size, f"[{least}, inf)")
         if min(self.output_size) < 1:
             raise ConfigurationError(f"a kernel of {self.kernel_size} does not fit images of {self.input_size}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_counts
 from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
 from tying.hashing.parametrization import HashedParametrization, repeated_units
@@ -38,6 +38,7 @@ def loads(index: Tensor, table_size: int) -> Tensor:
         >>> loads(torch.tensor([0, 2, 2, -1]), table_size=3).tolist()
         [1, 0, 2]
     """
+    check_counts(table_size=table_size)
     if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < table_size:
         low, high = int(index.min()), int(index.max())
         raise ConfigurationError(f"slots from {low} to {high} are not those of a table of {table_size} entries, or −1")

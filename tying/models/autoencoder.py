@@ -31,8 +31,8 @@ class Autoencoder(SingleStep):
 
     def __init__(self, sizes: Sequence[int] = (3072, 512, 128), lr: float = 1e-3) -> None:
         super().__init__()
-        self.save_hyperparameters({"sizes": list(sizes), "lr": lr})
         self.encoder = nn.Sequential(*stack(sizes))
+        self.save_hyperparameters({"sizes": list(sizes), "lr": lr})
         self.decoder = nn.Sequential(*stack([*sizes][::-1]))
 
     @override

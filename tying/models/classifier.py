@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from tying.depth import Sampled, sampled
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_counts, check_range
 from tying.lightning_namespace import pl
 from tying.models.pretrained import load_pretrained
 from tying.weights.optimizers import decay_groups
@@ -23,7 +23,6 @@ RANGES = {
     "momentum": "[0, 1)",
     "weight_decay": "[0, inf]",
     "warmup": "[0, 1]",
-    "test_samples": "[1, inf)",
 }
 
 
@@ -103,6 +102,7 @@ class Classification(SingleStep):
         self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
         check_choice("optimizer", optimizer, ("sgd", "adamw"))
         check_choice("schedule", schedule, ("cosine", "step", "constant", "plateau"))
+        check_counts(num_classes=num_classes, test_samples=test_samples)
         for name, interval in RANGES.items():
             check_range(name, self.hparams[name], interval)
         self.count_accuracy(("train", "val", "test", *(["test/sampled"] if test_samples > 1 else [])))

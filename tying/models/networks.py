@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, check_count
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
 
@@ -64,8 +64,10 @@ def stack(sizes: Sequence[int], activation: type[nn.Module] = nn.ReLU, norm: boo
     Raises:
         ConfigurationError: fewer than two sizes.
     """
-    if len(sizes) < 2:
-        raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {[*sizes]}")
+    if not isinstance(sizes, Sequence) or len(sizes) < 2:
+        raise ConfigurationError(f"sizes must hold the units of the input and of at least one layer, not {sizes}")
+    for size in sizes:
+        check_count("every size", size)
     layers = [
         layer
         for inputs, outputs in pairwise(sizes)

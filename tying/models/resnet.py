@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.depth import Recurrent, Residual
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, check_count, check_counts
 
 Shortcut = Literal["pad", "pool", "project"]
 
@@ -62,6 +62,8 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "pad",
     ) -> None:
         super().__init__()
+        check_count("depth", depth, "(-inf, inf)")
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ConfigurationError(f"a ResNet's depth is 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), not {depth}")

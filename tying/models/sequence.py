@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.depth import HMLSTM, HMState
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_counts, check_range
 from tying.lightning_namespace import pl
 from tying.models.classifier import Classification
 from tying.weights.sharding import all_gather_object
@@ -65,10 +65,9 @@ class SequenceModel(Classification):
     ) -> None:
         super().__init__(**options)
         check_choice("task", task, get_args(Task))
-        if embedding is not None and (task != "language" or embedding < 1):
-            raise ConfigurationError(
-                f"an embedding of characters needs task='language', and a size of 1 or more, not {embedding}"
-            )
+        check_counts(size=size, embedding=size if embedding is None else embedding)
+        if embedding is not None and task != "language":
+            raise ConfigurationError("an embedding of characters needs task='language'")
         check_range("embedding_std", embedding_std, "[0, inf)")
         if getattr(network, "batch_first", False):
             raise ConfigurationError("the network must take (steps, batch, features): make it with batch_first=False")

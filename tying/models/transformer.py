@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_count
+from tying.errors import ConfigurationError, check_counts
 
 INITIAL_STD = 0.02  # GPT-2's, of weights and positions
 
@@ -94,8 +94,7 @@ class Transformer(nn.Module):
 
     def __init__(self, size: int, layers: int, heads: int, context: int) -> None:
         super().__init__()
-        for name, value in (("size", size), ("layers", layers), ("heads", heads), ("context", context)):
-            check_count(name, value)
+        check_counts(size=size, layers=layers, heads=heads, context=context)
         if size % heads:
             raise ConfigurationError(f"size={size} must be a multiple of heads={heads}: each head takes size / heads")
         self.positions = nn.Parameter(torch.empty(context, size))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from tying.errors import ConfigurationError, nearest
+from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.patterns import Captures, Pattern
 from tying.selection.relation import Relation
 
@@ -70,6 +70,9 @@ class Names:
     """The parameters and modules of a model under their clean names, aliases included."""
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+        self._buffers = [name for name, _ in model.named_buffers()]
         self.parameters = {clean_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
         # parents before children, the model itself first
         self.modules = {clean_name(n): module for n, module in model.named_modules(remove_duplicate=False)}
@@ -119,6 +122,7 @@ class Names:
         ] or self._below_modules(pattern)
         if not matches:
             hint = self._explain_derived(pattern) or nearest(text, [*self.parameters, *self.modules])
+            hint = hint or f" Parameters are {listed(self.parameters, limit=3)}."
             raise ConfigurationError(f"{context}: pattern {text!r} matches no parameter or module.{hint}")
         for other in map(Pattern, exclude):
             if not any(covers(other, name) for name in self.parameters):
@@ -152,6 +156,8 @@ class Names:
             for path, module in self.modules.items()
             for name in (*getattr(module, "parametrizations", ()), *getattr(type(module), "computes", ()))
         )
+        if buffer := next((name for name in self._buffers if pattern.match(name) is not None), None):
+            return f" {buffer!r} is a buffer; ties and patterns take parameters."
         computed = next((n for n in names if n not in self.parameters and pattern.match(n) is not None), None)
         return (
             f" {computed!r} is computed from others: hash or parametrize it, or tie it, but not both."

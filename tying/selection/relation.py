@@ -80,8 +80,8 @@ class Relation:
         return " | ".join(step.pattern for step in self.steps)
 
 
-def check(pattern: str) -> None:
-    """Raise an error unless ``pattern`` is an einops pattern that can be inverted.
+def check(pattern: str, context: str = "") -> None:
+    """Raise an error, which begins with ``context``, unless ``pattern`` is an einops pattern that can be inverted.
 
     Raises:
         ConfigurationError: the pattern does not parse, or an axis does not occur once on each side.
@@ -94,19 +94,22 @@ def check(pattern: str) -> None:
     try:
         left, right = map(ParsedExpression, pattern.split("->"))
     except ValueError:  # another number of sides
-        raise ConfigurationError(f"relation {pattern!r} must have the form 'source axes -> target axes'") from None
+        raise ConfigurationError(
+            f"{context}relation {pattern!r} must have the form 'source axes -> target axes'"
+        ) from None
     except EinopsError as error:
-        raise ConfigurationError(f"relation {pattern!r} is not an einops pattern: {error}") from None
+        raise ConfigurationError(f"{context}relation {pattern!r} is not an einops pattern: {error}") from None
     if left.has_non_unitary_anonymous_axes or right.has_non_unitary_anonymous_axes:
         raise ConfigurationError(
-            f"relation {pattern!r} cannot be inverted: a number other than 1 repeats entries; name the axis"
+            f"{context}relation {pattern!r} cannot be inverted: a number other than 1 repeats entries; name the axis"
         )
     if reserved := {str(axis) for axis in left.identifiers if re.fullmatch(r"tensor|pattern|ellipsis\d+", str(axis))}:
-        raise ConfigurationError(f"relation {pattern!r}: axis {reserved.pop()!r} needs another name")
+        raise ConfigurationError(f"{context}relation {pattern!r}: axis {reserved.pop()!r} needs another name")
     if one_sided := left.identifiers ^ right.identifiers:
         raise ConfigurationError(
-            f"relation {pattern!r} cannot be inverted: axes {', '.join(sorted(one_sided)).replace('…', '...')} "
-            "stand on one side only; every axis must stand once on each side"
+            f"{context}relation {pattern!r} cannot be inverted: axes "
+            f"{', '.join(sorted(one_sided)).replace('…', '...')} stand on one side only; every axis must stand once on "
+            "each side"
         )
 
 
@@ -137,10 +140,28 @@ def bind(pattern: str | None, source: Shape, target: Shape) -> Relation:
     ellipsis = " ".join(f"ellipsis{k}" for k in range(len(source) - others))  # its axes, by name
     left, right = (" ".join(side.split()) for side in pattern.replace("...", f" {ellipsis} ").split("->"))
     axes = [cast(list[list[str]], ParsedExpression(side).composition) for side in (left, right)]
-    fits = [len(side) for side in axes] == [len(source), len(target)]
-    if not fits or (sizes := _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)])) is None:
+    if (counts := [*map(len, axes)]) != [len(source), len(target)]:
+        numbers = "- and ".join(map(str, dict.fromkeys(counts)))
+        raise ConfigurationError(
+            f"relation {pattern!r} is for {numbers}-dimensional weights, and these have the shapes {source} and "
+            f"{target}"
+        )
+    if (sizes := _solve_axes([*zip(axes[0] + axes[1], source + target, strict=True)])) is None:
         raise ConfigurationError(f"relation {pattern!r} does not map shape {source} to shape {target}")
     return Relation() if left == right else Relation((Step(f"{left} -> {right}", tuple(sorted(sizes.items()))),))
+
+
+def transposing(source: Shape, target: Shape) -> str | None:
+    """Return the relation that swaps the first two axes, if it maps one shape to the other.
+
+    Example:
+        >>> transposing((4, 6), (6, 4)), transposing((4, 6, 3, 3), (6, 4, 3, 3)), transposing((4, 6), (4, 6))
+        ('o i -> i o', 'o i h w -> i o h w', None)
+    """
+    if (*source[1::-1], *source[2:]) != target or not 2 <= len(source) <= 5:
+        return None
+    further = "".join(f" {name}" for name in "hwd"[: len(source) - 2])
+    return f"o i{further} -> i o{further}"
 
 
 def _solve_axes(dimensions: list[tuple[list[str], int]]) -> dict[str, int] | None:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from tying.errors import ConfigurationError, listed, nearest
 from tying.selection.index import Match, Names, check_shape
 from tying.selection.patterns import Pattern, mirror_ranks
-from tying.selection.relation import Relation, bind, check
+from tying.selection.relation import Relation, bind, check, transposing
 from tying.selection.tie import AnyTie, Tie, TiedGroup, parse_ties
 
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\..*")  # the part of a name that hides a computed weight
@@ -153,7 +153,7 @@ def _groups_of(tie: Tie, names: Names) -> list[dict[int, Member]]:
     shared, mirrored = source.captures, source.mirrored
     if tie.target is not None:
         if tie.relation:
-            check(tie.relation)
+            check(tie.relation, f"tie '{tie}': ")
         if alone := [capture for capture in target.captures if capture not in source.captures]:
             raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} stands only in the target {tie.target!r}")
         if alone := [capture for capture in source.mirrored if capture not in target.captures]:
@@ -212,11 +212,9 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
         try:
             relation = bind(tie.relation if position >= len(sources) else None, first.shape, match.shape)
         except ConfigurationError as error:
-            hint = (
-                "the relation 'o i -> i o' would fit"
-                if first.shape == match.shape[::-1] != match.shape
-                else "give a relation, or exclude one of them"
-            )
+            fitting = transposing(first.shape, match.shape)
+            remedy = "give a relation that fits, or exclude one of them"
+            hint = f"the relation {fitting!r} would fit" if fitting else remedy
             raise ConfigurationError(
                 f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
             ) from None

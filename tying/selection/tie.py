@@ -146,7 +146,8 @@ def parse_ties(ties: Sequence[AnyTie]) -> list[Tie]:
     if isinstance(ties, Tie | str | Mapping):  # callers may not check types
         raise ConfigurationError(f"ties must be a list; write [{str(ties)!r}]")
     if not isinstance(ties, Sequence) or not ties or not all(isinstance(tie, Tie | str | Mapping) for tie in ties):
-        raise ConfigurationError(f"ties must be a list of at least one Tie, string or mapping, not {ties!r}")
+        value = repr(ties) if ties is None or isinstance(ties, Sequence) else type(ties).__name__
+        raise ConfigurationError(f"ties must be a list of at least one Tie, string or mapping, not {value}")
     return [
         Tie.parse(tie) if isinstance(tie, str) else Tie.from_mapping(tie) if isinstance(tie, Mapping) else tie
         for tie in ties

@@ -277,7 +277,7 @@ def as_penalty(penalty: str | Penalty | Mapping[str, Any]) -> Penalty:
     if not isinstance(penalty, Penalty) and not (isinstance(penalty, str) and penalty in PENALTIES):
         raise ConfigurationError(
             f"unknown penalty {penalty!r}: use {', '.join(map(repr, PENALTIES))}, Huber(delta) or a subclass of "
-            f"tying.soft.Penalty.{nearest(str(penalty), PENALTIES)}"
+            f"tying.soft.Penalty.{nearest(str(penalty), [*PENALTIES, 'Huber(delta)'])}"
         )
     return penalty if isinstance(penalty, Penalty) else PENALTIES[penalty]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_count, check_range
 from tying.soft.group_penalty import gradient_of
 from tying.soft.penalties import check_not_complex
 from tying.torch_workarounds import foreach_add_
@@ -59,7 +59,7 @@ class GaussianMixturePrior(nn.Module):
         gamma: tuple[float, float] = (250.0, 0.1),
     ) -> None:
         super().__init__()
-        check_range("components", components, "[2, inf)")
+        check_count("components", components, "[2, inf)")
         check_range("zero_weight", zero_weight, "(0, 1)")
         check_range("std", 1.0 if std is None else std, "(0, inf)")
         if not -math.inf < low < high < math.inf:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tying.errors import ConfigurationError, check_choice, check_range
+from tying.errors import ConfigurationError, check_choice, check_count, check_range
 from tying.mappings import from_mapping
 
 
@@ -54,7 +54,7 @@ class Schedule:
         check_range("a schedule's end", self.end, "[0, inf)")
         check_choice("a schedule's shape", self.shape, ("linear", "cosine"))
         check_choice("a schedule's unit", self.unit, ("step", "epoch"))
-        check_range("a schedule's length", self.length, "[0, inf)")
+        check_count("a schedule's length", self.length, "[0, inf)")
         if self.length == 0 and self.start != self.end:
             raise ConfigurationError(f"a schedule that changes needs a length of 1 or more {self.unit}s: {self}")
 

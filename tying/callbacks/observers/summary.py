@@ -9,6 +9,7 @@ from torch import nn
 from typing_extensions import override
 
 from tying.callbacks.base import Callback, tied_groups
+from tying.errors import check_count
 from tying.lightning_namespace import pl
 from tying.selection.tie import TiedGroup
 from tying.soft import gap
@@ -28,6 +29,7 @@ class TyingSummary(Callback):
 
     def __init__(self, max_rows: int = 40) -> None:
         super().__init__()
+        check_count("max_rows", max_rows, "[0, inf)")
         self.max_rows = max_rows
 
     @override

@@ -1,7 +1,7 @@
 """Test recurrent blocks and loops with more or fewer steps than in training."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from tying.callbacks.base import Callback
 from tying.callbacks.figures import log_figure
 from tying.depth import Recurrent
 from tying.depth.loop import loops_in
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, check_count
 from tying.figures import legend_below, new_figure
 from tying.lightning_namespace import pl
 from tying.weights.calibration import call
@@ -49,8 +49,10 @@ class Unrolling(Callback):
     """
 
     def __init__(self, extra: list[int]) -> None:
-        if not extra:
-            raise ConfigurationError("extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not []")
+        if not isinstance(extra, Sequence) or not extra:
+            raise ConfigurationError(f"extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not {extra!r}")
+        for steps in extra:
+            check_count("every entry of extra", steps, "(-inf, inf)")
         self.extra = [*extra]
 
     @override

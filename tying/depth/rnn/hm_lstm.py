@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from tying.depth.rnn.sequences import check_shapes, initial_state, steps_first
 from tying.depth.tracing import LeafModule
-from tying.errors import check_choice, check_range
+from tying.errors import check_choice, check_count, check_counts, check_range
 
 Boundary = Literal["step", "sample"]
 
@@ -129,7 +129,8 @@ class HMLSTM(LeafModule):
         slope: float = 1.0,
     ) -> None:
         super().__init__()
-        check_range("layers", layers, "[2, inf)")  # all but the top one detect boundaries
+        check_counts(input_size=input_size, hidden_size=hidden_size)
+        check_count("layers", layers, "[2, inf)")  # all but the top one detect boundaries
         check_choice("boundary", boundary, get_args(Boundary))
         check_range("slope", slope, "(0, inf)")
         self.input_size = input_size

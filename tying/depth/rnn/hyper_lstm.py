@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from tying.depth.rnn.sequences import initial_state, steps_first
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_range
+from tying.errors import ConfigurationError, check_counts
 
 
 class HyperState(NamedTuple):
@@ -85,9 +85,7 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
     def __init__(
         self, input_size: int, hidden_size: int, hyper_size: int, embedding_size: int, bias: bool = True
     ) -> None:
-        check_range("hidden_size", hidden_size, "[1, inf)")
-        check_range("hyper_size", hyper_size, "[1, inf)")
-        check_range("embedding_size", embedding_size, "[1, inf)")
+        check_counts(hidden_size=hidden_size, hyper_size=hyper_size, embedding_size=embedding_size)
         super().__init__(input_size, hidden_size, bias)
         self.hyper = nn.LSTMCell(input_size + hidden_size, hyper_size)
         self.scale_embedding = _ScaleEmbedding(hyper_size, 8 * embedding_size)  # z_h of four gates, then z_x
@@ -195,7 +193,7 @@ class HyperLSTM(LeafModule):
         batch_first: bool = False,
     ) -> None:
         super().__init__()
-        check_range("num_layers", num_layers, "[1, inf)")
+        check_counts(num_layers=num_layers)
         self.input_size, self.batch_first = input_size, batch_first
         self.layers = nn.ModuleList(
             HyperLSTMCell(hidden_size if layer else input_size, hidden_size, hyper_size, embedding_size, bias)

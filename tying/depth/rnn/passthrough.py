@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from tying.depth.rnn.sequences import initial_state, steps_first
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_count, check_range
+from tying.errors import ConfigurationError, check_count, check_counts
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
 
@@ -166,7 +166,7 @@ class PassthroughGRU(LeafModule):
         update_bias: float = 1.0,
     ) -> None:
         super().__init__()
-        check_range("num_layers", num_layers, "[1, inf)")
+        check_counts(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
         self.layers = nn.ModuleList(
             PassthroughGRULayer(
