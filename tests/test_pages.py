@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -57,6 +58,10 @@ def _beside_the_files_of_pages(tmp_path, monkeypatch):
 def test_the_readme_is_short():
     assert len(PAGES["README"].splitlines()) <= 120
     assert f"{len(ZOO)} architectures" in PAGES["README"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = dict(re.findall(r"(Python|PyTorch|Lightning) (\d\.\d+) or newer", PAGES["README"]))
+    assert f">={floors['Python']}" == project["requires-python"]
+    assert {f"torch>={floors['PyTorch']}", f"lightning>={floors['Lightning']}"} <= {*project["dependencies"]}
 
 
 def test_selection_prints_what_the_page_shows(capsys):
