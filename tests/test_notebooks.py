@@ -113,7 +113,8 @@ def run_in_jupyter(name, *checks):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     count = len(notebook.cells)
     notebook.cells += [nbformat.v4.new_code_cell(f"assert {check}") for check in checks]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}
