@@ -21,8 +21,8 @@ FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.ipynb"))}
 QUICK = {  # in place of the values in the cell with the tag "parameters"
     "autoencoder_pca": {"epochs": 1},
-    "finetune_with_anchors": {"pretraining_epochs": 1, "epochs": 1, "draws": 1, "strengths": [0.3, float("inf")]},
-    "share_a_transformer": {"steps": 2},
+    "finetune_with_anchors": {"pretraining_epochs": 1, "epochs": 1, "draws": 1, "strengths": [float("inf")]},
+    "share_a_transformer": {"steps": 2, "test_batches": 1},
     "shrink_by_hashing_and_clustering": {"epochs": 1, "clustering_epochs": 1},
     "what_may_i_tie": {"steps": 20, "distillation_steps": 5},
 }
