@@ -29,6 +29,7 @@ from tying.advice.report import Advice, GroupRow, PlanRow
 from tying.callbacks import Unrolling
 from tying.callbacks.hm_lstm import boundary_figure
 from tying.callbacks.observers.unrolling import unrolling_figure
+from tying.cli import demo
 from tying.depth import Recurrent, Residual
 from tying.errors import ConfigurationError
 from tying.figures import SMALL, WIDTH, new_figure
@@ -328,6 +329,12 @@ def advice():
     return Advice((*groups,), (*plans,), 9999, 0.5).figure()
 
 
+def demo_figure():
+    epochs = [{"epoch": epoch, "validation accuracy": epoch / 9, "seconds": 1.5} for epoch in range(1, 7)]
+    names = ("untied", "soft", "narrow", "hard", "shallow", "stochastic depth")
+    return demo.figure({name: demo.Result(0.5, 9999, 9999, epochs) for name in names})
+
+
 def templates():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
     for banks in range(3):
@@ -336,21 +343,32 @@ def templates():
 
 
 FIGURES = {  # by the function that draws
-    "gap_figure": lambda _: gap_figure({f"Soft: a.{n} ~ b.{n}": [(1, 1), (2, 1 / (2 + n))] for n in range(MANY)}, MANY),
-    "importance_figure": lambda _: importance_figure({f"layer.{n}": 10.0**n for n in range(MANY)}, "after 1 task"),
-    "mixture_figure": lambda _: mixture_figure(torch.linspace(-1, 1, 99), GaussianMixturePrior(4), "epoch 1"),
-    "loads_figure": lambda _: loads_figure({"some layer.weight": torch.arange(99), "other.weight": torch.arange(50)}),
-    "similarity_figure": lambda _: templates(),
-    "unrolling_figure": lambda _: unrolling_figure({-1: 0.1, 0: 0.2, 4: 0.3}, "passes", "bits"),
-    "boundary_figure": lambda _: boundary_figure("many letters " * 20, torch.ones(260, 3)),
-    "figure": lambda _: advice(),
-    "report": synthetic,
-    "measure": grown,
+    "tying.soft.plots.gap_figure": lambda _: gap_figure(
+        {f"Soft: a.{n} ~ b.{n}": [(1, 1), (2, 1 / (2 + n))] for n in range(MANY)}, MANY
+    ),
+    "tying.soft.plots.importance_figure": lambda _: importance_figure(
+        {f"layer.{n}": 10.0**n for n in range(MANY)}, "after 1 task"
+    ),
+    "tying.soft.plots.mixture_figure": lambda _: mixture_figure(
+        torch.linspace(-1, 1, 99), GaussianMixturePrior(4), "epoch 1"
+    ),
+    "tying.hashing.report.loads_figure": lambda _: loads_figure(
+        {"some layer.weight": torch.arange(99), "other.weight": torch.arange(50)}
+    ),
+    "tying.hard.templates.similarity_figure": lambda _: templates(),
+    "tying.callbacks.observers.unrolling.unrolling_figure": lambda _: unrolling_figure(
+        {-1: 0.1, 0: 0.2, 4: 0.3}, "passes", "bits"
+    ),
+    "tying.callbacks.hm_lstm.boundary_figure": lambda _: boundary_figure("many letters " * 20, torch.ones(260, 3)),
+    "tying.advice.report.figure": lambda _: advice(),
+    "tying.cli.demo.figure": lambda _: demo_figure(),
+    "benchmarks.hybrid_toy.report": synthetic,
+    "benchmarks.speed.growth.measure": grown,
 }
 SAVED = {
-    "draw_curves": [many_curves],
-    "draw_outcomes": [many_outcomes],
-    "draw": [many_lines, many_points, families],
+    "benchmarks.figures.draw_curves": [many_curves],
+    "benchmarks.figures.draw_outcomes": [many_outcomes],
+    "benchmarks.figures.draw": [many_lines, many_points, families],
 }
 
 
@@ -361,8 +379,9 @@ def test_every_function_that_draws_is_below():
             names = {
                 node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")
             }
-            drawing |= {function.name} if names & {"new_figure", "Figure"} else set()
-    assert drawing == {*FIGURES, *SAVED, "new_figure"}
+            module = ".".join(path.relative_to(report.ROOT).with_suffix("").parts)
+            drawing |= {f"{module}.{function.name}"} if names & {"new_figure", "Figure"} else set()
+    assert drawing == {*FIGURES, *SAVED, "tying.figures.new_figure", "tying.cli.demo.demo"}
 
 
 @pytest.mark.parametrize("name", [*FIGURES, *(build.__name__ for builds in SAVED.values() for build in builds)])

@@ -116,7 +116,7 @@ def test_import_tying_is_little_more_than_import_torch():
 @pytest.mark.parametrize(
     ("package", "extra", "use"),
     [
-        ("matplotlib.figure", "plots", lambda: new_figure(4, 3)),
+        ("matplotlib.figure", "plots", lambda: new_figure(4, 3, "")),
         ("torchvision.datasets", "vision", lambda: load_archive(Path())),
         ("PIL", "data", load_sample),
         ("sklearn.cluster", "clustering", lambda: cluster(torch.arange(4.0), clusters=2)),

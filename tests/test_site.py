@@ -23,7 +23,7 @@ EQUATION = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOT
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 BLOCKS = {"p", "li", "td", "th", "dd", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "summary", "article"}
 HIDDEN = {"pre", "script", "style", "svg"}
-FIGURE = re.compile(r"[-+−±]?\d(?!\d* [a-z]{3,}s\b)|[,.;:)]")  # a count and its noun may begin a sentence
+FIGURE = re.compile(r"[-+−±]?\d(?![\d,]* [a-z]{3,}s\b)|[,.;:)]")  # a count and its noun may begin a sentence
 
 
 @dataclass

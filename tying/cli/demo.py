@@ -166,7 +166,7 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
             package is missing.
     """
     check_count("epochs", epochs)
-    new_figure(1, 1)  # without matplotlib, raises before the training
+    new_figure(1, 1, "")  # without matplotlib, raises before the training
     with _quiet():
         precision = _begin(out, {"epochs": epochs, "version": tying.__version__}, parse)
         common = [*QUIET, f"--trainer.max_epochs={epochs}", f"--trainer.precision={precision}"]
@@ -248,7 +248,7 @@ def fastest_precision(model: Callable[[torch.Tensor], torch.Tensor], images: tor
 
 def figure(results: Mapping[str, Result]) -> "Figure":
     """Plot validation accuracies over the epochs, and test accuracies with their 95 % intervals."""
-    picture = new_figure(WIDTH, 3.6)
+    picture = new_figure(WIDTH, 3.6, "Validation accuracy of each run over the epochs, and its test accuracy")
     over_epochs, tested = picture.subplots(1, 2)
     lines = []
     for number, result in enumerate(results.values()):
@@ -258,10 +258,13 @@ def figure(results: Mapping[str, Result]) -> "Figure":
         interval = 1.96 * (result.accuracy * (1 - result.accuracy) / TESTED) ** 0.5
         tested.errorbar(result.accuracy, len(results) - number, xerr=interval, capsize=3, **line_style(number))
     over_epochs.xaxis.get_major_locator().set_params(integer=True)
-    over_epochs.set(xlabel="epoch", ylabel="validation accuracy", title="While training")
+    over_epochs.set_title("While training", fontsize="small")
+    over_epochs.set_xlabel("training time (epochs)", fontsize="small")
+    over_epochs.set_ylabel("validation accuracy (fraction correct)", fontsize="small")
     labels = [f"{name}\n{run.bytes / 1024:,.0f} KiB, {run.seconds:.1f} s / epoch" for name, run in results.items()]
     tested.set_yticks(range(len(results), 0, -1), labels, fontsize=SMALL)
-    tested.set(xlabel="test accuracy (95 % interval)", title="After training")
+    tested.set_title("After training", fontsize="small")
+    tested.set_xlabel("test accuracy (fraction correct, 95 % interval)", fontsize="small")
     legend_below(picture, lines, [*results])
     return picture
 
