@@ -774,7 +774,9 @@ def test_inspect_tells_what_is_computed(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'templates.yaml'}"])
     told = capsys.readouterr().out
     assert "No tied weights" not in told
-    assert re.search(r"TemplateWeights: \d+ weights from 2 templates a shape: network.layer1.0.branch.conv1.weight, ", told)
+    assert re.search(
+        r"TemplateWeights: \d+ weights from 2 templates a shape: network.layer1.0.branch.conv1.weight, ", told
+    )
     [free] = [line for line in told.splitlines() if line.startswith("Not matched by any tie: ")]
     assert "network.stem.conv.weight" in free
     assert "network.layer1.0.branch.conv1.weight" not in free

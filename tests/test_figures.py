@@ -474,6 +474,13 @@ def test_kept_results_are_drawn_again(tmp_path, saved):
         experiment.redraw("soft", tmp_path)
 
 
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
+def test_pictures_of_pages_have_alternative_text(page):
+    for words, target in re.findall(r"!\[(.*?)\]\((.+?)\)", page.read_text()):
+        assert len(words.split()) > 3, target
+        assert (page.parent / target).is_file(), target
+
+
 def test_the_gallery_shows_what_every_callback_draws():
     """And nothing else, each picture in a file that says what it shows."""
     sources = "".join(path.read_text() for path in (report.ROOT / "tying" / "callbacks").rglob("*.py"))
