@@ -147,7 +147,7 @@ def test_the_commands_of_the_first_hour_run_in_their_order(caplog, tmp_path):
     for command in "".join(blocks(PAGES["start"], "console")).splitlines():
         main(shlex.split(command)[1:])
     assert "going on from" in caplog.text
-    assert (tmp_path / "plain.safetensors").exists()
+    assert (tmp_path / "plain.pt").exists()
 
 
 def test_pages_link_to_what_there_is():
