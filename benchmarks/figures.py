@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
 from benchmarks.inference import moments
@@ -114,7 +115,7 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     by_run = plot.lines == "run"
     figure = new_figure(WIDTH, 4.6 if by_run else 3.6, plot.title)
     axes = figure.subplots()
-    bars: dict[str, Artist] = {}
+    bars: dict[str, Artist | Container] = {}
     shown: list[Point] = []
     for number, (name, points) in enumerate(_series(plot, rows)):
         if not points:
@@ -207,7 +208,7 @@ def draw_curves(rows: Sequence[Row], metrics: Sequence[str], path: Path, x: str 
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
     settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
     figure = new_figure(WIDTH, 3.2, f"{_upper(in_common(metrics).name)} of each setting by {x}")
-    lines: dict[str, Artist] = {}
+    lines: dict[str, Artist | Container] = {}
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         points: dict[str, dict[int, list[float]]] = {}

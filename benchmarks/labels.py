@@ -31,7 +31,7 @@ def name_points(figure: Figure, axes: Axes, names: Sequence[tuple[str, float, fl
         axes: axes on which everything else is drawn.
         names: name, x and y of each point.
     """
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]  # of matplotlib
     figure.draw_without_rendering()  # only now it is known where the points are
     figure.set_layout_engine("none")  # and they stay there
     taken = [*_drawn(axes)]
@@ -40,9 +40,9 @@ def name_points(figure: Figure, axes: Axes, names: Sequence[tuple[str, float, fl
             name, (x, y), (0, 0), textcoords="offset points", fontsize=SMALL, va="center", arrowprops=LEADER
         )
         label.set_in_layout(False)
-        size = Text.get_window_extent(label, renderer).size
+        extent = Text.get_window_extent(label, renderer)
         point = axes.transData.transform((x, y))
-        boxes = {offset: _box(point, offset, size, figure.dpi / 72) for offset in _offsets()}
+        boxes = {offset: _box(point, offset, (extent.width, extent.height), figure.dpi / 72) for offset in _offsets()}
         free = (offset for offset, box in boxes.items() if _is_free(box, taken, axes.bbox))
         offset = next(free, (NEAR, 0.0))
         taken.append(boxes[offset])
@@ -59,7 +59,7 @@ def _offsets() -> Iterator[Offset]:
             yield round(float(away * np.cos(angle)), 3), round(float(away * np.sin(angle)), 3)
 
 
-def _box(point: np.ndarray, offset: Offset, size: np.ndarray, scale: float) -> Bbox:
+def _box(point: np.ndarray, offset: Offset, size: Offset, scale: float) -> Bbox:
     """Return the box of a name at a place, in pixels; ``scale`` is that of points."""
     x, y = point + np.multiply(offset, scale)
     left = x - size[0] * (1 - np.sign(offset[0])) / 2

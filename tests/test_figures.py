@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
-from benchmarks import evidence, experiment, hybrid_toy, report
+from benchmarks import evidence, experiment, gallery, hybrid_toy, report
 from benchmarks.declared import load, suites
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
@@ -472,6 +472,31 @@ def test_kept_results_are_drawn_again(tmp_path, saved):
     assert len(saved[1].axes[0].containers) == 2
     with pytest.raises(ConfigurationError, match=r"there is no .*soft\.csv"):
         experiment.redraw("soft", tmp_path)
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
+def test_pictures_of_pages_have_alternative_text(page):
+    for words, target in re.findall(r"!\[(.*?)\]\((.+?)\)", page.read_text()):
+        assert len(words.split()) > 3, target
+        assert (page.parent / target).is_file(), target
+
+
+def test_the_gallery_shows_what_every_callback_draws():
+    """And nothing else, each picture in a file that says what it shows."""
+    sources = "".join(path.read_text() for path in (report.ROOT / "tying" / "callbacks").rglob("*.py"))
+    drawn = {*re.findall(r'log_figure\(trainer.*"(\w+)"', sources), "mixture_end"} - {"_"}
+    assert drawn == {*gallery.PICTURES} - {"advice"}
+    shown = re.findall(r"!\[.+?\]\(gallery/(.+?)\.png\)", (report.ROOT / "docs" / "gallery.md").read_text())
+    assert sorted(shown) == sorted(gallery.PICTURES)
+    assert {path.stem for path in gallery.FOLDER.iterdir()} == {*gallery.PICTURES}
+    assert all(len(evidence.description(path).split()) > 3 for path in gallery.FOLDER.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gallery.PICTURES)
+def test_the_gallery_is_drawn_by_its_commands(name, tmp_path):
+    picture = gallery.draw(name, tmp_path)
+    assert evidence.description(picture) == evidence.description(gallery.FOLDER / picture.name)
 
 
 def test_a_file_says_what_its_figure_shows(tmp_path):

@@ -2,8 +2,10 @@
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -189,3 +191,14 @@ def test_equations_are_no_markup(path):
     page = read(f"<article>{MarkdownIt('commonmark').enable('table').render(source)}</article>")
     shown = "".join(text for _, text in page.prose)
     assert [equation for equation in EQUATION.findall(source) if equation not in shown] == []
+
+
+def test_pages_link_to_be_edited_where_there_is_a_repository(monkeypatch):
+    def settings():
+        return runpy.run_path(str(ROOT / "docs" / "conf.py"))
+
+    assert not settings()["html_theme_options"]["use_edit_page_button"]
+    project = {"name": "tying", "urls": {"Repository": "https://example.org/tying"}}
+    monkeypatch.setattr(tomllib, "loads", lambda text: {"project": project})
+    assert settings()["html_theme_options"]["use_edit_page_button"]
+    assert settings()["html_context"]["edit_page_url_template"] == "https://example.org/tying/edit/main/{{ file_name }}"

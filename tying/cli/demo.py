@@ -248,7 +248,7 @@ def fastest_precision(model: Callable[[torch.Tensor], torch.Tensor], images: tor
 
 def figure(results: Mapping[str, Result]) -> "Figure":
     """Plot validation accuracies over the epochs, and test accuracies with their 95 % intervals."""
-    picture = new_figure(WIDTH, 3.6, "Validation accuracy of each run over the epochs, and its test accuracy")
+    picture = new_figure(WIDTH, 3.6, "Accuracy of tied and plain networks, while and after training")
     over_epochs, tested = picture.subplots(1, 2)
     lines = []
     for number, result in enumerate(results.values()):
