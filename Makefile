@@ -2,22 +2,30 @@ PYTHON ?= python3
 BIN := .venv/bin
 SUITE := -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-.PHONY: install test test-slow test-oldest test-newest survival fuzz lint demo docs speed clean
+.PHONY: install tools test test-slow test-oldest test-newest survival fuzz lint demo docs site-test speed clean
 
+# the package and what the demo needs
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+# and the tools of tests, pages and experiments
+tools: .venv/tools
+
+.venv/tools: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 # in each of the two processes
 test test-oldest test-newest: export OMP_NUM_THREADS = 1
 
-test: install lint
+test: tools lint
 	$(BIN)/python $(SUITE)
 
-test-slow: install
+test-slow: tools
 	$(BIN)/python -m pytest -m slow
 
 test-oldest: .venv-oldest/installed
@@ -36,29 +44,30 @@ test-newest: .venv-newest/installed
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
 	touch $@
 
-survival: install
+survival: tools
 	$(BIN)/python -m pytest tests/hard/test_survival.py tests/test_lightning_features.py tests/test_strangers.py \
 		tests/test_zoo.py --tables benchmarks/results
 
-fuzz: install
+fuzz: tools
 	FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py --tables benchmarks/results
 
-lint: install
+lint: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 demo: install
-	$(BIN)/python -W ignore -m benchmarks demo
+	$(BIN)/tying demo
 
-docs: install
-	rm -rf build/pages build/site
-	mkdir -p build/pages/benchmarks
-	cp -r README.md CHANGELOG.md LICENSE docs configs build/pages
-	cp -r benchmarks/*.md benchmarks/results benchmarks/suites build/pages/benchmarks
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # the theme's notice is no warning of these pages
+docs: tools
+	rm -rf build/doctrees build/site
+	$(BIN)/python -m sphinx --fail-on-warning --quiet --jobs 2 --conf-dir docs --doctree-dir build/doctrees . build/site
 
-speed: install
+site-test: docs
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest tests/site_in_browser.py
+
+speed: tools
 	$(BIN)/python -m benchmarks speed
 
 clean:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: experiments, the demo among them, speed tables, and one report of all that is kept."""
+"""``python -m benchmarks``: experiments, speed tables, and the pages of what is kept."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from matplotlib.figure import Figure
 from benchmarks import evidence, experiment, hybrid_toy
 from benchmarks.archive import pack, unpack
 from benchmarks.declared import suites
-from benchmarks.machine import describe, supports_bf16
+from benchmarks.machine import describe
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
 from benchmarks.speed import against
 from benchmarks.sweep import Sweep
-from tying.errors import ConfigurationError, listed, nearest
+from tying.errors import ConfigurationError, nearest
 from tying.files import save_figure
 
-REPORT = Path("runs/report.html")
 COMPUTED = {"hybrid-toy": hybrid_toy.report}  # experiments without a network to train
 
 
@@ -30,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status: 1 where runs failed, 2 for a mistake in what was asked for."""
     parser = _parser()
     known, overrides = parser.parse_known_args(arguments)
-    if overrides and known.command not in ("run", "report", "demo"):
+    if overrides and known.command not in ("run", "report"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
-        return _obey(known, overrides, sys.argv[1:] if arguments is None else arguments)
+        return _obey(known, overrides)
     except (ConfigurationError, OSError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
@@ -47,18 +46,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="the suites, and how far they are")
     run = commands.add_parser("run", help="do those of a suite's runs that are not done, and report")
-    report = commands.add_parser("report", help="table, plot and CSV of a suite's runs; or a page of all kept results")
-    demo = commands.add_parser("demo", help="the suite demo under runs/demo, in bfloat16 where that is fast")
+    report = commands.add_parser("report", help="table, plot and CSV of a suite's runs")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
     speed.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout, in turns")
     speed.add_argument("--turns", type=int, default=5, help="measurements of each checkout, with --against")
     restore = commands.add_parser("restore", help="put a suite's kept runs where runs are, to go on from them")
     sizes = commands.add_parser("sizes", help="measure anew the bytes of a suite's models, without training them")
+    redraw = commands.add_parser("redraw", help="draw the pictures of kept results again, without running anything")
+    redraw.add_argument("results", nargs="*", metavar="RESULTS", help="such as 'soft'; by default, all of suites")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
-    run.add_argument("suite", metavar="SUITE", help=told)
-    report.add_argument("suite", metavar="SUITE", nargs="?", help=f"{told}; by default, all that is kept, as HTML")
+    for command in (run, report):
+        command.add_argument("suite", metavar="SUITE", help=told)
     for command in (restore, sizes):
         command.add_argument("suite", metavar="SUITE", help="its name, or a YAML file")
     for command in (run, report, restore, sizes):
@@ -69,34 +69,28 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--seeds", type=int, help="replicas of each setting; by default, one, and in a report those that were begun"
         )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where the runs are")
-    for command in (run, demo):
-        command.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
-    for command in (run, report, demo, speed):
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+    for command in (run, report, speed):
         command.add_argument("--save", action="store_true", help="keep what comes out under benchmarks/results")
     return parser
 
 
-def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
+def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
     if known.command == "list":
         print(experiment.overview())
     elif known.command == "readme":
         for page in PAGES:
             write(page, paste(page.read_text()))
         write(RESULTS / "README.md", evidence.markdown())
+    elif known.command == "redraw":
+        for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
+            print("Written:", *experiment.redraw(name))
     elif known.command == "restore":
         sweep = experiment.prepare(known.suite, known.out, known.data)
         restored = unpack(_archive(sweep), sweep.out)
         print(f"{len(restored)} runs put back in {sweep.out}")
     elif known.command == "sizes":
         print(remeasure(experiment.prepare(known.suite, known.out, known.data, as_begun=True)))
-    elif known.command == "report" and known.suite is None:
-        if given := [f"--{name}" for name in ("data", "only", "out", "seeds") if vars(known)[name] is not None]:
-            raise ConfigurationError(
-                f"{listed(given)}: of which suite? The report of all that is kept takes no options"
-            )
-        write(REPORT, evidence.html())
-        print(f"Written: {REPORT}")
     elif known.command == "run" and known.suite in COMPUTED:
         _present(known.suite, *COMPUTED[known.suite](), f"run {known.suite}", known.save)
     elif known.command == "speed" and known.against:
@@ -111,15 +105,12 @@ def _obey(known: argparse.Namespace, overrides: list[str], given: Sequence[str])
             text, figure = made if isinstance(made, tuple) else (made, None)
             _present(f"speed_{family}", text, figure, f"speed {family}", known.save)
     else:
-        return _experiment(known, overrides, given)
+        return _experiment(known, overrides)
     return 0
 
 
-def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence[str]) -> int:
-    demo, reporting = known.command == "demo", known.command == "report"
-    if demo:
-        known.suite, known.data, known.only, known.seeds = "demo", None, None, 1
-        overrides = [*(["--trainer.precision=bf16-mixed"] if supports_bf16() else []), *overrides]
+def _experiment(known: argparse.Namespace, overrides: list[str]) -> int:
+    reporting = known.command == "report"
     where = {"out": known.out, "data": known.data}
     failed = {}
     if not reporting:
@@ -128,9 +119,8 @@ def _experiment(known: argparse.Namespace, overrides: list[str], given: Sequence
     chosen = {"seeds": known.seeds, "only": known.only} if reporting else {}  # after a run: all there is
     sweep = experiment.prepare(known.suite, **where, **chosen, overrides=overrides, as_begun=True)
     try:
-        command = "make demo" if set(given) <= {"demo", "--save"} else _command(known.suite, sweep)
-        _keep(sweep.name, experiment.report(sweep, command), known.save)
-        if known.save and not demo:
+        _keep(sweep.name, experiment.report(sweep, _command(known.suite, sweep)), known.save)
+        if known.save:
             pack(sweep.out, _archive(sweep))
     except ConfigurationError:
         if failed:  # and told already
@@ -165,7 +155,7 @@ def _anywhere(argument: str) -> str:
 def _present(name: str, text: str, figure: Figure | None, command: str, save: bool) -> None:
     _keep(name, f"{text}\n\n{describe()}. Command: `python -m benchmarks {command}`.", save)
     if figure is not None:
-        save_figure(figure, (RESULTS if save else REPORT.parent) / f"{name}.png")
+        save_figure(figure, (RESULTS if save else Path("runs")) / f"{name}.png")
 
 
 def _keep(name: str, text: str, save: bool) -> None:

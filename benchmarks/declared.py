@@ -119,6 +119,8 @@ def _check(suite: Suite) -> None:
     for plot in suite.plots:  # over an axis or a metric
         place = f"suite {suite.name}: {plot.name!r}"
         _refuse_unknown([plot.lines], [*suite.axes, "run"], f"{place}: unknown axis")
+        shown = [setting for family in plot.families.values() for setting in family]
+        _refuse_unknown(shown, settings, f"{place}: unknown setting")
         _refuse_words(suite, plot.x, place)
     for claim in suite.claims:
         place = f"suite {suite.name}: {claim.claim!r}"

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
 from benchmarks.declared import load, suites
+from benchmarks.figures import Row, draw_overview, final
 from benchmarks.figures import draw as draw_plot
-from benchmarks.figures import final
 from benchmarks.folder import complete_below
 from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine
-from benchmarks.report import write_csv
-from benchmarks.summary import curves, plot, refuse_mixture, summarize
+from benchmarks.report import RESULTS, write_csv
+from benchmarks.suite import Suite
+from benchmarks.summary import curves, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
-RUNS, DEMO = Path("runs/suites"), Path("runs/demo")
+RUNS = Path("runs/suites")
 BEGUN = "begun.json"  # which seeds and overrides the runs of a folder have
 
 
@@ -99,26 +103,65 @@ def report(sweep: Sweep, command: str) -> str:
 
 
 def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
-    """Write the epochs of all complete runs as CSV, and as a plot, and the suite's own plots; return the files.
+    """Write the epochs of all complete runs as CSV, and their pictures; return the files.
 
     Args:
         sweep: whose runs.
-        kept: a folder where the last epochs and all plots are written too.
+        kept: a folder where the last epochs and all pictures are written too.
     """
     rows = curves(sweep.runs, sweep.out)
-    x = "step" if sweep.suite.program else "epoch"
     table = sweep.out / f"{sweep.name}.csv"
     write_csv(table, rows)
-    written = [table]
-    for folder in [sweep.out, *([kept] if kept else [])]:
-        pictures = {folder / f"{sweep.name}_{one.name}.png": one for one in sweep.suite.plots}
-        for path, one in pictures.items():
-            draw_plot(one, rows, path)
-        written += [folder / f"{sweep.name}.png", *pictures]
-        plot(rows, sweep.suite.curves, folder / f"{sweep.name}.png", x)
+    written = [table, *draw_pictures(sweep.suite, sweep.name, rows, sweep.out)]
     if kept:
+        written += draw_pictures(sweep.suite, sweep.name, rows, kept)
         write_csv(kept / table.name, final(rows))
     return written
+
+
+def draw_pictures(suite: Suite, name: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write a picture of all settings, and those that the suite's file asks for; return the files.
+
+    Args:
+        suite: the suite.
+        name: first part of the files' names.
+        rows: those of :func:`benchmarks.summary.curves`.
+        folder: where to write.
+    """
+    overview = folder / f"{name}.png"
+    draw_overview(rows, suite.curves, [*suite.figures.values()] or suite.curves, overview, suite.time)
+    pictures = {folder / f"{name}_{plot.name}.png": plot for plot in suite.plots}
+    for path, plot in pictures.items():
+        draw_plot(plot, rows, path)
+    return [overview, *pictures]
+
+
+def redraw(name: str, folder: Path = RESULTS) -> list[Path]:
+    """Draw the pictures of kept results again: of all epochs, where an archive has them, else of the last ones.
+
+    Args:
+        name: name of the results, such as ``"arbnet-fig2@mnist"``.
+        folder: folder of all kept results.
+
+    Raises:
+        ConfigurationError: there are no such results, or the archive's are others than the table's.
+    """
+    table, (suite_name, _, label) = folder / f"{name}.csv", name.partition("@")
+    suite = load(suite_name)
+    if not table.exists():
+        raise ConfigurationError(f"there is no {table}")
+    with table.open() as file:
+        rows: list[dict[str, str]] = [*csv.DictReader(file)]
+    archive = folder / "runs" / f"{'@'.join(filter(None, [suite.home or suite_name, label]))}.tar.xz"
+    if archive.exists():
+        kept = rows
+        with tempfile.TemporaryDirectory() as out:
+            unpack(archive, Path(out))
+            begun = read_json(Path(out) / BEGUN, "seeds")
+            rows = curves(suite.runs(begun["seeds"]), Path(out))
+        if [{key: str(row.get(key, "")) for key in kept[0]} for row in final(rows)] != kept:
+            raise ConfigurationError(f"{archive} has other results than {table}")
+    return draw_pictures(suite, name, rows, folder)
 
 
 def overview() -> str:
@@ -127,7 +170,6 @@ def overview() -> str:
     for name in suites():
         suite = load(name)
         folders = [out for out in sorted(RUNS.glob(f"{name}*")) if out.name.partition("@")[0] == name]
-        folders += [DEMO] if name == "demo" and DEMO.exists() else []
         done = "; ".join(f"{len(complete_below(out))} done in {out}" for out in folders) or "none done"
         lines.append(f"{name}: {suite.description} {len(suite.runs())} runs a seed; {done}.")
     return "\n".join(lines)

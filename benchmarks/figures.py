@@ -1,28 +1,38 @@
-"""Figures of a suite in a paper's layout.
+"""Figures of a suite's results: metrics over epochs, final results, and what the suite's file asks for.
 
 A suite's file may say::
 
     plots:                     # a line for each value of `lines`, over an axis or a metric
-      - {name: alpha, x: alpha, y: test/accuracy, lines: ratio, log: true}
+      - {name: alpha, x: alpha, y: test/accuracy, lines: ratio, log: true, label: "α of the hash"}
       - {name: parameters, x: parameters, y: test/accuracy}  # a point for each setting
+      - name: bytes            # the settings of families, the first of which is drawn as a line
+        x: bytes
+        y: test/accuracy
+        families: {plain networks: [untied, narrow], hard tying: [shared]}
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
 from benchmarks.inference import moments
-from tying.figures import LEGEND, line_style
+from benchmarks.labels import name_points
+from benchmarks.quantities import QUANTITIES, in_common, quantity
+from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import save_figure
 
 Row = Mapping[str, str]
+FEW = 6  # settings whose curves a reader can follow
+PANELS = 2  # that fit beside each other
+TICKS = 8  # values of an axis that are written out
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,9 @@ class Plot:
         y: a metric, or several.
         lines: an axis: a line for each of its values and each metric; ``"run"``: a point for each setting.
         log: whether x is logarithmic.
+        label: x in words; by default, those of :func:`benchmarks.quantities.quantity`.
+        families: with ``lines: run``, the settings to show by the name of their family: the first family as a line,
+            the others as points with one marker each. By default all settings, each with its own.
     """
 
     name: str
@@ -43,15 +56,45 @@ class Plot:
     y: str | Sequence[str]
     lines: str = "run"
     log: bool = False
+    label: str = ""
+    families: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[str]:
+        """All y."""
+        return [self.y] if isinstance(self.y, str) else [*self.y]
+
+    @property
+    def title(self) -> str:
+        """What is to be seen, in words."""
+        x = self.label.partition(":")[0] or quantity(self.x).name
+        if self.lines != "run":
+            shown = f"a line for each value of {self.lines}"
+        elif self.families:
+            first, *others = self.families
+            shown = f"{first} as a line, {', '.join(others)} as points"
+        else:
+            shown = "a point for each setting"
+        return f"{_upper(in_common(self.metrics).name)} against {x}: {shown}"
+
+
+class Point(NamedTuple):
+    """The means and standard deviations of a setting over its seeds."""
+
+    x: float
+    y: float
+    x_spread: float
+    y_spread: float
+    setting: str
 
 
 def lines_of(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
     """Return the final rows of runs, by their value on an axis; those without it are left out."""
-    found: dict[str, list[Row]] = {}
+    lines: dict[str, list[Row]] = {}
     for row in final(rows):
         if row.get(axis):
-            found.setdefault(row[axis], []).append(row)
-    return found
+            lines.setdefault(row[axis], []).append(row)
+    return lines
 
 
 def final(rows: Sequence[Row]) -> list[Row]:
@@ -65,63 +108,167 @@ def final(rows: Sequence[Row]) -> list[Row]:
 def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     """Write a PNG: a point for each setting, of mean x and mean y over its seeds, with both standard deviations.
 
-    Lines go through points in order of x, and no two of 40 look the same. With ``lines="run"`` each point bears its
-    setting's name instead. Where a value is not finite, there is no point.
+    Lines go through points in order of x, and no two of 40 look the same without color. With ``lines="run"`` each point
+    bears its setting's name. Where a value is not finite, there is no point.
     """
-    figure = Figure(figsize=(7, 5) if plot.lines == "run" else (5, 3.8), layout="constrained")
+    by_run = plot.lines == "run"
+    figure = new_figure(WIDTH, 4.6 if by_run else 3.6, plot.title)
     axes = figure.subplots()
-    metrics = [plot.y] if isinstance(plot.y, str) else plot.y
-    names: list[tuple[str, float, float]] = []
-    number = 0
-    for (line, found), y in itertools.product(lines_of(rows, plot.lines).items(), metrics):
-        points: dict[str, list[tuple[float, float]]] = {}  # by setting
-        for row in found:
-            if row.get(plot.x) and row.get(y):
-                points.setdefault(row["run"], []).append((float(row[plot.x]), float(row[y])))
-        settings = [[moments(values) for values in zip(*pairs, strict=True)] for pairs in points.values()]
-        settings = sorted(setting for setting in settings if all(math.isfinite(mean) for mean, _ in setting))
-        if not settings:
+    bars: dict[str, Artist] = {}
+    shown: list[Point] = []
+    for number, (name, points) in enumerate(_series(plot, rows)):
+        if not points:
             continue
-        (xs, x_spreads), (ys, y_spreads) = (zip(*side, strict=True) for side in zip(*settings, strict=True))
-        label = (line if plot.lines == "run" else f"{plot.lines} {line}") + (f", {y}" if len(metrics) > 1 else "")
+        shown += points
+        xs, ys, x_spreads, y_spreads, _ = zip(*points, strict=True)
+        style = line_style(number)
+        if by_run and (number or not plot.families):
+            style["linestyle"] = "none"
         across = x_spreads if any(x_spreads) else None
-        axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=label, capsize=2, **line_style(number))
-        number += 1
-        if plot.lines == "run":
-            names.append((label, xs[0], ys[0]))
-    if plot.log:
-        every = {x for row in final(rows) if row.get(plot.x) and math.isfinite(x := float(row[plot.x]))}
-        if 0 in every and len(every) > 1:
-            axes.set_xscale("symlog", linthresh=min(every - {0}))
-        else:
-            axes.set_xscale("log")
-    axes.set(xlabel=plot.x, ylabel=" and ".join(metrics))
-    if plot.lines != "run" and axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", **LEGEND)
-    if names:
-        _write_names(figure, axes, names)
+        bars[name] = axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=name, capsize=2, **style)
+    _scale(axes, plot, [point.x for point in shown])
+    axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=in_common(plot.metrics).label)
+    if bars and (plot.families or not by_run):
+        legend_below(figure, [*bars.values()], [*bars])
+    if by_run:
+        axes.margins(x=0.12, y=0.08)
+        name_points(figure, axes, [(point.setting, point.x, point.y) for point in shown])
     save_figure(figure, path)
 
 
-def _write_names(figure: Figure, axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
-    """Write a name beside each point, those of near points below or above each other."""
-    axes.margins(x=0.2)
-    figure.draw_without_rendering()  # only now it is known where points are
-    line, letter = 9.0, 4.6  # height and width of letters, in pixels
-    taken: list[tuple[float, float, float]] = []
-    for name, x, y in sorted(names, key=lambda one: -one[2]):
-        left, middle = axes.transData.transform((x, y))
-        width = letter * len(name)
-        shifts = (line * side * away for away in range(len(names)) for side in (1, -1))
-        shift = next(
-            by
-            for by in shifts
-            if not any(
-                abs(middle + by - height) < line and left < end and begin < left + width for begin, end, height in taken
-            )
-        )
-        taken.append((left, left + width, middle + shift))
-        arrow = {"arrowstyle": "-", "lw": 0.3, "color": "gray"} if abs(shift) > line else None
-        axes.annotate(
-            name, (x, y), (5, shift), textcoords="offset pixels", fontsize="xx-small", va="center", arrowprops=arrow
-        )
+def _series(plot: Plot, rows: Sequence[Row]) -> Iterator[tuple[str, list[Point]]]:
+    """Yield the name and the points of each line, family or setting."""
+    for metric in plot.metrics:
+        suffix = f", {quantity(metric).name}" if len(plot.metrics) > 1 else ""
+        lines = lines_of(rows, plot.lines)
+        if plot.lines != "run":
+            for value, found in lines.items():
+                yield f"{plot.lines} {value}{suffix}", _points(plot.x, metric, found)
+            continue
+        for family, settings in (plot.families or {setting: [setting] for setting in lines}).items():
+            found = [row for setting in settings for row in lines.get(setting, [])]
+            yield f"{family}{suffix}", _points(plot.x, metric, found)
+
+
+def _points(x: str, y: str, rows: Sequence[Row]) -> list[Point]:
+    """Return the point of each setting that has one, in order of x."""
+    pairs: dict[str, list[tuple[float, float]]] = {}  # by setting
+    for row in rows:
+        if row.get(x) and row.get(y):
+            pairs.setdefault(row["run"], []).append((float(row[x]), float(row[y])))
+    points = []
+    for setting, values in pairs.items():
+        (x_mean, x_spread), (y_mean, y_spread) = (moments(side) for side in zip(*values, strict=True))
+        points.append(Point(x_mean, y_mean, x_spread, y_spread, setting))
+    return sorted(point for point in points if math.isfinite(point.x) and math.isfinite(point.y))
+
+
+def _scale(axes: Axes, plot: Plot, xs: Sequence[float]) -> None:
+    """Set the scale of x and what its ticks say: the values of an axis, multiples of 1024 bytes, or thousands."""
+    values = sorted({*xs})
+    if plot.log and len(values) > 1 and 0 in values:
+        axes.set_xscale("symlog", linthresh=values[1])
+    elif plot.log:
+        axes.set_xscale("log", base=2 if plot.x == "bytes" else 10)
+    if plot.x == "bytes":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1024:,.4g}"))
+    elif plot.x == "parameters":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    elif plot.log and plot.x not in QUANTITIES and len(values) <= TICKS:
+        axes.set_xticks(values, [f"{value:,.10g}" for value in values])
+    if plot.log:
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def draw_overview(
+    rows: Sequence[Row], curves: Sequence[str], figures: Sequence[str], path: Path, x: str = "epoch"
+) -> None:
+    """Write a PNG of all settings: metrics over epochs, or, where these would be too many lines, final results.
+
+    Args:
+        rows: those of :func:`benchmarks.summary.curves`.
+        curves: metrics to show over epochs.
+        figures: metrics to show at the end.
+        path: of the file.
+        x: ``"epoch"`` or ``"step"``.
+    """
+    if has_curves(rows):
+        draw_curves(rows, curves, path, x)
+    else:
+        draw_outcomes(rows, figures, path)
+
+
+def has_curves(rows: Sequence[Row]) -> bool:
+    """Return whether rows are of several epochs, and of few enough settings for one line each."""
+    return len({row["run"] for row in rows}) <= FEW and len(rows) > len(final(rows))
+
+
+def draw_curves(rows: Sequence[Row], metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
+    """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
+    settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
+    figure = new_figure(WIDTH, 3.2, f"{_upper(in_common(metrics).name)} of each setting by {x}")
+    lines: dict[str, Artist] = {}
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        points: dict[str, dict[int, list[float]]] = {}
+        for row in rows:
+            if row.get(metric):
+                epochs = points.setdefault(row["run"], {})
+                epochs.setdefault(int(row[x]), []).append(float(row[metric]))
+        for setting, epochs in points.items():
+            means = [moments(epochs[epoch])[0] for epoch in sorted(epochs)]
+            [lines[setting]] = axes.plot(sorted(epochs), means, **line_style(settings[setting]))
+        _label(axes, metric, "y", titled=len(metrics) > 1)
+        axes.set_xlabel(quantity(x).label, fontsize="small")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    legend_below(figure, [*lines.values()], [_spaced(setting) for setting in lines])
+    save_figure(figure, path)
+
+
+def draw_outcomes(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> None:
+    """Write a PNG with a panel for each of the first metrics: for each setting the mean over its seeds.
+
+    Bars are standard deviations. A dashed line goes through the first setting, the baseline, unless it is one value of
+    an axis.
+    """
+    lines = lines_of(rows, "run")
+    known = {metric: len({row["run"] for row in final(rows) if row.get(metric)}) for metric in metrics}
+    shown = [metric for metric in metrics if 2 * known[metric] >= len(lines)][:PANELS]  # of most settings
+    height = 0.9 + 0.19 * len(lines)
+    figure = new_figure(WIDTH, height, f"{_upper(in_common(shown).name)} of each setting after training")
+    panels = figure.subplots(1, max(1, len(shown)), squeeze=False, sharey=True)[0]
+    panels[0].set_yticks(range(len(lines)), [_spaced(setting) for setting in lines], fontsize=SMALL)
+    panels[0].set_ylim(len(lines) - 0.5, -0.5)
+    for axes, metric in zip(panels, shown, strict=False):
+        for height, replicas in enumerate(lines.values()):
+            values = [float(row[metric]) for row in replicas if row.get(metric)]
+            if values and math.isfinite(mean := moments(values)[0]):
+                axes.errorbar(mean, height, xerr=moments(values)[1], color="C0", marker="o", markersize=4, capsize=2)
+                if height == 0 and "=" not in replicas[0]["run"]:
+                    axes.axvline(mean, color="0.5", linestyle="--", linewidth=0.8, zorder=0)
+        _label(axes, metric, "x", titled=len(shown) > 1)
+        axes.grid(axis="y", color="0.9")
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    save_figure(figure, path)
+
+
+def _label(axes: Axes, metric: str, side: str, titled: bool) -> None:
+    """Name an axis, and the panel where there are several."""
+    words = quantity(metric)
+    if titled:
+        axes.set_title(_upper(words.name), fontsize="small")
+    text = words.unit or words.name if titled else words.label
+    if side == "x":
+        axes.set_xlabel(text, fontsize="small")
+    else:
+        axes.set_ylabel(text, fontsize="small")
+    axes.tick_params(labelsize="small")
+
+
+def _spaced(setting: str) -> str:
+    return ", ".join(part.strip() for part in setting.split(","))
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

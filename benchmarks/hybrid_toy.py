@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks.inference import interval
 from benchmarks.report import table
+from tying.figures import WIDTH, legend_below, line_style, new_figure
 from tying.soft import coupling_strength
 
 ALPHAS = (0, 0.005, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.985, 0.995, 1)
@@ -131,17 +132,18 @@ def verdict(values: Tensor, alphas: Sequence[float] = ALPHAS) -> tuple[float, st
 def report(draws: int = DRAWS) -> tuple[str, Figure]:
     """Run the experiment; return its tables as Markdown, and its figure."""
     head, columns, judged = ["α"], [], []
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="α: 0 generative, 1 discriminative", ylabel="test accuracy")
-    for count, values in zip(LABELS, accuracies(draws), strict=True):
+    figure = new_figure(WIDTH, 3.8, "Test accuracy against α: a line for each number of labels")
+    axes = figure.add_subplot(xlabel="α: 0 generative, 1 discriminative", ylabel="test accuracy (fraction correct)")
+    bars = []
+    for number, (count, values) in enumerate(zip(LABELS, accuracies(draws), strict=True)):
         means = values.mean(dim=0).tolist()
         errors = [stdev(column) / math.sqrt(draws) for column in values.T.tolist()]
         head.append(f"{count} labels")
         columns.append([f"{mean:.3f} ± {error:.3f}" for mean, error in zip(means, errors, strict=True)])
-        axes.errorbar(ALPHAS, means, yerr=errors, label=f"{count} labels", marker=".", capsize=2)
+        bars.append(axes.errorbar(ALPHAS, means, yerr=errors, label=head[-1], capsize=2, **line_style(number)))
         best, said = verdict(values)
         judged.append(f"{count} labels: the best α is {best}; an inner maximum is {said}.")
-    axes.legend(loc="best", fontsize="x-small")
+    legend_below(figure, bars, head[1:])
     rows = [[f"{alpha}", *cells] for alpha, *cells in zip(ALPHAS, *columns, strict=True)]
     paragraphs = [
         f"Lasserre, Bishop and Minka's synthetic task: mean accuracy ± its standard error over {draws} draws of "

@@ -46,11 +46,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def supports_bf16() -> bool:
-    """Tell whether this processor computes in bfloat16 rather than emulating it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None

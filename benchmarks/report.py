@@ -13,8 +13,11 @@ from tying.files import atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GUIDANCE = [ROOT / "benchmarks" / "GUIDE.md", ROOT / "benchmarks" / "PAPERS.md"]
-PAGES = [ROOT / "README.md", *GUIDANCE, *sorted((ROOT / "docs").glob("*.md"))]  # they tell of results
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("benchmarks/*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]  # they tell of results
 MARK = re.compile(r"(<!-- (results|cell|claim|command) (.+?) -->)((?:(?!<!--).)*)<!-- end -->", re.DOTALL)
 
 

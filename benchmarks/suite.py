@@ -108,6 +108,11 @@ class Suite:
     home: str = ""  # the suite whose runs these are, if another's
     program: str = ""  # module and function that does each run, where a run is no single fit
 
+    @property
+    def time(self) -> str:
+        """What the curves are over."""
+        return "step" if self.program else "epoch"
+
     def runs(self, seeds: int = 1, only: str | None = None, overrides: Iterable[str] = ()) -> list[Run]:
         """Return all runs, seed by seed.
 

@@ -1,4 +1,4 @@
-"""What a suite's runs came to: a table, a plot and a CSV."""
+"""What a suite's runs came to: a table and a CSV."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from benchmarks.folder import Folder
 from benchmarks.inference import interval, moments
 from benchmarks.machine import in_words
 from benchmarks.report import table
 from benchmarks.suite import Run, Suite
 from tying.errors import ConfigurationError, listed, nearest
-from tying.figures import LEGEND, line_style
-from tying.files import save_figure
 
 
 def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
@@ -121,37 +116,6 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}
         rows += [{**described, "seed": str(run.seed), **row} for row in own]
     return rows
-
-
-def plot(rows: Sequence[Mapping[str, str]], metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
-    """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds.
-
-    Args:
-        rows: those of :func:`curves`.
-        metrics: their names.
-        path: of the file.
-        x: ``"epoch"`` or ``"step"``.
-    """
-    settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
-    beside = 3.0 if len(settings) > 8 else 0.0  # inches, of a legend
-    figure = Figure(figsize=(4.5 * len(metrics) + beside, max(3.6, 0.16 * len(settings))), layout="constrained")
-    lines: dict[str, Any] = {}
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        points: dict[str, dict[int, list[float]]] = {}
-        for row in rows:
-            if row.get(metric):
-                epochs = points.setdefault(row["run"], {})
-                epochs.setdefault(int(row[x]), []).append(float(row[metric]))
-        for setting, epochs in points.items():
-            means = [moments(epochs[epoch])[0] for epoch in sorted(epochs)]
-            [lines[setting]] = axes.plot(sorted(epochs), means, **line_style(settings[setting]))
-        axes.set(xlabel=x, ylabel=metric)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if beside:
-        figure.legend(lines.values(), lines, loc="outside right upper", **LEGEND)
-    elif lines:
-        axes.legend(lines.values(), lines, loc="best", **LEGEND)
-    save_figure(figure, path)
 
 
 def refuse_mixture(versions_of: Mapping[str, Mapping[str, str]]) -> None:

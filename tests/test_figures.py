@@ -1,30 +1,45 @@
 """What every figure of the package and of the benchmarks shows is what was measured: its artists hold the data."""
 
+import ast
 import math
 import re
+import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
-from benchmarks import hybrid_toy
+from benchmarks import evidence, experiment, hybrid_toy, report
 from benchmarks.declared import load, suites
-from benchmarks.figures import Plot, draw
+from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
-from benchmarks.summary import plot
+from tying.advice.plans import Plan
+from tying.advice.report import Advice, GroupRow, PlanRow
 from tying.callbacks import Unrolling
 from tying.callbacks.hm_lstm import boundary_figure
+from tying.callbacks.observers.unrolling import unrolling_figure
 from tying.depth import Recurrent, Residual
-from tying.figures import DASHES, LEGEND
+from tying.errors import ConfigurationError
+from tying.figures import SMALL, WIDTH, new_figure
+from tying.files import save_figure
 from tying.hard import layer_similarity, plot_similarity, share_templates
+from tying.hard.templates import similarity_figure
 from tying.hashing import ModulusHash, hash_weights, plot_loads
+from tying.hashing.report import loads_figure
 from tying.models import MLP, Classifier
 from tying.soft import GaussianMixturePrior
-from tying.soft.plots import gap_figure, mixture_figure
+from tying.soft.plots import gap_figure, importance_figure, mixture_figure
 
 MANY = 24
 
@@ -87,7 +102,10 @@ def test_boundaries():
     marks[[1, 4], [0, 1]] = 1
     [axes] = boundary_figure("hallo", marks).axes
     assert "".join(letter.get_text() for letter in axes.texts) == "hallo"
-    assert {label: xs for label, (xs, _) in lines(axes).items()} == {"layer 1": [1], "layer 2": [4]}
+    assert {label: xs for label, (xs, _) in lines(axes).items()} == {
+        "boundaries of layer 1": [1],
+        "boundaries of layer 2": [4],
+    }
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -113,8 +131,8 @@ def test_similarity(saved, tmp_path):
         coefficients = [model[number].parametrizations.weight.original for number in numbers]
         assert np.allclose(axes.images[0].get_array(), layer_similarity(coefficients).detach())
         assert axes.images[0].get_clim() == (0, 1)  # those of the one color bar
-        assert axes.get_title() == f"{numbers[0]}.weight … {numbers[-1]}.weight"
-    assert colors.get_ylabel() == "similarity"
+        assert axes.get_title() == f"{numbers[0]}.weight …\n{numbers[-1]}.weight"
+    assert colors.get_ylabel() == "similarity (1: proportional, 0: orthogonal)"
 
 
 def test_loads(saved, tmp_path):
@@ -137,14 +155,16 @@ def test_curves(saved, tmp_path):
         *(result("a", 1, epoch, val_loss=0.6, val_gap=epoch) for epoch in (1, 2, 3)),
         *(result("b", 0, epoch, val_loss=epoch) for epoch in (1, 2)),
     ]
-    plot(rows, ["val/loss", "val/gap"], tmp_path / "p.png")
+    draw_overview(rows, ["val/loss", "val/gap"], ["val/loss"], tmp_path / "p.png")
     loss, gap = saved[0].axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3], [1, 2]]
     assert loss.lines[0].get_ydata() == pytest.approx([0.6, 0.5, 0.4])
     assert list(loss.lines[1].get_ydata()) == [1, 2]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in gap.lines] == [([1, 2, 3], [1, 2, 3])]
-    assert [axes.get_ylabel() for axes in (loss, gap)] == ["val/loss", "val/gap"]
-    [legend] = [axes.get_legend() for axes in (loss, gap) if axes.get_legend()]
+    assert [axes.get_title() for axes in (loss, gap)] == ["Validation loss", "Validation gap"]
+    assert [axes.get_ylabel() for axes in (loss, gap)] == ["mean per example", "validation gap"]
+    assert {axes.get_xlabel() for axes in (loss, gap)} == {"training time (epochs)"}
+    [legend] = saved[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     handles = [handle.get_color() for handle in legend.get_lines()]
     assert handles == [line.get_color() for line in loss.lines]
@@ -170,7 +190,7 @@ def test_lines_over_an_axis(saved, tmp_path, log):
     for container in drawn.values():
         bars = container.lines[2][0].get_segments()
         assert [high - low for (_, low), (_, high) in bars] == pytest.approx([2 * 0.03125**0.5] * 2)
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("alpha", "test/accuracy")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("alpha", "test accuracy (fraction correct)")
     assert axes.get_xscale() == ("symlog" if log else "linear")
 
 
@@ -187,6 +207,41 @@ def test_points_bear_the_names_of_their_settings(saved, tmp_path):
     drawn = {container.get_label(): container.lines[0].get_xydata()[0].tolist() for container in axes.containers}
     assert drawn == {name: pytest.approx([*xy]) for name, xy in at.items()}
     assert axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "size of the model's state (KiB)"
+    axes.set_xlim(1024, 4096)
+    assert [tick.get_text() for tick in axes.get_xticklabels() if tick.get_position()[0] in (1024, 4096)] == ["1", "4"]
+
+
+def test_plain_networks_are_a_line_among_families(saved, tmp_path):
+    """In order of x, under the name of their family; what no family names is left out."""
+    rows = [
+        result(run, seed, 1, bytes=size, test_accuracy=y + seed / 10)
+        for run, (size, y) in {"wide": (4096, 0.5), "tied": (1024, 0.4), "narrow": (512, 0.3), "other": (9, 9)}.items()
+        for seed in (0, 1)
+    ]
+    families = {"plain": ["wide", "narrow"], "hard": ["tied"], "soft": ["not done yet"]}
+    draw(Plot("p", "bytes", "test/accuracy", log=True, families=families), rows, tmp_path / "p.png")
+    [axes] = saved[0].axes
+    plain, hard = axes.containers
+    assert (plain.get_label(), hard.get_label()) == ("plain", "hard")
+    assert plain.lines[0].get_xydata().tolist() == [[512, pytest.approx(0.35)], [4096, pytest.approx(0.55)]]
+    assert hard.lines[0].get_xydata().tolist() == [[1024, pytest.approx(0.45)]]
+    assert [container.lines[0].get_linestyle() for container in (plain, hard)] == ["-", "None"]
+    assert [note.get_text() for note in axes.texts] == ["wide", "tied", "narrow"]
+
+
+def test_outcomes(saved, tmp_path):
+    """Of rows of one epoch: mean and standard deviation of each setting, and a line through the first."""
+    rows = [result(run, seed, 3, test_loss=y + seed) for run, y in (("a", 1), ("b,x=2", 3)) for seed in (0, 1)]
+    rows += [result("c", 0, 3, test_loss=math.nan, val_loss=1)]
+    draw_overview(rows, ["val/loss"], ["test/loss", "val/loss"], tmp_path / "p.png")
+    [axes] = saved[0].axes  # few settings have the other metric
+    assert [container.lines[0].get_xydata().tolist() for container in axes.containers] == [[[1.5, 0]], [[3.5, 1]]]
+    widths = [np.ptp(container.lines[2][0].get_segments()[0][:, 0]) for container in axes.containers]
+    assert widths == pytest.approx([2 * 0.5**0.5] * 2)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b, x=2", "c"]
+    [baseline] = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert list(baseline.get_xdata()) == [1.5, 1.5]
 
 
 def test_the_synthetic_task(monkeypatch):
@@ -203,7 +258,7 @@ def test_the_synthetic_task(monkeypatch):
 
 def test_growth(monkeypatch):
     """Also of an odd number of costs."""
-    for name, value in {"RACES": 1, "ROUNDS": 1, "BATCH": 2}.items():
+    for name, value in {"RACES": 1, "ROUNDS": 1, "BATCH": 2, "PAIRS": (2, 4)}.items():
         monkeypatch.setattr(growth, name, value)
     costs = [growth.Growth(f"cost {number}", "size", 1, (1, 2, 4), lambda _: lambda: None) for number in range(3)]
     monkeypatch.setattr(growth, "growths", lambda: costs)
@@ -222,40 +277,191 @@ def test_growth(monkeypatch):
     assert [axes.axison for axes in figure.axes] == [True, True, True, False]
 
 
-def many_gaps(saved, path):
-    return gap_figure({f"group {n:02}": [(1, 1 / (1 + n)), (2, 1 / (2 + n))] for n in range(MANY)}, MANY)
+def many_curves(path):
+    rows = [result(f"s{n}", 0, epoch, val_loss=n, val_accuracy=n) for n in range(MANY) for epoch in (1, 2)]
+    draw_curves(rows, ["val/loss", "val/accuracy"], path)
 
 
-def many_curves(saved, path):
-    plot([result(f"s{n}", 0, epoch, val_loss=n) for n in range(MANY) for epoch in (1, 2)], ["val/loss"], path)
-    return saved[-1]
+def many_outcomes(path):
+    rows = [result(f"s,x={n}", 0, 1, val_loss=n, val_accuracy=n) for n in range(MANY)]
+    draw_outcomes(rows, ["val/loss", "val/accuracy"], path)
 
 
-def many_lines(saved, path):
+def many_lines(path):
     rows = [result(f"{n},{x}", 0, 1, ratio=n, alpha=x, test_loss=n + x) for n in range(MANY) for x in (1, 2)]
-    draw(Plot("p", "alpha", "test/loss", "ratio"), rows, path)
-    return saved[-1]
+    draw(Plot("p", "alpha", "test/loss", "ratio", log=True), rows, path)
 
 
-def many_points(saved, path):
-    draw(Plot("p", "bytes", "test/loss"), [result(f"s{n}", 0, 1, bytes=n, test_loss=n) for n in range(MANY)], path)
-    return saved[-1]
+def many_points(path):
+    """In a crowd, as at the size of the untied network."""
+    crowd = [result(f"setting {n}", 0, 1, parameters=1000 + n % 3, test_accuracy=n / 100) for n in range(MANY)]
+    draw(Plot("p", "parameters", "test/accuracy", log=True), [*crowd, {**crowd[0], "parameters": "9"}], path)
 
 
-@pytest.mark.parametrize("build", [many_gaps, many_curves, many_lines, many_points])
-def test_lines_can_be_told_apart(build, saved, tmp_path):
-    figure = build(saved, tmp_path / "p.png")
-    drawn = [line for line in figure.axes[0].lines if len(line.get_xdata()) == (1 if build is many_points else 2)]
-    drawn = [line for line in drawn if line.get_marker() in "os^x"]  # not the caps of error bars
-    assert len(drawn) == MANY
-    assert len({(line.get_color(), str(line.get_linestyle()), line.get_marker()) for line in drawn}) == MANY
-    if build is many_points:
-        return  # their names stand beside them
-    [legend] = [*figure.legends, *filter(None, [figure.axes[0].get_legend()])]
-    handle = legend.handlelength * legend.get_texts()[0].get_fontsize()
-    longest = max(sum(dash[1]) for dash in DASHES if dash != "-") * max(line.get_linewidth() for line in drawn)
-    assert handle >= 2 * longest  # shows each dash twice
-    assert legend.handlelength == LEGEND["handlelength"]
+def families(path):
+    rows = [
+        result(f"s{n}", seed, 1, bytes=1024 * 2 ** (n // 3), test_accuracy=n + seed)
+        for n in range(MANY)
+        for seed in (0, 1)
+    ]
+    groups = {f"family {n}": [f"s{m}" for m in range(n, MANY, 4)] for n in range(4)}
+    draw(Plot("p", "bytes", "test/accuracy", log=True, families=groups), rows, path)
+
+
+def synthetic(monkeypatch):
+    monkeypatch.setattr(hybrid_toy, "STEPS", 1)
+    return hybrid_toy.report(draws=2)[1]
+
+
+def grown(monkeypatch):
+    monkeypatch.setattr(growth, "RACES", 1)
+    monkeypatch.setattr(growth, "ROUNDS", 1)
+    monkeypatch.setattr(growth, "tying_table", str)
+    costs = [growth.Growth(f"cost {n}", "width", 1, growth.WIDTHS, lambda _: lambda: None) for n in range(8)]
+    monkeypatch.setattr(growth, "growths", lambda: costs)
+    return growth.measure()[1]
+
+
+def advice():
+    groups = [GroupRow((f"{n}",), (f"{n}",), 1000 * n, n / 9, (2,), n / 10) for n in range(1, 9)]
+    plans = [PlanRow(Plan(kind), 1, 1000 * n, n / 10, n / 9) for n, kind in enumerate(("hard", "low rank"), start=1)]
+    return Advice((*groups,), (*plans,), 9999, 0.5).figure()
+
+
+def templates():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)))
+    for banks in range(3):
+        share_templates(model, [f"{{{3 * banks}..{3 * banks + 2}}}.weight"], 2)
+    return similarity_figure(model)
+
+
+FIGURES = {  # by the function that draws
+    "gap_figure": lambda _: gap_figure({f"Soft: a.{n} ~ b.{n}": [(1, 1), (2, 1 / (2 + n))] for n in range(MANY)}, MANY),
+    "importance_figure": lambda _: importance_figure({f"layer.{n}": 10.0**n for n in range(MANY)}, "after 1 task"),
+    "mixture_figure": lambda _: mixture_figure(torch.linspace(-1, 1, 99), GaussianMixturePrior(4), "epoch 1"),
+    "loads_figure": lambda _: loads_figure({"some layer.weight": torch.arange(99), "other.weight": torch.arange(50)}),
+    "similarity_figure": lambda _: templates(),
+    "unrolling_figure": lambda _: unrolling_figure({-1: 0.1, 0: 0.2, 4: 0.3}, "passes", "bits"),
+    "boundary_figure": lambda _: boundary_figure("many letters " * 20, torch.ones(260, 3)),
+    "figure": lambda _: advice(),
+    "report": synthetic,
+    "measure": grown,
+}
+SAVED = {
+    "draw_curves": [many_curves],
+    "draw_outcomes": [many_outcomes],
+    "draw": [many_lines, many_points, families],
+}
+
+
+def test_every_function_that_draws_is_below():
+    drawing = set()
+    for path in (path for folder in ("tying", "benchmarks") for path in (report.ROOT / folder).rglob("*.py")):
+        for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
+            names = {
+                node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")
+            }
+            drawing |= {function.name} if names & {"new_figure", "Figure"} else set()
+    assert drawing == {*FIGURES, *SAVED, "new_figure"}
+
+
+@pytest.mark.parametrize("name", [*FIGURES, *(build.__name__ for builds in SAVED.values() for build in builds)])
+def test_every_figure_can_be_read(name, saved, monkeypatch, tmp_path):
+    """At the width of a page, and in grey: labelled axes, no words on top of each other, series that differ."""
+    if name in FIGURES:
+        figure = FIGURES[name](monkeypatch)
+    else:
+        globals()[name](tmp_path / "p.png")
+        figure = saved[-1]
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert figure.get_figwidth() <= WIDTH
+    assert len(str(figure.get_label()).split()) > 3
+    panels = [axes for axes in figure.axes if axes.axison and axes.get_label() != "<colorbar>"]
+    for axes in panels:
+        assert len(panels) == 1 or any(axes.get_title(loc=side) for side in ("left", "center", "right"))
+        assert axes.get_xlabel()
+        assert (
+            axes.get_ylabel()
+            or [tick.get_text() for tick in axes.get_yticklabels() if tick.get_text()]
+            or (axes.get_shared_y_axes().joined(axes, panels[0]))
+        )
+    words = visible_words(figure)
+    assert not [text.get_text() for text in words if re.search(r"\w/\w|_", text.get_text())]
+    assert min(text.get_fontsize() for text in words) >= SMALL - 0.1
+    boxes = [(text.get_text(), Text.get_window_extent(text, canvas.get_renderer()).padded(-1)) for text in words]
+    page = figure.bbox.padded(1)
+    assert not [
+        word
+        for word, box in boxes
+        if not (page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1)
+    ]
+    assert not [(one, other) for (one, a), (other, b) in combinations(boxes, 2) if a.overlaps(b)]
+    for axes in figure.axes:
+        series = [looks for artist in [*axes.lines, *axes.containers, *axes.collections] if (looks := in_grey(artist))]
+        if len(series) in (1, len(axes.texts)):  # their names stand beside them
+            continue
+        assert len(series) == len({*series})
+        if series:
+            assert len([*figure.legends, *filter(None, [axes.get_legend()])]) == 1
+
+
+def visible_words(figure):
+    """The texts of a figure, of ticks only those within the axes."""
+    ticks, unseen = [], set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
+            unseen |= {
+                *map(id, labels),
+                *(id(text) for tick in axis.get_major_ticks() for text in (tick.label1, tick.label2)),
+            }
+            low, high = sorted(axis.get_view_interval())
+            at = 0 if axis is axes.xaxis else 1
+            ticks += [label for label in labels if axes.axison and low <= label.get_position()[at] <= high]
+    others = [text for text in figure.findobj(Text) if id(text) not in unseen]
+    return [text for text in [*ticks, *others] if text.get_visible() and text.get_text().strip()]
+
+
+def in_grey(artist):
+    """What a series that bears a name looks like without color; None of what is no such series."""
+    label = artist.get_label()
+    if not label or label.startswith("_"):
+        return None
+    if isinstance(artist, ErrorbarContainer):
+        artist = artist.lines[0]
+    if isinstance(artist, Line2D):
+        return str(artist._unscaled_dash_pattern), artist.get_marker(), artist.get_linewidth()
+    if isinstance(artist, PathCollection):
+        return artist.get_paths()[0].vertices.tobytes(), float(artist.get_sizes()[0])
+    return type(artist).__name__
+
+
+def test_kept_results_are_drawn_again(tmp_path, saved):
+    """Of all epochs where an archive has them, else of the last; not of an archive with other results."""
+    (tmp_path / "runs").mkdir()
+    for kept in ("autoencoder.csv", "runs/autoencoder.tar.xz"):
+        shutil.copy(report.RESULTS / kept, tmp_path / kept)
+    assert experiment.redraw("autoencoder", tmp_path) == [tmp_path / "autoencoder.png"]
+    assert {len(line.get_xdata()) for line in saved[0].axes[0].lines} == {12}
+    table = (tmp_path / "autoencoder.csv").read_text()
+    (tmp_path / "autoencoder.csv").write_text(table.replace("0.1", "0.2", 1))
+    with pytest.raises(ConfigurationError, match=r"autoencoder\.tar\.xz has other results than .*autoencoder\.csv"):
+        experiment.redraw("autoencoder", tmp_path)
+    (tmp_path / "runs" / "autoencoder.tar.xz").unlink()
+    experiment.redraw("autoencoder", tmp_path)
+    assert len(saved[1].axes[0].containers) == 2
+    with pytest.raises(ConfigurationError, match=r"there is no .*soft\.csv"):
+        experiment.redraw("soft", tmp_path)
+
+
+def test_a_file_says_what_its_figure_shows(tmp_path):
+    """For the alternative text of pages: the words of every figure that is kept."""
+    save_figure(new_figure(1, 1, "Gap by step"), tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert image.info["Title"] == "Gap by step"
+    for picture in report.RESULTS.glob("*.png"):
+        assert len(evidence.description(picture).split()) > 3, picture
 
 
 @pytest.mark.parametrize("suite", suites())

@@ -3,20 +3,30 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import house
 import pytest
+import torch
 
-FIRST = {"errors", "mappings", "torch_workarounds"}
+from tying.data.cifar10 import load_archive
+from tying.data.sample import load_sample
+from tying.errors import ConfigurationError
+from tying.figures import new_figure
+from tying.hashing.codebook import cluster
+
+FIRST = {"errors", "extras", "mappings", "torch_workarounds"}
 LIGHTNING = {"lightning_namespace"}
 EARLY = FIRST | {"deprecated", "figures", "files", "selection"}
 # what each room may import of ours, itself apart; families do not import each other
 ALLOWED = {
     "errors": set(),
+    "extras": {"errors"},
     "mappings": {"errors"},
     "deprecated": set(),
-    "figures": set(),
+    "figures": {"extras"},
     "torch_workarounds": set(),
     "lightning_namespace": {"errors"},
     "lightning_workarounds": LIGHTNING,
@@ -80,6 +90,41 @@ def test_no_file_imports_itself_through_others():
     assert {*TopologicalSorter(arrows).static_order()} == names.keys()  # raises CycleError
 
 
-def test_import_tying_does_not_import_lightning():
-    code = "import sys, tying, tying.soft, tying.hard, tying.hashing, tying.depth, tying.advice; sys.exit(bool({'lightning', 'pytorch_lightning', 'torchvision'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+OPTIONAL = {"matplotlib", "torchvision", "PIL", "sklearn", "safetensors", "timm", "transformers"}
+
+
+@pytest.mark.parametrize("path", TREES, ids=str)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    """Blocks of torchvision and timm have modules of their own, which are imported only if these packages are loaded."""
+    tree = TREES[path]
+    at_once = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.Try)], [])
+    packages = {name.split(".")[0] for name in house.imports(at_once)}
+    assert packages & OPTIONAL <= {path.stem.removesuffix("_blocks")}
+
+
+def test_import_tying_is_little_more_than_import_torch():
+    code = (
+        "import sys, torch; before = {*sys.modules}; import tying; "
+        "print(*sorted({name.split('.')[0] for name in {*sys.modules} - before})); "
+        "import tying.soft, tying.hard, tying.hashing, tying.depth, tying.advice; "
+        "print(*{'lightning', 'pytorch_lightning', 'torchvision', 'matplotlib', 'PIL'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["einops tying", ""]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("matplotlib.figure", "plots", lambda: new_figure(4, 3)),
+        ("torchvision.datasets", "vision", lambda: load_archive(Path())),
+        ("PIL", "data", load_sample),
+        ("sklearn.cluster", "clustering", lambda: cluster(torch.arange(4.0), clusters=2)),
+    ],
+)
+def test_an_absent_package_names_its_extra(package, extra, use, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ConfigurationError, match=rf"^{package} is not installed: pip install 'tying\[{extra}\]'$"):
+        use()
+    declared = tomllib.loads((house.PACKAGE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extra in declared

@@ -1,4 +1,4 @@
-"""What is shipped: the archives, and the site of the pages."""
+"""What is shipped: the archives."""
 
 import os
 import subprocess
@@ -53,7 +53,9 @@ def test_the_wheel_trains_anywhere(archives, tmp_path):
 def test_the_wheel_holds_every_configuration(archives):
     with zipfile.ZipFile(archives[0]) as wheel:
         packaged = {Path(name).name: wheel.read(name) for name in wheel.namelist() if name.startswith("tying/configs/")}
+        shipped = {*wheel.namelist()}
     assert packaged == {path.name: path.read_bytes() for path in (ROOT / "configs").iterdir()}
+    assert {"tying/cli/demo.py", "tying/data/cifar10_sample.tar.xz", "tying/data/SAMPLE.md"} <= shipped
 
 
 def test_the_source_archive_holds_what_its_tests_need(archives):
@@ -62,11 +64,3 @@ def test_the_source_archive_holds_what_its_tests_need(archives):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert tracked  # by git
     assert {*tracked} - names == set()
-
-
-def test_the_site_is_built(tmp_path):
-    tools = Path(sys.executable).parent
-    done = subprocess.run(["make", "-o", "install", f"BIN={tools}", "docs"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    api = (ROOT / "build" / "site" / "docs" / "api" / "index.html").read_text()
-    assert 'id="tying.soft.TyingPenalty"' in api

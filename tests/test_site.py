@@ -1,5 +1,6 @@
 """What a reader of the pages sees, on the site and on GitHub: every sentence, table, link and picture as it was meant."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from benchmarks.report import PAGES, RESULTS
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "site"
-EVERY = [*(page for page in PAGES if page.name != "api.md"), ROOT / "CHANGELOG.md", *sorted(RESULTS.glob("*.md"))]
+ABOUT = [ROOT / f"{name}.md" for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY")]
+EVERY = [*(page for page in PAGES if page.name != "index.md"), *ABOUT, *sorted(RESULTS.glob("*.md"))]
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 BLOCKS = {"p", "li", "td", "th", "dd", "dt", "h1", "h2", "h3", "h4", "h5", "h6", "summary", "article"}
 HIDDEN = {"pre", "script", "style", "svg"}
@@ -30,6 +32,8 @@ class Page(HTMLParser):
         prose: texts of blocks, with the tag of each, and without code.
         code: texts of code within lines.
         quotes: what is quoted.
+        loaded: addresses of scripts, styles and pictures.
+        without_alt: pictures without a text in their place.
     """
 
     prose: list[tuple[str, str]] = field(default_factory=list)
@@ -37,8 +41,10 @@ class Page(HTMLParser):
     quotes: list[str] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    without_alt: list[str] = field(default_factory=list)
     anchors: set[str] = field(default_factory=set)
-    _open: list[str] = field(default_factory=list)
+    _open: list[tuple[str, str]] = field(default_factory=list)
     _blocks: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -49,26 +55,39 @@ class Page(HTMLParser):
         self.anchors |= {given[key] for key in ("id", "name") if given.get(key)}
         self.links += [given["href"]] if tag == "a" and given.get("href") else []
         self.images += [given["src"]] if tag == "img" else []
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag in BLOCKS and "article" in self._open and "td" not in self._open[:-1]:
+        self.without_alt += [given["src"]] if tag == "img" and not (given.get("alt") or "").strip() else []
+        self.loaded += [given[key] for key in ("src", "href") if tag in {"img", "script", "link"} and given.get(key)]
+        around = self.inside()
+        block = tag in BLOCKS or "sd-card-title" in (given.get("class") or "")
+        if block and "article" in around | {tag} and not {"td", "th"} & around:
             self._blocks.append((tag, []))
+        if tag not in VOID:
+            self._open.append((tag, self.kind(tag, given.get("class") or "")))
+
+    def kind(self, tag, classes):
+        """Return what an element is to a reader: code, also of a signature or a type; nothing, where it is not shown."""
+        typed = tag == "em" and "dd" in self.inside()
+        return "code" if "sig-object" in classes or typed else "svg" if "sd-hide-link-text" in classes else tag
+
+    def inside(self):
+        return {kind for _, kind in self._open}
 
     def handle_endtag(self, tag):
         if tag not in VOID:
-            while self._open and self._open.pop() != tag:
+            while self._open and self._open.pop()[0] != tag:
                 pass
         if self._blocks and self._blocks[-1][0] == tag:
             self.prose.append((tag, "".join(self._blocks.pop()[1]).strip()))
 
     def handle_data(self, data):
-        if "blockquote" in self._open:
+        around = self.inside()
+        if "blockquote" in around:
             self.quotes.append(data)
-        if not self._blocks or HIDDEN & {*self._open}:
+        if not self._blocks or HIDDEN & around:
             return
-        if "code" in self._open:
+        if "code" in around:
             self.code.append(data)
-        self._blocks[-1][1].append("§" if "code" in self._open else data)
+        self._blocks[-1][1].append("§" if "code" in around else data)
 
 
 def read(html):
@@ -97,15 +116,17 @@ def misread(page):
 def site():
     """Every page of the site that ``make docs`` builds, by its path."""
     tools = f"BIN={Path(sys.executable).parent}"
-    command = ["make", "--old-file=install", "docs", tools]  # with the packages that are here
+    command = ["make", "--old-file=tools", "docs", tools]  # with the packages that are here
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stdout + made.stderr
-    assert "WARNING -" not in made.stdout + made.stderr
-    return {path: read(path.read_text()) for path in SITE.glob("**/*.html") if path.name != "404.html"}
+    assert "WARNING" not in made.stdout + made.stderr
+    return {path: read(path.read_text()) for path in SITE.glob("**/*.html")}
 
 
 def test_the_site_reads_as_it_was_written(site):
-    assert len(site) >= len(EVERY)
+    assert {path.with_suffix(".html").relative_to(ROOT) for path in EVERY} - {Path("README.html")} <= {
+        path.relative_to(SITE) for path in site
+    }
     assert [f"{path.relative_to(SITE)}: {said}" for path, page in site.items() for said in misread(page)] == []
 
 
@@ -115,23 +136,39 @@ def test_links_and_pictures_of_the_site_are_there(site):
         for link in [*page.links, *page.images]:
             place, _, anchor = unquote(link).partition("#")
             target = (path.parent / place).resolve() if place else path
-            target = target / "index.html" if target.is_dir() else target
             if "://" in place or place.startswith("mailto:"):
                 continue
-            if not target.exists() or (anchor and target in site and anchor not in site[target].anchors):
+            if not target.is_file() or (anchor and target in site and anchor not in site[target].anchors):
                 missing.append(f"{path.relative_to(SITE)}: {link}")
     assert missing == []
 
 
+def test_pictures_say_what_they_show(site):
+    assert [f"{path.relative_to(SITE)}: {src}" for path, page in site.items() for src in page.without_alt] == []
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    """Styles, scripts and pictures, MathJax among them, come with the site."""
+    assert {src for page in site.values() for src in page.loaded if "//" in src} == set()
+
+
 def test_examples_of_the_site_are_code(site):
-    [api] = [path for path in site if path.parent.name == "api"]
-    assert api.read_text().count('class="doc-section-title">Examples:') > 100
-    assert "&gt;&gt;&gt;" in api.read_text()
+    examples = [path.read_text().count('<span class="gp">&gt;&gt;&gt; </span>') for path in site if "api" in path.parts]
+    assert sum(examples) > 1000
+    assert not any(">>>" in text for path, page in site.items() for _, text in page.prose)
+
+
+def test_each_public_name_is_described_once(site):
+    modules = ["", ".soft", ".hard", ".hashing", ".depth", ".advice", ".callbacks", ".models", ".data"]
+    for module in (importlib.import_module(f"tying{name}") for name in modules):
+        for name in module.__all__:
+            full = f"{module.__name__}.{name}"
+            assert [path.parent.name for path, page in site.items() if full in page.anchors] == ["api"], full
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_pages_read_as_they_were_written(path):
-    """Also where CommonMark's rules hold: on GitHub, and in the HTML report of all results."""
+    """Also where CommonMark's rules hold, as on GitHub."""
     html = MarkdownIt("commonmark").enable("table").render(path.read_text())
     assert [*misread(read(f"<article>{html}</article>"))] == []
 

@@ -139,7 +139,7 @@ def test_mistakes_in_what_is_asked_for(tmp_path):
 
 
 def test_suites_that_come_along_are_valid():
-    assert {"demo", "soft"} <= set(suites())
+    assert {"cifar10", "soft"} <= set(suites())
     for name in suites():
         one = load(name)
         assert one.description

@@ -16,7 +16,7 @@ from tying.errors import ConfigurationError
 from tying.selection.index import clean_name
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # a slow import
+    from matplotlib.figure import Figure  # an optional package
 
 NEED = "needs "  # begins the keys of a checkpoint's state dict that name a callback without which it does not load
 
@@ -43,9 +43,9 @@ def atomically(path: Path) -> Iterator[Path]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG file, atomically."""
+    """Write a figure as a PNG file, atomically, with its label as the file's title."""
     with atomically(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        figure.savefig(partial, format="png", metadata={"Title": str(figure.get_label())})
 
 
 def read(path: str | Path, context: str, mmap: bool = False) -> Any:

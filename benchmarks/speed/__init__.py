@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from benchmarks.speed import data, depth, growth, hard, harness, hashing, recurrent, scale, soft
+from benchmarks.speed import data, depth, growth, hard, harness, hashing, imports, recurrent, scale, soft
 
 FAMILIES: dict[str, Callable[[], str | tuple[str, Figure]]] = {
     "data": data.measure,
@@ -13,6 +13,7 @@ FAMILIES: dict[str, Callable[[], str | tuple[str, Figure]]] = {
     "hard": hard.measure,
     "hashing": hashing.measure,
     "harness": harness.measure,
+    "imports": imports.measure,
     "recurrent": recurrent.measure,
     "scale": scale.measure,
     "soft": soft.measure,

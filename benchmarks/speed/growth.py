@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from torch import nn
 
 from benchmarks.report import table
@@ -19,6 +22,7 @@ from benchmarks.speed.timing import Step, passes, race, time_of, with_extremes
 from tying import resolve
 from tying.callbacks import ResidualMerging
 from tying.depth import Swapout
+from tying.figures import SMALL, WIDTH, new_figure
 from tying.hard import tie, untie
 from tying.hashing import HashedLinear, ModulusHash
 from tying.models import ResNet
@@ -138,12 +142,30 @@ def tying_table() -> str:
     return table(["pairs", "resolve, ms", "tie, ms", "ratio"], rows)
 
 
+def draw(growth: Growth, milliseconds: Sequence[float], measured: float, axes: Axes) -> None:
+    """Draw a cost over what grows, and the power law that one expects, through the last point."""
+    expected = milliseconds[-1] * (np.array(growth.sizes) / growth.sizes[-1]) ** growth.expected
+    axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {measured:.2f}")
+    axes.loglog(growth.sizes, expected, linestyle="--", color="gray", label=f"expected, slope {growth.expected:g}")
+    axes.set_title(growth.cost, fontsize="small")
+    axes.set_xlabel(growth.over, fontsize="small")
+    axes.set_ylabel("milliseconds", fontsize="small")
+    axes.tick_params(labelsize=SMALL)
+    axes.set_xticks(growth.sizes, [f"{size:.3g}" for size in growth.sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.legend(loc="best", fontsize=SMALL)
+
+
 def measure() -> tuple[str, Figure]:
     """Run all measurements; return their tables as Markdown, and a plot."""
     chosen = growths()
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    height = 2.3 * math.ceil(len(chosen) / 2)
+    figure = new_figure(WIDTH, height, "Time against what makes it grow: measured, and the expected power law")
     rows = []
-    panels = [*figure.subplots(2, (len(chosen) + 1) // 2).flat]
+    panels = [*figure.subplots(math.ceil(len(chosen) / 2), 2).flat]
     for unused in panels[len(chosen) :]:
         unused.set_axis_off()
     for growth, axes in zip(chosen, panels, strict=False):
@@ -153,11 +175,7 @@ def measure() -> tuple[str, Figure]:
         span = f"{growth.sizes[0]:.3g} to {growth.sizes[-1]:.3g}"
         times = f"{milliseconds[0]:.3g} to {milliseconds[-1]:.3g}"
         rows.append([growth.cost, growth.over, span, times, with_extremes(slopes), f"{growth.expected:g}"])
-        line = milliseconds[-1] * (np.array(growth.sizes) / growth.sizes[-1]) ** growth.expected
-        axes.loglog(growth.sizes, milliseconds, marker="o", label=f"measured, slope {statistics.median(slopes):.2f}")
-        axes.loglog(growth.sizes, line, linestyle="--", color="gray", label=f"expected, slope {growth.expected:g}")
-        axes.set(title=growth.cost, xlabel=growth.over, ylabel="ms")
-        axes.legend(loc="best", fontsize="x-small")
+        draw(growth, milliseconds, statistics.median(slopes), axes)
     head = ["cost", "over", "from, to", "ms", "slope", "expected"]
     how = (
         f"Median of {RACES} races (extremes), batch {BATCH}; slopes of the best power law, and those that the work has."

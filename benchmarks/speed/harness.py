@@ -11,7 +11,6 @@ from pathlib import Path
 from benchmarks.experiment import draw, prepare, quietly, report
 from benchmarks.folder import FILES, Folder
 from benchmarks.json_files import write_json
-from benchmarks.machine import supports_bf16
 from benchmarks.perform import arguments, begin, finish
 from benchmarks.report import table
 from benchmarks.speed.timing import race
@@ -33,10 +32,8 @@ def measure(overrides: Sequence[str] = ()) -> str:
     """Run the measurements, and return their results as Markdown; ``overrides`` are those of the run."""
     with tempfile.TemporaryDirectory() as temporary, quietly():
         root = Path(temporary)
-        precision = ["--trainer.precision=bf16-mixed"] if supports_bf16() else []
-        sweep = prepare(
-            "demo", root / "runs", only="soft", overrides=[f"--trainer.max_epochs={EPOCHS}", *precision, *overrides]
-        )
+        short = [f"--trainer.max_epochs={EPOCHS}", *overrides]
+        sweep = prepare("soft", root / "runs", only="gradient,strength=0.003,*", overrides=short)
         [run] = sweep.runs
         plain = [*arguments(run, root), f"--trainer.logger.save_dir={root}"]
         folder = sweep.folder(run)

@@ -333,6 +333,67 @@ def test_keys_of_states_have_the_distinguishing_argument_alone(kind):
     assert [callback.state_key for callback in callbacks] == expected
 
 
+# The line at the start
+
+LINES = {
+    SoftTying: "1 group, 2 weights, strength 1; gap 0.69",
+    Coupling: "2 groups, 4 weights, strength 81 over 20 examples; gap 0.95",
+    AnchorTying: "2 weights, strength 1, anchor initial",
+    MixtureTying: f"2 weights: {', '.join(NAMES)}; strength 0.01 over 20 examples, 4 components, from epoch 0 on",
+    HardTying: f"{NAMES[1]} is now {NAMES[0]} (with the latter's values); before, they differed (largest gap 0.",
+    RelaxedTying: f"{', '.join(NAMES)} share 1 weight, and differ by rank 2 each",
+    LowRankWeights: f"2 weights of rank 2: {', '.join(NAMES)}",
+    TemplateWeights: f"2 weights from 1 template a shape: {', '.join(NAMES)}",
+    GeneratedWeights: f"2 weights generated from embeddings of 2: {', '.join(NAMES)}",
+    UntiedBiases: "2 weights with an entry for each position: net.kernels.0.bias, net.kernels.1.bias",
+    WeightHashing: "2 weights (72 values) have 2 tables with a total of 18 entries (ratio 0.25)",
+    WeightClustering: f"2 weights, each of 4 values from epoch 0 on: {', '.join(NAMES)}",
+    ResidualMerging: "2 blocks, net.blocks.0: StochasticDepth(keep=0.875",
+    Looping: "2 passes through net.blocks.0 to net.blocks.1",
+    RecurrentDepth: "1 recurrent block: net.blocks.0 (2 steps)",
+    TyingMonitor: "0 tied groups; no gap to log",
+    RandomState: "the random generators of each process are saved in checkpoints",
+}
+# it prints a table; they act in tests; it needs another model
+WITHOUT_LINE = {tying.callbacks.TyingSummary, tying.callbacks.Unrolling, tying.callbacks.BoundaryPlot}
+WITHOUT_LINE |= {tying.callbacks.SlopeAnnealing, TyingCallback}
+
+
+def test_every_callback_is_asked_for_its_line():
+    public = {getattr(tying.callbacks, name) for name in tying.callbacks.__all__}
+    assert {kind for kind in public if issubclass(kind, pl.Callback)} == LINES.keys() | WITHOUT_LINE
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_each_callback_says_one_line_when_training_starts(kind, caplog):
+    class Listen(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            lines.extend(message for message in caplog.messages if message.startswith(kind.__name__))
+
+    lines = []
+    fit(Trained(), [MAKERS.get(kind, kind)(), Listen()], limit_train_batches=1)
+    assert [line[: len(kind.__name__ + LINES[kind]) + 2] for line in lines] == [f"{kind.__name__}: {LINES[kind]}"]
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_lines_have_the_name_of_the_callback(kind, caplog):
+    fit(Trained(), [MAKERS[kind]("one")], limit_train_batches=1)
+    assert f"{kind.__name__} one: {LINES[kind]}" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"strength": 1e-3}, "strength 0.001; gap"),
+        ({"strength": math.inf, "update": "proximal"}, "strength inf; gap"),
+        ({"schedule": Schedule(0.0, 1.0, 500)}, "strength 1, times 0 to 1 in 500 steps; gap"),
+        ({"schedule": Schedule(1.0, 0.5, 1, "cosine", "epoch")}, "strength 1, times 1 to 0.5 in 1 epoch; gap"),
+    ],
+)
+def test_the_line_of_soft_ties_has_strength_and_schedule(more, told):
+    assert MAKERS[SoftTying](**more).describe(Trained()) == f"1 group, 2 weights, {told} 0.69"
+
+
 # Queries
 
 QUERIES = {
@@ -359,6 +420,7 @@ QUERIES = {
 }
 # all other public methods, but for Lightning's hooks
 COMMANDS = {"apply", "apply_among", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
+COMMANDS |= {"restore_structure", "follow_names"}  # of other callbacks
 CHECKS = {"check_finite", "check_optimizers"}  # raise errors during training
 
 
@@ -407,9 +469,8 @@ def test_queries_change_nothing(kind, moment):
     if moment == "after fit":
         fit(model, [callback])
     for query, ask in QUERIES.items():
-        if (moment != "fresh" or query != "describe") and (
-            query in ("audit", "properties") or hasattr(callback, query)
-        ):
+        described = moment != "fresh" or not isinstance(callback, ModelTransform)  # what it has changed
+        if (described or query != "describe") and (query in ("audit", "properties") or hasattr(callback, query)):
             before = snapshot(callback, model)
             ask(callback, model)
             assert snapshot(callback, model) == before, query

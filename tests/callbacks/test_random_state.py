@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 @pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`")
 @pytest.mark.parametrize("stop", [3, 10, 14])
-def test_a_run_goes_on_as_if_it_had_never_stopped(stop, tmp_path):
+def test_a_run_goes_on_as_if_it_had_never_stopped(stop, tmp_path, caplog):
     class Interrupt(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == stop:
@@ -61,7 +61,10 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(stop, tmp_path):
     with pytest.raises(Interrupted):
         run(first, Interrupt())
     draws()
+    caplog.clear()
     run(second, ckpt_path=tmp_path / "a.ckpt")
+    [line] = [message for message in caplog.messages if "RandomState" in message]
+    assert line == "RandomState: the random generators of each process continue from the checkpoint"
     assert same(whole, second)
     assert not same(whole, first)
     torch.load(tmp_path / "a.ckpt", weights_only=True)

@@ -72,7 +72,7 @@ def test_it_is_applied_once_and_to_the_whole_of_its_pattern():
     model, transform = Blocks(), callback(steps=3)
     names = transform.apply(model)
     assert transform.apply(model) == callback(steps=3).apply(model) == names
-    assert transform.describe(model) == "1 recurrent blocks: blocks.0 (3 steps)"
+    assert transform.describe(model) == "1 recurrent block: blocks.0 (3 steps)"
     assert {*transform.affected(model)} == {*names}
     assert [*transform.affected(Blocks())] == []
     assert callback().is_applied(model) is False
@@ -144,6 +144,6 @@ def test_two_callbacks_make_two_stages():
     train(model, [RecurrentDepth("blocks.[23]"), RecurrentDepth("blocks.[01]")])
     assert [type(module) for module in model.blocks] == [Recurrent, Recurrent, nn.Linear]
     assert [RecurrentDepth(f"blocks.{pair}").describe(model) for pair in ("[01]", "[23]")] == [
-        "1 recurrent blocks: blocks.0 (2 steps)",
-        "1 recurrent blocks: blocks.1 (2 steps)",
+        "1 recurrent block: blocks.0 (2 steps)",
+        "1 recurrent block: blocks.1 (2 steps)",
     ]

@@ -299,7 +299,7 @@ def test_importances_are_shown(caplog, capsys, tmp_path):
     assert (tmp_path / "importance_x.png").stat().st_size > 5000
     trainer.save_checkpoint("a.ckpt")
     learn(Net(), AnchorTying(S, 1.0, name="x", anchor="a.ckpt", importance=Layers()), 1)
-    assert f"AnchorTying x: task 2: {text}" in caplog.text
+    assert f"strength 1, anchor a.ckpt; task 2: {text}" in caplog.text
     for anchor, checkpoint in [("a.ckpt", None), ("initial", tmp_path / "a.ckpt")]:
         callback = AnchorTying(S, 1.0, name="x", anchor=anchor, importance=Layers())
         capsys.readouterr()

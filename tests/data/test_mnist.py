@@ -93,12 +93,12 @@ def test_what_is_missing_is_downloaded(root, monkeypatch):
         assert download
         (root / "MNIST" / "raw" / name).write_bytes(content)
 
-    monkeypatch.setattr("tying.data.mnist.Official", download)
+    monkeypatch.setattr("torchvision.datasets.MNIST", download)
     first = next((root / "MNIST" / "raw").iterdir())
     name, content = first.name, first.read_bytes()
     first.unlink()  # as after a download that was interrupted
     assert ready(root, download=True)._splits
-    monkeypatch.setattr("tying.data.mnist.Official", None)
+    monkeypatch.setattr("torchvision.datasets.MNIST", None)
     assert ready(root, download=True)._splits  # all is there
 
 

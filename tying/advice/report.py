@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tying.advice.plans import Plan
+from tying.figures import WIDTH, legend_below, new_figure
 from tying.files import atomically, save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # a slow import
+    from matplotlib.figure import Figure  # an optional package
 
+MARKERS = "s^DvP*"  # of plans; groups have others
 ROWS = 20  # of the groups, in print
 LOST = 1.0  # the error of outputs of zero
 
@@ -143,9 +145,7 @@ class Advice:
 
     def figure(self) -> Figure:
         """Plot the bytes that each group and plan saves against the error of the outputs."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure(WIDTH, 4.2, "Error of the outputs against the memory that ties and low rank save")
         axes = figure.subplots()
         lowered = [(row.saved_bytes, row.low_rank_error) for row in self.groups if row.low_rank_error is not None]
         tied = [(row.saved_bytes, row.error) for row in self.groups]
@@ -153,11 +153,12 @@ class Advice:
             sizes, errors = [size for size, _ in points], [error for _, error in points]
             axes.scatter(sizes, errors, s=14, marker=marker, alpha=0.7, label=label)
         for number, row in enumerate(self.plans):
-            axes.scatter(row.saved_bytes, row.error, s=60, marker="^", color=f"C{number + 2}", label=row.plan.kind)
-        axes.set(xlabel="bytes saved", ylabel="relative squared error of the outputs", xscale="log")
+            marker, color = MARKERS[number % len(MARKERS)], f"C{number + 2}"
+            axes.scatter(row.saved_bytes, row.error, s=60, marker=marker, color=color, label=f"plan: {row.plan.kind}")
+        axes.set(xlabel="memory saved (bytes)", ylabel="squared error of the outputs (relative)", xscale="log")
         axes.set_yscale("symlog", linthresh=1e-6)  # zero, too
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="x-small")
+        legend_below(figure, *axes.get_legend_handles_labels())
         return figure
 
     def save(self, folder: str | Path) -> None:

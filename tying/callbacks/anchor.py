@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
-from tying.callbacks.base import is_fresh_run, is_last_epoch, picture_folder, reject_copies
+from tying.callbacks.base import counted, is_fresh_run, is_last_epoch, reject_copies
 from tying.callbacks.conflicts import acting_on
+from tying.callbacks.figures import log_figure
 from tying.callbacks.importance import Importance, TrainingPath
 from tying.callbacks.penalty import PenaltyCallback, Update, check_strength
 from tying.errors import ConfigurationError, NonFiniteError, listed, nearest
-from tying.files import read, save_figure, saved_weights
+from tying.files import read, saved_weights
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, loss_scale
 from tying.mappings import from_mapping
@@ -43,8 +45,8 @@ class AnchorTying(PenaltyCallback):
     The next fit with the same callback pulls, or one with ``anchor="a.ckpt"``, the last checkpoint of this fit; without
     importances from an earlier task nothing is pulled. A fit that continues from that last checkpoint is a new task; a
     fit that continues from an earlier one goes on with its task. Checkpoints contain anchors, importances and, for
-    ``Synaptic``, the path. The importance of each layer is logged, drawn as ``importance.png`` in the logger's
-    directory, and shown by ``tying inspect``.
+    ``Synaptic``, the path. The importance of each layer is logged, drawn as ``importance`` (see
+    :func:`tying.callbacks.figures.log_figure`), and shown by ``tying inspect``.
 
     Args:
         parameters: patterns of names of the anchored weights, S; a leading ``!`` excludes.
@@ -159,6 +161,19 @@ class AnchorTying(PenaltyCallback):
         return weights | {name: weight for name, weight in others.items() if weight not in known}
 
     @override
+    def describe(self, model: nn.Module) -> str:
+        affected, anchored_weights = self.affected(model), select(model, self.parameters)
+        head = [name for name in affected if name not in anchored_weights]
+        parts = [f"{counted(len(anchored_weights), 'weight')}, {self._describe_strength()}, anchor {self.anchor}"]
+        if head:
+            parts.append(f"head of {counted(len(head), 'weight')}, strength {self.head_strength:g}")
+        if self.importance is not None:
+            means = layer_means(self._importances)
+            pulled = describe_importance(means) if means else "nothing is pulled yet"
+            parts.append(f"task {self._tasks + 1}: {pulled}")
+        return "; ".join(parts)
+
+    @override
     def check_conflicts(self, model: nn.Module, others: Sequence[pl.Callback]) -> None:
         if not self.penalties:  # without a training run
             with acting_on(model, self, others):
@@ -267,10 +282,6 @@ class AnchorTying(PenaltyCallback):
                 )
             self._path = self._path or TrainingPath(self._weights, self._restored_path)
         self._checked, self._ended = False, False
-        pl.utilities.rank_zero_info(
-            f"{self.label}: task {self._tasks + 1}: "
-            + (describe_importance(layer_means(self._importances)) if self._importances else "nothing is pulled yet")
-        )
 
     @override
     def on_train_batch_start(
@@ -358,9 +369,7 @@ class AnchorTying(PenaltyCallback):
         self._ended, self._saved = True, False
         means, after = layer_means(self._importances), f"after {self._tasks} task{'s' * (self._tasks > 1)}"
         pl.utilities.rank_zero_info(f"{self.label}: {after}: {describe_importance(means)}")
-        if folder := picture_folder(trainer):
-            figure = importance_figure(means, after)
-            save_figure(figure, folder / f"{'_'.join(filter(None, ('importance', self.name)))}.png")
+        log_figure(trainer, partial(importance_figure, means, after), "_".join(filter(None, ("importance", self.name))))
 
     def layer_importances(self, states: Mapping[str, Any]) -> dict[str, float]:
         """Return the mean importance of each layer's weights.

@@ -1,10 +1,8 @@
 """The base classes of all callbacks, and shared functions."""
 
 import math
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from typing_extensions import override
 
 from tying.callbacks.finite_check import FiniteCheck
 from tying.deprecated import class_aliases
-from tying.errors import ConfigurationError
+from tying.errors import ConfigurationError, listed
 from tying.files import NEED
 from tying.lightning_namespace import check_namespace, pl
 from tying.lightning_workarounds import callbacks_of, can_stop_early
@@ -120,6 +118,14 @@ class TyingCallback(Callback):
         groups = [group for group in self.groups if id(group.parameters[0]) in parameters]  # of this model
         return members(groups or (resolve(model, self.ties) if self.ties else []))
 
+    def describe(self, model: nn.Module) -> str:
+        """Describe in one line what the callback does to which weights of a model. This changes nothing.
+
+        It is what the callback says when training starts.
+        """
+        weights = self.affected(model)
+        return f"{counted(len(weights), 'weight')}: {listed(weights)}"
+
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the weights that must stay finite, by name: the affected ones, unless a subclass adds others."""
         return self.affected(model)
@@ -178,6 +184,7 @@ class TyingCallback(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_conflicts(pl_module, callbacks_of(trainer))
+        pl.utilities.rank_zero_info(f"{self.label}: {self.describe(pl_module)}")
 
     @override
     def on_before_optimizer_step(
@@ -248,6 +255,16 @@ def parameters_beside(model: nn.Module, weights: Iterable[str]) -> dict[str, nn.
     return {clean_name(name): p for name, p in model.named_parameters() if id(p) in parameters}
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    Example:
+        >>> counted(1, "group"), counted(2000, "weight")
+        ('1 group', '2,000 weights')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def tied_groups(trainer: pl.Trainer) -> list[tuple[str, TiedGroup]]:
     """Return every group that a callback of the trainer ties, with the class and name of the callback."""
     return [
@@ -316,23 +333,6 @@ def estimated_steps(trainer: pl.Trainer) -> int | None:
 def optimizer_steps(trainer: pl.Trainer) -> int:
     """Return the number of steps that each optimizer has made; ``global_step`` counts those of all optimizers."""
     return trainer.global_step // max(1, len(trainer.optimizers))
-
-
-def picture_folder(trainer: pl.Trainer) -> Path | None:
-    """Return the logger's directory, for pictures; None in all processes but the first, and with ``fast_dev_run``.
-
-    Returns None, with a warning, if files cannot be written there: training goes on without pictures.
-    """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # on every rank: the processes agree on it
-    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # untyped
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        warnings.warn(f"pictures are left out, since {folder} cannot be written: {error}", stacklevel=2)
-        return None
 
 
 def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bool = True) -> None:

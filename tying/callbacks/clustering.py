@@ -12,7 +12,14 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, configure_model, parameters_beside, reject_copies, warn_if_too_late
+from tying.callbacks.base import (
+    TyingCallback,
+    configure_model,
+    counted,
+    parameters_beside,
+    reject_copies,
+    warn_if_too_late,
+)
 from tying.callbacks.conflicts import acting_on, conflict
 from tying.callbacks.derived import HardTying
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
@@ -140,6 +147,14 @@ class WeightClustering(TyingCallback):
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return parameters_of(model, recorded(model, self) or self._select(model).weights)
+
+    @override
+    def describe(self, model: nn.Module) -> str:
+        names = recorded(model, self) or [*self._select(model).weights]
+        return (
+            f"{counted(len(names), 'weight')}, each of {counted(self.clusters, 'value')} from epoch {self.start_epoch} "
+            f"on: {listed(names)}"
+        )
 
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:

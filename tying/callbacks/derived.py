@@ -2,32 +2,25 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import picture_folder
+from tying.callbacks.base import counted
+from tying.callbacks.figures import log_figure
 from tying.callbacks.transform import ModelTransform
 from tying.errors import ConfigurationError, check_choice, check_counts, listed
-from tying.files import save_figure
-from tying.hard import (
-    LowRank,
-    LowRankPlusDiagonal,
-    generate_weights,
-    lower_rank,
-    plot_similarity,
-    share_templates,
-    tied,
-    untie_biases,
-)
+from tying.hard import LowRank, LowRankPlusDiagonal, generate_weights, lower_rank, share_templates, tied, untie_biases
 from tying.hard.hypernetwork import GenerationPlan, plan_generation
 from tying.hard.low_rank import check_rank
+from tying.hard.templates import similarity_figure
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights
 from tying.hashing.apply import check_choices, select_hashable
-from tying.hashing.report import loads_figure, titled_loads
+from tying.hashing.report import loads_figure, table_counts, titled_loads
 from tying.lightning_namespace import pl
 from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
@@ -69,7 +62,7 @@ class HardTying(ModelTransform):
         check_choice("init", init, get_args(Init))
         self.ties, self.init, self.name = parse_ties(ties), init, name
         self._groups: list[TiedGroup] = []
-        self._warning = ""  # about initial values, which a checkpoint replaces
+        self._warning, self._initial_gap = "", 0.0  # of initial values, which a checkpoint replaces
 
     @property
     @override
@@ -80,7 +73,7 @@ class HardTying(ModelTransform):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._warning = ""
+        self._warning, self._initial_gap = "", 0.0
 
     @override
     def affected(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -125,21 +118,20 @@ class HardTying(ModelTransform):
 
     @override
     def apply(self, model: nn.Module) -> list[TiedGroup]:
-        measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
-        gaps = [gap(group.tensors()) for group in (resolve(model, self.ties) if measurable else ())]
+        if not self.is_applied(model):  # a mixin applies it before setup does
+            measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
+            groups = resolve(model, self.ties) if measurable else []
+            self._initial_gap = max((gap(group.tensors()) for group in groups), default=0.0)
         self._groups, warning = make_ties(model, self.ties, self.init)
-        self._warning = self._warning or warning  # a mixin applies it before setup does
-        if any(gaps):
-            pl.utilities.rank_zero_info(
-                f"HardTying: {self.describe(model)}; before, they differed (largest gap {max(gaps):.4f})"
-            )
+        self._warning = self._warning or warning
         return self._groups
 
     @override
     def describe(self, model: nn.Module) -> str:
         renamed = (f"{name} is now {group.names[0]}" for group in self._groups for name in group.names[1:])
         value = "their mean" if self.init == "mean" else "the latter's values"
-        return f"{listed(renamed)} (with {value})"
+        differed = f"; before, they differed (largest gap {self._initial_gap:.4f})" if self._initial_gap else ""
+        return f"{listed(renamed)} (with {value}){differed}"
 
 
 class LowRankWeights(ModelTransform):
@@ -165,6 +157,10 @@ class LowRankWeights(ModelTransform):
         check_rank(weight, self.rank, self.diagonal)
 
     @override
+    def _how(self) -> str:
+        return f"of rank {self.rank}{' and a diagonal' * self.diagonal}"
+
+    @override
     def change(self, model: nn.Module) -> list[str]:
         return lower_rank(model, self.parameters, self.rank, self.diagonal)
 
@@ -172,7 +168,8 @@ class LowRankWeights(ModelTransform):
 class TemplateWeights(ModelTransform):
     """Train weights that are mixtures of shared templates; see :func:`tying.hard.share_templates`.
 
-    When training ends, the similarity of the layers is plotted as ``layer_similarity.png`` in the logger's directory.
+    When training ends, the similarity of the layers is drawn as ``layer_similarity``, see
+    :func:`tying.callbacks.figures.log_figure`.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
@@ -193,10 +190,13 @@ class TemplateWeights(ModelTransform):
         return [*share_templates(model, self.parameters, self.templates)]
 
     @override
+    def _how(self) -> str:
+        return f"from {counted(self.templates, 'template')} a shape"
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if folder := picture_folder(trainer):
-            plot_similarity(pl_module, folder / "layer_similarity.png")
+        log_figure(trainer, partial(similarity_figure, pl_module), "layer_similarity")
 
 
 class GeneratedWeights(ModelTransform):
@@ -234,6 +234,10 @@ class GeneratedWeights(ModelTransform):
         if excluded := self._plan(model).describe_excluded():
             pl.utilities.rank_zero_info(f"GeneratedWeights: {excluded}")
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
+
+    @override
+    def _how(self) -> str:
+        return f"generated from embeddings of {self.embedding}"
 
 
 class UntiedBiases(ModelTransform):
@@ -274,12 +278,17 @@ class UntiedBiases(ModelTransform):
             model, self.parameters, torch.zeros(1, *self.input_size, dtype=like.dtype, device=like.device)
         )
 
+    @override
+    def _how(self) -> str:
+        return "with an entry for each position"
+
 
 class WeightHashing(ModelTransform):
     """Read each weight, or all weights together, from a table; see :func:`tying.hashing.hash_weights`.
 
-    When training starts, the loads of the tables' entries are plotted as ``hash_loads.png`` in the logger's directory.
-    Logs ``tying/entropy``: the entropy of the entries' loads, in nats, averaged over the tables.
+    When training starts, the loads of the tables' entries are drawn as ``hash_loads``, see
+    :func:`tying.callbacks.figures.log_figure`. Logs ``tying/entropy``: the entropy of the entries' loads, in nats,
+    averaged over the tables.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes. Weights of fewer than two dimensions are skipped.
@@ -323,8 +332,7 @@ class WeightHashing(ModelTransform):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         loads = titled_loads(pl_module)
-        if folder := picture_folder(trainer):
-            save_figure(loads_figure(loads), folder / "hash_loads.png")
+        log_figure(trainer, partial(loads_figure, loads), "hash_loads")
         self._entropy = sum(map(entropy, loads.values())) / len(loads)
 
     @override
@@ -345,5 +353,8 @@ class WeightHashing(ModelTransform):
             index=self.index,
             scaled=self.scaled,
         )
-        pl.utilities.rank_zero_info(f"WeightHashing: {report.counts()}")
         return [weight.name for weight in report.weights]
+
+    @override
+    def describe(self, model: nn.Module) -> str:
+        return table_counts(model, self.changed(model))

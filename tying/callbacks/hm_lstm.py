@@ -1,19 +1,23 @@
 """Callbacks for hierarchical multiscale LSTMs: anneal the slope in training, and plot detected boundaries."""
 
 import warnings
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import Callback, picture_folder
+from tying.callbacks.base import Callback, counted
+from tying.callbacks.figures import log_figure
 from tying.depth import HMLSTM, HMOutput
 from tying.errors import ConfigurationError, check_count, check_range
-from tying.files import save_figure
+from tying.figures import MARKERS, SMALL, WIDTH, legend_below, new_figure
 from tying.lightning_namespace import pl
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 
 class SlopeAnnealing(Callback):
@@ -43,10 +47,17 @@ class SlopeAnnealing(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # also here: a run that resumes within an epoch has no first batch
-        layers = [module for module in pl_module.modules() if isinstance(module, HMLSTM)]
-        if not layers:
+        self._set_slope(trainer)
+        layers, slope = counted(len(self._layers), "layer"), self._layers[0].slope
+        pl.utilities.rank_zero_info(
+            f"SlopeAnnealing: {layers}, slope {slope:g}, plus {self.rate:g} an epoch up to {self.maximum:g}"
+        )
+
+    def _set_slope(self, trainer: pl.Trainer) -> None:
+        self._layers = [module for module in trainer.lightning_module.modules() if isinstance(module, HMLSTM)]
+        if not self._layers:
             raise ConfigurationError("SlopeAnnealing: the model has no tying.depth.HMLSTM")
-        for layer in layers:
+        for layer in self._layers:
             layer.slope = min(self.maximum, 1 + self.rate * trainer.current_epoch)
 
     @override
@@ -54,7 +65,7 @@ class SlopeAnnealing(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:  # Lightning skips on_train_epoch_start in a run that resumes at the end of an epoch
-            self.on_train_start(trainer, pl_module)
+            self._set_slope(trainer)
 
 
 LINE = 80  # characters
@@ -64,8 +75,9 @@ BLANKS = str.maketrans({"\n": "↵", "\t": "→", " ": "␣"})
 class BoundaryPlot(Callback):
     """Draw the boundaries that a :class:`tying.depth.HMLSTM` finds in the first characters of the test text.
 
-    Writes ``boundaries.png`` to the logger's directory: below each character, a mark for each layer that detects a
-    boundary there. Logs the fraction of steps with a boundary for each layer, as ``test/boundaries/1`` and so on.
+    The picture ``boundaries`` (see :func:`tying.callbacks.figures.log_figure`) has, below each character, a mark for
+    each layer that detects a boundary there. Logs the fraction of steps with a boundary for each layer, as
+    ``test/boundaries/1`` and so on.
 
     Args:
         characters: number of characters to draw, from the first sample of the first batch and of the following batches.
@@ -123,12 +135,11 @@ class BoundaryPlot(Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for layer, count in enumerate(self._sum / self._steps, start=1):
             pl_module.log(f"test/boundaries/{layer}", count, sync_dist=True)
-        if folder := picture_folder(trainer):
-            ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
-            text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph")  # matplotlib draws a box for a character that the font lacks
-                save_figure(boundary_figure(text, marks), folder / "boundaries.png")
+        ids, marks = (torch.cat(parts)[: self.characters] for parts in zip(*self._drawn, strict=True))
+        text = trainer.datamodule.text(ids)  # type: ignore[attr-defined]  # untyped
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # matplotlib draws a box for a character that the font lacks
+            log_figure(trainer, partial(boundary_figure, text, marks), "boundaries")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -140,7 +151,7 @@ class BoundaryPlot(Callback):
             self._hook.remove()
 
 
-def boundary_figure(text: str, boundaries: Tensor) -> Figure:
+def boundary_figure(text: str, boundaries: Tensor) -> "Figure":
     """Return a figure of a text and, below each character, of its boundaries.
 
     Args:
@@ -150,15 +161,16 @@ def boundary_figure(text: str, boundaries: Tensor) -> Figure:
     layers = boundaries.shape[1]
     height = 1 + 0.5 * layers  # of a line
     lines = -(-len(text) // LINE)
-    figure = Figure(figsize=(0.12 * LINE + 0.4, 0.22 * height * lines + 0.5), layout="constrained")
+    figure = new_figure(WIDTH, 0.22 * height * lines + 0.2, "A text, and below it the boundaries of each layer")
     axes = figure.add_subplot(xlim=(-1, LINE), ylim=(-height * lines, 0.7))
     axes.axis("off")
     for position, letter in enumerate(text.translate(BLANKS)):
         line, column = divmod(position, LINE)
-        axes.text(column, -height * line, letter, family="monospace", size=7, ha="center", parse_math=False)
+        axes.text(column, -height * line, letter, family="monospace", size=SMALL, ha="center", parse_math=False)
     for layer in range(layers):
         positions = boundaries[:, layer].nonzero().flatten()
         heights = -height * (positions // LINE) - 0.35 - 0.5 * layer
-        axes.plot(positions % LINE, heights, "s", color=f"C{layer}", markersize=2.5, label=f"layer {layer + 1}")
-    axes.legend(loc="lower right", ncols=layers, fontsize="x-small", frameon=False, bbox_to_anchor=(1, 1))
+        style = {"color": f"C{layer}", "marker": MARKERS[layer % len(MARKERS)], "markersize": 3}
+        axes.plot(positions % LINE, heights, linestyle="none", label=f"boundaries of layer {layer + 1}", **style)
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure

@@ -100,7 +100,6 @@ class Looping(ModelTransform):
         passes = scheduled_passes(0, 1, self.passes, self.start, self.grow) if stage == "fit" else self.passes
         for made in self._loops:
             made.passes = self._trained or passes
-        pl.utilities.rank_zero_info(f"Looping: {self.describe(pl_module)}")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

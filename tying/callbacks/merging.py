@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import optimizer_steps, training_steps
+from tying.callbacks.base import counted, optimizer_steps, training_steps
 from tying.callbacks.transform import ModelTransform
 from tying.depth import Merge, apply_merge, drop_scale
 from tying.depth.apply import merges_in, residual_blocks
@@ -94,7 +94,6 @@ class ResidualMerging(ModelTransform):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        pl.utilities.rank_zero_info(f"ResidualMerging: {self.describe(pl_module)}")
         if stage != "fit":
             self._end_schedule(pl_module)
 
@@ -171,4 +170,4 @@ class ResidualMerging(ModelTransform):
             f"{name}: {listed(dict.fromkeys(map(str, merges_in(block).values())))}"
             for name, block in residual_blocks(model, self.blocks).items()
         ]
-        return f"{len(blocks)} blocks, {blocks[0]} to {blocks[-1]}"
+        return f"{counted(len(blocks), 'block')}, {' to '.join(dict.fromkeys((blocks[0], blocks[-1])))}"

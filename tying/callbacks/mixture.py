@@ -4,17 +4,18 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import is_fresh_run, is_last_epoch, picture_folder, reject_copies, warn_if_too_late
+from tying.callbacks.base import is_fresh_run, is_last_epoch, reject_copies, warn_if_too_late
+from tying.callbacks.figures import log_figure
 from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.training_data import estimate_batch_norms, num_train_samples
 from tying.errors import ConfigurationError, check_count, listed
-from tying.files import save_figure
 from tying.hashing.packing import contents
 from tying.lightning_namespace import pl
 from tying.selection.resolve import parse_patterns, select
@@ -36,7 +37,7 @@ class MixtureTying(PenaltyCallback):
     Logs ``tying/strength`` and ``tying/penalty``; at the end ``tying/distinct`` values, the fraction of nonzero
     weights, ``tying/nonzero``, ``tying/compression``: how many times smaller the model is in a packed file than its
     plain state dict (see :func:`tying.hashing.save_packed`), and ``tying/compression_huffman``, with Huffman codes.
-    Plots ``mixture_start.png`` and ``mixture_end.png`` in the logger's directory.
+    Draws ``mixture_start`` and ``mixture_end``, see :func:`tying.callbacks.figures.log_figure`.
 
     Args:
         parameters: patterns of names; a leading ``!`` excludes.
@@ -111,6 +112,10 @@ class MixtureTying(PenaltyCallback):
         return select(model, self.parameters)
 
     @override
+    def describe(self, model: nn.Module) -> str:
+        return f"{super().describe(model)}, {self.components} components, from epoch {self.start_epoch} on"
+
+    @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         self._weights = self.affected(module)
         self._value = None
@@ -136,8 +141,8 @@ class MixtureTying(PenaltyCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         self.examples_scale = 1 / (self.examples or num_train_samples(trainer))
+        super().on_train_start(trainer, pl_module)
         warn_if_too_late(trainer, "MixtureTying", self.start_epoch)
 
     @override
@@ -245,12 +250,8 @@ class MixtureTying(PenaltyCallback):
 
     def _draw(self, trainer: pl.Trainer, name: str) -> None:
         assert self.prior is not None
-        if folder := picture_folder(trainer):
-            figure = mixture_figure(self._values(), self.prior, f"epoch {trainer.current_epoch}")
-            save_figure(figure, folder / f"{'_'.join(filter(None, (name, self.name)))}.png")
-            for logger in trainer.loggers:
-                if add := getattr(getattr(logger, "experiment", None), "add_figure", None):  # TensorBoard's
-                    add(f"{self.log_prefix}/{name}", figure, trainer.global_step)
+        draw = partial(mixture_figure, self._values(), self.prior, f"epoch {trainer.current_epoch}")
+        log_figure(trainer, draw, "_".join(filter(None, (name, self.name))))
 
 
 def _untrained(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[str]:

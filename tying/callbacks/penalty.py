@@ -12,13 +12,14 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import SHARDING, TyingCallback, is_fresh_run, members
+from tying.callbacks.base import SHARDING, TyingCallback, counted, is_fresh_run, members
 from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import averages, callbacks_of, is_logging_step, loss_scale
+from tying.selection.resolve import resolve
 from tying.selection.tie import TiedGroup
-from tying.soft import Schedule, TyingPenalty
+from tying.soft import Schedule, TyingPenalty, gap
 from tying.soft.group_penalty import Rates
 from tying.soft.schedule import parse_schedule
 
@@ -90,6 +91,25 @@ class PenaltyCallback(TyingCallback):
     @override
     def monitored(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return self.affected(model) | members(self.groups) if self.strength else {}  # including constants
+
+    @override
+    def describe(self, model: nn.Module) -> str:
+        if not self.ties:
+            return f"{super().describe(model)}; {self._describe_strength()}"
+        parameters = {id(parameter) for parameter in model.parameters()}
+        groups = [group for group in self.groups if id(group.parameters[0]) in parameters] or resolve(model, self.ties)
+        weights = sum(len(group.names) for group in groups)
+        largest = max((gap(group.tensors()) for group in groups), default=0.0)
+        return (
+            f"{counted(len(groups), 'group')}, {counted(weights, 'weight')}, {self._describe_strength()}; "
+            f"gap {largest:.2g}"
+        )
+
+    def _describe_strength(self) -> str:
+        examples = f" over {counted(round(1 / self.examples_scale), 'example')}" if self.examples_scale != 1 else ""
+        schedule = self.schedule
+        change = f", times {schedule.start:g} to {schedule.end:g} in {counted(schedule.length, schedule.unit)}"
+        return f"strength {self.strength:g}{examples}{change * (schedule.length > 0)}"
 
     @property
     def log_prefix(self) -> str:

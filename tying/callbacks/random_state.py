@@ -50,6 +50,8 @@ class RandomState(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore(trainer)
+        origin = "continue from the checkpoint" if self._restored else "are saved in checkpoints"
+        pl.utilities.rank_zero_info(f"RandomState: the random generators of each process {origin}")
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if self._restored and (progress.is_last_batch or progress.current.ready == 0):  # an epoch begins
             restart_loader(trainer)  # Lightning shuffled before the states were restored

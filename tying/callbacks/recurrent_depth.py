@@ -3,6 +3,7 @@
 from torch import nn
 from typing_extensions import override
 
+from tying.callbacks.base import counted
 from tying.callbacks.transform import ModelTransform, arguments_of
 from tying.depth import Recurrent, recur
 from tying.depth.recurrent import check_steps
@@ -60,7 +61,7 @@ class RecurrentDepth(ModelTransform):
     @override
     def describe(self, model: nn.Module) -> str:
         stages = [f"{path} ({recurrent.steps} steps)" for path, recurrent in self._made(model).items()]
-        return f"{len(stages)} recurrent blocks: {listed(stages)}"
+        return f"{counted(len(stages), 'recurrent block')}: {listed(stages)}"
 
     def _made(self, model: nn.Module) -> dict[str, Recurrent]:
         """Return the recurrent blocks that this callback, or an equal one, has made."""

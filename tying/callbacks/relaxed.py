@@ -10,7 +10,7 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, estimated_steps, optimizer_steps, reject_copies
+from tying.callbacks.base import TyingCallback, counted, estimated_steps, optimizer_steps, reject_copies
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_count, listed
@@ -127,7 +127,8 @@ class RelaxedTying(ModelTransform):
         if not groups:
             return f"{listed(self.changed(model))}: hard tied, without residuals"
         layers = listed(name for group in groups for name in group.names)
-        return f"{layers} share {len(groups)} weights, and differ by {groups[0].steps[0].residual.describe()} each"
+        residual = groups[0].steps[0].residual.describe()
+        return f"{layers} share {counted(len(groups), 'weight')}, and differ by {residual} each"
 
     @override
     def prepare(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

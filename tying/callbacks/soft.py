@@ -207,9 +207,9 @@ class Coupling(PenaltyCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         if 0 < self.strength < math.inf:  # the training data is loaded only now
             self.examples_scale = 1 / (self.examples or num_train_samples(trainer))
+        super().on_train_start(trainer, pl_module)
 
 
 def unpaired(model: nn.Module, first: str, second: str) -> list[str]:

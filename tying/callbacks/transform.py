@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.callbacks.base import AVERAGING, SHARDING, TyingCallback, configure_model, parameters_beside
+from tying.callbacks.base import (
+    AVERAGING,
+    SHARDING,
+    TyingCallback,
+    configure_model,
+    counted,
+    parameters_beside,
+)
 from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, listed
 from tying.lightning_namespace import pl
@@ -76,9 +83,14 @@ class ModelTransform(TyingCallback):
     def is_needed(self, model: nn.Module) -> bool:
         return self.is_applied(model)
 
+    @override
     def describe(self, model: nn.Module) -> str:
-        """Describe what was changed, for reports."""
-        return f"{len(self.changed(model))} weights: {listed(self.changed(model))}"
+        names = self.changed(model)
+        return f"{counted(len(names), 'weight')} {self._how()}".strip() + f": {listed(names)}"
+
+    def _how(self) -> str:
+        """Describe in what way the changed weights are computed."""
+        return ""
 
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the weights that the callback is going to change. This changes nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
-from tying.cli.bake import HELP, bake_parser
+from tying.cli import bake, demo
 from tying.errors import ConfigurationError, nearest
 from tying.lightning_namespace import pl
 
@@ -17,7 +17,7 @@ _VARIABLE = re.compile(r"\$\{[^}]*\}|\$([A-Za-z_]\w*)")
 
 
 class Parser(pl.cli.LightningArgumentParser):
-    """Lightning's parser, with the subcommand ``bake``, which needs neither trainer nor model.
+    """Lightning's parser, with the subcommands ``bake`` and ``demo``, which need neither trainer nor model.
 
     Errors in a configuration file name the file. Files that are empty, that give a key twice or that name an
     environment variable are refused.
@@ -26,7 +26,8 @@ class Parser(pl.cli.LightningArgumentParser):
     @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         subcommands = super().add_subcommands(*args, **kwargs)
-        subcommands.add_subcommand("bake", bake_parser(), help=HELP)
+        subcommands.add_subcommand("bake", bake.bake_parser(), help=bake.HELP)
+        subcommands.add_subcommand("demo", demo.demo_parser(), help=demo.HELP)
         return subcommands
 
     @override

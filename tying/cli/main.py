@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with ``inspect``, ``advise`` and ``bake``."""
+"""The command line: LightningCLI with ``inspect``, ``advise``, ``bake`` and ``demo``."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
+from tying.cli import bake, demo
 from tying.cli.advise import batches_of, prepare
-from tying.cli.bake import export
 from tying.cli.config import Parser, SectionsParser, check_variables
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
@@ -111,7 +111,7 @@ class SaveConfig(pl.cli.SaveConfigCallback):
 
 
 class TyingCLI(pl.cli.LightningCLI):
-    """LightningCLI for any LightningModule and any LightningDataModule, with ``inspect``, ``advise`` and ``bake``.
+    """LightningCLI for any LightningModule and LightningDataModule, with ``inspect``, ``advise``, ``bake``, ``demo``.
 
     Hyperparameters stored in the checkpoint are ignored; your config decides.
     """
@@ -152,8 +152,11 @@ class TyingCLI(pl.cli.LightningCLI):
     def instantiate_classes(self) -> None:
         if self.subcommand == "bake":
             options = self.config.bake
-            export(options.ckpt, options.out, options.config, load)
+            bake.export(options.ckpt, options.out, options.config, load)
             self.subcommand = None  # nothing is left to run
+        elif self.subcommand == "demo":
+            demo.demo(self.config.demo.out, self.config.demo.epochs, parse)
+            self.subcommand = None
         else:
             super().instantiate_classes()
 

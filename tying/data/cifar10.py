@@ -7,17 +7,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets import CIFAR10 as Official
-from torchvision.datasets.utils import check_integrity
 from typing_extensions import override
 
 from tying.data.folders import PACKED, Split, find_splits, load_folder
 from tying.data.images import Images, draw_balanced, spread_evenly
 from tying.data.sample import CLASSES, load_sample
 from tying.errors import ConfigurationError, check_choice, check_counts
+from tying.extras import extra
 from tying.lightning_namespace import pl
 
 Source = Literal["auto", "archive", "folder", "sample"]
+OFFICIAL = ("cifar-10-python.tar.gz", "cifar-10-batches-py")  # the archive, and the folder in it
 
 
 class CIFAR10(Images):
@@ -103,7 +103,7 @@ class CIFAR10(Images):
     def _chosen_source(self) -> str:
         if self.source != "auto" or self.root is None:
             return "sample" if self.source == "auto" else self.source
-        official = any((self.root / name).exists() for name in (Official.filename, Official.base_folder))
+        official = any((self.root / name).exists() for name in OFFICIAL)
         folder = self.root.name.lower().endswith(PACKED) or find_splits(self.root)
         return "folder" if folder and not official else "archive"
 
@@ -193,9 +193,13 @@ def load_archive(root: Path, download: bool = False) -> dict[str, Split]:
         download: download the archive if it is missing or broken.
 
     Raises:
-        ConfigurationError: files are missing or have the wrong md5, and cannot be extracted or downloaded.
+        ConfigurationError: files are missing or have the wrong md5, and cannot be extracted or downloaded; or
+            torchvision is not installed.
     """
-    folder, packed = root / Official.base_folder, root / Official.filename
+    with extra("vision"):
+        from torchvision.datasets import CIFAR10 as Official
+        from torchvision.datasets.utils import check_integrity
+    packed, folder = (root / name for name in OFFICIAL)
     broken = [
         name
         for name, md5 in (*Official.train_list, *Official.test_list, (Official.meta["filename"], Official.meta["md5"]))

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from tying.errors import ConfigurationError, listed
+from tying.extras import extra
 from tying.files import atomically, read
 
 PACKED = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".zip")
@@ -90,8 +90,11 @@ def decode(path: Path, classes: Sequence[str], size: tuple[int, int], show_progr
     """Decode the images of each split, sorted by class and name; the label of a class is its position in ``classes``.
 
     Raises:
-        ConfigurationError: a class is missing or empty, or an image is broken or of another size.
+        ConfigurationError: a class is missing or empty, or an image is broken or of another size; or pillow is not
+            installed.
     """
+    with extra("data"):
+        from PIL import Image, UnidentifiedImageError
     decoded: dict[tuple[str, str], list[tuple[str, np.ndarray]]] = {}
     for split, kind, name, content in tqdm(
         files(path), f"decoding {path.name}", leave=False, unit="image", disable=not show_progress

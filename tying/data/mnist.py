@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.datasets import MNIST as Official
 from typing_extensions import override
 
 from tying.data.folders import Split
 from tying.data.images import Images
 from tying.errors import ConfigurationError, check_counts
+from tying.extras import extra
 
 FILES = {
     split: (f"MNIST/raw/{prefix}-images-idx3-ubyte", f"MNIST/raw/{prefix}-labels-idx1-ubyte")
@@ -69,6 +69,8 @@ class MNIST(Images):
     @override
     def prepare_data(self) -> None:
         if self.download and not all(_existing(self.root / name) for names in FILES.values() for name in names):
+            with extra("vision"):
+                from torchvision.datasets import MNIST as Official
             try:
                 Official(str(self.root), download=True)
             except (OSError, RuntimeError) as error:

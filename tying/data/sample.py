@@ -1,4 +1,4 @@
-"""The embedded sample: a class-balanced part of a JPEG copy of CIFAR-10.
+"""The embedded sample: a class-balanced part of a JPEG copy of CIFAR-10; ``SAMPLE.md`` has its origin and terms.
 
 ``python -m tying.data.sample ARCHIVE OUT`` writes it from a tar file with ``cifar10/{train,test}/<class>/NNNN.jpg``.
 """

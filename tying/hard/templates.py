@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_counts
+from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
 from tying.hard.low_rank import least_squares, numerical_rank
 from tying.selection.index import clean_name
 from tying.weights.replace import parametrize_all
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 
 def mix_templates(templates: Tensor, coefficients: Tensor) -> Tensor:
@@ -286,17 +291,34 @@ def plot_similarity(model: nn.Module, path: Path) -> None:
     Raises:
         ConfigurationError: no weight is a mixture.
     """
-    from matplotlib.figure import Figure
+    save_figure(similarity_figure(model), path)
 
+
+def similarity_figure(model: nn.Module) -> "Figure":
+    """Return a figure with the similarity matrix of the layers of each bank of a model.
+
+    Raises:
+        ConfigurationError: no weight is a mixture.
+    """
     banks: dict[TemplateBank, list[tuple[str, Tensor]]] = {}
     for name, (layer, bank) in mixtures(model).items():
         banks.setdefault(bank, []).append((name, layer.get_parameter("original")))
     if not banks:
         raise ConfigurationError("no weight of the model is a mixture of templates")
-    figure = Figure(figsize=(4 * len(banks), 4), layout="constrained")
-    for axes, layers in zip(figure.subplots(1, len(banks), squeeze=False)[0], banks.values(), strict=True):
+    columns = min(2, len(banks))
+    rows = math.ceil(len(banks) / columns)
+    figure = new_figure(
+        WIDTH if columns > 1 else 0.7 * WIDTH, 3.4 * rows, "Similarity of the layers that share a bank of templates"
+    )
+    panels = [*figure.subplots(rows, columns, squeeze=False).flat]
+    for unused in panels[len(banks) :]:
+        unused.set_axis_off()
+    for axes, layers in zip(panels, banks.values(), strict=False):
         names, coefficients = zip(*layers, strict=True)
         image = axes.imshow(layer_similarity(coefficients).cpu().float().numpy(), vmin=0, vmax=1)
-        axes.set(title=f"{names[0]} … {names[-1]}", xlabel="layer", ylabel="layer")
-    figure.colorbar(image, ax=figure.axes, label="similarity")
-    save_figure(figure, path)
+        axes.set(xlabel="number of the layer", ylabel="number of the layer")
+        axes.set_title(f"{names[0]} …\n{names[-1]}", fontsize="small")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=panels, label="similarity (1: proportional, 0: orthogonal)")
+    return figure

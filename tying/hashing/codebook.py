@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_choice, check_count
+from tying.extras import extra
 from tying.hashing.apply import check_fits_table, check_hashable, put_tables
 from tying.hashing.hashes import CodebookHash
 from tying.hashing.parametrization import HashedParametrization
@@ -70,10 +71,8 @@ def cluster(weights: Tensor, clusters: int, init: Start = "linear") -> tuple[Ten
     distinct, inverse = torch.unique(weights, return_inverse=True)
     if len(distinct) <= clusters:
         return distinct, inverse
-    try:
+    with extra("clustering"):
         from sklearn.cluster import KMeans  # type: ignore[import-untyped]  # it has no types
-    except ImportError:
-        raise ConfigurationError("clustering needs scikit-learn: pip install 'tying[clustering]'") from None
     points = weights.detach().cpu().double()
     start = starting_centroids(points, clusters, init).numpy()[:, None]
     k_means = KMeans(clusters, init=start, n_init=1, max_iter=300, tol=0.0).fit(points.numpy()[:, None])

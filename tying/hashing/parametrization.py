@@ -171,7 +171,7 @@ class HashedParametrization(FollowsDevice):
         return self._read(table, self._source(table.device)).view(self.shape)
 
     def rows(self, table: Tensor, chosen: Tensor) -> Tensor:
-        """Return some rows of the weight, (*chosen, ...), without computing the others.
+        """Return some rows of the weight, ``(*chosen, ...)``, without computing the others.
 
         Args:
             table: (n,).

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tying.errors import ConfigurationError, check_counts
+from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
 from tying.hashing.parametrization import HashedParametrization, repeated_units
 from tying.weights.derived import derived_weights
 from tying.weights.report import WeightRow
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # a slow import
+    from matplotlib.figure import Figure  # an optional package
 
 
 def loads(index: Tensor, table_size: int) -> Tensor:
@@ -116,13 +117,8 @@ class HashReport:
 
     def counts(self) -> str:
         """Return the numbers of weights, values, tables and entries as one line."""
-        count, tables = len(self.weights), len({weight.holder for weight in self.weights})
-        verb = "has" if count == 1 else "share" if tables < count else "have"
-        shared = "a table" if tables == 1 else f"{tables} tables with a total"
-        return (
-            f"{count} weight{'s' * (count != 1)} ({self.virtual:,} values) {verb} {shared} of {self.stored:,} entries "
-            f"(ratio {self.stored / max(1, self.virtual):.3g})"
-        )
+        tables = len({weight.holder for weight in self.weights})
+        return _counts(len(self.weights), self.virtual, tables, self.stored)
 
     def __str__(self) -> str:
         lines = [self.counts()]
@@ -219,6 +215,32 @@ def report(
     )
 
 
+def table_counts(model: nn.Module, names: Container[str] | None = None) -> str:
+    """Return the numbers of hashed weights, values, tables and entries of a model as one line.
+
+    Args:
+        model: any module.
+        names: names of the weights to include; by default, the first name of each weight.
+
+    Example:
+        >>> from tying.hashing import HashedLinear, ModulusHash
+        >>> table_counts(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash())))
+        '1 weight (16 values) has a table of 4 entries (ratio 0.25)'
+    """
+    tables = tables_in(model, names)
+    values = [virtual.shape.numel() for group in tables.values() for virtual in group.values()]
+    return _counts(len(values), sum(values), len(tables), sum(group[name].table_size for name, group in tables.items()))
+
+
+def _counts(weights: int, values: int, tables: int, entries: int) -> str:
+    verb = "has" if weights == 1 else "share" if tables < weights else "have"
+    shared = "a table" if tables == 1 else f"{tables} tables with a total"
+    return (
+        f"{weights} weight{'s' * (weights != 1)} ({values:,} values) {verb} {shared} of {entries:,} entries "
+        f"(ratio {entries / max(1, values):.3g})"
+    )
+
+
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
     """Return how many weights read each entry of each table of a model, by the name of the table's first weight.
 
@@ -256,19 +278,19 @@ def loads_figure(counts: Mapping[str, Tensor]) -> "Figure":
     Raises:
         ConfigurationError: there are no loads.
     """
-    from matplotlib.figure import Figure
-
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    figure = Figure(figsize=(6.8, 2.9 * len(counts)), layout="constrained")
+    figure = new_figure(WIDTH, 3.0 * len(counts), "Number of weights that read each table entry: map and histogram")
     for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
-        figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="weights that use it")
-        heat.set(xticks=[], yticks=[])
+        figure.colorbar(
+            heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="load (weights that read the entry)"
+        )
+        heat.set(xticks=[], yticks=[], xlabel=f"entries of the table, {side} in a row", ylabel="rows")
         heat.set_title(title, fontsize="small", loc="left", wrap=True)
         bars.hist(uses.numpy(), bins=load_bins(uses))
-        bars.set(xlabel="weights that use an entry", ylabel="entries")
+        bars.set(xlabel="load (weights that read an entry)", ylabel="number of entries")
         bars.set_title(
             f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats", fontsize="small", loc="right"
         )

@@ -1,13 +1,18 @@
 """Plot how far apart tied weights are, and the mixture that is the prior of weights."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from tying.figures import LEGEND, line_style
+from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.soft.mixture import GaussianMixturePrior
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
 
 BINS = 200
 MARKED = 20  # points of a line that bear a marker, at most
@@ -27,15 +32,15 @@ def gap_figure(gaps: Mapping[str, Sequence[tuple[int, float]]], max_lines: int) 
     title = "Distance of tied weights from their mean"
     if len(furthest) < len(gaps):
         title += f": the {len(furthest)} of {len(gaps)} groups that end furthest apart"
-    figure = Figure(figsize=(7, 3.6 + 0.16 * len(furthest)), layout="constrained")
-    axes = figure.add_subplot(xlabel="optimizer steps", ylabel="gap")
+    figure = new_figure(WIDTH, 3.6, f"{title}, by optimizer step")
+    axes = figure.add_subplot(xlabel="training time (optimizer steps)", ylabel="gap (relative to the weights' norm)")
     axes.set_title(title, fontsize="small")
     axes.plot(*zip(*sorted(largest.items()), strict=True), color="0.8", linewidth=4, label="largest of all groups")
     for number, name in enumerate(furthest):
         every = max(1, len(gaps[name]) // MARKED)
         axes.plot(*zip(*gaps[name], strict=True), label=name, markevery=every, **line_style(number))
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower left", **LEGEND)  # over the lines, long names would hide them
+    legend_below(figure, *axes.get_legend_handles_labels())  # over the lines, long names would hide them
     return figure
 
 
@@ -46,10 +51,10 @@ def importance_figure(means: Mapping[str, float], title: str = "") -> Figure:
         means: mean importance of a layer's weights, by the name of the layer.
         title: title of the figure.
     """
-    figure = Figure(figsize=(7, 1.4 + 0.2 * len(means)), layout="constrained")
-    axes = figure.add_subplot(xlabel="mean importance of the layer's weights", title=title)
+    figure = new_figure(WIDTH, 1.4 + 0.2 * len(means), f"Mean importance of each layer's weights {title}".rstrip())
+    axes = figure.add_subplot(xlabel="mean importance of the layer's weights", ylabel="layer", title=title)
     axes.barh(range(len(means)), [*means.values()], color="C0")
-    axes.set_yticks(range(len(means)), [*means], fontsize="x-small")
+    axes.set_yticks(range(len(means)), [*means], fontsize=SMALL)
     axes.invert_yaxis()
     if any(means.values()):
         axes.set_xscale("log")  # layers differ by orders of magnitude
@@ -72,11 +77,13 @@ def mixture_figure(weights: Tensor, prior: GaussianMixturePrior, title: str = ""
     below = torch.special.ndtr((edges - means[:, None]) / log_stds.exp()[:, None])  # cumulative distributions
     expected = len(flat) * log_proportions.exp()[:, None] * below.diff(dim=1)
     middle = (edges[1:] + edges[:-1]) / 2
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="weight", ylabel="weights", title=title, yscale="log", ylim=(0.5, 2.0 * len(flat)))
+    figure = new_figure(WIDTH, 4, f"Histogram of weights, and the mixture that is their prior: {title}".rstrip(": "))
+    axes = figure.add_subplot(xlabel="value of a weight", ylabel="number of weights", title=title)
+    axes.set(yscale="log", ylim=(0.5, 2.0 * len(flat)))
     axes.hist(flat.numpy(), bins=edges.tolist(), color="0.75", label="weights")
     axes.plot(middle, expected.sum(dim=0), color="C3", label="mixture")
-    axes.plot(middle, expected.T, color="C0", linewidth=0.6)  # each component
-    axes.plot(means, torch.full_like(means, 0.7), "k|", label="means")
-    axes.legend(loc="best", fontsize="x-small")
+    components = axes.plot(middle, expected.T, color="C0", linewidth=0.6, linestyle="--")
+    components[0].set_label("components of the mixture")
+    axes.plot(means, torch.full_like(means, 0.7), "k|", label="means of the components")
+    legend_below(figure, *axes.get_legend_handles_labels())
     return figure

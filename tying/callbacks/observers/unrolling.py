@@ -3,21 +3,27 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.callbacks.base import Callback, picture_folder
+from tying.callbacks.base import Callback
+from tying.callbacks.figures import log_figure
 from tying.depth import Recurrent
 from tying.depth.loop import loops_in
 from tying.errors import ConfigurationError, check_count
-from tying.files import save_figure
+from tying.figures import legend_below, new_figure
 from tying.lightning_namespace import pl
 from tying.weights.calibration import call
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # an optional package
+
+UNITS = {"accuracy": "fraction correct", "bits": "bits per character", "loss": "mean"}
 
 
 class Unrolling(Callback):
@@ -25,9 +31,9 @@ class Unrolling(Callback):
 
     Logs ``test/steps+1/accuracy`` and so on for a classifier. For a model that returns its loss, as those of
     transformers do, or that predicts a class at each position, logs ``test/steps+1/loss``, or ``test/steps+1/bits`` if
-    its ``task`` is ``"language"``, as of :class:`tying.models.SequenceModel`. Plots it against the steps as
-    ``unrolling.png`` in the logger's directory. Additional steps use the normalisation layers of the last trained step.
-    A batch is the inputs and the labels, or a mapping of keyword arguments.
+    its ``task`` is ``"language"``, as of :class:`tying.models.SequenceModel`. Draws it against the steps as
+    ``unrolling``, see :func:`tying.callbacks.figures.log_figure`. Additional steps use the normalisation layers of the
+    last trained step. A batch is the inputs and the labels, or a mapping of keyword arguments.
 
     Args:
         extra: numbers of steps to add to each :class:`tying.depth.Recurrent`, and of passes to each loop of
@@ -81,14 +87,27 @@ class Unrolling(Callback):
         values = dict(zip(self._scores, totals / counts, strict=True))
         for extra, value in values.items():
             pl_module.log(f"test/steps{extra:+d}/{self._metric}", value)
-        if folder := picture_folder(trainer):
-            units = ["steps"] * bool(_recurrents(pl_module)) + ["passes"] * bool(loops_in(pl_module))
-            figure = Figure(figsize=(5, 3.8), layout="constrained")
-            axes = figure.subplots()
-            axes.plot([*values], [float(value) for value in values.values()], marker=".")
-            axes.axvline(0, color="grey", linewidth=0.8)
-            axes.set(xlabel=f"{' and '.join(units)} beyond those of training", ylabel=f"test {self._metric}")
-            save_figure(figure, folder / "unrolling.png")
+        units = " and ".join(["steps"] * bool(_recurrents(pl_module)) + ["passes"] * bool(loops_in(pl_module)))
+        scores = {extra: float(value) for extra, value in values.items()}
+        log_figure(trainer, partial(unrolling_figure, scores, units, self._metric), "unrolling")
+
+
+def unrolling_figure(scores: Mapping[int, float], units: str, metric: str) -> "Figure":
+    """Plot what a model scores against its numbers of steps.
+
+    Args:
+        scores: values of the metric, by the number of steps beyond those of training.
+        units: what the steps are, such as ``"passes"``.
+        metric: name of the metric.
+    """
+    figure = new_figure(5, 3.6, f"Test {metric} against the number of {units}")
+    axes = figure.subplots()
+    axes.plot([*scores], [*scores.values()], marker="o", label="test")
+    axes.axvline(0, color="grey", linewidth=0.8, linestyle="--", label="as in training")
+    axes.set(xlabel=f"{units} beyond those of training (number)", ylabel=f"test {metric} ({UNITS[metric]})")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    legend_below(figure, *axes.get_legend_handles_labels())
+    return figure
 
 
 def score(model: nn.Module, batch: Any) -> tuple[str, Tensor, int]:

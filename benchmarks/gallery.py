@@ -1,0 +1,80 @@
+"""The pictures of docs/gallery.md that callbacks and commands draw, in a few minutes on the embedded sample."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.report import ROOT
+from tying.errors import ConfigurationError, listed, nearest
+
+FOLDER = ROOT / "docs" / "gallery"
+BASE = "--config=configs/base.yaml"
+SMALL = ["--model.network.init_args.width=0.25", "--model.lr=0.1"]
+SHORT = "--trainer.max_epochs=4"
+PICTURES = {  # the commands of `tying` that draw each, in turn
+    "tying_gap": [["fit", BASE, "--config=configs/soft.yaml", *SMALL, SHORT]],
+    "importance": [["fit", BASE, "--config=configs/ewc.yaml", "--trainer.max_epochs=2"]],
+    "mixture_end": [
+        [
+            "fit",
+            BASE,
+            "--config=configs/mixture.yaml",
+            "--model.network.init_args.sizes=[3072, 64, 10]",
+            "--model.channels_last=false",
+            "--trainer.max_epochs=12",
+            "--trainer.callbacks.start_epoch=4",
+        ]
+    ],
+    "hash_loads": [
+        [
+            "fit",
+            BASE,
+            "--config=configs/hashing.yaml",
+            *SMALL,
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=2",
+        ]
+    ],
+    "layer_similarity": [["fit", BASE, "--config=configs/templates.yaml", *SMALL, SHORT]],
+    "unrolling": [
+        ["fit", BASE, "--config=configs/recurrent.yaml", *SMALL, SHORT],
+        ["test", BASE, "--config=configs/recurrent.yaml", *SMALL, "--ckpt_path=last"],
+    ],
+    "boundaries": [
+        ["fit", BASE, "--config=configs/hm_rnn.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=300"],
+        ["test", BASE, "--config=configs/hm_rnn.yaml", "--ckpt_path=last", "--trainer.limit_test_batches=4"],
+    ],
+    "advice": [
+        ["fit", BASE, *SMALL, SHORT],
+        ["advise", BASE, *SMALL, "--ckpt_path=last", "--budget=0.7", "--batches=2", "--out=runs"],
+    ],
+}
+
+
+def draw(name: str, folder: Path = FOLDER) -> Path:
+    """Draw one of :data:`PICTURES`; return its file.
+
+    Args:
+        name: name of the picture.
+        folder: where to write it.
+
+    Raises:
+        ConfigurationError: there is no such picture, a command fails, or it draws no picture of this name.
+    """
+    if name not in PICTURES:
+        raise ConfigurationError(f"unknown picture {name!r}: there is {listed(PICTURES)}.{nearest(name, PICTURES)}")
+    with tempfile.TemporaryDirectory() as out:
+        for arguments in PICTURES[name]:
+            command = [sys.executable, "-m", "tying", *arguments]
+            done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ConfigurationError(f"{' '.join(command)} fails: {done.stderr[-2000:]}")
+        drawn = [*Path(out).rglob(f"{name}.png")]
+        if len(drawn) != 1:
+            raise ConfigurationError(f"{len(drawn)} pictures are called {name}.png, not 1")
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copyfile(drawn[0], folder / f"{name}.png"))
