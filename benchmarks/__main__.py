@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks import evidence, experiment, hybrid_toy
+from benchmarks import evidence, experiment, gallery, hybrid_toy
 from benchmarks.archive import pack, unpack
 from benchmarks.declared import suites
 from benchmarks.machine import describe
@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     sizes = commands.add_parser("sizes", help="measure anew the bytes of a suite's models, without training them")
     redraw = commands.add_parser("redraw", help="draw the pictures of kept results again, without running anything")
     redraw.add_argument("results", nargs="*", metavar="RESULTS", help="such as 'soft'; by default, all of suites")
+    pictures = commands.add_parser("gallery", help="draw the pictures of docs/gallery.md, in a few minutes")
+    pictures.add_argument(
+        "picture", nargs="*", metavar="PICTURE", help=f"of {', '.join(gallery.PICTURES)}; all by default"
+    )
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
     for command in (run, report):
@@ -85,6 +89,9 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
     elif known.command == "redraw":
         for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
             print("Written:", *experiment.redraw(name))
+    elif known.command == "gallery":
+        for name in known.picture or gallery.PICTURES:
+            print("Written:", gallery.draw(name))
     elif known.command == "restore":
         sweep = experiment.prepare(known.suite, known.out, known.data)
         restored = unpack(_archive(sweep), sweep.out)

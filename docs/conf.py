@@ -4,6 +4,9 @@ import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
+from sphinx.addnodes import desc_parameter, desc_parameterlist
+from sphinx.writers.html5 import HTML5Translator
+
 from benchmarks import evidence
 from tying import __version__
 
@@ -54,6 +57,7 @@ html_sidebars = {"**": ["navigation"]}
 templates_path = ["_templates"]
 html_static_path = ["_static", f"{MATHJAX}/static"]
 html_extra_path = ["_extra"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_domain_indices = html_use_index = False
@@ -62,8 +66,19 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 
+class Translator(HTML5Translator):
+    """Write the arguments of a signature as a list, since they define no terms."""
+
+    def starttag(self, node, tagname, *arguments, **attributes):
+        """Write a tag, with its role where another one stood for it."""
+        if isinstance(node, desc_parameterlist | desc_parameter) and tagname in ("dl", "dd"):
+            attributes["role"] = {"dl": "list", "dd": "listitem"}[tagname]
+        return super().starttag(node, tagname, *arguments, **attributes)
+
+
 def setup(app):
     """Complete pages that have another form elsewhere."""
+    app.set_translator("html", Translator)
     app.connect("source-read", present_results)
     app.connect("autodoc-process-docstring", list_names)
 

@@ -1,4 +1,5 @@
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,22 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # plots go to the current folder where there is no logger
+
+
+@cache
+def _decoded_sample():
+    return sys.modules["tying.data.sample"].load_sample()
+
+
+@pytest.fixture(autouse=True)
+def _sample_is_decoded_once(monkeypatch):
+    """Decoding the embedded sample is a third of a short fit; every data module gets a copy of its own."""
+    if module := sys.modules.get("tying.data.cifar10"):  # only where a test has imported Lightning anyhow
+        monkeypatch.setattr(
+            module,
+            "load_sample",
+            lambda: {split: (images.clone(), labels.clone()) for split, (images, labels) in _decoded_sample().items()},
+        )
 
 
 def pytest_addoption(parser):

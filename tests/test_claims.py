@@ -191,8 +191,13 @@ def test_pictures(x, tmp_path):
 
 
 def test_a_picture_over_a_metric_has_a_point_for_each_setting(tmp_path, monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(Axes, "errorbar", lambda self, xs, ys, **options: drawn.update(xs=xs, ys=ys, **options))
+    drawn, errorbar = {}, Axes.errorbar
+
+    def record(self, xs, ys, **options):
+        drawn.update(xs=xs, ys=ys, **options)
+        return errorbar(self, xs, ys, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
     found = rows({("a", x, seed): (1 - x) / 2 + seed / 4 for x in (0.0, 1.0) for seed in range(2)})
     found = [row | {"tying/entropy": row["test/accuracy"]} for row in found]
     draw(Plot("p", "tying/entropy", "test/accuracy", "ratio"), found, tmp_path / "p.png")

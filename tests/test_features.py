@@ -140,9 +140,10 @@ EXACT = {
 }
 HEAD = """# Features
 
-Every feature, and the ways to use it: a function on any model, a module or class, a callback, a mixin, a configuration
-on top of `configs/base.yaml`, and the kept results that show it. `TyingMixin` takes any of the callbacks, several of a class
-too. [Compatibility](compatibility.md) has a cell for each callback beside Lightning's features. A dash has its reason below.
+Each feature, and the ways to use it: a function for any model, a module or class, a callback, a mixin, a configuration on
+top of `configs/base.yaml`, and the kept results that show it. `TyingMixin` takes any callbacks, several of a class too.
+[Compatibility](compatibility.md) says how each callback works with the features of Lightning. The last table gives the reason
+for each dash.
 """
 TITLES = {"compatibility": "Around training"}
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,6 +12,8 @@ import torch
 import yaml
 from zoo import ZOO, build, loss_of, output_of
 
+import tying.callbacks
+import tying.depth
 from benchmarks import __main__ as benchmarks
 from benchmarks import evidence, report
 from tying.cli import main, parse
@@ -25,48 +28,89 @@ SMALL = [
 ]
 
 
+NO_TENSORBOARD = pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX`")
+
+
 def blocks(text, kind):
     return re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
 
 
+def blocks_of_pages(kind, but=()):
+    return [(name, block) for name, text in PAGES.items() if name not in but for block in blocks(text, kind)]
+
+
 PAGES = {page.stem: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-COMMANDS = [line for text in PAGES.values() for block in blocks(text, "console") for line in block.splitlines()]
+COMMANDS = [line for _, block in blocks_of_pages("console", but=["start"]) for line in block.splitlines()]
 
 
 @pytest.fixture(autouse=True)
-def _beside_the_configs(tmp_path):
+def _beside_the_files_of_pages(tmp_path, monkeypatch):
+    """Run beside the configurations, and the files that pages show: blocks whose first line names them."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name, content in re.findall(r"```\w+\n# (\w+\.\w+)\n(.*?)```", PAGES["start"], re.DOTALL):
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_model", None)
 
 
-def test_the_first_example(monkeypatch):
-    code = blocks(PAGES["README"], "python")[0]
-    trainer = pl.Trainer
-    quick = {"limit_train_batches": 1, "limit_val_batches": 1, "enable_progress_bar": False, "log_every_n_steps": 1}
-    quick |= {"logger": False, "enable_checkpointing": False}
-    monkeypatch.setattr(pl, "Trainer", lambda **arguments: trainer(**arguments | quick))
-    exec(code, scope := {})
-    assert float(scope["trainer"].callback_metrics["tying/penalty"]) > 0
-    assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 10
+def test_the_readme_is_short():
+    assert len(PAGES["README"].splitlines()) <= 120
+    assert f"{len(ZOO)} architectures" in PAGES["README"]
 
 
-def test_the_example_of_gpt2():
-    exec(blocks(PAGES["README"], "python")[1], scope := {})
+def test_selection_prints_what_the_page_shows(capsys):
+    code, output = blocks(PAGES["patterns"], "python")[0], blocks(PAGES["patterns"], "text")[0]
+    exec(code, {})
+    assert capsys.readouterr().out.endswith(output)
+
+
+@NO_TENSORBOARD
+def test_the_quickstart_prints_what_the_readme_shows(capsys, caplog):
+    [code], [output] = blocks(PAGES["README"], "python"), blocks(PAGES["README"], "text")
+    exec(code, {})
+    printed, shown = [line.strip() for line in capsys.readouterr().out.splitlines()], output.splitlines()
+    assert [line for line in printed if line in shown] == [line for line in shown if line not in caplog.messages]
+    assert len(code.splitlines()) <= 25
+    new = [line for line in code.splitlines() if re.search(r"\btying\b|\btie\b|callbacks", line)]
+    assert len(new) <= 4  # the import, the tie, the Trainer, and the print
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| \[\w+\]\(\S+\) \| `(.*?)`", PAGES["README"], re.MULTILINE))
+def test_the_line_of_each_family_runs_on_gpt2(line):
     model = build("GPT2")
     size = sum(weight.numel() for weight in model.parameters())
-    for callback in scope["callbacks"]:
-        callback.apply(model)
-    loss_of(output_of(model, ZOO["GPT2"].inputs())).backward()
-    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
-    assert sum(weight.numel() for weight in model.parameters()) < 0.2 * size
+    callback = eval(line, vars(tying.callbacks) | vars(tying.depth))
+    trainer = pl.Trainer(max_steps=1, callbacks=[callback], logger=False, enable_checkpointing=False)
+    trainer.fit(LanguageModel(model))
+    smaller = sum(weight.numel() for weight in model.parameters()) < 0.6 * size
+    assert smaller == line.startswith(("HardTying", "WeightHashing"))
+    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)  # as transformers tied them
 
 
-@pytest.mark.parametrize(
-    ("page", "code"),
-    [(name, code) for name, text in PAGES.items() if name != "README" for code in blocks(text, "python")],
-)
+class LanguageModel(pl.LightningModule):
+    """A model of transformers, with data of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, inputs):
+        return loss_of(output_of(self.model, inputs))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader([ZOO["GPT2"].inputs()], batch_size=None)
+
+
+@NO_TENSORBOARD
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize(("page", "code"), blocks_of_pages("python", but=["README", "recipes"]))  # of test_recipes.py
 def test_python_runs(page, code):
     exec(code, scope := {"__name__": page})
-    if "Model" in scope:
+    if "Model" in scope and page == "compatibility":
         model = scope["Model"]()
         model.configure_model()
         assert model.decoder[0].bias is model.decoder[1].bias
@@ -82,18 +126,23 @@ def test_python_runs(page, code):
         assert layer3[1].branch.conv2.weight is layer3[2].branch.conv2.weight
 
 
-@pytest.mark.parametrize(
-    ("page", "text"),
-    [(name, block) for name, text in PAGES.items() if name != "extending" for block in blocks(text, "yaml")],
-)
+@pytest.mark.parametrize(("page", "text"), blocks_of_pages("yaml", but=["extending", "recipes", "start"]))
 def test_yaml_runs(page, text, tmp_path):
     whole = text if text.startswith("trainer:") else "trainer:\n  callbacks+:\n" + text
     (tmp_path / "own.yaml").write_text(whole)
-    model = "--model=Autoencoder" if "encoder." in text else "--model.network.depth=8"
+    network = "--model=Autoencoder" if "encoder." in text else "--model.network.depth=8"
+    model = [] if "\nmodel:" in text else [network]
     epochs = ["--trainer.max_epochs=2"] * ("start_epoch" in text)
-    main(["fit", "--config=configs/base.yaml", "--config=own.yaml", model, *SMALL, *epochs])
-    if page == "README":
-        assert len(text.splitlines()) <= 6
+    main(["fit", "--config=configs/base.yaml", "--config=own.yaml", *model, *SMALL, "--data.batch_size=8", *epochs])
+
+
+@NO_TENSORBOARD
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_the_commands_of_the_first_hour_run_in_their_order(caplog, tmp_path):
+    for command in "".join(blocks(PAGES["start"], "console")).splitlines():
+        main(shlex.split(command)[1:])
+    assert "going on from" in caplog.text
+    assert (tmp_path / "plain.safetensors").exists()
 
 
 def test_pages_link_to_what_there_is():
@@ -114,6 +163,10 @@ def test_console_commands_run(command, capsys):
         small = ["--model.network.depth=20", "--data.batch_size=8"]
         main(["fit", "--config=configs/base.yaml", *SMALL, *small])
         args += [*small, "--batches=1"]
+    if args[0] == "bake":  # as a whole run would leave it
+        main(["fit", "--config=configs/base.yaml", "--config=configs/soft.yaml", *SMALL])
+        [trained] = Path().glob("runs/soft/version_0/checkpoints/epoch*.ckpt")
+        trained.rename(args[args.index("--ckpt") + 1])
     if args[0] == "test":  # what was trained before
         main(["fit", *args[1:-2], *SMALL])
     deep = (
@@ -129,7 +182,7 @@ def test_console_commands_run(command, capsys):
             main(args)
     else:
         main([*args, *extra])
-    assert capsys.readouterr().out
+    assert capsys.readouterr().out or "bake" in args
 
 
 def test_experiments_run(capsys, monkeypatch):

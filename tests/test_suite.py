@@ -161,6 +161,10 @@ def test_the_order_of_overrides_makes_no_other_definition(tmp_path):
         ({"trends": [{"claim": "a", "x": "lr", "y": "m", "lines": "stength", "sign": 1}]}, "'a': unknown axis 'stength'"),
         ({"peaks": [{"claim": "a", "x": "lrs", "y": "m", "lines": "lr"}]}, "'a': unknown axis 'lrs'"),
         ({"plots": [{"name": "p", "x": "test/loss", "y": "m", "lines": "seed"}]}, "'p': unknown axis 'seed'"),
+        (
+            {"plots": [{"name": "p", "x": "bytes", "y": "m", "families": {"plain": ["untied,lr=0.1", "sfot"]}}]},
+            "'p': unknown setting 'sfot'",
+        ),
         ({"orders": [{"claim": "a", "y": "m", "higher": "soft", "lower": "untied,lr=0.1"}]}, "'a': unknown setting 'soft'"),
     ],
 )  # fmt: skip

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import experiment
+from benchmarks.figures import draw_curves, draw_outcomes
 from benchmarks.folder import FILES, Folder
 from benchmarks.json_files import write_json
 from benchmarks.suite import Axis, Suite
-from benchmarks.summary import curves, plot, spread, summarize
+from benchmarks.summary import curves, spread, summarize
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
 
@@ -109,7 +110,8 @@ def test_a_run_that_diverged_loses_no_table(tmp_path):
         (tmp_path / run.name / "metrics.csv").write_text(f"epoch,tying/gap\n0,{'-inf' if run.seed else 'inf'}\n")
     [row] = [line for line in summarize(SUITE, runs, tmp_path).splitlines() if line.startswith("| soft, lr=1")]
     assert [cell.strip() for cell in row.split("|")][2:6] == ["2", "nan ± nan", "nan ± nan", "nan"]
-    plot(curves(runs, tmp_path), ["tying/gap"], tmp_path / "p.png")
+    for draw in (draw_curves, draw_outcomes):
+        draw(curves(runs, tmp_path), ["tying/gap"], tmp_path / "p.png")
 
 
 def test_what_the_last_epoch_has_not_logged_is_what_came_out(tmp_path):

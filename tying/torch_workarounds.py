@@ -1,6 +1,6 @@
 """All uses of private names of torch, timm and transformers, each with its reason.
 
-Tested with torch 2.11 to 2.15, timm 1.0 and transformers 5.23.
+Tested with torch 2.10 to 2.15, timm 1.0 and transformers 5.23.
 
 The rest of this package uses public names of torch. The private names of Lightning are in `lightning_workarounds`.
 """
@@ -50,9 +50,9 @@ def recorded_parts() -> list[str]:
     return [name for name in names or () if name != "hidden_states" and not name.startswith("_")]
 
 
-# whether a transform such as torch.func.vmap runs; and the public torch.jit.is_tracing, which takes twice the time
+# whether a transform such as torch.func.vmap runs
 innermost_transform = torch._C._functorch.peek_interpreter_stack
-is_jit_tracing = torch._C._is_tracing
+is_jit_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 def is_traced() -> bool:

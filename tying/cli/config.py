@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from typing_extensions import override
 
-from tying.cli import bake, demo
+from tying.cli.bake import bake_parser
+from tying.cli.demo import demo_parser
 from tying.errors import ConfigurationError, nearest
 from tying.lightning_namespace import pl
 
@@ -26,8 +27,8 @@ class Parser(pl.cli.LightningArgumentParser):
     @override
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         subcommands = super().add_subcommands(*args, **kwargs)
-        subcommands.add_subcommand("bake", bake.bake_parser(), help=bake.HELP)
-        subcommands.add_subcommand("demo", demo.demo_parser(), help=demo.HELP)
+        for name, parser in {"bake": bake_parser(), "demo": demo_parser()}.items():
+            subcommands.add_subcommand(name, parser, help=parser.description)
         return subcommands
 
     @override

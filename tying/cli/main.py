@@ -14,9 +14,10 @@ import tying.callbacks
 import tying.data
 import tying.models  # with the two above: their classes can be named without a path
 from tying.advice import advise
-from tying.cli import bake, demo
 from tying.cli.advise import batches_of, prepare
+from tying.cli.bake import export
 from tying.cli.config import Parser, SectionsParser, check_variables
+from tying.cli.demo import demo
 from tying.cli.errors import explain
 from tying.cli.inspect import inspect
 from tying.errors import ConfigurationError, NonFiniteError, check_count
@@ -152,10 +153,10 @@ class TyingCLI(pl.cli.LightningCLI):
     def instantiate_classes(self) -> None:
         if self.subcommand == "bake":
             options = self.config.bake
-            bake.export(options.ckpt, options.out, options.config, load)
+            export(options.ckpt, options.out, options.config, load)
             self.subcommand = None  # nothing is left to run
         elif self.subcommand == "demo":
-            demo.demo(self.config.demo.out, self.config.demo.epochs, parse)
+            demo(self.config.demo.out, self.config.demo.epochs, parse)
             self.subcommand = None
         else:
             super().instantiate_classes()
@@ -202,6 +203,8 @@ def _places(trainer: pl.Trainer) -> dict[str, str]:
 def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingCLI] = TyingCLI) -> TyingCLI:
     """Parse arguments and instantiate trainer, model and data; with ``run``, the first argument is a subcommand to run.
 
+    Names such as ``configs/base.yaml`` that do not exist in the current folder are those of this package.
+
     Example:
         >>> model = ["--model=Autoencoder", "--model.sizes=[8, 4]"]
         >>> parse(["--seed_everything=0", "--trainer.logger=false", *model]).model.hparams["sizes"]
@@ -214,7 +217,7 @@ def parse(args: Sequence[str] | None = None, run: bool = False, cli: type[TyingC
         save_config_kwargs={"overwrite": True},  # in the logger's own directory
         parser_class=cli.file_parser,
         parser_kwargs={"prog": "tying", "version": tying.__version__},
-        args=None if args is None else [*args],
+        args=[*map(_locate_config, sys.argv[1:] if args is None else args)],
         run=run,
     )
 
@@ -246,7 +249,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; mistakes of the user are explained in a paragraph, with exit status 2."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: modules in the current folder can be named
-    given = [*map(_locate_config, sys.argv[1:] if args is None else args)]
+    given = sys.argv[1:] if args is None else [*args]
     try:
         for argument in given:
             check_variables(argument)

@@ -33,8 +33,8 @@ def resolve(model: nn.Module, ties: Sequence[AnyTie]) -> list[TiedGroup]:
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(8, 3), "decoder": nn.Linear(3, 8)})
         >>> [group] = resolve(model, ["encoder.weight ~ decoder.weight | o i -> i o"])
-        >>> group.names
-        ('encoder.weight', 'decoder.weight')
+        >>> group
+        TiedGroup(encoder.weight ~ decoder.weight | o i -> i o, (3, 8))
         >>> [tuple(tensor.shape) for tensor in group.tensors()]
         [(3, 8), (3, 8)]
     """

@@ -94,7 +94,7 @@ class Tie:
 AnyTie = Tie | str | Mapping[str, Any]  # mappings hold Tie's arguments, as in YAML
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TiedGroup:
     """Distinct tensors that are tied; the first one is the source.
 
@@ -112,6 +112,10 @@ class TiedGroup:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __repr__(self) -> str:
+        relation = f" | {self.relation}" if self.relation else ""
+        return f"TiedGroup({' ~ '.join(self.names)}{relation}, {tuple(self.parameters[0].shape)})"
 
     @property
     def relation(self) -> str | None:
