@@ -101,8 +101,7 @@ def _collect(
     text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
-    if hashed.weights:
-        text.append(f"Hashed: {hashed}")
+    text += [f"Hashed: {hashed}"] * bool(hashed.weights)
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
     importances = {
