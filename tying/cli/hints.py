@@ -16,18 +16,8 @@ from tying.mappings import subclasses
 
 PACKAGES = ("tying.callbacks", "tying.models", "tying.data", "tying.soft", "tying.hard", "tying.hashing", "tying.depth")
 SHORT = PACKAGES[:3]  # whose classes need no path
-OPTIONS = ("config", "print_config", "seed_everything", "model", "data", "ckpt_path", "weights_only", "verbose")
-OPTIONS += (
-    "plot",
-    "json",
-    "ckpt",
-    "out",
-    "budget",
-    "steps",
-    "batches",
-    "parameters",
-    "rate",
-)  # of inspect, bake, advise
+OPTIONS = ["config", "print_config", "seed_everything", "model", "data", "ckpt_path", "weights_only", "verbose"]
+OPTIONS += ["plot", "json", "ckpt", "out", "budget", "steps", "batches", "parameters", "rate"]
 
 
 def hint(text: str, places: Sequence[str]) -> str:

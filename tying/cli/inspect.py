@@ -92,8 +92,7 @@ def _collect(
     states = load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
     before = {name for name, _ in model.named_parameters()}
     entries, affected = _examine(model, callbacks, text)
-    strengths = _strengths(model, callbacks, trainer)
-    text += [f"{label}: {sentence}." for label, sentences in strengths.items() for sentence in sentences]
+    strengths = _strengths(model, callbacks, trainer, text)
     free = [
         clean_name(name)
         for name, parameter in model.named_parameters()
@@ -102,8 +101,7 @@ def _collect(
     text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
-    if hashed.weights:
-        text.append(f"Hashed: {hashed}")
+    text += [f"Hashed: {hashed}"] * bool(hashed.weights)
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
     importances = {
@@ -129,14 +127,18 @@ def _collect(
 
 
 def _strengths(
-    model: pl.LightningModule, callbacks: Sequence[pl.Callback], trainer: pl.Trainer | None
+    model: pl.LightningModule,
+    callbacks: Sequence[pl.Callback],
+    trainer: pl.Trainer | None,
+    text: list[RenderableType],
 ) -> dict[str, list[str]]:
-    """Return what the strength of each callback does to the gap of its groups in a step, in words."""
+    """Return what the strength of each callback does to the gap of its groups in a step; append it to ``text``."""
     pulling = [callback for callback in callbacks if isinstance(callback, PenaltyCallback) and callback.ties]
     optimizers = optimizers_of(model, trainer) if pulling else []
     sentences = {
         callback.label: describe_strength(callback, resolve(model, callback.ties), optimizers) for callback in pulling
     }
+    text += [f"{label}: {sentence}." for label, lines in sentences.items() for sentence in lines]
     return {label: lines for label, lines in sentences.items() if lines}
 
 

@@ -23,10 +23,10 @@ class Length:
     estimated_stepping_batches = 1000
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+        self.wrapped = trainer
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)
+        return getattr(self.wrapped, name)
 
 
 def optimizers_of(model: pl.LightningModule, trainer: pl.Trainer | None = None) -> list[Optimizer]:

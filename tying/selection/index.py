@@ -72,7 +72,7 @@ class Names:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-        self._buffers = [name for name, _ in model.named_buffers()]
+        self.buffers = [name for name, _ in model.named_buffers()]
         self.parameters = {clean_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
         # parents before children, the model itself first
         self.modules = {clean_name(n): module for n, module in model.named_modules(remove_duplicate=False)}
@@ -156,7 +156,7 @@ class Names:
             for path, module in self.modules.items()
             for name in (*getattr(module, "parametrizations", ()), *getattr(type(module), "computes", ()))
         )
-        if buffer := next((name for name in self._buffers if pattern.match(name) is not None), None):
+        if buffer := next((name for name in self.buffers if pattern.match(name) is not None), None):
             return f" {buffer!r} is a buffer; ties and patterns take parameters."
         computed = next((n for n in names if n not in self.parameters and pattern.match(n) is not None), None)
         return (

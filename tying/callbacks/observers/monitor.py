@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from tying.callbacks.base import Callback, counted, is_fresh_run, tied_groups
 from tying.callbacks.figures import log_figure
+from tying.errors import check_count
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import is_logging_step
 from tying.selection.tie import TiedGroup
@@ -40,6 +41,7 @@ class TyingMonitor(Callback):
     """
 
     def __init__(self, max_lines: int = 12, prog_bar: bool = False, per_group: bool = False) -> None:
+        check_count("max_lines", max_lines, "[0, inf)")
         self.max_lines, self.prog_bar, self.per_group = max_lines, prog_bar, per_group
         self.steps: list[int] = []
         # pairs of step and gap, by callback and the names of the group's first two weights
