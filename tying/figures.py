@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from tying.extras import extra
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.container import Container
     from matplotlib.figure import Figure
 
 WIDTH = 7.0  # inches, at most: a wider figure is shrunk, with its letters
@@ -59,7 +57,7 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": f"C{number % COLORS}", "linestyle": dash, "marker": marker, "markersize": 4.0}
 
 
-def legend_below(figure: Figure, handles: Sequence[Artist | Container], labels: Sequence[str]) -> None:
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """Add a legend below everything else, in as many columns as fit, and make the figure taller by its rows.
 
     Args:

@@ -170,7 +170,7 @@ def boundary_figure(text: str, boundaries: Tensor) -> "Figure":
     for layer in range(layers):
         positions = boundaries[:, layer].nonzero().flatten()
         heights = -height * (positions // LINE) - 0.35 - 0.5 * layer
-        style = {"color": f"C{layer}", "marker": MARKERS[layer % len(MARKERS)], "markersize": 3}
+        style: dict[str, Any] = {"color": f"C{layer}", "marker": MARKERS[layer % len(MARKERS)], "markersize": 3}
         axes.plot(positions % LINE, heights, linestyle="none", label=f"boundaries of layer {layer + 1}", **style)
     legend_below(figure, *axes.get_legend_handles_labels())
     return figure

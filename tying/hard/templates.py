@@ -318,7 +318,6 @@ def similarity_figure(model: nn.Module) -> "Figure":
         image = axes.imshow(layer_similarity(coefficients).cpu().float().numpy(), vmin=0, vmax=1)
         axes.set(xlabel="number of the layer", ylabel="number of the layer")
         axes.set_title(f"{names[0]} …\n{names[-1]}", fontsize="small")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+        axes.locator_params(integer=True)
     figure.colorbar(image, ax=panels, label="similarity (1: proportional, 0: orthogonal)")
     return figure

@@ -105,7 +105,7 @@ def unrolling_figure(scores: Mapping[int, float], units: str, metric: str) -> "F
     axes.plot([*scores], [*scores.values()], marker="o", label="test")
     axes.axvline(0, color="grey", linewidth=0.8, linestyle="--", label="as in training")
     axes.set(xlabel=f"{units} beyond those of training (number)", ylabel=f"test {metric} ({UNITS[metric]})")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
