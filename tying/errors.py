@@ -74,7 +74,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ConfigurationError(f"{name} must be {expected}, not {value!r}{close and '.' + close}")
 
 
-def check_range(name: str, value: float, interval: str) -> None:
+def check_range(name: str, value: float | str, interval: str) -> None:
     """Raise an error unless the value of an argument lies in an interval.
 
     Args:

@@ -266,7 +266,7 @@ def test_tiles_stand_where_they_belong():
         (lambda: nn.Conv2d(6, 4, 3), lambda: HyperWeight(4, 4, 3), r"cannot be tiled from basic kernels of \(4, 4, 3, 3\)"),
         (lambda: nn.Linear(6, 4), lambda: LowRank(0), "rank must be 1 or more, not 0"),
         (lambda: nn.Linear(6, 4), lambda: LowRankPlusDiagonal(-1), "rank must be 0 or more, not -1"),
-        (lambda: nn.Linear(6, 4), lambda: TemplateBank(0, (2, 2)), "a bank needs 1 template or more"),
+        (lambda: nn.Linear(6, 4), lambda: TemplateBank(0, (2, 2)), "templates must be 1 or more"),
     ],
 )  # fmt: skip
 def test_mistakes(layer, make, told):

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -304,10 +305,13 @@ class PenaltyCallback(TyingCallback):
                 warnings.warn(message, stacklevel=2)
 
 
-def check_strength(name: str, strength: float, update: str) -> None:
+def check_strength(name: str, strength: float | str, update: str) -> None:
     """Raise a ConfigurationError if a strength is negative, or infinite with an update other than the proximal."""
+    if isinstance(strength, str):  # YAML reads 1e-3 as text
+        with suppress(ValueError):
+            strength = float(strength)
     check_range(name, strength, "[0, inf]")
-    if math.isinf(strength) and update != "proximal":
+    if math.isinf(float(strength)) and update != "proximal":
         raise ConfigurationError(f"{name}=inf needs update='proximal'; update={update!r} would diverge")
 
 
