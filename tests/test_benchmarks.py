@@ -154,7 +154,7 @@ def test_a_run_that_fails_is_told(monkeypatch):
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
     assert (
-        "unknown family 'sofd': there is data, depth, growth, hard, hashing, harness, recurrent, scale, soft. Nearest"
+        "unknown family 'sofd': there is data, depth, growth, hard, hashing, harness, imports, recurrent, scale, soft. Nearest"
         in capsys.readouterr().err
     )
 

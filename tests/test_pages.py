@@ -131,6 +131,7 @@ def test_python_runs(page, code):
         assert layer3[1].branch.conv2.weight is layer3[2].branch.conv2.weight
 
 
+@pytest.mark.filterwarnings("ignore:RelaxedTying. anneal ends after")  # of training for one step
 @pytest.mark.parametrize(("page", "text"), blocks_of_pages("yaml", but=["extending", "recipes", "start"]))
 def test_yaml_runs(page, text, tmp_path):
     whole = text if text.startswith("trainer:") else "trainer:\n  callbacks+:\n" + text

@@ -61,7 +61,7 @@ def test_degraded_images_by_hand():
     ("arguments", "told"),
     [
         ({"shrink": 3}, "shrink must divide the images' 32 pixels, not 3"),
-        ({"shrink": 0}, "shrink must divide"),
+        ({"shrink": 0}, "shrink must be 1 or more, not 0"),
         ({"grey": 5}, r"grey must be from 10 \(one a class\) to 4500"),
         ({"grey": 4500}, "grey=4500 leaves no image in colour"),
     ],

@@ -120,6 +120,7 @@ def _summarize(chain: Sequence[BaseException]) -> str:
         of_classes = [text for text in alternatives if "Got value: Namespace(class_path=" not in text]
         alternatives = of_classes or alternatives  # whoever names a class means none of the other types
     alternatives = [text.partition("\nSubclass types expect")[0] for text in alternatives]
+    alternatives = [text for text in alternatives if "Got value: {'init_args':" in text][:1] or alternatives
     if isinstance(cause, ConfigurationError) and not places and (constructed := _constructed(cause)) not in str(cause):
         places.append(constructed)
     text = ": ".join([*places, _in_plain_words("; or: ".join(alternatives))])

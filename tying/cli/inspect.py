@@ -101,7 +101,10 @@ def _collect(
     text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
-    text += [f"Hashed: {hashed}"] * bool(hashed.weights)
+    if hashed.weights:
+        count, _, tables = str(hashed).partition("\n")
+        is_described = any(entry.get("description") == count for entry in entries)
+        text.append(tables if is_described else f"Hashed: {count}\n{tables}")
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
     importances = {
