@@ -23,7 +23,7 @@ from tying.depth.generated_classes import GeneratedType
 from tying.errors import ConfigurationError, listed
 from tying.files import read
 from tying.hard import audit
-from tying.hashing import plot_loads, report
+from tying.hashing import HashReport, plot_loads, report
 from tying.lightning_namespace import pl
 from tying.mixins import kept_beside
 from tying.selection.index import clean_name
@@ -101,10 +101,7 @@ def _collect(
     text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
-    if hashed.weights:
-        count, _, tables = str(hashed).partition("\n")
-        is_described = any(entry.get("description") == count for entry in entries)
-        text.append(tables if is_described else f"Hashed: {count}\n{tables}")
+    text += _describe_hashes(hashed, entries)
     if transforms:
         text.append(f"With {', '.join(type(callback).__name__ for callback in transforms)}: {audited.counts()}")
     importances = {
@@ -127,6 +124,14 @@ def _collect(
         "problems": [*problems, *audited.problems],
         "limits": audited.limits,
     }
+
+
+def _describe_hashes(hashed: HashReport, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the report of hashed weights, without its first line if that is a callback's description."""
+    if not hashed.weights:
+        return []
+    count, _, tables = str(hashed).partition("\n")
+    return [tables if any(entry.get("description") == count for entry in entries) else f"Hashed: {count}\n{tables}"]
 
 
 def _strengths(
