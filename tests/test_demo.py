@@ -103,6 +103,13 @@ def test_mistakes(argument, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, capsys):
+    (tmp_path / "demo").touch()
+    with pytest.raises(SystemExit):
+        main(["demo", f"--out={tmp_path / 'demo'}"])
+    assert f"--out: {tmp_path / 'demo'} cannot be a folder: File exists: give another one" in capsys.readouterr().err
+
+
 def test_an_absent_package_is_named_before_training(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigurationError, match="plots"):

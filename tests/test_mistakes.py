@@ -267,6 +267,10 @@ IN_YAML = {
         "the key 'max_epochs' stands twice, in lines 2 and 3",
     ),
     "a section twice": ("trainer: {}\nmodel: MLP\ntrainer: {}", "the key 'trainer' stands twice, in lines 1 and 3"),
+    "a part in itself": (
+        "trainer: &trainer {callbacks: [*trainer]}",
+        "line 1: this part of the configuration contains its",
+    ),
     "a tab": (
         "trainer:\n\tmax_epochs: 1",
         "line 2, 'max_epochs: 1': found character '\\t' that cannot start any token. Inden",
@@ -362,6 +366,10 @@ IN_COMMANDS = {
         "'${HOME}' is not replaced: environment variables are not read",
     ),
     "a URL": (["--ckpt_path=https://host/a.ckpt"], "is read by fit and test only: download it, and give its path"),
+    "a URL of a configuration": (
+        ["--config=https://host.invalid/a.yaml"],
+        "config: Path does not exist: 'https://host.invalid/a.yaml'",
+    ),
     "a range": (
         ["--trainer.callbacks+=Looping", "--trainer.callbacks.blocks=a", "--trainer.callbacks.passes=0"],
         "Looping: pas",
@@ -391,6 +399,10 @@ def test_an_address_that_cannot_be_read_is_named(path, message, capsys):
     with pytest.raises(SystemExit):
         main(["test", *MODEL, "--data=CIFAR10", f"--ckpt_path={path}"])
     assert message in capsys.readouterr().err
+
+
+def test_an_address_to_bake_is_named(capsys):
+    assert "is an address: download it" in error_of(capsys, "bake", "--ckpt=https://host/a.ckpt", "--out=plain.pt")
 
 
 def test_no_model_is_named(capsys):

@@ -1,6 +1,7 @@
 """Every callback that draws, with every logger that takes figures and with what takes none."""
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,6 +220,16 @@ def test_a_folder_that_cannot_be_written_is_told_and_training_goes_on(picture, t
         trainer = draw(picture, False, default_root_dir=folder)
     assert trainer.state.finished
     assert len({str(warning.message) for warning in warned if "picture" in str(warning.message)}) == 1
+
+
+def test_several_pictures_of_a_run_are_told_of_once(tmp_path):
+    (tmp_path / "file").touch()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        draw("mixture_end", False, default_root_dir=tmp_path / "file")  # after mixture_start
+    assert [str(warning.message).split(",")[0] for warning in warned if "picture" in str(warning.message)] == [
+        "pictures are left out"
+    ]
 
 
 def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):

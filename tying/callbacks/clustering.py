@@ -203,7 +203,7 @@ class WeightClustering(TyingCallback):
                     group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
         self.monitor(pl_module)
         pl.utilities.rank_zero_info(
-            f"WeightClustering: {len(self.names)} weights clustered; a packed file of the model is "
+            f"WeightClustering: {counted(len(self.names), 'weight')} clustered; a packed file of the model is "
             f"{contents(pl_module).rate:.1f} times smaller than its state dict"
         )
 

@@ -89,7 +89,8 @@ def _write(figure: "Figure", folder: Path, name: str) -> None:
             raise
     except OSError as error:
         reason = error.strerror or error
-        warnings.warn(f"pictures are left out, since {folder} cannot be written: {reason}", stacklevel=4)
+        # from this line, so that Python shows it once, however many pictures there are
+        warnings.warn(f"pictures are left out, since {folder} cannot be written: {reason}", stacklevel=1)
     else:
         pl.utilities.rank_zero_info(f"the picture {name} is {path}")
 

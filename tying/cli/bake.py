@@ -1,5 +1,6 @@
 """``tying bake``: export the plain weights of a checkpoint."""
 
+import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def export(
     Raises:
         ConfigurationError: the checkpoint is missing or holds no weights, or needs a configuration.
     """
+    if re.match(r"\w+:/", str(checkpoint)):  # a path has lost one of the slashes
+        raise ConfigurationError(f"--ckpt: {checkpoint} is an address: download it, and give its path")
     content = read(checkpoint, "--ckpt")
     weights = _state_dict(content, checkpoint)
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):

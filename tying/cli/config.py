@@ -108,8 +108,10 @@ def _explain_syntax(content: str, error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, {line!r}: {error.problem}. {remedy}"
 
 
-def _check_node(node: yaml.Node) -> None:
+def _check_node(node: yaml.Node, parents: tuple[yaml.Node, ...] = ()) -> None:
     """Raise a ConfigurationError if a key stands twice in a part of a YAML document, or a value names a variable."""
+    if node in parents:
+        raise ConfigurationError(f"line {node.start_mark.line + 1}: this part of the configuration contains itself")
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -120,10 +122,10 @@ def _check_node(node: yaml.Node) -> None:
                     "replace the former. Put all into one"
                 )
             lines[name] = line
-            _check_node(value)
+            _check_node(value, (*parents, node))
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _check_node(item)
+            _check_node(item, (*parents, node))
     else:
         check_variables(node.value, f"line {node.start_mark.line + 1}: ")
 

@@ -162,8 +162,8 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
         parse: function from arguments to the command line, which has trainer, model and data.
 
     Raises:
-        ConfigurationError: ``epochs`` is not a positive integer, ``out`` holds runs of other settings, or an optional
-            package is missing.
+        ConfigurationError: ``epochs`` is not a positive integer, ``out`` is no folder or holds runs of other settings,
+            or an optional package is missing.
     """
     check_count("epochs", epochs)
     new_figure(1, 1, "")  # without matplotlib, raises before the training
@@ -281,6 +281,10 @@ def _begin(out: Path, settings: dict[str, Any], parse: Callable[[Sequence[str]],
                 "remove this one"
             )
         return str(earlier["precision"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--out: {out} cannot be a folder: {error.strerror}: give another one") from None
     cli = parse([f"--config={CONFIGS}/base.yaml", *QUIET])
     cli.datamodule.setup("fit")
     device = cli.trainer.strategy.root_device

@@ -109,7 +109,8 @@ def _summarize(chain: Sequence[BaseException]) -> str:
         >>> _summarize([outer, inner])
         'data: batch_size must be 1 or more, not 0'
     """
-    cause = next((error for error in chain if isinstance(error, ConfigurationError)), chain[-1])
+    of_arguments = [error for error in chain if not isinstance(error, OSError)]  # which name no address
+    cause = next((error for error in chain if isinstance(error, ConfigurationError)), (of_arguments or chain)[-1])
     head = re.compile(r"""(?:Parser key|Problem with given class_path) ["']([^"']+)["']""")
     places = [*dict.fromkeys(match[1] for error in chain if (match := head.match(str(error))))]
     alternatives = [re.sub(r"^Parser key \S+:\s*", "", str(cause).strip())]

@@ -17,7 +17,7 @@ from tying.soft.strength import describe_factor, gap_factor
 Trained = dict[nn.Parameter, tuple[Optimizer, dict[str, Any]]]  # the optimizer and the parameter group of each weight
 
 
-class Length:
+class FixedLengthTrainer:
     """A Trainer of a given number of steps, for schedules of learning rates: to count them would load the data."""
 
     estimated_stepping_batches = 1000
@@ -36,7 +36,7 @@ def optimizers_of(model: pl.LightningModule, trainer: pl.Trainer | None = None) 
         model: the model, or a copy of it.
         trainer: the trainer; its length of training is not used.
     """
-    stand_in = None if trainer is None else Length(trainer)
+    stand_in = None if trainer is None else FixedLengthTrainer(trainer)
     try:
         if stand_in is not None:
             model.trainer = stand_in  # type: ignore[assignment]  # it has all attributes
