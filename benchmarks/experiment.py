@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import logging
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from benchmarks.report import RESULTS, write_csv
 from benchmarks.suite import Suite
 from benchmarks.summary import curves, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
+from tying.cli.demo import without_notices
 from tying.errors import ConfigurationError
 
 RUNS = Path("runs/suites")
@@ -190,16 +189,7 @@ def _data(given: str | None) -> tuple[list[str], str]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Keep what Lightning has to say to itself."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        nowhere = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    """Silence the notices and warnings of Lightning, and all that is printed."""
+    nowhere = io.StringIO()
+    with without_notices(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        yield

@@ -143,12 +143,12 @@ def _series(plot: Plot, rows: Sequence[Row]) -> Iterator[tuple[str, list[Point]]
         suffix = f", {quantity(metric).name}" if len(plot.metrics) > 1 else ""
         lines = lines_of(rows, plot.lines)
         if plot.lines != "run":
-            for value, found in lines.items():
-                yield f"{plot.lines} {value}{suffix}", _points(plot.x, metric, found)
+            for value, selected in lines.items():
+                yield f"{plot.lines} {value}{suffix}", _points(plot.x, metric, selected)
             continue
         for family, settings in (plot.families or {setting: [setting] for setting in lines}).items():
-            found = [row for setting in settings for row in lines.get(setting, [])]
-            yield f"{family}{suffix}", _points(plot.x, metric, found)
+            selected = [row for setting in settings for row in lines.get(setting, [])]
+            yield f"{family}{suffix}", _points(plot.x, metric, selected)
 
 
 def _points(x: str, y: str, rows: Sequence[Row]) -> list[Point]:

@@ -94,8 +94,8 @@ def unreadable(page, **options):
     """Return what axe finds, of its serious and critical rules."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page, options={"preload": False, **options}).response["violations"]
-    serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    violations = Axe().run(page, options={"preload": False, **options}).response["violations"]
+    serious = [rule for rule in violations if rule["impact"] in ("serious", "critical")]
     return [f"{rule['help']}: {node['html'][:200]}" for rule in serious for node in rule["nodes"]]
 
 

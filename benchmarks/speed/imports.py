@@ -37,5 +37,5 @@ def measure() -> str:
         [f"import {module}", f"{race.median(module):.2f}", race.told(module, peer), peer]
         for module, peer in PEERS.items()
     ]
-    told = f"Processor time of an import, the best of {ROUNDS} new processes; median of {RACES} races (extremes):"
-    return f"{told}\n\n{table(['statement', 's', 'ratio', 'to'], rows)}"
+    title = f"Processor time of an import, the best of {ROUNDS} new processes; median of {RACES} races (extremes):"
+    return f"{title}\n\n{table(['statement', 's', 'ratio', 'to'], rows)}"

@@ -215,8 +215,8 @@ def test_no_run_writes_over_the_pictures_of_another(picture, tmp_path):
 def test_a_folder_that_cannot_be_written_is_told_and_training_goes_on(picture, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "folder"
-    told = f"^pictures are left out, since {folder} cannot be written: Not a directory$"
-    with pytest.warns(UserWarning, match=told) as warned:
+    message = f"^pictures are left out, since {folder} cannot be written: Not a directory$"
+    with pytest.warns(UserWarning, match=message) as warned:
         trainer = draw(picture, False, default_root_dir=folder)
     assert trainer.state.finished
     assert len({str(warning.message) for warning in warned if "picture" in str(warning.message)}) == 1
@@ -252,8 +252,8 @@ def test_a_logger_that_fails_is_told_and_the_picture_is_written(kind, tmp_path):
         def keep(self, figure, name, step):
             raise ConnectionError("no route to host")
 
-    told = r"^Broken has not taken the picture tying_gap \(ConnectionError: no route to host\)$"
-    with pytest.warns(UserWarning, match=told):
+    message = r"^Broken has not taken the picture tying_gap \(ConnectionError: no route to host\)$"
+    with pytest.warns(UserWarning, match=message):
         assert draw("tying_gap", Broken()).state.finished
     assert [*tmp_path.rglob("*.png")] == [tmp_path / "experiment" / "run" / "tying_gap.png"]
 
@@ -262,8 +262,8 @@ def test_a_logger_that_fails_is_told_and_the_picture_is_written(kind, tmp_path):
 def test_without_matplotlib_training_goes_on(picture, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw(picture, False, default_root_dir=tmp_path).state.finished
-    told = "is left out: matplotlib.figure is not installed: pip install 'tying[plots]'"
-    assert f"the picture {picture} {told}" in caplog.messages
+    message = "is left out: matplotlib.figure is not installed: pip install 'tying[plots]'"
+    assert f"the picture {picture} {message}" in caplog.messages
     assert [*tmp_path.iterdir()] == []
 
 

@@ -27,24 +27,24 @@ def model():
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_accuracy_by_steps(tmp_path):
-    own = model()
-    trainer = train(own, [Unrolling([-5, 0, 3])], data=loader(), max_epochs=2)
-    [tested] = trainer.test(own, loader(), verbose=False)
+    net = model()
+    trainer = train(net, [Unrolling([-5, 0, 3])], data=loader(), max_epochs=2)
+    [tested] = trainer.test(net, loader(), verbose=False)
     assert tested["test/steps+0/accuracy"] == pytest.approx(tested["test/accuracy"])
     x, y = loader().dataset.tensors
     for extra, steps in ((-5, 1), (3, 5)):
-        own.network[0].steps = steps
+        net.network[0].steps = steps
         with torch.no_grad():
-            right = (own(x).argmax(dim=1) == y).double().mean()
+            right = (net(x).argmax(dim=1) == y).double().mean()
         assert tested[f"test/steps{extra:+d}/accuracy"] == pytest.approx(float(right))
     assert (tmp_path / "unrolling.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_steps_are_those_of_training_afterwards():
-    own = model()
-    train(own, data=loader(), max_epochs=1, callbacks=[callback := Unrolling([4])]).test(own, loader(), verbose=False)
-    assert own.network[0].steps == 2
+    net = model()
+    train(net, data=loader(), max_epochs=1, callbacks=[callback := Unrolling([4])]).test(net, loader(), verbose=False)
+    assert net.network[0].steps == 2
     assert callback.extra == [4]
 
 
@@ -66,17 +66,17 @@ def evaluate(model, data, extra=(-1, 0, 2)):
 
 
 def test_accuracy_by_passes_of_loops(tmp_path):
-    own = Classifier(nn.Sequential(*(Residual(nn.Linear(5, 5)) for _ in range(3)), MLP([5, 2])), num_classes=2)
-    loop(own, "network.[12]", passes=2)
-    tested = evaluate(own, loader())
+    net = Classifier(nn.Sequential(*(Residual(nn.Linear(5, 5)) for _ in range(3)), MLP([5, 2])), num_classes=2)
+    loop(net, "network.[12]", passes=2)
+    tested = evaluate(net, loader())
     assert tested["test/steps+0/accuracy"] == pytest.approx(tested["test/accuracy"])
     x, y = loader().dataset.tensors
-    [made] = loops_in(own)
+    [made] = loops_in(net)
     assert made.passes == 2
     for extra in (-1, 0, 2):
         made.passes = 2 + extra
         with torch.no_grad():
-            right = (own(x).argmax(dim=1) == y).double().mean()
+            right = (net(x).argmax(dim=1) == y).double().mean()
         assert tested[f"test/steps{extra:+d}/accuracy"] == pytest.approx(float(right))
     assert (tmp_path / "unrolling.png").read_bytes().startswith(b"\x89PNG")
 
@@ -100,17 +100,17 @@ class LanguageModel(pl.LightningModule):
 
 
 def test_loss_by_passes_of_a_language_model_of_transformers():
-    own = LanguageModel()
+    net = LanguageModel()
     tokens = torch.randint(20, (10, 8), generator=torch.Generator().manual_seed(0))
     data = DataLoader([{"input_ids": row, "labels": row} for row in tokens], batch_size=4)
-    Looping("network.transformer.h.[12]", passes=2).apply(own)
-    tested = evaluate(own, data)
+    Looping("network.transformer.h.[12]", passes=2).apply(net)
+    tested = evaluate(net, data)
     assert tested["test/steps+0/loss"] == pytest.approx(tested["test/loss"])
-    [made] = loops_in(own.eval())
+    [made] = loops_in(net.eval())
     for extra in (-1, 2):
         made.passes = 2 + extra
         with torch.no_grad():
-            losses = torch.stack([own(input_ids=row[None], labels=row[None]).loss for row in tokens])
+            losses = torch.stack([net(input_ids=row[None], labels=row[None]).loss for row in tokens])
         assert tested[f"test/steps{extra:+d}/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert len({tested[f"test/steps{extra:+d}/loss"] for extra in (-1, 0, 2)}) == 3
 
@@ -130,10 +130,10 @@ class Stateless(nn.Module):
 
 def test_bits_by_passes_of_a_sequence_model():
     torch.manual_seed(0)
-    own = SequenceModel(Stateless(), size=6, task="language", num_classes=9)
+    net = SequenceModel(Stateless(), size=6, task="language", num_classes=9)
     text = torch.randint(9, (12, 7), generator=torch.Generator().manual_seed(0))
-    loop(own, "network.blocks.*", passes=2)
-    tested = evaluate(own, DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=5))
+    loop(net, "network.blocks.*", passes=2)
+    tested = evaluate(net, DataLoader(TensorDataset(text[:, :-1], text[:, 1:]), batch_size=5))
     assert tested["test/steps+0/bits"] == pytest.approx(tested["test/bits"])
     assert len({tested[f"test/steps{extra:+d}/bits"] for extra in (-1, 0, 2)}) == 3
 

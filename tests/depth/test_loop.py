@@ -52,20 +52,20 @@ def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def differ(found):
+def differ(looping):
     """Give the norms and scales of each pass values of their own."""
     with torch.no_grad():
-        for norm in found.norms:
+        for norm in looping.norms:
             for part in norm.passes:
                 for tensor in (part.weight, part.bias):
                     tensor.add_(torch.randn_like(tensor))
-        for scale in found.scales:
+        for scale in looping.scales:
             scale.uniform_(0.5, 1.5)
 
 
-def by_hand(model, found, x, passes):
+def by_hand(model, looping, x, passes):
     """Compute a chain with a loop by the plain functions of its blocks."""
-    places = [int(name) for name in found.names]
+    places = [int(name) for name in looping.names]
     plain = copy.deepcopy(model)
     unloop(plain)
     for block in plain[: places[0]]:
@@ -74,10 +74,10 @@ def by_hand(model, found, x, passes):
         for place in places:
             block, further = copy.deepcopy(plain[place]), number - 2
             norm = model[place].branch[1]
-            if found.per_pass == "norm" and number > 1:
+            if looping.per_pass == "norm" and number > 1:
                 block.branch[1] = norm.passes[min(further, len(norm.passes) - 1)]
             y = block(x)
-            if found.per_pass == "scale" and number > 1:
+            if looping.per_pass == "scale" and number > 1:
                 scale = model[place].pass_scale
                 y = x + scale[min(further, len(scale) - 1)] * (y - x)
             x = y
@@ -131,54 +131,54 @@ def test_one_pass_is_the_plain_model(per_pass, training):
 def test_any_number_of_passes_later(passes, per_pass):
     model = chain().eval()
     loop(model, "{1..2}", 3, per_pass)
-    found = loops_in(model)[0]
-    differ(found)
-    found.passes = passes
-    torch.testing.assert_close(model(X), by_hand(model, found, X, passes), rtol=1e-13, atol=1e-13)
+    looping = loops_in(model)[0]
+    differ(looping)
+    looping.passes = passes
+    torch.testing.assert_close(model(X), by_hand(model, looping, X, passes), rtol=1e-13, atol=1e-13)
     _, gradients = step(model.train(), X)
     assert all(gradient is not None for gradient in gradients.values())
     used = {number for number in (2, 3) if number <= passes}
-    for norm in found.norms:
+    for norm in looping.norms:
         assert {number for number in (2, 3) if norm.passes[number - 2].weight.grad.any()} == used
-    for scale in found.scales:
+    for scale in looping.scales:
         assert {number for number in (2, 3) if scale.grad[number - 2]} == used
 
 
 def test_new_passes_begin_with_the_former_ones_values():
     model = chain()
     loop(model, "{1..2}", 4, "norm")
-    found = loops_in(model)[0]
-    found.passes = 1
-    for norm in found.norms:
+    looping = loops_in(model)[0]
+    looping.passes = 1
+    for norm in looping.norms:
         nn.init.normal_(norm.weight)
         norm.running_mean.normal_()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found.passes = 2  # as when a run is resumed
+    looping.passes = 2  # as when a run is resumed
     assert_equal(dict(model.state_dict()), before)
-    found.passes = 1
-    found.grow(2)
-    nn.init.normal_(found.norms[0].passes[0].weight)
-    found.grow(6)
-    assert found.passes == 6
-    for norm in found.norms:
+    looping.passes = 1
+    looping.grow(2)
+    nn.init.normal_(looping.norms[0].passes[0].weight)
+    looping.grow(6)
+    assert looping.passes == 6
+    for norm in looping.norms:
         first, *further = norm.passes
         assert_equal(first.running_mean, norm.running_mean)
         assert all(torch.equal(part.weight, first.weight) for part in further)
-    assert not torch.equal(found.norms[0].weight, found.norms[0].passes[0].weight)
-    assert_equal(found.norms[1].weight, found.norms[1].passes[2].weight)
+    assert not torch.equal(looping.norms[0].weight, looping.norms[0].passes[0].weight)
+    assert_equal(looping.norms[1].weight, looping.norms[1].passes[2].weight)
 
 
 def test_new_scales_begin_with_1_or_the_former_pass():
     model = chain()
     loop(model, "1", 4, "scale")
-    found = loops_in(model)[0]
-    found.passes = 1
-    found.scales[0].data.fill_(0.9)  # by weight decay
-    found.grow(2)
-    assert found.scales[0].tolist() == [1.0, 0.9, 0.9]
-    found.scales[0].data[0] = 0.5
-    found.grow(3)
-    assert found.scales[0].tolist() == [0.5, 0.5, 0.9]
+    looping = loops_in(model)[0]
+    looping.passes = 1
+    looping.scales[0].data.fill_(0.9)  # by weight decay
+    looping.grow(2)
+    assert looping.scales[0].tolist() == [1.0, 0.9, 0.9]
+    looping.scales[0].data[0] = 0.5
+    looping.grow(3)
+    assert looping.scales[0].tolist() == [0.5, 0.5, 0.9]
 
 
 @pytest.mark.parametrize("per_pass", KINDS)
@@ -190,7 +190,7 @@ def test_removal_restores_the_model(per_pass):
     assert bool(keys) == bool(per_pass)
     assert [key for key in model.state_dict() if key not in keys] == [*plain.state_dict()]
     step(model, X)
-    assert [(found.names, found.passes) for found in loops_in(model)] == [(("0", "1"), 3), (("4",), 2)]
+    assert [(looping.names, looping.passes) for looping in loops_in(model)] == [(("0", "1"), 3), (("4",), 2)]
     assert unloop(model) == 2
     assert loops_in(model) == []
     assert [*model.state_dict()] == [*plain.state_dict()]
@@ -708,11 +708,11 @@ def test_mistakes_in_use(case):
 
 
 def test_passes_of_a_loop_are_checked():
-    found = loops_in(looped())[0]
-    for change in (lambda: setattr(found, "passes", 0), lambda: found.grow(True - 1), lambda: found.grow(2.0)):
+    looping = loops_in(looped())[0]
+    for change in (lambda: setattr(looping, "passes", 0), lambda: looping.grow(True - 1), lambda: looping.grow(2.0)):
         with pytest.raises(ConfigurationError, match=r"^passes must be an integer, 1 or more, not "):
             change()
-    assert found.passes == 2
+    assert looping.passes == 2
 
 
 @pytest.mark.parametrize(

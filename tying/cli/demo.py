@@ -167,7 +167,7 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
     """
     check_count("epochs", epochs)
     new_figure(1, 1, "")  # without matplotlib, raises before the training
-    with _quiet():
+    with without_notices():
         precision = _begin(out, {"epochs": epochs, "version": tying.__version__}, parse)
         common = [*QUIET, f"--trainer.max_epochs={epochs}", f"--trainer.precision={precision}"]
         results = {}
@@ -313,8 +313,8 @@ def _train(label: str, folder: Path, cli: pl.cli.LightningCLI) -> Result:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what Lightning says of every Trainer."""
+def without_notices() -> Iterator[None]:
+    """Silence the notices and warnings of Lightning."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
