@@ -626,7 +626,7 @@ trainer:
 def test_bake_mistakes(tmp_path, capsys):
     assert "--ckpt: there is no file none.ckpt" in errors(capsys, "bake", "--ckpt=none.ckpt", "--out=a.pt")
     (tmp_path / "text.ckpt").write_text("text")
-    assert "text.ckpt is no checkpoint of tensors and plain types, or is truncated" in errors(
+    assert "text.ckpt is not a checkpoint of tensors and plain types, or is truncated" in errors(
         capsys, "bake", "--ckpt=text.ckpt", "--out=a.pt"
     )
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
@@ -687,7 +687,7 @@ def test_what_is_no_checkpoint_of_lightning(capsys):
         for subcommand in ("fit", "validate", "inspect"):
             told = errors(capsys, subcommand, BASE, *options_of(subcommand), f"--ckpt_path={path}")
             assert told.startswith("tying: error: ckpt_path: ")
-            assert re.search("is no checkpoint of (Lightning|tensors)", told)
+            assert re.search("not a checkpoint of (Lightning|tensors)", told)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -754,7 +754,7 @@ def test_a_run_whose_disk_is_full_goes_on_where_there_is_room(capsys, caplog):
 
 def test_configurations_that_are_no_text(checkpoint, capsys):
     Path("latin.yaml").write_bytes("model: é".encode("latin-1"))
-    assert "latin.yaml: this is no text in UTF-8" in errors(capsys, "fit", "--config=latin.yaml")
+    assert "latin.yaml: not UTF-8 text" in errors(capsys, "fit", "--config=latin.yaml")
     Path("empty.yaml").touch()
     torch.save({"a_extra_state": torch.zeros(1)}, "a.ckpt")
     assert "empty.yaml: the configuration is empty" in errors(

@@ -107,7 +107,7 @@ IN_PYTHON = {
     "a brace": (lambda: fit(SoftTying(["encoder.{i.weight"])), "a lone '{'; captures are written {i}"),
     "a capture": (
         lambda: fit(SoftTying(["encoder.0.bias ~ decoder.{i}.bias"])),
-        "capture {i} stands only in the target",
+        "capture {i} is only in the target",
     ),
     "a model for ties": (
         lambda: tie([TIE], Toy()),
@@ -264,9 +264,9 @@ IN_YAML = {
     "a list": ("- 1", "the configuration holds no keys"),
     "a key twice": (
         "trainer:\n  max_epochs: 1\n  max_epochs: 2",
-        "the key 'max_epochs' stands twice, in lines 2 and 3",
+        "duplicate key 'max_epochs', in lines 2 and 3",
     ),
-    "a section twice": ("trainer: {}\nmodel: MLP\ntrainer: {}", "the key 'trainer' stands twice, in lines 1 and 3"),
+    "a section twice": ("trainer: {}\nmodel: MLP\ntrainer: {}", "duplicate key 'trainer', in lines 1 and 3"),
     "a part in itself": (
         "trainer: &trainer {callbacks: [*trainer]}",
         "line 1: this part of the configuration contains its",
@@ -402,7 +402,7 @@ def test_an_address_that_cannot_be_read_is_named(path, message, capsys):
 
 
 def test_an_address_to_bake_is_named(capsys):
-    assert "is an address: download it" in error_of(capsys, "bake", "--ckpt=https://host/a.ckpt", "--out=plain.pt")
+    assert "is a URL: download it" in error_of(capsys, "bake", "--ckpt=https://host/a.ckpt", "--out=plain.pt")
 
 
 def test_no_model_is_named(capsys):

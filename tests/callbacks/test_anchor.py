@@ -138,7 +138,7 @@ def test_mistakes(make, told):
 
 def test_a_text_is_no_checkpoint(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.txt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"a\.txt is not a checkpoint"):
         train(Toy(), [AnchorTying(S, 1.0, anchor="a.txt")])
 
 

@@ -271,8 +271,8 @@ def test_penalties_merges_and_hashes_are_mappings_too(path):
     ("penalty", "told"),
     [
         ({"delta": 0.5}, r"penalty cannot be {'delta': 0\.5}: .*; write class_path, such as .*Huber.*, and init_args"),
-        ({"class_path": "Hubre"}, r"penalty: class_path 'Hubre' is no Penalty.*Nearest existing names: Huber"),
-        ({"class_path": "tying.soft.Schedule"}, "class_path 'tying.soft.Schedule' is no Penalty"),
+        ({"class_path": "Hubre"}, r"penalty: class_path 'Hubre' is not a Penalty.*Nearest existing names: Huber"),
+        ({"class_path": "tying.soft.Schedule"}, "class_path 'tying.soft.Schedule' is not a Penalty"),
         ({"class_path": "Huber", "init_args": {"dleta": 1}}, "penalty cannot be .*dleta"),
         (["l2"], "unknown penalty"),
     ],
@@ -596,7 +596,7 @@ def test_audit_names_the_tie_of_a_weight_that_stands_twice():
     tie(model, TIES)
     optimizers = [torch.optim.SGD(kernel.parameters(), lr=0.1) for kernel in model.net.kernels]
     told = [problem for problem in audit(model, optimizers).problems if "twice" in problem]
-    assert told[0].startswith("net.kernels.0.weight = net.kernels.1.weight stands twice in the optimizers")
+    assert told[0].startswith("net.kernels.0.weight = net.kernels.1.weight is twice in the optimizers")
 
 
 # Infinite strength and averages of weights
@@ -742,7 +742,7 @@ def test_frozen_weights(kind):
     model.net.kernels.requires_grad_(False)
     before = [kernel.weight.clone() for kernel in model.net.kernels]
     if kind is MixtureTying:
-        with pytest.raises(ConfigurationError, match=r"no one optimizer trains net\.kernels\.0\..*: unfreeze"):
+        with pytest.raises(ConfigurationError, match=r"no single optimizer trains net\.kernels\.0\..*: unfreeze"):
             fit(model, [MAKERS[kind]()])
         return
     fit(model, [MAKERS[kind]()]) if kind not in (SoftTying, Coupling, AnchorTying) else warned(model, kind)

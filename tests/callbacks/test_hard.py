@@ -224,7 +224,10 @@ def test_parametrizations_are_all_or_none():
     ("callback", "told"),
     [
         (HardTying(TIES), "HardTying does not support Sharded: change the model in configure_model"),
-        (WeightClustering(["**.weight"], 2), "WeightClustering does not go with Sharded, which would keep the dense"),
+        (
+            WeightClustering(["**.weight"], 2),
+            "WeightClustering cannot be combined with Sharded, which would keep the dense",
+        ),
     ],
 )
 def test_sharding_strategies_are_refused(callback, told):
@@ -303,7 +306,7 @@ def test_weights_that_several_optimizers_hold():
         def configure_optimizers(self):
             return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.encoder, self.decoder)]
 
-    with pytest.raises(ValueError, match=r"'pair\.0\.weight' stands 2 times in the optimizers"):
+    with pytest.raises(ValueError, match=r"'pair\.0\.weight' is 2 times in the optimizers"):
         train(Two(), [HardTying(["pair.0.weight ~ pair.1.weight"]), Add()], max_epochs=2)
 
 

@@ -562,7 +562,7 @@ def test_a_skipped_block_passes_on_equal_sizes(mode, sizes):
     x, passed = model[0](X, sizes)
     assert torch.equal(x, X)
     assert passed == sizes
-    with pytest.raises(ConfigurationError, match=r"1 \(Sized\) cannot be skipped, since it alone computes output 2"):
+    with pytest.raises(ConfigurationError, match=r"1 \(Sized\) cannot be skipped, since only it computes output 2"):
         model[1](X, sizes)
 
 

@@ -727,7 +727,8 @@ def test_a_changed_class_cannot_be_restored():
     model = looped()
     model[1].__class__ = type("Sharded", (type(model[1]),), {})
     with pytest.raises(
-        ConfigurationError, match=r"^'1' is a Sharded since it is in a loop, which therefore cannot be undo"
+        ConfigurationError,
+        match=r"^the class of '1' has changed to Sharded after the loop was made, which cannot be undo",
     ):
         unloop(model)
 

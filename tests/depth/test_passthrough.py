@@ -148,5 +148,5 @@ def test_inputs_that_are_no_sequences():
     net = PassthroughGRU(3, 5, 2)
     with pytest.raises(ConfigurationError, match=r"inputs are \(steps, batch, 3\), not \(6, 3\)"):
         net(torch.zeros(6, 3))
-    with pytest.raises(ConfigurationError, match="packed sequences are taken by ZoneoutLSTM alone"):
+    with pytest.raises(ConfigurationError, match="only ZoneoutLSTM takes packed sequences"):
         net(torch.nn.utils.rnn.pack_sequence([torch.zeros(6, 3)]))

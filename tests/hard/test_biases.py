@@ -75,7 +75,11 @@ def test_dimensions_copies_and_other_sizes(kind, size):
         (Convolutions, ["0.bias", "1.bias"], "1.bias: only biases of"),
         (lambda: Convolutions(spare=True), ["0.bias", "2.spare.bias"], "'2.spare.bias': .* not at all; one size"),
         (lambda: Convolutions(spare=True), ["nothing"], "nothing"),
-        (lambda: lowered(Convolutions()), ["0.bias"], "0.bias: of layers that are parametrized; untie biases before"),
+        (
+            lambda: lowered(Convolutions()),
+            ["0.bias"],
+            "0.bias: belongs to a layer that is parametrized: untie biases first",
+        ),
     ],
 )
 def test_mistakes_change_nothing(make, patterns, told):

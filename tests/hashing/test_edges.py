@@ -247,9 +247,7 @@ def test_a_table_larger_than_its_weights_is_named(layer, ratio, told):
 )
 def test_hashes_that_fix_their_table_choose_it(hash, count, size):
     assert table_entries(count, None, hash) == size
-    with pytest.raises(
-        ConfigurationError, match=rf"needs a table of {size} entries, table_ratio={size}/{count}, not 1"
-    ):
+    with pytest.raises(ConfigurationError, match=rf"needs a table of {size} slots, table_ratio={size}/{count}, not 1"):
         table_entries(count, 1 / count, hash)
 
 

@@ -148,7 +148,7 @@ class TyingCallback(Callback):
         """Apply the changes of training to a model, so that it can load a state dict from that training."""
 
     def is_needed(self, model: nn.Module) -> bool:
-        """Return whether a model without this callback would not load the model's state dict, or compute otherwise."""
+        """Return whether a model without this callback could not load the state dict, or would compute otherwise."""
         return not derived_by_others(model).keys().isdisjoint(self.replaced(model))
 
     def restore_structure(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -354,7 +354,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:
-        raise ConfigurationError(f"{context} does not go with {holders[0]}, which would keep {content}")
+        raise ConfigurationError(f"{context} cannot be combined with {holders[0]}, which would keep {content}")
 
 
 def warn_if_too_late(trainer: pl.Trainer, context: str, start_epoch: int) -> None:

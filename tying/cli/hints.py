@@ -1,4 +1,4 @@
-"""Hints that follow an error of the command line: the names closest to a wrong one, or what is meant to stand there."""
+"""Hints that follow an error of the command line: the names closest to a wrong one, or what to write instead."""
 
 import re
 from collections.abc import Iterator, Sequence

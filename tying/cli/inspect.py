@@ -257,7 +257,7 @@ def load_checkpoint(
     """
     content = read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=False)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+        raise ConfigurationError(f"ckpt_path: {checkpoint} is not a checkpoint of Lightning: it has no state_dict")
     load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
     states: Mapping[str, Any] = content.get("callbacks", {})
     return states

@@ -37,7 +37,7 @@ SEQUENCE_LAYERS = (
 
 
 class Notices(NamedTuple):
-    """What the blocks of one ``apply_merge`` warn of, once for all."""
+    """The warnings of the blocks of one ``apply_merge``, each given once."""
 
     residual: ResidualNotice
     samples: SampleNotice
@@ -45,7 +45,7 @@ class Notices(NamedTuple):
 
 @dataclass
 class BlockState:
-    """What a block with a merge knows beside its merge.
+    """The state of a block with a merge, beside the merge itself.
 
     Attributes:
         name: the name of the block in the model, and its class.
@@ -87,7 +87,7 @@ def positional_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def first_tensor(parameters: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Return where the first tensor among arguments stands: its position or its name; None if there is none.
+    """Return the position or the name of the first tensor among arguments; None if there is none.
 
     Args:
         parameters: the names of the positional parameters, by which keyword arguments are ordered.
@@ -298,7 +298,7 @@ class BlockBranch(Branch):
         """Raise a ConfigurationError if a skipped block would have to invent an output."""
         if computed := self._further().computed:
             raise ConfigurationError(
-                f"{self.state.name} cannot be skipped, since it alone computes {listed(computed.values())}, which "
+                f"{self.state.name} cannot be skipped, since only it computes {listed(computed.values())}, which "
                 "later blocks or the model may need. Leave it out of blocks, by a leading '!' for example, or use "
                 "mode='row', which computes it for all samples"
             )

@@ -29,8 +29,8 @@ class SampleNotice:
         self.classes.add(type(block).__name__)
         if depends_on_others(compute, x, block):
             warnings.warn(
-                f"{name} returns for one sample what depends on others: each entry of the first dimension of its input "
-                "has a draw, but may not be a sample. If the first dimension is that of positions, use mode='batch'",
+                f"the output of {name} for one sample depends on other samples. Each index of the first dimension gets "
+                "its own draw: if that dimension is not the samples but positions, for example, use mode='batch'",
                 stacklevel=2,
             )
 

@@ -100,7 +100,7 @@ class Hash:
             count = sum(map(math.prod, shapes))
             if (required := self.table_size(count)) not in (None, table_size):
                 raise ConfigurationError(
-                    f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
+                    f"{self} needs a table of {required} slots, table_ratio={required}/{count}, not {table_size}"
                 )
 
     def check_entries(self, entries: int) -> None:

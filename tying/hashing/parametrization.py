@@ -50,7 +50,7 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
     required = hash.table_size(count)
     if required is not None and not 1 <= required <= count:
         raise ConfigurationError(
-            f"{hash} needs a table of {required:,} entries for {count:,} weights, but a table has at least one entry "
+            f"{hash} needs a table of {required:,} slots for {count:,} weights, but a table has at least one slot "
             "and at most one for each weight: change the sizes of the hash or of the layer"
         )
     if ratio is None:
@@ -303,7 +303,7 @@ class HashedParametrization(FollowsDevice):
         return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def extended_slots(self) -> Tensor:
-        """Return indices into ``[table, −table, 0]``; ``−table`` is left out if unsigned, 0 if no weight is zero."""
+        """Return indices into ``[table, −table, 0]``; ``−table`` only if signed, 0 only if a weight is zero."""
         return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def loads(self) -> Tensor:

@@ -41,7 +41,7 @@ def loads(index: Tensor, table_size: int) -> Tensor:
     check_counts(table_size=table_size)
     if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < table_size:
         low, high = int(index.min()), int(index.max())
-        raise ConfigurationError(f"slots from {low} to {high} are not those of a table of {table_size} entries, or −1")
+        raise ConfigurationError(f"slots must be in [-1, {table_size}), not from {low} to {high}")
     return torch.bincount(index[index >= 0], minlength=table_size)
 
 

@@ -155,7 +155,7 @@ def _groups_of(tie: Tie, names: Names) -> list[dict[int, Member]]:
         if tie.relation:
             check(tie.relation, f"tie '{tie}': ")
         if alone := [capture for capture in target.captures if capture not in source.captures]:
-            raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} stands only in the target {tie.target!r}")
+            raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} is only in the target {tie.target!r}")
         if alone := [capture for capture in source.mirrored if capture not in target.captures]:
             raise ConfigurationError(
                 f"tie '{tie}': mirrored capture {{-{alone[0]}}} needs {{{alone[0]}}} in the target"
@@ -216,7 +216,7 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
             remedy = "give a relation that fits, or exclude one of them"
             hint = f"the relation {fitting!r} would fit" if fitting else remedy
             raise ConfigurationError(
-                f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
+                f"tie '{tie}': {first.name!r} and {match.name!r} do not fit: {error}; {hint}"
             ) from None
         # map between parameters, whose layouts may differ from the layouts of the weights
         between = first.layout.then(relation).then(match.layout.inverse())

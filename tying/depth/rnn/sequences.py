@@ -20,7 +20,7 @@ def steps_first(x: Tensor | PackedSequence, features: int, batch_first: bool = F
         torch.Size([5, 2, 3])
     """
     if isinstance(x, PackedSequence):
-        raise ConfigurationError("packed sequences are taken by ZoneoutLSTM alone: pad these, and mask the loss")
+        raise ConfigurationError("only ZoneoutLSTM takes packed sequences: pad them, and mask the loss")
     if x.ndim != 3 or x.shape[2] != features:
         axes = "batch, steps" if batch_first else "steps, batch"
         raise ConfigurationError(f"inputs are ({axes}, {features}), not {tuple(x.shape)}")
