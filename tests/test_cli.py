@@ -767,7 +767,7 @@ def test_bake_says_what_weights_alone_do_not(capsys):
     [checkpoint] = Path("runs").glob("*/*/checkpoints/*.ckpt")
     capsys.readouterr()
     main(["bake", f"--ckpt={checkpoint}", "--out=a.pt"])
-    assert "Note: these are weights alone, and were trained with StochasticDepth(keep=0.5" in capsys.readouterr().out
+    assert "Note: the file holds only weights, trained with StochasticDepth(keep=0.5" in capsys.readouterr().out
 
 
 def test_inspect_tells_what_is_computed(capsys):

@@ -365,7 +365,10 @@ IN_COMMANDS = {
         ["--trainer.default_root_dir=${HOME}"],
         "'${HOME}' is not replaced: environment variables are not read",
     ),
-    "a URL": (["--ckpt_path=https://host/a.ckpt"], "only fit and test read a URL such as https://host/a.ckpt: download it"),
+    "a URL": (
+        ["--ckpt_path=https://host/a.ckpt"],
+        "only fit and test read a URL such as https://host/a.ckpt: download it",
+    ),
     "a URL of a configuration": (
         ["--config=https://host.invalid/a.yaml"],
         "config: Path does not exist: 'https://host.invalid/a.yaml'",

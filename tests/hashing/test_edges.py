@@ -217,17 +217,17 @@ class Fixed(Hash):
             r"ToeplitzHash\(in_channels=3, out_channels=5, input_size=\(1, 1\), kernel_size=\(3, 3\), .*\) needs a table of "
             "135 entries for 15 weights, but .* at most one for each weight: change the sizes",
         ),
-        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed()), r"Fixed\(entries=7\) needs a table of 7 entries for 6"),
-        (lambda ratio: HashedConv2d(3, 2, 1, table_ratio=ratio, hash=Fixed()), "7 entries for 6 weights"),
-        (lambda ratio: HashedEmbedding(3, 2, table_ratio=ratio, hash=Fixed()), "7 entries for 6 weights"),
+        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed()), r"Fixed\(entries=7\) needs a table of 7 slots for 6"),
+        (lambda ratio: HashedConv2d(3, 2, 1, table_ratio=ratio, hash=Fixed()), "7 slots for 6 weights"),
+        (lambda ratio: HashedEmbedding(3, 2, table_ratio=ratio, hash=Fixed()), "7 slots for 6 weights"),
         (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed(0)), "0 entries for 6 weights"),
         (
             lambda ratio: hash_weights(nn.Sequential(nn.Linear(3, 2)), ["0.weight"], ratio, Fixed()),
-            "7 entries for 6 weights",
+            "7 slots for 6 weights",
         ),
         (
             lambda ratio: hash_weights(nn.Sequential(nn.Linear(3, 2)), ["0.weight"], ratio, Fixed(), scope="network"),
-            "7 entries for 6 weights",
+            "7 slots for 6 weights",
         ),
     ],
 )  # fmt: skip

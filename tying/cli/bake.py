@@ -83,13 +83,13 @@ def _print_notes(states: Mapping[str, Any]) -> None:
         merges = str(state.get("merges")) if callback.startswith("ResidualMerging") else ""
         if merges and "scale='train'" not in merges and "schedule=early" not in merges:
             print(
-                f"Note: these are weights alone, and were trained with {merges}: a plain model without\n"
-                "such merges, which also scale the branches that they keep, computes something else from them."
+                f"Note: the file holds only weights, trained with {merges}. These merges also scale the\n"
+                "branches that they keep: a plain model without them computes something else."
             )
         if callback.startswith("Looping") and (passes := state["passes"] or 1) > 1:
             print(
-                f"Note: these are weights alone, and were trained with {passes} passes ({callback}): a plain model,\n"
-                "which runs the blocks once, computes something else from them."
+                f"Note: the file holds only weights, trained with {passes} passes ({callback}). A plain model\n"
+                "runs the blocks once, and computes something else."
             )
 
 
