@@ -369,7 +369,7 @@ def test_inspect_as_json(capsys):
 def test_inspect_tells_what_a_hash_does(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
     told = capsys.readouterr().out
-    assert told.count("3 weights (198,800 values) share a table of 19,880 entries (ratio 0.1)") == 1
+    assert told.count("3 weights (198,800 values) share a table of 19,880 slots (ratio 0.1)") == 1
     assert "table of 19,880: entropy of loads 9.8975, of probabilities 9.8975, at most 9.8975 nats" in told
     assert "\n  network.1.weight (200, 784): 156,800 values from 19,880, structured" in told
     assert "\n  network.7.weight (10, 200): 2,000 values from 19,880, structured" in told
@@ -392,7 +392,7 @@ def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
     Path("hashed.yaml").write_text(HASHED)
     main(["inspect", "--config=hashed.yaml", "--plot=loads.png"])
     told = capsys.readouterr().out
-    assert "Hashed: 1 weight (80 values) has a table of 20 entries (ratio 0.25)" in told
+    assert "Hashed: 1 weight (80 values) has a table of 20 slots (ratio 0.25)" in told
     assert "table of 20: entropy of loads 2.9957, of probabilities 2.9957, at most 2.9957 nats" in told
     assert "  network.weight (10, 8): 80 values from 20, structured; only 5 of 10 units are distinct" in told
     assert Path("loads.png").read_bytes().startswith(b"\x89PNG")

@@ -294,7 +294,7 @@ def test_bake_says_that_weights_alone_do_not_repeat_blocks(tmp_path, capsys):
     for looping, said in ((callback(), True), (callback(passes=1), False)):
         fit(Blocks(), looping, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
         export(tmp_path / "a.ckpt", tmp_path / "a.pt", [], lambda configs: None)
-        note = "Note: the file holds only weights, trained with 2 passes (Looping{'blocks': 'blocks.[12]'}): a plain"
+        note = "Note: the file holds only weights, trained with 2 passes (Looping{'blocks': 'blocks.[12]'}). A plain"
         assert (note in capsys.readouterr().out) == said
 
 

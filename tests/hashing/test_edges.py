@@ -29,7 +29,7 @@ from tying.hashing import (
     table_loads,
 )
 from tying.hashing import parametrization as hashing_parametrization
-from tying.hashing.parametrization import STORED, table_entries
+from tying.hashing.parametrization import STORED, table_slots
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def test_tables_beyond_the_slots_are_refused(hash, index, monkeypatch):
     )
     HashedLinear(50, 40, **small)
     HashedLinear(50, 40, **largest)  # with zero: 1,000
-    words = r"the index needs [\d,]+ slots .* which address 1,000: lower table_ratio, or use several tables"
+    words = r"the index must address [\d,]+ values .* 32 bits address 1,000: lower table_ratio, or use several tables"
     for refuse in (
         lambda: HashedLinear(50, 40, **large),
         lambda: HashedEmbedding(50, 40, **large),
@@ -246,9 +246,9 @@ def test_a_table_larger_than_its_weights_is_named(layer, ratio, told):
     ],
 )
 def test_hashes_that_fix_their_table_choose_it(hash, count, size):
-    assert table_entries(count, None, hash) == size
+    assert table_slots(count, None, hash) == size
     with pytest.raises(ConfigurationError, match=rf"needs a table of {size} slots, table_ratio={size}/{count}, not 1"):
-        table_entries(count, 1 / count, hash)
+        table_slots(count, 1 / count, hash)
 
 
 @pytest.mark.parametrize("scope", ["layer", "network"])

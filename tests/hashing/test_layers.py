@@ -400,7 +400,7 @@ def test_mistakes_of_types():
         HashedLinear(4, 4, hash=UniformHash(1.5))
     with pytest.raises(ConfigurationError, match=r"IdentityHash\(\).slot returned torch.int64 from 0 to 3"):
         HashedParametrization((2, 2), 2, IdentityHash())
-    with pytest.raises(ConfigurationError, match="a weight of no entries cannot be hashed"):
+    with pytest.raises(ConfigurationError, match="an empty weight cannot be hashed"):
         HashedParametrization((0, 2), 2, UniformHash())
 
 

@@ -149,7 +149,7 @@ def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
 
     Args:
         source: an index that is not stored.
-        size: number of table entries.
+        size: number of slots.
         name: name of the hash, for the warning.
 
     Warns:
