@@ -706,7 +706,7 @@ def test_penalties_on_real_weights_refuse_complex_ones(penalty):
         ),
         (
             lambda: WeightClustering(["first"], 2),
-            r"^WeightClustering: 'first' is of torch\.complex64, and only real",
+            r"^WeightClustering: 'first' is torch\.complex64, and only real",
         ),
         (
             lambda: SoftTying(["first ~ net.first.weight"]),
@@ -724,7 +724,7 @@ def test_integers_are_refused(kind):
     model = Trained()
     model.net.kernels[0].weight = nn.Parameter(torch.ones(6, 6, 1, 1, dtype=torch.int8), requires_grad=False)
     with pytest.raises(
-        ConfigurationError, match=rf"^{kind.__name__}: 'net\.kernels\.0\.weight' is of torch\.int8, and only real"
+        ConfigurationError, match=rf"^{kind.__name__}: 'net\.kernels\.0\.weight' is torch\.int8, and only real"
     ):
         fit(model, [MAKERS[kind]()])
 

@@ -215,12 +215,12 @@ class Fixed(Hash):
                 3, 5, table_ratio=ratio, hash=ToeplitzHash(3, 5, input_size=1, kernel_size=3, padding=1)
             ),
             r"ToeplitzHash\(in_channels=3, out_channels=5, input_size=\(1, 1\), kernel_size=\(3, 3\), .*\) needs a table of "
-            "135 entries for 15 weights, but .* at most one for each weight: change the sizes",
+            "135 slots for 15 weights, but .* at most one for each weight: change the sizes",
         ),
         (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed()), r"Fixed\(entries=7\) needs a table of 7 slots for 6"),
         (lambda ratio: HashedConv2d(3, 2, 1, table_ratio=ratio, hash=Fixed()), "7 slots for 6 weights"),
         (lambda ratio: HashedEmbedding(3, 2, table_ratio=ratio, hash=Fixed()), "7 slots for 6 weights"),
-        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed(0)), "0 entries for 6 weights"),
+        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed(0)), "0 slots for 6 weights"),
         (
             lambda ratio: hash_weights(nn.Sequential(nn.Linear(3, 2)), ["0.weight"], ratio, Fixed()),
             "7 slots for 6 weights",

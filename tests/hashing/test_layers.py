@@ -281,7 +281,7 @@ def test_what_torch_cannot_compile_is_computed_slowly(monkeypatch):
 
     monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
     layer = HashedLinear(6, 4, False, 0.25, Listed(), index="computed")
-    with pytest.warns(UserWarning, match=r"Listed\(\) is computed without compilation, hence slowly: "):
+    with pytest.warns(UserWarning, match=r"Listed\(\) is computed slowly, without compilation: "):
         weight = layer.weight
     assert torch.equal(weight, layer.table[torch.arange(24) % 6].view(4, 6))
 
