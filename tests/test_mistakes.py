@@ -54,6 +54,13 @@ def with_norms():
     return model
 
 
+def mlps():
+    """Two blocks of two layers of unequal shapes, and two stages of unequal widths."""
+    blocks = [nn.ModuleDict({"fc1": nn.Linear(4, 8), "fc2": nn.Linear(8, 4)}) for _ in range(2)]
+    stages = [nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for width in (4, 8)]
+    return nn.ModuleDict({"blocks": nn.ModuleList(blocks), "stages": nn.ModuleList(stages)})
+
+
 class Misspelt(SoftTyingMixin, Toy):
     soft_tying = {"ties": [TIE], "strenght": 0.1}  # noqa: RUF012
 
@@ -91,6 +98,38 @@ IN_PYTHON = {
     ),
     "one weight": (lambda: fit(SoftTying([V])), "only 'encoder.0.weight' is in it. Name two different tensors"),
     "no relation": (lambda: fit(HardTying([f"{V} ~ {W}"])), "the relation 'o i -> i o' would fit"),
+    "unequal shapes": (
+        lambda: resolve(mlps(), ["blocks.*.fc?.weight"]),
+        "given; write 'blocks.*.fc{i}.weight': one group of equal shapes for each capture",
+    ),
+    "unequal shapes of a range": (
+        lambda: resolve(mlps(), ["blocks.{0..1}.fc[12].weight"]),
+        "write 'blocks.{0..1}.fc{i}.weight': one group",
+    ),
+    "unequal shapes of ranges": (
+        lambda: resolve(mlps(), ["stages.{0..1}.*.weight"]),
+        "write 'stages.{i:0..1}.*.weight': one group",
+    ),
+    "unequal shapes of two": (
+        lambda: resolve(Toy(), ["[ed]*coder.[02].weight"]),
+        "write one tie for each shape, or exclude one of them",
+    ),
+    "a transposed weight": (
+        lambda: resolve(mlps(), ["blocks.0.fc?.weight"]),
+        "a relation needs a target: write 'blocks.0.fc1.weight ~ blocks.0.fc2.weight | o i -> i o'",
+    ),
+    "unequal shapes on one side": (
+        lambda: resolve(mlps(), ["blocks.0.fc?.weight ~ blocks.1.fc1.weight"]),
+        "write one tie for each shape, or exclude one of them",
+    ),
+    "a relation alone": (
+        lambda: resolve(Toy(), [f"{V} | o i -> i o"]),
+        "needs a target: write 'encoder.0.weight ~ target | o i -> i o'",
+    ),
+    "a mirrored capture alone": (
+        lambda: resolve(Toy(), ["encoder.{-i}.weight"]),
+        "needs a target: write 'encoder.{-i}.weight ~ target'",
+    ),
     "axes for kernels": (
         lambda: fit(HardTying([f"{V} ~ {W} | o i h w -> i o h w"])),
         "is for 4-dimensional weights, and the",
@@ -289,6 +328,7 @@ IN_YAML = {
         "trainer: {max_epoch: 1}",
         "there is no option 'trainer.max_epoch'. Nearest existing names: trainer.max_e",
     ),
+    "an optimizer": ("optimizer: Adam", "there is no option 'optimizer'. The model makes its optimizer; those of"),
     "a section": ("callbacks: []", "there is no option 'callbacks'. Nearest existing names: trainer.callbacks."),
     "a number": ("trainer: {max_epochs: many}", "trainer.max_epochs: Expected an integer. Got value: many"),
     "a class": (callback("tying.callbacks.SoftTyin", ""), "Nearest existing names: tying.callbacks.SoftTying."),
@@ -354,6 +394,19 @@ def test_a_mistake_in_a_file_is_named_with_the_file(mistake, capsys, monkeypatch
 MODEL = ["--seed_everything=0", "--trainer.logger=false", "--model=Autoencoder", "--model.sizes=[8, 4]"]
 IN_COMMANDS = {
     "a trainer's option": (["--trainer.max_epohcs=3"], "Nearest existing names: --trainer.max_epochs"),
+    "an optimizer": (
+        ["--optimizer=Adm"],
+        "The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw.",
+    ),
+    "an optimizer's class": (["--optimizer=torch.optim.Adam"], "--optimizer=torch.optim.Adam. The model makes its opt"),
+    "a schedule": (
+        ["--lr_scheduler.class_path=StepLR"],
+        "StepLR. The model makes its optimizer; those of this package",
+    ),
+    "an optimizer of the model": (
+        ["--model=Classifier", "--model.network=tying.models.ResNet", "--model.optimizer=adm"],
+        "optimizer: Expected 'sgd' or 'adamw'. Got value: adm",
+    ),
     "an option": (["--confg=a.yaml"], "unrecognized arguments: --confg=a.yaml. Nearest existing names: --config"),
     "a file without an option": (["own.yaml"], "unrecognized arguments: own.yaml. Write --config own.yaml."),
     "a file's name": (["--config=onw.yaml"], "onw.yaml'. Nearest existing names: own.yaml."),

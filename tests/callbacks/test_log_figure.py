@@ -4,6 +4,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import lightning.pytorch as pl
 import matplotlib
@@ -265,6 +266,37 @@ def test_without_matplotlib_training_goes_on(picture, tmp_path, monkeypatch, cap
     message = "is left out: matplotlib.figure is not installed: pip install 'tying[plots]'"
     assert f"the picture {picture} {message}" in caplog.messages
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_broken_matplotlib_does_not_end_training(tmp_path, monkeypatch, caplog):
+    broken = ModuleType("matplotlib.figure")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", broken)
+    assert draw("tying_gap", False, default_root_dir=tmp_path).state.finished
+    [line] = [message for message in caplog.messages if "picture" in message]
+    assert line.startswith("the picture tying_gap is left out: a package of tying[plots] is broken: cannot import name")
+    assert line.endswith(": pip install --force-reinstall 'tying[plots]'")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_broken_part_that_writes_does_not_end_training(tmp_path, monkeypatch, caplog):
+    def fail(figure, path, **_):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    assert draw("tying_gap", False, default_root_dir=tmp_path).state.finished
+    assert "the picture tying_gap is left out: numpy.core.multiarray failed to import" in caplog.messages
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("has_logger", [False, True])
+def test_an_address_in_place_of_the_folder_is_told(has_logger, caplog):
+    address = "memory://bucket/runs"
+    logger = CSVLogger(address, name="first", version=0) if has_logger else False
+    assert draw("tying_gap", logger, default_root_dir=address).state.finished
+    [line] = [message for message in caplog.messages if "picture" in message]
+    folder = f"{address}/first/version_0" if has_logger else address
+    assert line.startswith(f"the picture tying_gap is left out: {folder} is no local folder: add a logger that takes")
+    assert not Path("memory:").exists()
 
 
 def test_a_machine_without_a_screen_draws(tmp_path, monkeypatch):

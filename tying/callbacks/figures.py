@@ -1,5 +1,6 @@
 """Hand pictures to the trainer's loggers, or write them into the run's folder."""
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ def log_figure(trainer: pl.Trainer, draw: "Callable[[], Figure]", name: str) -> 
     file: the next ones are ``<name>-v1.png``, ``<name>-v2.png`` and so on.
 
     Only the first process draws, and none does with ``fast_dev_run``. Training goes on if a logger or the folder fails,
-    or if matplotlib is not installed; one line says so.
+    if the folder is an address such as ``s3://bucket``, or if matplotlib is not installed or broken; one line says so.
 
     Args:
         trainer: the trainer, in training or testing.
@@ -34,26 +35,31 @@ def log_figure(trainer: pl.Trainer, draw: "Callable[[], Figure]", name: str) -> 
         return
     try:
         figure = draw()
-    except ConfigurationError as error:
+        taken = [_hand_over(logger, figure, name, trainer.global_step) for logger in trainer.loggers]
+        if not any(taken):
+            _write(figure, run_folder(trainer), name)
+    except (ConfigurationError, ImportError) as error:  # matplotlib imports parts of itself when it writes
         pl.utilities.rank_zero_info(f"the picture {name} is left out: {error}")
-        return
-    taken = [_hand_over(logger, figure, name, trainer.global_step) for logger in trainer.loggers]
-    if not any(taken):
-        _write(figure, run_folder(trainer), name)
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
     """Return the folder of a run: its logger's, of this version, or else the trainer's ``default_root_dir``.
 
     Call it in the first process: others may not know the logger's version.
+
+    Raises:
+        ConfigurationError: the folder is an address, such as ``s3://bucket``.
     """
-    if folder := next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None):
-        return Path(folder)
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    logger = trainer.loggers[0]  # as for ModelCheckpoint
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    folder = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), trainer.default_root_dir)
+    if trainer.loggers and not any(logger.log_dir for logger in trainer.loggers):
+        logger = trainer.loggers[0]  # as for ModelCheckpoint
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = os.path.join(logger.save_dir or folder, str(logger.name), version)
+    if "://" in str(folder):
+        raise ConfigurationError(
+            f"{folder} is no local folder: add a logger that takes figures, such as of TensorBoard"
+        )
+    return Path(folder)
 
 
 def _hand_over(logger: Any, figure: "Figure", name: str, step: int) -> bool:
@@ -84,7 +90,7 @@ def _write(figure: "Figure", folder: Path, name: str) -> None:
         path = _new_file(folder, name)
         try:
             save_figure(figure, path)
-        except OSError:
+        except (OSError, ImportError):
             path.unlink()
             raise
     except OSError as error:

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from tying.cli.bake import bake_parser
 from tying.cli.demo import demo_parser
+from tying.cli.hints import of_optimizer
 from tying.errors import ConfigurationError, nearest
 from tying.lightning_namespace import pl
 
@@ -53,7 +54,7 @@ class Parser(pl.cli.LightningArgumentParser):
         options = {*known, *(key.partition(".")[0] for key in known)}
         for key in dict(parsed.items()):
             if not any(key == option or key.startswith(f"{option}.") for option in known):
-                raise ConfigurationError(f"there is no option {key!r}.{nearest(key, options)}")
+                raise ConfigurationError(f"there is no option {key!r}.{of_optimizer(key) or nearest(key, options)}")
 
 
 class SectionsParser(Parser):

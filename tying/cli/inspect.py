@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
 
 from tying.callbacks import AnchorTying, TyingCallback
 from tying.callbacks.anchor import describe_importance
@@ -56,7 +55,7 @@ def inspect(
     """
     if plot is not None and plot.is_dir():
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
-    model, text = copy.deepcopy(model), list[RenderableType]()
+    model, text = copy.deepcopy(model), list[str]()
     try:
         with torch.random.fork_rng(devices=[]):
             document = _collect(model, callbacks, checkpoint, weights_only, trainer, text)
@@ -66,10 +65,7 @@ def inspect(
             plot_loads(model, plot)
     finally:
         for part in [] if json else text:
-            if isinstance(part, str):
-                print(part)
-            else:
-                Console().print(part, highlight=False)
+            print(part)
     if json:  # in JSON there is no NaN nor infinity
         print(dumps(loads(dumps(document), parse_constant=lambda name: None), indent=2))
 
@@ -80,7 +76,7 @@ def _collect(
     checkpoint: Path | None,
     weights_only: bool | None,
     trainer: pl.Trainer | None,
-    text: list[RenderableType],
+    text: list[str],
 ) -> dict[str, Any]:
     """Return the report of :func:`inspect` as plain types; append it as text to ``text``, up to an error."""
     model.configure_model()
@@ -138,7 +134,7 @@ def _strengths(
     model: pl.LightningModule,
     callbacks: Sequence[pl.Callback],
     trainer: pl.Trainer | None,
-    text: list[RenderableType],
+    text: list[str],
 ) -> dict[str, list[str]]:
     """Return what the strength of each callback does to the gap of its groups in a step; append it to ``text``."""
     pulling = [callback for callback in callbacks if isinstance(callback, PenaltyCallback) and callback.ties]
@@ -160,7 +156,7 @@ def effective_callbacks(model: pl.LightningModule, callbacks: Sequence[pl.Callba
 
 
 def _examine(
-    model: pl.LightningModule, callbacks: Sequence[pl.Callback], text: list[RenderableType]
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], text: list[str]
 ) -> tuple[list[dict[str, Any]], set[int]]:
     """Let callbacks change the model, transforms first as in training; append to ``text`` which weights each affects.
 
@@ -184,7 +180,7 @@ def _examine(
                 entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
                 if isinstance(callback, ModelTransform):
                     if groups:
-                        text.append(summary(rows, summary_lines(model, groups), max_rows=None))
+                        text.append(summary(rows, summary_lines(model, groups, callbacks), max_rows=None))
                     callback.apply(model)
                     if not groups:
                         entries[callback]["description"] = callback.describe(model)
@@ -200,9 +196,8 @@ def _examine(
     for callback in tying:
         callback.check_conflicts(model, callbacks)
     if pulled or not any(isinstance(callback, ModelTransform) for callback in tying):
-        text.append(
-            summary([row for row, _ in pulled], summary_lines(model, [group for _, group in pulled]), max_rows=None)
-        )
+        lines = summary_lines(model, [group for _, group in pulled], callbacks)
+        text.append(summary([row for row, _ in pulled], lines, max_rows=None))
     affected = {callback: callback.affected(model) for callback in tying}
     return (
         [{**entry, "affects": [*affected[callback]]} for callback, entry in entries.items()],
@@ -211,7 +206,7 @@ def _examine(
 
 
 def _match_ties(
-    model: pl.LightningModule, callback: TyingCallback, text: list[RenderableType]
+    model: pl.LightningModule, callback: TyingCallback, text: list[str]
 ) -> tuple[list[dict[str, Any]], Sequence[TiedGroup]]:
     """Return how many weights each tie of a callback matches, and the groups; append the former to ``text``."""
     if isinstance(callback, ModelTransform) and callback.is_applied(model):  # by the model itself
