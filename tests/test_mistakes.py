@@ -296,7 +296,7 @@ def callback(name, arguments):
 
 
 OWN = "own.yaml: "  # the file of each text below
-BELOW = "Option 'class_path' is not accepted. The arguments of a class stand below init_args"
+BELOW = "Option 'class_path' is not accepted. The arguments of a class belong under init_args"
 IN_YAML = {
     "an empty file": ("", "the configuration is empty: write keys and values, such as trainer: {max_epochs: 3}"),
     "a comment": ("# nothing", "the configuration is empty"),

@@ -39,7 +39,7 @@ def log_figure(trainer: pl.Trainer, draw: "Callable[[], Figure]", name: str) -> 
         if not any(taken):
             _write(figure, run_folder(trainer), name)
     except (ConfigurationError, ImportError) as error:  # matplotlib imports parts of itself when it writes
-        pl.utilities.rank_zero_info(f"the picture {name} is left out: {error}")
+        pl.utilities.rank_zero_info(f"the picture {name} is not drawn: {error}")
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -57,7 +57,7 @@ def run_folder(trainer: pl.Trainer) -> Path:
         folder = os.path.join(logger.save_dir or folder, str(logger.name), version)
     if "://" in str(folder):
         raise ConfigurationError(
-            f"{folder} is no local folder: add a logger that takes figures, such as of TensorBoard"
+            f"{folder} is not a local folder: add a logger that takes figures, such as TensorBoardLogger"
         )
     return Path(folder)
 
@@ -79,7 +79,7 @@ def _hand_over(logger: Any, figure: "Figure", name: str, step: int) -> bool:
             return False
     except Exception as error:  # of any package, or of the network
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{type(logger).__name__} has not taken the picture {name} ({reason})", stacklevel=4)
+        warnings.warn(f"{type(logger).__name__} could not log the picture {name} ({reason})", stacklevel=4)
         return False
     return True
 
@@ -96,7 +96,7 @@ def _write(figure: "Figure", folder: Path, name: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         # from this line, so that Python shows it once, however many pictures there are
-        warnings.warn(f"pictures are left out, since {folder} cannot be written: {reason}", stacklevel=1)
+        warnings.warn(f"pictures are not saved, since {folder} cannot be written: {reason}", stacklevel=1)
     else:
         pl.utilities.rank_zero_info(f"the picture {name} is {path}")
 

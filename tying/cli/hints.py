@@ -121,7 +121,7 @@ def _of_list(value: str, places: Sequence[str]) -> str:
 
 
 def _of_class_path(name: str, places: Sequence[str]) -> str:
-    return " The arguments of a class stand below init_args, beside class_path."
+    return " The arguments of a class belong under init_args, beside class_path."
 
 
 HINTS = {  # by a pattern of the message, whose group is the wrong name

@@ -248,7 +248,7 @@ def load_checkpoint(
     """Let callbacks change a model as in training, load the weights of a checkpoint, and return its callbacks' states.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Lightning, or does not fit.
+        ConfigurationError: the file is not a checkpoint of Lightning, or does not fit.
     """
     content = read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=False)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):

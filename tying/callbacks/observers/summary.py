@@ -24,7 +24,7 @@ UNLIMITED = 10_000  # columns: wider than any table
 class TyingSummary(Callback):
     """Print, when training starts, which weights are tied or computed, and how much memory that saves.
 
-    The summary follows the lines in which each callback says what it does, wherever this callback stands.
+    The summary follows the lines in which each callback says what it does, wherever this callback is in the list.
 
     Args:
         max_rows: how many groups to list.
