@@ -273,7 +273,9 @@ def test_a_broken_matplotlib_does_not_end_training(tmp_path, monkeypatch, caplog
     monkeypatch.setitem(sys.modules, "matplotlib.figure", broken)
     assert draw("tying_gap", False, default_root_dir=tmp_path).state.finished
     [line] = [message for message in caplog.messages if "picture" in message]
-    assert line.startswith("the picture tying_gap is left out: a package of tying[plots] is broken: cannot import name")
+    assert line.startswith(
+        "the picture tying_gap is not drawn: a package of tying[plots] is broken: cannot import name"
+    )
     assert line.endswith(": pip install --force-reinstall 'tying[plots]'")
     assert [*tmp_path.iterdir()] == []
 
@@ -284,7 +286,7 @@ def test_a_broken_part_that_writes_does_not_end_training(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Figure, "savefig", fail)
     assert draw("tying_gap", False, default_root_dir=tmp_path).state.finished
-    assert "the picture tying_gap is left out: numpy.core.multiarray failed to import" in caplog.messages
+    assert "the picture tying_gap is not drawn: numpy.core.multiarray failed to import" in caplog.messages
     assert [*tmp_path.iterdir()] == []
 
 
