@@ -13,7 +13,7 @@ from tying.depth import Merge, Recurrent
 from tying.depth.generated_classes import GeneratedType
 from tying.errors import check_count
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import callbacks_of
+from tying.lightning_workarounds import callbacks_of, set_callbacks
 from tying.selection.tie import TiedGroup
 from tying.soft import gap
 from tying.weights.report import audit
@@ -38,27 +38,20 @@ class TyingSummary(Callback):
         super().__init__()
         check_count("max_rows", max_rows, "[0, inf)")
         self.max_rows = max_rows
-        self._is_due = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        position = 1 + max((n for n, other in enumerate(others) if isinstance(other, Callback)), default=-1)
+        set_callbacks(trainer, [*others[:position], self, *others[position:]])  # before progress bars
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._is_due = trainer.is_global_zero
-
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._print_once(trainer, pl_module)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._print_once(trainer, pl_module)  # a run that resumes within an epoch does not start one
-
-    def _print_once(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self._is_due:
-            self._is_due = False
+        # not in on_fit_start: only now every callback knows its groups and the checkpoint's weights are loaded
+        if trainer.is_global_zero:
             groups = tied_groups(trainer)
-            lines = summary_lines(module, [group for _, group in groups], callbacks_of(trainer))
+            lines = summary_lines(pl_module, [group for _, group in groups], callbacks_of(trainer))
             print(summary([group_row(*item) for item in groups], lines, self.max_rows), flush=True)
 
 
