@@ -44,6 +44,13 @@ def test_contributing_names_every_folder_and_common_file():
     assert [name for name in files if f"{name}`" not in house] == []
 
 
+def test_the_page_of_installation_names_the_wheel_and_the_extras():
+    page = (ROOT / "docs" / "start.md").read_text()
+    assert {*re.findall(r"tying-(.+?)-py3-none-any\.whl", page)} == {__version__}
+    listed = {*re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)}
+    assert listed == PROJECT["optional-dependencies"].keys() - {"benchmarks", "browser", "dev", "docs", "sentence"}
+
+
 def test_the_citation_says_what_the_project_says():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__

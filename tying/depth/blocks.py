@@ -69,7 +69,7 @@ class BlockState:
 
 
 def block_state(block: nn.Module, forward: Callable[..., Any], name: str, notices: Notices) -> BlockState:
-    """Return the state of a block that has no merge yet, of its plain forward and a name, which stands in errors."""
+    """Return the state of a block that has no merge yet, given its plain forward and a name for errors."""
     returns_tensor = signature(forward).return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
     return BlockState(name, merge, positional_parameters(forward), returns_tensor, *notices)
@@ -361,7 +361,7 @@ class BlockBranch(Branch):
         return self.state.further[kind]
 
     def _tried(self, x: Tensor) -> "BlockBranch":
-        """Return a branch that has computed the block for x, which has left everything as it was."""
+        """Return a branch that has computed the block for x without side effects."""
         buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
         args = tuple(self._copied(value, x) for value in self.args)
         kwargs = {name: self._copied(value, x) for name, value in self.kwargs.items()}

@@ -33,7 +33,7 @@ class BlockCall(NamedTuple):
     Attributes:
         args: the positional arguments.
         kwargs: the keyword arguments.
-        places: where the hidden state stands among them, by position or name; several in ``attention(x, x, x)``.
+        places: positions or names of the hidden state among them; several in ``attention(x, x, x)``.
     """
 
     args: tuple[Any, ...]

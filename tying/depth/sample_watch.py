@@ -48,7 +48,7 @@ def draws_samples(merge: nn.Module) -> bool:
 def depends_on_others(compute: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module) -> bool:
     """Return whether the output for some samples changes with another sample, the first entry of x along dimension 0.
 
-    It is False if that cannot be told: there is one sample, or batch normalisation, which mixes them rightly.
+    Return False if there is only one sample, or batch normalisation, which mixes samples on purpose.
 
     Args:
         compute: returns the output of the block for x.

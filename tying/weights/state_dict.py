@@ -308,7 +308,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _masked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict in which the weights that torch prunes stand in place of their originals and masks."""
+    """Return a state dict in which pruned weights replace their originals and masks."""
     if not prune.is_pruned(model):
         return {**state}
     pruned = {
