@@ -352,7 +352,12 @@ def test_inspect(capsys):
     assert "'network.layer1.*.branch.conv*.weight' matches 6 weights in 1 group" in out
     assert re.search(r"16×16×3×3 .* 0\.9", out)
     assert "269,722 unique parameters" in out
-    assert "Not matched by any tie: 43: network.stem.conv.weight, " in out
+    assert (
+        "Not matched by any tie: 43: network.stem.conv.weight, network.stem.norm.weight, network.stem.norm.bias, "
+        "network.layer*.*.branch.norm*.weight (18), network.layer*.*.branch.norm*.bias (18), "
+        "network.layer2.0.branch.conv1.weight, network.layer3.0.branch.conv1.weight, network.head.weight, "
+        "network.head.bias\n"
+    ) in out
     assert not Path("runs").exists()
 
 

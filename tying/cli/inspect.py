@@ -1,7 +1,8 @@
 """``tying inspect``: report what a configuration ties, without training."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
@@ -86,7 +87,7 @@ def _collect(
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
     states = load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
-    before = {name for name, _ in model.named_parameters()}
+    before = [name for name, _ in model.named_parameters()]
     entries, affected = _examine(model, callbacks, text)
     strengths = _strengths(model, callbacks, trainer, text)
     free = [
@@ -94,7 +95,8 @@ def _collect(
         for name, parameter in model.named_parameters()
         if name in before and id(parameter) not in affected  # computed weights have other names now
     ]
-    text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
+    shown = ", ".join(_as_patterns(free, {*map(clean_name, before)}.difference(free)))
+    text.append(f"Not matched by any tie: {len(free)}: {shown}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
     text += _describe_hashes(hashed, entries)
@@ -120,6 +122,21 @@ def _collect(
         "problems": [*problems, *audited.problems],
         "limits": audited.limits,
     }
+
+
+def _as_patterns(names: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return names, with a pattern and a count for three or more that differ in numbers only, if it fits no others.
+
+    Example:
+        >>> _as_patterns([*(f"{layer}.norm{n}" for layer in (0, 1) for n in (1, 2)), "0.conv", "2.conv"], ["1.conv"])
+        ['*.norm* (4)', '0.conv', '2.conv']
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    taken = {re.sub(r"\d+", "*", name) for name in others}
+    parts = [[f"{p} ({len(group)})"] if len(group) > 2 and p not in taken else group for p, group in alike.items()]
+    return [name for part in parts for name in part]
 
 
 def _describe_hashes(hashed: HashReport, entries: Sequence[Mapping[str, Any]]) -> list[str]:
