@@ -156,7 +156,7 @@ class Parametrizations(ParametrizationList):
     def redraw(self, weight: Tensor) -> None:
         """Set the parameters to those of a module whose reset drew the given weight.
 
-        Each step, from the last to the first, maps the weight to parameters by its ``initial`` or, if it has none, by its
+        Each step, from the last to the first, maps the weight to parameters by its ``initial`` or, without one, its
         ``right_inverse``.
         """
         values: Any = weight
