@@ -177,7 +177,7 @@ def test_an_excluded_name_excludes_the_weight(way):
         model = Model("GPT-2")
         assert network_names(function(model, [selected, *others, f"!{excluded}"])) == others
         assert model.get_parameter(selected) is model.get_parameter(excluded)
-        with pytest.raises(ConfigurationError, match="exclude every weight that they match"):
+        with pytest.raises(ConfigurationError, match="exclude all that they match, by one of its names"):
             function(model, [selected, f"!{excluded}"])
 
 

@@ -89,7 +89,7 @@ def check_fits_table(owners: Sequence[ParameterLocation]) -> None:
             support, or to several that differ in the row that is zero.
     """
     if not owners[0].parameter.numel():
-        raise ConfigurationError("it is empty")
+        raise ConfigurationError("an empty weight cannot be hashed")
     embeddings = [location.owner for location in owners if isinstance(location.owner, nn.Embedding | nn.EmbeddingBag)]
     for embedding in embeddings:
         # only an nn.Embedding becomes a HashedEmbedding

@@ -172,9 +172,7 @@ def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int 
         if not any(covers(pattern, alias) for pattern in excluded for alias in locations.aliases(name))
     }
     if not matched:
-        raise ConfigurationError(
-            f"parameters {[*parameters]} exclude every weight that they match, by this or by another of its names"
-        )
+        raise ConfigurationError(f"parameters {[*parameters]} exclude all that they match, by one of its names")
     spelt = frozenset(name for name in matched if not {*parameters}.isdisjoint(locations.aliases(name)))
     skipped = tuple(name for name, weight in matched.items() if weight.ndim < least_dims)
     related = {name: related_to(name, locations) for name in matched if name not in skipped and name not in spelt}
