@@ -160,6 +160,15 @@ def test_the_commands_of_the_first_hour_run_in_their_order(caplog, tmp_path):
     assert (tmp_path / "plain.pt").exists()
 
 
+def test_the_page_on_strengths_says_what_inspect_prints(capsys):
+    """Of the run whose results it shows, by its table."""
+    main(["inspect", "--config=configs/base.yaml", "--config=configs/soft.yaml"])
+    printed = re.findall(r"strength ([\d.]+) .* half in (\d+) steps", capsys.readouterr().out)
+    strengths, steps = {strength for strength, _ in printed}, sorted(int(steps) for _, steps in printed)
+    assert f"for the strength of {strengths.pop()} in the results below" in PAGES["soft"]
+    assert f"half of the gap in {steps[0]} to {steps[-1]} of 432 steps" in PAGES["soft"]
+
+
 def test_pages_link_to_what_there_is():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
