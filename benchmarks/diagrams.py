@@ -31,11 +31,14 @@ def low_rank() -> Figure:
     """Plot how many parameters weights of low rank have, against the rank."""
     figure = new_figure(WIDTH, 3.2, "Parameters of weights of low rank against the rank, beside those of the weights")
     axes = figure.subplots()
-    shapes = {"64 × 64": (nn.Linear, 64, 64), "64 × 64 kernels of 3 × 3": (nn.Conv2d, 64, 64, 3)}
-    for number, (name, (layer, *sizes)) in enumerate(shapes.items()):
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "64 × 64": lambda: nn.Linear(64, 64, bias=False),
+        "64 × 64 kernels of 3 × 3": lambda: nn.Conv2d(64, 64, 3, bias=False),
+    }
+    for number, (name, layer) in enumerate(layers.items()):
         counts = []
         for rank in RANKS:
-            model = nn.Sequential(layer(*sizes, bias=False))
+            model = nn.Sequential(layer())
             dense = count(model)
             lower_rank(model, ["0.weight"], rank=rank)
             counts.append(count(model) / dense)
@@ -117,20 +120,19 @@ class _Doubled(nn.Module):
 
 def fractal() -> Figure:
     """Draw the layers of a fractal block of four columns, each as long as those of the deepest one beside it."""
-    columns = FractalBlock(4, nn.Linear, 2, 2).columns
-    depth = len(columns[-1])
+    lengths = [len([*column.children()]) for column in FractalBlock(4, nn.Linear, 2, 2).columns]
+    depth = lengths[-1]
     figure = new_figure(WIDTH, 2.6, "Layers of a fractal block of four columns, whose outputs meet in joins")
     axes = figure.subplots()
-    for number, column in enumerate(columns):
-        span = depth / len(column)
-        axes.broken_barh(
-            [(span * layer + 0.05, span - 0.1) for layer in range(len(column))], (number + 0.75, 0.5), facecolor="0.7"
-        )
+    for column, length in enumerate(lengths, start=1):
+        span = depth / length
+        bars = [(span * layer + 0.05, span - 0.1) for layer in range(length)]
+        axes.broken_barh(bars, (column - 0.25, 0.5), facecolor="0.7")
     for step in range(1, depth + 1):
-        ending = [number for number, column in enumerate(columns, 1) if step * len(column) % depth == 0]
+        ending = [column for column, length in enumerate(lengths, start=1) if step * length % depth == 0]
         if len(ending) > 1:
             axes.plot([step, step], [ending[0] - 0.25, ending[-1] + 0.25], color="black", linewidth=2)
-    axes.set(xlabel="depth (layers of the deepest column)", ylabel="column (number)", yticks=range(1, len(columns) + 1))
+    axes.set(xlabel="depth (layers of the deepest column)", ylabel="column (number)", yticks=range(1, len(lengths) + 1))
     axes.set_title("grey: a layer; black: a join, the mean of the columns that end there", fontsize="small")
     axes.invert_yaxis()
     return figure

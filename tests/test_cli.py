@@ -700,7 +700,7 @@ def test_a_checkpoint_of_other_ties(capsys):
     main(["fit", BASE, f"--config={ROOT / 'configs' / 'hard.yaml'}", *DEPTH20])
     [checkpoint] = Path("runs").glob("*/*/checkpoints/*.ckpt")
     told = errors(capsys, "fit", BASE, *DEPTH20, f"--ckpt_path={checkpoint}")
-    assert "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties" in told
+    assert "ckpt_path: its optimizers hold other weights than this model has. Resume a run with the ties" in told
 
 
 def test_two_callbacks_without_a_name(capsys):
@@ -724,7 +724,7 @@ def test_two_callbacks_without_a_name(capsys):
 
 def test_folders_that_cannot_be_written(checkpoint, capsys):
     told = errors(capsys, "fit", BASE, *SMALL, "--trainer.logger.save_dir=/sys/runs")
-    assert "'/sys/runs'. Choose a folder with room and rights" in told
+    assert "'/sys/runs'. Choose a folder with free space that you may write to" in told
     assert "--out: /sys/a.pt cannot be written" in errors(capsys, "bake", f"--ckpt={checkpoint}", "--out=/sys/a.pt")
 
 
@@ -752,7 +752,7 @@ def test_a_run_whose_disk_is_full_goes_on_where_there_is_room(capsys, caplog):
         told = errors(capsys, *run, more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "Choose a folder with room and rights" in told
+    assert "Choose a folder with free space that you may write to" in told
     main([*run, "--ckpt_path=last"])
     assert "going on from runs/soft/version_0/checkpoints/interrupted.ckpt" in caplog.text
 

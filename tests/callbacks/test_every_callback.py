@@ -346,7 +346,7 @@ LINES = {
     TemplateWeights: f"2 weights from 1 template a shape: {', '.join(NAMES)}",
     GeneratedWeights: f"2 weights generated from embeddings of 2: {', '.join(NAMES)}",
     UntiedBiases: "2 weights with an entry for each position: net.kernels.0.bias, net.kernels.1.bias",
-    WeightHashing: "2 weights (72 values) have 2 tables with a total of 18 entries (ratio 0.25)",
+    WeightHashing: "2 weights (72 values) have 2 tables with a total of 18 slots (ratio 0.25)",
     WeightClustering: f"2 weights, each of 4 values from epoch 0 on: {', '.join(NAMES)}",
     ResidualMerging: "2 blocks, net.blocks.0: StochasticDepth(keep=0.875",
     Looping: "2 passes through net.blocks.0 to net.blocks.1",

@@ -606,7 +606,7 @@ def test_mistakes_of_arguments():
     with pytest.raises(ConfigurationError, match="init must be 'nearest' or 'source', not 'mean'"):
         relax(linear(), ONE, LowRankResidual(1), init="mean")
     for residual, init in ((None, "nearest"), (LowRankResidual(1), "source")):
-        with pytest.raises(ConfigurationError, match="calibration chooses the nearest residuals: give a residual"):
+        with pytest.raises(ConfigurationError, match="calibration needs a residual, and init='nearest'"):
             relax(linear(), ONE, residual, [torch.ones(1, 8, dtype=D)], init)
     with pytest.raises(ConfigurationError, match="calibration has no batches"):
         relax(linear(), ONE, LowRankResidual(1), [])

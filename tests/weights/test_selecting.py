@@ -306,7 +306,7 @@ def test_weights_that_are_not_real_are_refused(way, dtype):
     model[1].weight = nn.Parameter(torch.ones(4, 4, 3, 3, dtype=dtype), requires_grad=False)
     before = fingerprint(model)
     remedy = "exclude it" if way == "relax" else "by '!1.weight'"  # from ties, or from patterns of parameters
-    with pytest.raises(ConfigurationError, match=rf"^'1\.weight' is of {dtype}, and only real .*{remedy}$"):
+    with pytest.raises(ConfigurationError, match=rf"^'1\.weight' is {dtype}, and only real .*{remedy}$"):
         REPLACING[way](model)
     assert fingerprint(model) == before
 
@@ -332,7 +332,7 @@ def test_weights_that_are_not_initialised_are_refused(way):
 )
 def test_hashed_layers_are_real(layer, dtype):
     real = layer(None)
-    with pytest.raises(ConfigurationError, match=rf"^'weight' is of {dtype}, and only real"):
+    with pytest.raises(ConfigurationError, match=rf"^'weight' is {dtype}, and only real"):
         real.weight = torch.ones(real.weight.shape, dtype=dtype)
     with pytest.raises(ConfigurationError, match=rf"dtype must be real and floating-point, not {dtype}"):
         layer(dtype)

@@ -29,7 +29,7 @@ class SampleNotice:
         self.classes.add(type(block).__name__)
         if depends_on_others(compute, x, block):
             warnings.warn(
-                f"the output of {name} for one sample depends on other samples. Each index of the first dimension gets "
+                f"{name}: its output for one sample depends on other samples. Each index of the first dimension has "
                 "its own draw: if that dimension is not the samples but positions, for example, use mode='batch'",
                 stacklevel=2,
             )
