@@ -144,7 +144,7 @@ def test_last_is_the_newest_checkpoint_in_every_subcommand(capsys, caplog):
         caplog.clear()
         with pytest.raises(SystemExit):
             main([subcommand, BASE, *options, "--ckpt_path=last", "--trainer.logger.name=other"])
-        assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in capsys.readouterr().err
+        assert "ckpt_path: no run in runs/other has a checkpoint: give the path of one" in capsys.readouterr().err
 
 
 class Elsewhere(Logger):
@@ -593,7 +593,7 @@ def test_bake_and_inspect_what_is_clustered(capsys):
     capsys.readouterr()
     main(["inspect", config, "--ckpt_path=last"])
     assert "network.layer1.0.branch.conv2.weight" in capsys.readouterr().out
-    assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in errors(
+    assert "ckpt_path: no run in runs/other has a checkpoint: give the path of one" in errors(
         capsys, "inspect", BASE, "--trainer.logger.name=other", "--ckpt_path=last"
     )
 

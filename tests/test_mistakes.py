@@ -200,7 +200,7 @@ IN_PYTHON = {
     "lists of a coupling": (lambda: Coupling(["a"], ["b"], 0.5), "first and second must each be one name or pattern"),
     "modules that differ": (
         lambda: fit(Coupling("encoder", "decoder", 0.5)),
-        "do not pair: 'encoder.0.weight' is (5, 6)",
+        "cannot be paired: 'encoder.0.weight' is (5, 6)",
     ),
     "alpha": (lambda: coupling_strength(20), "alpha must be in [0, 1], not 20"),
     "a hash's name": (

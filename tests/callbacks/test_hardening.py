@@ -186,7 +186,7 @@ def pruning(parameters=None):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_pruned_weights_are_refused(order):
-    with pytest.raises(ConfigurationError, match=r"could not make '.*weight' one with another once ModelPruning has"):
+    with pytest.raises(ConfigurationError, match=r"cannot tie '.*weight' to another weight once ModelPruning has"):
         train(Toy(), [pruning(), strongly()][::order])
     model = Toy()
     model.extra = torch.nn.Linear(6, 6)

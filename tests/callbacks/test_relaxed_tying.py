@@ -509,7 +509,7 @@ def test_lbfgs_would_keep_the_residuals():
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters())
 
-    with pytest.raises(ConfigurationError, match="LBFGS keeps the residuals to itself"):
+    with pytest.raises(ConfigurationError, match="LBFGS holds the residuals"):
         fit(Line(), [annealed()])
 
 

@@ -273,7 +273,7 @@ class Wild(Hash):
         (lambda: ToeplitzHash(1, 1, 2, 3), r"a kernel of \(3, 3\) does not fit images of \(2, 2\)"),
         (lambda: ToeplitzHash(1, 1, 5, 3, stride=0), "stride must be 1 or more, not 0"),
         (lambda: ToeplitzHash(1, 1, 4, 3).index(10, 9), "is for a linear layer from 16 to 4, not for 10 weights"),
-        (lambda: HashedParametrization((2, 2), 2, Wild(1)), r"slot returned torch.int64 from 1 to 2: integers in \[-1, 2\) are needed"),
+        (lambda: HashedParametrization((2, 2), 2, Wild(1)), r"slot must return integers in \[-1, 2\), not torch.int64 from 1 to 2"),
         (lambda: HashedParametrization((2, 2), 2, Wild(-2)), "from -2 to -1"),
         (lambda: HashedParametrization((2, 2), 2, UniformHash(), density=0.0), r"density must be in \(0, 1\], not 0.0"),
         (lambda: HashedParametrization((2, 2), 2, UniformHash(), index="storde"), r"index must be .*Nearest.*stored"),

@@ -177,7 +177,7 @@ class TyingCLI(pl.cli.LightningCLI):
         newest, where = newest_checkpoint(self.trainer), " or ".join(_places(self.trainer))
         unseen = " (only folders of this machine are searched)" if "://" in where else ""
         if newest is None and (unseen or self.subcommand != "fit"):
-            raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}; give its path")
+            raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}: give the path of one")
         options.ckpt_path = None if newest is None else str(newest)
         use = "going on from" if self.subcommand == "fit" else "taking the weights of"
         pl.utilities.rank_zero_info(

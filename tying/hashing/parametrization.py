@@ -181,7 +181,7 @@ class HashedParametrization(FollowsDevice):
             IndexError: a row is out of range, or not an integer.
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
-            raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
+            raise IndexError(f"row indices must be integers, not {chosen.dtype}")
         recorded = is_recorded()  # the values and the number of rows are unknown
         if (
             chosen.device.type == "cpu"  # on a GPU, reading the values would wait for it
@@ -189,7 +189,8 @@ class HashedParametrization(FollowsDevice):
             and chosen.numel()
             and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]
         ):
-            raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
+            low, high = int(chosen.min()), int(chosen.max())
+            raise IndexError(f"row indices must be in [0, {self.shape[0]}), not from {low} to {high}")
         width = self.shape[1:].numel()
         positions = chosen.long()[..., None] * width + torch.arange(width, device=chosen.device)
         if recorded:
@@ -360,8 +361,8 @@ class HashedParametrization(FollowsDevice):
         low, high = int(extremes.min()), int(extremes.max())
         if low < -1 or high >= self.table_size or extremes.is_floating_point():
             raise ConfigurationError(
-                f"{self.hash}.slot returned {extremes.dtype} from {low} to {high}: integers in "
-                f"[-1, {self.table_size}) are needed"
+                f"{self.hash}.slot must return integers in [-1, {self.table_size}), not {extremes.dtype} from {low} "
+                f"to {high}"
             )
         drops = self.density < 1 or self.zero_row is not None
         may_be_zero = drops or self.hash.has_zeros or overrides_slot_only(self.hash, "has_zeros")
