@@ -57,7 +57,7 @@ def run_folder(trainer: pl.Trainer) -> Path:
         folder = os.path.join(logger.save_dir or folder, str(logger.name), version)
     if "://" in str(folder):
         raise ConfigurationError(
-            f"{folder} is no local folder: add a logger that takes figures, such as of TensorBoard"
+            f"{folder} is no local folder: add a logger that takes figures, such as TensorBoardLogger"
         )
     return Path(folder)
 
