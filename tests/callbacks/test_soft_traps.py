@@ -291,7 +291,7 @@ def test_an_optimizer_that_lightning_does_not_step():
     model, plain, callback = ByHand(), ByHand(), SoftTying(TIES, strength=STRENGTH)
     train(plain)
     with pytest.warns(
-        UserWarning, match="made a step without Lightning.*use update='decoupled' or 'proximal'"
+        UserWarning, match="made a step without Lightning.*or update='decoupled' or 'proximal'"
     ) as caught:
         train(model, [callback])
     assert len([w for w in caught if "without Lightning" in str(w.message)]) == 1

@@ -6,6 +6,7 @@ import logging
 import platform
 import shlex
 import statistics
+import sys
 import time
 import warnings
 from argparse import SUPPRESS
@@ -243,8 +244,8 @@ def report(results: Mapping[str, Result]) -> str:
     judged = [[row.name, row.peer, row.judged_by, *outcome] for row, outcome in tied.items()]
     note = (
         f"One run each. ± is the 95 % interval from the {TESTED:,} test images alone; another seed would change both "
-        "runs, too. Results with several seeds are on the documentation's page Results, and in benchmarks/results of "
-        "the repository."
+        "runs, too. Results with several seeds are in benchmarks/results of the repository, and in the documentation "
+        "under Results."
     )
     return "\n\n".join(
         [
@@ -417,7 +418,7 @@ def _explained_interruption() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):  # Lightning exits when it is interrupted
         print("interrupted: the same command goes on", flush=True)
-        raise SystemExit(INTERRUPTED) from None
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager
