@@ -30,7 +30,7 @@ QUICK = {  # in place of the values in the cell with the tag "parameters"
 EXACT = {  # holds however briefly a notebook trains
     "autoencoder_pca": "models['hard'].decoder.weight.T.equal(models['hard'].encoder.weight)"
     " and measured['hard'][0] * 2 == measured['untied'][0]",
-    "finetune_with_anchors": "distances['anchored, inf'] == [0] and distances['fine-tuned'][0] > 0",
+    "finetune_with_anchors": "{*distances['anchored, inf']} == {0} and min(distances['fine-tuned']) > 0",
     "share_a_transformer": "plain(example).equal(network(example))"
     " and (folder / 'separate.pt2').stat().st_size - (folder / 'shared.pt2').stat().st_size > 390_000",
     "shrink_by_hashing_and_clustering": "equal and results['clustered'][0] < 0.2 * results['dense'][0]",
