@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, Layer, RecurrentModule, Step, initial_state, unroll
+from tying.depth.rnn.sequences import Input, Layer, RecurrentModule, Step, check_cell_input, initial_state, unroll
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_counts
+from tying.errors import check_counts
 
 
 class HyperState(NamedTuple):
@@ -129,12 +129,7 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
 
     @override
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> HyperState:  # type: ignore[override]
-        if input.ndim not in (1, 2):
-            raise ConfigurationError(f"HyperLSTMCell: Expected input to be 1D or 2D, got {input.ndim}D instead")
-        if input.shape[-1] != self.input_size:
-            raise ConfigurationError(
-                f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
-            )
+        check_cell_input(self, input)
         state = initial_state(input, hx, *((*input.shape[:-1], size) for size in self.sizes), optional=2)
         rows = [part.reshape(-1, size) for part, size in zip(state, self.sizes, strict=True)]
         last = self.step_function()(rows, *self.project(input.reshape(-1, self.input_size)))
