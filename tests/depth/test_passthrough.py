@@ -76,8 +76,8 @@ def test_layers_batch_first_and_states():
     net = PassthroughGRU(3, 4, rank=2, num_layers=2, batch_first=True).to(D)
     x, h = torch.randn(2, 6, 3, dtype=D), torch.randn(2, 2, 4, dtype=D)
     out, last = net(x, h)
-    first = net.layers[0](x.transpose(0, 1), h[0])
-    assert torch.equal(out.transpose(0, 1), net.layers[1](first, h[1]))
+    first, _ = net.layers[0](x.transpose(0, 1), [h[0]])
+    assert torch.equal(out.transpose(0, 1), net.layers[1](first, [h[1]])[0])
     assert torch.equal(last, torch.stack([first[-1], out[:, -1]]))
     halves = [net(x[:, :3], h)]
     halves.append(net(x[:, 3:], halves[0][1]))
