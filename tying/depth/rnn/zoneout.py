@@ -49,17 +49,14 @@ def zoned_lstm(
         h: initial hidden state, (batch, size).
         c: initial cell, (batch, size).
         weight_ih: (4 · size, inputs).
-        weight_hh: (4 · size, size), or (4 · size, projection).
+        weight_hh: (4 · size, size); with W_hr, (4 · size, projection).
         bias: (4 · size).
         keep_cell: k_c, a number or a mask of shape (steps, batch, size) or (steps, batch, 1).
         keep_hidden: k_h, see ``keep_cell``.
-        weight_hr: W_hr, (projection, size); default: the identity. Zoneout acts on the projected hidden state.
+        weight_hr: W_hr, (projection, size); default: the identity.
 
-    Shape: outputs (steps, batch, size), hidden state and cell (batch, size); with ``weight_hr``, outputs and hidden
-    state have its projection's size. Under autocast they have its dtype.
-
-    A slower loop computes the same under ``torch.export`` and ``torch.func``, and in the backward pass with
-    ``create_graph=True``.
+    Shape: outputs (steps, batch, size), hidden state and cell (batch, size); outputs and hidden state as W_hr projects
+    them. Under autocast they have its dtype. Export, ``torch.func`` and ``create_graph=True`` use a slower loop.
 
     Raises:
         ConfigurationError: k_c or k_h requires a gradient.
@@ -72,7 +69,7 @@ def zoned_lstm(
 
     Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
     """
-    tensors: list[Tensor | None] = [x, h, c, weight_ih, weight_hh, bias, weight_hr]
+    tensors: list[Any] = [x, h, c, weight_ih, weight_hh, bias, weight_hr]
     dtype = x.dtype
     if autocasts(x):  # the lower precision throughout, as in torch's LSTM
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -80,8 +77,7 @@ def zoned_lstm(
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
     with without_autocast(x):
         compute = _zoned_loop if is_recorded() else _ZonedLSTM.apply
-        arguments: list[Any] = [*tensors, *keeps]
-        return cast(tuple[Tensor, Tensor, Tensor], compute(*arguments))
+        return cast(tuple[Tensor, Tensor, Tensor], compute(*tensors, *keeps))
 
 
 def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float]:
@@ -233,10 +229,11 @@ def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor | None = None) -
     return torch.lerp(old, new, keep.expand_as(new) if isinstance(keep, Tensor) else keep, out=out)
 
 
-class _ZoneoutRates(LeafModule):
+class ZoneoutRates(LeafModule):
     """Base class of :class:`ZoneoutLSTMCell` and :class:`ZoneoutLSTM`: the zoneout probabilities and their masks."""
 
-    def _set_rates(self, zoneout_cell: float, zoneout_hidden: float) -> None:
+    def set_rates(self, zoneout_cell: float, zoneout_hidden: float) -> None:
+        """Set the zoneout probabilities of the cell and of the hidden state."""
         check_range("zoneout_cell", zoneout_cell, "[0, 1]")
         check_range("zoneout_hidden", zoneout_hidden, "[0, 1]")
         self.zoneout_cell, self.zoneout_hidden = float(zoneout_cell), float(zoneout_hidden)
@@ -267,7 +264,7 @@ class _ZoneoutRates(LeafModule):
         return f"{super().extra_repr()}, zoneout_cell={self.zoneout_cell:g}, zoneout_hidden={self.zoneout_hidden:g}"
 
 
-class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
+class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
     """One step of :class:`ZoneoutLSTM`, with the interface and the parameters of ``nn.LSTMCell``.
 
     Args:
@@ -299,7 +296,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         zoneout_hidden: float = 0.0,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_rates(zoneout_cell, zoneout_hidden)
+        self.set_rates(zoneout_cell, zoneout_hidden)
 
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
@@ -313,7 +310,7 @@ class ZoneoutLSTMCell(_ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(_ZoneoutRates, SequenceModule, nn.LSTM):
+class ZoneoutLSTM(ZoneoutRates, SequenceModule, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
@@ -364,7 +361,7 @@ class ZoneoutLSTM(_ZoneoutRates, SequenceModule, nn.LSTM):
         super().__init__(
             input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
-        self._set_rates(zoneout_cell, zoneout_hidden)
+        self.set_rates(zoneout_cell, zoneout_hidden)
 
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
