@@ -1,14 +1,14 @@
 """HyperLSTM: a small LSTM rescales the weights of a large LSTM at each step."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, Layer, RecurrentModule, Step, check_cell_input, initial_state, unroll
+from tying.depth.rnn.sequences import Input, RecurrentModule, Step, check_cell_input, initial_state, unroll
 from tying.depth.tracing import LeafModule
 from tying.errors import check_counts
 
@@ -246,13 +246,14 @@ class HyperLSTM(RecurrentModule):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for layer in cast(list[HyperLSTMLayer], self.layers):
+        layers: list[Any] = [*self.layers]
+        for layer in layers:
             layer.reset_parameters()
 
     @override
     def forward(self, input: Input, hx: Sequence[Tensor] | None = None) -> tuple[Any, HyperState]:
         x, layout = self.enter(input)
-        layers = cast(list[HyperLSTMLayer], [*self.layers])
+        layers: list[Any] = [*self.layers]
         states = layout.enter_state(x, hx, *((len(layers), size) for size in layers[0].sizes), optional=2)
-        outputs, states = self.run_layers(cast(list[Layer], layers), x, states, layout.batch_sizes)
+        outputs, states = self.run_layers(layers, x, states, layout.batch_sizes)
         return layout.leave(outputs), HyperState(*layout.leave_state(states))

@@ -1,7 +1,7 @@
 """The interface of ``nn.LSTM`` for recurrent layers: their inputs, outputs and states, and the loop over steps."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -230,7 +230,7 @@ class SequenceModule(LeafModule):
         return x, layout
 
     def run_layers(
-        self, layers: Sequence[Layer], x: Tensor, states: Sequence[Tensor], batch_sizes: list[int] | None
+        self, layers: Iterable[Layer], x: Tensor, states: Sequence[Tensor], batch_sizes: list[int] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Run layers, each on the outputs of the layer below, and return the outputs of the top and the last states.
 
