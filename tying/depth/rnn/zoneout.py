@@ -13,9 +13,10 @@ from typing_extensions import override
 from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import (
     Layout,
-    SequenceModule,
+    SequenceLayer,
     autocasts,
     check_cell_input,
+    check_dtype,
     initial_state,
     without_autocast,
 )
@@ -310,7 +311,7 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(ZoneoutRates, SequenceModule, nn.LSTM):
+class ZoneoutLSTM(ZoneoutRates, SequenceLayer, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
@@ -394,6 +395,7 @@ class ZoneoutLSTM(ZoneoutRates, SequenceModule, nn.LSTM):
         (h, c), (weight_ih, weight_hh, *others) = state, weights
         if reverse:
             x, present = x.flip(0), None if present is None else present.flip(0)
+        check_dtype(self, x)
         keep_cell, keep_hidden = self._draw_keeps(len(x), h, c, present)
         weight_hr = others.pop() if self.proj_size else None
         bias = others[0] + others[1] if self.bias else None
