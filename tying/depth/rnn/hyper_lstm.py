@@ -259,5 +259,5 @@ class HyperLSTM(RecurrentModule):
         x, layout = self.enter(input)
         layers = cast(list[HyperLSTMLayer], [*self.layers])
         states = layout.enter_state(x, hx, *((len(layers), size) for size in layers[0].sizes), optional=2)
-        outputs, states = self.run_layers(cast(list[Layer], layers), x, states, layout.batch_sizes)
+        outputs, states = self.run_layers(cast("list[Layer]", layers), x, states, layout.batch_sizes)
         return layout.leave(outputs), HyperState(*layout.leave_state(states))

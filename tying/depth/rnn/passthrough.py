@@ -231,7 +231,7 @@ class PassthroughGRU(RecurrentModule):
         states = layout.enter_state(x, hx, (len(self.layers), self.hidden_size))
         if hx is None and self.initial_state is not None:
             states = [self.initial_state.unsqueeze(1).expand_as(states[0])]
-        outputs, states = self.run_layers(cast(list[Layer], self.layers), x, states, layout.batch_sizes)
+        outputs, states = self.run_layers(cast("list[Layer]", self.layers), x, states, layout.batch_sizes)
         [h] = layout.leave_state(states)
         return layout.leave(outputs), h
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import initial_state, steps_first
-from tying.depth.tracing import LeafModule, leaf_function
+from tying.depth.tracing import LeafModule, LeafRNN, leaf_function
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import is_recorded
 
@@ -69,7 +69,7 @@ def zoned_lstm(
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
     with torch.autocast(device, enabled=False):
-        compute = _zoned_loop if is_recorded() else _ZonedLSTM.apply
+        compute = _zoned_loop if torch.compiler.is_compiling() or is_recorded() else _ZonedLSTM.apply
         return cast(tuple[Tensor, Tensor, Tensor], compute(*tensors, *keeps))
 
 
@@ -304,7 +304,7 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(ZoneoutRates, nn.LSTM):
+class ZoneoutLSTM(LeafRNN, ZoneoutRates, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
