@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,8 @@ class HMLSTM(RecurrentModule):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for linear in cast(list[nn.Linear], [*self.below, *self.across, *self.above]):
+        linears: list[Any] = [*self.below, *self.across, *self.above]
+        for linear in linears:
             linear.reset_parameters()
 
     @override

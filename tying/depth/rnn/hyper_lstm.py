@@ -1,16 +1,16 @@
 """HyperLSTM: a small LSTM rescales the weights of a large LSTM at each step."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, Layer, RecurrentModule, Step, initial_state, unroll
+from tying.depth.rnn.sequences import Input, RecurrentModule, Step, check_cell_input, initial_state, unroll
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_counts
+from tying.errors import check_counts
 
 
 class HyperState(NamedTuple):
@@ -129,12 +129,7 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
 
     @override
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> HyperState:  # type: ignore[override]
-        if input.ndim not in (1, 2):
-            raise ConfigurationError(f"HyperLSTMCell: Expected input to be 1D or 2D, got {input.ndim}D instead")
-        if input.shape[-1] != self.input_size:
-            raise ConfigurationError(
-                f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
-            )
+        check_cell_input(self, input)
         state = initial_state(input, hx, *((*input.shape[:-1], size) for size in self.sizes), optional=2)
         rows = [part.reshape(-1, size) for part, size in zip(state, self.sizes, strict=True)]
         last = self.step_function()(rows, *self.project(input.reshape(-1, self.input_size)))
@@ -251,13 +246,14 @@ class HyperLSTM(RecurrentModule):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for layer in cast(list[HyperLSTMLayer], self.layers):
+        layers: list[Any] = [*self.layers]
+        for layer in layers:
             layer.reset_parameters()
 
     @override
     def forward(self, input: Input, hx: Sequence[Tensor] | None = None) -> tuple[Any, HyperState]:
         x, layout = self.enter(input)
-        layers = cast(list[HyperLSTMLayer], [*self.layers])
+        layers: list[Any] = [*self.layers]
         states = layout.enter_state(x, hx, *((len(layers), size) for size in layers[0].sizes), optional=2)
-        outputs, states = self.run_layers(cast("list[Layer]", layers), x, states, layout.batch_sizes)
+        outputs, states = self.run_layers(layers, x, states, layout.batch_sizes)
         return layout.leave(outputs), HyperState(*layout.leave_state(states))

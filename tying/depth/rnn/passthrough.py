@@ -1,13 +1,13 @@
 """Passthrough networks: large recurrent states with low-rank transition matrices."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, Layer, RecurrentModule, unroll
+from tying.depth.rnn.sequences import Input, RecurrentModule, unroll
 from tying.errors import ConfigurationError, check_count
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
@@ -220,7 +220,8 @@ class PassthroughGRU(RecurrentModule):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
-        for layer in cast(list[PassthroughGRULayer], self.layers):
+        layers: list[Any] = [*self.layers]
+        for layer in layers:
             layer.reset_parameters()
         if self.initial_state is not None:
             nn.init.zeros_(self.initial_state)
@@ -231,7 +232,7 @@ class PassthroughGRU(RecurrentModule):
         states = layout.enter_state(x, hx, (len(self.layers), self.hidden_size))
         if hx is None and self.initial_state is not None:
             states = [self.initial_state.unsqueeze(1).expand_as(states[0])]
-        outputs, states = self.run_layers(cast("list[Layer]", self.layers), x, states, layout.batch_sizes)
+        outputs, states = self.run_layers(self.layers, x, states, layout.batch_sizes)
         [h] = layout.leave_state(states)
         return layout.leave(outputs), h
 

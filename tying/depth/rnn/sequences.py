@@ -1,13 +1,14 @@
 """The interface of ``nn.LSTM`` for recurrent layers: their inputs, outputs and states, and the loop over steps."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import override
@@ -114,7 +115,7 @@ def initial_state(
     for number, (part, size) in enumerate(zip(parts, sizes, strict=False)):
         name = "hx" if len(sizes) == 1 else f"hx[{number}]"
         check_size(name, part, size)
-        if part.dtype != x.dtype and not _autocasts(x):
+        if part.dtype != x.dtype and not autocasts(x):
             raise ConfigurationError(
                 f"{name} dtype ({part.dtype}) does not match input dtype ({x.dtype}). Convert it: {name}.to({x.dtype})"
             )
@@ -128,9 +129,23 @@ def check_size(name: str, tensor: object, size: tuple[int, ...]) -> None:
         raise ConfigurationError(f"Expected {name} size {size}, got {actual}")
 
 
-def _autocasts(x: Tensor) -> bool:
+def check_cell_input(cell: nn.LSTMCell, input: Tensor) -> None:
+    """Raise a ConfigurationError unless the input of a cell is (batch, inputs) or (inputs,)."""
+    if input.ndim not in (1, 2):
+        raise ConfigurationError(f"{type(cell).__name__}: Expected input to be 1D or 2D, got {input.ndim}D instead")
+    if input.shape[-1] != cell.input_size:
+        raise ConfigurationError(f"input has inconsistent input_size: got {input.shape[-1]} expected {cell.input_size}")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast changes the precision of operations on x."""
     device = x.device.type  # torch raises an error for devices without autocast, such as meta
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast does not change the precision of operations on x."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
 def unroll(
@@ -203,7 +218,7 @@ class SequenceModule(LeafModule):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
             )
         dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not _autocasts(x):
+        if x.dtype != dtype and not autocasts(x):
             raise ConfigurationError(
                 f"input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), or "
                 f"convert model: model.to({x.dtype})"
@@ -215,7 +230,7 @@ class SequenceModule(LeafModule):
         return x, layout
 
     def run_layers(
-        self, layers: Sequence[Layer], x: Tensor, states: Sequence[Tensor], batch_sizes: list[int] | None
+        self, layers: Iterable[Layer], x: Tensor, states: Sequence[Tensor], batch_sizes: list[int] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Run layers, each on the outputs of the layer below, and return the outputs of the top and the last states.
 
@@ -279,13 +294,3 @@ class RecurrentModule(SequenceModule):
     def extra_repr(self) -> str:
         others = [f"{name}={getattr(self, name)}" for name, value in DEFAULTS.items() if getattr(self, name) != value]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *others])
-
-
-def steps_first(x: Tensor, features: int, batch_first: bool = False) -> Tensor:
-    """TODO: until zoneout."""
-    if x.ndim != 3 or x.shape[2] != features:
-        axes = "batch, steps" if batch_first else "steps, batch"
-        raise ConfigurationError(f"inputs are ({axes}, {features}), not {tuple(x.shape)}")
-    if not x.shape[1 if batch_first else 0]:
-        raise ConfigurationError("an empty sequence has no steps: give one of length 1 or more")
-    return x.transpose(0, 1) if batch_first else x

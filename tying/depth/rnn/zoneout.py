@@ -1,7 +1,7 @@
 """Zoneout: units of a recurrent network randomly keep their previous value."""
 
 from collections.abc import Sequence
-from itertools import islice
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +11,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from typing_extensions import override
 
 from tying.depth.draws import keep_mask
-from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.depth.rnn.sequences import (
+    Layout,
+    SequenceModule,
+    autocasts,
+    check_cell_input,
+    initial_state,
+    without_autocast,
+)
 from tying.depth.tracing import LeafModule, LeafRNN, leaf_function
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import is_recorded
@@ -63,12 +70,12 @@ def zoned_lstm(
     Source: D. Krueger et al., Zoneout: regularizing RNNs by randomly preserving hidden activations, 2017.
     """
     tensors: list[Any] = [x, h, c, weight_ih, weight_hh, bias, weight_hr]
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):  # the lower precision throughout, as in torch's LSTM
-        dtype = torch.get_autocast_dtype(device)
+    dtype = x.dtype
+    if autocasts(x):  # the lower precision throughout, as in torch's LSTM
+        dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x):
         compute = _zoned_loop if torch.compiler.is_compiling() or is_recorded() else _ZonedLSTM.apply
         return cast(tuple[Tensor, Tensor, Tensor], compute(*tensors, *keeps))
 
@@ -192,7 +199,7 @@ def _differentiable_gradients(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Te
     # views, since an input may depend on another
     views = {place: t.view_as(t) for place, t in enumerate(inputs) if t is not None and t.requires_grad}
     arguments: list[Any] = [*(views.get(place, t) for place, t in enumerate(inputs)), ctx.keep_cell, ctx.keep_hidden]
-    with torch.autocast(gradients[0].device.type, enabled=False):
+    with without_autocast(gradients[0]):
         outputs = _zoned_loop(*arguments)
         pairs = [(output, d) for output, d in zip(outputs, gradients, strict=True) if output.requires_grad]
         computed = torch.autograd.grad(
@@ -246,7 +253,9 @@ class ZoneoutRates(LeafModule):
             drawn = keep_mask(keep, (steps, *state.shape), state.device) if self.training and 0 < keep < 1 else keep
             if present is None:
                 return drawn
-            return present * (drawn if isinstance(drawn, Tensor) or 0 < drawn < 1 else bool(drawn))
+            if isinstance(drawn, Tensor) or drawn in (0.0, 1.0):
+                return present & (drawn if isinstance(drawn, Tensor) else bool(drawn))
+            return present.to(state.dtype) * drawn
 
         return draw(self.zoneout_cell, c), draw(self.zoneout_hidden, h)
 
@@ -291,10 +300,7 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
 
     @override
     def forward(self, input: Tensor, hx: State | None = None) -> State:
-        if input.ndim not in (1, 2) or input.shape[-1] != self.input_size:
-            raise ConfigurationError(
-                f"inputs are (batch, {self.input_size}) or ({self.input_size},), not {tuple(input.shape)}"
-            )
+        check_cell_input(self, input)
         shape = (*input.shape[:-1], self.hidden_size)
         h, c = (part.reshape(-1, self.hidden_size) for part in initial_state(input, hx, shape, shape))
         bias = self.bias_ih + self.bias_hh if self.bias else None
@@ -304,12 +310,13 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(LeafRNN, ZoneoutRates, nn.LSTM):
+class ZoneoutLSTM(LeafRNN, ZoneoutRates, SequenceModule, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
     the hidden states after zoneout; with ``proj_size``, zoneout acts on the projected hidden state. ``torch.compile``
-    has a graph break at this layer. :func:`zone_out` turns the ``nn.LSTM`` layers of a model into this class.
+    breaks its graph at this layer, as at ``nn.LSTM``. :func:`zone_out` turns the ``nn.LSTM`` layers of a model into
+    this class.
 
     Args:
         input_size: size of the input.
@@ -327,7 +334,7 @@ class ZoneoutLSTM(LeafRNN, ZoneoutRates, nn.LSTM):
     Shape: see ``nn.LSTM``; packed sequences and unbatched inputs are supported.
 
     Raises:
-        ConfigurationError: a probability is not in [0, 1]; an input or state has another shape, or no steps.
+        ConfigurationError: a probability is not in [0, 1]; an input or state has another size or dtype, or no steps.
 
     Example:
         >>> outputs, (h, c) = ZoneoutLSTM(4, 3, zoneout_cell=0.15, zoneout_hidden=0.15)(torch.zeros(5, 2, 4))
@@ -359,52 +366,37 @@ class ZoneoutLSTM(LeafRNN, ZoneoutRates, nn.LSTM):
 
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
-        if isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx)
-        if input.ndim == 2:  # a single sequence
-            outputs, (h, c) = self._run(
-                steps_first(input.unsqueeze(1), self.input_size),
-                None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1)),
-            )
-            return outputs.squeeze(1), (h.squeeze(1), c.squeeze(1))
-        outputs, state = self._run(steps_first(input, self.input_size, self.batch_first), hx)
-        return outputs.transpose(0, 1) if self.batch_first else outputs, state
+        x, layout = self.enter(input)
+        present = None
+        if isinstance(input, PackedSequence):  # padded, for masks of (steps, batch, size)
+            (x, lengths), layout = pad_packed_sequence(input), Layout()
+            present = (torch.arange(len(x)).unsqueeze(1) < lengths).unsqueeze(2).to(x.device)
+        rows = len(self.all_weights)
+        states = layout.enter_state(x, hx, (rows, self.proj_size or self.hidden_size), (rows, self.hidden_size))
+        layers = [partial(self._run_layer, weights, present) for weights in self.all_weights]
+        outputs, states = self.run_layers(layers, x, states, None)
+        h, c = layout.leave_state(states)
+        if not isinstance(input, PackedSequence):
+            return layout.leave(outputs), (h, c)
+        if input.sorted_indices is not None:  # pack the outputs in the order of the input
+            outputs, lengths = outputs.index_select(1, input.sorted_indices), lengths[input.sorted_indices.cpu()]
+        return PackedSequence(pack_padded_sequence(outputs, lengths).data, *input[1:]), (h, c)
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None) -> tuple[PackedSequence, State]:
-        padded, lengths = pad_packed_sequence(packed)
-        present = (torch.arange(len(padded)).unsqueeze(1) < lengths).unsqueeze(2).to(padded.device)
-        outputs, state = self._run(steps_first(padded, self.input_size), hx, present)
-        if packed.sorted_indices is not None:  # pack the outputs in the order of the input
-            outputs, lengths = outputs.index_select(1, packed.sorted_indices), lengths[packed.sorted_indices.cpu()]
-        return PackedSequence(pack_padded_sequence(outputs, lengths).data, *packed[1:]), state
-
-    def _run(self, x: Tensor, hx: State | None, present: Tensor | None = None) -> tuple[Tensor, State]:
-        """Return outputs and last states.
-
-        Args:
-            x: inputs, (steps, batch, inputs).
-            hx: initial states, or ``None`` for zeros.
-            present: bool, (steps, batch, 1): false at padded steps, which keep the state.
-        """
-        directions = 2 if self.bidirectional else 1
-        shapes = [
-            (self.num_layers * directions, x.shape[1], size)
-            for size in (self.proj_size or self.hidden_size, self.hidden_size)
-        ]
-        rows = zip(self.all_weights, *initial_state(x, hx, *shapes), strict=True)
-        ends = []
-        for layer in range(self.num_layers):
-            x = F.dropout(x, self.dropout, self.training and layer > 0)
-            outputs = []
-            for reverse, ((weight_ih, weight_hh, *others), h, c) in enumerate(islice(rows, directions)):
-                mask = present.flip(0) if reverse and present is not None else present
-                keep_cell, keep_hidden = self._draw_keeps(len(x), h, c, mask)
-                weight_hr = others.pop() if self.proj_size else None
-                bias = others[0] + others[1] if self.bias else None
-                inputs = x.flip(0) if reverse else x
-                out, *end = zoned_lstm(inputs, h, c, weight_ih, weight_hh, bias, keep_cell, keep_hidden, weight_hr)
-                outputs.append(out.flip(0) if reverse else out)
-                ends.append(end)
-            x = torch.cat(outputs, dim=2) if self.bidirectional else outputs[0]
-        h, c = (torch.stack(states) for states in zip(*ends, strict=True))
-        return x, (h, c)
+    def _run_layer(
+        self,
+        weights: Sequence[Tensor],
+        present: Tensor | None,
+        x: Tensor,
+        state: Sequence[Tensor],
+        batch_sizes: None,
+        reverse: bool,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Run one layer in one direction; ``present``, (steps, batch, 1), is false at padded steps."""
+        (h, c), (weight_ih, weight_hh, *others) = state, weights
+        if reverse:
+            x, present = x.flip(0), None if present is None else present.flip(0)
+        keep_cell, keep_hidden = self._draw_keeps(len(x), h, c, present)
+        weight_hr = others.pop() if self.proj_size else None
+        bias = others[0] + others[1] if self.bias else None
+        outputs, *last = zoned_lstm(x, h, c, weight_ih, weight_hh, bias, keep_cell, keep_hidden, weight_hr)
+        return outputs.flip(0) if reverse else outputs, last
