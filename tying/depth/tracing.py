@@ -30,7 +30,7 @@ class LeafModule(nn.Module):
     def __prepare_scriptable__(self) -> Any:
         """Refuse ``torch.jit.script``, which calls this method, instead of compiling the forward of a base class."""
         raise ConfigurationError(
-            f"torch.jit.script does not compile {type(self).__name__}: use torch.export, torch.jit.trace or torch.compile"
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export, torch.compile or torch.jit.trace"
         )
 
 
