@@ -20,7 +20,7 @@ from tying.depth.rnn.sequences import (
     initial_state,
     without_autocast,
 )
-from tying.depth.tracing import LeafModule, leaf_function
+from tying.depth.tracing import LeafModule, LeafRNN, leaf_function
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import is_recorded
 
@@ -77,7 +77,7 @@ def zoned_lstm(
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
     keeps = [_per_step(keep, len(x), dtype) for keep in (keep_cell, keep_hidden)]
     with without_autocast(x):
-        compute = _zoned_loop if is_recorded() else _ZonedLSTM.apply
+        compute = _zoned_loop if torch.compiler.is_compiling() or is_recorded() else _ZonedLSTM.apply
         return cast(tuple[Tensor, Tensor, Tensor], compute(*tensors, *keeps))
 
 
@@ -311,12 +311,13 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(ZoneoutRates, SequenceLayer, nn.LSTM):
+class ZoneoutLSTM(LeafRNN, ZoneoutRates, SequenceLayer, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
     the hidden states after zoneout; with ``proj_size``, zoneout acts on the projected hidden state. ``torch.compile``
-    has a graph break at this layer. :func:`zone_out` turns the ``nn.LSTM`` layers of a model into this class.
+    breaks its graph at this layer, as at ``nn.LSTM``. :func:`zone_out` turns the ``nn.LSTM`` layers of a model into
+    this class.
 
     Args:
         input_size: size of the input.
