@@ -224,7 +224,8 @@ def test_a_page_of_all_that_is_kept(tmp_path, monkeypatch):
 
 
 def test_speed_by_size(tmp_path, monkeypatch, capsys):
-    small = {"RACES": 1, "ROUNDS": 1, "BATCH": 2, "WIDTHS": (8, 16), "NUMBERS": (2, 4), "DEPTHS": (8, 14)}
+    small = {"RACES": 1, "ROUNDS": 1, "BATCH": 2}
+    small |= {"WIDTHS": (8, 16), "NUMBERS": (2, 4), "DEPTHS": (8, 14), "PAIRS": (20, 40)}
     for name, value in small.items():
         monkeypatch.setattr(speed_growth, name, value)
     assert benchmarks.main(["speed", "growth"]) == 0

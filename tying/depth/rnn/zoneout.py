@@ -86,7 +86,7 @@ def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float
     if not isinstance(keep, Tensor):
         return [keep] * steps
     if keep.requires_grad:
-        raise ConfigurationError("keep_cell and keep_hidden take no gradient: give them detached")
+        raise ConfigurationError("keep_cell and keep_hidden must not require gradients: detach them")
     return keep if keep.dtype == torch.bool else keep.to(dtype)
 
 
