@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     redraw.add_argument("results", nargs="*", metavar="RESULTS", help="such as 'soft'; by default, all of suites")
     pictures = commands.add_parser("gallery", help="draw the pictures of docs/gallery.md, in a few minutes")
     pictures.add_argument(
-        "picture", nargs="*", metavar="PICTURE", help=f"of {', '.join(gallery.PICTURES)}; all by default"
+        "picture", nargs="*", metavar="PICTURE", help=f"of {', '.join(gallery.NAMES)}; all by default"
     )
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
@@ -90,7 +90,7 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
             print("Written:", *experiment.redraw(name))
     elif known.command == "gallery":
-        for name in known.picture or gallery.PICTURES:
+        for name in known.picture or gallery.NAMES:
             print("Written:", gallery.draw(name))
     elif known.command == "restore":
         sweep = experiment.prepare(known.suite, known.out, known.data)

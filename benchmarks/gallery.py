@@ -1,4 +1,4 @@
-"""The pictures of docs/gallery.md that callbacks and commands draw, in a few minutes on the embedded sample."""
+"""The pictures of docs/gallery.md, in a few minutes: diagrams, and what callbacks and commands draw on the sample."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.diagrams import DIAGRAMS
 from benchmarks.report import ROOT
 from tying.errors import ConfigurationError, listed, nearest
+from tying.files import save_figure
 
 FOLDER = ROOT / "docs" / "gallery"
 BASE = "--config=configs/base.yaml"
@@ -53,10 +55,11 @@ PICTURES = {  # the commands of `tying` that draw each, in turn
         ["advise", BASE, *SMALL, "--ckpt_path=last", "--budget=0.7", "--batches=2", "--out=runs"],
     ],
 }
+NAMES = (*DIAGRAMS, *PICTURES)
 
 
 def draw(name: str, folder: Path = FOLDER) -> Path:
-    """Draw one of :data:`PICTURES`; return its file.
+    """Draw one of :data:`PICTURES` or of the diagrams; return its file.
 
     Args:
         name: name of the picture.
@@ -65,8 +68,12 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
     Raises:
         ConfigurationError: there is no such picture, a command fails, or it draws no picture of this name.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    if name in DIAGRAMS:
+        save_figure(DIAGRAMS[name](), folder / f"{name}.png")
+        return folder / f"{name}.png"
     if name not in PICTURES:
-        raise ConfigurationError(f"unknown picture {name!r}: there is {listed(PICTURES)}.{nearest(name, PICTURES)}")
+        raise ConfigurationError(f"unknown picture {name!r}: there is {listed(NAMES, 20)}.{nearest(name, NAMES)}")
     with tempfile.TemporaryDirectory() as out:
         for arguments in PICTURES[name]:
             command = [sys.executable, "-m", "tying", *arguments]
@@ -76,5 +83,4 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
         drawn = [*Path(out).rglob(f"{name}.png")]
         if len(drawn) != 1:
             raise ConfigurationError(f"{len(drawn)} pictures are called {name}.png, not 1")
-        folder.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copyfile(drawn[0], folder / f"{name}.png"))

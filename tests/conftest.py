@@ -1,3 +1,4 @@
+import gc
 import sys
 from functools import cache
 from pathlib import Path
@@ -68,3 +69,13 @@ class Tables:
             columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
             lines = [[row, *(cells.get(column, "not run") for column in columns)] for row, cells in rows.items()]
             write(self.folder / f"{name}.md", table(["", *columns], lines) + f"\n\nCommand: `make {MAKES[name]}`.\n")
+
+
+def pytest_collection_finish():
+    """Exempt what the collection made from garbage collection, which else takes most of the time of some tests."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries in C++ report what is not collected at exit

@@ -90,7 +90,7 @@ def toeplitz_by_loops(hash: Any) -> Tensor:
 
 
 def hashed_by_loops(layer: Any) -> tuple[Tensor, list[int], list[int]]:
-    """A hashed layer's weight, and the table entry and the sign of each of its weights, one identifier at a time."""
+    """A hashed layer's weight, and the slot and the sign of each of its weights, one identifier at a time."""
     virtual = layer.virtual
     slots, signs, values = [], [], []
     kept = virtual.slots().flatten().tolist() if virtual.density < 1 else None

@@ -305,14 +305,14 @@ BAD = {
     "budget of all": (lambda model: quiet(model, batches(), 1.0), r"budget must be in \(0, 1\), not 1.0"),
     "steps": (lambda model: quiet(model, batches(), 0.5, steps=-1), "steps must be 0 or more, not -1"),
     "rate": (lambda model: quiet(model, batches(), 0.5, steps=1, rate=0.0), "rate must be above 0, not 0.0"),
-    "no batches": (lambda model: quiet(model, [], 0.5), "there are no batches: advice compares outputs on some"),
+    "no batches": (lambda model: quiet(model, [], 0.5), "there are no batches: give one or more"),
     "out of reach": (
         lambda model: quiet(model, batches(), 0.1),
         r"if all weights of equal or related shapes were tied, 2,717 of 9,629 parameters would remain\. Give a budget of 0.283",
     ),
     "alone": (
         lambda model: quiet(model, batches(), 0.5, parameters=["head.**"]),
-        "no two weights of the model could be one",
+        "no two weights of the model can be tied",
     ),
     "no such parameters": (
         lambda model: quiet(model, batches(), 0.5, parameters=["haed.*"]),

@@ -18,7 +18,7 @@ from benchmarks.declared import load
 from benchmarks.figures import Plot, draw, final
 from benchmarks.inference import interval, moments, probability_by_chance, rank_correlation
 from tying.hashing import UniformHash
-from tying.hashing.parametrization import table_entries
+from tying.hashing.parametrization import table_slots
 
 
 def rows(values):
@@ -244,7 +244,7 @@ def test_a_suite_like_another_may_have_some_of_its_deltas(tmp_path):
 def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
     virtual = sum(a * b for a, b in pairwise(sizes))
     for ratio in load(suite).axes["prime size"].values:
-        entries = table_entries(virtual, ratio, UniformHash())
+        entries = table_slots(virtual, ratio, UniformHash())
         assert entries / virtual == pytest.approx(round(ratio, 3), rel=0.01)
         assert [width for width in sizes if math.gcd(entries, width) > 1] == []
 

@@ -144,7 +144,7 @@ def test_last_is_the_newest_checkpoint_in_every_subcommand(capsys, caplog):
         caplog.clear()
         with pytest.raises(SystemExit):
             main([subcommand, BASE, *options, "--ckpt_path=last", "--trainer.logger.name=other"])
-        assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in capsys.readouterr().err
+        assert "ckpt_path: no run in runs/other has a checkpoint: give the path of one" in capsys.readouterr().err
 
 
 class Elsewhere(Logger):
@@ -352,7 +352,12 @@ def test_inspect(capsys):
     assert "'network.layer1.*.branch.conv*.weight' matches 6 weights in 1 group" in out
     assert re.search(r"16×16×3×3 .* 0\.9", out)
     assert "269,722 unique parameters" in out
-    assert "Not matched by any tie: 43: network.stem.conv.weight, " in out
+    assert (
+        "Not matched by any tie: 43: network.stem.conv.weight, network.stem.norm.weight, network.stem.norm.bias, "
+        "network.layer*.*.branch.norm*.weight (18), network.layer*.*.branch.norm*.bias (18), "
+        "network.layer2.0.branch.conv1.weight, network.layer3.0.branch.conv1.weight, network.head.weight, "
+        "network.head.bias\n"
+    ) in out
     assert not Path("runs").exists()
 
 
@@ -369,7 +374,7 @@ def test_inspect_as_json(capsys):
 def test_inspect_tells_what_a_hash_does(capsys):
     main(["inspect", BASE, f"--config={ROOT / 'configs' / 'arbnet.yaml'}", "--trainer.callbacks.hash=ModulusHash"])
     told = capsys.readouterr().out
-    assert told.count("3 weights (198,800 values) share a table of 19,880 entries (ratio 0.1)") == 1
+    assert told.count("3 weights (198,800 values) share a table of 19,880 slots (ratio 0.1)") == 1
     assert "table of 19,880: entropy of loads 9.8975, of probabilities 9.8975, at most 9.8975 nats" in told
     assert "\n  network.1.weight (200, 784): 156,800 values from 19,880, structured" in told
     assert "\n  network.7.weight (10, 200): 2,000 values from 19,880, structured" in told
@@ -392,7 +397,7 @@ def test_inspect_tells_of_hashed_layers_and_plots_their_loads(capsys):
     Path("hashed.yaml").write_text(HASHED)
     main(["inspect", "--config=hashed.yaml", "--plot=loads.png"])
     told = capsys.readouterr().out
-    assert "Hashed: 1 weight (80 values) has a table of 20 entries (ratio 0.25)" in told
+    assert "Hashed: 1 weight (80 values) has a table of 20 slots (ratio 0.25)" in told
     assert "table of 20: entropy of loads 2.9957, of probabilities 2.9957, at most 2.9957 nats" in told
     assert "  network.weight (10, 8): 80 values from 20, structured; only 5 of 10 units are distinct" in told
     assert Path("loads.png").read_bytes().startswith(b"\x89PNG")
@@ -588,7 +593,7 @@ def test_bake_and_inspect_what_is_clustered(capsys):
     capsys.readouterr()
     main(["inspect", config, "--ckpt_path=last"])
     assert "network.layer1.0.branch.conv2.weight" in capsys.readouterr().out
-    assert "ckpt_path: no run in runs/other has a checkpoint; give its path" in errors(
+    assert "ckpt_path: no run in runs/other has a checkpoint: give the path of one" in errors(
         capsys, "inspect", BASE, "--trainer.logger.name=other", "--ckpt_path=last"
     )
 
@@ -626,7 +631,7 @@ trainer:
 def test_bake_mistakes(tmp_path, capsys):
     assert "--ckpt: there is no file none.ckpt" in errors(capsys, "bake", "--ckpt=none.ckpt", "--out=a.pt")
     (tmp_path / "text.ckpt").write_text("text")
-    assert "text.ckpt is no checkpoint of tensors and plain types, or is truncated" in errors(
+    assert "text.ckpt is not a checkpoint of tensors and plain types, or is truncated" in errors(
         capsys, "bake", "--ckpt=text.ckpt", "--out=a.pt"
     )
     torch.save({"epoch": 1}, tmp_path / "empty.ckpt")
@@ -687,7 +692,7 @@ def test_what_is_no_checkpoint_of_lightning(capsys):
         for subcommand in ("fit", "validate", "inspect"):
             told = errors(capsys, subcommand, BASE, *options_of(subcommand), f"--ckpt_path={path}")
             assert told.startswith("tying: error: ckpt_path: ")
-            assert re.search("is no checkpoint of (Lightning|tensors)", told)
+            assert re.search("not a checkpoint of (Lightning|tensors)", told)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -695,7 +700,7 @@ def test_a_checkpoint_of_other_ties(capsys):
     main(["fit", BASE, f"--config={ROOT / 'configs' / 'hard.yaml'}", *DEPTH20])
     [checkpoint] = Path("runs").glob("*/*/checkpoints/*.ckpt")
     told = errors(capsys, "fit", BASE, *DEPTH20, f"--ckpt_path={checkpoint}")
-    assert "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties" in told
+    assert "ckpt_path: its optimizers hold other weights than this model has. Resume a run with the ties" in told
 
 
 def test_two_callbacks_without_a_name(capsys):
@@ -719,7 +724,7 @@ def test_two_callbacks_without_a_name(capsys):
 
 def test_folders_that_cannot_be_written(checkpoint, capsys):
     told = errors(capsys, "fit", BASE, *SMALL, "--trainer.logger.save_dir=/sys/runs")
-    assert "'/sys/runs'. Choose a folder with room and rights" in told
+    assert "'/sys/runs'. Choose a folder with free space that you may write to" in told
     assert "--out: /sys/a.pt cannot be written" in errors(capsys, "bake", f"--ckpt={checkpoint}", "--out=/sys/a.pt")
 
 
@@ -747,14 +752,14 @@ def test_a_run_whose_disk_is_full_goes_on_where_there_is_room(capsys, caplog):
         told = errors(capsys, *run, more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "Choose a folder with room and rights" in told
+    assert "Choose a folder with free space that you may write to" in told
     main([*run, "--ckpt_path=last"])
     assert "going on from runs/soft/version_0/checkpoints/interrupted.ckpt" in caplog.text
 
 
 def test_configurations_that_are_no_text(checkpoint, capsys):
     Path("latin.yaml").write_bytes("model: é".encode("latin-1"))
-    assert "latin.yaml: this is no text in UTF-8" in errors(capsys, "fit", "--config=latin.yaml")
+    assert "latin.yaml: not UTF-8 text" in errors(capsys, "fit", "--config=latin.yaml")
     Path("empty.yaml").touch()
     torch.save({"a_extra_state": torch.zeros(1)}, "a.ckpt")
     assert "empty.yaml: the configuration is empty" in errors(
@@ -767,7 +772,7 @@ def test_bake_says_what_weights_alone_do_not(capsys):
     [checkpoint] = Path("runs").glob("*/*/checkpoints/*.ckpt")
     capsys.readouterr()
     main(["bake", f"--ckpt={checkpoint}", "--out=a.pt"])
-    assert "Note: these are weights alone, and were trained with StochasticDepth(keep=0.5" in capsys.readouterr().out
+    assert "Note: the file holds only weights, trained with StochasticDepth(keep=0.5" in capsys.readouterr().out
 
 
 def test_inspect_tells_what_is_computed(capsys):

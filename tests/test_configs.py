@@ -45,7 +45,7 @@ def write_mnist(folder, count=100):
 
 
 @pytest.mark.filterwarnings(
-    "ignore:WeightClustering begins", "ignore:MixtureTying begins in epoch", "ignore:training ended before"
+    "ignore:WeightClustering begins", "ignore:MixtureTying begins in epoch", "ignore:training stopped before"
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_trains_a_batch(name, tmp_path):
@@ -88,7 +88,7 @@ def test_mistakes_are_told_in_one_line(name, right, wrong, message, capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hash_recurrent", "the network takes inputs of another size than it gets: "),
+        ("hash_recurrent", "the network takes inputs of another size than that of the data: "),
         ("hash_toeplitz", "this layer takes 784 features, not 3072"),
         ("layer_drop", "blocks: pattern 'network.encoder.layers.*' matches no module"),
     ],

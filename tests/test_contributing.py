@@ -35,6 +35,22 @@ def test_targets_and_files_that_contributing_names_exist():
     assert [path for path in paths if not (ROOT / path).exists()] == ["configs/hash_stride.yaml"]  # one to add
 
 
+def test_contributing_names_every_folder_and_common_file():
+    package = ROOT / "tying"
+    folders = [path.name for path in package.iterdir() if (path / "__init__.py").exists()]
+    files = [path.name for folder in (package, package / "cli") for path in folder.glob("[!_]*.py")]
+    house = CONTRIBUTING.split("## Architecture")[1].split("\n- ")[0]
+    assert [name for name in folders if not re.search(rf"`(tying/)?{name}`", house)] == []
+    assert [name for name in files if f"{name}`" not in house] == []
+
+
+def test_the_page_of_installation_names_the_wheel_and_the_extras():
+    page = (ROOT / "docs" / "start.md").read_text()
+    assert {*re.findall(r"tying-(.+?)-py3-none-any\.whl", page)} == {__version__}
+    listed = {*re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)}
+    assert listed == PROJECT["optional-dependencies"].keys() - {"benchmarks", "browser", "dev", "docs", "sentence"}
+
+
 def test_the_citation_says_what_the_project_says():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == __version__

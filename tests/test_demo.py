@@ -1,8 +1,10 @@
 """``tying demo``: what it prints and keeps, how it goes on, and which precision it takes."""
 
 import csv
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from PIL import Image
 
 from tying.callbacks import HardTying, ResidualMerging
 from tying.cli import demo, main, parse
-from tying.depth import Residual
 from tying.errors import ConfigurationError
 from tying.weights.derived import count_parameters
 
@@ -31,24 +32,33 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(demo.History, "on_train_epoch_end", interrupted)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
+        with pytest.raises(SystemExit) as exited:
             main(["demo", "--epochs=2"])
+    assert exited.value.code == 130
     out = capsys.readouterr().out
-    assert "s a step" in out
+    assert re.match(
+        r"Precision (\S+): a step takes \d\.\d{3} s, and \d\.\d{3} s in (?!\1)\S+\.\n"
+        r"2 runs of 2 epochs will take about \d+ minutes? in all\.\n",
+        out,
+    )
     assert "[1/2] untied, epoch 2/2: loss " in out
     assert "[2/2] soft, epoch 1/2: loss " in out
     assert out.endswith("interrupted: the same command goes on\n")
     folder = tmp_path / "runs" / "demo"
-    finished = (folder / "untied" / "result.json").stat().st_mtime_ns
+    finished = (folder / "untied" / "measured.json").stat().st_mtime_ns
 
     main(["demo", "--epochs=2"])
     out = capsys.readouterr().out
     assert "[1/2]" not in out
     assert "soft, epoch 1/2" not in out
     assert "[2/2] soft, epoch 2/2: loss " in out
-    assert "s a step" not in out  # the precision is kept
+    assert re.match(r"The runs in runs/demo go on, in precision (32-true|bf16-mixed)\.\n", out)
+    assert "a step takes" not in out  # the precision is kept
+    assert "Command: `tying demo --epochs 2`" in out
+    assert ", 2 epochs, " in out
+    assert out.count("too short to judge") == 2  # a verdict, and the conclusion
     assert "| soft | untied | accuracy  | " in out
-    assert (folder / "untied" / "result.json").stat().st_mtime_ns == finished
+    assert (folder / "untied" / "measured.json").stat().st_mtime_ns == finished
     assert (folder / "demo.md").read_text().strip() in out
     with (folder / "demo.csv").open() as file:
         rows = [*csv.DictReader(file)]
@@ -70,17 +80,79 @@ def test_plain_networks_cost_what_the_ties_beside_them_do():
                 callback.apply(cli.model)
         models[row.name] = cli.model
     sizes = {name: count_parameters(model)[0] for name, model in models.items()}
-    blocks = {
-        name: sum(getattr(block.merge, "keep", 1.0) for block in model.modules() if isinstance(block, Residual))
-        for name, model in models.items()
-    }
+    blocks = {name: demo.blocks_per_step(model) for name, model in models.items()}
+    channels = {name: model.network.head.in_features for name, model in models.items()}
     for row in demo.ROWS:
+        assert row.network == f"ResNet-{row.depth}, width {channels[row.name] / 64:g}"
+        assert len([*models[row.name].network.layer1]) * 6 + 2 == row.depth
         assert sizes[row.peer or row.name] == pytest.approx(sizes[row.name], rel=0.1) or row.name == "stochastic depth"
         assert blocks[row.peer or row.name] == pytest.approx(blocks[row.name], rel=0.1)
+        assert (channels[row.peer or row.name] == channels[row.name]) == row.is_as_fast
+
+
+def outcomes(seconds=(), epochs=demo.EPOCHS, **accuracies):
+    """Results of all rows, equal except for some accuracies and seconds."""
+    return {
+        row.name: demo.Result(
+            accuracies.get(row.name, 0.5), 9, 9, 9.0, [{"seconds": dict(seconds).get(row.name, 1.0)}] * epochs
+        )
+        for row in demo.ROWS
+    }
+
+
+def test_the_report_ends_with_what_the_runs_show():
+    text = demo.report(outcomes(hard=0.6, soft=0.51, **{"stochastic depth": 0.4}))
+    assert (
+        "\n\nSoft: undecided; hard: better than a narrower network of equal size; stochastic depth: worse than a "
+        "shallower network with as many blocks a step.\n\nOne run each."
+    ) in text
+    assert "| narrower         | ResNet-20, width 0.5 |" in text
+    assert "benchmarks/results" in text
+
+
+def test_short_runs_have_no_verdict():
+    text = demo.report(outcomes(epochs=demo.EPOCHS - 1, hard=0.9))
+    assert text.count("| too short to judge |") == 3
+    assert "+0.400 ± " in text
+    assert "The runs are too short to judge: the demo's own length is 6 epochs." in text
+    assert "better" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "pair"),
+    [
+        ({}, None),
+        ({"hard": 9.0, "narrower": 0.1}, None),  # of other widths
+        ({"stochastic depth": 1.2}, None),
+        ({"stochastic depth": 1.3}, ("untied", "stochastic depth", "1.0 and 1.3 s")),
+        ({"untied": 2.0, "soft": 1.9}, ("untied", "stochastic depth", "2.0 and 1.0 s")),
+    ],
+)
+def test_disturbed_times_are_told(seconds, pair):
+    text = demo.report(outcomes(seconds))
+    assert ("disturbed" in text) == bool(pair)
+    if pair:
+        first, second, times = pair
+        assert f"{first} and {second} compute equally many blocks a step, and took {times} an epoch" in text
+
+
+@pytest.mark.parametrize(
+    ("out", "epochs", "command"),
+    [
+        ("runs/demo", 6, "tying demo"),
+        ("runs/demo", 1, "tying demo --epochs 1"),
+        ("my runs", 6, "tying demo --out 'my runs'"),
+        ("a", 2, "tying demo --epochs 2 --out a"),
+    ],
+)
+def test_the_report_has_the_command(out, epochs, command):
+    text = demo.conditions("32-true", Path(out), epochs)
+    assert text.endswith(f"Command: `{command}`.")
+    assert f", {epochs} epoch{'s' * (epochs > 1)}, 32-true, " in text
 
 
 @pytest.mark.parametrize(("slower", "faster"), [demo.PRECISIONS, demo.PRECISIONS[::-1]])
-def test_the_faster_precision_is_taken(slower, faster, capsys):
+def test_the_faster_precision_is_first(slower, faster):
     weight = torch.ones(4, 4, requires_grad=True)
 
     def model(images):
@@ -88,8 +160,9 @@ def test_the_faster_precision_is_taken(slower, faster, capsys):
         time.sleep(0.02 * (is_mixed == (slower == "bf16-mixed")))
         return images @ weight
 
-    assert demo.fastest_precision(model, torch.ones(2, 4)) == faster
-    assert f"{slower}: 0.0" in capsys.readouterr().out
+    times = demo.time_precisions(model, torch.ones(2, 4))
+    assert [*times] == [faster, slower]
+    assert times[slower] > 0.02
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from toys import train
 
 from benchmarks import evidence, experiment, gallery, hybrid_toy, report
 from benchmarks.declared import load, suites
+from benchmarks.diagrams import DIAGRAMS
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
 from tying.advice.plans import Plan
@@ -332,7 +333,7 @@ def advice():
 def demo_figure():
     epochs = [{"epoch": epoch, "validation accuracy": epoch / 9, "seconds": 1.5} for epoch in range(1, 7)]
     names = ("untied", "soft", "narrow", "hard", "shallow", "stochastic depth")
-    return demo.figure({name: demo.Result(0.5, 9999, 9999, epochs) for name in names})
+    return demo.figure({name: demo.Result(0.5, 9999, 9999, 9.0, epochs) for name in names})
 
 
 def templates():
@@ -362,6 +363,7 @@ FIGURES = {  # by the function that draws
     "tying.callbacks.hm_lstm.boundary_figure": lambda _: boundary_figure("many letters " * 20, torch.ones(260, 3)),
     "tying.advice.report.figure": lambda _: advice(),
     "tying.cli.demo.figure": lambda _: demo_figure(),
+    **{f"benchmarks.diagrams.{name}": lambda _, draw=draw: draw() for name, draw in DIAGRAMS.items()},
     "benchmarks.hybrid_toy.report": synthetic,
     "benchmarks.speed.growth.measure": grown,
 }
@@ -487,8 +489,8 @@ def test_the_gallery_shows_what_every_callback_draws():
     drawn = {*re.findall(r'log_figure\(trainer.*"(\w+)"', sources), "mixture_end"} - {"_"}
     assert drawn == {*gallery.PICTURES} - {"advice"}
     shown = re.findall(r"!\[.+?\]\(gallery/(.+?)\.png\)", (report.ROOT / "docs" / "gallery.md").read_text())
-    assert sorted(shown) == sorted(gallery.PICTURES)
-    assert {path.stem for path in gallery.FOLDER.iterdir()} == {*gallery.PICTURES}
+    assert sorted(shown) == sorted(gallery.NAMES)
+    assert {path.stem for path in gallery.FOLDER.iterdir()} == {*gallery.NAMES}
     assert all(len(evidence.description(path).split()) > 3 for path in gallery.FOLDER.iterdir())
 
 

@@ -78,7 +78,7 @@ def test_every_callback_is_made():
     assert kinds - {"TyingCallback"} == ARGUMENTS.keys()
 
 
-@pytest.mark.filterwarnings("ignore:MixtureTying begins", "ignore:training ended before")
+@pytest.mark.filterwarnings("ignore:MixtureTying begins", "ignore:training stopped before")
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_hydra_makes_callbacks_of_plain_types(name):
     callback = from_hydra(name)

@@ -160,7 +160,7 @@ SPEEDS = {
         "an infinite strength closes the gap in each step",
     ),
     "none": (sgd(), {"strength": 0.0}, "strength 0 pulls nothing"),
-    "adaptive": (torch.optim.Adam, {}, "Adam scales the pull together with the loss's gradients"),
+    "adaptive": (torch.optim.Adam, {}, "Adam rescales the pull together with the loss's gradients"),
     "diverging": (
         sgd(),
         {"strength": 15.0},

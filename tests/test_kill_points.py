@@ -83,7 +83,7 @@ def train(family, *callbacks, ckpt_path=None):
 
 @pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`, callbacks",
-    "ignore:training ended before its last epoch did",  # from the last step, nothing of the epoch is left to run
+    "ignore:training stopped before the end of its last epoch",  # from the last step, nothing of the epoch is left to run
 )
 @pytest.mark.parametrize("family", [*FAMILIES, *UPDATES, *ACCUMULATED])
 def test_killed_after_any_step(family, tmp_path):

@@ -159,16 +159,16 @@ FEATURES = {
     "Fabric, without a Trainer": by_fabric,
 }
 REFUSED = {
-    ("stochastic weight averaging", "MixtureTying"): "does not go with StochasticWeightAveraging",
-    ("stochastic weight averaging", "WeightClustering"): "does not go with StochasticWeightAveraging",
-    ("EMA weight averaging", "MixtureTying"): "does not go with EMAWeightAveraging",
-    ("EMA weight averaging", "WeightClustering"): "does not go with EMAWeightAveraging",
+    ("stochastic weight averaging", "MixtureTying"): "cannot be combined with StochasticWeightAveraging",
+    ("stochastic weight averaging", "WeightClustering"): "cannot be combined with StochasticWeightAveraging",
+    ("EMA weight averaging", "MixtureTying"): "cannot be combined with EMAWeightAveraging",
+    ("EMA weight averaging", "WeightClustering"): "cannot be combined with EMAWeightAveraging",
     ("ModelPruning", "RelaxedTying"): "give it other parameters_to_prune",
     ("ModelPruning", "WeightClustering"): "give it apply_pruning=BeforeEpoch(0)",
 }
 WARNED = (
     "ignore:MixtureTying begins with net.first.weight as initialised",
-    "ignore:training ended before its last epoch did",
+    "ignore:training stopped before the end of its last epoch",
     "ignore:Swapping scheduler",
     "ignore:You're using the WeightAveraging callback",
     "ignore:.*overfit_batches.*",

@@ -50,7 +50,7 @@ def test_every_callback_and_mixin_is_run():
 def test_all_hold(case):
     lightning = ALIKE[case][0]
     outcome = dict(errors(*ALIKE[case]))
-    assert "does not go with EMAWeightAveraging" in outcome.pop(f"averaged by {lightning}")
+    assert "cannot be combined with EMAWeightAveraging" in outcome.pop(f"averaged by {lightning}")
     if other := outcome.pop(f"averaged by {other_of(lightning)}", None):
         assert other.startswith(
             f"ConfigurationError: MixtureTying is built on {lightning}, and EMAWeightAveraging on {other_of(lightning)}"

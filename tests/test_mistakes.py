@@ -54,6 +54,13 @@ def with_norms():
     return model
 
 
+def mlps():
+    """Two blocks of two layers of unequal shapes, and two stages of unequal widths."""
+    blocks = [nn.ModuleDict({"fc1": nn.Linear(4, 8), "fc2": nn.Linear(8, 4)}) for _ in range(2)]
+    stages = [nn.ModuleList(nn.Linear(width, width) for _ in range(2)) for width in (4, 8)]
+    return nn.ModuleDict({"blocks": nn.ModuleList(blocks), "stages": nn.ModuleList(stages)})
+
+
 class Misspelt(SoftTyingMixin, Toy):
     soft_tying = {"ties": [TIE], "strenght": 0.1}  # noqa: RUF012
 
@@ -91,6 +98,38 @@ IN_PYTHON = {
     ),
     "one weight": (lambda: fit(SoftTying([V])), "only 'encoder.0.weight' is in it. Name two different tensors"),
     "no relation": (lambda: fit(HardTying([f"{V} ~ {W}"])), "the relation 'o i -> i o' would fit"),
+    "unequal shapes": (
+        lambda: resolve(mlps(), ["blocks.*.fc?.weight"]),
+        "given; write 'blocks.*.fc{i}.weight': one group of equal shapes for each capture",
+    ),
+    "unequal shapes of a range": (
+        lambda: resolve(mlps(), ["blocks.{0..1}.fc[12].weight"]),
+        "write 'blocks.{0..1}.fc{i}.weight': one group",
+    ),
+    "unequal shapes of ranges": (
+        lambda: resolve(mlps(), ["stages.{0..1}.*.weight"]),
+        "write 'stages.{i:0..1}.*.weight': one group",
+    ),
+    "unequal shapes of two": (
+        lambda: resolve(Toy(), ["[ed]*coder.[02].weight"]),
+        "write one tie for each shape, or exclude one of them",
+    ),
+    "a transposed weight": (
+        lambda: resolve(mlps(), ["blocks.0.fc?.weight"]),
+        "a relation needs a target: write 'blocks.0.fc1.weight ~ blocks.0.fc2.weight | o i -> i o'",
+    ),
+    "unequal shapes on one side": (
+        lambda: resolve(mlps(), ["blocks.0.fc?.weight ~ blocks.1.fc1.weight"]),
+        "write one tie for each shape, or exclude one of them",
+    ),
+    "a relation alone": (
+        lambda: resolve(Toy(), [f"{V} | o i -> i o"]),
+        "needs a target: write 'encoder.0.weight ~ target | o i -> i o'",
+    ),
+    "a mirrored capture alone": (
+        lambda: resolve(Toy(), ["encoder.{-i}.weight"]),
+        "needs a target: write 'encoder.{-i}.weight ~ target'",
+    ),
     "axes for kernels": (
         lambda: fit(HardTying([f"{V} ~ {W} | o i h w -> i o h w"])),
         "is for 4-dimensional weights, and the",
@@ -107,7 +146,7 @@ IN_PYTHON = {
     "a brace": (lambda: fit(SoftTying(["encoder.{i.weight"])), "a lone '{'; captures are written {i}"),
     "a capture": (
         lambda: fit(SoftTying(["encoder.0.bias ~ decoder.{i}.bias"])),
-        "capture {i} stands only in the target",
+        "capture {i} is only in the target",
     ),
     "a model for ties": (
         lambda: tie([TIE], Toy()),
@@ -161,7 +200,7 @@ IN_PYTHON = {
     "lists of a coupling": (lambda: Coupling(["a"], ["b"], 0.5), "first and second must each be one name or pattern"),
     "modules that differ": (
         lambda: fit(Coupling("encoder", "decoder", 0.5)),
-        "do not pair: 'encoder.0.weight' is (5, 6)",
+        "cannot be paired: 'encoder.0.weight' is (5, 6)",
     ),
     "alpha": (lambda: coupling_strength(20), "alpha must be in [0, 1], not 20"),
     "a hash's name": (
@@ -257,16 +296,16 @@ def callback(name, arguments):
 
 
 OWN = "own.yaml: "  # the file of each text below
-BELOW = "Option 'class_path' is not accepted. The arguments of a class stand below init_args"
+BELOW = "Option 'class_path' is not accepted. The arguments of a class belong under init_args"
 IN_YAML = {
     "an empty file": ("", "the configuration is empty: write keys and values, such as trainer: {max_epochs: 3}"),
     "a comment": ("# nothing", "the configuration is empty"),
     "a list": ("- 1", "the configuration holds no keys"),
     "a key twice": (
         "trainer:\n  max_epochs: 1\n  max_epochs: 2",
-        "the key 'max_epochs' stands twice, in lines 2 and 3",
+        "duplicate key 'max_epochs', in lines 2 and 3",
     ),
-    "a section twice": ("trainer: {}\nmodel: MLP\ntrainer: {}", "the key 'trainer' stands twice, in lines 1 and 3"),
+    "a section twice": ("trainer: {}\nmodel: MLP\ntrainer: {}", "duplicate key 'trainer', in lines 1 and 3"),
     "a part in itself": (
         "trainer: &trainer {callbacks: [*trainer]}",
         "line 1: this part of the configuration contains its",
@@ -289,6 +328,7 @@ IN_YAML = {
         "trainer: {max_epoch: 1}",
         "there is no option 'trainer.max_epoch'. Nearest existing names: trainer.max_e",
     ),
+    "an optimizer": ("optimizer: Adam", "there is no option 'optimizer'. The model makes its optimizer; those of"),
     "a section": ("callbacks: []", "there is no option 'callbacks'. Nearest existing names: trainer.callbacks."),
     "a number": ("trainer: {max_epochs: many}", "trainer.max_epochs: Expected an integer. Got value: many"),
     "a class": (callback("tying.callbacks.SoftTyin", ""), "Nearest existing names: tying.callbacks.SoftTying."),
@@ -354,6 +394,19 @@ def test_a_mistake_in_a_file_is_named_with_the_file(mistake, capsys, monkeypatch
 MODEL = ["--seed_everything=0", "--trainer.logger=false", "--model=Autoencoder", "--model.sizes=[8, 4]"]
 IN_COMMANDS = {
     "a trainer's option": (["--trainer.max_epohcs=3"], "Nearest existing names: --trainer.max_epochs"),
+    "an optimizer": (
+        ["--optimizer=Adm"],
+        "The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw.",
+    ),
+    "an optimizer's class": (["--optimizer=torch.optim.Adam"], "--optimizer=torch.optim.Adam. The model makes its opt"),
+    "a schedule": (
+        ["--lr_scheduler.class_path=StepLR"],
+        "StepLR. The model makes its optimizer; those of this package",
+    ),
+    "an optimizer of the model": (
+        ["--model=Classifier", "--model.network=tying.models.ResNet", "--model.optimizer=adm"],
+        "optimizer: Expected 'sgd' or 'adamw'. Got value: adm",
+    ),
     "an option": (["--confg=a.yaml"], "unrecognized arguments: --confg=a.yaml. Nearest existing names: --config"),
     "a file without an option": (["own.yaml"], "unrecognized arguments: own.yaml. Write --config own.yaml."),
     "a file's name": (["--config=onw.yaml"], "onw.yaml'. Nearest existing names: own.yaml."),
@@ -365,7 +418,10 @@ IN_COMMANDS = {
         ["--trainer.default_root_dir=${HOME}"],
         "'${HOME}' is not replaced: environment variables are not read",
     ),
-    "a URL": (["--ckpt_path=https://host/a.ckpt"], "is read by fit and test only: download it, and give its path"),
+    "a URL": (
+        ["--ckpt_path=https://host/a.ckpt"],
+        "only fit and test read a URL such as https://host/a.ckpt: download it",
+    ),
     "a URL of a configuration": (
         ["--config=https://host.invalid/a.yaml"],
         "config: Path does not exist: 'https://host.invalid/a.yaml'",
@@ -402,7 +458,7 @@ def test_an_address_that_cannot_be_read_is_named(path, message, capsys):
 
 
 def test_an_address_to_bake_is_named(capsys):
-    assert "is an address: download it" in error_of(capsys, "bake", "--ckpt=https://host/a.ckpt", "--out=plain.pt")
+    assert "is a URL: download it" in error_of(capsys, "bake", "--ckpt=https://host/a.ckpt", "--out=plain.pt")
 
 
 def test_no_model_is_named(capsys):

@@ -5,6 +5,7 @@
 
 import base64
 import json
+import logging
 import os
 import re
 import socket
@@ -67,12 +68,13 @@ def test_every_notebook_has_its_checks():
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_cells_run_on_small_sizes_without_a_network(name, monkeypatch):
+def test_cells_run_on_small_sizes_without_a_network(name, monkeypatch, caplog):
     def refuse(*_):
         raise AssertionError("a notebook reaches for the network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of processes that a notebook starts
+    caplog.set_level(logging.WARNING, "lightning.pytorch")  # as the notebooks do; the level is restored afterwards
     scope = {}
     for cell in code_cells(NOTEBOOKS[name]):
         exec("".join(line for line in cell["source"] if not line.startswith("%")), scope)

@@ -1,5 +1,6 @@
 """What the README and the pages of docs/ show and say is run here."""
 
+import logging
 import re
 import shlex
 import subprocess
@@ -71,11 +72,19 @@ def test_selection_prints_what_the_page_shows(capsys):
 
 
 @NO_TENSORBOARD
-def test_the_quickstart_prints_what_the_readme_shows(capsys, caplog):
+def test_the_quickstart_prints_what_the_readme_shows(capsys, monkeypatch, tmp_path):
+    """Every line that Lightning does not print without this package, in order, with three dots for the folder."""
     [code], [output] = blocks(PAGES["README"], "python"), blocks(PAGES["README"], "text")
-    exec(code, {})
-    printed, shown = [line.strip() for line in capsys.readouterr().out.splitlines()], output.splitlines()
-    assert [line for line in printed if line in shown] == [line for line in shown if line not in caplog.messages]
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [logging.StreamHandler(sys.stdout)])
+    quiet = code.replace("max_epochs=2,", "max_epochs=2, enable_progress_bar=False,")
+    plain = re.sub(r"callbacks=\[.*?\]", "callbacks=[]", quiet).replace("['tying/gap']", ".get('tying/gap', 0.0)")
+    printed = []
+    for program in (quiet, plain):
+        exec(program, {})
+        text = capsys.readouterr().out.replace(str(tmp_path), "...")
+        printed.append([line.strip() for line in text.splitlines()])
+    tied, untied = printed
+    assert [line for line in tied if line not in untied] == output.splitlines()
     assert len(code.splitlines()) <= 25
     new = [line for line in code.splitlines() if re.search(r"\btying\b|\btie\b|callbacks", line)]
     assert len(new) <= 4  # the import, the tie, the Trainer, and the print
@@ -149,6 +158,15 @@ def test_the_commands_of_the_first_hour_run_in_their_order(caplog, tmp_path):
         main(shlex.split(command)[1:])
     assert "going on from" in caplog.text
     assert (tmp_path / "plain.pt").exists()
+
+
+def test_the_page_on_strengths_says_what_inspect_prints(capsys):
+    """Of the run whose results it shows, by its table."""
+    main(["inspect", "--config=configs/base.yaml", "--config=configs/soft.yaml"])
+    printed = re.findall(r"strength ([\d.]+) .* half in (\d+) steps", capsys.readouterr().out)
+    strengths, steps = {strength for strength, _ in printed}, sorted(int(steps) for _, steps in printed)
+    assert f"for the strength of {strengths.pop()} in the results below" in PAGES["soft"]
+    assert f"half of the gap in {steps[0]} to {steps[-1]} of 432 steps" in PAGES["soft"]
 
 
 def test_pages_link_to_what_there_is():

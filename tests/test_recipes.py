@@ -24,7 +24,7 @@ SMALL = [
     "--trainer.log_every_n_steps=1",
     "--model.network.depth=20",
 ]
-QUIET = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]  # leave the loggers of other tests alone
+QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # "disabled" would disable every logger of this process
 ARGUMENTS = {
     "hydra_sweep.py": [
         "--multirun",

@@ -64,7 +64,7 @@ def test_not_invertible(pattern):
 
 def test_one_sided_axes_are_named():
     with pytest.raises(
-        ConfigurationError, match=r"relation 'o i -> o' cannot be inverted: axes i stand on one side only"
+        ConfigurationError, match=r"relation 'o i -> o' cannot be inverted: axes i are on one side only"
     ):
         bind("o i -> o", (2, 3), (2,))
 

@@ -225,7 +225,7 @@ def test_aliases_count_once():
 
 
 def test_captures_that_stand_alone():
-    with pytest.raises(ConfigurationError, match=r"capture \{j\} stands only in the target"):
+    with pytest.raises(ConfigurationError, match=r"capture \{j\} is only in the target"):
         resolve(stack(a=2, b=2), ["a.{i}.weight ~ b.{j}.weight"])
     with pytest.raises(ConfigurationError, match=r"mirrored capture"):
         resolve(stack(a=2, b=2), ["a.{-i}.weight"])
@@ -242,7 +242,7 @@ def test_nothing_matched_suggests_names():
 def test_shapes_that_do_not_meet_are_named():
     model = Autoencoder([8, 6, 4])
     with pytest.raises(
-        ConfigurationError, match=r"'encoder\.0\.weight' and 'decoder\.2\.weight' do not meet.*\(6, 8\).*\(8, 6\)"
+        ConfigurationError, match=r"'encoder\.0\.weight' and 'decoder\.2\.weight' do not fit.*\(6, 8\).*\(8, 6\)"
     ):
         resolve(model, ["encoder.{i}.weight ~ decoder.{-i}.weight"])
     with pytest.raises(ConfigurationError, match=r"'o i -> i o' would fit$"):

@@ -291,7 +291,7 @@ class Trained(pl.LightningModule):
 
 
 REFUSED = {
-    ("an LSTM language model", "ResidualMerging"): "it alone computes output 2 (a tuple)",
+    ("an LSTM language model", "ResidualMerging"): "only it computes output 2 (a tuple)",
     ("a GAN", "ResidualMerging"): "'net.generator.1', a Tanh, has no parameters",
     ("an LSTM language model", "Coupling"): "'net.head.bias' has no partner",
     **{(f"torchvision resnet{n}", "Looping"): "a loop needs blocks that keep the shape" for n in (18, 50)},

@@ -14,7 +14,7 @@ def extra(name: str) -> Iterator[None]:
         name: name of the extra.
 
     Raises:
-        ConfigurationError: the package is not installed.
+        ConfigurationError: the package is not installed, or its installation is broken.
 
     Example:
         >>> with extra("plots"):
@@ -26,3 +26,7 @@ def extra(name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{error.name} is not installed: pip install 'tying[{name}]'") from None
+    except ImportError as error:
+        raise ConfigurationError(
+            f"a package of tying[{name}] is broken: {error}: pip install --force-reinstall 'tying[{name}]'"
+        ) from None

@@ -64,7 +64,7 @@ def read(path: str | Path, context: str, mmap: bool = False) -> Any:
         return torch.load(path, "cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ConfigurationError(
-            f"{context}: {path} is no checkpoint of tensors and plain types, or is truncated (if it contains other "
+            f"{context}: {path} is not a checkpoint of tensors and plain types, or is truncated (if it contains other "
             f"objects, save only its state dict): {error}"
         ) from None
 

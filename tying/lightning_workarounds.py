@@ -21,6 +21,11 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
+def set_callbacks(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> None:
+    """Give the trainer a new list of callbacks: a hook that Lightning is calling goes on with the old one."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
 def finetuning_groups(callbacks: Iterable[pl.Callback]) -> list[dict[str, Any]]:
     """Return the parameter groups, as names, from which ``BaseFinetuning`` restores optimizers in a resumed run.
 

@@ -55,8 +55,8 @@ def _find_class(path: str, base: type, argument: str) -> type:
         cls = getattr(import_module(module), name) if module else classes[name]
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ConfigurationError(
-            f"{argument}: class_path {path!r} is no {base.__name__}: give the path that imports one, or a name among "
-            f"{listed(classes)}.{nearest(name, classes)}"
+            f"{argument}: class_path {path!r} is not a {base.__name__}: give the path that imports one, or a name "
+            f"among {listed(classes)}.{nearest(name, classes)}"
         )
     return cls
 

@@ -138,14 +138,14 @@ def test_mistakes(make, told):
 
 def test_a_text_is_no_checkpoint(tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.txt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"a\.txt is not a checkpoint"):
         train(Toy(), [AnchorTying(S, 1.0, anchor="a.txt")])
 
 
 def test_an_anchor_through_a_relation_is_refused():
     tie = HardTying(["encoder.0.weight ~ decoder.2.weight | o i -> i o"])
     torch.save(Toy().state_dict(), "a.pt")
-    with pytest.raises(ValueError, match=r"decoder\.2\.weight: tied through a relation; anchor the source of the tie"):
+    with pytest.raises(ValueError, match=r"decoder\.2\.weight: tied through a relation: anchor the source of the tie"):
         train(Toy(), [tie, AnchorTying(["decoder.2.weight"], 1.0, anchor="a.pt")])
     train(Toy(), [tie, AnchorTying(["encoder.0.weight"], 1.0, anchor="a.pt")], max_epochs=1)
 

@@ -181,7 +181,7 @@ class Endless:
         (lambda: Coupling("a", "b", math.nan), "not nan"),
         (lambda: Coupling("a", "b", 0.5, exponent=0.0), "exponent must be above 0, not 0.0"),
         (lambda: Coupling("a", "b", 0.5, examples=0), "examples must be 1 or more, not 0"),
-        (lambda: Coupling("a", "b", 0.0, update="gradient"), "alpha=0 makes both models one, which needs update='proximal', not 'gradient'"),
+        (lambda: Coupling("a", "b", 0.0, update="gradient"), "alpha=0 makes the weights of both models equal, which needs update='proximal', not 'gradient'"),
         (lambda: train(Toy(), [Coupling("encoder.0.bias", "decoder.0.bias", 0.5)], data=Endless(), limit_train_batches=2), "number of labelled examples is not known, .*: give it as examples"),
         (lambda: train(hybrid(), data=DataLoader(TensorDataset(torch.zeros(8, 6).double(), torch.zeros(8).long()))), "HybridClassifier trains on batches of a labelled and an unlabelled part: set the data's labelled"),
         (lambda: hybrid(reconstruction=-1.0), "reconstruction must be 0 or more, not -1.0"),
@@ -200,7 +200,7 @@ class Unpaired(pl.LightningModule):
 
 
 def test_all_that_does_not_pair_is_told_at_once():
-    with pytest.raises(ValueError, match="'first' and 'second' do not pair") as caught:
+    with pytest.raises(ValueError, match="'first' and 'second' cannot be paired") as caught:
         Coupling("first", "second", 0.5).build_penalties(None, Unpaired())
     for told in (
         "'first.c.weight' has no partner",

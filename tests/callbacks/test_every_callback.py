@@ -258,7 +258,7 @@ def test_schedules_of_other_types_are_refused_with_the_remedy(kind, value):
 def test_a_hash_that_does_not_fit_is_named_with_weight_and_callback(monkeypatch):
     monkeypatch.setattr(hashes, "LARGEST_TABLE", 20)  # stands for 2³¹ − 1
     for scope, names in (("layer", r"'net\.kernels\.0\.weight'"), ("network", ", ".join(map(repr, NAMES)))):
-        told = rf"^WeightHashing: {names}: .*the index needs .*: lower table_ratio, or use several tables"
+        told = rf"^WeightHashing: {names}: .*the index must address .*: lower table_ratio, or use several tables"
         with pytest.raises(ConfigurationError, match=told):
             fit(Trained(), [WeightHashing(NAMES, 1.0, scope=scope)])
 
@@ -275,8 +275,8 @@ def test_penalties_merges_and_hashes_are_mappings_too(path):
     ("penalty", "told"),
     [
         ({"delta": 0.5}, r"penalty cannot be {'delta': 0\.5}: .*; write class_path, such as .*Huber.*, and init_args"),
-        ({"class_path": "Hubre"}, r"penalty: class_path 'Hubre' is no Penalty.*Nearest existing names: Huber"),
-        ({"class_path": "tying.soft.Schedule"}, "class_path 'tying.soft.Schedule' is no Penalty"),
+        ({"class_path": "Hubre"}, r"penalty: class_path 'Hubre' is not a Penalty.*Nearest existing names: Huber"),
+        ({"class_path": "tying.soft.Schedule"}, "class_path 'tying.soft.Schedule' is not a Penalty"),
         ({"class_path": "Huber", "init_args": {"dleta": 1}}, "penalty cannot be .*dleta"),
         (["l2"], "unknown penalty"),
     ],
@@ -355,7 +355,7 @@ LINES = {
     TemplateWeights: f"2 weights from 1 template a shape: {', '.join(NAMES)}",
     GeneratedWeights: f"2 weights generated from embeddings of 2: {', '.join(NAMES)}",
     UntiedBiases: "2 weights with an entry for each position: net.kernels.0.bias, net.kernels.1.bias",
-    WeightHashing: "2 weights (72 values) have 2 tables with a total of 18 entries (ratio 0.25)",
+    WeightHashing: "2 weights (72 values) have 2 tables with a total of 18 slots (ratio 0.25)",
     WeightClustering: f"2 weights, each of 4 values from epoch 0 on: {', '.join(NAMES)}",
     ResidualMerging: "2 blocks, net.blocks.0: StochasticDepth(keep=0.875",
     Looping: "2 passes through net.blocks.0 to net.blocks.1",
@@ -606,7 +606,7 @@ def test_audit_names_the_tie_of_a_weight_that_stands_twice():
     tie(model, TIES)
     optimizers = [torch.optim.SGD(kernel.parameters(), lr=0.1) for kernel in model.net.kernels]
     told = [problem for problem in audit(model, optimizers).problems if "twice" in problem]
-    assert told[0].startswith("net.kernels.0.weight = net.kernels.1.weight stands twice in the optimizers")
+    assert told[0].startswith("net.kernels.0.weight = net.kernels.1.weight is twice in the optimizers")
 
 
 # Infinite strength and averages of weights
@@ -716,7 +716,7 @@ def test_penalties_on_real_weights_refuse_complex_ones(penalty):
         ),
         (
             lambda: WeightClustering(["first"], 2),
-            r"^WeightClustering: 'first' is of torch\.complex64, and only real",
+            r"^WeightClustering: 'first' is torch\.complex64, and only real",
         ),
         (
             lambda: SoftTying(["first ~ net.first.weight"]),
@@ -734,7 +734,7 @@ def test_integers_are_refused(kind):
     model = Trained()
     model.net.kernels[0].weight = nn.Parameter(torch.ones(6, 6, 1, 1, dtype=torch.int8), requires_grad=False)
     with pytest.raises(
-        ConfigurationError, match=rf"^{kind.__name__}: 'net\.kernels\.0\.weight' is of torch\.int8, and only real"
+        ConfigurationError, match=rf"^{kind.__name__}: 'net\.kernels\.0\.weight' is torch\.int8, and only real"
     ):
         fit(model, [MAKERS[kind]()])
 
@@ -752,7 +752,7 @@ def test_frozen_weights(kind):
     model.net.kernels.requires_grad_(False)
     before = [kernel.weight.clone() for kernel in model.net.kernels]
     if kind is MixtureTying:
-        with pytest.raises(ConfigurationError, match=r"no one optimizer trains net\.kernels\.0\..*: unfreeze"):
+        with pytest.raises(ConfigurationError, match=r"no single optimizer trains net\.kernels\.0\..*: unfreeze"):
             fit(model, [MAKERS[kind]()])
         return
     fit(model, [MAKERS[kind]()]) if kind not in (SoftTying, Coupling, AnchorTying) else warned(model, kind)

@@ -186,7 +186,7 @@ def pruning(parameters=None):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_pruned_weights_are_refused(order):
-    with pytest.raises(ConfigurationError, match=r"could not make '.*weight' one with another once ModelPruning has"):
+    with pytest.raises(ConfigurationError, match=r"cannot tie '.*weight' to another weight once ModelPruning has"):
         train(Toy(), [pruning(), strongly()][::order])
     model = Toy()
     model.extra = torch.nn.Linear(6, 6)
@@ -200,14 +200,14 @@ def test_weights_that_something_has_pruned_are_told():
             if self.current_epoch == 1:
                 prune.identity(self.decoder[2], "weight")
 
-    told = r"'decoder\.2\.weight' cannot be tied to 'encoder\.0\.weight': it is no parameter of the model any more"
+    told = r"'decoder\.2\.weight' cannot be tied to 'encoder\.0\.weight': it is no longer a parameter of the model"
     with pytest.raises(ConfigurationError, match=told):
         train(Prunes(), [SoftTying(TIES[:1], strength=0.1, update="proximal", harden_below=0.5)], max_epochs=9)
 
 
 @pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])
 def test_averaging_is_refused(averaging):
-    with pytest.raises(ValueError, match=f"harden_below does not go with {type(averaging).__name__}"):
+    with pytest.raises(ValueError, match=f"harden_below cannot be combined with {type(averaging).__name__}"):
         train(Toy(), [strongly(), averaging])
 
 

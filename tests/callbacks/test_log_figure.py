@@ -4,6 +4,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import lightning.pytorch as pl
 import matplotlib
@@ -215,7 +216,7 @@ def test_no_run_writes_over_the_pictures_of_another(picture, tmp_path):
 def test_a_folder_that_cannot_be_written_is_told_and_training_goes_on(picture, tmp_path):
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "folder"
-    message = f"^pictures are left out, since {folder} cannot be written: Not a directory$"
+    message = f"^pictures are not saved, since {folder} cannot be written: Not a directory$"
     with pytest.warns(UserWarning, match=message) as warned:
         trainer = draw(picture, False, default_root_dir=folder)
     assert trainer.state.finished
@@ -228,7 +229,7 @@ def test_several_pictures_of_a_run_are_told_of_once(tmp_path):
         warnings.simplefilter("default")
         draw("mixture_end", False, default_root_dir=tmp_path / "file")  # after mixture_start
     assert [str(warning.message).split(",")[0] for warning in warned if "picture" in str(warning.message)] == [
-        "pictures are left out"
+        "pictures are not saved"
     ]
 
 
@@ -252,7 +253,7 @@ def test_a_logger_that_fails_is_told_and_the_picture_is_written(kind, tmp_path):
         def keep(self, figure, name, step):
             raise ConnectionError("no route to host")
 
-    message = r"^Broken has not taken the picture tying_gap \(ConnectionError: no route to host\)$"
+    message = r"^Broken could not log the picture tying_gap \(ConnectionError: no route to host\)$"
     with pytest.warns(UserWarning, match=message):
         assert draw("tying_gap", Broken()).state.finished
     assert [*tmp_path.rglob("*.png")] == [tmp_path / "experiment" / "run" / "tying_gap.png"]
@@ -262,9 +263,44 @@ def test_a_logger_that_fails_is_told_and_the_picture_is_written(kind, tmp_path):
 def test_without_matplotlib_training_goes_on(picture, tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw(picture, False, default_root_dir=tmp_path).state.finished
-    message = "is left out: matplotlib.figure is not installed: pip install 'tying[plots]'"
+    message = "is not drawn: matplotlib.figure is not installed: pip install 'tying[plots]'"
     assert f"the picture {picture} {message}" in caplog.messages
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_broken_matplotlib_does_not_end_training(tmp_path, monkeypatch, caplog):
+    broken = ModuleType("matplotlib.figure")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", broken)
+    assert draw("tying_gap", False, default_root_dir=tmp_path).state.finished
+    [line] = [message for message in caplog.messages if "picture" in message]
+    assert line.startswith(
+        "the picture tying_gap is not drawn: a package of tying[plots] is broken: cannot import name"
+    )
+    assert line.endswith(": pip install --force-reinstall 'tying[plots]'")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_broken_part_that_writes_does_not_end_training(tmp_path, monkeypatch, caplog):
+    def fail(figure, path, **_):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    assert draw("tying_gap", False, default_root_dir=tmp_path).state.finished
+    assert "the picture tying_gap is not drawn: numpy.core.multiarray failed to import" in caplog.messages
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("has_logger", [False, True])
+def test_an_address_in_place_of_the_folder_is_told(has_logger, caplog):
+    address = "memory://bucket/runs"
+    logger = CSVLogger(address, name="first", version=0) if has_logger else False
+    assert draw("tying_gap", logger, default_root_dir=address).state.finished
+    [line] = [message for message in caplog.messages if "picture" in message]
+    folder = f"{address}/first/version_0" if has_logger else address
+    assert line.startswith(
+        f"the picture tying_gap is not drawn: {folder} is not a local folder: add a logger that takes"
+    )
+    assert not Path("memory:").exists()
 
 
 def test_a_machine_without_a_screen_draws(tmp_path, monkeypatch):

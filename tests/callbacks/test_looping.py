@@ -255,7 +255,7 @@ def test_it_is_applied_once_and_to_each_run_of_blocks():
     assert looping.apply(model) == Looping("blocks.[01]", passes=2, start=0.25, grow=0.5).apply(model) == 1
     assert looping.is_applied(model)
     assert looping.describe(model) == (
-        "2 passes through blocks.0 to blocks.1, from 0.25 of training on, one more every 0.5"
+        "2 passes through blocks.0 to blocks.1, from 0.25 of training on, one more after each 0.5"
     )
     other = Looping("blocks.3", passes=4)
     assert not other.is_applied(model)
@@ -294,9 +294,7 @@ def test_bake_says_that_weights_alone_do_not_repeat_blocks(tmp_path, capsys):
     for looping, said in ((callback(), True), (callback(passes=1), False)):
         fit(Blocks(), looping, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
         export(tmp_path / "a.ckpt", tmp_path / "a.pt", [], lambda configs: None)
-        note = (
-            "Note: these are weights alone, and were trained with 2 passes (Looping{'blocks': 'blocks.[12]'}): a plain"
-        )
+        note = "Note: the file holds only weights, trained with 2 passes (Looping{'blocks': 'blocks.[12]'}). A plain"
         assert (note in capsys.readouterr().out) == said
 
 

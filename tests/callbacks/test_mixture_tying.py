@@ -125,7 +125,7 @@ def test_an_early_end_is_told():
             trainer.should_stop = True
 
     model = Toy(adam)
-    with pytest.warns(UserWarning, match="ended before its last epoch did"):
+    with pytest.warns(UserWarning, match="stopped before the end of its last epoch"):
         train(model, [callback(), Stops()], max_epochs=50)
     assert len(values(model).unique()) <= 4
 
@@ -150,9 +150,9 @@ def test_an_untrained_network_is_told():
         (lambda: callback(examples=0), "examples must be 1 or more, not 0"),
         (lambda: callback(rates=(1.0, 1.0)), "rates are three learning rates"),
         (lambda: callback(rates=(1.0, 1.0, float("nan"))), "rates are three learning rates"),
-        (lambda: train(Toy(), [callback(), EMAWeightAveraging()]), "does not go with EMAWeightAveraging"),
+        (lambda: train(Toy(), [callback(), EMAWeightAveraging()]), "cannot be combined with EMAWeightAveraging"),
         (lambda: train(Toy(), [callback(), SoftTying(TIES, harden_below=0.5)]), "harden_below would replace 'encoder.0.weight', which another MixtureTying ties too"),
-        (lambda: train(Toy(lambda p: SGD([*p][:2], lr=0.1)), [callback()]), "no one optimizer trains encoder.0.weight, encoder.2.weight"),
+        (lambda: train(Toy(lambda p: SGD([*p][:2], lr=0.1)), [callback()]), "no single optimizer trains encoder.0.weight, encoder.2.weight"),
         (lambda: train(Toy(), [MixtureTying(["nothing"])]), "'nothing' matches no parameter"),
     ],
 )  # fmt: skip

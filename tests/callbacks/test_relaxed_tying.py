@@ -290,7 +290,7 @@ ANCHORS = {
 
 
 @pytest.mark.filterwarnings(
-    "ignore:training ended before its last epoch did", "ignore:AnchorTying. no checkpoint has the"
+    "ignore:training stopped before the end of its last epoch", "ignore:AnchorTying. no checkpoint has the"
 )
 @pytest.mark.parametrize(("kind", "order"), [*((kind, 1) for kind in ANCHORS), ("gradient", -1), ("Synaptic", -1)])
 def test_anchors_follow_the_weights_that_become_one(kind, order, tmp_path):
@@ -499,7 +499,7 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(callback, message):
 
 
 def test_anneal_does_not_go_with_averaged_weights():
-    with pytest.raises(ConfigurationError, match=r"^RelaxedTying: anneal does not go with EMAWeightAveraging"):
+    with pytest.raises(ConfigurationError, match=r"^RelaxedTying: anneal cannot be combined with EMAWeightAveraging"):
         fit(Adam(), [annealed(), EMAWeightAveraging()])
     fit(Adam(), [RelaxedTying(TIES, RESIDUAL), EMAWeightAveraging()])
 
@@ -509,7 +509,7 @@ def test_lbfgs_would_keep_the_residuals():
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters())
 
-    with pytest.raises(ConfigurationError, match="LBFGS keeps the residuals to itself"):
+    with pytest.raises(ConfigurationError, match="LBFGS holds the residuals"):
         fit(Line(), [annealed()])
 
 

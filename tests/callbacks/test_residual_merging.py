@@ -335,7 +335,7 @@ def test_sums_draw_nothing():
             lambda: ResidualMerging("a", StochasticDepth(0.5), schedule="erly"),
             r"schedule must be a tying\.soft\.Schedule, or a mapping of its arguments, or 'early' or 'late', not 'erly'",
         ),
-        (lambda: ResidualMerging("a", nn.Identity()), "Identity is no tying.depth.Merge"),
+        (lambda: ResidualMerging("a", nn.Identity()), "Identity is not a tying.depth.Merge"),
         (lambda: train(Blocks(), [ResidualMerging("block.*", StochasticDepth(0.5))]), r"'block\.\*' matches no module"),
         (
             lambda: train(Blocks(), [ResidualMerging("blocks.*", StochasticDepth(0.5), [0.5])]),

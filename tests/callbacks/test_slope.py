@@ -22,7 +22,7 @@ def test_slopes_by_epoch(tmp_path, caplog):
     trainer = train(model, [SlopeAnnealing(rate=0.5, maximum=1.9)], max_epochs=4)
     assert model.seen[::10] == [1.0, 1.5, 1.9, 1.9]
     lines = [message for message in caplog.messages if "SlopeAnnealing" in message]
-    assert lines == ["SlopeAnnealing: 1 layer, slope 1, plus 0.5 an epoch up to 1.9"]
+    assert lines == ["SlopeAnnealing: 1 layer, slope 1, raised by 0.5 each epoch up to 1.9"]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = Reads()
     train(again, [SlopeAnnealing(rate=0.1)], max_epochs=5, ckpt_path=tmp_path / "a.ckpt")

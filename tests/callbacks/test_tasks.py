@@ -211,7 +211,7 @@ def importance_of(kind):
 
 @pytest.mark.filterwarnings(
     "ignore:Be aware that when using `ckpt_path`, callbacks",
-    "ignore:AnchorTying. training ended before its last epoch did",  # from the last step, nothing of it is left
+    "ignore:AnchorTying. training stopped before the end of its last epoch",  # from the last step, nothing of it is left
 )
 @pytest.mark.parametrize(("kind", "update"), [("Fisher", "gradient"), ("Synaptic", "proximal")])
 def test_killed_within_and_between_tasks(kind, update, tmp_path):
@@ -340,7 +340,9 @@ def test_training_that_ends_early():
             trainer.should_stop = True
 
     callback = AnchorTying(S, 1.0, importance=Fisher(2))
-    with pytest.warns(UserWarning, match="AnchorTying: training ended before its last epoch did: the importances are"):
+    with pytest.warns(
+        UserWarning, match="AnchorTying: training stopped before the end of its last epoch: the importances are"
+    ):
         learn(Net(), [callback, Stop()], 0)
     assert callback.state_dict()["tasks"] == 1
     learn(Net(), [Stop(), callback], 1)
@@ -415,7 +417,7 @@ def written(**state):
         (lambda: learn(Net(), AnchorTying(S, 1.0, anchor=written(steps={}), importance=Fisher(2)), 0), "anchor: w.ckpt has no importances of AnchorTying: they are measured when a fit ends. Train the earlier task to its end"),
         (lambda: learn(Net(), AnchorTying(S, 1.0, anchor=written(anchors={}, importances={"a": torch.ones(1)}), importance=Fisher(2)), 0), "anchor: w.ckpt lacks body.0.weight"),
         (lambda: inspect(Net(), [AnchorTying(S, 1.0, anchor=written(steps={}), importance=Fisher(2))]), "has no importances of AnchorTying"),
-        (lambda: learn(Net(), [AnchorTying(S, 1.0, importance=Fisher(2)), WeightAveraging()], 0), "AnchorTying with importance does not go with WeightAveraging"),
+        (lambda: learn(Net(), [AnchorTying(S, 1.0, importance=Fisher(2)), WeightAveraging()], 0), "AnchorTying with importance cannot be combined with WeightAveraging"),
         (lambda: learn(Net(), AnchorTying(S, 1.0, importance=Given(math.nan)), 0), "AnchorTying: the importance of some weight is NaN or infinite"),
         (lambda: learn(Net(lambda w: torch.optim.LBFGS(w)), AnchorTying(S, 1.0, importance=Synaptic()), 0), "Synaptic .* LBFGS"),
     ],

@@ -259,7 +259,7 @@ def test_a_cache_of_other_objects_is_named(folder, store):
     ready(folder)
     [made] = store.iterdir()
     torch.save(Path("elsewhere"), made)
-    with pytest.raises(ConfigurationError, match=rf"(?s){made} is no checkpoint of tensors .*Remove {made}"):
+    with pytest.raises(ConfigurationError, match=rf"(?s){made} is not a checkpoint of tensors .*Remove {made}"):
         ready(folder)
 
 
@@ -316,9 +316,9 @@ def test_labelled_and_the_rest():
     assert moved["unlabelled"][0].shape == (32, 3, 32, 32)
 
 
-@pytest.mark.parametrize("labelled", [9, 4501])
+@pytest.mark.parametrize("labelled", [0, 9, 4501, 10.5])
 def test_labelled_out_of_range(labelled):
-    with pytest.raises(ConfigurationError, match=r"labelled must be from 10 .* to 4500"):
+    with pytest.raises(ConfigurationError, match=r"labelled must be an integer from 10 .* to 4500"):
         CIFAR10(labelled=labelled).setup("fit")
 
 

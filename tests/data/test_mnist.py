@@ -74,7 +74,7 @@ def test_sizes_that_are_not_mnists(root, size):
     replace(
         root, "train-labels-idx1-ubyte", lambda _: head if size > 2**32 else head[:3] + b"\1" + size.to_bytes(4, "big")
     )
-    with pytest.raises(ConfigurationError, match=r"entries: from 1 to 268,435,456 are read"):
+    with pytest.raises(ConfigurationError, match=r"entries, and must have 1 to 268,435,456"):
         ready(root)
 
 

@@ -62,7 +62,7 @@ def test_degraded_images_by_hand():
     [
         ({"shrink": 3}, "shrink must divide the images' 32 pixels, not 3"),
         ({"shrink": 0}, "shrink must be 1 or more, not 0"),
-        ({"grey": 5}, r"grey must be from 10 \(one a class\) to 4500"),
+        ({"grey": 5}, r"grey must be an integer from 10 \(one for each class\) to 4500"),
         ({"grey": 4500}, "grey=4500 leaves no image in colour"),
     ],
 )

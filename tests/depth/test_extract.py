@@ -307,11 +307,11 @@ def test_mistakes(case):
 
 
 REFUSED = {
-    "T5": ("encoder.block.*", r"'encoder\.block\.0' cannot be removed, since it alone has the weight .*bias\.weight'"),
+    "T5": ("encoder.block.*", r"'encoder\.block\.0' cannot be removed, since only it has the weight .*bias\.weight'"),
     "resnet18": ("layer2.*", r"'layer2\.0' cannot be removed, since it changes the shape: its downsample has weights"),
     "mobilenet_v2": ("features.*", r"'features\.\d+' cannot be removed, since .*its use_res_connect is False\. Keep"),
     "test_efficientnet": ("blocks.2.*", r"'blocks\.2\.0' cannot be removed, since .*its has_skip is False"),
-    "regnet_y_400mf": ("trunk_output.block2.*", "'trunk_output.block2.block2-0' cannot be removed, since it alone has"),
+    "regnet_y_400mf": ("trunk_output.block2.*", "'trunk_output.block2.block2-0' cannot be removed, since only it has"),
 }
 
 

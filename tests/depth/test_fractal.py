@@ -66,7 +66,7 @@ def test_a_column_alone_is_the_plain_network_bitwise(training):
             int(other is column) for other in net.columns for _ in other
         ]
         assert torch.equal(out, nn.Sequential(*column)(X))
-    with pytest.raises(ConfigurationError, match="columns are 0 to 2, not 3"):
+    with pytest.raises(ConfigurationError, match=r"column must be an integer in \[0, 2\], not 3"):
         net(X, column=3)
 
 

@@ -518,15 +518,16 @@ def test_mistakes_of_dropout(name, dropout):
 
 @pytest.mark.parametrize("name", ["ZoneoutLSTMCell", "HyperLSTMCell"])
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("x", "message"),
     [
-        ((2, 5, 3), "Cell: Expected input to be 1D or 2D, got 3D instead"),
-        ((2, 2), "input has inconsistent input_size: got 2 expected 3"),
+        (torch.zeros(2, 5, 3, dtype=D), "Cell: Expected input to be 1D or 2D, got 3D instead"),
+        (torch.zeros(2, 2, dtype=D), "input has inconsistent input_size: got 2 expected 3"),
+        (torch.zeros(2, 3), r"input dtype \(torch\.float32\) does not match weight dtype \(torch\.float64\)"),
     ],
 )
-def test_mistakes_of_cells(name, shape, message):
+def test_mistakes_of_cells(name, x, message):
     with pytest.raises(ConfigurationError, match=message):
-        make(name)(torch.zeros(shape, dtype=D))
+        make(name)(x)
     with pytest.raises(ConfigurationError, match=r"Expected hx\[0\] size \(2, 4\), got \(3, 4\)"):
         make(name)(inputs(2), [torch.zeros(3, 4, dtype=D)] * 2)
 

@@ -628,7 +628,7 @@ MISTAKES = {
     ),
     "within": (looped, ("1.branch", 2), r"^blocks: '1\.branch', a Sequential, is in a loop already, or overlaps"),
     "around": (lambda: looped("1.branch"), ("1", 2), "^blocks: '1', a Residual, is in a loop already, or overlaps"),
-    "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), ("*", 2), "'0', a Linear, stands at several places"),
+    "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), ("*", 2), "'0', a Linear, is at several places"),
     "reversible": (
         lambda: nn.Sequential(Reversible(4, 4)),
         ("0", 2),
@@ -638,7 +638,7 @@ MISTAKES = {
     "own forward": (
         with_forward,
         ("1", 2, "norm"),
-        r"^blocks: '1', a Residual, has a forward of its own, .* or leave per_",
+        r"^blocks: '1', a Residual, has another forward than its class: .* or leave per_",
     ),
     "no norms": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
@@ -727,7 +727,8 @@ def test_a_changed_class_cannot_be_restored():
     model = looped()
     model[1].__class__ = type("Sharded", (type(model[1]),), {})
     with pytest.raises(
-        ConfigurationError, match=r"^'1' is a Sharded since it is in a loop, which therefore cannot be undo"
+        ConfigurationError,
+        match=r"^the class of '1' has changed to Sharded after the loop was made, which cannot be undo",
     ):
         unloop(model)
 

@@ -288,7 +288,9 @@ def test_statistics_of_all_processes_take_all_rows():
 
     for seed in range(3):
         assert torch.equal(*(at(seed, lambda mode=mode: synchronized(mode)(X)) for mode in ("auto", "row")))
-    with pytest.raises(ConfigurationError, match=r"mode='subset' does not go with SyncBatchNorm.*use mode='row'"):
+    with pytest.raises(
+        ConfigurationError, match=r"mode='subset' cannot be combined with SyncBatchNorm.*use mode='row'"
+    ):
         synchronized("subset")(X)
     assert synchronized("subset").eval()(X).shape == X.shape
 

@@ -371,5 +371,5 @@ def test_graphs_record_a_merge_as_one_node(form, merge):
 def test_a_residual_traced_alone_takes_no_arguments():
     traced, (x, gate) = symbolic_trace(made("Residual")[0]), inputs()
     assert torch.equal(traced(x), made("Residual")[0](x))
-    with pytest.raises(ConfigurationError, match="this graph of a Residual takes x alone: trace the model"):
+    with pytest.raises(ConfigurationError, match="this graph of a Residual takes only x: trace the model"):
         traced(x, gate)

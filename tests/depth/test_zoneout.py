@@ -342,5 +342,5 @@ def test_rates_of_one_keep_the_state_whatever_the_input():
 
 def test_a_mask_that_requires_a_gradient():
     mask = torch.rand(5, 2, 4, requires_grad=True)
-    with pytest.raises(ConfigurationError, match="take no gradient"):
+    with pytest.raises(ConfigurationError, match="must not require gradients: detach them"):
         zoned_lstm(torch.zeros(5, 2, 3), *torch.zeros(2, 2, 4), torch.zeros(16, 3), torch.zeros(16, 4), None, mask)

@@ -73,9 +73,17 @@ def test_dimensions_copies_and_other_sizes(kind, size):
     [
         (Convolutions, ["0.weight"], "0.weight: only biases of Conv1d, Conv2d, Conv3d can be untied"),
         (Convolutions, ["0.bias", "1.bias"], "1.bias: only biases of"),
-        (lambda: Convolutions(spare=True), ["0.bias", "2.spare.bias"], "'2.spare.bias': .* not at all; one size"),
+        (
+            lambda: Convolutions(spare=True),
+            ["0.bias", "2.spare.bias"],
+            "'2.spare.bias': .* one size, and the example gives none",
+        ),
         (lambda: Convolutions(spare=True), ["nothing"], "nothing"),
-        (lambda: lowered(Convolutions()), ["0.bias"], "0.bias: of layers that are parametrized; untie biases before"),
+        (
+            lambda: lowered(Convolutions()),
+            ["0.bias"],
+            "0.bias: belongs to a layer that is parametrized: untie biases first",
+        ),
     ],
 )
 def test_mistakes_change_nothing(make, patterns, told):
@@ -106,9 +114,13 @@ def test_biases_seen_at_two_sizes_are_refused():
     model = Convolutions()
     model[3].padding = 0
     model[3].bias = model[0].bias
-    with pytest.raises(ValueError, match=r"outputs of \[\(2, 2\), \(4, 4\)\]; one size"):
+    with pytest.raises(
+        ValueError, match=r"outputs of one size, and the example gives outputs of \[\(2, 2\), \(4, 4\)\]"
+    ):
         untie_biases(model, ["0.bias"], torch.zeros(1, 2, 6, 6))
-    with pytest.raises(ValueError, match=r"outputs of \[\(2, 2\), \(4, 4\)\]; one size"):
+    with pytest.raises(
+        ValueError, match=r"outputs of one size, and the example gives outputs of \[\(2, 2\), \(4, 4\)\]"
+    ):
         untie_biases(Twice(), ["conv.bias"], torch.zeros(1, 2, 6, 6))
     with pytest.raises(ValueError, match="input_size must be that of one sample"):
         UntiedBiases(["0.bias"], [])

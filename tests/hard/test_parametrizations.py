@@ -356,7 +356,7 @@ def test_kernels_of_two_types_share_nothing(share):
     model = kernels()
     model[1].bfloat16()
     with pytest.raises(
-        ValueError, match=r"'1\.weight': it is torch.bfloat16 on cpu, and what it would share is torch.f"
+        ValueError, match=r"'1\.weight' is torch.bfloat16 on cpu, and the parameters that it would share are torch.f"
     ):
         share(model)
     assert not any(parametrize.is_parametrized(layer) for layer in model)

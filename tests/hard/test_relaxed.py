@@ -575,7 +575,7 @@ MISTAKES = {
     "vectors, spelt": (linear, [*ONE, "0.bias ~ 1.bias"], LowRankResidual(1), r"'0\.bias', '1\.bias': a vector has no residual that costs less than itself: leave it separate"),
     "vectors only": (linear, ["*.bias"], LowRankResidual(1), "a vector has no residual"),
     "frozen": (lambda: frozen(linear()), ONE, LowRankResidual(1), r"'1\.weight' cannot be tied to '0\.weight': requires_grad is False for one"),
-    "complex": (lambda: linear(dtype=torch.complex64), ONE, LowRankResidual(1), r"'0\.weight' is of torch\.complex64, and only real floating-point weights can be relaxed"),
+    "complex": (lambda: linear(dtype=torch.complex64), ONE, LowRankResidual(1), r"'0\.weight' is torch\.complex64, and only real floating-point weights can be relaxed"),
     "low rank already": (lambda: changed(linear(), lower_rank, ["1.weight"], 2), ONE, LowRankResidual(1), "parametrize"),
     "relaxed already": (lambda: changed(linear(), relax, ONE, LowRankResidual(1)), ONE, LowRankResidual(1), "parametrize"),
     "tied already": (lambda: changed(linear(), tie, ["0.weight ~ 1.weight | o i -> i o"]), ["1.weight ~ 2.weight"], LowRankResidual(1), "through a relation"),
@@ -606,7 +606,7 @@ def test_mistakes_of_arguments():
     with pytest.raises(ConfigurationError, match="init must be 'nearest' or 'source', not 'mean'"):
         relax(linear(), ONE, LowRankResidual(1), init="mean")
     for residual, init in ((None, "nearest"), (LowRankResidual(1), "source")):
-        with pytest.raises(ConfigurationError, match="calibration chooses the nearest residuals: give a residual"):
+        with pytest.raises(ConfigurationError, match="calibration needs a residual, and init='nearest'"):
             relax(linear(), ONE, residual, [torch.ones(1, 8, dtype=D)], init)
     with pytest.raises(ConfigurationError, match="calibration has no batches"):
         relax(linear(), ONE, LowRankResidual(1), [])

@@ -243,7 +243,7 @@ def test_what_is_taken_apart_is_found_and_mended():
         (lambda m: m["decoder"].double(), [TRANSPOSED], r"dtype is torch.float64 for one and torch.float32"),
         (lambda m: m["decoder"].to("meta"), [TRANSPOSED], r"device is meta for one and cpu"),
         (lambda m: nn.utils.parametrizations.weight_norm(m["decoder"]), ["encoder.weight ~ decoder.parametrizations.weight.original1 | o i -> i o"], "it is parametrized: it is computed from other weights"),
-        (lambda m: tie(m, [TRANSPOSED]), ["other.weight ~ decoder.weight | o i -> i o"], r"'other.weight' and 'decoder.weight' do not meet: relation 'o i -> i o' does not map shape \(6, 3\) to shape \(6, 3\)"),
+        (lambda m: tie(m, [TRANSPOSED]), ["other.weight ~ decoder.weight | o i -> i o"], r"'other.weight' and 'decoder.weight' do not fit: relation 'o i -> i o' does not map shape \(6, 3\) to shape \(6, 3\)"),
         (lambda m: m.update({"lazy": nn.LazyLinear(3)}), ["encoder.bias ~ lazy.bias"], "has no shape yet, since its layer is lazy: call the model on a batch"),
         (lambda m: m.update({"lstm": nn.LSTM(2, 3)}), ["lstm.weight_ih_l0 ~ lstm.weight_hh_l0 | (a o) i -> (a o) i"], "do not map|does not map"),
         (lambda m: m.update({"lstm": nn.LSTM(3, 3), "wide": nn.Linear(12, 3)}), ["wide.weight ~ lstm.weight_ih_l0 | o i -> i o"], "LSTM keeps its weights where they cannot be computed. Make it the source"),
@@ -298,7 +298,7 @@ def test_what_others_parametrize_is_no_longer_equal():
     other = linears(a=(3, 3), b=(3, 3))
     tie(other, ["a.weight ~ b.weight"])
     nn.utils.parametrizations.weight_norm(other["b"])
-    assert "no parameter of the model any more: something has removed or parametrized it" in audit(other).problems[0]
+    assert "no longer a parameter of the model: something has removed or parametrized it" in audit(other).problems[0]
     other.load_state_dict(other.state_dict())
     assert (untie(model), untie(other)) == (1, 0)
 
@@ -381,7 +381,7 @@ def test_untie_some():
     [
         (torch.zeros(2, 2), "has shape (2, 2) in this state dict"),
         (torch.zeros(2), "has shape (2,)"),
-        ("text", "is no tensor in this state dict, but str"),
+        ("text", "is not a tensor in this state dict, but a str"),
     ],
 )
 def test_odd_entries_of_a_state_dict(wrong, told):

@@ -92,7 +92,7 @@ def test_what_is_gone_is_left_alone():
     model = pairs()
     tie(model, ["0.weight ~ 1.weight", "2.weight ~ 3.weight"])
     model[3] = nn.Identity()
-    assert "one of them is no parameter of the model any more" in audit(model).problems[0]
+    assert "one of them is no longer a parameter of the model" in audit(model).problems[0]
     assert untie(model) == 1
     assert model[0].weight is not model[1].weight
     assert audit(model).problems == ()

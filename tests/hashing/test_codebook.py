@@ -169,11 +169,11 @@ def test_after_pruning():
         (lambda: train(Toy(), [ModelPruning("l1_unstructured", apply_pruning=BeforeEpoch(4)), WeightClustering(["**.weight"], clusters=2, start_epoch=3)]), "ModelPruning still prunes in epoch 3"),
         (lambda: train(Toy(), [WeightClustering(["**.bias"])]), "match nothing of two dimensions or more"),
         (lambda: train(Toy(), [WeightClustering(["encoder.*.weight", "encoder.2.weight"], clusters=21)]), r"'encoder\.2\.weight': clusters must be in \[1, 20\], not 21"),
-        (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=2), EMAWeightAveraging()]), "does not go with EMAWeightAveraging"),
+        (lambda: train(Toy(), [WeightClustering(["**.weight"], clusters=2), EMAWeightAveraging()]), "cannot be combined with EMAWeightAveraging"),
         (lambda: train(Toy(), [HardTying(PAIR), WeightClustering(["encoder.0.weight"], clusters=2)]), r"'encoder\.0\.weight' is (tied to|parametrized)"),
         (lambda: train(Toy(), [SoftTying(PAIR), WeightClustering(["encoder.0.weight"], clusters=2)]), r"SoftTying and WeightClustering both act on 'encoder\.0\.weight'"),
         (lambda: train(Toy(), [AnchorTying(["encoder.**"], 0.1), WeightClustering(["encoder.0.weight"], clusters=2)]), r"AnchorTying and WeightClustering both act on 'encoder\.0\.weight'"),
-        (lambda: train(Toy(torch.optim.LBFGS), [WeightClustering(["encoder.0.weight"], clusters=2)]), "LBFGS keeps encoder.0.weight to itself"),
+        (lambda: train(Toy(torch.optim.LBFGS), [WeightClustering(["encoder.0.weight"], clusters=2)]), "LBFGS holds encoder.0.weight, and"),
     ],
 )  # fmt: skip
 def test_mistakes(make, told):
@@ -183,7 +183,7 @@ def test_mistakes(make, told):
 
 def test_a_name_of_no_module_is_told():
     with pytest.raises(
-        ConfigurationError, match=r"'nett\.weight' is no parameter of the model, which has no module 'nett'"
+        ConfigurationError, match=r"'nett\.weight' is not a parameter of the model, which has no module 'nett'"
     ):
         cluster_weight(Toy(), "nett.weight", 2)
 

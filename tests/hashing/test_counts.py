@@ -79,7 +79,7 @@ def test_the_report_is_recounted(hash, scope, options):
     shared = (
         f"share a table of {made.stored:,}" if scope == "network" else f"have 3 tables with a total of {made.stored:,}"
     )
-    assert str(made).startswith(f"3 weights (1,100 values) {shared} entries (ratio {made.stored / 1100:.3g})")
+    assert str(made).startswith(f"3 weights (1,100 values) {shared} slots (ratio {made.stored / 1100:.3g})")
     assert report(model) == made
     unique, used = sum(p.numel() for p in model.parameters()), 1100 + 60
     assert (audit(model).unique, audit(model).virtual) == (unique, used)
@@ -103,7 +103,9 @@ def test_the_callback_prints_and_logs_what_is_measured(caplog, capsys):
     entropies = [entropy(torch.tensor([*uses.values()])) for _, _, uses, _ in counts.values()]
     assert float(trainer.callback_metrics["tying/entropy"]) == pytest.approx(sum(entropies) / 4, rel=1e-6)
     stored = sum(size for _, size, _, _ in counts.values())
-    told = f"WeightHashing: 4 weights (100 values) have 4 tables with a total of {stored} entries (ratio {stored / 100:.3g})"
+    told = (
+        f"WeightHashing: 4 weights (100 values) have 4 tables with a total of {stored} slots (ratio {stored / 100:.3g})"
+    )
     assert told in caplog.text
 
 
@@ -131,7 +133,7 @@ def test_compression_of_the_paper_is_its_formula():
 
 @pytest.mark.parametrize("index", [[0, 5], [-2, 0]])
 def test_slots_outside_the_table_are_refused(index):
-    with pytest.raises(ConfigurationError, match=r"slots from .* are not those of a table of 3 entries"):
+    with pytest.raises(ConfigurationError, match=r"slots must be in \[-1, 3\), not from"):
         loads(torch.tensor(index), 3)
 
 

@@ -29,7 +29,7 @@ from tying.hashing import (
     table_loads,
 )
 from tying.hashing import parametrization as hashing_parametrization
-from tying.hashing.parametrization import STORED, table_entries
+from tying.hashing.parametrization import STORED, table_slots
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_slots_outside_the_table_are_still_refused_at_the_ends():
         def slot(self, ids, table_size):
             return ids
 
-    with pytest.raises(ConfigurationError, match=r"integers in \[-1, 4000\) are needed"):
+    with pytest.raises(ConfigurationError, match=r"integers in \[-1, 4000\), not"):
         HashedEmbedding(10**9, 4, table_ratio=1e-6, hash=Wrong(), device="meta")
 
 
@@ -159,7 +159,7 @@ def test_tables_beyond_the_slots_are_refused(hash, index, monkeypatch):
     )
     HashedLinear(50, 40, **small)
     HashedLinear(50, 40, **largest)  # with zero: 1,000
-    words = r"the index needs [\d,]+ slots .* which address 1,000: lower table_ratio, or use several tables"
+    words = r"the index must address [\d,]+ values .* 32 bits address 1,000: lower table_ratio, or use several tables"
     for refuse in (
         lambda: HashedLinear(50, 40, **large),
         lambda: HashedEmbedding(50, 40, **large),
@@ -188,7 +188,7 @@ def test_the_limit_is_that_of_32_bits():
         lambda: HashedLinear(1 << 16, 1 << 16, table_ratio=0.3, sign=True, device="meta"),
         lambda: HashedParametrization((1 << 16, 1 << 16), 1 << 31, DirichletHash()),
     ):
-        with pytest.raises(ConfigurationError, match=r"which address 2,147,483,647"):
+        with pytest.raises(ConfigurationError, match=r"32 bits address 2,147,483,647"):
             refuse()
     assert HashedLinear(1 << 16, 1 << 16, False, 0.3, device="meta").table.shape == (1_288_490_189,)
 
@@ -215,19 +215,19 @@ class Fixed(Hash):
                 3, 5, table_ratio=ratio, hash=ToeplitzHash(3, 5, input_size=1, kernel_size=3, padding=1)
             ),
             r"ToeplitzHash\(in_channels=3, out_channels=5, input_size=\(1, 1\), kernel_size=\(3, 3\), .*\) needs a table of "
-            "135 entries for 15 weights, but .* at most one for each weight: change the sizes",
+            "135 slots for 15 weights, but .* at most one for each weight: change the sizes",
         ),
-        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed()), r"Fixed\(entries=7\) needs a table of 7 entries for 6"),
-        (lambda ratio: HashedConv2d(3, 2, 1, table_ratio=ratio, hash=Fixed()), "7 entries for 6 weights"),
-        (lambda ratio: HashedEmbedding(3, 2, table_ratio=ratio, hash=Fixed()), "7 entries for 6 weights"),
-        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed(0)), "0 entries for 6 weights"),
+        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed()), r"Fixed\(entries=7\) needs a table of 7 slots for 6"),
+        (lambda ratio: HashedConv2d(3, 2, 1, table_ratio=ratio, hash=Fixed()), "7 slots for 6 weights"),
+        (lambda ratio: HashedEmbedding(3, 2, table_ratio=ratio, hash=Fixed()), "7 slots for 6 weights"),
+        (lambda ratio: HashedLinear(3, 2, table_ratio=ratio, hash=Fixed(0)), "0 slots for 6 weights"),
         (
             lambda ratio: hash_weights(nn.Sequential(nn.Linear(3, 2)), ["0.weight"], ratio, Fixed()),
-            "7 entries for 6 weights",
+            "7 slots for 6 weights",
         ),
         (
             lambda ratio: hash_weights(nn.Sequential(nn.Linear(3, 2)), ["0.weight"], ratio, Fixed(), scope="network"),
-            "7 entries for 6 weights",
+            "7 slots for 6 weights",
         ),
     ],
 )  # fmt: skip
@@ -246,11 +246,9 @@ def test_a_table_larger_than_its_weights_is_named(layer, ratio, told):
     ],
 )
 def test_hashes_that_fix_their_table_choose_it(hash, count, size):
-    assert table_entries(count, None, hash) == size
-    with pytest.raises(
-        ConfigurationError, match=rf"needs a table of {size} entries, table_ratio={size}/{count}, not 1"
-    ):
-        table_entries(count, 1 / count, hash)
+    assert table_slots(count, None, hash) == size
+    with pytest.raises(ConfigurationError, match=rf"needs a table of {size} slots, table_ratio={size}/{count}, not 1"):
+        table_slots(count, 1 / count, hash)
 
 
 @pytest.mark.parametrize("scope", ["layer", "network"])

@@ -26,7 +26,7 @@ from tying.hashing import (
     loads,
 )
 from tying.hashing.hashes import hash32, log_gammas, xxh32
-from tying.hashing.parametrization import table_entries
+from tying.hashing.parametrization import table_slots
 
 # written down once: they hold every hash to what it was, on every machine and in every release
 GOLDEN = [
@@ -242,7 +242,7 @@ def test_codebook():
     [(25, 0.1, 3), (4_000_000, 0.1, 400_000), (6, 5 / 6, 5), (11, 0.1, 2), (7, 1.0, 7), (1000, 1e-9, 1), (3, 1 / 3, 1)],
 )
 def test_table_sizes_are_exact(count, ratio, size):
-    assert table_entries(count, ratio, UniformHash()) == size
+    assert table_slots(count, ratio, UniformHash()) == size
 
 
 @dataclass(frozen=True)
@@ -256,12 +256,12 @@ class Wild(Hash):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: table_entries(10, 0.0, UniformHash()), r"table_ratio must be in \(0, 1\], not 0.0"),
-        (lambda: table_entries(10, 1.1, UniformHash()), r"table_ratio must be in \(0, 1\], not 1.1"),
-        (lambda: table_entries(10, math.nan, UniformHash()), r"table_ratio must be in \(0, 1\], not nan"),
-        (lambda: table_entries(10, 0.5, IdentityHash()), r"IdentityHash\(\) needs a table of 10 entries, table_ratio=10/10, not 5"),
+        (lambda: table_slots(10, 0.0, UniformHash()), r"table_ratio must be in \(0, 1\], not 0.0"),
+        (lambda: table_slots(10, 1.1, UniformHash()), r"table_ratio must be in \(0, 1\], not 1.1"),
+        (lambda: table_slots(10, math.nan, UniformHash()), r"table_ratio must be in \(0, 1\], not nan"),
+        (lambda: table_slots(10, 0.5, IdentityHash()), r"IdentityHash\(\) needs a table of 10 slots, table_ratio=10/10, not 5"),
         (lambda: UniformHash().index(10, 0), "table_size must be 1 or more, not 0"),
-        (lambda: IdentityHash().index(10, 9), "needs a table of 10 entries, table_ratio=10/10, not 9"),
+        (lambda: IdentityHash().index(10, 9), "needs a table of 10 slots, table_ratio=10/10, not 9"),
         (lambda: DirichletHash(alpha=0.0), "alpha must be above 0, not 0.0"),
         (lambda: DirichletHash(alpha=-1.0), "alpha must be above 0, not -1.0"),
         (lambda: DirichletHash(alpha=math.inf), "alpha must be above 0 and finite, not inf"),
@@ -273,7 +273,7 @@ class Wild(Hash):
         (lambda: ToeplitzHash(1, 1, 2, 3), r"a kernel of \(3, 3\) does not fit images of \(2, 2\)"),
         (lambda: ToeplitzHash(1, 1, 5, 3, stride=0), "stride must be 1 or more, not 0"),
         (lambda: ToeplitzHash(1, 1, 4, 3).index(10, 9), "is for a linear layer from 16 to 4, not for 10 weights"),
-        (lambda: HashedParametrization((2, 2), 2, Wild(1)), r"slot returned torch.int64 from 1 to 2: integers in \[-1, 2\) are needed"),
+        (lambda: HashedParametrization((2, 2), 2, Wild(1)), r"slot must return integers in \[-1, 2\), not torch.int64 from 1 to 2"),
         (lambda: HashedParametrization((2, 2), 2, Wild(-2)), "from -2 to -1"),
         (lambda: HashedParametrization((2, 2), 2, UniformHash(), density=0.0), r"density must be in \(0, 1\], not 0.0"),
         (lambda: HashedParametrization((2, 2), 2, UniformHash(), index="storde"), r"index must be .*Nearest.*stored"),

@@ -308,7 +308,7 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"version": 3, "bytes": torch.zeros(1)}, tmp_path / "newer.pt")
     for name, told in {
         "other.pt": "other.pt holds no packed weights",
-        "text.pt": "text.pt is no checkpoint of tensors",
+        "text.pt": "text.pt is not a checkpoint of tensors",
         "newer.pt": "newer.pt is of version 3; this package reads versions 1 to 2",
         "none.pt": "there is no file",
     }.items():

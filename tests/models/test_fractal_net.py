@@ -66,7 +66,7 @@ def test_twenty_layers():
     [
         ({"dropout": (0.1,)}, "1 dropout rates for 2 blocks"),
         ({"global_share": 2.0}, "global_share must be in \\[0, 1\\]"),
-        ({"column": 3}, "columns are 0 to 2, not 3"),
+        ({"column": 3}, r"column must be an integer in \[0, 2\], not 3"),
         ({"drop_path": -1.0}, "drop_path must be in"),
     ],
 )

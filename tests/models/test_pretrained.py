@@ -68,5 +68,5 @@ def test_what_does_not_fit_is_told_and_nothing_is_written(pretrained, tmp_path):
             Classifier(**given)
         assert all(torch.equal(value, before[name]) for name, value in given["network"].state_dict().items())
     (tmp_path / "text.ckpt").write_text("text")
-    with pytest.raises(ConfigurationError, match="is no checkpoint of tensors and plain types"):
+    with pytest.raises(ConfigurationError, match="is not a checkpoint of tensors and plain types"):
         Classifier(network(), pretrained=str(tmp_path / "text.ckpt"))

@@ -206,7 +206,9 @@ def test_a_multiscale_lstm_by_its_top_layer():
 
 @pytest.mark.parametrize("network", [HMLSTM(4, 4), nn.Linear(4, 4)])
 def test_networks_of_another_interface(network):
-    with pytest.raises(ConfigurationError, match=r"returns no pair of outputs and a state.*tying\.models\.HMNetwork"):
+    with pytest.raises(
+        ConfigurationError, match=r"must return a pair of outputs and a state.*tying\.models\.HMNetwork"
+    ):
         SequenceModel(network, size=4)(torch.zeros(2, 7, 4))
 
 

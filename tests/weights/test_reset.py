@@ -17,7 +17,7 @@ from tying.hashing import hash_weights
 from tying.soft import GaussianMixturePrior
 from tying.weights.derived import derived_weights, remove
 
-# the spread of a weight, over that of the dense layer's: what a rank, Kaiming's factor or few table entries leave of it
+# the spread of a weight, over that of the dense layer's: what a rank, Kaiming's factor or few slots leave of it
 KAIMING = 6**0.5
 SPREADS = {
     "low rank": (0.55, 0.95),

@@ -64,7 +64,7 @@ def advise(
     check_count("steps", steps, "[0, inf)")
     check_range("rate", rate, "(0, inf)")
     if not (kept := [*batches]):
-        raise ConfigurationError("there are no batches: advice compares outputs on some")
+        raise ConfigurationError("there are no batches: give one or more, on which to compare outputs")
     return _advise(
         model, kept, budget, steps, forward, out, progress, parameters, kept if training is None else training, rate
     )
@@ -110,7 +110,7 @@ def _advise(
 def _check_reachable(budget: float, total: int, saved: int) -> None:
     """Raise an error if ties cannot meet a budget."""
     if not saved:
-        raise ConfigurationError("no two weights of the model could be one: none of them have equal or related shapes")
+        raise ConfigurationError("no two weights of the model can be tied: none of them have equal or related shapes")
     if total - saved > int(budget * total):
         share = -(-1000 * (total - saved) // total) / 1000  # rounded up
         raise ConfigurationError(

@@ -62,7 +62,7 @@ def find_candidates(weights: Weights) -> list[Candidate]:
     """Return the groups of weights that may be tied, in the order of the model.
 
     These are runs of consecutive blocks, by the name of a weight in them; pairs of neighbours of equal or transposed
-    shape; and weights that are nearly equal wherever they stand.
+    shape; and weights that are nearly equal, wherever they are.
 
     Args:
         weights: the weights, by name, in the order of the model.

@@ -208,7 +208,7 @@ class Planner:
         return Plan("hard", self.ties(grouping.distinct()))
 
     def _stacks(self) -> list[list[str]]:
-        """Return the stacks of repeated blocks, the longest first; each weight stands in one."""
+        """Return the stacks of repeated blocks, the longest first; each weight is in one."""
         stacks, taken = [], set[str]()
         for family in sorted(families(self.weights), key=len, reverse=True):
             if taken.isdisjoint(family):
@@ -299,7 +299,7 @@ class Planner:
         return tuple(name for pattern, members in patterns for name in ([pattern] if pattern else members))
 
     def mixtures(self, verdicts: Sequence[Candidate], names: Sequence[str]) -> Iterator[Plan]:
-        """Yield plans of the ties that err less than low rank of equal size, the first of them, and low rank elsewhere.
+        """Yield plans that tie the first groups whose error is below that of low rank, and use low rank elsewhere.
 
         Args:
             verdicts: these ties, the best first.

@@ -42,7 +42,7 @@ class GroupRow:
 
     @property
     def may_tie(self) -> bool:
-        """Whether the tie errs no more than low rank of equal size, and leaves a part of the outputs."""
+        """Whether the error of the tie is small, and at most that of low rank of equal size."""
         return self.error < LOST and (self.low_rank_error is None or self.error <= self.low_rank_error)
 
     @property

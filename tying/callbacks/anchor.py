@@ -192,7 +192,7 @@ class AnchorTying(PenaltyCallback):
         relations = {name: place.relation for name, place in locate_parameters(model).items() if name in weights}
         if related := [name for name, relation in relations.items() if relation is not None and relation.steps]:
             raise ConfigurationError(
-                f"{listed(related)}: tied through a relation; anchor the source of the tie instead"
+                f"{listed(related)}: tied through a relation: anchor the source of the tie instead"
             )
         if self.importance is None:
             return self._fitting(weights, saved_weights(self.anchor, CONTEXT)), {}, 0
@@ -245,7 +245,7 @@ class AnchorTying(PenaltyCallback):
         weights, penalties = self._weights, []
         if self.importance is None or self._importances:
             if missing := weights.keys() - self._anchors.keys():
-                raise ConfigurationError(f"earlier training has left no anchor of {listed(sorted(missing))}")
+                raise ConfigurationError(f"the checkpoint has no anchor of {listed(sorted(missing))}")
             self._anchored = anchored(weights, self._anchors, self.strength, self._importances or None)
             penalties.append(self._anchored)
         if head := {name: weight for name, weight in self.affected(module).items() if name not in weights}:
@@ -273,12 +273,14 @@ class AnchorTying(PenaltyCallback):
         """Follow the path of the weights, if the importance needs it, from its beginning or from a checkpoint on."""
         assert self.importance is not None
         if complex_weights := [name for name, weight in self._weights.items() if weight.is_complex()]:
-            raise ConfigurationError(f"{complex_weights[0]!r} is complex, and importances are those of real weights")
+            raise ConfigurationError(
+                f"{complex_weights[0]!r} is complex, and importances need real weights: exclude it"
+            )
         if self.importance.follows_path:
             if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
                 raise ConfigurationError(
-                    f"{type(self.importance).__name__} follows steps of one gradient each, and LBFGS computes several "
-                    "for a step: use Fisher, or another optimizer"
+                    f"{type(self.importance).__name__} needs one gradient for each step, and LBFGS computes several: "
+                    "use Fisher, or another optimizer"
                 )
             self._path = self._path or TrainingPath(self._weights, self._restored_path)
         self._checked, self._ended = False, False
@@ -332,8 +334,8 @@ class AnchorTying(PenaltyCallback):
         super().on_train_end(trainer, pl_module)
         if self.importance is not None and not self._ended:
             warnings.warn(
-                f"{self.label}: training ended before its last epoch did: the importances are measured now, and its "
-                "checkpoints lack them; trainer.save_checkpoint writes one with them",
+                f"{self.label}: training stopped before the end of its last epoch: the importances are measured now, "
+                "and its checkpoints lack them; trainer.save_checkpoint writes one with them",
                 stacklevel=2,
             )
             self._end_task(trainer, pl_module)

@@ -148,11 +148,11 @@ class TyingCallback(Callback):
         """Apply the changes of training to a model, so that it can load a state dict from that training."""
 
     def is_needed(self, model: nn.Module) -> bool:
-        """Return whether a model without this callback would not load the model's state dict, or compute otherwise."""
+        """Return whether a model without this callback could not load the state dict, or would compute otherwise."""
         return not derived_by_others(model).keys().isdisjoint(self.replaced(model))
 
     def restore_structure(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        """Make the change that a checkpoint's model had undergone in training, if not yet made, when a fit resumes.
+        """When a fit resumes, change the model as training had changed the checkpoint's model, unless that is done.
 
         Each callback that keeps values by names of weights calls this for all others first.
         """
@@ -223,7 +223,7 @@ class TyingCallback(Callback):
 
 
 def needs(callback: TyingCallback, mixin: str) -> str:
-    """Return the key by which a checkpoint says that it needs a callback, which a mixin has added to its model.
+    """Return the key in checkpoints that says that loading needs a callback, which a mixin added.
 
     A model without the callback refuses to load the key, and the error names it; see :func:`accept_need`.
     """
@@ -231,7 +231,7 @@ def needs(callback: TyingCallback, mixin: str) -> str:
 
 
 def accept_need(model: nn.Module, callback: TyingCallback) -> None:
-    """Let a model load checkpoints that need a callback, which it has."""
+    """Let a model that has a callback load checkpoints that need it."""
     if "_accepted_needs" not in vars(model):
         vars(model)["_accepted_needs"] = set()
         model.register_load_state_dict_pre_hook(_drop_needs)  # type: ignore[no-untyped-call]  # torch's
@@ -354,7 +354,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:
-        raise ConfigurationError(f"{context} does not go with {holders[0]}, which would keep {content}")
+        raise ConfigurationError(f"{context} cannot be combined with {holders[0]}, which would keep {content}")
 
 
 def warn_if_too_late(trainer: pl.Trainer, context: str, start_epoch: int) -> None:

@@ -170,7 +170,7 @@ class WeightClustering(TyingCallback):
         super().on_train_start(trainer, pl_module)
         if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ConfigurationError(
-                f"{self.label}: LBFGS keeps {listed(self.names)} to itself, and codebooks cannot replace them: use "
+                f"{self.label}: LBFGS holds {listed(self.names)}, and codebooks cannot replace them there: use "
                 "another optimizer"
             )
         if not self._is_done(pl_module):

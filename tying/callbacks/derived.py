@@ -131,7 +131,7 @@ class HardTying(ModelTransform):
         renamed = (f"{name} is now {group.names[0]}" for group in self._groups for name in group.names[1:])
         value = "their mean" if self.init == "mean" else "the latter's values"
         differed = f"; before, they differed (largest gap {self._initial_gap:.4f})" if self._initial_gap else ""
-        return f"{listed(renamed)} (with {value}){differed}"
+        return f"{listed(renamed, limit=2)} (with {value}){differed}"
 
 
 class LowRankWeights(ModelTransform):

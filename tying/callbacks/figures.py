@@ -1,5 +1,6 @@
 """Hand pictures to the trainer's loggers, or write them into the run's folder."""
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ def log_figure(trainer: pl.Trainer, draw: "Callable[[], Figure]", name: str) -> 
     file: the next ones are ``<name>-v1.png``, ``<name>-v2.png`` and so on.
 
     Only the first process draws, and none does with ``fast_dev_run``. Training goes on if a logger or the folder fails,
-    or if matplotlib is not installed; one line says so.
+    if the folder is an address such as ``s3://bucket``, or if matplotlib is not installed or broken; one line says so.
 
     Args:
         trainer: the trainer, in training or testing.
@@ -34,26 +35,31 @@ def log_figure(trainer: pl.Trainer, draw: "Callable[[], Figure]", name: str) -> 
         return
     try:
         figure = draw()
-    except ConfigurationError as error:
-        pl.utilities.rank_zero_info(f"the picture {name} is left out: {error}")
-        return
-    taken = [_hand_over(logger, figure, name, trainer.global_step) for logger in trainer.loggers]
-    if not any(taken):
-        _write(figure, run_folder(trainer), name)
+        taken = [_hand_over(logger, figure, name, trainer.global_step) for logger in trainer.loggers]
+        if not any(taken):
+            _write(figure, run_folder(trainer), name)
+    except (ConfigurationError, ImportError) as error:  # matplotlib imports parts of itself when it writes
+        pl.utilities.rank_zero_info(f"the picture {name} is not drawn: {error}")
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
     """Return the folder of a run: its logger's, of this version, or else the trainer's ``default_root_dir``.
 
     Call it in the first process: others may not know the logger's version.
+
+    Raises:
+        ConfigurationError: the folder is an address, such as ``s3://bucket``.
     """
-    if folder := next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None):
-        return Path(folder)
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    logger = trainer.loggers[0]  # as for ModelCheckpoint
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    folder = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), trainer.default_root_dir)
+    if trainer.loggers and not any(logger.log_dir for logger in trainer.loggers):
+        logger = trainer.loggers[0]  # as for ModelCheckpoint
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = os.path.join(logger.save_dir or folder, str(logger.name), version)
+    if "://" in str(folder):
+        raise ConfigurationError(
+            f"{folder} is not a local folder: add a logger that takes figures, such as TensorBoardLogger"
+        )
+    return Path(folder)
 
 
 def _hand_over(logger: Any, figure: "Figure", name: str, step: int) -> bool:
@@ -73,7 +79,7 @@ def _hand_over(logger: Any, figure: "Figure", name: str, step: int) -> bool:
             return False
     except Exception as error:  # of any package, or of the network
         reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{type(logger).__name__} has not taken the picture {name} ({reason})", stacklevel=4)
+        warnings.warn(f"{type(logger).__name__} could not log the picture {name} ({reason})", stacklevel=4)
         return False
     return True
 
@@ -84,13 +90,13 @@ def _write(figure: "Figure", folder: Path, name: str) -> None:
         path = _new_file(folder, name)
         try:
             save_figure(figure, path)
-        except OSError:
+        except (OSError, ImportError):
             path.unlink()
             raise
     except OSError as error:
         reason = error.strerror or error
         # from this line, so that Python shows it once, however many pictures there are
-        warnings.warn(f"pictures are left out, since {folder} cannot be written: {reason}", stacklevel=1)
+        warnings.warn(f"pictures are not saved, since {folder} cannot be written: {reason}", stacklevel=1)
     else:
         pl.utilities.rank_zero_info(f"the picture {name} is {path}")
 

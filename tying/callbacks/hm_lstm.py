@@ -50,7 +50,7 @@ class SlopeAnnealing(Callback):
         self._set_slope(trainer)
         layers, slope = counted(len(self._layers), "layer"), self._layers[0].slope
         pl.utilities.rank_zero_info(
-            f"SlopeAnnealing: {layers}, slope {slope:g}, plus {self.rate:g} an epoch up to {self.maximum:g}"
+            f"SlopeAnnealing: {layers}, slope {slope:g}, raised by {self.rate:g} each epoch up to {self.maximum:g}"
         )
 
     def _set_slope(self, trainer: pl.Trainer) -> None:

@@ -122,6 +122,6 @@ class Looping(ModelTransform):
     @override
     def describe(self, model: nn.Module) -> str:
         start = f", from {self.start:g} of training on" if self.start else ""
-        growth = f", one more every {self.grow:g}" if self.grow else ""
+        growth = f", one more after each {self.grow:g}" if self.grow else ""
         loops = [" to ".join(dict.fromkeys((made.names[0], made.names[-1]))) for made in self._made(model)]
         return f"{self.passes} passes through {listed(loops)}{start}{growth}"

@@ -70,7 +70,7 @@ class ResidualMerging(ModelTransform):
             )
         if not isinstance(merge, Merge) and (keep_schedule != "uniform" or schedule is not None):
             raise ConfigurationError(
-                f"{type(merge).__name__} is no tying.depth.Merge: its keep probabilities are not known. Use "
+                f"{type(merge).__name__} is not a tying.depth.Merge: its keep probabilities are not known. Use "
                 "keep_schedule='uniform', without a schedule"
             )
         if isinstance(schedule, Schedule) and max(schedule.start, schedule.end) > 1:

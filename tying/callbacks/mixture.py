@@ -125,8 +125,8 @@ class MixtureTying(PenaltyCallback):
             for optimizer in trainer.optimizers
         ):
             raise ConfigurationError(
-                f"no one optimizer trains {listed(self._weights)}: unfreeze some of them, and give all that are "
-                "trained to one optimizer"
+                f"no single optimizer trains {listed(self._weights)}: unfreeze some of them, and give all that "
+                "are trained to one optimizer"
             )
         if complex_weights := [name for name, weight in self._weights.items() if weight.is_complex()]:
             raise ConfigurationError(f"{complex_weights[0]!r} is complex, and a mixture takes real weights: exclude it")
@@ -159,9 +159,7 @@ class MixtureTying(PenaltyCallback):
                 )
             values = self._values()
             if not values.numel():
-                raise ConfigurationError(
-                    f"{self.label}: {listed(self._weights)} have no entries to pull to a few values: choose others"
-                )
+                raise ConfigurationError(f"{self.label}: {listed(self._weights)} are empty: choose other weights")
             low, high = (float(bound) for bound in values.aminmax())
             if not low < high:
                 raise ConfigurationError(
@@ -210,7 +208,8 @@ class MixtureTying(PenaltyCallback):
         super().on_train_end(trainer, pl_module)
         if self._optimizer is not None:
             warnings.warn(
-                "training ended before its last epoch did: the weights are quantised now, but not in its checkpoints",
+                "training stopped before the end of its last epoch: the weights are quantised now, but not in "
+                "its checkpoints",
                 stacklevel=2,
             )
             self._finish(trainer, pl_module)

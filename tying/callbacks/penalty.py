@@ -190,8 +190,8 @@ class PenaltyCallback(TyingCallback):
         for optimizer in self._optimizers:
             if self.update == "gradient" and optimizer.param_groups[0].get("line_search_fn"):  # of LBFGS
                 raise ConfigurationError(
-                    "update='gradient' is wrong with the line search of LBFGS, whose loss would lack the penalty: use "
-                    "update='proximal', line_search_fn=None, or add tying.soft.TyingPenalty to your training_step"
+                    "update='gradient' cannot be combined with the line search of LBFGS, whose loss lacks the penalty: "
+                    "use update='proximal', line_search_fn=None, or add tying.soft.TyingPenalty to your training_step"
                 )
             if self.update == "proximal":
                 for penalty in self.penalties:
@@ -241,9 +241,9 @@ class PenaltyCallback(TyingCallback):
             if not self._warned_unannounced:
                 self._warned_unannounced = True
                 warnings.warn(
-                    f"{type(self).__name__}: an optimizer was stepped past Lightning, which leaves no time to add to "
-                    "gradients: nothing is pulled. Use the optimizer that self.optimizers() returns, or "
-                    "use update='decoupled' or 'proximal'",
+                    f"{type(self).__name__}: an optimizer made a step without Lightning, so that nothing could be "
+                    "added to the gradients: nothing is pulled. Use the optimizer that self.optimizers() returns, or "
+                    "update='decoupled' or 'proximal'",
                     stacklevel=2,
                 )
             return

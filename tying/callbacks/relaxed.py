@@ -186,7 +186,7 @@ class RelaxedTying(ModelTransform):
         self._remove_hook()
         if self.anneal is not None and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ConfigurationError(
-                f"{self.label}: LBFGS keeps the residuals to itself, so that anneal cannot drop them: use another "
+                f"{self.label}: LBFGS holds the residuals, so that anneal cannot drop them: use another "
                 "optimizer, or leave anneal out"
             )
         self.restore_structure(trainer, pl_module)

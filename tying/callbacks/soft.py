@@ -122,7 +122,7 @@ class SoftTying(PenaltyCallback):
         }
         if conflicts := [name for name, weight in self.affected(model).items() if id(weight) in pruned]:
             raise ConfigurationError(
-                f"{self.label}: harden_below could not make {conflicts[0]!r} one with another once ModelPruning has "
+                f"{self.label}: harden_below cannot tie {conflicts[0]!r} to another weight once ModelPruning has "
                 "pruned it: prune other weights, prune in a later run, or leave harden_below out"
             )
         for name, other in shared_with(self, model, others):
@@ -194,7 +194,9 @@ class Coupling(PenaltyCallback):
             raise ConfigurationError(f"first and second must each be one name or pattern, not {first!r} and {second!r}")
         strength = coupling_strength(alpha, exponent)
         if math.isinf(strength) and update != "proximal":
-            raise ConfigurationError(f"alpha=0 makes both models one, which needs update='proximal', not {update!r}")
+            raise ConfigurationError(
+                f"alpha=0 makes the weights of both models equal, which needs update='proximal', not {update!r}"
+            )
         super().__init__(strength, update, None, name)
         self.first, self.second, self.alpha, self.exponent, self.examples = first, second, alpha, exponent, examples
         self.ties = [Tie(first, second)]
@@ -202,7 +204,7 @@ class Coupling(PenaltyCallback):
     @override
     def build_penalties(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[TyingPenalty]:
         if wrong := unpaired(module, self.first, self.second):
-            raise ConfigurationError(f"{self.first!r} and {self.second!r} do not pair: {listed(wrong, limit=20)}")
+            raise ConfigurationError(f"{self.first!r} and {self.second!r} cannot be paired: {listed(wrong, limit=20)}")
         return [TyingPenalty(resolve(module, self.ties), strength=self.strength)]
 
     @override

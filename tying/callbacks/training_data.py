@@ -89,8 +89,8 @@ def estimate_batch_norms(trainer: pl.Trainer, model: pl.LightningModule, callbac
     if kept:
         reason = reason or "the model, called on batches of the training data, does not call these, in some process"
         warnings.warn(
-            f"{callback}: batch norms keep the statistics of the weights before, for {reason}: {', '.join(kept)}; see "
-            "torch.optim.swa_utils.update_bn",
+            f"{callback}: batch norms keep the statistics of the former weights, since {reason}: {', '.join(kept)}; "
+            "see torch.optim.swa_utils.update_bn",
             stacklevel=2,
         )
 

@@ -170,7 +170,7 @@ class ModelTransform(TyingCallback):
             if (count := counts[parameter]) > 1:
                 names = shared_in(model, [parameter]).get(parameter, name)
                 raise ConfigurationError(
-                    f"{self.label}: {name!r} stands {count} times in the optimizers, so each step would update and "
+                    f"{self.label}: {name!r} is {count} times in the optimizers, so each step would update and "
                     f"decay it {count} times: {self._explain_sharing([names])}"
                 )
 
@@ -233,8 +233,8 @@ def averaging_before(callback: pl.Callback, callbacks: Sequence[pl.Callback]) ->
     for other in callbacks[: [*callbacks].index(callback)]:
         if isinstance(other, AVERAGING):
             return (
-                f"{type(other).__name__} stands before {kind} and would average the weights of a copy that it has not "
-                f"changed: list {kind} first. A mixin adds it as the last callback: call self.configure_model() at "
+                f"{type(other).__name__} comes before {kind} and would average the weights of a copy that {kind} has "
+                f"not changed: list {kind} first. A mixin adds it as the last callback: call self.configure_model() at "
                 "the end of the module's __init__ instead"
             )
     return ""

@@ -48,7 +48,7 @@ def prepare(
     """Let callbacks change a model as they do in training, and load the weights of a checkpoint if there is one.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Lightning, or does not fit.
+        ConfigurationError: the file is not a checkpoint of Lightning, or does not fit.
     """
     model.configure_model()
     effective = effective_callbacks(model, callbacks)

@@ -46,7 +46,7 @@ def export(
         ConfigurationError: the checkpoint is missing or holds no weights, or needs a configuration.
     """
     if re.match(r"\w+:/", str(checkpoint)):  # a path has lost one of the slashes
-        raise ConfigurationError(f"--ckpt: {checkpoint} is an address: download it, and give its path")
+        raise ConfigurationError(f"--ckpt: {checkpoint} is a URL: download it, and give the path of the file")
     content = read(checkpoint, "--ckpt")
     weights = _state_dict(content, checkpoint)
     if any("parametrizations." in key or key.endswith("_extra_state") for key in weights):
@@ -78,18 +78,18 @@ def export(
 
 
 def _print_notes(states: Mapping[str, Any]) -> None:
-    """Print what a plain model computes otherwise, by the states of callbacks in a checkpoint."""
+    """Print how a plain model computes differently, by the callbacks' states in a checkpoint."""
     for callback, state in states.items():
         merges = str(state.get("merges")) if callback.startswith("ResidualMerging") else ""
         if merges and "scale='train'" not in merges and "schedule=early" not in merges:
             print(
-                f"Note: these are weights alone, and were trained with {merges}: a plain model without\n"
-                "such merges, which also scale the branches that they keep, computes something else from them."
+                f"Note: the file holds only weights, trained with {merges}. These merges also scale the\n"
+                "branches that they keep: a plain model without them computes something else."
             )
         if callback.startswith("Looping") and (passes := state["passes"] or 1) > 1:
             print(
-                f"Note: these are weights alone, and were trained with {passes} passes ({callback}): a plain model,\n"
-                "which runs the blocks once, computes something else from them."
+                f"Note: the file holds only weights, trained with {passes} passes ({callback}). A plain model\n"
+                "runs the blocks once, and computes something else."
             )
         if callback.startswith("ZoneoutStates") and any(state["rates"]):
             cell, hidden = state["rates"]

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from tying.cli.bake import bake_parser
 from tying.cli.demo import demo_parser
+from tying.cli.hints import of_optimizer
 from tying.errors import ConfigurationError, nearest
 from tying.lightning_namespace import pl
 
@@ -37,7 +38,7 @@ class Parser(pl.cli.LightningArgumentParser):
             parsed = super().parse_path(path, *args, **kwargs)
             self._check_options(parsed)
         except UnicodeDecodeError as error:
-            raise TypeError(f'Parser key "{path}":') from ConfigurationError(f"this is no text in UTF-8: {error}")
+            raise TypeError(f'Parser key "{path}":') from ConfigurationError(f"not UTF-8 text: {error}")
         except (TypeError, KeyError, ValueError, ArgumentError) as error:  # in the form of the parser's own errors
             raise TypeError(f'Parser key "{path}": {error}') from error
         return parsed
@@ -53,11 +54,11 @@ class Parser(pl.cli.LightningArgumentParser):
         options = {*known, *(key.partition(".")[0] for key in known)}
         for key in dict(parsed.items()):
             if not any(key == option or key.startswith(f"{option}.") for option in known):
-                raise ConfigurationError(f"there is no option {key!r}.{nearest(key, options)}")
+                raise ConfigurationError(f"there is no option {key!r}.{of_optimizer(key) or nearest(key, options)}")
 
 
 class SectionsParser(Parser):
-    """Parser of a run's configuration, of which it reads trainer, model and data, and not the subcommand's options."""
+    """Parser that reads trainer, model and data of a run's configuration, and ignores the subcommand's options."""
 
     @override
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
@@ -67,16 +68,16 @@ class SectionsParser(Parser):
 
 
 def check_content(content: str) -> None:
-    r"""Raise an error if the text of a configuration is not one, or would silently be read as something else.
+    r"""Raise an error unless a text is a configuration that YAML reads as it is meant.
 
     Raises:
-        ConfigurationError: the text is no YAML, is empty, or holds no keys; a key stands twice; or a value names an
-            environment variable, which would not be replaced.
+        ConfigurationError: the text is not YAML, is empty, or holds no keys; there is a duplicate key; or a value names
+            an environment variable, which would not be replaced.
 
     Example:
         >>> check_content("data: CIFAR10\ndata: MNIST")
         Traceback (most recent call last):
-        tying.errors.ConfigurationError: the key 'data' stands twice, in lines 1 and 2: the latter would replace the...
+        tying.errors.ConfigurationError: duplicate key 'data', in lines 1 and 2: the second would replace the...
     """
     root, problem = None, ""
     try:
@@ -97,7 +98,7 @@ def _explain_syntax(content: str, error: yaml.YAMLError) -> str:
     """Return the place and the reason of an error of YAML, with the remedy."""
     mark = getattr(error, "problem_mark", None)
     if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
-        return f"this is no YAML: {error}"
+        return f"not YAML: {error}"
     line = next(iter(content.splitlines()[mark.line :]), "").strip()
     remedy = (
         "Indent by spaces, not by tabs"
@@ -109,7 +110,7 @@ def _explain_syntax(content: str, error: yaml.YAMLError) -> str:
 
 
 def _check_node(node: yaml.Node, parents: tuple[yaml.Node, ...] = ()) -> None:
-    """Raise a ConfigurationError if a key stands twice in a part of a YAML document, or a value names a variable."""
+    """Raise a ConfigurationError if part of a YAML document has a duplicate key, or a value names a variable."""
     if node in parents:
         raise ConfigurationError(f"line {node.start_mark.line + 1}: this part of the configuration contains itself")
     if isinstance(node, yaml.MappingNode):
@@ -118,8 +119,8 @@ def _check_node(node: yaml.Node, parents: tuple[yaml.Node, ...] = ()) -> None:
             line, name = key.start_mark.line + 1, str(key.value)
             if name in lines:
                 raise ConfigurationError(
-                    f"the key {name!r} stands twice, in lines {lines[name]} and {line}: the latter would "
-                    "replace the former. Put all into one"
+                    f"duplicate key {name!r}, in lines {lines[name]} and {line}: the second would replace the "
+                    "first. Put both into one"
                 )
             lines[name] = line
             _check_node(value, (*parents, node))

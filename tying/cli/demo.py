@@ -4,23 +4,29 @@ import csv
 import json
 import logging
 import platform
+import shlex
 import statistics
+import sys
 import time
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 import tying
 from tying.callbacks import TyingSummary
+from tying.callbacks.base import counted
 from tying.data.sample import CLASSES, PER_CLASS
+from tying.depth import Residual
 from tying.errors import ConfigurationError, check_count
 from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import atomically, newest_intact, save_figure
@@ -36,6 +42,9 @@ OUT = Path("runs/demo")
 EPOCHS = 6
 PRECISIONS = ("32-true", "bf16-mixed")
 TIMED_STEPS = 4  # of each precision; the fastest counts
+UNDECIDED, TOO_SHORT = "undecided", "too short to judge"
+DISTURBED = 1.25  # ratio of the times of two runs of equal planned cost
+INTERRUPTED = 130  # exit status of shells
 TESTED = len(CLASSES) * PER_CLASS["test"]  # images
 CONFIGS = Path(tying.__file__).parent / "configs"
 QUIET = (
@@ -52,27 +61,55 @@ class Row:
 
     Attributes:
         name: the run's name.
-        arguments: its arguments on top of ``configs/base.yaml``.
+        config: name of the file in ``configs/`` that ties the network; empty for a plain run.
+        depth: number of layers of the ResNet.
+        width: factor on its channels.
         peer: name of the plain run to compare with; empty for a plain run.
-        judged_by: what the comparison shows; the two runs cost about the same in what it names.
+        peer_is: the plain run in words.
+        judged_by: what the comparison shows; the two runs cost the same in what it names.
+        is_as_fast: whether a step of the two runs computes the same number of equally wide blocks, in the mean.
     """
 
     name: str
-    arguments: tuple[str, ...] = ()
+    config: str = ""
+    depth: int = 20
+    width: float = 1.0
     peer: str = ""
+    peer_is: str = ""
     judged_by: str = ""
+    is_as_fast: bool = True
+
+    @property
+    def network(self) -> str:
+        """The network in words."""
+        return f"ResNet-{self.depth}, width {self.width:g}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of the run, on top of those of all runs."""
+        config = [f"--config={CONFIGS}/{self.config}.yaml"] if self.config else []
+        return [*config, f"--model.network.depth={self.depth}", f"--model.network.width={self.width:g}"]
 
 
 ROWS = (
     Row("untied"),
-    Row("soft", (f"--config={CONFIGS}/soft.yaml",), "untied", "accuracy"),
-    Row("narrower", ("--model.network.width=0.5",)),
-    Row("hard", (f"--config={CONFIGS}/hard.yaml",), "narrower", "accuracy at equal KiB"),
+    Row("soft", "soft", peer="untied", peer_is="the untied network", judged_by="accuracy"),
+    Row("narrower", width=0.5),
     Row(
-        "stochastic depth",  # 26 layers, of which a step computes about 20
-        (f"--config={CONFIGS}/stochastic_depth.yaml", "--model.network.depth=26"),
-        "untied",
-        "accuracy at equal s / epoch",
+        "hard",
+        "hard",
+        peer="narrower",
+        peer_is="a narrower network of equal size",
+        judged_by="accuracy at equal KiB",
+        is_as_fast=False,
+    ),
+    Row(
+        "stochastic depth",
+        "stochastic_depth",
+        depth=26,  # 12 blocks, of which a step computes about 9
+        peer="untied",
+        peer_is="a shallower network with as many blocks a step",
+        judged_by="accuracy at equal blocks / step",
     ),
 )
 
@@ -85,12 +122,14 @@ class Result:
         accuracy: test accuracy.
         parameters: number of parameters; a shared weight counts once.
         bytes: bytes of the parameters.
+        blocks: number of residual blocks that a training step computes, in the mean: the planned cost.
         epochs: loss, validation accuracy, seconds and, of ties, gap of each epoch.
     """
 
     accuracy: float
     parameters: int
     bytes: int
+    blocks: float
     epochs: list[dict[str, float]]
 
     @property
@@ -167,17 +206,17 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
     """
     check_count("epochs", epochs)
     new_figure(1, 1, "")  # without matplotlib, raises before the training
-    with without_notices():
+    results = {}
+    with without_notices(), _explained_interruption():
         precision = _begin(out, {"epochs": epochs, "version": tying.__version__}, parse)
         common = [*QUIET, f"--trainer.max_epochs={epochs}", f"--trainer.precision={precision}"]
-        results = {}
         for number, row in enumerate(ROWS, start=1):
-            path = out / row.name / "result.json"
+            path = out / row.name / "measured.json"
             if not path.exists():
                 arguments = [f"--config={CONFIGS}/base.yaml", *row.arguments, *common]
                 _write_json(path, asdict(_train(f"[{number}/{len(ROWS)}] {row.name}", path.parent, parse(arguments))))
             results[row.name] = Result(**json.loads(path.read_text()))
-    text = f"{report(results)}\n\n{_machine(precision, epochs)}"
+    text = f"{report(results)}\n\n{conditions(precision, out, epochs)}"
     print(f"\n{text}")
     with atomically(out / "demo.md") as partial:
         partial.write_text(f"{text}\n")
@@ -187,44 +226,87 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
 
 
 def report(results: Mapping[str, Result]) -> str:
-    """Return a table of the runs, and one of each tied run beside its plain peer, as Markdown."""
+    """Return a table of the runs, and one of each tied run beside its plain peer, as Markdown, and what they show."""
+    rows = {row.name: row for row in ROWS if row.name in results}
     costs = [
-        [name, f"{run.accuracy:.3f}", f"{run.parameters:,}", f"{run.bytes / 1024:,.0f}", f"{run.seconds:.1f}"]
+        [
+            name,
+            rows[name].network,
+            f"{run.accuracy:.3f}",
+            f"{run.parameters:,}",
+            f"{run.bytes / 1024:,.0f}",
+            f"{run.blocks:.1f}",
+            f"{run.seconds:.1f}",
+        ]
         for name, run in results.items()
     ]
-    judged = [
-        [row.name, row.peer, row.judged_by, *compare(results[row.name].accuracy, results[row.peer].accuracy)]
-        for row in ROWS
-        if row.peer
-    ]
+    tied = {row: compare(results[row.name], results[row.peer]) for row in rows.values() if row.peer}
+    judged = [[row.name, row.peer, row.judged_by, *outcome] for row, outcome in tied.items()]
     note = (
         f"One run each. ± is the 95 % interval from the {TESTED:,} test images alone; another seed would change both "
-        "runs, too. The experiments among the results have several seeds."
+        "runs, too. Results with several seeds are in benchmarks/results of the repository, and in the documentation "
+        "under Results."
     )
     return "\n\n".join(
         [
-            _table(["run", "test accuracy", "parameters", "KiB", "s / epoch"], costs),
+            _table(["run", "network", "test accuracy", "parameters", "KiB", "blocks / step", "s / epoch"], costs),
             _table(["run", "beside", "judged by", "difference", "verdict"], judged),
+            conclude({row: verdict for row, (_, verdict) in tied.items()}),
+            *_disturbances(results, tied),
             note,
         ]
     )
 
 
-def compare(accuracy: float, peer: float, tested: int = TESTED) -> tuple[str, str]:
-    """Return the difference of two accuracies with its 95 % interval, and a verdict.
+def conclude(verdicts: Mapping[Row, str]) -> str:
+    """Return the verdicts as a sentence.
 
     Example:
-        >>> compare(0.6, 0.5), compare(0.51, 0.5)
+        >>> conclude({ROWS[1]: "undecided", ROWS[3]: "better"})
+        'Soft: undecided; hard: better than a narrower network of equal size.'
+    """
+    if TOO_SHORT in verdicts.values():
+        return f"The runs are too short to judge: the demo's own length is {EPOCHS} epochs."
+    parts = [
+        f"{row.name}: {verdict}" + f" than {row.peer_is}" * (verdict != UNDECIDED) for row, verdict in verdicts.items()
+    ]
+    sentence = "; ".join(parts)
+    return f"{sentence[:1].upper()}{sentence[1:]}."
+
+
+def _disturbances(results: Mapping[str, Result], tied: Iterable[Row]) -> list[str]:
+    """Return a sentence if the times of runs of equal planned cost differ by more than other work explains."""
+    pairs = [(row.peer, row.name) for row in tied if row.is_as_fast]
+    times = {pair: [results[name].seconds for name in pair] for pair in pairs}
+    pair, seconds = max(times.items(), key=lambda item: max(item[1]) / min(item[1]), default=(("", ""), [1.0, 1.0]))
+    if max(seconds) <= DISTURBED * min(seconds):
+        return []
+    return [
+        f"Other work disturbed the times: {pair[0]} and {pair[1]} compute equally many blocks a step, and took "
+        f"{seconds[0]:.1f} and {seconds[1]:.1f} s an epoch. No verdict depends on them."
+    ]
+
+
+def compare(run: Result, peer: Result, tested: int = TESTED) -> tuple[str, str]:
+    """Return the difference of two test accuracies with its 95 % interval, and a verdict.
+
+    Example:
+        >>> epochs = [{"seconds": 1.0}] * EPOCHS
+        >>> low, middle, high = (Result(accuracy, 0, 0, 9, epochs) for accuracy in (0.5, 0.51, 0.6))
+        >>> compare(high, low), compare(middle, low)
         (('+0.100 ± 0.043', 'better'), ('+0.010 ± 0.044', 'undecided'))
     """
-    difference = accuracy - peer
-    bound = 1.96 * ((accuracy * (1 - accuracy) + peer * (1 - peer)) / tested) ** 0.5
-    verdict = "undecided" if abs(difference) <= bound else "better" if difference > 0 else "worse"
+    difference = run.accuracy - peer.accuracy
+    variance = sum(result.accuracy * (1 - result.accuracy) for result in (run, peer)) / tested
+    bound = 1.96 * variance**0.5
+    verdict = UNDECIDED if abs(difference) <= bound else "better" if difference > 0 else "worse"
+    if min(len(run.epochs), len(peer.epochs)) < EPOCHS:
+        verdict = TOO_SHORT
     return f"{difference:+.3f} ± {bound:.3f}", verdict
 
 
-def fastest_precision(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> str:
-    """Return the precision, ``"32-true"`` or ``"bf16-mixed"``, in which forward and backward passes are faster here.
+def time_precisions(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> dict[str, float]:
+    """Return the seconds of a forward and backward pass in ``"32-true"`` and ``"bf16-mixed"``, the fastest first.
 
     A processor that supports bfloat16 may be slower in it. The two take turns, and the fastest pass of each counts.
 
@@ -242,8 +324,7 @@ def fastest_precision(model: Callable[[torch.Tensor], torch.Tensor], images: tor
             torch.cuda.synchronize()
         seconds[precision].append(time.perf_counter() - start)
     best = {precision: min(times) for precision, times in seconds.items()}
-    print(", ".join(f"{precision}: {value:.3f} s a step" for precision, value in best.items()), flush=True)
-    return min(PRECISIONS, key=best.__getitem__)
+    return dict(sorted(best.items(), key=itemgetter(1)))
 
 
 def figure(results: Mapping[str, Result]) -> "Figure":
@@ -280,6 +361,7 @@ def _begin(out: Path, settings: dict[str, Any], parse: Callable[[Sequence[str]],
                 f"--out: {out} holds runs with {name} {earlier[name]}, not {settings[name]}: give another folder, or "
                 "remove this one"
             )
+        print(f"The runs in {out} go on, in precision {earlier['precision']}.", flush=True)
         return str(earlier["precision"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -288,8 +370,17 @@ def _begin(out: Path, settings: dict[str, Any], parse: Callable[[Sequence[str]],
     cli = parse([f"--config={CONFIGS}/base.yaml", *QUIET])
     cli.datamodule.setup("fit")
     device = cli.trainer.strategy.root_device
-    images, _ = cli.datamodule.on_after_batch_transfer(next(iter(cli.datamodule.train_dataloader())), 0)
-    precision = fastest_precision(cli.model.to(device), images.to(device))
+    loader, validation = cli.datamodule.train_dataloader(), cli.datamodule.val_dataloader()
+    images, _ = cli.datamodule.on_after_batch_transfer(next(iter(loader)), 0)
+    (precision, step), (slower, slower_step) = time_precisions(cli.model.to(device), images.to(device)).items()
+    passes = settings["epochs"] * (len(loader) + len(validation) / 3)  # validation has no backward pass
+    minutes = max(1, round(len(ROWS) * passes * step / 60))
+    print(
+        f"Precision {precision}: a step takes {step:.3f} s, and {slower_step:.3f} s in {slower}.\n"
+        f"{counted(len(ROWS), 'run')} of {counted(settings['epochs'], 'epoch')} will take about "
+        f"{counted(minutes, 'minute')} in all.",
+        flush=True,
+    )
     _write_json(path, {**settings, "precision": precision})
     return precision
 
@@ -301,15 +392,33 @@ def _train(label: str, folder: Path, cli: pl.cli.LightningCLI) -> Result:
     kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, left_out)]
     epochs = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_on_train_epoch_end=True)
     callbacks_of(trainer)[:] = [*kept, history, epochs]
-    try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=newest_intact(folder.glob("*.ckpt")))
-    except (KeyboardInterrupt, SystemExit):  # Lightning exits when it is interrupted
-        print("interrupted: the same command goes on")
-        raise
+    trainer.fit(cli.model, cli.datamodule, ckpt_path=newest_intact(folder.glob("*.ckpt")))
     [metrics] = trainer.test(cli.model, cli.datamodule, verbose=False)
     parameters, _ = count_parameters(cli.model)
     stored = sum(weight.nbytes for weight in cli.model.parameters())
-    return Result(metrics["test/accuracy"], parameters, stored, history.epochs)
+    return Result(metrics["test/accuracy"], parameters, stored, blocks_per_step(cli.model), history.epochs)
+
+
+def blocks_per_step(model: nn.Module) -> float:
+    """Return how many residual blocks of a model a training step computes, in the mean.
+
+    Example:
+        >>> from tying.depth import StochasticDepth
+        >>> plain, skipped = Residual(nn.Identity()), Residual(nn.Identity(), merge=StochasticDepth(0.5))
+        >>> blocks_per_step(nn.Sequential(plain, skipped))
+        1.5
+    """
+    return sum(getattr(block.merge, "keep", 1.0) for block in model.modules() if isinstance(block, Residual))
+
+
+@contextmanager
+def _explained_interruption() -> Iterator[None]:
+    """Say that an interrupted demo goes on, in place of a traceback."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Lightning exits when it is interrupted
+        print("interrupted: the same command goes on", flush=True)
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager
@@ -328,11 +437,15 @@ def without_notices() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _machine(precision: str, epochs: int) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+def conditions(precision: str, out: Path, epochs: int) -> str:
+    """Return what ran where, and the command that runs it again."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else counted(torch.get_num_threads(), "thread")
+    command = ["tying", "demo"]
+    command += ["--epochs", str(epochs)] * (epochs != EPOCHS) + ["--out", str(out)] * (out != OUT)
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, tying {tying.__version__}"
     return (
-        f"ResNet-20 on the embedded sample, {epochs} epochs, {precision}, {device}; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, tying {tying.__version__}. Command: `tying demo`."
+        f"The embedded sample of CIFAR-10, {counted(epochs, 'epoch')}, {precision}, {device}; {versions}. "
+        f"Command: `{shlex.join(command)}`."
     )
 
 

@@ -32,7 +32,7 @@ EXPLANATIONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...],
         "'(state_dict|pytorch-lightning_version|loops|optimizer_states|epoch|global_step)'$|"  # a KeyError
         r"PytorchStreamReader failed|\[enforce fail at inline_container",
         True,
-        "ckpt_path: this is no checkpoint of Lightning: {line}",
+        "ckpt_path: not a checkpoint of Lightning: {line}",
     ),
     (PickleError, "", True, "ckpt_path: the checkpoint holds more than tensors and plain types: {line}"),
     (
@@ -45,15 +45,15 @@ EXPLANATIONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...],
         Exception,
         "loaded state dict",
         True,
-        "ckpt_path: its optimizers hold other weights than those here. A run goes on with the ties that it was trained "
-        "with; to begin another one from its weights, load those into the model",
+        "ckpt_path: its optimizers hold other weights than this model has. Resume a run with the ties with which it "
+        "was trained; to begin another run from its weights, load only those into the model",
     ),
     (
         RuntimeError,
         ".*mat1 and mat2 shapes cannot be multiplied",
         False,
-        "the network takes inputs of another size than it gets: {line}. Let its sizes fit the data, or give the "
-        "configuration of other data before, which the first line of a file in configs names",
+        "the network takes inputs of another size than that of the data: {line}. Change its sizes; or add the "
+        "configuration of the data that it needs, which the first line of a file in configs names",
     ),
     (
         Exception,
@@ -65,7 +65,7 @@ EXPLANATIONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...],
         OSError,
         rf"\[Errno ({'|'.join(map(str, UNWRITABLE))})\]",
         False,
-        "{message}. Choose a folder with room and rights, such as by --trainer.default_root_dir",
+        "{message}. Choose a folder with free space that you may write to, by --trainer.default_root_dir for example",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""Hints that follow an error of the command line: the names closest to a wrong one, or what is meant to stand there."""
+"""Hints that follow an error of the command line: the names closest to a wrong one, or what to write instead."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -78,7 +78,24 @@ def _of_option(option: str, places: Sequence[str]) -> str:
     if option.endswith((".yaml", ".yml", ".json")) and not option.startswith("-"):
         return f" Write --config {option}."
     trainer = (f"trainer.{name}" for name in signature(pl.Trainer).parameters)
-    return nearest(option.partition("=")[0], [f"--{known}" for known in (*OPTIONS, *trainer)])
+    name = option.partition("=")[0].removeprefix("--")
+    return of_optimizer(name) or nearest(f"--{name}", [f"--{known}" for known in (*OPTIONS, *trainer)])
+
+
+def of_optimizer(option: str) -> str:
+    """Return where the optimizer is chosen, if an option would choose it; else an empty string.
+
+    Example:
+        >>> of_optimizer("optimizer.lr")
+        ' The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw.'
+        >>> of_optimizer("verbose")
+        ''
+    """
+    if option.partition(".")[0] not in ("optimizer", "lr_scheduler"):
+        return ""
+    return (
+        " The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw."
+    )
 
 
 def _of_file(path: str, places: Sequence[str]) -> str:
@@ -104,7 +121,7 @@ def _of_list(value: str, places: Sequence[str]) -> str:
 
 
 def _of_class_path(name: str, places: Sequence[str]) -> str:
-    return " The arguments of a class stand below init_args, beside class_path."
+    return " The arguments of a class belong under init_args, beside class_path."
 
 
 HINTS = {  # by a pattern of the message, whose group is the wrong name

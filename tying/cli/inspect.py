@@ -1,14 +1,14 @@
 """``tying inspect``: report what a configuration ties, without training."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
 
 from tying.callbacks import AnchorTying, TyingCallback
 from tying.callbacks.anchor import describe_importance
@@ -56,7 +56,7 @@ def inspect(
     """
     if plot is not None and plot.is_dir():
         raise ConfigurationError(f"plot: {plot} is a folder; give a file's name, such as loads.png")
-    model, text = copy.deepcopy(model), list[RenderableType]()
+    model, text = copy.deepcopy(model), list[str]()
     try:
         with torch.random.fork_rng(devices=[]):
             document = _collect(model, callbacks, checkpoint, weights_only, trainer, text)
@@ -66,10 +66,7 @@ def inspect(
             plot_loads(model, plot)
     finally:
         for part in [] if json else text:
-            if isinstance(part, str):
-                print(part)
-            else:
-                Console().print(part, highlight=False)
+            print(part)
     if json:  # in JSON there is no NaN nor infinity
         print(dumps(loads(dumps(document), parse_constant=lambda name: None), indent=2))
 
@@ -80,7 +77,7 @@ def _collect(
     checkpoint: Path | None,
     weights_only: bool | None,
     trainer: pl.Trainer | None,
-    text: list[RenderableType],
+    text: list[str],
 ) -> dict[str, Any]:
     """Return the report of :func:`inspect` as plain types; append it as text to ``text``, up to an error."""
     model.configure_model()
@@ -90,7 +87,7 @@ def _collect(
     callbacks = [copy.copy(callback) for callback in effective]
     transforms = [callback for callback in callbacks if isinstance(callback, ModelTransform)]
     states = load_checkpoint(model, callbacks, checkpoint, weights_only) if checkpoint is not None else {}
-    before = {name for name, _ in model.named_parameters()}
+    before = [name for name, _ in model.named_parameters()]
     entries, affected = _examine(model, callbacks, text)
     strengths = _strengths(model, callbacks, trainer, text)
     free = [
@@ -98,7 +95,8 @@ def _collect(
         for name, parameter in model.named_parameters()
         if name in before and id(parameter) not in affected  # computed weights have other names now
     ]
-    text.append(f"Not matched by any tie: {len(free)}: {', '.join(free)}" if free else "Every parameter is tied.")
+    shown = ", ".join(_as_patterns(free, {*map(clean_name, before)}.difference(free)))
+    text.append(f"Not matched by any tie: {len(free)}: {shown}" if free else "Every parameter is tied.")
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
     text += _describe_hashes(hashed, entries)
@@ -126,6 +124,21 @@ def _collect(
     }
 
 
+def _as_patterns(names: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return names, with a pattern and a count for three or more that differ in numbers only, if it fits no others.
+
+    Example:
+        >>> _as_patterns([*(f"{layer}.norm{n}" for layer in (0, 1) for n in (1, 2)), "0.conv", "2.conv"], ["1.conv"])
+        ['*.norm* (4)', '0.conv', '2.conv']
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    taken = {re.sub(r"\d+", "*", name) for name in others}
+    parts = [[f"{p} ({len(group)})"] if len(group) > 2 and p not in taken else group for p, group in alike.items()]
+    return [name for part in parts for name in part]
+
+
 def _describe_hashes(hashed: HashReport, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the report of hashed weights, without its first line if that is a callback's description."""
     if not hashed.weights:
@@ -138,7 +151,7 @@ def _strengths(
     model: pl.LightningModule,
     callbacks: Sequence[pl.Callback],
     trainer: pl.Trainer | None,
-    text: list[RenderableType],
+    text: list[str],
 ) -> dict[str, list[str]]:
     """Return what the strength of each callback does to the gap of its groups in a step; append it to ``text``."""
     pulling = [callback for callback in callbacks if isinstance(callback, PenaltyCallback) and callback.ties]
@@ -160,7 +173,7 @@ def effective_callbacks(model: pl.LightningModule, callbacks: Sequence[pl.Callba
 
 
 def _examine(
-    model: pl.LightningModule, callbacks: Sequence[pl.Callback], text: list[RenderableType]
+    model: pl.LightningModule, callbacks: Sequence[pl.Callback], text: list[str]
 ) -> tuple[list[dict[str, Any]], set[int]]:
     """Let callbacks change the model, transforms first as in training; append to ``text`` which weights each affects.
 
@@ -184,7 +197,7 @@ def _examine(
                 entries[callback] = {"callback": kind, "name": callback.name, "ties": ties, "groups": rows}
                 if isinstance(callback, ModelTransform):
                     if groups:
-                        text.append(summary(rows, summary_lines(model, groups), max_rows=None))
+                        text.append(summary(rows, summary_lines(model, groups, callbacks), max_rows=None))
                     callback.apply(model)
                     if not groups:
                         entries[callback]["description"] = callback.describe(model)
@@ -200,9 +213,8 @@ def _examine(
     for callback in tying:
         callback.check_conflicts(model, callbacks)
     if pulled or not any(isinstance(callback, ModelTransform) for callback in tying):
-        text.append(
-            summary([row for row, _ in pulled], summary_lines(model, [group for _, group in pulled]), max_rows=None)
-        )
+        lines = summary_lines(model, [group for _, group in pulled], callbacks)
+        text.append(summary([row for row, _ in pulled], lines, max_rows=None))
     affected = {callback: callback.affected(model) for callback in tying}
     return (
         [{**entry, "affects": [*affected[callback]]} for callback, entry in entries.items()],
@@ -211,7 +223,7 @@ def _examine(
 
 
 def _match_ties(
-    model: pl.LightningModule, callback: TyingCallback, text: list[RenderableType]
+    model: pl.LightningModule, callback: TyingCallback, text: list[str]
 ) -> tuple[list[dict[str, Any]], Sequence[TiedGroup]]:
     """Return how many weights each tie of a callback matches, and the groups; append the former to ``text``."""
     if isinstance(callback, ModelTransform) and callback.is_applied(model):  # by the model itself
@@ -253,11 +265,11 @@ def load_checkpoint(
     """Let callbacks change a model as in training, load the weights of a checkpoint, and return its callbacks' states.
 
     Raises:
-        ConfigurationError: the file is no checkpoint of Lightning, or does not fit.
+        ConfigurationError: the file is not a checkpoint of Lightning, or does not fit.
     """
     content = read(checkpoint, "ckpt_path") if weights_only else torch.load(checkpoint, "cpu", weights_only=False)
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise ConfigurationError(f"ckpt_path: {checkpoint} is no checkpoint of Lightning: it has no state_dict")
+        raise ConfigurationError(f"ckpt_path: {checkpoint} is not a checkpoint of Lightning: it has no state_dict")
     load_weights(model, callbacks, content["state_dict"], f"ckpt_path: {checkpoint}")
     states: Mapping[str, Any] = content.get("callbacks", {})
     return states

@@ -94,11 +94,13 @@ class Trainer(pl.Trainer):
 def _checkpoint_path(trainer: pl.Trainer, ckpt_path: str | None) -> Path | None:
     """Return the path of a checkpoint, which may be given as ``"last"``."""
     if "://" in (ckpt_path or ""):
-        raise ConfigurationError(f"ckpt_path: {ckpt_path} is read by fit and test only: download it, and give its path")
+        raise ConfigurationError(
+            f"ckpt_path: only fit and test read a URL such as {ckpt_path}: download it, and give the path of the file"
+        )
     if ckpt_path != "last":
         return None if ckpt_path is None else Path(ckpt_path)
     if (newest := newest_checkpoint(trainer)) is None:
-        raise ConfigurationError("ckpt_path=last: there is no checkpoint of this name yet")
+        raise ConfigurationError("ckpt_path=last: no run of this name has a checkpoint yet")
     return newest
 
 
@@ -175,7 +177,7 @@ class TyingCLI(pl.cli.LightningCLI):
         newest, where = newest_checkpoint(self.trainer), " or ".join(_places(self.trainer))
         unseen = " (only folders of this machine are searched)" if "://" in where else ""
         if newest is None and (unseen or self.subcommand != "fit"):
-            raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}; give its path")
+            raise ConfigurationError(f"ckpt_path: no run in {where} has a checkpoint{unseen}: give the path of one")
         options.ckpt_path = None if newest is None else str(newest)
         use = "going on from" if self.subcommand == "fit" else "taking the weights of"
         pl.utilities.rank_zero_info(

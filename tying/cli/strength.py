@@ -114,9 +114,10 @@ def _describe(
         momentum = settings["momentum"]
     setting = f"lr {rate:g} · strength {strength:g} · m {members}{f' · momentum {momentum:g}' if momentum else ''}"
     if is_gradient and not isinstance(optimizer, SGD):
+        kind = type(optimizer).__name__
         return (
-            f"{setting}: {type(optimizer).__name__} scales the pull together with the loss's gradients, so that its "
-            "speed is not known; update='decoupled' and update='proximal' pull outside it"
+            f"{setting}: {kind} rescales the pull together with the loss's gradients, so its speed is not known before "
+            f"training: watch tying/gap, or use update='decoupled' or 'proximal', which {kind} does not rescale"
         )
     if isinstance(penalty, L1):
         step = rate * strength * max(1, members - 1) / (1 - momentum)

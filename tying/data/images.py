@@ -199,10 +199,10 @@ def spread_evenly(total: int, labels: Tensor, name: str) -> list[int]:
         [2, 1]
     """
     counts = labels.bincount().tolist()
-    check_count(name, total)
-    if not len(counts) <= total <= len(labels):
+    if not hasattr(total, "__index__") or not len(counts) <= total <= len(labels):
         raise ConfigurationError(
-            f"{name} must be from {len(counts)} (one a class) to {len(labels)} (all training labels), not {total}"
+            f"{name} must be an integer from {len(counts)} (one for each class) to {len(labels)} (all training "
+            f"labels), not {total!r}"
         )
     per_class = [total // len(counts) + (kind < total % len(counts)) for kind in range(len(counts))]
     if short := [kind for kind, count in enumerate(counts) if per_class[kind] > count]:

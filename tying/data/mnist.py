@@ -84,7 +84,9 @@ class MNIST(Images):
             if len(images) != len(labels):
                 raise ConfigurationError(f"{self.root}: {split} has {len(images)} images but {len(labels)} labels")
             if images.shape[1:] != (28, 28):
-                raise ConfigurationError(f"{self.root}: {split} has images of {tuple(images.shape[1:])} pixels")
+                raise ConfigurationError(
+                    f"{self.root}: {split} has images of {tuple(images.shape[1:])} pixels, not (28, 28)"
+                )
             splits[split] = images.unsqueeze(-1), labels.long()
         return splits
 
@@ -160,7 +162,7 @@ def read_idx(path: Path) -> Tensor:
             shape = [int.from_bytes(stream.read(4), "big") for _ in range(head[3])]
             count, sizes = math.prod(shape), "×".join(map(str, shape))
             if not 0 < count <= LARGEST:
-                raise ConfigurationError(f"{existing} has {sizes} entries: from 1 to {LARGEST:,} are read")
+                raise ConfigurationError(f"{existing} has {sizes} entries, and must have 1 to {LARGEST:,}")
             content = stream.read(count + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{existing} is truncated or corrupted: {error}") from None

@@ -22,7 +22,7 @@ class ResidualNotice:
         if not self.given:
             self.given = True
             warnings.warn(
-                f"{block} does not add its input to its output, as residual blocks do. A merge takes it for one, since "
+                f"{block} does not add its input to its output, as residual blocks do. A merge treats it as one, since "
                 "it keeps the shape of its input; if that is not what you want, name other blocks",
                 stacklevel=2,
             )

@@ -289,8 +289,8 @@ def _class_before(name: str, block: nn.Module, known: Mapping[type[nn.Module], t
         return original_class(merged)
     if issubclass(merged, (MergedBlock, *known)):
         raise ConfigurationError(
-            f"{name!r} is a {merged.__name__} since it got its merge, which therefore cannot be removed: call "
-            "remove_merge before what changes the class, such as fully_shard"
+            f"the class of {name!r} has changed to {merged.__name__} after it got its merge, which cannot be removed "
+            "now: call remove_merge before what changes the class, such as fully_shard"
         )
     return merged  # its own merge was replaced
 
@@ -335,7 +335,7 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
         if type(block).forward is nn.Module.forward:
             problem = "has no forward: name the blocks within it"
         elif "forward" in block.__dict__:
-            problem = "has a forward of its own, beside its class: undo that first"
+            problem = "has another forward than its class: undo that first"
         elif hasattr(block, "backward_pass"):  # of Reformer, whose gradients would be those of the plain block
             problem = "is reversible, and computes its gradients without a merge: name modules within it"
         elif not merges_in(block) and next(block.parameters(), None) is None:

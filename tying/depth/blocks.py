@@ -37,7 +37,7 @@ SEQUENCE_LAYERS = (
 
 
 class Notices(NamedTuple):
-    """What the blocks of one ``apply_merge`` warn of, once for all."""
+    """The warnings of the blocks of one ``apply_merge``, each given once."""
 
     residual: ResidualNotice
     samples: SampleNotice
@@ -45,7 +45,7 @@ class Notices(NamedTuple):
 
 @dataclass
 class BlockState:
-    """What a block with a merge knows beside its merge.
+    """The state of a block with a merge, beside the merge itself.
 
     Attributes:
         name: the name of the block in the model, and its class.
@@ -69,7 +69,7 @@ class BlockState:
 
 
 def block_state(block: nn.Module, forward: Callable[..., Any], name: str, notices: Notices) -> BlockState:
-    """Return the state of a block that has no merge yet, of its plain forward and a name, which stands in errors."""
+    """Return the state of a block that has no merge yet, given its plain forward and a name for errors."""
     returns_tensor = signature(forward).return_annotation in (Tensor, "Tensor", "torch.Tensor")
     merge = "block_merge" if hasattr(block, "merge") else "merge"
     return BlockState(name, merge, positional_parameters(forward), returns_tensor, *notices)
@@ -87,7 +87,7 @@ def positional_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def first_tensor(parameters: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | str | None:
-    """Return where the first tensor among arguments stands: its position or its name; None if there is none.
+    """Return the position or the name of the first tensor among arguments; None if there is none.
 
     Args:
         parameters: the names of the positional parameters, by which keyword arguments are ordered.
@@ -298,7 +298,7 @@ class BlockBranch(Branch):
         """Raise a ConfigurationError if a skipped block would have to invent an output."""
         if computed := self._further().computed:
             raise ConfigurationError(
-                f"{self.state.name} cannot be skipped, since it alone computes {listed(computed.values())}, which "
+                f"{self.state.name} cannot be skipped, since only it computes {listed(computed.values())}, which "
                 "later blocks or the model may need. Leave it out of blocks, by a leading '!' for example, or use "
                 "mode='row', which computes it for all samples"
             )
@@ -361,7 +361,7 @@ class BlockBranch(Branch):
         return self.state.further[kind]
 
     def _tried(self, x: Tensor) -> "BlockBranch":
-        """Return a branch that has computed the block for x, which has left everything as it was."""
+        """Return a branch that has computed the block for x without side effects."""
         buffers = [(buffer, buffer.clone()) for buffer in self.block.buffers()]
         args = tuple(self._copied(value, x) for value in self.args)
         kwargs = {name: self._copied(value, x) for name, value in self.kwargs.items()}

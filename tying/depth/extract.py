@@ -138,8 +138,8 @@ def _check_removal(model: nn.Module, stage: Stage, remaining: Collection[str]) -
         alone = [name for name in _weight_names(first) if alike and not any(name in names for names in alike)]
         if alone:
             raise ConfigurationError(
-                f"{removed[0]!r} cannot be removed, since it alone has the weight {alone[0]!r}, and the other "
-                "blocks may need what it makes with it. Keep it"
+                f"{removed[0]!r} cannot be removed, since only it has the weight {alone[0]!r}, and the other "
+                "blocks may need what it computes with it. Keep it"
             )
 
 
@@ -147,8 +147,8 @@ def _check_lists(stage: Stage, lists: Sequence[str]) -> None:
     """Raise a ConfigurationError if lists of a config, such as its ``layer_types``, could not follow."""
     if lists:
         raise ConfigurationError(
-            f"the config above {stage.path!r} computes {listed(lists)} from other values, and would take the remaining "
-            "blocks for others: keep blocks that have the kinds of the config's first ones, in this order"
+            f"the config above {stage.path!r} computes {listed(lists)} from other values, which would not fit the "
+            "remaining blocks: keep blocks that have the kinds of the config's first ones, in this order"
         )
 
 

@@ -164,7 +164,7 @@ class FractalBlock(nn.Module):
             ConfigurationError: there is no such column.
         """
         if isinstance(column, int) and not 0 <= column < len(self.columns):
-            raise ConfigurationError(f"columns are 0 to {len(self.columns) - 1}, not {column}")
+            raise ConfigurationError(f"column must be an integer in [0, {len(self.columns) - 1}], not {column}")
         columns = [[*stack.children()] for stack in self.columns]
         steps = len(columns[-1])  # one iteration per layer of the deepest column; layers of other columns span several
         layers: list[tuple[nn.Module, _Node]] = []

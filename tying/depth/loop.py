@@ -33,7 +33,7 @@ class BlockCall(NamedTuple):
     Attributes:
         args: the positional arguments.
         kwargs: the keyword arguments.
-        places: where the hidden state stands among them, by position or name; several in ``attention(x, x, x)``.
+        places: positions or names of the hidden state among them; several in ``attention(x, x, x)``.
     """
 
     args: tuple[Any, ...]
@@ -168,7 +168,7 @@ class Loop:
         self._calls.append(call if keeps else call.with_hidden(None))
 
     def _hidden_place(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-        """Return where the hidden state of a block, the first tensor, stands among the arguments of a call."""
+        """Return the position or the name of the hidden state, the first tensor, among the arguments of a call."""
         if (place := first_tensor(self._positional[position], args, kwargs)) is None:
             raise ConfigurationError(
                 f"{self.names[position]!r} is called without a tensor: a loop needs blocks whose first tensor argument "
@@ -269,7 +269,7 @@ class Loop:
         if self._number is None and not torch.compiler.is_compiling() and in_backward():
             raise ConfigurationError(
                 f"gradient checkpointing within a block of the loop {listed(self.names)} recomputes a normalisation "
-                "layer, which cannot know its pass then: checkpoint whole blocks, or use per_pass='scale'"
+                "layer when its pass is no longer known: checkpoint whole blocks, or use per_pass='scale'"
             )
         further = min((self._number or 1) - 1, self.further)
         return norm.passes[further - 1] if further else None
@@ -444,8 +444,8 @@ def unloop(model: nn.Module) -> int:
         for name, block in zip(undone.names, undone.blocks, strict=True):
             if plain_class(block).__bases__[0] not in (LoopedBlock, PerPassBlock):
                 raise ConfigurationError(
-                    f"{name!r} is a {plain_class(block).__name__} since it is in a loop, which therefore cannot be "
-                    "undone: call unloop before what changes the class, such as fully_shard"
+                    f"the class of {name!r} has changed to {plain_class(block).__name__} after the loop was made, "
+                    "which cannot be undone now: call unloop before what changes the class, such as fully_shard"
                 )
     for undone in loops:
         for block in undone.blocks:
@@ -503,11 +503,11 @@ def _check_blocks(model: nn.Module, stage: Stage, per_pass: PerPass) -> None:
         if type(block).forward is nn.Module.forward:
             problem = "has no forward: name the blocks within it"
         elif stage.blocks.count(block) > 1:
-            problem = "stands at several places in the model: name blocks that stand at one"
+            problem = "is at several places in the model: name blocks that are at one place"
         elif hasattr(block, "backward_pass"):  # of Reformer, whose gradients would be those of one pass
             problem = "is reversible, and computes its gradients without the loop: name other blocks"
         elif per_pass and "forward" in vars(block):
-            problem = "has a forward of its own, beside its class: undo that first, or leave per_pass out"
+            problem = "has another forward than its class: undo that first, or leave per_pass out"
         elif per_pass and (encoder := _nested(model, block)):
             problem = (
                 f"gets nested tensors from {encoder!r} in evaluation, on which per_pass has no effect: make the "

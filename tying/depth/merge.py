@@ -486,7 +486,7 @@ def _without_arguments(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Return x, after checking that a graph of ``torch.fx`` got no further arguments."""
     if args or kwargs:
         raise ConfigurationError(
-            "this graph of a Residual takes x alone: trace the model that contains the Residual, whose graph passes "
+            "this graph of a Residual takes only x: trace the model that contains the Residual, whose graph passes "
             "further arguments to the branch"
         )
     return x

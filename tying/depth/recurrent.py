@@ -163,9 +163,9 @@ def _check_states(out: Sequence[Any], arguments: Sequence[Any]) -> None:
             continue
         if any((value.shape, value.dtype) == (tensor.shape, tensor.dtype) for tensor in tensors):
             raise ConfigurationError(
-                f"a recurrent block must have one state, and its output {number} has the shape of an argument, "
-                f"{tuple(value.shape)}: it seems to replace it, but the next step gets the same argument again. Tie "
-                "the weights of the blocks by tying.hard.tie instead"
+                f"a recurrent block must have one state, and its output {number} seems to be a second one: it has the "
+                f"shape of an argument, {tuple(value.shape)}, and would not replace it in the next step. Tie the "
+                "weights of the blocks by tying.hard.tie instead"
             )
 
 

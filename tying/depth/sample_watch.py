@@ -29,8 +29,8 @@ class SampleNotice:
         self.classes.add(type(block).__name__)
         if depends_on_others(compute, x, block):
             warnings.warn(
-                f"{name} returns for one sample what depends on others: each entry of the first dimension of its input "
-                "has a draw, but may not be a sample. If the first dimension is that of positions, use mode='batch'",
+                f"{name}: its output for one sample depends on other samples. Each index of the first dimension has "
+                "its own draw: if that dimension is not the samples but positions, for example, use mode='batch'",
                 stacklevel=2,
             )
 
@@ -48,7 +48,7 @@ def draws_samples(merge: nn.Module) -> bool:
 def depends_on_others(compute: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module) -> bool:
     """Return whether the output for some samples changes with another sample, the first entry of x along dimension 0.
 
-    It is False if that cannot be told: there is one sample, or batch normalisation, which mixes them rightly.
+    Return False if there is only one sample, or batch normalisation, which mixes samples on purpose.
 
     Args:
         compute: returns the output of the block for x.

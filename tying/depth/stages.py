@@ -81,10 +81,10 @@ def find_stages(model: nn.Module, patterns: str | Sequence[str], any_parent: boo
     Args:
         model: any module.
         patterns: a pattern of module names, or several; a leading ``!`` excludes.
-        any_parent: whether blocks may stand in any module, instead of an ``nn.ModuleList`` or ``nn.Sequential``.
+        any_parent: whether blocks may be in any module, instead of an ``nn.ModuleList`` or ``nn.Sequential``.
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a module that stands in no container.
+        ConfigurationError: a pattern matches nothing, or a module that is in no container.
     """
     blocks = match_modules(model, patterns, aliases=True)
     containers = {clean_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
@@ -117,7 +117,7 @@ def absent_shortcut(block: nn.Module) -> str | None:
 
 
 def children(container: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the entries of a container with their keys; a module that stands there twice appears twice."""
+    """Return the entries of a container with their keys; a module with two keys appears twice."""
     return [(key, module) for key, module in container.named_modules(remove_duplicate=False) if key and "." not in key]
 
 
@@ -161,7 +161,7 @@ def renumber(
     """
     indices = _layer_indices(former)
     for position, (layer, origin) in enumerate(zip(layers, origins, strict=True)):
-        if layers.count(layer) == 1:  # one that stands at several positions has no index
+        if layers.count(layer) == 1:  # a layer at several positions has no index
             shift_indices(layer, position - origin, indices)
     modules = {clean_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     parts = path.split(".")

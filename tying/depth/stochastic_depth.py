@@ -115,7 +115,7 @@ def _subset_obstacle(branch: Branch, selected: int, count: int) -> str | None:
         if isinstance(part, BATCH_NORMS) and part.training
     ]
     if any(isinstance(norm, nn.SyncBatchNorm) for norm in norms):  # others would wait for a process that keeps none
-        return "does not go with SyncBatchNorm, which waits for all processes: use mode='row'"
+        return "cannot be combined with SyncBatchNorm, which waits for all processes: use mode='row'"
     return (
         f"kept one of {count} samples for a branch with batch normalisation, which needs the statistics of several: "
         "use mode='row', larger batches, or drop an incomplete last batch"

@@ -278,7 +278,7 @@ def relax(
     check_choice("init", init, get_args(Init))
     residual = from_mapping(residual, WeightResidual, "residual")
     if calibration is not None and (residual is None or init == "source"):
-        raise ConfigurationError("calibration chooses the nearest residuals: give a residual, and init='nearest'")
+        raise ConfigurationError("calibration needs a residual, and init='nearest'")
     if residual is None:
         return tie(model, ties, "mean" if init == "nearest" else "source")
     if not isinstance(residual, WeightResidual):
@@ -346,7 +346,7 @@ def _check_members(
             check_free(name, locations)
             if not parameter.is_floating_point():
                 raise ConfigurationError(
-                    f"{name!r} is of {parameter.dtype}, and only real floating-point weights can be relaxed: exclude it"
+                    f"{name!r} is {parameter.dtype}, and only real floating-point weights can be relaxed: exclude it"
                 )
             check_finite(name, parameter)
             try:

@@ -82,8 +82,10 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     sizes = {name: set.union(*(outputs[layer] for layer in owners)) for name, owners in layers.items()}
     for name, owners in layers.items():
         if len(sizes[name]) != 1 or not all(outputs[layer] for layer in owners):
-            seen = f"with outputs of {sorted(sizes[name])}" if sizes[name] else "not at all"
-            raise ConfigurationError(f"{name!r}: the example passes its convolution {seen}; one size is needed")
+            seen = f"outputs of {sorted(sizes[name])}" if sizes[name] else "none"
+            raise ConfigurationError(
+                f"{name!r}: its convolution needs outputs of one size, and the example gives {seen}"
+            )
     selection.report("untie_biases")
     for name, bias in selection.weights.items():
         spread = nn.Parameter(_spread(bias.detach(), *sizes[name]), bias.requires_grad)
@@ -103,7 +105,7 @@ def _owners(biases: Mapping[str, nn.Parameter], locations: Locations) -> dict[st
     """
     layers = {name: [location.owner for location in locations.owners(name)] for name in biases}
     if parametrized := [name for name, owners in layers.items() if any(map(is_parametrized, owners))]:
-        raise ConfigurationError(f"{listed(parametrized)}: of layers that are parametrized; untie biases before that")
+        raise ConfigurationError(f"{listed(parametrized)}: belongs to a layer that is parametrized: untie biases first")
     if others := [
         name
         for name, owners in layers.items()

@@ -1,4 +1,4 @@
-"""Weights that share the entries of a table: hashes, hashed layers, clustering, and reports."""
+"""Weights that share the slots of a table: hashes, hashed layers, clustering, and reports."""
 
 from tying.deprecated import module_aliases
 from tying.hashing.apply import hash_weights

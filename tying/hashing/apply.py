@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tying.errors import ConfigurationError, check_choice, check_range, listed, nearest
 from tying.hashing.hashes import Hash, UniformHash
 from tying.hashing.layers import Hashed, HashedConv2d, HashedEmbedding, HashedLinear, embedding_options
-from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_entries
+from tying.hashing.parametrization import HashedParametrization, HashState, Index, table_slots
 from tying.hashing.report import HashReport, report
 from tying.mappings import subclasses
 from tying.selection.index import check_shape
@@ -89,7 +89,7 @@ def check_fits_table(owners: Sequence[ParameterLocation]) -> None:
             support, or to several that differ in the row that is zero.
     """
     if not owners[0].parameter.numel():
-        raise ConfigurationError("it has no entries to hash")
+        raise ConfigurationError("an empty weight cannot be hashed")
     embeddings = [location.owner for location in owners if isinstance(location.owner, nn.Embedding | nn.EmbeddingBag)]
     for embedding in embeddings:
         # only an nn.Embedding becomes a HashedEmbedding
@@ -114,7 +114,7 @@ def hash_weights(
     index: Index = "auto",
     scaled: bool = True,
 ) -> HashReport:
-    """Replace weights of a model by smaller tables of shared entries: one table for each weight, or one for all.
+    """Replace weights of a model by smaller tables of shared slots: one table for each weight, or one for all.
 
     Linear, convolution and embedding layers become :class:`HashedLinear` and so on; other modules compute their weights
     from the table. With ``scope="layer"`` each weight's name is mixed into the hash's seed; with ``"network"``
@@ -125,14 +125,14 @@ def hash_weights(
     Args:
         model: changed in place.
         parameters: patterns of names; ``!`` excludes. Skips vectors, unless the hash is recurrent.
-        table_ratio: table entries over weights, in (0, 1]; default: what the hash requires, or 0.1.
+        table_ratio: slots over weights, in (0, 1]; default: what the hash requires, or 0.1.
         hash: h.
         scope: ``"layer"``: a table for each weight; ``"network"``: one table.
-        init: ``"fresh"``: entries are a sample of the weights; ``"mean"``: means of the weights per entry.
+        init: ``"fresh"``: slots are a sample of the weights; ``"mean"``: means of the weights per slot.
         sign: multiply by ±1.
         density: fraction of weights that are kept.
         index: see :class:`HashedParametrization`.
-        scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their entries.
+        scaled: with ``scope="network"``, multiply by each weight's scale; if False, weights equal their slots.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a weight or the hash does not fit. Nothing is changed.
@@ -254,7 +254,7 @@ def _plan_table(
     counts = [weight.numel() for weight in weights.values()]
     scales = _scales(weights) if scaled else dict.fromkeys(weights, 1.0)
     with naming(weights):
-        size = table_entries(sum(counts), table_ratio, salted)
+        size = table_slots(sum(counts), table_ratio, salted)
         state = HashState(salted.state(size))
         return {
             name: HashedParametrization(

@@ -162,7 +162,7 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     try:
         module = model.get_submodule(path)
     except AttributeError:
-        raise ConfigurationError(f"{name!r} is no parameter of the model, which has no module {path!r}") from None
+        raise ConfigurationError(f"{name!r} is not a parameter of the model, which has no module {path!r}") from None
     if prune.is_pruned(module) and hasattr(module, f"{attribute}_orig"):
         prune.remove(module, attribute)  # type: ignore[no-untyped-call]  # torch's
     locations = locate_parameters(model)
@@ -187,7 +187,7 @@ def check_clusterable(name: str, locations: Locations, clusters: int) -> None:
         clusters: k.
     """
     if name not in locations:
-        raise ConfigurationError(f"{name!r} is no parameter of the model, or is computed already")
+        raise ConfigurationError(f"{name!r} is not a parameter of the model, or is computed already")
     check_hashable(name, locations)
     try:
         check_fits_codebook(locations.owners(name), clusters)

@@ -38,11 +38,11 @@ class RepeatedRows(FastPath):
     """A weight that cycles through the table, so that its rows repeat.
 
     Row r begins at slot ``(first + r · width) mod n``, so at most ``n / gcd(width, n)`` rows are distinct. If rows are
-    longer than the table, all inputs that are multiplied by the same entry are summed before the matrix product.
+    longer than the table, all inputs that are multiplied by the same slot are summed before the matrix product.
 
     Attributes:
         shape: shape of the weight; its first dimension counts rows.
-        size: n, the number of table entries.
+        size: n, the number of slots.
         first: slot of the first weight.
     """
 

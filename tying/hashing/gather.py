@@ -149,7 +149,7 @@ def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
 
     Args:
         source: an index that is not stored.
-        size: number of table entries.
+        size: number of slots.
         name: name of the hash, for the warning.
 
     Warns:
@@ -169,6 +169,6 @@ def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
             compiled_fn(torch.tensor([[0], [CHUNK]], device="cpu"))
             compiled_read(torch.zeros(size, device="cpu"))
     except Exception as error:
-        warnings.warn(f"{name} is computed without compilation, hence slowly: {error}", stacklevel=2)
+        warnings.warn(f"{name} is computed slowly, without compilation: {error}", stacklevel=2)
         return source
     return replace(source, compiled_fn=compiled_fn, compiled_read=compiled_read)

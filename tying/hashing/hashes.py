@@ -51,7 +51,7 @@ class Hash:
 
         Args:
             ids: identifiers of the weights, int64, of any shape.
-            table_size: number of table entries.
+            table_size: number of slots.
             drawn: result of :meth:`state`; passed only if that is not None.
 
         Returns:
@@ -91,28 +91,28 @@ class Hash:
         Args:
             shapes: shapes of the weights; if ``table_size`` is given, ``[(count,)]`` for the number of weights that
                 share the table.
-            table_size: number of table entries.
+            table_size: number of slots.
             scope: ``"layer"`` or ``"network"``, as in :func:`tying.hashing.hash_weights`.
         """
         if table_size is not None:
             check_count("table_size", table_size, "[1, inf)")
-            self.check_entries(table_size)
+            self.check_slots(table_size)
             count = sum(map(math.prod, shapes))
             if (required := self.table_size(count)) not in (None, table_size):
                 raise ConfigurationError(
-                    f"{self} needs a table of {required} entries, table_ratio={required}/{count}, not {table_size}"
+                    f"{self} needs a table of {required} slots, table_ratio={required}/{count}, not {table_size}"
                 )
 
-    def check_entries(self, entries: int) -> None:
-        """Raise a ConfigurationError if a 32-bit index cannot address the entries of a table."""
-        if entries > LARGEST_TABLE:
+    def check_slots(self, slots: int) -> None:
+        """Raise a ConfigurationError if a 32-bit index cannot address the slots of a table."""
+        if slots > LARGEST_TABLE:
             raise ConfigurationError(
-                f"{self}: the index needs {entries:,} slots (the table's entries, their negatives if signed, and zero) "
-                f"but has 32 bits, which address {LARGEST_TABLE:,}: lower table_ratio, or use several tables"
+                f"{self}: the index must address {slots:,} values (the table's slots, their negatives if signed, "
+                f"and zero), and its 32 bits address {LARGEST_TABLE:,}: lower table_ratio, or use several tables"
             )
 
     def check(self, count: int, table_size: int) -> None:
-        """Raise a ConfigurationError if the hash does not fit this number of weights or table entries."""
+        """Raise a ConfigurationError if the hash does not fit this number of weights or slots."""
         self.validate([(count,)], table_size)
 
     def check_layers(self, shapes: Sequence[Sequence[int]], scope: str) -> None:
@@ -132,7 +132,7 @@ class Hash:
 
         Args:
             shape: shape of the layer's weight.
-            table_size: number of table entries.
+            table_size: number of slots.
             first: identifier of the layer's first weight.
         """
         return None

@@ -1,4 +1,4 @@
-"""Linear, convolution and embedding layers whose weights share the entries of a table."""
+"""Linear, convolution and embedding layers whose weights share the slots of a table."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError
 from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
 from tying.hashing.hashes import CodebookHash, Hash, UniformHash
-from tying.hashing.parametrization import HashedParametrization, Index, table_entries
+from tying.hashing.parametrization import HashedParametrization, Index, table_slots
 from tying.torch_workarounds import convolve, is_proxy
 from tying.weights.derived import as_assigned, computed_property, install
 
@@ -44,7 +44,7 @@ class Hashed(nn.Module):
 
         Args:
             dense: the layer, on the meta device.
-            ratio: number of table entries over the number of weights.
+            ratio: number of slots over the number of weights.
             device: device of table and bias.
             dtype: dtype of table and bias.
             options: arguments of :class:`HashedParametrization`.
@@ -53,7 +53,7 @@ class Hashed(nn.Module):
         if not (dtype or torch.get_default_dtype()).is_floating_point:
             raise ConfigurationError(f"{type(self).__name__}: dtype must be real and floating-point, not {dtype}")
         shape = dense.weight.shape
-        size = table_entries(shape.numel(), ratio, options["hash"])
+        size = table_slots(shape.numel(), ratio, options["hash"])
         self.__dict__.update(dense.__dict__)
         virtual = HashedParametrization(shape, size, **options | embedding_options(dense, "weight", options["index"]))
         install(self, "weight", virtual, nn.Parameter(torch.empty(size, device=device, dtype=dtype)))
@@ -75,7 +75,7 @@ class Hashed(nn.Module):
 
     @torch.no_grad()
     def _draw(self, draw: Callable[[Tensor], Tensor]) -> None:
-        """Draw the entries of the table; or, of a codebook, as many as the weight has, whose quantiles it gets."""
+        """Draw the slots of the table; or, of a codebook, as many as the weight has, whose quantiles it gets."""
         if isinstance(self.virtual.hash, CodebookHash):
             self.table.copy_(self.virtual.drawn_from(draw(self.table.new_empty(self.virtual.shape.numel()))))
         else:
@@ -83,7 +83,7 @@ class Hashed(nn.Module):
 
 
 class HashedLinear(Hashed, nn.Linear):
-    """A linear layer whose weights share the entries of a table: ``y = x Wᵀ + b``, ``w_i = ξ(i) · t[h(i)]``.
+    """A linear layer whose weights share the slots of a table: ``y = x Wᵀ + b``, ``w_i = ξ(i) · t[h(i)]``.
 
     In-place writes to ``weight`` are lost; see :func:`tying.hashing.hash_weights`.
 
@@ -91,7 +91,7 @@ class HashedLinear(Hashed, nn.Linear):
         in_features: size of an input.
         out_features: size of an output.
         bias: add a bias, which is not hashed.
-        table_ratio: number of table entries over the number of weights, in (0, 1]; default: what the hash requires,
+        table_ratio: number of slots over the number of weights, in (0, 1]; default: what the hash requires,
             or 0.1.
         hash: h.
         sign: multiply by ξ = ±1, as HashedNets do.
@@ -155,7 +155,7 @@ class HashedLinear(Hashed, nn.Linear):
 
 
 class HashedConv2d(Hashed, nn.Conv2d):
-    """A convolution whose weights share the entries of a table; see :class:`HashedLinear`.
+    """A convolution whose weights share the slots of a table; see :class:`HashedLinear`.
 
     In-place writes to ``weight`` are lost; see :func:`tying.hashing.hash_weights`.
 
@@ -169,7 +169,7 @@ class HashedConv2d(Hashed, nn.Conv2d):
         groups: as in nn.Conv2d.
         bias: add a bias, which is not hashed.
         padding_mode: as in nn.Conv2d.
-        table_ratio: number of table entries over the number of weights.
+        table_ratio: number of slots over the number of weights.
         hash: h.
         sign: multiply by ±1.
         density: fraction of connections that are kept.
@@ -225,7 +225,7 @@ class HashedConv2d(Hashed, nn.Conv2d):
 
 
 class HashedEmbedding(Hashed, nn.Embedding):
-    """An embedding whose rows share the entries of a table; only the rows that are looked up are computed.
+    """An embedding whose rows share the slots of a table; only the rows that are looked up are computed.
 
     In-place writes to ``weight`` are lost; see :func:`tying.hashing.hash_weights`.
 
@@ -233,7 +233,7 @@ class HashedEmbedding(Hashed, nn.Embedding):
         num_embeddings: number of rows.
         embedding_dim: size of a row.
         padding_idx: index of a row that is zero and has no gradient.
-        table_ratio: number of table entries over the number of weights.
+        table_ratio: number of slots over the number of weights.
         hash: h.
         sign: multiply by ±1.
         density: fraction of weights that are kept.

@@ -382,7 +382,7 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 
 def _unpack(name: str, content: Tensor, count: int, bits: int) -> Tensor:
     if len(content) != (size := _bytes(count, bits)):
-        raise ConfigurationError(f"{name} of {len(content)} bytes, where {size} are due")
+        raise ConfigurationError(f"{name} of {len(content)} bytes instead of {size}")
     integers = torch.empty(count, dtype=torch.int64, device="cpu")
     for block in _blocks(count):
         part = content[block.start * bits // 8 : _bytes(block.stop, bits)].numpy()

@@ -28,7 +28,7 @@ FUSED = ("cuda",)  # devices for which Triton fuses layers
 _DENSITY = 0x44454E53  # makes the choice of kept weights independent of their slots
 
 
-def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
+def table_slots(count: int, ratio: float | None, hash: Hash) -> int:
     """Return the size of the table for ``count`` weights: ``ceil(ratio · count)``.
 
     If ``ratio`` is the float nearest to k / count, the size is k. The default is the ratio that the hash requires, or
@@ -40,17 +40,17 @@ def table_entries(count: int, ratio: float | None, hash: Hash) -> int:
 
     Example:
         >>> from tying.hashing import UniformHash
-        >>> table_entries(25, 0.1, UniformHash()), table_entries(6, 5 / 6, UniformHash())
+        >>> table_slots(25, 0.1, UniformHash()), table_slots(6, 5 / 6, UniformHash())
         (3, 5)
     """
     if not isinstance(hash, Hash):
         raise ConfigurationError(f"hash must be one of tying.hashing, such as UniformHash(seed=0), not {hash!r}")
     if not count:
-        raise ConfigurationError("a weight of no entries cannot be hashed")
+        raise ConfigurationError("an empty weight cannot be hashed")
     required = hash.table_size(count)
     if required is not None and not 1 <= required <= count:
         raise ConfigurationError(
-            f"{hash} needs a table of {required:,} entries for {count:,} weights, but a table has at least one entry "
+            f"{hash} needs a table of {required:,} slots for {count:,} weights, but a table has at least one slot "
             "and at most one for each weight: change the sizes of the hash or of the layer"
         )
     if ratio is None:
@@ -95,7 +95,7 @@ class HashedParametrization(FollowsDevice):
 
     Args:
         shape: shape of the weight.
-        table_size: n, the number of table entries.
+        table_size: n, the number of slots.
         hash: h.
         sign: multiply by ξ = ±1.
         density: fraction of weights that are kept; the others are zero. It does not change the table's size.
@@ -136,13 +136,13 @@ class HashedParametrization(FollowsDevice):
         check_choice("index", index, get_args(Index))
         super().__init__()
         if not math.prod(shape):
-            raise ConfigurationError("a weight of no entries cannot be hashed")
+            raise ConfigurationError("an empty weight cannot be hashed")
         check_range("density", density, "(0, 1]")
         self.shape, self.table_size, self.hash = torch.Size(shape), table_size, hash
         self.sign, self.density, self.salt = sign, density, salt
         self.first, self.scale, self.zero_row = first, scale, zero_row
         hash.check_shape(self.shape)
-        hash.check_entries(table_size * (1 + sign) + 1)  # and zero
+        hash.check_slots(table_size * (1 + sign) + 1)  # and zero
         self.state = state or HashState(hash.state(table_size))
         fast_path = (
             hash.fast_path(self.shape, table_size, first)
@@ -181,7 +181,7 @@ class HashedParametrization(FollowsDevice):
             IndexError: a row is out of range, or not an integer.
         """
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
-            raise IndexError(f"rows are chosen by integers, not by {chosen.dtype}")
+            raise IndexError(f"row indices must be integers, not {chosen.dtype}")
         recorded = is_recorded()  # the values and the number of rows are unknown
         if (
             chosen.device.type == "cpu"  # on a GPU, reading the values would wait for it
@@ -189,11 +189,12 @@ class HashedParametrization(FollowsDevice):
             and chosen.numel()
             and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.shape[0]
         ):
-            raise IndexError(f"rows {int(chosen.min())} to {int(chosen.max())} of a weight of {self.shape[0]} rows")
+            low, high = int(chosen.min()), int(chosen.max())
+            raise IndexError(f"row indices must be in [0, {self.shape[0]}), not from {low} to {high}")
         width = self.shape[1:].numel()
         positions = chosen.long()[..., None] * width + torch.arange(width, device=chosen.device)
         if recorded:
-            return self._entries(self.scaled(table))[self._extended_slot(positions)].view(
+            return self._extended_table(self.scaled(table))[self._extended_slot(positions)].view(
                 *chosen.shape, *self.shape[1:]
             )
         weights = positions.flatten()
@@ -201,16 +202,16 @@ class HashedParametrization(FollowsDevice):
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the table nearest to a weight: each entry is the mean of the weights that read it, or zero."""
+        """Return the table nearest to a weight: each slot is the mean of the weights that read it, or zero."""
         return self.nearest_table([(self, weight)], weight.new_zeros(self.table_size))
 
     @staticmethod
     def nearest_table(parts: "Sequence[tuple[HashedParametrization, Tensor]]", table: Tensor) -> Tensor:
-        """Return the table nearest to weights that share it: ``t_j = Σ s ξ w / Σ s²`` over the entries of slot j.
+        """Return the table nearest to weights that share it: ``t_j = Σ s ξ w / Σ s²`` over the weights of slot j.
 
         Args:
             parts: for each weight, its parametrization, of scale s, and its values.
-            table: (n,); entries that no weight reads keep their values.
+            table: (n,); slots that no weight reads keep their values.
         """
         shares = [(part.scale, *part.sums(weight)) for part, weight in parts]
         return _least_squares_table(shares, table).to(table.dtype)
@@ -262,7 +263,7 @@ class HashedParametrization(FollowsDevice):
         return pool[sampled.to(pool.device)]
 
     def sums(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, for each table entry, the sum of the weights that read it, times their signs, and their number."""
+        """Return, for each slot, the sum of the weights that read it, times their signs, and their number."""
         if weight.shape != self.shape:
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         check_real("weight", weight)
@@ -303,11 +304,11 @@ class HashedParametrization(FollowsDevice):
         return torch.cat([*map(self._slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def extended_slots(self) -> Tensor:
-        """Return indices into ``[table, −table, 0]``; ``−table`` is left out if unsigned, 0 if no weight is zero."""
+        """Return indices into ``[table, −table, 0]``; ``−table`` only if signed, 0 only if a weight is zero."""
         return torch.cat([*map(self._extended_slot, self._positions(torch.device("cpu")))]).view(self.shape)
 
     def loads(self) -> Tensor:
-        """Return how many weights read each table entry; int64, (table_size,)."""
+        """Return how many weights read each slot; int64, (table_size,)."""
         counts = torch.zeros(self.table_size, dtype=torch.int64, device="cpu")
         for positions in self._positions(torch.device("cpu")):
             slots = self._slot(positions)
@@ -360,8 +361,8 @@ class HashedParametrization(FollowsDevice):
         low, high = int(extremes.min()), int(extremes.max())
         if low < -1 or high >= self.table_size or extremes.is_floating_point():
             raise ConfigurationError(
-                f"{self.hash}.slot returned {extremes.dtype} from {low} to {high}: integers in "
-                f"[-1, {self.table_size}) are needed"
+                f"{self.hash}.slot must return integers in [-1, {self.table_size}), not {extremes.dtype} from {low} "
+                f"to {high}"
             )
         drops = self.density < 1 or self.zero_row is not None
         may_be_zero = drops or self.hash.has_zeros or overrides_slot_only(self.hash, "has_zeros")
@@ -412,10 +413,10 @@ class HashedParametrization(FollowsDevice):
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
         small_table = self.table_size <= source.count  # if so, scaling the table is cheaper than scaling the weights
         scaled = table * self.scale if small_table and self.scale != 1 else table
-        weights = lookup(self._entries(scaled), source)
+        weights = lookup(self._extended_table(scaled), source)
         return weights if small_table else self.scaled(weights)
 
-    def _entries(self, table: Tensor) -> Tensor:
+    def _extended_table(self, table: Tensor) -> Tensor:
         """Return ``[table, −table, 0]``, without what no weight reads."""
         parts = [table, *[-table] * self.sign, *[table.new_zeros(1)] * self.zeros]
         return torch.cat(parts) if len(parts) > 1 else table

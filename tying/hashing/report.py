@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def loads(index: Tensor, table_size: int) -> Tensor:
-    """Return how many weights read each entry of a table; zero weights (−1) read none.
+    """Return how many weights read each slot of a table; zero weights (−1) read none.
 
     Args:
         index: integers in [−1, table_size), of any shape.
-        table_size: number of entries.
+        table_size: number of slots.
 
     Returns:
         int64, (table_size,).
@@ -41,7 +41,7 @@ def loads(index: Tensor, table_size: int) -> Tensor:
     check_counts(table_size=table_size)
     if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < table_size:
         low, high = int(index.min()), int(index.max())
-        raise ConfigurationError(f"slots from {low} to {high} are not those of a table of {table_size} entries, or −1")
+        raise ConfigurationError(f"slots must be in [-1, {table_size}), not from {low} to {high}")
     return torch.bincount(index[index >= 0], minlength=table_size)
 
 
@@ -66,11 +66,11 @@ class HashedWeight:
     Attributes:
         name: name of the weight.
         shape: shape of the weight.
-        table_size: number of entries of its table, which other weights may share.
+        table_size: number of slots of its table, which other weights may share.
         holder: name of the first weight that reads the table.
         index: ``"stored"``, ``"computed"`` or ``"structured"``; see :class:`HashedParametrization`.
         units: number of distinct rows of the weight; None if there are too many weights to compare.
-        realised: entropy of the loads of the table's entries, in nats.
+        realised: entropy of the loads of the table's slots, in nats.
         generating: entropy of the hash's probabilities, in nats, or None if they are unknown.
     """
 
@@ -101,7 +101,7 @@ class HashReport:
 
     Attributes:
         weights: the hashed weights; weights that share a table are adjacent.
-        stored: number of entries of all tables.
+        stored: number of slots of all tables.
         virtual: number of values of the hashed weights.
         skipped: names of parameters of fewer than two dimensions, which are not hashed.
         tied: names of weights that only wildcards match and that are not hashed, since a relation ties them.
@@ -116,7 +116,7 @@ class HashReport:
     unfit: tuple[str, ...] = ()
 
     def counts(self) -> str:
-        """Return the numbers of weights, values, tables and entries as one line."""
+        """Return the numbers of weights, values, tables and slots as one line."""
         tables = len({weight.holder for weight in self.weights})
         return _counts(len(self.weights), self.virtual, tables, self.stored)
 
@@ -169,7 +169,7 @@ def tables_in(model: nn.Module, names: Container[str] | None = None) -> dict[str
 
 
 def loads_of(group: Mapping[str, HashedParametrization]) -> Tensor:
-    """Return how many of the weights that share a table read each entry."""
+    """Return how many of the weights that share a table read each slot."""
     return torch.stack([virtual.loads() for virtual in group.values()]).sum(dim=0)
 
 
@@ -192,7 +192,7 @@ def report(
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
         >>> print(report(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash()))))
-        1 weight (16 values) has a table of 4 entries (ratio 0.25)
+        1 weight (16 values) has a table of 4 slots (ratio 0.25)
         table of 4: entropy of loads 1.3863, of probabilities 1.3863, at most 1.3863 nats
           0.weight (4, 4): 16 values from 4, structured; only 1 of 4 units are distinct
     """
@@ -216,7 +216,7 @@ def report(
 
 
 def table_counts(model: nn.Module, names: Container[str] | None = None) -> str:
-    """Return the numbers of hashed weights, values, tables and entries of a model as one line.
+    """Return the numbers of hashed weights, values, tables and slots of a model as one line.
 
     Args:
         model: any module.
@@ -225,24 +225,24 @@ def table_counts(model: nn.Module, names: Container[str] | None = None) -> str:
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
         >>> table_counts(nn.Sequential(HashedLinear(4, 4, table_ratio=0.25, hash=ModulusHash())))
-        '1 weight (16 values) has a table of 4 entries (ratio 0.25)'
+        '1 weight (16 values) has a table of 4 slots (ratio 0.25)'
     """
     tables = tables_in(model, names)
     values = [virtual.shape.numel() for group in tables.values() for virtual in group.values()]
     return _counts(len(values), sum(values), len(tables), sum(group[name].table_size for name, group in tables.items()))
 
 
-def _counts(weights: int, values: int, tables: int, entries: int) -> str:
+def _counts(weights: int, values: int, tables: int, slots: int) -> str:
     verb = "has" if weights == 1 else "share" if tables < weights else "have"
     shared = "a table" if tables == 1 else f"{tables} tables with a total"
     return (
-        f"{weights} weight{'s' * (weights != 1)} ({values:,} values) {verb} {shared} of {entries:,} entries "
-        f"(ratio {entries / max(1, values):.3g})"
+        f"{weights} weight{'s' * (weights != 1)} ({values:,} values) {verb} {shared} of {slots:,} slots "
+        f"(ratio {slots / max(1, values):.3g})"
     )
 
 
 def table_loads(model: nn.Module) -> dict[str, Tensor]:
-    """Return how many weights read each entry of each table of a model, by the name of the table's first weight.
+    """Return how many weights read each slot of each table of a model, by the name of the table's first weight.
 
     Example:
         >>> from tying.hashing import HashedLinear, ModulusHash
@@ -253,7 +253,7 @@ def table_loads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plot_loads(model: nn.Module, path: Path | str) -> None:
-    """Write a PNG with the loads of each table of a model, as a heat map of the entries and as a histogram.
+    """Write a PNG with the loads of each table of a model, as a heat map of the slots and as a histogram.
 
     Raises:
         ConfigurationError: no weight is hashed.
@@ -280,17 +280,15 @@ def loads_figure(counts: Mapping[str, Tensor]) -> "Figure":
     """
     if not counts:
         raise ConfigurationError("no weight of the model is hashed")
-    figure = new_figure(WIDTH, 3.0 * len(counts), "Number of weights that read each table entry: map and histogram")
+    figure = new_figure(WIDTH, 3.0 * len(counts), "Number of weights that read each slot of a table: map and histogram")
     for (title, uses), (heat, bars) in zip(counts.items(), figure.subplots(len(counts), 2, squeeze=False), strict=True):
         side = math.ceil(math.sqrt(len(uses)))
         square = F.pad(uses.float(), (0, side * side - len(uses)), value=math.nan).view(side, side)
-        figure.colorbar(
-            heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="load (weights that read the entry)"
-        )
-        heat.set(xticks=[], yticks=[], xlabel=f"entries of the table, {side} in a row", ylabel="rows")
+        figure.colorbar(heat.imshow(square.numpy(), cmap="viridis"), ax=heat, label="load (weights that read the slot)")
+        heat.set(xticks=[], yticks=[], xlabel=f"slots of the table, {side} in a row", ylabel="rows")
         heat.set_title(title, fontsize="small", loc="left", wrap=True)
         bars.hist(uses.numpy(), bins=load_bins(uses))
-        bars.set(xlabel="load (weights that read an entry)", ylabel="number of entries")
+        bars.set(xlabel="load (weights that read a slot)", ylabel="number of slots")
         bars.set_title(
             f"entropy {entropy(uses):.3f}, at most {math.log(len(uses)):.3f} nats", fontsize="small", loc="right"
         )

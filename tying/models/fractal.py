@@ -62,7 +62,7 @@ class FractalNet(nn.Module):
             raise ConfigurationError(f"{len(rates)} dropout rates for {len(widths)} blocks: one each, or none")
         check_range("global_share", global_share, "[0, 1]")
         if column is not None and not 0 <= column < columns:
-            raise ConfigurationError(f"columns are 0 to {columns - 1}, not {column}")
+            raise ConfigurationError(f"column must be an integer in [0, {columns - 1}], not {column}")
         self.blocks = nn.ModuleList(
             FractalBlock(columns, partial(_layer, rate), before, width, drop_path)
             for before, width, rate in zip([in_channels, *widths[:-1]], widths, rates, strict=True)

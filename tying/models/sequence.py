@@ -92,7 +92,7 @@ class SequenceModel(Classification):
         result = self.network(steps, *([] if state is None else [state]))
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
-                f"{type(self.network).__name__} returns no pair of outputs and a state, as nn.LSTM does; give an "
+                f"{type(self.network).__name__} must return a pair of outputs and a state, as nn.LSTM does; give an "
                 "HMLSTM outputs='top', or use tying.models.HMNetwork"
             )
         outputs, state = result

@@ -89,7 +89,7 @@ def check(pattern: str, context: str = "") -> None:
     Example:
         >>> check("o i -> o")
         Traceback (most recent call last):
-        tying.errors.ConfigurationError: relation 'o i -> o' cannot be inverted: axes i stand on one side only...
+        tying.errors.ConfigurationError: relation 'o i -> o' cannot be inverted: axes i are on one side only...
     """
     try:
         left, right = map(ParsedExpression, pattern.split("->"))
@@ -108,7 +108,7 @@ def check(pattern: str, context: str = "") -> None:
     if one_sided := left.identifiers ^ right.identifiers:
         raise ConfigurationError(
             f"{context}relation {pattern!r} cannot be inverted: axes "
-            f"{', '.join(sorted(one_sided)).replace('…', '...')} stand on one side only; every axis must stand once on "
+            f"{', '.join(sorted(one_sided)).replace('…', '...')} are on one side only; every axis must be once on "
             "each side"
         )
 

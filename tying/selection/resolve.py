@@ -13,6 +13,8 @@ from tying.selection.patterns import Pattern, mirror_ranks
 from tying.selection.relation import Relation, bind, check, transposing
 from tying.selection.tie import AnyTie, Tie, TiedGroup, parse_ties
 
+LETTERS = "ijklmnopqrstuvwxyz"  # names of captures
+WILDCARD = re.compile(r"\{(\d+\.\.\d+)\}|\[[^\].]+\]|(?<!\*)\*(?!\*)|\?")
 PARAMETRIZED = re.compile(r"\.parametrizations\.(\w+)\..*")  # the part of a name that hides a computed weight
 
 
@@ -155,18 +157,16 @@ def _groups_of(tie: Tie, names: Names) -> list[dict[int, Member]]:
         if tie.relation:
             check(tie.relation, f"tie '{tie}': ")
         if alone := [capture for capture in target.captures if capture not in source.captures]:
-            raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} stands only in the target {tie.target!r}")
+            raise ConfigurationError(f"tie '{tie}': capture {{{alone[0]}}} is only in the target {tie.target!r}")
         if alone := [capture for capture in source.mirrored if capture not in target.captures]:
             raise ConfigurationError(
                 f"tie '{tie}': mirrored capture {{-{alone[0]}}} needs {{{alone[0]}}} in the target"
             )
         shared, mirrored = target.captures, source.mirrored ^ target.mirrored
     elif tie.relation or mirrored:
-        raise ConfigurationError(
-            f"tie '{tie}': "
-            + (f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}")
-            + " needs a target"
-        )
+        part = f"relation {tie.relation!r}" if tie.relation else f"mirrored capture in {tie.source!r}"
+        form = str(Tie(tie.source, "target", tie.relation))
+        raise ConfigurationError(f"tie '{tie}': {part} needs a target: write {form!r}")
     sources = _by_binding(names.find(tie.source, tie.exclude, f"tie '{tie}'"), shared, mirrored)
     targets: dict[tuple[object, ...], list[Match]] = {}
     if tie.target is not None:
@@ -212,11 +212,9 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
         try:
             relation = bind(tie.relation if position >= len(sources) else None, first.shape, match.shape)
         except ConfigurationError as error:
-            fitting = transposing(first.shape, match.shape)
-            remedy = "give a relation that fits, or exclude one of them"
-            hint = f"the relation {fitting!r} would fit" if fitting else remedy
+            hint = _unequal_hint(tie, matches, match, is_target=position >= len(sources))
             raise ConfigurationError(
-                f"tie '{tie}': {first.name!r} and {match.name!r} do not meet: {error}; {hint}"
+                f"tie '{tie}': {first.name!r} and {match.name!r} do not fit: {error}; {hint}"
             ) from None
         # map between parameters, whose layouts may differ from the layouts of the weights
         between = first.layout.then(relation).then(match.layout.inverse())
@@ -239,6 +237,33 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
             "one group"
         )
     return members
+
+
+def _unequal_hint(tie: Tie, matches: Sequence[Match], match: Match, is_target: bool) -> str:
+    """Return what to write in place of a tie whose first weight does not have the shape of another one."""
+    fitting = transposing(matches[0].shape, match.shape)
+    if is_target:
+        return f"the relation {fitting!r} would fit" if fitting else "give a relation that fits, or exclude one of them"
+    if tie.target is None and (parted := _parted(tie.source, matches)):
+        return f"write {parted!r}: one group of equal shapes for each capture"
+    if tie.target is None and fitting and len(matches) == 2:
+        return f"a relation needs a target: write '{matches[0].name} ~ {match.name} | {fitting}'"
+    return "write one tie for each shape, or exclude one of them"
+
+
+def _parted(pattern: str, matches: Sequence[Match]) -> str | None:
+    """Return a pattern with one wildcard made a capture, so that each group's weights have one shape, or None."""
+    name = next(letter for letter in LETTERS if letter not in Pattern(pattern).captures)
+    for wildcard in WILDCARD.finditer(pattern):
+        capture = f"{{{name}:{wildcard[1]}}}" if wildcard[1] else f"{{{name}}}"
+        parted = Pattern(pattern[: wildcard.start()] + capture + pattern[wildcard.end() :])
+        shapes: dict[object, list[tuple[int, ...]]] = {}
+        for match in matches:
+            path = match.name.removesuffix(f".{match.relative}") if match.relative else match.name
+            shapes.setdefault((match.relative, parted.match(path)), []).append(match.shape)
+        if all(len(group) > 1 and len({*group}) == 1 for group in shapes.values()):
+            return parted.text
+    return None
 
 
 def _unite(members: dict[int, Member], groups: dict[int, _Group], tie: Tie) -> None:

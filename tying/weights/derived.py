@@ -156,8 +156,8 @@ class Parametrizations(ParametrizationList):
     def redraw(self, weight: Tensor) -> None:
         """Set the parameters to those of a module whose reset drew the given weight.
 
-        These are what the last step's ``right_inverse`` makes of the weight, or its ``initial`` where the weight says
-        nothing about them, and so on to the first step.
+        Each step, from the last to the first, maps the weight to parameters by its ``initial`` or, without one, its
+        ``right_inverse``.
         """
         values: Any = weight
         for step in reversed(self):

@@ -76,8 +76,8 @@ def _check_shared(name: str, weight: nn.Parameter, step: nn.Module) -> None:
     for shared in step.parameters():
         if (shared.dtype, shared.device) != (weight.dtype, weight.device):
             raise ConfigurationError(
-                f"{name!r}: it is {weight.dtype} on {weight.device}, and what it would share is {shared.dtype} on "
-                f"{shared.device}: exclude it, or share it among weights of its own dtype and device"
+                f"{name!r} is {weight.dtype} on {weight.device}, and the parameters that it would share are "
+                f"{shared.dtype} on {shared.device}: exclude it, or name only weights of one dtype and device"
             )
 
 
@@ -172,7 +172,7 @@ def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int 
         if not any(covers(pattern, alias) for pattern in excluded for alias in locations.aliases(name))
     }
     if not matched:
-        raise ConfigurationError(f"parameters {[*parameters]} exclude each weight under one of its names")
+        raise ConfigurationError(f"parameters {[*parameters]} exclude all that they match, by one of its names")
     spelt = frozenset(name for name in matched if not {*parameters}.isdisjoint(locations.aliases(name)))
     skipped = tuple(name for name, weight in matched.items() if weight.ndim < least_dims)
     related = {name: related_to(name, locations) for name in matched if name not in skipped and name not in spelt}
@@ -185,7 +185,7 @@ def select_weights(model: nn.Module, parameters: Sequence[str], least_dims: int 
         raise ConfigurationError(f"{listed(map(repr, foreign))}: parametrized already: choose other weights")
     if not weights:
         raise ConfigurationError(
-            f"parameters {[*parameters]} match weights only that a relation ties: {selection.describe_tied()}. Untie "
+            f"parameters {[*parameters]} match only weights that a relation ties: {selection.describe_tied()}. Untie "
             "them, or choose others"
             if tied
             else f"parameters {[*parameters]} match nothing of two dimensions or more"

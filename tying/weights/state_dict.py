@@ -250,7 +250,7 @@ def _computed_groups(model: nn.Module) -> list[TieRecord]:
 def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
     """Return an entry of a state dict in the layout of the source of its tie."""
     if not isinstance(value, Tensor):
-        raise ConfigurationError(f"{key!r} is no tensor in this state dict, but {type(value).__name__}")
+        raise ConfigurationError(f"{key!r} is not a tensor in this state dict, but a {type(value).__name__}")
     try:
         return relation.inverse()(viewed(value))
     except EinopsError:
@@ -308,7 +308,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _masked(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict in which the weights that torch prunes stand in place of their originals and masks."""
+    """Return a state dict in which pruned weights replace their originals and masks."""
     if not prune.is_pruned(model):
         return {**state}
     pruned = {

@@ -257,7 +257,7 @@ def shared_by(record: TieRecord, locations: Mapping[str, ParameterLocation]) -> 
         location = locations.get(name)
         if location is None or source is None:
             problem = (
-                "one of them is no parameter of the model any more: something has removed or parametrized it. Untie "
+                "one of them is no longer a parameter of the model: something has removed or parametrized it. Untie "
                 "them first"
             )
         elif location.relation != relation:
@@ -300,7 +300,7 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | N
             check_alike(parameter, group.parameters[0], message)
             if name not in locations:
                 raise ConfigurationError(
-                    f"{message}: it is no parameter of the model any more: something has pruned, parametrized or "
+                    f"{message}: it is no longer a parameter of the model: something has pruned, parametrized or "
                     "removed it"
                 )
             if locations[name].relation is None:

@@ -38,6 +38,6 @@ def check_real(name: str, weight: Tensor) -> None:
     """
     if not weight.is_floating_point():
         raise ConfigurationError(
-            f"{name!r} is of {weight.dtype}, and only real floating-point weights can be computed from fewer numbers: "
+            f"{name!r} is {weight.dtype}, and only real floating-point weights can be computed from fewer numbers: "
             f"exclude it by '!{name}'"
         )

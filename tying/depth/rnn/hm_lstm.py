@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, RecurrentModule, check_size, unroll
+from tying.depth.rnn.sequences import Input, RecurrentLayer, check_dtype, check_size, unroll
 from tying.errors import check_choice, check_count, check_range
 
 Boundary = Literal["step", "sample"]
@@ -92,7 +92,7 @@ def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
     return boundary + torch.where((slope * x).abs() < 1, probability - probability.detach(), 0)
 
 
-class HMLSTM(RecurrentModule):
+class HMLSTM(RecurrentLayer):
     """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
     A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary in the
@@ -193,6 +193,7 @@ class HMLSTM(RecurrentModule):
     ) -> HMOutput | tuple[Any, HMState]:
         """Return what the argument of this name says, whatever the layer was made with."""
         x, layout = self.enter(input)
+        check_dtype(self, x)
         layers, size = self.num_layers, self.hidden_size
         h, c, z = layout.enter_state(x, hx, (layers, size), (layers, size), (layers - 1, 1), optional=1)
         inputs = [self.below[0](x)]  # of all steps at once

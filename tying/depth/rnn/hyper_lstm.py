@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, RecurrentModule, Step, check_cell_input, initial_state, unroll
+from tying.depth.rnn.sequences import Input, RecurrentLayer, Step, check_cell_input, check_dtype, initial_state, unroll
 from tying.depth.tracing import LeafModule
 from tying.errors import check_counts
 
@@ -184,11 +184,12 @@ class HyperLSTMLayer(HyperLSTMCell):
     def forward(  # type: ignore[override]  # sequences
         self, x: Tensor, state: Sequence[Tensor], batch_sizes: list[int] | None = None, reverse: bool = False
     ) -> tuple[Tensor, Sequence[Tensor]]:
+        check_dtype(self, x)
         [outputs], last = unroll(self.step_function(), self.project(x), state, batch_sizes, reverse)
         return outputs, last
 
 
-class HyperLSTM(RecurrentModule):
+class HyperLSTM(RecurrentLayer):
     """Layers of :class:`HyperLSTMCell` over sequences.
 
     It can stand where an ``nn.LSTM`` stands, but its state has four parts: ``outputs, (h, c, *_) = net(x)``.

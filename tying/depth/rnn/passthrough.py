@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import Input, RecurrentModule, unroll
+from tying.depth.rnn.sequences import Input, RecurrentLayer, check_dtype, unroll
 from tying.errors import ConfigurationError, check_count
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
@@ -144,13 +144,14 @@ class PassthroughGRULayer(nn.Module):
     def forward(
         self, x: Tensor, state: Sequence[Tensor], batch_sizes: list[int] | None = None, reverse: bool = False
     ) -> tuple[Tensor, Sequence[Tensor]]:
+        check_dtype(self, x)
         projected = self.input(x)  # of all steps at once
         state = [part.to(projected.dtype) for part in state]  # autocast may have lowered the precision
         [outputs], last = unroll(self.step, [projected], state, batch_sizes, reverse)
         return outputs, last
 
 
-class PassthroughGRU(RecurrentModule):
+class PassthroughGRU(RecurrentLayer):
     """A gated recurrent unit with square matrices of low rank, optionally plus a diagonal.
 
     ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and

@@ -130,11 +130,22 @@ def check_size(name: str, tensor: object, size: tuple[int, ...]) -> None:
 
 
 def check_cell_input(cell: nn.LSTMCell, input: Tensor) -> None:
-    """Raise a ConfigurationError unless the input of a cell is (batch, inputs) or (inputs,)."""
+    """Raise a ConfigurationError unless the input of a cell is (batch, inputs) or (inputs,), and of its dtype."""
     if input.ndim not in (1, 2):
         raise ConfigurationError(f"{type(cell).__name__}: Expected input to be 1D or 2D, got {input.ndim}D instead")
     if input.shape[-1] != cell.input_size:
         raise ConfigurationError(f"input has inconsistent input_size: got {input.shape[-1]} expected {cell.input_size}")
+    check_dtype(cell, input)
+
+
+def check_dtype(layer: nn.Module, x: Tensor) -> None:
+    """Raise a ConfigurationError unless an input has the dtype of the layer that multiplies it."""
+    weight = next(layer.parameters())
+    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x):
+        raise ConfigurationError(
+            f"input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). Convert input: "
+            f"input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+        )
 
 
 def autocasts(x: Tensor) -> bool:
@@ -193,7 +204,7 @@ def unroll(
     return [join(parts) for parts in zip(*records[::order], strict=True)], state
 
 
-class SequenceModule(LeafModule):
+class SequenceLayer(LeafModule):
     """Base class of recurrent layers that read sequences as ``nn.LSTM`` does, whose attributes they have."""
 
     input_size: int
@@ -206,7 +217,7 @@ class SequenceModule(LeafModule):
         """Return the input as (steps, batch, features) or, of packed sequences, (all steps, features), and its layout.
 
         Raises:
-            ConfigurationError: the input has another size or dtype, or no steps.
+            ConfigurationError: the input has another size, or no steps.
         """
         packed = isinstance(input, PackedSequence)
         x: Tensor = input.data if isinstance(input, PackedSequence) else input
@@ -216,12 +227,6 @@ class SequenceModule(LeafModule):
         if x.shape[-1] != self.input_size:
             raise ConfigurationError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
-            )
-        dtype = next(self.parameters()).dtype
-        if x.dtype != dtype and not autocasts(x):
-            raise ConfigurationError(
-                f"input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), or "
-                f"convert model: model.to({x.dtype})"
             )
         layout = Layout(packed or x.ndim == 3, self.batch_first, input if isinstance(input, PackedSequence) else None)
         x = layout.enter(input)
@@ -253,7 +258,7 @@ class SequenceModule(LeafModule):
         return x, [torch.stack(parts) for parts in zip(*ends, strict=True)]
 
 
-class RecurrentModule(SequenceModule):
+class RecurrentLayer(SequenceLayer):
     """Base class of recurrent layers with the interface of ``nn.LSTM``: its attributes and methods.
 
     Args:

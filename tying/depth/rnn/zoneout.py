@@ -13,9 +13,10 @@ from typing_extensions import override
 from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import (
     Layout,
-    SequenceModule,
+    SequenceLayer,
     autocasts,
     check_cell_input,
+    check_dtype,
     initial_state,
     without_autocast,
 )
@@ -85,7 +86,7 @@ def _per_step(keep: Keep, steps: int, dtype: torch.dtype) -> Tensor | list[float
     if not isinstance(keep, Tensor):
         return [keep] * steps
     if keep.requires_grad:
-        raise ConfigurationError("keep_cell and keep_hidden take no gradient: give them detached")
+        raise ConfigurationError("keep_cell and keep_hidden must not require gradients: detach them")
     return keep if keep.dtype == torch.bool else keep.to(dtype)
 
 
@@ -310,7 +311,7 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(LeafRNN, ZoneoutRates, SequenceModule, nn.LSTM):
+class ZoneoutLSTM(LeafRNN, ZoneoutRates, SequenceLayer, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
@@ -395,6 +396,7 @@ class ZoneoutLSTM(LeafRNN, ZoneoutRates, SequenceModule, nn.LSTM):
         (h, c), (weight_ih, weight_hh, *others) = state, weights
         if reverse:
             x, present = x.flip(0), None if present is None else present.flip(0)
+        check_dtype(self, x)
         keep_cell, keep_hidden = self._draw_keeps(len(x), h, c, present)
         weight_hr = others.pop() if self.proj_size else None
         bias = others[0] + others[1] if self.bias else None
