@@ -849,5 +849,5 @@ def test_inspect_says_that_averaging_comes_too_early(capsys):
     hard = "--trainer.callbacks+=HardTying"
     main(["inspect", BASE, "--model.network.depth=8", averaging, hard, TIES8])
     told = capsys.readouterr().out
-    assert "Problem: EMAWeightAveraging stands before HardTying and would average the weights of a copy" in told
+    assert "Problem: EMAWeightAveraging comes before HardTying and would average the weights of a copy" in told
     assert "With HardTying: " in told

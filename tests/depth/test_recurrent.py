@@ -133,7 +133,9 @@ def test_a_second_state_is_refused(further, steps, refused, by_name):
     recurrent, x, y = Recurrent(TwoStates(further), steps), torch.randn(3, 4), torch.randn(3, 4)
     call = (lambda: recurrent(x, y=y)) if by_name else (lambda: recurrent(x, y))
     if refused:
-        with pytest.raises(ConfigurationError, match=r"must have one state, and its output 2 has .*\(3, 4\): it seems"):
+        with pytest.raises(
+            ConfigurationError, match=r"must have one state, and its output 2 seems to be a second one: .*\(3, 4\)"
+        ):
             call()
     else:
         call()

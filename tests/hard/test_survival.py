@@ -517,7 +517,7 @@ def weight_averaging(row, tmp_path):
     assert_ties_of(module, row)
     for callback in callbacks:
         module, _ = lit(row)
-        with pytest.raises(ValueError, match=f"EMAWeightAveraging stands before {type(callback).__name__}"):
+        with pytest.raises(ValueError, match=f"EMAWeightAveraging comes before {type(callback).__name__}"):
             fit(module, [EMAWeightAveraging(), callback], tmp_path)
 
 

@@ -398,7 +398,9 @@ def test_mistakes_of_types():
         HashedEmbedding(9, 3)(torch.tensor([1.7]))
     with pytest.raises(ConfigurationError, match=r"seed must be an integer, not 1.5"):
         HashedLinear(4, 4, hash=UniformHash(1.5))
-    with pytest.raises(ConfigurationError, match=r"IdentityHash\(\).slot returned torch.int64 from 0 to 3"):
+    with pytest.raises(
+        ConfigurationError, match=r"IdentityHash\(\).slot must return integers in .* not torch.int64 from 0 to 3"
+    ):
         HashedParametrization((2, 2), 2, IdentityHash())
     with pytest.raises(ConfigurationError, match="an empty weight cannot be hashed"):
         HashedParametrization((0, 2), 2, UniformHash())

@@ -95,8 +95,7 @@ def _collect(
         for name, parameter in model.named_parameters()
         if name in before and id(parameter) not in affected  # computed weights have other names now
     ]
-    shown = ", ".join(_as_patterns(free, {*map(clean_name, before)}.difference(free)))
-    text.append(f"Not matched by any tie: {len(free)}: {shown}" if free else "Every parameter is tied.")
+    text.append(_describe_free(free, [*map(clean_name, before)]))
     shared, audited, hashed = _shared_modules(model), audit(model), report(model)
     text += [f"{description}: {listed(names)}" for description, names in shared.items()]
     text += _describe_hashes(hashed, entries)
@@ -122,6 +121,13 @@ def _collect(
         "problems": [*problems, *audited.problems],
         "limits": audited.limits,
     }
+
+
+def _describe_free(free: Sequence[str], names: Sequence[str]) -> str:
+    """Return which of the names of all weights no tie matches, in a sentence."""
+    if not free:
+        return "Every parameter is tied."
+    return f"Not matched by any tie: {len(free)}: {', '.join(_as_patterns(free, {*names}.difference(free)))}"
 
 
 def _as_patterns(names: Sequence[str], others: Iterable[str]) -> list[str]:

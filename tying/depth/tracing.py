@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class LeafModule(nn.Module):
         tracer = find_tracer(args) or (find_tracer(kwargs.values()) if kwargs else None)
         return super().__call__(*args, **kwargs) if tracer is None else record_module(tracer, self, args, kwargs)
 
-    def __prepare_scriptable__(self) -> Any:
+    def __prepare_scriptable__(self) -> NoReturn:
         """Refuse ``torch.jit.script``, which calls this method, instead of compiling the forward of a base class."""
         raise ConfigurationError(
             f"torch.jit.script cannot compile {type(self).__name__}: use torch.export, torch.compile or torch.jit.trace"
