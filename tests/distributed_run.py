@@ -35,9 +35,10 @@ from tying.callbacks import (
     TyingSummary,
     UntiedBiases,
     WeightHashing,
+    ZoneoutStates,
 )
 from tying.data import CIFAR10, Text
-from tying.depth import FractalBlock, Residual, StochasticDepth, Sum, ZoneoutLSTM
+from tying.depth import FractalBlock, Residual, StochasticDepth, Sum
 from tying.depth.fractal import draw_column
 from tying.hard import LowRankResidual, bake
 from tying.mixins import TyingMixin
@@ -315,8 +316,7 @@ class SaveAt(pl.Callback):
 
 
 def language():
-    network = ZoneoutLSTM(12, 12, zoneout_cell=0.3, zoneout_hidden=0.3)  # its masks are each process's own
-    return SequenceModel(network, size=12, task="language", num_classes=24, optimizer="adamw", lr=0.01)
+    return SequenceModel(torch.nn.LSTM(12, 12), size=12, task="language", num_classes=24, optimizer="adamw", lr=0.01)
 
 
 def carried(model):
@@ -333,10 +333,11 @@ def resume(out: Path, world: int) -> None:
             torch.manual_seed(0)
             model = Noisy() if name != "language" else language()
             data = CIFAR10(batch_size=225, validation=0.1) if name != "language" else Text(str(text), 7, 4, 24)
+            zoneout = [ZoneoutStates("network", 0.3, 0.3)] if name == "language" else []  # masks of each process's own
             torch.manual_seed(17 * int(os.environ.get("RANK", 0)))
             trainer = train(
                 model,
-                [RandomState(), *([SaveAt(step, out / f"{name}.ckpt")] if part == "whole" else [])],
+                [RandomState(), *zoneout, *([SaveAt(step, out / f"{name}.ckpt")] if part == "whole" else [])],
                 data=data,
                 ckpt_path=ckpt_path,
                 strategy="ddp" if world > 1 else "auto",

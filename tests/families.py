@@ -28,8 +28,20 @@ from tying.callbacks import (
     TemplateWeights,
     WeightClustering,
     WeightHashing,
+    ZoneoutStates,
 )
-from tying.depth import Residual, StochasticDepth, apply_merge, loop, recur, remove_merge, unloop, unrecur
+from tying.depth import (
+    Residual,
+    StochasticDepth,
+    apply_merge,
+    loop,
+    recur,
+    remove_merge,
+    remove_zoneout,
+    unloop,
+    unrecur,
+    zone_out,
+)
 from tying.hard import LowRankResidual, generate_weights, lower_rank, relax, share_templates, tie
 from tying.hashing import UniformHash, cluster_weight, hash_weights
 from tying.lightning_namespace import pl
@@ -38,17 +50,21 @@ from tying.soft import GaussianMixturePrior, TyingPenalty, anchored, coupling_st
 
 
 class Net(nn.Module):
-    """A network in which every family finds what to tie."""
+    """A network in which every family finds what to tie, except for LSTMs unless it is recurrent."""
 
-    def __init__(self):
+    def __init__(self, recurrent=True):
         super().__init__()
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
         self.blocks = nn.Sequential(Residual(nn.Linear(6, 6)), Residual(nn.Linear(6, 6)))
         self.kernels = nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(3)))
+        self.lstms = nn.ModuleList([nn.LSTM(6, 6, batch_first=True), nn.LSTMCell(6, 6)] if recurrent else [])
 
     def forward(self, x):
-        x = self.blocks(self.second(self.first(x).tanh()).tanh())
-        return self.kernels(x[:, :, None, None]).flatten(1)
+        x = self.second(self.first(x).tanh()).tanh()
+        if self.lstms:
+            x = x + self.lstms[0](torch.stack((x, x), dim=1))[0][:, -1]
+            x = x + self.lstms[1](x)[0]
+        return self.kernels(self.blocks(x)[:, :, None, None]).flatten(1)
 
 
 def inputs(count=20):
@@ -58,12 +74,12 @@ def inputs(count=20):
 class Trained(pl.LightningModule):
     """Trains the network to predict sines of its inputs."""
 
-    def __init__(self, batch_size=2):
+    def __init__(self, batch_size=2, recurrent=True):
         super().__init__()
         self.save_hyperparameters()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.net = Net()
+            self.net = Net(recurrent)
         self.initial = copy.deepcopy(self.state_dict())
 
     def forward(self, x):
@@ -105,6 +121,7 @@ class Sites(NamedTuple):
         twins: two modules of one structure.
         alike: a pattern of two weights or more, of one shape.
         blocks: a pattern of residual blocks.
+        lstms: a pattern of LSTMs.
         basic: channels of the kernels from which those alike can be tiled.
     """
 
@@ -113,6 +130,7 @@ class Sites(NamedTuple):
     alike: str
     blocks: str
     basic: int = 8
+    lstms: str = "net.lstms.*"
 
 
 SITES = Sites(
@@ -223,6 +241,12 @@ def looped(model, free, sites):
     assert [type(module) for module in model.net.modules()] == [type(module) for module in free.net.modules()]
 
 
+def zoned(model, free, sites):
+    assert [*model.state_dict()] == [*free.state_dict()]
+    assert remove_zoneout(model) == len([m for m in free.modules() if isinstance(m, nn.LSTM | nn.LSTMCell)]) > 0
+    assert [type(module) for module in model.net.modules()] == [type(module) for module in free.net.modules()]
+
+
 def nothing():
     """Do nothing at a step."""
 
@@ -330,5 +354,10 @@ FAMILIES = {
     ),
     "RecurrentDepth": Family(
         at_once(lambda model, s: recur(model, s.blocks)), lambda s: RecurrentDepth(s.blocks), recurrent
+    ),
+    "ZoneoutStates": Family(
+        at_once(lambda model, s: zone_out(model, s.lstms, cell=0.5, hidden=0.25)),
+        lambda s: ZoneoutStates(s.lstms, cell=0.5, hidden=0.25),
+        zoned,
     ),
 }

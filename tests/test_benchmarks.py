@@ -83,12 +83,13 @@ def test_speed_of_depth(monkeypatch, capsys):
 
 
 def test_speed_of_recurrent_networks(monkeypatch, capsys):
-    for name, value in {"BATCH": 2, "STEPS": 5, "SIZE": 8, "RANK": 2}.items():
+    for name, value in {"BATCH": 2, "STEPS": 20, "SIZE": 8, "RANK": 2}.items():
         monkeypatch.setattr(speed_recurrent, name, value)
     quick = speed_recurrent.race
     monkeypatch.setattr(speed_recurrent, "race", lambda sides, **_: quick(sides, races=1, rounds=1))
     assert benchmarks.main(["speed", "recurrent"]) == 0
-    assert "| zoneout LSTM, rates 0.15 " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("| zoneout LSTM, rates 0.15 ") == out.count("| HM-LSTM, 3 layers ") == 2
 
 
 def test_speed_of_the_harness(monkeypatch, capsys):

@@ -215,6 +215,7 @@ CALLBACKS = {
     "ResidualMerging": ["blocks", "merge", "keep_schedule", "schedule"],
     "Looping": ["blocks", "passes", "start", "per_pass", "grow"],
     "LowRankWeights": ["parameters", "rank", "diagonal"],
+    "ZoneoutStates": ["modules", "cell", "hidden"],
     "Coupling": ["first", "second", "alpha", "exponent", "examples", "update", "name"],
     "TemplateWeights": ["parameters", "templates"],
     "GeneratedWeights": ["parameters", "embedding", "in_channels", "out_channels"],

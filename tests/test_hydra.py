@@ -46,6 +46,7 @@ ARGUMENTS = {
     "UntiedBiases": {"parameters": ["net.kernels.*.bias"], "input_size": [6]},
     "WeightClustering": {"parameters": [SITES.pair[0]], "clusters": 4},
     "WeightHashing": {"parameters": [SITES.pair[0]], "table_ratio": 0.25, "hash": HASH},
+    "ZoneoutStates": {"modules": [SITES.lstms], "cell": 0.5, "hidden": 0.25},
 }
 UNTRAINED = {"BoundaryPlot", "SlopeAnnealing", "Unrolling"}  # need other models
 

@@ -65,7 +65,7 @@ def callback_of(family):
 def train(family, *callbacks, ckpt_path=None):
     torch.manual_seed(0)
     family, accumulated, _ = family.partition(", accumulated")
-    model = Noisy()
+    model = Noisy(recurrent=family == "ZoneoutStates")
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,

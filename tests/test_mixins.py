@@ -501,6 +501,7 @@ def differing(name):
         "blocks": ["net.blocks.*", "net.kernels.*"]
         if name == "RecurrentDepthMixin"
         else ["net.blocks.0", "net.blocks.1"],
+        "modules": ["net.lstms.0", "net.lstms.1"],
         "parameters": [[f"net.kernels.{index}.{part}"] for index in (0, 1)],
     }[kind.distinguished_by]
     model = type("Model", (MODELS[name],), {attribute: arguments | {kind.distinguished_by: first}})()

@@ -212,6 +212,7 @@ MODELS = {
             ("net.head", "net.embedding"),
             "net.lstm.weight_*",
             "net.lstm",
+            lstms="net.lstm",
         ),
     ),
     "a GAN": Stranger(
@@ -300,6 +301,11 @@ REFUSED = {
     ("timm resnet10t", "RecurrentDepth"): "a stage needs two blocks or more",
     ("an LSTM language model", "RecurrentDepth"): "not an entry of an nn.ModuleList or nn.Sequential",
     ("a GAN", "RecurrentDepth"): "a Linear and 'net.generator.1' a Tanh: the blocks of a stage must be equal",
+    **{
+        (model, "ZoneoutStates"): "modules: pattern 'net.lstms.*' matches no module"
+        for model in MODELS
+        if model != "an LSTM language model"
+    },
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tying.depth.rnn.hm_lstm import HMLSTM
 from tying.depth.rnn.hyper_lstm import HyperLSTM
 from tying.depth.rnn.passthrough import PassthroughGRU, PassthroughHighway
 from tying.hard import (
@@ -94,6 +95,7 @@ BUILT = {  # networks of this package
     "HashedEmbedding": lambda: nn.Sequential(HashedEmbedding(64, SIZE)),
     "PassthroughGRU": lambda: PassthroughGRU(SIZE, SIZE, rank=8, num_layers=2, shared_projection=True),
     "PassthroughHighway": lambda: PassthroughHighway(SIZE, rank=8),
+    "HMLSTM": lambda: HMLSTM(SIZE, SIZE),
     "HyperLSTM": lambda: HyperLSTM(SIZE, SIZE, hyper_size=8, num_layers=2),
 }
 

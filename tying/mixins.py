@@ -44,6 +44,7 @@ from tying.callbacks import (
     UntiedBiases,
     WeightClustering,
     WeightHashing,
+    ZoneoutStates,
 )
 from tying.callbacks.base import Callback, accept_need, needs
 from tying.callbacks.conflicts import acting_on
@@ -582,4 +583,21 @@ class WeightHashingMixin(Mixin, callback=WeightHashing):
         >>> model.configure_model()
         >>> model.network.table.shape
         torch.Size([16])
+    """
+
+
+class ZoneoutStatesMixin(Mixin, callback=ZoneoutStates):
+    """Adds :class:`tying.callbacks.ZoneoutStates` to a model; ``zoneout_states`` holds its keyword arguments.
+
+    Example:
+        >>> import torch
+        >>> class Model(ZoneoutStatesMixin):
+        ...     zoneout_states = {"modules": "lstm", "cell": 0.5, "hidden": 0.05}
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.lstm = torch.nn.LSTM(4, 3)
+        >>> model = Model()
+        >>> model.configure_model()
+        >>> model.lstm
+        ZoneoutLSTM(4, 3, zoneout_cell=0.5, zoneout_hidden=0.05)
     """

@@ -81,6 +81,13 @@ def is_recorded() -> bool:
     )
 
 
+def breaks_graph_at_rnn() -> bool:
+    """Return whether ``torch.compile`` runs and breaks its graph at recurrent layers of torch, as by default."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return not torch._dynamo.config.allow_rnn
+
+
 def in_backward() -> bool:
     """Return whether a backward pass runs, as while gradient checkpointing recomputes; torch has no public test.
 

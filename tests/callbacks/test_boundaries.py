@@ -3,11 +3,13 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from tying import ConfigurationError
 from tying.callbacks import BoundaryPlot
 from tying.callbacks.hm_lstm import boundary_figure
 from tying.data import Text
+from tying.depth import HMLSTM
 from tying.models import HMNetwork, SequenceModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -47,6 +49,21 @@ def test_boundaries_of_a_text_in_its_batches(data, tmp_path):
     assert 25 <= len(drawn) < 35
     assert (tmp_path / "boundaries.png").read_bytes().startswith(b"\x89PNG")
     assert len(own.network.recurrent._forward_hooks) == 1  # the one above
+
+
+def test_boundaries_of_a_layer_that_returns_outputs_of_its_top_layer(data):
+    layer, seen = HMLSTM(12, 12, outputs="top"), []
+    layer.register_forward_hook(lambda module, given, out: seen.append(module.run(*given).boundaries))
+    [tested] = a_trainer().test(model(layer), data, verbose=False)
+    shares = torch.cat([marks.flatten(0, 1) for marks in seen]).mean(dim=0)
+    assert [tested[f"test/boundaries/{number}"] for number in (1, 2)] == pytest.approx(shares.tolist())
+
+
+@pytest.mark.parametrize("x", [torch.zeros(5, 12), pack_sequence([torch.zeros(5, 12)])], ids=["single", "packed"])
+def test_sequences_that_are_no_padded_batch(x):
+    layer = HMLSTM(12, 12)
+    with pytest.raises(ConfigurationError, match="draws padded batches: give the HMLSTM no packed or single sequences"):
+        BoundaryPlot()._keep(layer, (x,), {}, layer(x))
 
 
 def test_a_mark_for_each_boundary_below_its_character():

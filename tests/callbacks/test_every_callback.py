@@ -39,6 +39,7 @@ from tying.callbacks import (
     UntiedBiases,
     WeightClustering,
     WeightHashing,
+    ZoneoutStates,
 )
 from tying.callbacks.penalty import PenaltyCallback
 from tying.callbacks.transform import ModelTransform
@@ -72,8 +73,11 @@ MAKERS = {
     ResidualMerging: lambda name=None: ResidualMerging("net.blocks.*", StochasticDepth(0.75)),
     Looping: lambda name=None: Looping("net.blocks.*", passes=2),
     RecurrentDepth: lambda name=None: RecurrentDepth("net.blocks.*"),
+    ZoneoutStates: lambda name=None: ZoneoutStates("net.lstms.*", cell=0.5, hidden=0.25),
 }
-ON_WEIGHTS = [kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases)]
+ON_WEIGHTS = [
+    kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases, ZoneoutStates)
+]
 PENALTIES = [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)]
 COMPUTING = [LowRankWeights, TemplateWeights, GeneratedWeights, WeightHashing, WeightClustering]
 TRANSFORMS = [kind for kind in MAKERS if issubclass(kind, ModelTransform)]
@@ -293,6 +297,11 @@ STATEFUL = {  # every callback that saves a state, and the argument by which two
         ["net.blocks.0", "net.blocks.1"],
     ),
     Looping: (lambda blocks: Looping(blocks, passes=2), "blocks", ["net.blocks.0", "net.blocks.1"]),
+    ZoneoutStates: (
+        lambda modules: ZoneoutStates(modules, cell=0.5, hidden=0.25),
+        "modules",
+        ["net.lstms.0", "net.lstms.1"],
+    ),
     RelaxedTying: (
         lambda name: RelaxedTying(
             ["net.first.weight ~ net.second.weight"] if name == "two" else TIES, LowRankResidual(rank=2), name=name
@@ -351,6 +360,7 @@ LINES = {
     ResidualMerging: "2 blocks, net.blocks.0: StochasticDepth(keep=0.875",
     Looping: "2 passes through net.blocks.0 to net.blocks.1",
     RecurrentDepth: "1 recurrent block: net.blocks.0 (2 steps)",
+    ZoneoutStates: "2 LSTMs with zoneout, cell=0.5, hidden=0.25: net.lstms.0, net.lstms.1",
     TyingMonitor: "0 tied groups; no gap to log",
     RandomState: "the random generators of each process are saved in checkpoints",
 }

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tying import ConfigurationError
 from tying.depth import HMLSTM, HMState, hm_update
@@ -162,17 +163,39 @@ def test_sampling_is_for_training_alone():
     assert torch.equal(own.eval()(x).hidden, step(x).hidden)
 
 
-def test_going_on_and_batch_first():
-    own, other = net(), net(batch_first=True)
-    x = torch.randn(8, 2, 3, dtype=D)
-    whole = own(x)
-    half = own(x[:5])
-    torch.testing.assert_close(own(x[5:], half.state).hidden, whole.hidden[5:])
-    out = other(x.transpose(0, 1))
-    torch.testing.assert_close(out.hidden.transpose(0, 1), whole.hidden)
-    assert torch.equal(out.boundaries.transpose(0, 1), whole.boundaries)
-    forced = torch.ones(2, 8, 2, dtype=D)
-    assert torch.equal(other(x.transpose(0, 1), boundaries=forced).boundaries, forced)
+def test_all_layers_and_boundaries_in_every_layout():
+    layer, other, top = net(), net(batch_first=True), net(outputs="top")
+    x, boundaries = torch.randn(8, 2, 3, dtype=D), (torch.rand(8, 2, 2) < 0.5).to(D)
+    for given in (None, boundaries):
+        whole = layer(x, boundaries=given)
+        outputs, state = top(x, boundaries=given)
+        assert torch.equal(outputs, whole.hidden[:, :, -1])
+        assert all(map(torch.equal, state, whole.state))
+        out = other(x.transpose(0, 1), boundaries=None if given is None else given.transpose(0, 1))
+        torch.testing.assert_close(out.hidden.transpose(0, 1), whole.hidden)
+        assert torch.equal(out.boundaries.transpose(0, 1), whole.boundaries)
+        single = layer(x[:, 1], boundaries=None if given is None else given[:, 1])
+        torch.testing.assert_close(single.hidden, whole.hidden[:, 1])
+        assert torch.equal(single.boundaries, whole.boundaries[:, 1])
+        lengths = (5, 8)
+        packed = layer(
+            *(
+                None if part is None else pack_padded_sequence(part, lengths, enforce_sorted=False)
+                for part in (x, None, given)
+            )
+        )
+        for part, expected in ((packed.hidden, whole.hidden), (packed.boundaries, whole.boundaries)):
+            padded, _ = pad_packed_sequence(part)
+            for row, length in enumerate(lengths):
+                torch.testing.assert_close(padded[:length, row], expected[:length, row])
+
+
+def test_dropout_is_of_what_a_layer_reads_below():
+    layer, x = net(dropout=1.0), torch.randn(8, 2, 3, dtype=D)
+    layer(x).hidden.sum().backward()
+    assert layer.below[0].weight.grad.any()
+    assert not any(linear.weight.grad.any() for linear in layer.below[1:])
+    assert layer.above[0].weight.grad.any()
 
 
 @pytest.mark.parametrize(
@@ -182,15 +205,10 @@ def test_going_on_and_batch_first():
         (lambda: HMLSTM(3, 4, slope=0.0), "slope must be above 0"),
         (lambda: HMLSTM(3, 4, boundary="soft"), "boundary must be 'step' or 'sample', not 'soft'"),
         (lambda: HMLSTM(3, 4, slope=math.nan), "slope must be above 0, not nan"),
-        (lambda: HMLSTM(3, 4)(torch.zeros(0, 2, 3)), "an empty sequence has no steps"),
-        (lambda: HMLSTM(3, 4)(torch.zeros(6, 3)), r"inputs are \(steps, batch, 3\), not \(6, 3\)"),
+        (lambda: HMLSTM(3, 4, outputs="last"), "outputs must be 'all' or 'top', not 'last'"),
         (
             lambda: HMLSTM(3, 4)(torch.zeros(6, 2, 3), boundaries=torch.zeros(6, 2, 3)),
-            r"boundaries are \(6, 2, 2\), not \(6, 2, 3\)",
-        ),
-        (
-            lambda: HMLSTM(3, 4)(torch.zeros(6, 5, 3), HMLSTM(3, 4)(torch.zeros(1, 1, 3)).state),
-            r"states are \(3, 5, 4\), \(3, 5, 4\), \(2, 5, 1\), not \(3, 1, 4\)",
+            r"Expected boundaries size \(6, 2, 2\), got \(6, 2, 3\)",
         ),
     ],
 )

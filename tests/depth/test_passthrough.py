@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tying import ConfigurationError
 from tying.depth import PassthroughGRU, PassthroughHighway, StateMatrix
@@ -23,11 +24,8 @@ def by_hand(layer, x, h, weights):
     return torch.stack(outs)
 
 
-@pytest.mark.parametrize("rank", [0, 2, 5])
-@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize(("rank", "diagonal"), [(0, True), (2, True), (2, False), (5, True), (5, False)])
 def test_the_recurrence_by_full_matrices(rank, diagonal):
-    if not rank and not diagonal:
-        pytest.skip("nothing is left")
     torch.manual_seed(0)
     net = PassthroughGRU(3, 5, rank, diagonal).to(D)
     layer = net.layers[0]
@@ -71,17 +69,32 @@ def test_parameters():
     assert count(rank=24, shared_projection=True) == inputs + 3 * (128 * 24 + 128) + 128 * 24
 
 
-def test_layers_batch_first_and_states():
+def test_layers_read_the_outputs_below():
     torch.manual_seed(0)
-    net = PassthroughGRU(3, 4, rank=2, num_layers=2, batch_first=True).to(D)
-    x, h = torch.randn(2, 6, 3, dtype=D), torch.randn(2, 2, 4, dtype=D)
+    net = PassthroughGRU(3, 4, rank=2, num_layers=2).to(D)
+    x, h = torch.randn(6, 2, 3, dtype=D), torch.randn(2, 2, 4, dtype=D)
     out, last = net(x, h)
-    first = net.layers[0](x.transpose(0, 1), h[0])
-    assert torch.equal(out.transpose(0, 1), net.layers[1](first, h[1]))
-    assert torch.equal(last, torch.stack([first[-1], out[:, -1]]))
-    halves = [net(x[:, :3], h)]
-    halves.append(net(x[:, 3:], halves[0][1]))
-    torch.testing.assert_close(torch.cat([half[0] for half in halves], dim=1), out)
+    first, _ = net.layers[0](x, [h[0]])
+    assert torch.equal(out, net.layers[1](first, [h[1]])[0])
+    assert torch.equal(last, torch.stack([first[-1], out[-1]]))
+
+
+def test_a_learned_state_begins_as_zeros_and_learns():
+    torch.manual_seed(0)
+    net, x = PassthroughGRU(3, 4, rank=2, num_layers=2, learned_state=True), torch.randn(6, 2, 3)
+    plain = PassthroughGRU(3, 4, rank=2, num_layers=2)
+    assert {*net.state_dict()} - {*plain.state_dict()} == {"initial_state"}
+    assert "learned_state=True" in repr(net)
+    plain.load_state_dict(net.state_dict(), strict=False)
+    assert torch.equal(net(x)[0], plain(x)[0])
+    net(x)[0].sum().backward()
+    assert net.initial_state.grad.all()
+    net.zero_grad()
+    net(x, torch.zeros(2, 2, 4))[0].sum().backward()
+    assert net.initial_state.grad is None
+    nn.init.ones_(net.initial_state)
+    net.reset_parameters()
+    assert not net.initial_state.any()
 
 
 def test_gradients():
@@ -110,8 +123,6 @@ def test_a_highway_by_hand():
         (lambda: PassthroughGRU(3, 4, rank=-1), "rank must be 0 or more, not -1"),
         (lambda: StateMatrix(4, 0, diagonal=False), "rank must be 1 or more, not 0"),
         (lambda: PassthroughGRU(3, 4, rank=2, num_layers=0), "num_layers must be 1 or more"),
-        (lambda: PassthroughGRU(3, 4, rank=2)(torch.zeros(0, 2, 3)), "an empty sequence has no steps"),
-        (lambda: PassthroughGRU(3, 4, rank=2)(torch.zeros(1, 2, 3), torch.zeros(1, 3, 4)), r"states are \(1, 2, 4\), not"),
     ],
 )  # fmt: skip
 def test_mistakes(make, told):
@@ -132,7 +143,7 @@ def test_autocast(diagonal):
 
 def test_a_highway_under_autocast():
     torch.manual_seed(0)
-    net, x = torch.nn.Sequential(torch.nn.Linear(8, 8), PassthroughHighway(8, 2)), torch.randn(2, 8)
+    net, x = nn.Sequential(nn.Linear(8, 8), PassthroughHighway(8, 2)), torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         low = net(x)
     torch.testing.assert_close(low.float(), net(x), rtol=0.05, atol=0.05)
@@ -142,11 +153,3 @@ def test_each_input_matrix_begins_by_glorot():
     weight = PassthroughGRU(1, 500, rank=1).layers[0].input.weight
     bound = (6 / 501) ** 0.5
     assert all(0.95 * bound < float(part.detach().abs().max()) <= bound for part in weight.chunk(3))
-
-
-def test_inputs_that_are_no_sequences():
-    net = PassthroughGRU(3, 5, 2)
-    with pytest.raises(ConfigurationError, match=r"inputs are \(steps, batch, 3\), not \(6, 3\)"):
-        net(torch.zeros(6, 3))
-    with pytest.raises(ConfigurationError, match="only ZoneoutLSTM takes packed sequences"):
-        net(torch.nn.utils.rnn.pack_sequence([torch.zeros(6, 3)]))

@@ -198,6 +198,12 @@ def test_a_vocabulary_larger_than_the_model(path):
         train(language(num_classes=7), data=text(path), max_epochs=1)
 
 
+def test_a_multiscale_lstm_by_its_top_layer():
+    torch.manual_seed(0)
+    model = SequenceModel(HMLSTM(1, 4, outputs="top"), size=4)
+    assert model(torch.randn(2, 7, 1)).shape == (2, 10)
+
+
 @pytest.mark.parametrize("network", [HMLSTM(4, 4), nn.Linear(4, 4)])
 def test_networks_of_another_interface(network):
     with pytest.raises(

@@ -132,9 +132,11 @@ class Big(nn.Module):
         self.first, self.second = nn.Linear(384, 384), nn.Linear(384, 384)
         self.blocks = nn.Sequential(Residual(nn.Linear(384, 384)), Residual(nn.Linear(384, 384)))
         self.kernels = nn.Sequential(*(nn.Conv2d(384, 384, 1) for _ in range(4)))
+        self.lstms = nn.ModuleList([nn.LSTM(384, 16)])
 
     def forward(self, x):
         x = self.blocks(self.second(self.first(x).tanh()).tanh())
+        x = x + self.lstms[0](x.unsqueeze(0))[0].mean()
         return self.kernels(x[:, :, None, None]).flatten(1)
 
 

@@ -23,6 +23,7 @@ from tying.callbacks.random_state import RandomState
 from tying.callbacks.recurrent_depth import RecurrentDepth
 from tying.callbacks.relaxed import RelaxedTying
 from tying.callbacks.soft import Coupling, SoftTying
+from tying.callbacks.zoneout import ZoneoutStates
 
 __all__ = [
     "AnchorTying",
@@ -51,4 +52,5 @@ __all__ = [
     "UntiedBiases",
     "WeightClustering",
     "WeightHashing",
+    "ZoneoutStates",
 ]

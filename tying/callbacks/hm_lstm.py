@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -110,9 +110,13 @@ class BoundaryPlot(Callback):
             )
         self._sum, self._steps = torch.zeros(()), 0  # of the boundaries: (layers − 1,) after the first batch
         self._drawn: list[tuple[Tensor, Tensor]] = []  # characters of the first sample, and their boundaries
-        self._hook = layers[0].register_forward_hook(self._keep)
+        self._hook = layers[0].register_forward_hook(self._keep, with_kwargs=True)
 
-    def _keep(self, module: nn.Module, inputs: Any, output: HMOutput) -> None:
+    def _keep(self, module: HMLSTM, args: Any, kwargs: Any, output: Any) -> None:
+        if not isinstance(output, HMOutput):  # the layer returns outputs of its top layer alone
+            output = module.run(*args, **kwargs)
+        if not isinstance(output.boundaries, Tensor) or output.boundaries.ndim != 3:
+            raise ConfigurationError("BoundaryPlot draws padded batches: give the HMLSTM no packed or single sequences")
         boundaries = output.boundaries.detach().float()
         self._last = boundaries.transpose(0, 1) if module.batch_first else boundaries  # (steps, batch, layers − 1)
 

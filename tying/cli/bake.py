@@ -91,6 +91,12 @@ def _print_notes(states: Mapping[str, Any]) -> None:
                 f"Note: the file holds only weights, trained with {passes} passes ({callback}). A plain model\n"
                 "runs the blocks once, and computes something else."
             )
+        if callback.startswith("ZoneoutStates") and any(state["rates"]):
+            cell, hidden = state["rates"]
+            print(
+                f"Note: these are weights alone, and were trained with zoneout of {cell:g} in cells and {hidden:g} in\n"
+                f"hidden states ({callback}): a plain LSTM, without their averages, computes something else from them."
+            )
 
 
 def _state_dict(content: object, checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from tying.depth.loop import Loop, loop, loops_in, scheduled_passes, unloop
 from tying.depth.merge import FeedForward, Merge, Residual, Sum
 from tying.depth.recur import recur, unrecur
 from tying.depth.recurrent import Recurrent
+from tying.depth.rnn.convert import remove_zoneout, zone_out
 from tying.depth.rnn.hm_lstm import HMLSTM, HMOutput, HMState, hm_update
 from tying.depth.rnn.hyper_lstm import HyperLSTM, HyperLSTMCell, HyperState
 from tying.depth.rnn.passthrough import PassthroughGRU, PassthroughHighway, StateMatrix
@@ -48,6 +49,7 @@ __all__ = [
     "loops_in",
     "recur",
     "remove_merge",
+    "remove_zoneout",
     "sampled",
     "sampling",
     "scheduled_passes",
@@ -56,5 +58,6 @@ __all__ = [
     "swapout",
     "unloop",
     "unrecur",
+    "zone_out",
     "zoned_lstm",
 ]

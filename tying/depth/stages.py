@@ -41,13 +41,16 @@ class Stage:
     blocks: tuple[nn.Module, ...]
 
 
-def match_modules(model: nn.Module, patterns: str | Sequence[str], aliases: bool = False) -> dict[str, nn.Module]:
+def match_modules(
+    model: nn.Module, patterns: str | Sequence[str], aliases: bool = False, argument: str = "blocks"
+) -> dict[str, nn.Module]:
     """Return the modules of a model whose names match patterns, merges apart, by name in the model's order.
 
     Args:
         model: any module.
         patterns: a pattern of module names, or several; a leading ``!`` excludes.
         aliases: also return the further names of a module that has several.
+        argument: the name of the argument that holds the patterns, for errors.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or the patterns exclude all that they match.
@@ -60,15 +63,15 @@ def match_modules(model: nn.Module, patterns: str | Sequence[str], aliases: bool
             )  # of a wrapper and its module, which have one name, the wrapper
     texts = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else [*patterns]
     if not all(isinstance(text, str) for text in texts) or all(text.startswith("!") for text in texts):
-        raise ConfigurationError(f"blocks must be a pattern of module names, or several, not {patterns!r}")
+        raise ConfigurationError(f"{argument} must be a pattern of module names, or several, not {patterns!r}")
     names: set[str] = set()
     for text in sorted(texts, key=lambda text: text.startswith("!")):
         pattern = Pattern(text.removeprefix("!"))
         if not (matches := {name for name in modules if pattern.match(name) is not None}):
-            raise ConfigurationError(f"blocks: pattern {text!r} matches no module.{nearest(pattern.text, modules)}")
+            raise ConfigurationError(f"{argument}: pattern {text!r} matches no module.{nearest(pattern.text, modules)}")
         names = names - matches if text.startswith("!") else names | matches
     if not names:
-        raise ConfigurationError(f"blocks: {listed(map(repr, texts))} exclude all that they match")
+        raise ConfigurationError(f"{argument}: {listed(map(repr, texts))} exclude all that they match")
     return {name: module for name, module in modules.items() if name in names}
 
 

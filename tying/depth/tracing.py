@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.fx import Proxy, Tracer
+from typing_extensions import override
 
-from tying.torch_workarounds import is_proxy, is_recorded
+from tying.errors import ConfigurationError
+from tying.torch_workarounds import breaks_graph_at_rnn, is_proxy, is_recorded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +26,30 @@ class LeafModule(nn.Module):
         """Call the module, or record the call if an argument is a ``torch.fx.Proxy``."""
         tracer = find_tracer(args) or (find_tracer(kwargs.values()) if kwargs else None)
         return super().__call__(*args, **kwargs) if tracer is None else record_module(tracer, self, args, kwargs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which calls this method, instead of compiling the forward of a base class."""
+        raise ConfigurationError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export, torch.compile or torch.jit.trace"
+        )
+
+
+class LeafRNN(LeafModule):
+    """A leaf module that is one of torch's recurrent layers, at which ``torch.compile`` breaks its graph, as at these.
+
+    Without this, the compiler fails within the call of a recurrent layer that is not in torch's own files.
+    """
+
+    @override
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if breaks_graph_at_rnn():
+            return _call_eagerly(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+def _call_eagerly(module: LeafModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return LeafModule.__call__(module, *args, **kwargs)
 
 
 def record_module(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:

@@ -1,16 +1,19 @@
 """Hierarchical multiscale LSTMs: layers detect boundaries, and copy their state between boundaries."""
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import check_shapes, initial_state, steps_first
-from tying.depth.tracing import LeafModule
-from tying.errors import check_choice, check_count, check_counts, check_range
+from tying.depth.rnn.sequences import Input, RecurrentLayer, check_dtype, check_size, unroll
+from tying.errors import check_choice, check_count, check_range
 
 Boundary = Literal["step", "sample"]
+Outputs = Literal["all", "top"]
 
 
 class HMState(NamedTuple):
@@ -28,7 +31,7 @@ class HMState(NamedTuple):
 
 
 class HMOutput(NamedTuple):
-    """The output of an :class:`HMLSTM`.
+    """The output of an :class:`HMLSTM`. Of packed input, hidden states and boundaries are packed, too.
 
     Attributes:
         hidden: hidden states of all layers, (steps, batch, layers, size).
@@ -89,12 +92,15 @@ def detect_boundary(x: Tensor, slope: float, sample: bool) -> Tensor:
     return boundary + torch.where((slope * x).abs() < 1, probability - probability.detach(), 0)
 
 
-class HMLSTM(LeafModule):
+class HMLSTM(RecurrentLayer):
     """The hierarchical multiscale LSTM: every layer but the top one detects boundaries in its input.
 
     A layer reads the layer below if that layer has a boundary, reads the layer above if it had a boundary in the
     previous step, and otherwise copies its state; see :func:`hm_update`. The gradient of a boundary is that of a hard
     sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
+
+    With ``outputs="top"`` it can stand where an ``nn.LSTM`` stands, but its state has three parts:
+    ``outputs, (h, c, *_) = net(x)``. It runs in one direction.
 
     Args:
         input_size: size of the input.
@@ -104,17 +110,27 @@ class HMLSTM(LeafModule):
         boundary: ``"step"``: a boundary is where the detector is above zero; ``"sample"``: in training it is drawn with
             the probability that the hard sigmoid gives.
         slope: slope a of the hard sigmoid; :class:`tying.callbacks.SlopeAnnealing` raises it.
+        outputs: ``"all"``: return :class:`HMOutput`, with the hidden states of all layers and their boundaries;
+            ``"top"``: return the hidden states of the top layer and the state, as ``nn.LSTM``.
+        bias: whether there are biases.
+        dropout: dropout probability for what a layer reads from the layer below.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
-    Shape: (steps, batch, inputs) to :class:`HMOutput`.
+    Shape: (steps, batch, inputs) to :class:`HMOutput`, or to outputs (steps, batch, size) and :class:`HMState`; packed
+    sequences and unbatched inputs are supported. A state may also be ``(h, c)``, without boundaries.
 
     Raises:
-        ConfigurationError: ``layers`` is below 2, or ``slope`` is not above 0 and finite; inputs, states or boundaries
-            have other shapes, or no steps.
+        ConfigurationError: ``layers`` is below 2, ``slope`` is not above 0 and finite, or ``dropout`` not in [0, 1];
+            inputs, states or boundaries have another size or dtype, or no steps.
 
     Example:
         >>> out = HMLSTM(4, 8)(torch.zeros(5, 2, 4))
         >>> out.hidden.shape, out.boundaries.shape
         (torch.Size([5, 2, 3, 8]), torch.Size([5, 2, 2]))
+        >>> outputs, (h, c, z) = HMLSTM(4, 8, outputs="top")(torch.zeros(5, 2, 4))
+        >>> outputs.shape, h.shape
+        (torch.Size([5, 2, 8]), torch.Size([3, 2, 8]))
 
     Source: J. Chung, S. Ahn and Y. Bengio, Hierarchical multiscale recurrent neural networks, 2017.
     """
@@ -127,63 +143,123 @@ class HMLSTM(LeafModule):
         batch_first: bool = False,
         boundary: Boundary = "step",
         slope: float = 1.0,
+        outputs: Outputs = "all",
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        super().__init__()
-        check_counts(input_size=input_size, hidden_size=hidden_size)
         check_count("layers", layers, "[2, inf)")  # all but the top one detect boundaries
+        super().__init__(input_size, hidden_size, layers, bias, batch_first, dropout)
         check_choice("boundary", boundary, get_args(Boundary))
         check_range("slope", slope, "(0, inf)")
-        self.input_size = input_size
-        self.hidden_size, self.batch_first, self.boundary, self.slope = hidden_size, batch_first, boundary, slope
+        check_choice("outputs", outputs, get_args(Outputs))
+        self.boundary, self.slope, self.outputs = boundary, slope, outputs
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = [4 * hidden_size + (layer < layers - 1) for layer in range(layers)]  # the last unit is the detector
         self.below = nn.ModuleList(
-            nn.Linear(hidden_size if layer else input_size, width, bias=False) for layer, width in enumerate(widths)
+            nn.Linear(hidden_size if layer else input_size, width, bias=False, **factory)
+            for layer, width in enumerate(widths)
         )
-        self.across = nn.ModuleList(nn.Linear(hidden_size, width) for width in widths)  # with the bias of the gates
-        self.above = nn.ModuleList(nn.Linear(hidden_size, width, bias=False) for width in widths[:-1])
+        self.across = nn.ModuleList(nn.Linear(hidden_size, width, bias, **factory) for width in widths)
+        self.above = nn.ModuleList(nn.Linear(hidden_size, width, bias=False, **factory) for width in widths[:-1])
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        linears: list[Any] = [*self.below, *self.across, *self.above]
+        for linear in linears:
+            linear.reset_parameters()
 
     @override
-    def forward(self, x: Tensor, state: HMState | None = None, boundaries: Tensor | None = None) -> HMOutput:
-        """Return hidden states and boundaries.
+    def forward(
+        self, input: Input, hx: Sequence[Tensor] | None = None, boundaries: Input | None = None
+    ) -> HMOutput | tuple[Any, HMState]:
+        """Return hidden states and boundaries, or outputs of the top layer.
 
         Args:
-            x: the input.
-            state: the initial state; ``None`` for zeros.
-            boundaries: given boundaries, (steps, batch, layers − 1), to use instead of detected ones.
+            input: the input.
+            hx: the initial state; ``None`` for zeros.
+            boundaries: given boundaries, (steps, batch, layers − 1), laid out as the input, to use instead of detected
+                ones.
         """
-        x = steps_first(x, self.input_size, self.batch_first)
-        layers, batch = len(self.across), x.shape[1]
+        return self.run(input, hx, boundaries, self.outputs)
+
+    def run(
+        self,
+        input: Input,
+        hx: Sequence[Tensor] | None = None,
+        boundaries: Input | None = None,
+        outputs: Outputs = "all",
+    ) -> HMOutput | tuple[Any, HMState]:
+        """Return all outputs or those of the top layer, whichever the layer was made with."""
+        x, layout = self.enter(input)
+        check_dtype(self, x)
+        layers, size = self.num_layers, self.hidden_size
+        h, c, z = layout.enter_state(x, hx, (layers, size), (layers, size), (layers - 1, 1), optional=1)
+        inputs = [self.below[0](x)]  # of all steps at once
         if boundaries is not None:
-            boundaries = boundaries.transpose(0, 1) if self.batch_first else boundaries
-            check_shapes("boundaries", [boundaries], (len(x), batch, layers - 1))
-        shape = (layers, batch, self.hidden_size)
-        h, c, z = ([*part] for part in initial_state(x, state, shape, shape, (layers - 1, batch, 1)))
-        hidden, marks = [], []
-        always, never = x.new_ones(batch, 1), x.new_zeros(batch, 1)
-        sample = self.boundary == "sample" and self.training
-        for t, projected in enumerate(self.below[0](x)):  # the inputs of all steps at once
-            for layer in range(layers):
-                z_below = z[layer - 1] if layer else always
-                z_before = z[layer] if layer < layers - 1 else never
-                total = self.across[layer](h[layer])
-                total = total + (z_below * self.below[layer](h[layer - 1]) if layer else projected)
-                if layer < layers - 1:
-                    total = total + z_before * self.above[layer](h[layer + 1])
-                f, i, o, g = total[:, : 4 * self.hidden_size].chunk(4, dim=1)
-                gates = torch.sigmoid(f), torch.sigmoid(i), torch.sigmoid(o), torch.tanh(g)
-                h[layer], c[layer] = hm_update(h[layer], c[layer], gates, z_before, z_below)
-                if layer < layers - 1:
-                    z[layer] = (
-                        detect_boundary(total[:, -1:], self.slope, sample)
-                        if boundaries is None
-                        else boundaries[t, :, layer : layer + 1]
-                    )
-            hidden.append(torch.stack(h, dim=1))
-            marks.append(torch.cat(z, dim=1))
-        dim = 1 if self.batch_first else 0
-        state = HMState(torch.stack(h), torch.stack(c), torch.stack(z))
-        return HMOutput(torch.stack(hidden, dim), torch.stack(marks, dim), state)
+            inputs.append(layout.enter(boundaries))
+            check_size("boundaries", inputs[-1], (*x.shape[:-1], layers - 1))
+        step = partial(self.step, x.new_ones(1, 1), x.new_zeros(1, 1))
+        record = self._record_all if outputs == "all" else self._record_top
+        records, last = unroll(step, inputs, [*h, *z, *c], layout.batch_sizes, record=record)
+        h, z, c = (torch.stack(part) for part in self._by_kind(last))
+        state = HMState(*layout.leave_state([h, c, z]))
+        left = [layout.leave(part) for part in records]
+        return HMOutput(left[0], left[1], state) if outputs == "all" else (left[0], state)
+
+    def _record_all(self, state: Sequence[Tensor]) -> list[Tensor]:
+        h, z, _ = self._by_kind(state)
+        return [torch.stack(h, dim=1), torch.cat(z, dim=1)]
+
+    def _record_top(self, state: Sequence[Tensor]) -> list[Tensor]:
+        return [state[self.num_layers - 1]]
+
+    def _by_kind(self, state: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the hidden states of all layers, the boundaries and the cells, which a state has in this order."""
+        layers = self.num_layers
+        return [*state[:layers]], [*state[layers : 2 * layers - 1]], [*state[2 * layers - 1 :]]
+
+    def step(
+        self,
+        always: Tensor,
+        never: Tensor,
+        state: Sequence[Tensor],
+        projected: Tensor,
+        boundaries: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return the next state.
+
+        Args:
+            always: 1, what stands for the boundary below the first layer.
+            never: 0, what stands for the boundary of the top layer.
+            state: hidden states of all layers, boundaries of all but the top one, and cells.
+            projected: the product of the input and its weight.
+            boundaries: given boundaries, (batch, layers − 1).
+        """
+        (h, z, c), top = self._by_kind(state), self.num_layers - 1
+        for layer in range(top + 1):
+            z_below = z[layer - 1] if layer else always
+            z_before = z[layer] if layer < top else never
+            total = self.across[layer](h[layer])
+            if layer:
+                total = total + z_below * self.below[layer](F.dropout(h[layer - 1], self.dropout, self.training))
+            else:
+                total = total + projected
+            if layer < top:
+                total = total + z_before * self.above[layer](h[layer + 1])
+            f, i, o, g = total[:, : 4 * self.hidden_size].chunk(4, dim=1)
+            gates = torch.sigmoid(f), torch.sigmoid(i), torch.sigmoid(o), torch.tanh(g)
+            h[layer], c[layer] = hm_update(h[layer], c[layer], gates, z_before, z_below)
+            if layer < top:
+                sample = self.boundary == "sample" and self.training
+                z[layer] = (
+                    detect_boundary(total[:, -1:], self.slope, sample)
+                    if boundaries is None
+                    else boundaries[:, layer : layer + 1]
+                )
+        return [*h, *z, *c]
 
     @override
     def extra_repr(self) -> str:
-        return f"boundary={self.boundary!r}, slope={self.slope:g}"
+        return f"{super().extra_repr()}, boundary={self.boundary!r}, slope={self.slope:g}, outputs={self.outputs!r}"

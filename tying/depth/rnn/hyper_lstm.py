@@ -1,16 +1,16 @@
 """HyperLSTM: a small LSTM rescales the weights of a large LSTM at each step."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import initial_state, steps_first
+from tying.depth.rnn.sequences import Input, RecurrentLayer, Step, check_cell_input, check_dtype, initial_state, unroll
 from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_counts
+from tying.errors import check_counts
 
 
 class HyperState(NamedTuple):
@@ -62,17 +62,23 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
     plain LSTM. Its weights have the names of ``nn.LSTMCell``. (The authors start from 0.1, under layer
     normalisation.)
 
+    Hooks of ``hyper`` do not run, as its products are computed for all steps at once: parametrizations of its weights
+    work, but ``torch.nn.utils.prune`` does not.
+
     Args:
         input_size: size of the input.
         hidden_size: size of the state.
         hyper_size: size of the state of the small LSTM.
         embedding_size: size of each z.
         bias: whether to add b₀.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
-    Shape: inputs (batch, inputs) and an optional state to :class:`HyperState`.
+    Shape: inputs (batch, inputs) or (inputs,) and an optional state to :class:`HyperState`. A state may also be
+    ``(h, c)``, with zeros for the small LSTM.
 
     Raises:
-        ConfigurationError: a size is below 1, or an input or state has another shape.
+        ConfigurationError: a size is below 1, or an input or state has another size.
 
     Example:
         >>> state = HyperLSTMCell(4, 8, hyper_size=3, embedding_size=2)(torch.zeros(5, 4))
@@ -83,15 +89,23 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
     """
 
     def __init__(
-        self, input_size: int, hidden_size: int, hyper_size: int, embedding_size: int, bias: bool = True
+        self,
+        input_size: int,
+        hidden_size: int,
+        hyper_size: int,
+        embedding_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         check_counts(hidden_size=hidden_size, hyper_size=hyper_size, embedding_size=embedding_size)
-        super().__init__(input_size, hidden_size, bias)
-        self.hyper = nn.LSTMCell(input_size + hidden_size, hyper_size)
-        self.scale_embedding = _ScaleEmbedding(hyper_size, 8 * embedding_size)  # z_h of four gates, then z_x
-        self.shift_embedding = _ShiftEmbedding(hyper_size, 4 * embedding_size, bias=False)  # z_b
-        self.scale = nn.Parameter(torch.empty(8, embedding_size, hidden_size))
-        self.shift = nn.Parameter(torch.empty(4, embedding_size, hidden_size))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(input_size, hidden_size, bias, **factory)
+        self.hyper = nn.LSTMCell(input_size + hidden_size, hyper_size, **factory)
+        self.scale_embedding = _ScaleEmbedding(hyper_size, 8 * embedding_size, **factory)  # z_h of four gates, then z_x
+        self.shift_embedding = _ShiftEmbedding(hyper_size, 4 * embedding_size, bias=False, **factory)  # z_b
+        self.scale = nn.Parameter(torch.empty(8, embedding_size, hidden_size, **factory))
+        self.shift = nn.Parameter(torch.empty(4, embedding_size, hidden_size, **factory))
         self.reset_parameters()
 
     @override
@@ -108,43 +122,47 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
         self.shift_embedding.reset_parameters()
         nn.init.zeros_(self.shift)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Size of each part of the state."""
+        return (self.hidden_size,) * 2 + (self.hyper.hidden_size,) * 2
+
     @override
-    def forward(self, input: Tensor, hx: tuple[Tensor, ...] | None = None) -> HyperState:  # type: ignore[override]
-        if input.ndim != 2 or input.shape[1] != self.input_size:
-            raise ConfigurationError(f"inputs are (batch, {self.input_size}), not {tuple(input.shape)}")
-        return self.run(input.unsqueeze(0), self.initial_state(input, hx, input.shape[0]))[1]
+    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> HyperState:  # type: ignore[override]
+        check_cell_input(self, input)
+        state = initial_state(input, hx, *((*input.shape[:-1], size) for size in self.sizes), optional=2)
+        rows = [part.reshape(-1, size) for part, size in zip(state, self.sizes, strict=True)]
+        last = self.step_function()(rows, *self.project(input.reshape(-1, self.input_size)))
+        return HyperState(*(part.view(*input.shape[:-1], -1) for part in last))
 
-    def initial_state(self, x: Tensor, hx: Sequence[Tensor] | None, *leading: int) -> list[Tensor]:
-        """Check the shapes of a state and return its parts, or zeros for None; shapes begin with ``leading``."""
-        large, small = (*leading, self.hidden_size), (*leading, self.hyper.hidden_size)
-        return initial_state(x, hx, large, large, small, small)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what depends on inputs alone, for all steps at once: parts of the gates, and of those of ``hyper``."""
+        hyper = self.hyper
+        to_hyper = F.linear(x, hyper.weight_ih[:, self.hidden_size :], hyper.bias_ih + hyper.bias_hh)
+        return F.linear(x, self.weight_ih), to_hyper
 
-    def run(self, x: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, HyperState]:
-        """Return the hidden states of all steps of (steps, batch, inputs), and the last state."""
-        h, c, hyper_h, hyper_c = state
-        hidden = self.hidden_size
-        biases = self.bias_ih + self.bias_hh if self.bias else None
-        # the parts that depend on inputs alone, for all steps at once
-        from_x = self._by_gate(F.linear(x, self.weight_ih)).unbind(1)
-        to_hyper = F.linear(x, self.hyper.weight_ih[:, hidden:], self.hyper.bias_ih + self.hyper.bias_hh)
-        across = torch.cat((self.hyper.weight_ih[:, :hidden], self.hyper.weight_hh), dim=1)
-        outputs = []
-        for projected, small in zip(from_x, to_hyper, strict=True):
-            gates = small + F.linear(torch.cat((h, hyper_h), dim=1), across)
+    def step_function(self) -> Step:
+        """Return the function from a state and the parts that depend on inputs to the next state."""
+        biases = (self.bias_ih + self.bias_hh).view(4, 1, self.hidden_size) if self.bias else None
+        across = torch.cat((self.hyper.weight_ih[:, : self.hidden_size], self.hyper.weight_hh), dim=1)
+
+        def step(state: Sequence[Tensor], from_x: Tensor, to_hyper: Tensor) -> HyperState:
+            h, c, hyper_h, hyper_c = state
+            gates = to_hyper + F.linear(torch.cat((h, hyper_h), dim=1), across)
             hyper_h, hyper_c = _lstm(gates.chunk(4, dim=1), hyper_c)
             scales = self._by_embedding(self.scale_embedding(hyper_h), self.scale)
             shifts = self._by_embedding(self.shift_embedding(hyper_h), self.shift)
             total = torch.addcmul(shifts, scales[:4], self._by_gate(F.linear(h, self.weight_hh)))
-            total = torch.addcmul(total, scales[4:], projected)
+            total = torch.addcmul(total, scales[4:], self._by_gate(from_x))
             if biases is not None:
-                total = total + biases.view(4, 1, hidden)
-            h, c = _lstm(total.unbind(0), c)
-            outputs.append(h)
-        return torch.stack(outputs), HyperState(h, c, hyper_h, hyper_c)
+                total = total + biases
+            return HyperState(*_lstm(total.unbind(0), c), hyper_h, hyper_c)
+
+        return step
 
     def _by_gate(self, x: Tensor) -> Tensor:
-        """Reshape (…, batch, 4 · size) to (4, …, batch, size)."""
-        return x.view(*x.shape[:-1], 4, self.hidden_size).movedim(-2, 0)
+        """Reshape (batch, 4 · size) to (4, batch, size)."""
+        return x.view(-1, 4, self.hidden_size).transpose(0, 1)
 
     @staticmethod
     def _by_embedding(z: Tensor, weight: Tensor) -> Tensor:
@@ -156,8 +174,25 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
         return f"{super().extra_repr()}, hyper_size={self.hyper.hidden_size}, embedding_size={self.scale.shape[1]}"
 
 
-class HyperLSTM(LeafModule):
+class HyperLSTMLayer(HyperLSTMCell):
+    """One layer and direction of :class:`HyperLSTM`: a :class:`HyperLSTMCell` that runs over sequences.
+
+    Shape: inputs (steps, batch, inputs) and state to outputs (steps, batch, size) and last state.
+    """
+
+    @override
+    def forward(  # type: ignore[override]  # sequences
+        self, x: Tensor, state: Sequence[Tensor], batch_sizes: list[int] | None = None, reverse: bool = False
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        check_dtype(self, x)
+        [outputs], last = unroll(self.step_function(), self.project(x), state, batch_sizes, reverse)
+        return outputs, last
+
+
+class HyperLSTM(RecurrentLayer):
     """Layers of :class:`HyperLSTMCell` over sequences.
+
+    It can stand where an ``nn.LSTM`` stands, but its state has four parts: ``outputs, (h, c, *_) = net(x)``.
 
     Args:
         input_size: size of the input.
@@ -167,12 +202,17 @@ class HyperLSTM(LeafModule):
         num_layers: number of layers; each reads the outputs of the layer below.
         bias: whether to add b₀.
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
+        dropout: dropout probability for the outputs of all layers but the last.
+        bidirectional: whether each layer also runs from the last step to the first, with weights of its own.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
-    Shape: inputs (steps, batch, inputs) and an optional :class:`HyperState` to outputs (steps, batch, size) and the
-    last state.
+    Shape: see ``nn.LSTM``: inputs (steps, batch, inputs) and an optional :class:`HyperState` or ``(h, c)`` to outputs
+    (steps, batch, size) and the last :class:`HyperState`; packed sequences and unbatched inputs are supported.
 
     Raises:
-        ConfigurationError: see :class:`HyperLSTMCell`; ``num_layers`` is below 1, or a sequence is empty.
+        ConfigurationError: see :class:`HyperLSTMCell`; ``num_layers`` is below 1, or ``dropout`` not in [0, 1]; an
+            input or state has another size or dtype, or no steps.
 
     Example:
         >>> outputs, state = HyperLSTM(4, 8, hyper_size=3, embedding_size=2)(torch.zeros(5, 2, 4))
@@ -191,23 +231,30 @@ class HyperLSTM(LeafModule):
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
-        super().__init__()
-        check_counts(num_layers=num_layers)
-        self.input_size, self.batch_first = input_size, batch_first
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        directions = 2 if bidirectional else 1
+        widths = [input_size, *[directions * hidden_size] * (num_layers - 1)]
         self.layers = nn.ModuleList(
-            HyperLSTMCell(hidden_size if layer else input_size, hidden_size, hyper_size, embedding_size, bias)
-            for layer in range(num_layers)
+            HyperLSTMLayer(width, hidden_size, hyper_size, embedding_size, bias, device, dtype)
+            for width in widths
+            for _ in range(directions)
         )
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        layers: list[Any] = [*self.layers]
+        for layer in layers:
+            layer.reset_parameters()
+
     @override
-    def forward(self, x: Tensor, hx: tuple[Tensor, ...] | None = None) -> tuple[Tensor, HyperState]:
-        x = steps_first(x, self.input_size, self.batch_first)
-        cells = cast(list[HyperLSTMCell], [*self.layers])
-        states = cells[0].initial_state(x, hx, len(cells), x.shape[1])
-        last = []
-        for cell, *state in zip(cells, *states, strict=True):
-            x, end = cell.run(x, state)
-            last.append(end)
-        end = HyperState(*(torch.stack(parts) for parts in zip(*last, strict=True)))
-        return x.transpose(0, 1) if self.batch_first else x, end
+    def forward(self, input: Input, hx: Sequence[Tensor] | None = None) -> tuple[Any, HyperState]:
+        x, layout = self.enter(input)
+        layers: list[Any] = [*self.layers]
+        states = layout.enter_state(x, hx, *((len(layers), size) for size in layers[0].sizes), optional=2)
+        outputs, states = self.run_layers(layers, x, states, layout.batch_sizes)
+        return layout.leave(outputs), HyperState(*layout.leave_state(states))

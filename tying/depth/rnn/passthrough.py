@@ -1,12 +1,14 @@
 """Passthrough networks: large recurrent states with low-rank transition matrices."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tying.depth.rnn.sequences import initial_state, steps_first
-from tying.depth.tracing import LeafModule
-from tying.errors import ConfigurationError, check_count, check_counts
+from tying.depth.rnn.sequences import Input, RecurrentLayer, check_dtype, unroll
+from tying.errors import ConfigurationError, check_count
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
 
@@ -19,6 +21,8 @@ class StateMatrix(nn.Module):
         size: n, size of the state.
         rank: d, rank of P Q; 0 for the diagonal alone.
         diagonal: whether to add diag(s).
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape: (..., n) to (..., n).
 
@@ -30,7 +34,7 @@ class StateMatrix(nn.Module):
         6272
     """
 
-    def __init__(self, size: int, rank: int, diagonal: bool = True) -> None:
+    def __init__(self, size: int, rank: int, diagonal: bool = True, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         check_count("rank", rank, "[0, inf)" if diagonal else "[1, inf)")
         if rank > size:
@@ -38,9 +42,10 @@ class StateMatrix(nn.Module):
                 f"rank={rank} is over the size {size}: its factors would have {2 * size * rank:,} entries, and a full "
                 f"matrix has {size * size:,}"
             )
-        self.left = nn.Parameter(torch.empty(size, rank))  # P
-        self.right = nn.Parameter(torch.empty(rank, size))  # Q
-        self.diagonal = nn.Parameter(torch.empty(size)) if diagonal else None  # s
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.left = nn.Parameter(torch.empty(size, rank, **factory))  # P
+        self.right = nn.Parameter(torch.empty(rank, size, **factory))  # Q
+        self.diagonal = nn.Parameter(torch.empty(size, **factory)) if diagonal else None  # s
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -74,21 +79,22 @@ class StateMatrix(nn.Module):
 class _GateInput(nn.Linear):
     """The linear map from an input to the gates u, r and m of a :class:`PassthroughGRULayer`."""
 
-    def __init__(self, inputs: int, size: int, update_bias: float) -> None:
+    def __init__(self, inputs: int, size: int, update_bias: float, bias: bool, **factory: Any) -> None:
         self.update_bias = update_bias
-        super().__init__(inputs, 3 * size)
+        super().__init__(inputs, 3 * size, bias, **factory)
 
     @override
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for weight in self.weight.detach().chunk(3):
             nn.init.xavier_uniform_(weight)
-        nn.init.zeros_(self.bias)
-        nn.init.constant_(self.bias.detach().chunk(3)[0], self.update_bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+            nn.init.constant_(self.bias.detach().chunk(3)[0], self.update_bias)
 
 
 class PassthroughGRULayer(nn.Module):
-    """One layer of :class:`PassthroughGRU`.
+    """One layer and direction of :class:`PassthroughGRU`.
 
     Args:
         inputs: size of the input.
@@ -97,38 +103,60 @@ class PassthroughGRULayer(nn.Module):
         diagonal: whether the square matrices have a diagonal.
         shared_projection: whether the three square matrices share Q.
         update_bias: initial bias of u.
+        bias: whether there are biases.
+        factory: ``device`` and ``dtype`` of the parameters.
 
-    Shape: inputs (steps, batch, inputs) and state (batch, n), to outputs (steps, batch, n).
+    Shape: inputs (steps, batch, inputs) and state [(batch, n)], to outputs (steps, batch, n) and last state.
     """
 
     def __init__(
-        self, inputs: int, size: int, rank: int, diagonal: bool, shared_projection: bool, update_bias: float
+        self,
+        inputs: int,
+        size: int,
+        rank: int,
+        diagonal: bool,
+        shared_projection: bool,
+        update_bias: float,
+        bias: bool,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        self.input = _GateInput(inputs, size, update_bias)
-        self.update, self.reset, self.candidate = (StateMatrix(size, rank, diagonal) for _ in range(3))
+        self.input = _GateInput(inputs, size, update_bias, bias, **factory)
+        self.update, self.reset, self.candidate = (StateMatrix(size, rank, diagonal, **factory) for _ in range(3))
         if shared_projection:
             self.reset.right = self.candidate.right = self.update.right
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for module in (self.input, self.update, self.reset, self.candidate):
+            module.reset_parameters()
+
+    def step(self, state: Sequence[Tensor], projected: Tensor) -> list[Tensor]:
+        """Return the next state from the inputs of the gates, (batch, 3 n)."""
+        [h] = state
+        u, r, m = projected.chunk(3, dim=1)
+        u = torch.sigmoid(u + self.update(h))
+        r = torch.sigmoid(r + self.reset(h))
+        m = torch.tanh(m + self.candidate(h * r))
+        return [torch.lerp(m, h, u)]
+
     @override
-    def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        outputs = []
+    def forward(
+        self, x: Tensor, state: Sequence[Tensor], batch_sizes: list[int] | None = None, reverse: bool = False
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        check_dtype(self, x)
         projected = self.input(x)  # of all steps at once
-        h = h.to(projected.dtype)  # autocast may have lowered the precision
-        for u, r, m in (step.chunk(3, dim=1) for step in projected):
-            u = torch.sigmoid(u + self.update(h))
-            r = torch.sigmoid(r + self.reset(h))
-            m = torch.tanh(m + self.candidate(h * r))
-            h = torch.lerp(m, h, u)
-            outputs.append(h)
-        return torch.stack(outputs)
+        state = [part.to(projected.dtype) for part in state]  # autocast may have lowered the precision
+        [outputs], last = unroll(self.step, [projected], state, batch_sizes, reverse)
+        return outputs, last
 
 
-class PassthroughGRU(LeafModule):
+class PassthroughGRU(RecurrentLayer):
     """A gated recurrent unit with square matrices of low rank, optionally plus a diagonal.
 
     ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and
     ``h' = (1 − u) ⊙ m + u ⊙ h``; each U is a :class:`StateMatrix`. (``nn.GRU`` instead resets after the product.)
+    It can stand where an ``nn.GRU`` stands; its parameters have other names.
 
     Args:
         input_size: size of the input.
@@ -139,12 +167,20 @@ class PassthroughGRU(LeafModule):
         batch_first: inputs and outputs are (batch, steps, …) instead of (steps, batch, …).
         shared_projection: whether the three square matrices of a layer share Q.
         update_bias: initial bias of u; above 0, the layer initially keeps most of its state.
+        bias: whether there are biases b.
+        dropout: dropout probability for the outputs of all layers but the last.
+        bidirectional: whether each layer also runs from the last step to the first, with matrices of its own.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        learned_state: learn the state from which a call without a state starts, ``initial_state``, (layers, n) and
+            initially zeros.
 
-    Shape: inputs (steps, batch, inputs) and optional states (layers, batch, n) to outputs (steps, batch, n) and states.
+    Shape: see ``nn.GRU``: inputs (steps, batch, inputs) and optional states (layers, batch, n) to outputs
+    (steps, batch, n) and states; packed sequences and unbatched inputs are supported.
 
     Raises:
-        ConfigurationError: see :class:`StateMatrix`; ``num_layers`` is below 1; an input or state has another shape, or
-            no steps.
+        ConfigurationError: see :class:`StateMatrix`; ``num_layers`` is below 1, or ``dropout`` not in [0, 1]; an input
+            or state has another size or dtype, or no steps.
 
     Example:
         >>> outputs, state = PassthroughGRU(1, 128, rank=24)(torch.zeros(5, 2, 1))
@@ -164,37 +200,61 @@ class PassthroughGRU(LeafModule):
         batch_first: bool = False,
         shared_projection: bool = False,
         update_bias: float = 1.0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        learned_state: bool = False,
     ) -> None:
-        super().__init__()
-        check_counts(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        self.input_size, self.hidden_size, self.batch_first = input_size, hidden_size, batch_first
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        directions = 2 if bidirectional else 1
+        widths = [input_size, *[directions * hidden_size] * (num_layers - 1)]
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
-            PassthroughGRULayer(
-                hidden_size if layer else input_size, hidden_size, rank, diagonal, shared_projection, update_bias
-            )
-            for layer in range(num_layers)
+            PassthroughGRULayer(width, hidden_size, rank, diagonal, shared_projection, update_bias, **options)
+            for width in widths
+            for _ in range(directions)
         )
+        state = torch.zeros(len(self.layers), hidden_size, device=device, dtype=dtype) if learned_state else None
+        self.initial_state = None if state is None else nn.Parameter(state)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        layers: list[Any] = [*self.layers]
+        for layer in layers:
+            layer.reset_parameters()
+        if self.initial_state is not None:
+            nn.init.zeros_(self.initial_state)
 
     @override
-    def forward(self, x: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = steps_first(x, self.input_size, self.batch_first)
-        shape = (len(self.layers), x.shape[1], self.hidden_size)
-        [states] = initial_state(x, None if hx is None else [hx], shape)
-        last = []
-        for layer, h in zip(self.layers, states, strict=True):
-            x = layer(x, h)
-            last.append(x[-1])
-        return x.transpose(0, 1) if self.batch_first else x, torch.stack(last)
+    def forward(self, input: Input, hx: Tensor | None = None) -> tuple[Any, Tensor]:
+        x, layout = self.enter(input)
+        states = layout.enter_state(x, hx, (len(self.layers), self.hidden_size))
+        if hx is None and self.initial_state is not None:
+            states = [self.initial_state.unsqueeze(1).expand_as(states[0])]
+        outputs, states = self.run_layers(self.layers, x, states, layout.batch_sizes)
+        [h] = layout.leave_state(states)
+        return layout.leave(outputs), h
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, learned_state=True" if self.initial_state is not None else super().extra_repr()
 
 
 class PassthroughHighway(nn.Module):
     """A highway block of low rank: ``y = f(x) ⊙ τ(x) + x ⊙ (1 − τ(x))``, ``f = tanh(W x + b)``, ``τ = σ(U x + c)``.
+
+    It is feed-forward: it has no state, and applied to a sequence, it treats each step alone.
 
     Args:
         size: n, size of the input.
         rank: d, rank of W and U, each a :class:`StateMatrix`.
         diagonal: whether W and U have a diagonal.
         carry_bias: initial value of −c; above 0, the output is initially mostly the input.
+        bias: whether there are biases b and c.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Shape: (..., n) to (..., n).
 
@@ -205,19 +265,41 @@ class PassthroughHighway(nn.Module):
     Source: A. V. Miceli Barone, Low-rank passthrough neural networks, 2016.
     """
 
-    def __init__(self, size: int, rank: int, diagonal: bool = True, carry_bias: float = 1.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        rank: int,
+        diagonal: bool = True,
+        carry_bias: float = 1.0,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
         super().__init__()
-        self.transform, self.gate = StateMatrix(size, rank, diagonal), StateMatrix(size, rank, diagonal)
-        self.transform_bias, self.gate_bias = nn.Parameter(torch.empty(size)), nn.Parameter(torch.empty(size))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.transform, self.gate = (StateMatrix(size, rank, diagonal, **factory) for _ in range(2))
+        self.transform_bias, self.gate_bias = (
+            nn.Parameter(torch.empty(size, **factory)) if bias else None for _ in range(2)
+        )
         self.carry_bias = carry_bias
-        self.reset_parameters()
+        self._reset_biases()  # W and U are drawn already
 
     def reset_parameters(self) -> None:
-        """Set the biases; W and U have reset methods of their own."""
-        nn.init.zeros_(self.transform_bias)
-        nn.init.constant_(self.gate_bias, -self.carry_bias)
+        """Draw all parameters anew."""
+        self.transform.reset_parameters()
+        self.gate.reset_parameters()
+        self._reset_biases()
+
+    def _reset_biases(self) -> None:
+        if self.transform_bias is not None and self.gate_bias is not None:
+            nn.init.zeros_(self.transform_bias)
+            nn.init.constant_(self.gate_bias, -self.carry_bias)
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        f = torch.tanh(self.transform(x) + self.transform_bias)
-        return x + (f - x) * torch.sigmoid(self.gate(x) + self.gate_bias)  # lerp does not promote types
+        f = torch.tanh(_biased(self.transform(x), self.transform_bias))
+        return x + (f - x) * torch.sigmoid(_biased(self.gate(x), self.gate_bias))  # lerp does not promote types
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
