@@ -100,7 +100,7 @@ class HMLSTM(RecurrentLayer):
     sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
 
     With ``outputs="top"`` it can stand where an ``nn.LSTM`` stands, but its state has three parts:
-    ``outputs, (h, c, *_) = net(x)``. It has one direction, as a layer reads the layer above.
+    ``outputs, (h, c, *_) = net(x)``. It runs in one direction.
 
     Args:
         input_size: size of the input.
@@ -191,7 +191,7 @@ class HMLSTM(RecurrentLayer):
         boundaries: Input | None = None,
         outputs: Outputs = "all",
     ) -> HMOutput | tuple[Any, HMState]:
-        """Return what the argument of this name says, whatever the layer was made with."""
+        """Return all outputs or those of the top layer, whichever the layer was made with."""
         x, layout = self.enter(input)
         check_dtype(self, x)
         layers, size = self.num_layers, self.hidden_size

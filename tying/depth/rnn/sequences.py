@@ -188,20 +188,29 @@ def unroll(
     initial, order = state, -1 if reverse else 1
     if batch_sizes is not None:
         state = [part[: batch_sizes[::order][0]] for part in initial]
-    records, ended = [], []
+    records: list[Sequence[Tensor]] = []
+    ended: list[Sequence[Tensor]] = []
     for x in steps[::order]:
-        if batch_sizes is not None and (ending := len(state[0]) - len(x[0])) > 0:
-            state, done = zip(*(torch.split(part, [len(x[0]), ending]) for part in state), strict=True)
-            ended.append(done)
-        elif batch_sizes is not None and ending < 0:  # in reverse, shorter sequences begin
-            beginning = (part[len(old) : len(x[0])] for part, old in zip(initial, state, strict=True))
-            state = [torch.cat(parts) for parts in zip(state, beginning, strict=True)]
+        if batch_sizes is not None:
+            state = _resize(state, initial, len(x[0]), ended)
         state = step(state, *x)
         records.append(record(state))
     join = torch.stack if batch_sizes is None else torch.cat
     if ended:  # the shortest sequences stand last
         state = [torch.cat(parts[::-1]) for parts in zip(*ended, state, strict=True)]
     return [join(parts) for parts in zip(*records[::order], strict=True)], state
+
+
+def _resize(
+    state: Sequence[Tensor], initial: Sequence[Tensor], rows: int, ended: list[Sequence[Tensor]]
+) -> Sequence[Tensor]:
+    """Return the state of the sequences that have a step; append the last state of those that end to ``ended``."""
+    if (ending := len(state[0]) - rows) > 0:
+        state, last = zip(*(torch.split(part, [rows, ending]) for part in state), strict=True)
+        ended.append(last)
+    elif ending < 0:  # in reverse, shorter sequences begin later
+        state = [torch.cat([part, first[len(part) : rows]]) for part, first in zip(state, initial, strict=True)]
+    return state
 
 
 class SequenceLayer(LeafModule):
