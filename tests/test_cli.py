@@ -203,7 +203,7 @@ def test_last_never_begins_anew_for_what_it_does_not_see(capsys):
         "--trainer.callbacks.dirpath=memory://mine",
     ]
     told = errors(capsys, "fit", *TINY, *more, "--ckpt_path=last")
-    assert "no run in runs or memory://mine has a checkpoint (only folders of this machine are searched); give" in told
+    assert "no run in runs or memory://mine has a checkpoint (only folders of this machine are searched): give" in told
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

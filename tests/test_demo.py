@@ -43,7 +43,7 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys):
     )
     assert "[1/2] untied, epoch 2/2: loss " in out
     assert "[2/2] soft, epoch 1/2: loss " in out
-    assert out.endswith("interrupted: the same command goes on\n")
+    assert out.endswith("interrupted: the same command resumes\n")
     folder = tmp_path / "runs" / "demo"
     finished = (folder / "untied" / "measured.json").stat().st_mtime_ns
 

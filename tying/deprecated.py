@@ -20,6 +20,7 @@ ALIASES: dict[str, dict[str, str]] = {
     "tying.depth.Sampled": {"spread": "std"},
     "tying.hashing": {"VirtualWeight": "HashedParametrization"},
     "tying.hashing.Hash": {
+        "check_entries": "check_slots",
         "draw": "state",
         "seeded": "with_salt",
         "structure": "fast_path",

@@ -57,7 +57,7 @@ QUIET = (
 
 @dataclass(frozen=True)
 class Row:
-    """A run of the demo, and the plain run beside which it stands.
+    """A run of the demo, and the plain run to compare it with.
 
     Attributes:
         name: the run's name.
@@ -193,7 +193,7 @@ def demo_parser() -> pl.cli.LightningArgumentParser:
 
 
 def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.LightningCLI]) -> None:
-    """Train every row, and print and write what came out; complete rows are kept, and an interrupted one goes on.
+    """Train every row; print and save the results. Finished rows are kept, and an interrupted row resumes.
 
     Args:
         out: folder for ``demo.md``, ``demo.png``, ``demo.csv`` and a folder for each run.
@@ -201,8 +201,8 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
         parse: function from arguments to the command line, which has trainer, model and data.
 
     Raises:
-        ConfigurationError: ``epochs`` is not a positive integer, ``out`` is no folder or holds runs of other settings,
-            or an optional package is missing.
+        ConfigurationError: ``epochs`` is not a positive integer, ``out`` is not a folder or holds runs of other
+            settings, or an optional package is missing.
     """
     check_count("epochs", epochs)
     new_figure(1, 1, "")  # without matplotlib, raises before the training
@@ -226,7 +226,7 @@ def demo(out: Path, epochs: int, parse: Callable[[Sequence[str]], pl.cli.Lightni
 
 
 def report(results: Mapping[str, Result]) -> str:
-    """Return a table of the runs, and one of each tied run beside its plain peer, as Markdown, and what they show."""
+    """Return the tables of runs and comparisons as Markdown, and what they show."""
     rows = {row.name: row for row in ROWS if row.name in results}
     costs = [
         [
@@ -413,11 +413,11 @@ def blocks_per_step(model: nn.Module) -> float:
 
 @contextmanager
 def _explained_interruption() -> Iterator[None]:
-    """Say that an interrupted demo goes on, in place of a traceback."""
+    """Say that an interrupted demo can be resumed, in place of a traceback."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Lightning exits when it is interrupted
-        print("interrupted: the same command goes on", flush=True)
+        print("interrupted: the same command resumes", flush=True)
         sys.exit(INTERRUPTED)
 
 

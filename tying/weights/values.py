@@ -34,7 +34,7 @@ def check_real(name: str, weight: Tensor) -> None:
     Example:
         >>> check_real("0.weight", torch.ones(2, dtype=torch.int8))
         Traceback (most recent call last):
-        tying.errors.ConfigurationError: '0.weight' is of torch.int8, and only real floating-point weights can be ...
+        tying.errors.ConfigurationError: '0.weight' is torch.int8, and only real floating-point weights can be ...
     """
     if not weight.is_floating_point():
         raise ConfigurationError(
