@@ -7,7 +7,6 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 import torch
 from torch import nn
 from torch.fx import Proxy, Tracer
-from typing_extensions import override
 
 from tying.errors import ConfigurationError
 from tying.torch_workarounds import breaks_graph_at_rnn, is_proxy, is_recorded
@@ -22,6 +21,11 @@ class LeafModule(nn.Module):
     A trace of the forward would fix the random decisions of Python and the training mode.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, nn.RNNBase):
+            cls.__call__ = _outside_graphs(cls.__call__)  # type: ignore[method-assign]  # also of generated classes
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module, or record the call if an argument is a ``torch.fx.Proxy``."""
         tracer = find_tracer(args) or (find_tracer(kwargs.values()) if kwargs else None)
@@ -34,22 +38,18 @@ class LeafModule(nn.Module):
         )
 
 
-class LeafRNN(LeafModule):
-    """A leaf module that is one of torch's recurrent layers, at which ``torch.compile`` breaks its graph, as at these.
+def _outside_graphs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``torch.compile`` break its graph at a call of a recurrent layer, as it does at those of torch.
 
-    Without this, the compiler fails within the call of a recurrent layer that is not in torch's own files.
+    It would fail within the call of a recurrent layer whose class is not in torch's own files.
     """
+    eager = torch.compiler.disable(call)  # type: ignore[no-untyped-call]  # torch's
 
-    @override
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if breaks_graph_at_rnn():
-            return _call_eagerly(self, args, kwargs)
-        return super().__call__(*args, **kwargs)
+    @wraps(call)
+    def call_outside(*args: Any, **kwargs: Any) -> Any:
+        return (eager if breaks_graph_at_rnn() else call)(*args, **kwargs)
 
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-def _call_eagerly(module: LeafModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return LeafModule.__call__(module, *args, **kwargs)
+    return call_outside
 
 
 def record_module(tracer: Tracer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:

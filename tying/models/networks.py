@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from tying.depth.tracing import LeafRNN
+from tying.depth.tracing import LeafModule
 from tying.errors import ConfigurationError, check_choice, check_count
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "elu": nn.ELU}
@@ -43,7 +43,7 @@ def sequential(layers: Sequence[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class GRU(LeafRNN, nn.GRU):
+class GRU(LeafModule, nn.GRU):
     """``torch.nn.GRU`` without ``proj_size``, which configurations would pass and ``torch.nn.GRU`` rejects.
 
     Example:

@@ -64,6 +64,11 @@ def remove_zoneout(model: nn.Module) -> int:
 
     Raises:
         ConfigurationError: the class of a layer has changed since. The model is then unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.LSTM(4, 3), nn.Linear(3, 2))
+        >>> zone_out(model, "0", cell=0.15, hidden=0.15), remove_zoneout(model), type(model[0]) is nn.LSTM
+        (1, 1, True)
     """
     layers = {name: module for name, module in model.named_modules() if "_class_before" in vars(module)}
     for name, layer in layers.items():

@@ -20,7 +20,7 @@ from tying.depth.rnn.sequences import (
     initial_state,
     without_autocast,
 )
-from tying.depth.tracing import LeafModule, LeafRNN, leaf_function
+from tying.depth.tracing import LeafModule, leaf_function
 from tying.errors import ConfigurationError, check_range
 from tying.torch_workarounds import is_recorded
 
@@ -311,7 +311,7 @@ class ZoneoutLSTMCell(ZoneoutRates, nn.LSTMCell):
         return h.view(shape), c.view(shape)
 
 
-class ZoneoutLSTM(LeafRNN, ZoneoutRates, SequenceLayer, nn.LSTM):
+class ZoneoutLSTM(ZoneoutRates, SequenceLayer, nn.LSTM):
     """``nn.LSTM`` whose units randomly keep their old values, with its interface and parameter names.
 
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
