@@ -305,8 +305,8 @@ def test_an_address_in_place_of_the_folder_is_told(has_logger, caplog):
 
 def test_a_machine_without_a_screen_draws(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
-    with matplotlib.rc_context({"backend": "tkagg"}):
-        draw("tying_gap", False, default_root_dir=tmp_path)
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "tkagg")  # which rc_context would not restore
+    draw("tying_gap", False, default_root_dir=tmp_path)
     assert (tmp_path / "tying_gap.png").read_bytes().startswith(b"\x89PNG")
 
 
