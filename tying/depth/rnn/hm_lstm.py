@@ -209,7 +209,7 @@ class HMLSTM(RecurrentLayer):
         return [state[self.num_layers - 1]]
 
     def _by_kind(self, state: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the hidden states of all layers, their cells and their boundaries: a state lists them in this order."""
+        """Return the hidden states, cells and boundaries of all layers, which a state lists in this order."""
         layers = self.num_layers
         return [*state[:layers]], [*state[layers : 2 * layers]], [*state[2 * layers :]]
 
