@@ -159,7 +159,9 @@ def test_mistakes():
         callback(hidden=-1)
     with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: pattern 'net' matches no module"):
         fit(Recurrent(), ZoneoutStates("net", 0.5, 0.5))
-    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: 'encoder', a Sequential, is not an nn\.LSTM"):
+    with pytest.raises(
+        ConfigurationError, match=r"^ZoneoutStates: modules: 'encoder', a Sequential, is not an nn\.LSTM"
+    ):
         fit(Recurrent(), ZoneoutStates(["lstm", "encoder"], 0.5, 0.5))
     zoned = Recurrent()
     zone_out(zoned, "lstm", cell=0.5, hidden=0.25)
