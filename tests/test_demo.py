@@ -43,7 +43,7 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys):
     )
     assert "[1/2] untied, epoch 2/2: loss " in out
     assert "[2/2] soft, epoch 1/2: loss " in out
-    assert out.endswith("interrupted: the same command resumes\n")
+    assert out.endswith("interrupted: repeat the command to resume\n")
     folder = tmp_path / "runs" / "demo"
     finished = (folder / "untied" / "measured.json").stat().st_mtime_ns
 
@@ -52,7 +52,7 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys):
     assert "[1/2]" not in out
     assert "soft, epoch 1/2" not in out
     assert "[2/2] soft, epoch 2/2: loss " in out
-    assert re.match(r"The runs in runs/demo go on, in precision (32-true|bf16-mixed)\.\n", out)
+    assert re.match(r"Resuming the runs in runs/demo, in precision (32-true|bf16-mixed)\.\n", out)
     assert "a step takes" not in out  # the precision is kept
     assert "Command: `tying demo --epochs 2`" in out
     assert ", 2 epochs, " in out

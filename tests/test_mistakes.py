@@ -328,7 +328,7 @@ IN_YAML = {
         "trainer: {max_epoch: 1}",
         "there is no option 'trainer.max_epoch'. Nearest existing names: trainer.max_e",
     ),
-    "an optimizer": ("optimizer: Adam", "there is no option 'optimizer'. The model makes its optimizer; those of"),
+    "an optimizer": ("optimizer: Adam", "there is no option 'optimizer'. Models make their optimizers; those of"),
     "a section": ("callbacks: []", "there is no option 'callbacks'. Nearest existing names: trainer.callbacks."),
     "a number": ("trainer: {max_epochs: many}", "trainer.max_epochs: Expected an integer. Got value: many"),
     "a class": (callback("tying.callbacks.SoftTyin", ""), "Nearest existing names: tying.callbacks.SoftTying."),
@@ -396,12 +396,12 @@ IN_COMMANDS = {
     "a trainer's option": (["--trainer.max_epohcs=3"], "Nearest existing names: --trainer.max_epochs"),
     "an optimizer": (
         ["--optimizer=Adm"],
-        "The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw.",
+        "Models make their optimizers; those of tying.models take --model.optimizer=sgd or --model.optimizer=adamw.",
     ),
-    "an optimizer's class": (["--optimizer=torch.optim.Adam"], "--optimizer=torch.optim.Adam. The model makes its opt"),
+    "an optimizer's class": (["--optimizer=torch.optim.Adam"], "--optimizer=torch.optim.Adam. Models make their opt"),
     "a schedule": (
         ["--lr_scheduler.class_path=StepLR"],
-        "StepLR. The model makes its optimizer; those of this package",
+        "StepLR. Models make their optimizers; those of tying.models",
     ),
     "an optimizer of the model": (
         ["--model=Classifier", "--model.network=tying.models.ResNet", "--model.optimizer=adm"],

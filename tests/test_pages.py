@@ -165,8 +165,8 @@ def test_the_page_on_strengths_says_what_inspect_prints(capsys):
     main(["inspect", "--config=configs/base.yaml", "--config=configs/soft.yaml"])
     printed = re.findall(r"strength ([\d.]+) .* half in (\d+) steps", capsys.readouterr().out)
     strengths, steps = {strength for strength, _ in printed}, sorted(int(steps) for _, steps in printed)
-    assert f"for the strength of {strengths.pop()} in the results below" in PAGES["soft"]
-    assert f"half of the gap in {steps[0]} to {steps[-1]} of 432 steps" in PAGES["soft"]
+    assert f"In the results below, for example, strength {strengths.pop()}\n" in PAGES["soft"]
+    assert f"halves the gap in {steps[0]} to {steps[-1]} of 432 steps" in PAGES["soft"]
 
 
 def test_pages_link_to_what_there_is():

@@ -62,7 +62,9 @@ def test_boundaries_of_a_layer_that_returns_outputs_of_its_top_layer(data):
 @pytest.mark.parametrize("x", [torch.zeros(5, 12), pack_sequence([torch.zeros(5, 12)])], ids=["single", "packed"])
 def test_sequences_that_are_no_padded_batch(x):
     layer = HMLSTM(12, 12)
-    with pytest.raises(ConfigurationError, match="draws padded batches: give the HMLSTM no packed or single sequences"):
+    with pytest.raises(
+        ConfigurationError, match="needs padded batches: the HMLSTM got packed sequences or a single one"
+    ):
         BoundaryPlot()._keep(layer, (x,), {}, layer(x))
 
 

@@ -606,7 +606,7 @@ def test_audit_names_the_tie_of_a_weight_that_stands_twice():
     tie(model, TIES)
     optimizers = [torch.optim.SGD(kernel.parameters(), lr=0.1) for kernel in model.net.kernels]
     told = [problem for problem in audit(model, optimizers).problems if "twice" in problem]
-    assert told[0].startswith("net.kernels.0.weight = net.kernels.1.weight is twice in the optimizers")
+    assert told[0].startswith("net.kernels.0.weight = net.kernels.1.weight occurs twice in the optimizers")
 
 
 # Infinite strength and averages of weights

@@ -306,7 +306,7 @@ def test_weights_that_several_optimizers_hold():
         def configure_optimizers(self):
             return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.encoder, self.decoder)]
 
-    with pytest.raises(ValueError, match=r"'pair\.0\.weight' is 2 times in the optimizers"):
+    with pytest.raises(ValueError, match=r"'pair\.0\.weight' occurs 2 times in the optimizers"):
         train(Two(), [HardTying(["pair.0.weight ~ pair.1.weight"]), Add()], max_epochs=2)
 
 

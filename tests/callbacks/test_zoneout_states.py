@@ -118,7 +118,7 @@ def test_bake_says_that_a_plain_lstm_has_no_averages(rate, tmp_path, capsys):
     fit(model, callback(cell=rate, hidden=0.0), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     export(tmp_path / "a.ckpt", tmp_path / "a.pt", [], lambda configs: None)
     told = capsys.readouterr().out
-    assert ("were trained with zoneout of 0.5 in cells and 0 in\nhidden states (ZoneoutStates{" in told) == bool(rate)
+    assert ("trained with zoneout, cell=0.5 and hidden=0\n(ZoneoutStates{" in told) == bool(rate)
     Recurrent().load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
 
 
@@ -159,7 +159,9 @@ def test_mistakes():
         callback(hidden=-1)
     with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: pattern 'net' matches no module"):
         fit(Recurrent(), ZoneoutStates("net", 0.5, 0.5))
-    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: 'encoder', a Sequential, is no nn\.LSTM"):
+    with pytest.raises(
+        ConfigurationError, match=r"^ZoneoutStates: modules: 'encoder', a Sequential, is not an nn\.LSTM"
+    ):
         fit(Recurrent(), ZoneoutStates(["lstm", "encoder"], 0.5, 0.5))
     zoned = Recurrent()
     zone_out(zoned, "lstm", cell=0.5, hidden=0.25)

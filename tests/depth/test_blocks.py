@@ -759,7 +759,7 @@ def patched(module):
             ["stage", "stage.0"],
             r"blocks: 'stage\.0', a Linear, lies within 'stage', which matches, too: name one of them",
         ),
-        ("patched", r"blocks: 'patched', a Linear, has another forward than its class"),
+        ("patched", r"blocks: 'patched', a Linear, has a patched forward, which is not that of its class"),
         (
             "reversible",
             r"blocks: 'reversible', a Reversible, is reversible, and computes its gradients without a merge",

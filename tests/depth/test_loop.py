@@ -628,7 +628,7 @@ MISTAKES = {
     ),
     "within": (looped, ("1.branch", 2), r"^blocks: '1\.branch', a Sequential, is in a loop already, or overlaps"),
     "around": (lambda: looped("1.branch"), ("1", 2), "^blocks: '1', a Residual, is in a loop already, or overlaps"),
-    "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), ("*", 2), "'0', a Linear, is at several places"),
+    "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), ("*", 2), "'0', a Linear, occurs several times"),
     "reversible": (
         lambda: nn.Sequential(Reversible(4, 4)),
         ("0", 2),
@@ -638,7 +638,7 @@ MISTAKES = {
     "own forward": (
         with_forward,
         ("1", 2, "norm"),
-        r"^blocks: '1', a Residual, has another forward than its class: .* or leave per_",
+        r"^blocks: '1', a Residual, has a patched forward, which is not that of its class: .* or leave per_",
     ),
     "no norms": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),

@@ -107,7 +107,7 @@ def test_audit_of_optimizers():
     tie(model, ["0.weight ~ 1.weight"])
     assert "1 tensors in the optimizers are not the model's" in audit(model, [early]).problems[0]
     twice = torch.optim.SGD([model[0].weight, model[1].weight, model[0].bias, model[1].bias], 0.1)
-    assert "0.weight = 1.weight is twice in the optimizers" in audit(model, [twice]).problems[0]
+    assert "0.weight = 1.weight occurs twice in the optimizers" in audit(model, [twice]).problems[0]
     missing = torch.optim.SGD([model[0].weight], 0.1)
     assert "0.bias, 1.bias is in no optimizer" in audit(model, [missing]).problems[0]
     frozen = nn.Linear(2, 2)

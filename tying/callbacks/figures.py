@@ -24,7 +24,7 @@ def log_figure(trainer: pl.Trainer, draw: "Callable[[], Figure]", name: str) -> 
     file: the next ones are ``<name>-v1.png``, ``<name>-v2.png`` and so on.
 
     Only the first process draws, and none does with ``fast_dev_run``. Training goes on if a logger or the folder fails,
-    if the folder is an address such as ``s3://bucket``, or if matplotlib is not installed or broken; one line says so.
+    if the folder is an address such as ``s3://bucket``, or if matplotlib is missing or broken; one line says so.
 
     Args:
         trainer: the trainer, in training or testing.
@@ -50,11 +50,13 @@ def run_folder(trainer: pl.Trainer) -> Path:
     Raises:
         ConfigurationError: the folder is an address, such as ``s3://bucket``.
     """
-    folder = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), trainer.default_root_dir)
-    if trainer.loggers and not any(logger.log_dir for logger in trainer.loggers):
+    root = trainer.default_root_dir
+    folder = next((logger.log_dir for logger in trainer.loggers if logger.log_dir), None)
+    if folder is None and trainer.loggers:
         logger = trainer.loggers[0]  # as for ModelCheckpoint
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        folder = os.path.join(logger.save_dir or folder, str(logger.name), version)
+        folder = os.path.join(logger.save_dir or root, str(logger.name), version)
+    folder = folder or root
     if "://" in str(folder):
         raise ConfigurationError(
             f"{folder} is not a local folder: add a logger that takes figures, such as TensorBoardLogger"

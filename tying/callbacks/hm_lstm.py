@@ -116,7 +116,9 @@ class BoundaryPlot(Callback):
         if not isinstance(output, HMOutput):  # the layer returns outputs of its top layer alone
             output = module.run(*args, **kwargs)
         if not isinstance(output.boundaries, Tensor) or output.boundaries.ndim != 3:
-            raise ConfigurationError("BoundaryPlot draws padded batches: give the HMLSTM no packed or single sequences")
+            raise ConfigurationError(
+                "BoundaryPlot needs padded batches: the HMLSTM got packed sequences or a single one"
+            )
         boundaries = output.boundaries.detach().float()
         self._last = boundaries.transpose(0, 1) if module.batch_first else boundaries  # (steps, batch, layers − 1)
 

@@ -170,7 +170,7 @@ class ModelTransform(TyingCallback):
             if (count := counts[parameter]) > 1:
                 names = shared_in(model, [parameter]).get(parameter, name)
                 raise ConfigurationError(
-                    f"{self.label}: {name!r} is {count} times in the optimizers, so each step would update and "
+                    f"{self.label}: {name!r} occurs {count} times in the optimizers, so each step would update and "
                     f"decay it {count} times: {self._explain_sharing([names])}"
                 )
 

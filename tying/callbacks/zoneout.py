@@ -9,7 +9,7 @@ from typing_extensions import override
 from tying.callbacks.base import counted
 from tying.callbacks.transform import ModelTransform, arguments_of
 from tying.depth import zone_out
-from tying.depth.rnn.convert import lstms_in
+from tying.depth.rnn.convert import distinct_modules
 from tying.errors import check_range, listed
 from tying.selection.index import clean_name
 
@@ -17,9 +17,9 @@ from tying.selection.index import clean_name
 class ZoneoutStates(ModelTransform):
     """Let units of LSTMs randomly keep their old values; see :func:`tying.depth.zone_out`.
 
-    The model's state dict does not change: a model that loads it without this callback or mixin computes plain LSTMs.
-    When a Trainer loads a checkpoint, Lightning warns if the callback is missing, and this callback warns if its rates
-    differ from those used in training. List it before callbacks that put merges or loops around the LSTMs.
+    The keys of the state dict stay the same: a model that loads it without this callback or mixin computes plain LSTMs.
+    When a Trainer loads a checkpoint, Lightning warns if the callback is missing, and this callback warns if its
+    probabilities differ from those in training. List it before callbacks that put merges or loops around the LSTMs.
 
     Args:
         modules: a pattern of names of ``nn.LSTM`` or ``nn.LSTMCell`` modules, or several; a leading ``!`` excludes.
@@ -46,9 +46,8 @@ class ZoneoutStates(ModelTransform):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "rates": [self.cell, self.hidden]
-        }  # Lightning warns if a checkpoint has the state of a missing callback
+        # Lightning warns if a checkpoint has the state of a missing callback
+        return {"rates": [self.cell, self.hidden]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -68,7 +67,7 @@ class ZoneoutStates(ModelTransform):
     def apply(self, model: nn.Module) -> int:
         if not self.is_applied(model):
             zone_out(model, self.modules, self.cell, self.hidden)
-            for layer in lstms_in(model, self.modules).values():
+            for layer in distinct_modules(model, self.modules).values():
                 layer.__dict__["_zoned_by"] = arguments_of(self)
         return len(self._made(model))
 

@@ -94,8 +94,8 @@ def _print_notes(states: Mapping[str, Any]) -> None:
         if callback.startswith("ZoneoutStates") and any(state["rates"]):
             cell, hidden = state["rates"]
             print(
-                f"Note: these are weights alone, and were trained with zoneout of {cell:g} in cells and {hidden:g} in\n"
-                f"hidden states ({callback}): a plain LSTM, without their averages, computes something else from them."
+                f"Note: the file holds only weights, trained with zoneout, cell={cell:g} and hidden={hidden:g}\n"
+                f"({callback}). A plain LSTM does not average its states, and computes something else."
             )
 
 

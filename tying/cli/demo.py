@@ -67,7 +67,7 @@ class Row:
         peer: name of the plain run to compare with; empty for a plain run.
         peer_is: the plain run in words.
         judged_by: what the comparison shows; the two runs cost the same in what it names.
-        is_as_fast: whether a step of the two runs computes the same number of equally wide blocks, in the mean.
+        is_as_fast: whether a step of the two runs computes the same number of equally wide blocks, on average.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Result:
         accuracy: test accuracy.
         parameters: number of parameters; a shared weight counts once.
         bytes: bytes of the parameters.
-        blocks: number of residual blocks that a training step computes, in the mean: the planned cost.
+        blocks: number of residual blocks that a training step computes, on average: the planned cost.
         epochs: loss, validation accuracy, seconds and, of ties, gap of each epoch.
     """
 
@@ -275,15 +275,15 @@ def conclude(verdicts: Mapping[Row, str]) -> str:
 
 
 def _disturbances(results: Mapping[str, Result], tied: Iterable[Row]) -> list[str]:
-    """Return a sentence if the times of runs of equal planned cost differ by more than other work explains."""
+    """Return a sentence if the times of two runs of equal planned cost differ by more than ``DISTURBED``."""
     pairs = [(row.peer, row.name) for row in tied if row.is_as_fast]
     times = {pair: [results[name].seconds for name in pair] for pair in pairs}
     pair, seconds = max(times.items(), key=lambda item: max(item[1]) / min(item[1]), default=(("", ""), [1.0, 1.0]))
     if max(seconds) <= DISTURBED * min(seconds):
         return []
     return [
-        f"Other work disturbed the times: {pair[0]} and {pair[1]} compute equally many blocks a step, and took "
-        f"{seconds[0]:.1f} and {seconds[1]:.1f} s an epoch. No verdict depends on them."
+        f"Other work on this machine disturbed the times: {pair[0]} and {pair[1]} compute equally many blocks a step, "
+        f"and took {seconds[0]:.1f} and {seconds[1]:.1f} s an epoch. No verdict depends on the times."
     ]
 
 
@@ -361,7 +361,7 @@ def _begin(out: Path, settings: dict[str, Any], parse: Callable[[Sequence[str]],
                 f"--out: {out} holds runs with {name} {earlier[name]}, not {settings[name]}: give another folder, or "
                 "remove this one"
             )
-        print(f"The runs in {out} go on, in precision {earlier['precision']}.", flush=True)
+        print(f"Resuming the runs in {out}, in precision {earlier['precision']}.", flush=True)
         return str(earlier["precision"])
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -400,7 +400,7 @@ def _train(label: str, folder: Path, cli: pl.cli.LightningCLI) -> Result:
 
 
 def blocks_per_step(model: nn.Module) -> float:
-    """Return how many residual blocks of a model a training step computes, in the mean.
+    """Return how many residual blocks of a model a training step computes, on average.
 
     Example:
         >>> from tying.depth import StochasticDepth
@@ -417,7 +417,7 @@ def _explained_interruption() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):  # Lightning exits when it is interrupted
-        print("interrupted: the same command resumes", flush=True)
+        print("interrupted: repeat the command to resume", flush=True)
         sys.exit(INTERRUPTED)
 
 
@@ -438,7 +438,7 @@ def without_notices() -> Iterator[None]:
 
 
 def conditions(precision: str, out: Path, epochs: int) -> str:
-    """Return what ran where, and the command that runs it again."""
+    """Return the settings and versions of the runs, the device, and the command that repeats them."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else counted(torch.get_num_threads(), "thread")
     command = ["tying", "demo"]
     command += ["--epochs", str(epochs)] * (epochs != EPOCHS) + ["--out", str(out)] * (out != OUT)

@@ -87,15 +87,13 @@ def of_optimizer(option: str) -> str:
 
     Example:
         >>> of_optimizer("optimizer.lr")
-        ' The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw.'
+        ' Models make their optimizers; those of tying.models take --model.optimizer=sgd or --model.optimizer=adamw.'
         >>> of_optimizer("verbose")
         ''
     """
     if option.partition(".")[0] not in ("optimizer", "lr_scheduler"):
         return ""
-    return (
-        " The model makes its optimizer; those of this package take --model.optimizer=sgd or --model.optimizer=adamw."
-    )
+    return " Models make their optimizers; those of tying.models take --model.optimizer=sgd or --model.optimizer=adamw."
 
 
 def _of_file(path: str, places: Sequence[str]) -> str:

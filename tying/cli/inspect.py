@@ -124,14 +124,16 @@ def _collect(
 
 
 def _describe_free(free: Sequence[str], names: Sequence[str]) -> str:
-    """Return which of the names of all weights no tie matches, in a sentence."""
+    """Return a sentence that lists the weights that no tie matches, among the names of all weights."""
     if not free:
         return "Every parameter is tied."
     return f"Not matched by any tie: {len(free)}: {', '.join(_as_patterns(free, {*names}.difference(free)))}"
 
 
 def _as_patterns(names: Sequence[str], others: Iterable[str]) -> list[str]:
-    """Return names, with a pattern and a count for three or more that differ in numbers only, if it fits no others.
+    """Return names; three or more that differ only in numbers become a pattern and their count.
+
+    Names that have the same pattern as one of the others remain.
 
     Example:
         >>> _as_patterns([*(f"{layer}.norm{n}" for layer in (0, 1) for n in (1, 2)), "0.conv", "2.conv"], ["1.conv"])

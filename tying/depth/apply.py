@@ -335,7 +335,7 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
         if type(block).forward is nn.Module.forward:
             problem = "has no forward: name the blocks within it"
         elif "forward" in block.__dict__:
-            problem = "has another forward than its class: undo that first"
+            problem = "has a patched forward, which is not that of its class: undo that first"
         elif hasattr(block, "backward_pass"):  # of Reformer, whose gradients would be those of the plain block
             problem = "is reversible, and computes its gradients without a merge: name modules within it"
         elif not merges_in(block) and next(block.parameters(), None) is None:

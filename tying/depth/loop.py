@@ -503,11 +503,11 @@ def _check_blocks(model: nn.Module, stage: Stage, per_pass: PerPass) -> None:
         if type(block).forward is nn.Module.forward:
             problem = "has no forward: name the blocks within it"
         elif stage.blocks.count(block) > 1:
-            problem = "is at several places in the model: name blocks that are at one place"
+            problem = "occurs several times in the model: name blocks that occur once"
         elif hasattr(block, "backward_pass"):  # of Reformer, whose gradients would be those of one pass
             problem = "is reversible, and computes its gradients without the loop: name other blocks"
         elif per_pass and "forward" in vars(block):
-            problem = "has another forward than its class: undo that first, or leave per_pass out"
+            problem = "has a patched forward, which is not that of its class: undo that first, or leave per_pass out"
         elif per_pass and (encoder := _nested(model, block)):
             problem = (
                 f"gets nested tensors from {encoder!r} in evaluation, on which per_pass has no effect: make the "

@@ -32,7 +32,7 @@ class LeafModule(nn.Module):
         return super().__call__(*args, **kwargs) if tracer is None else record_module(tracer, self, args, kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse ``torch.jit.script``, which calls this method, instead of compiling the forward of a base class."""
+        """Refuse ``torch.jit.script``, which calls this method and would compile the forward of a base class."""
         raise ConfigurationError(
             f"torch.jit.script cannot compile {type(self).__name__}: use torch.export, torch.compile or torch.jit.trace"
         )
@@ -41,7 +41,7 @@ class LeafModule(nn.Module):
 def _outside_graphs(call: Callable[..., Any]) -> Callable[..., Any]:
     """Let ``torch.compile`` break its graph at a call of a recurrent layer, as it does at those of torch.
 
-    It would fail within the call of a recurrent layer whose class is not in torch's own files.
+    Tracing into the call fails if the class of the layer is not in torch's own files.
     """
     eager = torch.compiler.disable(call)  # type: ignore[no-untyped-call]  # torch's
 

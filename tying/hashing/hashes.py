@@ -108,7 +108,7 @@ class Hash:
         if slots > LARGEST_TABLE:
             raise ConfigurationError(
                 f"{self}: the index must address {slots:,} values (the table's slots, their negatives if signed, "
-                f"and zero), and its 32 bits address {LARGEST_TABLE:,}: lower table_ratio, or use several tables"
+                f"and zero), but its 32 bits address only {LARGEST_TABLE:,}: lower table_ratio, or use several tables"
             )
 
     def check(self, count: int, table_size: int) -> None:

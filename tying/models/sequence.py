@@ -92,8 +92,8 @@ class SequenceModel(Classification):
         result = self.network(steps, *([] if state is None else [state]))
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
-                f"{type(self.network).__name__} must return a pair of outputs and a state, as nn.LSTM does; give an "
-                "HMLSTM outputs='top', or use tying.models.HMNetwork"
+                f"{type(self.network).__name__} must return a pair of outputs and a state, as nn.LSTM does: set "
+                "outputs='top' in an HMLSTM, or use tying.models.HMNetwork"
             )
         outputs, state = result
         if outputs.shape[-1] != self.head.in_features:

@@ -108,8 +108,8 @@ def check(pattern: str, context: str = "") -> None:
     if one_sided := left.identifiers ^ right.identifiers:
         raise ConfigurationError(
             f"{context}relation {pattern!r} cannot be inverted: axes "
-            f"{', '.join(sorted(one_sided)).replace('…', '...')} are on one side only; every axis must be once on "
-            "each side"
+            f"{', '.join(sorted(one_sided)).replace('…', '...')} are on one side only; every axis must occur once "
+            "on each side"
         )
 
 

@@ -240,29 +240,29 @@ def _members(tie: Tie, sources: list[Match], targets: list[Match], names: dict[i
 
 
 def _unequal_hint(tie: Tie, matches: Sequence[Match], match: Match, is_target: bool) -> str:
-    """Return what to write in place of a tie whose first weight does not have the shape of another one."""
+    """Return what to write in place of a tie whose weights have different shapes."""
     fitting = transposing(matches[0].shape, match.shape)
     if is_target:
         return f"the relation {fitting!r} would fit" if fitting else "give a relation that fits, or exclude one of them"
-    if tie.target is None and (parted := _parted(tie.source, matches)):
-        return f"write {parted!r}: one group of equal shapes for each capture"
+    if tie.target is None and (captured := _with_capture(tie.source, matches)):
+        return f"write {captured!r}: one group of equal shapes for each capture"
     if tie.target is None and fitting and len(matches) == 2:
         return f"a relation needs a target: write '{matches[0].name} ~ {match.name} | {fitting}'"
     return "write one tie for each shape, or exclude one of them"
 
 
-def _parted(pattern: str, matches: Sequence[Match]) -> str | None:
-    """Return a pattern with one wildcard made a capture, so that each group's weights have one shape, or None."""
+def _with_capture(pattern: str, matches: Sequence[Match]) -> str | None:
+    """Return a pattern in which a capture replaces a wildcard so that each group has one shape; None if none does."""
     name = next(letter for letter in LETTERS if letter not in Pattern(pattern).captures)
     for wildcard in WILDCARD.finditer(pattern):
         capture = f"{{{name}:{wildcard[1]}}}" if wildcard[1] else f"{{{name}}}"
-        parted = Pattern(pattern[: wildcard.start()] + capture + pattern[wildcard.end() :])
+        captured = Pattern(pattern[: wildcard.start()] + capture + pattern[wildcard.end() :])
         shapes: dict[object, list[tuple[int, ...]]] = {}
         for match in matches:
             path = match.name.removesuffix(f".{match.relative}") if match.relative else match.name
-            shapes.setdefault((match.relative, parted.match(path)), []).append(match.shape)
+            shapes.setdefault((match.relative, captured.match(path)), []).append(match.shape)
         if all(len(group) > 1 and len({*group}) == 1 for group in shapes.values()):
-            return parted.text
+            return captured.text
     return None
 
 

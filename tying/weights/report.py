@@ -265,7 +265,7 @@ def _in_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterabl
     trained = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if twice := [names[key] for key, count in trained.items() if count > 1 and key in names]:
         yield (
-            f"{listed(twice)} is twice in the optimizers, so each step updates and decays it twice. Build them "
+            f"{listed(twice)} occurs twice in the optimizers, so each step updates and decays it twice. Build them "
             "from model.parameters(), which yields each weight once"
         )
     if orphans := sum(key not in names for key in trained):

@@ -17,9 +17,9 @@ ZONEOUT: dict[type[nn.Module], type[ZoneoutRates]] = {nn.LSTM: ZoneoutLSTM, nn.L
 def zone_out(model: nn.Module, modules: str | Sequence[str], cell: float, hidden: float) -> int:
     """Turn ``nn.LSTM`` layers into :class:`ZoneoutLSTM`, in place; return the number of layers.
 
-    An ``nn.LSTMCell`` becomes a :class:`ZoneoutLSTMCell`, and a subclass of either that has no forward of its own a
-    subclass of both. Parameters, optimizers, ties and state dicts stay the same, and with rates of 0 so do outputs, up
-    to rounding.
+    An ``nn.LSTMCell`` becomes a :class:`ZoneoutLSTMCell`. A layer whose class is a subclass of ``nn.LSTM`` or
+    ``nn.LSTMCell``, with the same forward, gets a subclass of both classes. Parameters, optimizers, ties and state
+    dicts stay the same, and with probabilities of 0 the outputs as well, up to rounding.
 
     Args:
         model: changed in place.
@@ -28,9 +28,8 @@ def zone_out(model: nn.Module, modules: str | Sequence[str], cell: float, hidden
         hidden: probability that a unit of the hidden state keeps its old value, at each step.
 
     Raises:
-        ConfigurationError: a probability is not in [0, 1]; a pattern matches nothing, or a module that is no
-            ``nn.LSTM`` or ``nn.LSTMCell``, has a forward of its own, or has zoneout already. The model is then
-            unchanged.
+        ConfigurationError: a probability is not in [0, 1]; a pattern matches nothing, or a module that is not an
+            ``nn.LSTM`` or ``nn.LSTMCell``, has another forward, or has zoneout already. The model is then unchanged.
 
     Example:
         >>> model = nn.ModuleDict({"lstm": nn.LSTM(4, 3), "head": nn.Linear(3, 2)})
@@ -43,7 +42,7 @@ def zone_out(model: nn.Module, modules: str | Sequence[str], cell: float, hidden
     """
     check_range("cell", cell, "[0, 1]")
     check_range("hidden", hidden, "[0, 1]")
-    layers = lstms_in(model, modules)
+    layers = distinct_modules(model, modules)
     for name, layer in layers.items():
         if problem := _problem(layer):
             raise ConfigurationError(f"modules: {name!r}, a {type(layer).__name__}, {problem}")
@@ -57,7 +56,7 @@ def zone_out(model: nn.Module, modules: str | Sequence[str], cell: float, hidden
 def remove_zoneout(model: nn.Module) -> int:
     """Turn the layers that :func:`zone_out` has changed into ``nn.LSTM`` again; return the number of layers.
 
-    Each computes bitwise what an ``nn.LSTM`` of its weights does.
+    Each then computes bitwise what an ``nn.LSTM`` with its weights does.
 
     Args:
         model: changed in place.
@@ -74,8 +73,9 @@ def remove_zoneout(model: nn.Module) -> int:
     for name, layer in layers.items():
         if (current := plain_class(layer)) is not _zoneout_class(vars(layer)["_class_before"]):
             raise ConfigurationError(
-                f"{clean_name(name)!r} is a {current.__name__} since it got zoneout, which cannot be removed: call "
-                "remove_zoneout before what changes the class, such as apply_merge, loop or fully_shard"
+                f"the class of {clean_name(name)!r} has changed to {current.__name__} after it got zoneout, which "
+                "cannot be removed now: call remove_zoneout before what changes the class, such as apply_merge, loop "
+                "or fully_shard"
             )
     for layer in layers.values():
         swap_plain_class(layer, vars(layer).pop("_class_before"))
@@ -84,7 +84,7 @@ def remove_zoneout(model: nn.Module) -> int:
     return len(layers)
 
 
-def lstms_in(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
+def distinct_modules(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Module]:
     """Return the modules whose names match patterns; each appears once, by its first name that matches."""
     layers: dict[nn.Module, str] = {}
     for name, module in match_modules(model, modules, aliases=True, argument="modules").items():
@@ -93,24 +93,26 @@ def lstms_in(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Mod
 
 
 def _zoneout_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """Return the class with zoneout of a class of LSTMs."""
-    return ZONEOUT.get(plain) or generate_class(
-        next(ZONEOUT[base] for base in ZONEOUT if issubclass(plain, base)), plain
-    )
+    """Return the class that adds zoneout to a class of LSTMs."""
+    base = _base(plain)
+    assert base is not None
+    return ZONEOUT[base] if plain is base else generate_class(ZONEOUT[base], plain)
+
+
+def _base(plain: type[nn.Module]) -> type[nn.Module] | None:
+    """Return ``nn.LSTM`` or ``nn.LSTMCell``, of which a class is a subclass; None if it is of neither."""
+    return next((base for base in ZONEOUT if issubclass(plain, base)), None)
 
 
 def _problem(layer: nn.Module) -> str | None:
-    """Return why a module cannot have zoneout, if so."""
+    """Return why a module cannot have zoneout, or None if it can."""
     plain = plain_class(layer)
-    base = next((base for base in ZONEOUT if issubclass(plain, base)), None)
-    if base is None:
-        return "is no nn.LSTM or nn.LSTMCell: name only these, or exclude it by '!'"
+    if (base := _base(plain)) is None:
+        return "is not an nn.LSTM or nn.LSTMCell: name only these, or exclude it by '!'"
     if isinstance(layer, ZoneoutRates):
         return "has zoneout already: set its zoneout_cell and zoneout_hidden, or call remove_zoneout first"
     if isinstance(plain, GeneratedType):
         return "is in a loop or has a merge: call zone_out before loop and apply_merge"
     if plain.forward is not base.forward or "forward" in vars(layer):
-        return (
-            f"has a forward of its own, which zoneout would replace: name only layers with that of nn.{base.__name__}"
-        )
+        return f"has another forward than nn.{base.__name__}, which zoneout would replace: exclude it by '!'"
     return None

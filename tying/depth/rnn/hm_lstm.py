@@ -31,7 +31,7 @@ class HMState(NamedTuple):
 
 
 class HMOutput(NamedTuple):
-    """The output of an :class:`HMLSTM`. Of packed input, hidden states and boundaries are packed, too.
+    """The output of an :class:`HMLSTM`; for packed input, its hidden states and boundaries are packed, too.
 
     Attributes:
         hidden: hidden states of all layers, (steps, batch, layers, size).
@@ -164,12 +164,6 @@ class HMLSTM(RecurrentLayer):
         self.across = nn.ModuleList(nn.Linear(hidden_size, width, bias, **factory) for width in widths)
         self.above = nn.ModuleList(nn.Linear(hidden_size, width, bias=False, **factory) for width in widths[:-1])
 
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        linears: list[Any] = [*self.below, *self.across, *self.above]
-        for linear in linears:
-            linear.reset_parameters()
-
     @override
     def forward(
         self, input: Input, hx: Sequence[Tensor] | None = None, boundaries: Input | None = None
@@ -191,7 +185,7 @@ class HMLSTM(RecurrentLayer):
         boundaries: Input | None = None,
         outputs: Outputs = "all",
     ) -> HMOutput | tuple[Any, HMState]:
-        """Return all outputs or those of the top layer, whichever the layer was made with."""
+        """Do what ``forward`` does, with the ``outputs`` of this call instead of those of the layer."""
         x, layout = self.enter(input)
         check_dtype(self, x)
         layers, size = self.num_layers, self.hidden_size
@@ -202,23 +196,22 @@ class HMLSTM(RecurrentLayer):
             check_size("boundaries", inputs[-1], (*x.shape[:-1], layers - 1))
         step = partial(self.step, x.new_ones(1, 1), x.new_zeros(1, 1))
         record = self._record_all if outputs == "all" else self._record_top
-        records, last = unroll(step, inputs, [*h, *z, *c], layout.batch_sizes, record=record)
-        h, z, c = (torch.stack(part) for part in self._by_kind(last))
-        state = HMState(*layout.leave_state([h, c, z]))
+        records, last = unroll(step, inputs, [*h, *c, *z], layout.batch_sizes, record=record)
+        state = HMState(*layout.leave_state([torch.stack(parts) for parts in self._by_kind(last)]))
         left = [layout.leave(part) for part in records]
         return HMOutput(left[0], left[1], state) if outputs == "all" else (left[0], state)
 
     def _record_all(self, state: Sequence[Tensor]) -> list[Tensor]:
-        h, z, _ = self._by_kind(state)
+        h, _, z = self._by_kind(state)
         return [torch.stack(h, dim=1), torch.cat(z, dim=1)]
 
     def _record_top(self, state: Sequence[Tensor]) -> list[Tensor]:
         return [state[self.num_layers - 1]]
 
     def _by_kind(self, state: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return the hidden states of all layers, the boundaries and the cells, which a state has in this order."""
+        """Return the hidden states, cells and boundaries of all layers, which a state lists in this order."""
         layers = self.num_layers
-        return [*state[:layers]], [*state[layers : 2 * layers - 1]], [*state[2 * layers - 1 :]]
+        return [*state[:layers]], [*state[layers : 2 * layers]], [*state[2 * layers :]]
 
     def step(
         self,
@@ -231,13 +224,13 @@ class HMLSTM(RecurrentLayer):
         """Return the next state.
 
         Args:
-            always: 1, what stands for the boundary below the first layer.
-            never: 0, what stands for the boundary of the top layer.
-            state: hidden states of all layers, boundaries of all but the top one, and cells.
+            always: 1, the boundary below the first layer, which reads every input.
+            never: 0, the boundary of the top layer, which detects none.
+            state: hidden states of all layers, their cells, and boundaries of all but the top one.
             projected: the product of the input and its weight.
             boundaries: given boundaries, (batch, layers − 1).
         """
-        (h, z, c), top = self._by_kind(state), self.num_layers - 1
+        (h, c, z), top = self._by_kind(state), self.num_layers - 1
         for layer in range(top + 1):
             z_below = z[layer - 1] if layer else always
             z_before = z[layer] if layer < top else never
@@ -258,7 +251,7 @@ class HMLSTM(RecurrentLayer):
                     if boundaries is None
                     else boundaries[:, layer : layer + 1]
                 )
-        return [*h, *z, *c]
+        return [*h, *c, *z]
 
     @override
     def extra_repr(self) -> str:

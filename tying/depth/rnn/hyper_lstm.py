@@ -29,7 +29,7 @@ class HyperState(NamedTuple):
     hyper_c: Tensor
 
 
-def _lstm(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
+def _lstm_update(gates: tuple[Tensor, ...], c: Tensor) -> tuple[Tensor, Tensor]:
     """Return the next hidden state and cell of an LSTM from its gates i, f, g and o, before their nonlinearities."""
     i, f, g, o = gates
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -149,14 +149,14 @@ class HyperLSTMCell(LeafModule, nn.LSTMCell):
         def step(state: Sequence[Tensor], from_x: Tensor, to_hyper: Tensor) -> HyperState:
             h, c, hyper_h, hyper_c = state
             gates = to_hyper + F.linear(torch.cat((h, hyper_h), dim=1), across)
-            hyper_h, hyper_c = _lstm(gates.chunk(4, dim=1), hyper_c)
+            hyper_h, hyper_c = _lstm_update(gates.chunk(4, dim=1), hyper_c)
             scales = self._by_embedding(self.scale_embedding(hyper_h), self.scale)
             shifts = self._by_embedding(self.shift_embedding(hyper_h), self.shift)
             total = torch.addcmul(shifts, scales[:4], self._by_gate(F.linear(h, self.weight_hh)))
             total = torch.addcmul(total, scales[4:], self._by_gate(from_x))
             if biases is not None:
                 total = total + biases
-            return HyperState(*_lstm(total.unbind(0), c), hyper_h, hyper_c)
+            return HyperState(*_lstm_update(total.unbind(0), c), hyper_h, hyper_c)
 
         return step
 
@@ -237,19 +237,10 @@ class HyperLSTM(RecurrentLayer):
         dtype: Any = None,
     ) -> None:
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        directions = 2 if bidirectional else 1
-        widths = [input_size, *[directions * hidden_size] * (num_layers - 1)]
         self.layers = nn.ModuleList(
-            HyperLSTMLayer(width, hidden_size, hyper_size, embedding_size, bias, device, dtype)
-            for width in widths
-            for _ in range(directions)
+            HyperLSTMLayer(inputs, hidden_size, hyper_size, embedding_size, bias, device, dtype)
+            for inputs in self.layer_input_sizes()
         )
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        layers: list[Any] = [*self.layers]
-        for layer in layers:
-            layer.reset_parameters()
 
     @override
     def forward(self, input: Input, hx: Sequence[Tensor] | None = None) -> tuple[Any, HyperState]:

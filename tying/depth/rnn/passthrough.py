@@ -208,22 +208,17 @@ class PassthroughGRU(RecurrentLayer):
         learned_state: bool = False,
     ) -> None:
         super().__init__(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
-        directions = 2 if bidirectional else 1
-        widths = [input_size, *[directions * hidden_size] * (num_layers - 1)]
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList(
-            PassthroughGRULayer(width, hidden_size, rank, diagonal, shared_projection, update_bias, **options)
-            for width in widths
-            for _ in range(directions)
+            PassthroughGRULayer(inputs, hidden_size, rank, diagonal, shared_projection, update_bias, **options)
+            for inputs in self.layer_input_sizes()
         )
         state = torch.zeros(len(self.layers), hidden_size, device=device, dtype=dtype) if learned_state else None
         self.initial_state = None if state is None else nn.Parameter(state)
 
+    @override
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        layers: list[Any] = [*self.layers]
-        for layer in layers:
-            layer.reset_parameters()
+        super().reset_parameters()
         if self.initial_state is not None:
             nn.init.zeros_(self.initial_state)
 

@@ -24,7 +24,7 @@ DEFAULTS = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0,
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of a recurrent layer's input, in which outputs and states leave the layer.
+    """The layout of a recurrent layer's input, which its outputs and states have, too.
 
     Within the layer, sequences are (steps, batch, features) and states (layers, batch, size). Packed sequences stay
     packed, (all steps, features), and their states have the longest sequence first.
@@ -167,7 +167,7 @@ def unroll(
     reverse: bool = False,
     record: Step = lambda state: state[:1],
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
-    """Run one step after another, and return what is recorded of all states, and the last state.
+    """Run one step after another; return the records of all states, and the last state.
 
     Args:
         step: ``step(state, *inputs)`` returns the next state of inputs (batch, features).
@@ -175,7 +175,8 @@ def unroll(
         state: initial state, parts of (batch, size).
         batch_sizes: for packed sequences, the number of sequences at each step.
         reverse: whether to begin with the last step of each sequence.
-        record: function from a state to what is returned of it, laid out as the inputs; default: the first part.
+        record: function from a state to the tensors to return of it; default: its first part. They are laid out as
+            the inputs.
 
     Example:
         >>> add = lambda state, x: [state[0] + x]
@@ -214,7 +215,7 @@ def _resize(
 
 
 class SequenceLayer(LeafModule):
-    """Base class of recurrent layers that read sequences as ``nn.LSTM`` does, whose attributes they have."""
+    """Base class of recurrent layers that read sequences as ``nn.LSTM`` does, and have its attributes."""
 
     input_size: int
     num_layers: int
@@ -301,8 +302,20 @@ class RecurrentLayer(SequenceLayer):
         self.bias, self.batch_first, self.bidirectional = bias, batch_first, bidirectional
         self.dropout = float(dropout)
 
+    def layer_input_sizes(self) -> list[int]:
+        """Return the input size of each layer, with the reverse direction of each after it."""
+        directions = 2 if self.bidirectional else 1
+        above = [directions * self.hidden_size] * (self.num_layers - 1)
+        return [size for size in (self.input_size, *above) for _ in range(directions)]
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        layers: list[Any] = [layer for stack in self.children() for layer in stack.children()]
+        for layer in layers:
+            layer.reset_parameters()
+
     def flatten_parameters(self) -> None:
-        """Do nothing: unlike in ``nn.LSTM``, no kernel wants the parameters in one piece of memory."""
+        """Do nothing: unlike the kernels of ``nn.LSTM``, these layers do not need contiguous parameters."""
 
     @override
     def extra_repr(self) -> str:

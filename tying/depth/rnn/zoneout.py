@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from tying.depth.draws import keep_mask
 from tying.depth.rnn.sequences import (
-    Layout,
     SequenceLayer,
     autocasts,
     check_cell_input,
@@ -109,7 +108,7 @@ def _zoned_loop(
         new_h = o.sigmoid() * new_c.tanh()
         if weight_hr is not None:
             new_h = F.linear(new_h, weight_hr)
-        c, h = _zone_out(c, new_c, k_c), _zone_out(h, new_h, k_h)
+        c, h = _combine(c, new_c, k_c), _combine(h, new_h, k_h)
         outputs.append(h)
     return torch.stack(outputs), h, c
 
@@ -143,11 +142,11 @@ class _ZonedLSTM(torch.autograd.Function):
             i, f, o, g = gate.chunk(4, dim=1)
             new = torch.addcmul(f * cells[t], i, g)
             torch.tanh(new, out=tanhs[t])
-            _zone_out(cells[t], new, keep_cell[t], cells[t + 1])
+            _combine(cells[t], new, keep_cell[t], cells[t + 1])
             new = o * tanhs[t]
             if weight_hr is not None:
                 new = F.linear(new, weight_hr)
-            _zone_out(hidden[t], new, keep_hidden[t], hidden[t + 1])
+            _combine(hidden[t], new, keep_hidden[t], hidden[t + 1])
         ctx.save_for_backward(x, h, c, weight_ih, weight_hh, bias, weight_hr, gates, hidden, cells, tanhs)
         ctx.keep_cell, ctx.keep_hidden = keep_cell, keep_hidden
         return hidden[1:], hidden[-1].clone(), cells[-1].clone()
@@ -220,7 +219,7 @@ def _swap_g_and_o(gates: Tensor) -> Tensor:
     return torch.cat([i, f, fourth, third])
 
 
-def _zone_out(old: Tensor, new: Tensor, keep: Keep, out: Tensor | None = None) -> Tensor:
+def _combine(old: Tensor, new: Tensor, keep: Keep, out: Tensor | None = None) -> Tensor:
     """Return the mean ``keep ⊙ new + (1 − keep) ⊙ old``, written into ``out`` if it is given."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         return torch.where(keep, new, old, out=out)
@@ -368,20 +367,18 @@ class ZoneoutLSTM(ZoneoutRates, SequenceLayer, nn.LSTM):
     @override
     def forward(self, input: Any, hx: State | None = None) -> tuple[Any, State]:
         x, layout = self.enter(input)
-        present = None
-        if isinstance(input, PackedSequence):  # padded, for masks of (steps, batch, size)
-            (x, lengths), layout = pad_packed_sequence(input), Layout()
-            present = (torch.arange(len(x)).unsqueeze(1) < lengths).unsqueeze(2).to(x.device)
         rows = len(self.all_weights)
         states = layout.enter_state(x, hx, (rows, self.proj_size or self.hidden_size), (rows, self.hidden_size))
+        present = lengths = None
+        if layout.packed is not None:  # padded, for masks of (steps, batch, size)
+            x, lengths = pad_packed_sequence(PackedSequence(x, layout.packed.batch_sizes))  # the longest first
+            present = (torch.arange(len(x)).unsqueeze(1) < lengths).unsqueeze(2).to(x.device)
         layers = [partial(self._run_layer, weights, present) for weights in self.all_weights]
         outputs, states = self.run_layers(layers, x, states, None)
+        if lengths is not None:
+            outputs = pack_padded_sequence(outputs, lengths).data
         h, c = layout.leave_state(states)
-        if not isinstance(input, PackedSequence):
-            return layout.leave(outputs), (h, c)
-        if input.sorted_indices is not None:  # pack the outputs in the order of the input
-            outputs, lengths = outputs.index_select(1, input.sorted_indices), lengths[input.sorted_indices.cpu()]
-        return PackedSequence(pack_padded_sequence(outputs, lengths).data, *input[1:]), (h, c)
+        return layout.leave(outputs), (h, c)
 
     def _run_layer(
         self,
