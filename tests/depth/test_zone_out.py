@@ -271,6 +271,17 @@ def test_mistakes_change_nothing(arguments, message):
     assert before == ([type(module) for module in net.modules()], [sorted(vars(module)) for module in net.modules()])
 
 
+@pytest.mark.parametrize("pattern", ["", "*", "**", "lstm"])
+def test_a_model_that_is_an_lstm(pattern):
+    model = nn.LSTM(3, 4)
+    with pytest.raises(
+        ConfigurationError, match=r"no module\. The model has no submodules: .* nn\.ModuleList\(\[model\]\)"
+    ):
+        zone_out(model, pattern, 0.1, 0.1)
+    assert zone_out(nn.ModuleList([model]), "0", 0.1, 0.1) == 1
+    assert isinstance(model, ZoneoutLSTM)
+
+
 @pytest.mark.parametrize(
     ("change", "undo"),
     [
