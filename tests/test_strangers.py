@@ -292,7 +292,7 @@ class Trained(pl.LightningModule):
 
 REFUSED = {
     ("an LSTM language model", "ResidualMerging"): "only it computes output 2 (a tuple)",
-    ("a GAN", "ResidualMerging"): "'net.generator.1', a Tanh, has no parameters",
+    ("a GAN", "ResidualMerging"): "the Tanh 'net.generator.1' has no parameters",
     ("an LSTM language model", "Coupling"): "'net.head.bias' has no partner",
     **{(f"torchvision resnet{n}", "Looping"): "a loop needs blocks that keep the shape" for n in (18, 50)},
     ("torchvision mobilenet_v3_small", "Looping"): "'net.features.3' and 'net.features.5' are not consecutive",

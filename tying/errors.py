@@ -128,7 +128,7 @@ def check_count(name: str, value: int, interval: str = "[1, inf)") -> None:
         Traceback (most recent call last):
         tying.errors.ConfigurationError: rank must be an integer, not 1.5
     """
-    if not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ConfigurationError(f"{name} must be an integer, not {value!r}")
     check_range(name, value, interval)
 

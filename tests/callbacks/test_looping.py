@@ -347,7 +347,7 @@ def test_wrong_arguments(arguments, message):
     [
         ("blocks.[02]", r"blocks: 'blocks\.0' and 'blocks\.2' are not consecutive: 'blocks\.1' between them"),
         ("block.*", r"blocks: pattern 'block\.\*' matches no module"),
-        ("blocks.1.branch", r"blocks: 'blocks\.1\.branch', a Sequential, is in a loop already, or overlaps with one"),
+        ("blocks.1.branch", r"blocks: the Sequential 'blocks\.1\.branch' is in a loop already, or overlaps with one"),
     ],
 )
 def test_blocks_that_are_no_loop(blocks, message):

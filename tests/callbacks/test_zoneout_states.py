@@ -160,17 +160,17 @@ def test_mistakes():
     with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: pattern 'net' matches no module"):
         fit(Recurrent(), ZoneoutStates("net", 0.5, 0.5))
     with pytest.raises(
-        ConfigurationError, match=r"^ZoneoutStates: modules: 'encoder', a Sequential, is not an nn\.LSTM"
+        ConfigurationError, match=r"^ZoneoutStates: modules: the Sequential 'encoder' is not an nn\.LSTM"
     ):
         fit(Recurrent(), ZoneoutStates(["lstm", "encoder"], 0.5, 0.5))
     zoned = Recurrent()
     zone_out(zoned, "lstm", cell=0.5, hidden=0.25)
-    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: 'lstm', a ZoneoutLSTM, has zoneout alre"):
+    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: the ZoneoutLSTM 'lstm' has zoneout alre"):
         fit(zoned, callback())
     looped = Recurrent()
     loop(looped, "lstm", passes=2)
-    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: 'lstm', a LoopedLSTM, is in a loop"):
+    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: the LoopedLSTM 'lstm' is in a loop"):
         fit(looped, callback())
     merging = ResidualMerging("lstm", StochasticDepth(0.5), "uniform")
-    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: 'lstm', a MergedLSTM, is in a loop or has"):
+    with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: the MergedLSTM 'lstm' is in a loop or has"):
         fit(Recurrent(), merging, callback())

@@ -749,20 +749,20 @@ def patched(module):
 @pytest.mark.parametrize(
     ("blocks", "pattern"),
     [
-        ("list", r"blocks: 'list', a ModuleList, has no forward: name the blocks within it"),
-        ("dict", r"blocks: 'dict', a ModuleDict, has no forward"),
-        ("list.1", r"blocks: 'list\.1', a ReLU, has no parameters, so that there is nothing to skip"),
+        ("list", r"blocks: the ModuleList 'list' has no forward: name the blocks within it"),
+        ("dict", r"blocks: the ModuleDict 'dict' has no forward"),
+        ("list.1", r"blocks: the ReLU 'list\.1' has no parameters, so that there is nothing to skip"),
         ("**", r"blocks: 'list', a ModuleList"),
         (1, r"blocks must be a pattern of module names, or several, not 1"),
         (["stage", 1], r"blocks must be a pattern of module names, or several, not \['stage', 1\]"),
         (
             ["stage", "stage.0"],
-            r"blocks: 'stage\.0', a Linear, lies within 'stage', which matches, too: name one of them",
+            r"blocks: the Linear 'stage\.0' lies within 'stage', which matches, too: name one of them",
         ),
-        ("patched", r"blocks: 'patched', a Linear, has a patched forward, which is not that of its class"),
+        ("patched", r"blocks: the Linear 'patched' has a patched forward, which is not that of its class"),
         (
             "reversible",
-            r"blocks: 'reversible', a Reversible, is reversible, and computes its gradients without a merge",
+            r"blocks: the Reversible 'reversible' is reversible, and computes its gradients without a merge",
         ),
     ],
 )

@@ -501,6 +501,15 @@ def test_states_of_other_parts(name):
         net(inputs(5, 2), [torch.zeros(2, 2, 4, dtype=D)])
 
 
+@pytest.mark.parametrize("name", ["HyperLSTM", "HMLSTM", "ZoneoutLSTM", "ZoneoutLSTMCell", "HyperLSTMCell"])
+def test_a_state_of_one_tensor(name):
+    net, x = make(name), module_inputs(name)
+    h = torch.zeros_like(net(x)[0] if name in CELLS else net(x)[1][0])
+    size = ", ".join(map(str, h.shape))
+    with pytest.raises(ConfigurationError, match=rf"^Expected hx to be a tuple of .* got a tensor of size \({size}\)$"):
+        net(x, h)
+
+
 @every_layer
 @pytest.mark.parametrize("dropout", [-0.1, 1.1, float("nan")])
 def test_mistakes_of_dropout(name, dropout):

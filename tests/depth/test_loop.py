@@ -624,21 +624,21 @@ MISTAKES = {
     "looped": (
         looped,
         ("{2..3}", 2),
-        "^blocks: '2', a LoopedResidual, is in a loop already, or overlaps with one, of 1, 2",
+        "^blocks: the LoopedResidual '2' is in a loop already, or overlaps with one, of 1, 2",
     ),
-    "within": (looped, ("1.branch", 2), r"^blocks: '1\.branch', a Sequential, is in a loop already, or overlaps"),
-    "around": (lambda: looped("1.branch"), ("1", 2), "^blocks: '1', a Residual, is in a loop already, or overlaps"),
-    "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), ("*", 2), "'0', a Linear, occurs several times"),
+    "within": (looped, ("1.branch", 2), r"^blocks: the Sequential '1\.branch' is in a loop already, or overlaps"),
+    "around": (lambda: looped("1.branch"), ("1", 2), "^blocks: the Residual '1' is in a loop already, or overlaps"),
+    "twice": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 2), ("*", 2), "the Linear '0' occurs several times"),
     "reversible": (
         lambda: nn.Sequential(Reversible(4, 4)),
         ("0", 2),
         "is reversible, and computes its gradients without",
     ),
-    "container": (lambda: Layers(), ("layers", 2), "^blocks: 'layers', a ModuleList, has no forward: name the blocks"),
+    "container": (lambda: Layers(), ("layers", 2), "^blocks: the ModuleList 'layers' has no forward: name the blocks"),
     "own forward": (
         with_forward,
         ("1", 2, "norm"),
-        r"^blocks: '1', a Residual, has a patched forward, which is not that of its class: .* or leave per_",
+        r"^blocks: the Residual '1' has a patched forward, which is not that of its class: .* or leave per_",
     ),
     "no norms": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),

@@ -221,9 +221,9 @@ def test_one_sequence_alone():
         (
             "stem.*",
             {},
-            "'stem.activation', a ReLU, has no parameters, so that there is nothing to skip: name the block",
+            "the ReLU 'stem.activation' has no parameters, so that there is nothing to skip: name the block",
         ),
-        (["layer*", "layer2.*"], {}, "'layer2.0', a Residual, lies within 'layer2', which matches, too: name one"),
+        (["layer*", "layer2.*"], {}, "the Residual 'layer2.0' lies within 'layer2', which matches, too: name one"),
         (["!layer1"], {}, "blocks must be a pattern of module names, or several, not"),
         (["layer1.*", "!layer1.**"], {}, r"blocks: 'layer1\.\*', '!layer1\.\*\*' exclude all that they match"),
         (["layer*.*", "!layr1.*"], {}, r"pattern '!layr1\.\*' matches no module. Nearest"),

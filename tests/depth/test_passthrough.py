@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from tying import ConfigurationError
 from tying.depth import PassthroughGRU, PassthroughHighway, StateMatrix
@@ -116,12 +117,36 @@ def test_a_highway_by_hand():
     torch.testing.assert_close(carried(x), x)
 
 
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_a_highway_maps_packed_sequences(enforce_sorted):
+    block, sequences = PassthroughHighway(3, 2), [torch.randn(steps, 3) for steps in (4, 2, 1)]
+    outputs = block(pack_sequence(sequences, enforce_sorted))
+    for output, sequence in zip(unpack_sequence(outputs), sequences, strict=True):
+        torch.testing.assert_close(output, block(sequence))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 5), r"^Expected input size \(\.\.\., 3\), got \(2, 5\)$"),
+        (torch.zeros(()), r"^Expected input size \(\.\.\., 3\), got \(\)$"),
+        (torch.zeros(2, 3, dtype=D), r"^input dtype \(torch\.float64\) does not match weight dtype \(torch\.float32\)"),
+        (pack_sequence([torch.zeros(2, 5)]), r"^Expected input size \(\.\.\., 3\), got \(2, 5\)$"),
+    ],
+)
+def test_mistakes_of_inputs_of_a_highway(x, message):
+    with pytest.raises(ConfigurationError, match=message):
+        PassthroughHighway(3, 2)(x)
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
         (lambda: PassthroughGRU(3, 4, rank=5), "rank=5 is over the size 4: its factors would have 40 entries, .* has 16"),
         (lambda: PassthroughGRU(3, 4, rank=-1), "rank must be 0 or more, not -1"),
         (lambda: StateMatrix(4, 0, diagonal=False), "rank must be 1 or more, not 0"),
+        (lambda: StateMatrix(0, 0), "size must be 1 or more, not 0"),
+        (lambda: PassthroughHighway(4.0, 2), "size must be an integer, not 4.0"),
         (lambda: PassthroughGRU(3, 4, rank=2, num_layers=0), "num_layers must be 1 or more"),
     ],
 )  # fmt: skip

@@ -252,12 +252,12 @@ def many():
         (("lstmm", 0.1, 0.1), r"^modules: pattern 'lstmm' matches no module\. Nearest existing names: lstm"),
         (([], 0.1, 0.1), r"^modules must be a pattern of module names, or several, not \[\]"),
         ((["lstm", "!*"], 0.1, 0.1), "^modules: 'lstm', '!\\*' exclude all that they match"),
-        ((["lstm", "gru"], 0.1, 0.1), r"^modules: 'gru', a GRU, is not an nn\.LSTM or nn\.LSTMCell: name only these"),
-        ((["lstm", "zoned"], 0.1, 0.1), "^modules: 'zoned', a ZoneoutLSTM, has zoneout already: set its zoneout_cell"),
-        ((["lstm", "shouting"], 0.1, 0.1), r"'shouting', a Shouting, has another forward than nn\.LSTM, .* exclude it"),
-        ((["lstm", "hyper"], 0.1, 0.1), r"'hyper', a HyperLSTMCell, has another forward than nn\.LSTMCell, .* exclude it"),
-        ((["lstm", "patched"], 0.1, 0.1), "'patched', a LSTM, has another forward than nn.LSTM, which zoneout would replace"),
-        ((["lstm", "looped"], 0.1, 0.1), "'looped', a LoopedLSTM, is in a loop or has a merge: call zone_out before"),
+        ((["lstm", "gru"], 0.1, 0.1), r"^modules: the GRU 'gru' is not an nn\.LSTM or nn\.LSTMCell: name only these"),
+        ((["lstm", "zoned"], 0.1, 0.1), "^modules: the ZoneoutLSTM 'zoned' has zoneout already: set its zoneout_cell"),
+        ((["lstm", "shouting"], 0.1, 0.1), r"the Shouting 'shouting' has another forward than nn\.LSTM, .* exclude it"),
+        ((["lstm", "hyper"], 0.1, 0.1), r"the HyperLSTMCell 'hyper' has another forward than nn\.LSTMCell, .* exclude it"),
+        ((["lstm", "patched"], 0.1, 0.1), "the LSTM 'patched' has another forward than nn.LSTM, which zoneout would replace"),
+        ((["lstm", "looped"], 0.1, 0.1), "the LoopedLSTM 'looped' is in a loop or has a merge: call zone_out before"),
         (("lstm", 1.1, 0.1), r"^cell must be in \[0, 1\], not 1\.1"),
         (("lstm", 0.1, -0.1), r"^hidden must be in \[0, 1\], not -0\.1"),
         (("lstm", 0.1, float("nan")), r"^hidden must be in \[0, 1\], not nan"),
@@ -269,6 +269,17 @@ def test_mistakes_change_nothing(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         zone_out(net, *arguments)
     assert before == ([type(module) for module in net.modules()], [sorted(vars(module)) for module in net.modules()])
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**", "lstm"])
+def test_a_model_that_is_an_lstm(pattern):
+    model = nn.LSTM(3, 4)
+    with pytest.raises(
+        ConfigurationError, match=r"no module\. The model has no submodules: .* nn\.ModuleList\(\[model\]\)"
+    ):
+        zone_out(model, pattern, 0.1, 0.1)
+    assert zone_out(nn.ModuleList([model]), "0", 0.1, 0.1) == 1
+    assert isinstance(model, ZoneoutLSTM)
 
 
 @pytest.mark.parametrize(

@@ -347,5 +347,5 @@ def _check_blocks(blocks: Mapping[str, nn.Module]) -> None:
         elif outer and name.startswith(f"{outer}."):
             problem = f"lies within {outer!r}, which matches, too: name one of them"
         if problem:
-            raise ConfigurationError(f"blocks: {name!r}, a {type(block).__name__}, {problem}")
+            raise ConfigurationError(f"blocks: the {type(block).__name__} {name!r} {problem}")
         outer = outer if outer and name.startswith(f"{outer}.") else name

@@ -516,7 +516,7 @@ def _check_blocks(model: nn.Module, stage: Stage, per_pass: PerPass) -> None:
         elif other := next((other for other in loops_in(model) if _overlaps(other, block)), None):
             problem = f"is in a loop already, or overlaps with one, of {listed(other.names)}: call unloop first"
         if problem:
-            raise ConfigurationError(f"blocks: {name!r}, a {type(block).__name__}, {problem}")
+            raise ConfigurationError(f"blocks: the {type(block).__name__} {name!r} {problem}")
         for norm_name, norm in norms_in(block).items() if per_pass == "norm" else ():
             for key, parameter in norm.named_parameters():
                 check_shape(".".join(filter(None, (name, norm_name, key))), parameter, "per_pass='norm': ")

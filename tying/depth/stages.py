@@ -41,6 +41,9 @@ class Stage:
     blocks: tuple[nn.Module, ...]
 
 
+_NO_SUBMODULES = " The model has no submodules: to name the model itself, pass nn.ModuleList([model]) and '0'."
+
+
 def match_modules(
     model: nn.Module, patterns: str | Sequence[str], aliases: bool = False, argument: str = "blocks"
 ) -> dict[str, nn.Module]:
@@ -68,7 +71,8 @@ def match_modules(
     for text in sorted(texts, key=lambda text: text.startswith("!")):
         pattern = Pattern(text.removeprefix("!"))
         if not (matches := {name for name in modules if pattern.match(name) is not None}):
-            raise ConfigurationError(f"{argument}: pattern {text!r} matches no module.{nearest(pattern.text, modules)}")
+            hint = nearest(pattern.text, modules) if modules else _NO_SUBMODULES
+            raise ConfigurationError(f"{argument}: pattern {text!r} matches no module.{hint}")
         names = names - matches if text.startswith("!") else names | matches
     if not names:
         raise ConfigurationError(f"{argument}: {listed(map(repr, texts))} exclude all that they match")

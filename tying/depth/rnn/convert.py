@@ -45,7 +45,7 @@ def zone_out(model: nn.Module, modules: str | Sequence[str], cell: float, hidden
     layers = distinct_modules(model, modules)
     for name, layer in layers.items():
         if problem := _problem(layer):
-            raise ConfigurationError(f"modules: {name!r}, a {type(layer).__name__}, {problem}")
+            raise ConfigurationError(f"modules: the {type(layer).__name__} {name!r} {problem}")
     for layer in layers.values():
         layer.__dict__["_class_before"] = plain = plain_class(layer)
         swap_plain_class(layer, _zoneout_class(plain))

@@ -100,7 +100,8 @@ class HMLSTM(RecurrentLayer):
     sigmoid (straight-through estimator). The slope changes outputs only if boundaries are sampled.
 
     With ``outputs="top"`` it can stand where an ``nn.LSTM`` stands, but its state has three parts:
-    ``outputs, (h, c, *_) = net(x)``. It runs in one direction.
+    ``outputs, (h, c, *_) = net(x)``. It runs in one direction, and its argument ``layers`` is ``num_layers`` of
+    ``nn.LSTM``. Give the arguments after the sizes by name: their order is another.
 
     Args:
         input_size: size of the input.

@@ -192,7 +192,8 @@ class HyperLSTMLayer(HyperLSTMCell):
 class HyperLSTM(RecurrentLayer):
     """Layers of :class:`HyperLSTMCell` over sequences.
 
-    It can stand where an ``nn.LSTM`` stands, but its state has four parts: ``outputs, (h, c, *_) = net(x)``.
+    It can stand where an ``nn.LSTM`` stands, but its state has four parts: ``outputs, (h, c, *_) = net(x)``. Give the
+    arguments after the sizes by name: their order is another.
 
     Args:
         input_size: size of the input.

@@ -1,14 +1,16 @@
 """Passthrough networks: large recurrent states with low-rank transition matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # which torch does not list
+from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import override
 
 from tying.depth.rnn.sequences import Input, RecurrentLayer, check_dtype, unroll
-from tying.errors import ConfigurationError, check_count
+from tying.errors import ConfigurationError, check_count, check_counts
 from tying.hard.low_rank import low_rank, low_rank_plus_diagonal
 
 
@@ -27,7 +29,7 @@ class StateMatrix(nn.Module):
     Shape: (..., n) to (..., n).
 
     Raises:
-        ConfigurationError: the rank is negative or above the size, or it is 0 without a diagonal.
+        ConfigurationError: the size is below 1, the rank is negative or above the size, or it is 0 without a diagonal.
 
     Example:
         >>> sum(p.numel() for p in StateMatrix(size=128, rank=24).parameters())
@@ -36,6 +38,7 @@ class StateMatrix(nn.Module):
 
     def __init__(self, size: int, rank: int, diagonal: bool = True, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
+        check_counts(size=size)
         check_count("rank", rank, "[0, inf)" if diagonal else "[1, inf)")
         if rank > size:
             raise ConfigurationError(
@@ -156,7 +159,8 @@ class PassthroughGRU(RecurrentLayer):
 
     ``u = σ(W_u x + U_u h + b_u)``, ``r = σ(W_r x + U_r h + b_r)``, ``m = tanh(W_m x + U_m (h ⊙ r) + b_m)`` and
     ``h' = (1 − u) ⊙ m + u ⊙ h``; each U is a :class:`StateMatrix`. (``nn.GRU`` instead resets after the product.)
-    It can stand where an ``nn.GRU`` stands; its parameters have other names.
+    It can stand where an ``nn.GRU`` stands; its parameters have other names. Give the arguments after the sizes by
+    name: their order is another.
 
     Args:
         input_size: size of the input.
@@ -240,7 +244,8 @@ class PassthroughGRU(RecurrentLayer):
 class PassthroughHighway(nn.Module):
     """A highway block of low rank: ``y = f(x) ⊙ τ(x) + x ⊙ (1 − τ(x))``, ``f = tanh(W x + b)``, ``τ = σ(U x + c)``.
 
-    It is feed-forward: it has no state, and applied to a sequence, it treats each step alone.
+    It is feed-forward: it has no state, and applied to a sequence, padded or packed, it treats each step alone. It
+    therefore has none of the attributes of ``nn.GRU``.
 
     Args:
         size: n, size of the input.
@@ -251,7 +256,10 @@ class PassthroughHighway(nn.Module):
         device: device of the parameters.
         dtype: dtype of the parameters.
 
-    Shape: (..., n) to (..., n).
+    Shape: (..., n) to (..., n); packed sequences are supported, except by ``torch.jit.script``.
+
+    Raises:
+        ConfigurationError: see :class:`StateMatrix`; an input has another size or dtype.
 
     Example:
         >>> PassthroughHighway(64, rank=4)(torch.zeros(2, 64)).shape
@@ -276,7 +284,7 @@ class PassthroughHighway(nn.Module):
         self.transform_bias, self.gate_bias = (
             nn.Parameter(torch.empty(size, **factory)) if bias else None for _ in range(2)
         )
-        self.carry_bias = carry_bias
+        self.size, self.carry_bias = size, carry_bias
         self._reset_biases()  # W and U are drawn already
 
     def reset_parameters(self) -> None:
@@ -292,8 +300,30 @@ class PassthroughHighway(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        if not is_scripting():
+            if _is_packed(x):
+                return _map_packed(self.forward, x)
+            _check_input(self, x)
         f = torch.tanh(_biased(self.transform(x), self.transform_bias))
         return x + (f - x) * torch.sigmoid(_biased(self.gate(x), self.gate_bias))  # lerp does not promote types
+
+
+def _is_packed(x: object) -> bool:
+    return isinstance(x, PackedSequence)
+
+
+def _map_packed(function: Callable[[Tensor], Tensor], packed: Any) -> Tensor:
+    """Return packed sequences of what a function returns for all their steps."""
+    return PackedSequence(function(packed.data), *packed[1:])  # type: ignore[return-value]  # for torch.jit.script
+
+
+def _check_input(block: PassthroughHighway, x: object) -> None:
+    """Raise a ConfigurationError unless an input is (..., size) and has the block's dtype."""
+    if not isinstance(x, Tensor):  # a proxy of torch.fx
+        return
+    if x.shape[-1:] != (block.size,):
+        raise ConfigurationError(f"Expected input size (..., {block.size}), got {tuple(x.shape)}")
+    check_dtype(block, x)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -109,9 +109,11 @@ def initial_state(
     """
     parts: list[Any] = [] if hx is None else [hx] if len(sizes) == 1 else [*hx]
     counts = (len(sizes) - optional, len(sizes))
-    if hx is not None and len(parts) not in counts:
+    single = len(sizes) > 1 and isinstance(hx, Tensor) and hx.ndim != len(sizes[0]) + 1  # not a stack of all parts
+    if hx is not None and (single or len(parts) not in counts):
         expected = " or ".join(map(str, sorted({*counts})))
-        raise ConfigurationError(f"Expected hx to be a tuple of {expected} tensors, got {len(parts)}")
+        actual = f"a tensor of size {tuple(hx.shape)}" if isinstance(hx, Tensor) else len(parts)
+        raise ConfigurationError(f"Expected hx to be a tuple of {expected} tensors, got {actual}")
     for number, (part, size) in enumerate(zip(parts, sizes, strict=False)):
         name = "hx" if len(sizes) == 1 else f"hx[{number}]"
         check_size(name, part, size)

@@ -316,7 +316,7 @@ class ZoneoutLSTM(ZoneoutRates, SequenceLayer, nn.LSTM):
     In evaluation, states are averages of old and new values with the zoneout probabilities as weights. The outputs are
     the hidden states after zoneout; with ``proj_size``, zoneout acts on the projected hidden state. ``torch.compile``
     breaks its graph at this layer, as at ``nn.LSTM``. :func:`zone_out` turns the ``nn.LSTM`` layers of a model into
-    this class.
+    this class. The order of the arguments is that of ``nn.LSTM``, except that ``proj_size`` is the last.
 
     Args:
         input_size: size of the input.
