@@ -752,7 +752,7 @@ def patched(module):
         ("list", r"blocks: the ModuleList 'list' has no forward: name the blocks within it"),
         ("dict", r"blocks: the ModuleDict 'dict' has no forward"),
         ("list.1", r"blocks: the ReLU 'list\.1' has no parameters, so that there is nothing to skip"),
-        ("**", r"blocks: 'list', a ModuleList"),
+        ("**", r"blocks: the ModuleList 'list' has no forward"),
         (1, r"blocks must be a pattern of module names, or several, not 1"),
         (["stage", 1], r"blocks must be a pattern of module names, or several, not \['stage', 1\]"),
         (
