@@ -178,5 +178,5 @@ def test_counts_are_integers(case):
 
 def test_a_truth_value_is_not_a_count():
     """As in ``PassthroughGRU(4, 6, 2, True, True)``, whose arguments do not stand in the order of torch's."""
-    with pytest.raises(ConfigurationError, match="^num_layers must be an integer, not True$"):
+    with pytest.raises(ConfigurationError, match=r"^num_layers must be an integer, not True$"):
         PassthroughGRU(4, 6, 2, True, True)

@@ -389,6 +389,6 @@ def test_feature_extractors_of_torchvision():
 def test_blocks_without_a_shortcut_are_refused(block):
     model = nn.Sequential(InvertedResidualV2(8, 8, 1, 2), block())
     kinds = [type(part) for part in model.modules()]
-    with pytest.raises(ConfigurationError, match=r"blocks: '1', a (InvertedResidual|MBConv), has no shortcut, since"):
+    with pytest.raises(ConfigurationError, match=r"blocks: the (InvertedResidual|MBConv) '1' has no shortcut, since"):
         apply_merge(model, "*", StochasticDepth(0.5))
     assert [type(part) for part in model.modules()] == kinds
