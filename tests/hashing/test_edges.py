@@ -159,7 +159,9 @@ def test_tables_beyond_the_slots_are_refused(hash, index, monkeypatch):
     )
     HashedLinear(50, 40, **small)
     HashedLinear(50, 40, **largest)  # with zero: 1,000
-    words = r"the index must address [\d,]+ values .* 32 bits address 1,000: lower table_ratio, or use several tables"
+    words = (
+        r"the index must address [\d,]+ values .* 32 bits address only 1,000: lower table_ratio, or use several tables"
+    )
     for refuse in (
         lambda: HashedLinear(50, 40, **large),
         lambda: HashedEmbedding(50, 40, **large),
@@ -188,7 +190,7 @@ def test_the_limit_is_that_of_32_bits():
         lambda: HashedLinear(1 << 16, 1 << 16, table_ratio=0.3, sign=True, device="meta"),
         lambda: HashedParametrization((1 << 16, 1 << 16), 1 << 31, DirichletHash()),
     ):
-        with pytest.raises(ConfigurationError, match=r"32 bits address 2,147,483,647"):
+        with pytest.raises(ConfigurationError, match=r"32 bits address only 2,147,483,647"):
             refuse()
     assert HashedLinear(1 << 16, 1 << 16, False, 0.3, device="meta").table.shape == (1_288_490_189,)
 
