@@ -110,8 +110,8 @@ def test_batches_that_the_model_is_not_called_on():
         model, own = Named(), callback(examples=8, batch_norms=estimates)
         torch.manual_seed(3)
         if estimates:
-            told = r"keep the statistics of the former weights, since .*argument 'features'\): encoder\.1, encoder\.5; see torch"
-            with pytest.warns(UserWarning, match=told):
+            warning = r"keep the statistics of the former weights, since .*argument 'features'\): encoder\.1, encoder\.5; see torch"
+            with pytest.warns(UserWarning, match=warning):
                 train(model, [own], data=data, max_epochs=2)
         else:
             train(model, [own], data=data, max_epochs=2)

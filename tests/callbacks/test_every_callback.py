@@ -258,8 +258,8 @@ def test_schedules_of_other_types_are_refused_with_the_remedy(kind, value):
 def test_a_hash_that_does_not_fit_is_named_with_weight_and_callback(monkeypatch):
     monkeypatch.setattr(hashes, "LARGEST_TABLE", 20)  # stands for 2³¹ − 1
     for scope, names in (("layer", r"'net\.kernels\.0\.weight'"), ("network", ", ".join(map(repr, NAMES)))):
-        told = rf"^WeightHashing: {names}: .*the index must address .*: lower table_ratio, or use several tables"
-        with pytest.raises(ConfigurationError, match=told):
+        message = rf"^WeightHashing: {names}: .*the index must address .*: lower table_ratio, or use several tables"
+        with pytest.raises(ConfigurationError, match=message):
             fit(Trained(), [WeightHashing(NAMES, 1.0, scope=scope)])
 
 

@@ -200,8 +200,8 @@ def test_weights_that_something_has_pruned_are_told():
             if self.current_epoch == 1:
                 prune.identity(self.decoder[2], "weight")
 
-    told = r"'decoder\.2\.weight' cannot be tied to 'encoder\.0\.weight': it is no longer a parameter of the model"
-    with pytest.raises(ConfigurationError, match=told):
+    message = r"'decoder\.2\.weight' cannot be tied to 'encoder\.0\.weight': it is no longer a parameter of the model"
+    with pytest.raises(ConfigurationError, match=message):
         train(Prunes(), [SoftTying(TIES[:1], strength=0.1, update="proximal", harden_below=0.5)], max_epochs=9)
 
 

@@ -105,8 +105,8 @@ def test_checkpoints_of_the_mixin_load(tmp_path):
 
 def test_other_rates_and_a_missing_callback_are_told(tmp_path):
     fit(Recurrent(), callback(), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
-    told = "ZoneoutStates: the checkpoint was trained with cell=0.5 and hidden=0.25; now they are 0.4 and 0.25"
-    with pytest.warns(UserWarning, match=re.escape(told)):
+    warning = "ZoneoutStates: the checkpoint was trained with cell=0.5 and hidden=0.25; now they are 0.4 and 0.25"
+    with pytest.warns(UserWarning, match=re.escape(warning)):
         fit(Recurrent(), callback(cell=0.4), ckpt_path=tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match=r"callbacks .*ZoneoutStates\{'modules': 'lstm'\}"):
         fit(Recurrent(), ckpt_path=tmp_path / "a.ckpt")
@@ -117,16 +117,16 @@ def test_bake_says_that_a_plain_lstm_has_no_averages(rate, tmp_path, capsys):
     model = Recurrent()
     fit(model, callback(cell=rate, hidden=0.0), max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
     export(tmp_path / "a.ckpt", tmp_path / "a.pt", [], lambda configs: None)
-    told = capsys.readouterr().out
-    assert ("trained with zoneout, cell=0.5 and hidden=0\n(ZoneoutStates{" in told) == bool(rate)
+    printed = capsys.readouterr().out
+    assert ("trained with zoneout, cell=0.5 and hidden=0\n(ZoneoutStates{" in printed) == bool(rate)
     Recurrent().load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
 
 
 def test_inspect_says_which_layers_have_zoneout(capsys):
     model = Recurrent()
     inspect(model, [callback()])
-    told = capsys.readouterr().out
-    assert "ZoneoutStates: 1 LSTM with zoneout, cell=0.5, hidden=0.25: lstm" in told
+    printed = capsys.readouterr().out
+    assert "ZoneoutStates: 1 LSTM with zoneout, cell=0.5, hidden=0.25: lstm" in printed
     assert type(model.lstm) is nn.LSTM
 
 

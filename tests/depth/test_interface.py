@@ -55,7 +55,12 @@ def variants(*options):
     """Each layer with each of these options that it has."""
     return pytest.mark.parametrize(
         ("name", "options"),
-        [(name, each) for name in LAYERS for each in options if name not in ONE_WAY or "bidirectional" not in each],
+        [
+            (name, option)
+            for name in LAYERS
+            for option in options
+            if name not in ONE_WAY or "bidirectional" not in option
+        ],
     )
 
 
@@ -113,8 +118,8 @@ def tensors(module, x):
 
 def assert_same(ours, theirs, **tolerances):
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, **{"rtol": 1e-12, "atol": 1e-12, **tolerances})
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, **{"rtol": 1e-12, "atol": 1e-12, **tolerances})
 
 
 # interface
@@ -267,8 +272,8 @@ def test_packed_sequences_are_as_each_alone(name, options, enforce_sorted):
 
     def packed(x, state):
         outputs, last = net(pack_sequence(x, enforce_sorted), state[0] if one_part else state)
-        padded, found = pad_packed_sequence(outputs)
-        assert found.tolist() == [*lengths]
+        padded, packed_lengths = pad_packed_sequence(outputs)
+        assert packed_lengths.tolist() == [*lengths]
         return [*(padded[:length, row] for row, length in enumerate(lengths)), *parts(last)]
 
     def alone(x, state):

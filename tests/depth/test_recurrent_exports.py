@@ -192,8 +192,8 @@ def test_gradients_of_each_sample_are_those_of_it_alone(name):
 def test_script_is_refused_in_one_line(name, inside):
     net = network(name)
     layer = net.recurrent if name == "HMNetwork" else net
-    told = rf"^torch\.jit\.script cannot compile {type(layer).__name__}: use torch\.export, torch\.compile or torch\.jit\.trace$"
-    with pytest.raises(ConfigurationError, match=told) as error:
+    message = rf"^torch\.jit\.script cannot compile {type(layer).__name__}: use torch\.export, torch\.compile or torch\.jit\.trace$"
+    with pytest.raises(ConfigurationError, match=message) as error:
         torch.jit.script(nn.Sequential(nn.Linear(3, 3), net) if inside else net)
     assert "\n" not in str(error.value)
 

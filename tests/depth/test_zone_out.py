@@ -112,8 +112,8 @@ def test_it_is_the_layer_with_zoneout_and_trains_with_the_same_optimizer(kind):
     built.lstm.load_state_dict(lstm.state_dict())
     train(net, optimizer, x)
     train(built, torch.optim.Adam(built.parameters(), lr=0.1), x)
-    for one, other in zip(net.parameters(), built.parameters(), strict=True):
-        assert torch.equal(one, other)
+    for converted, constructed in zip(net.parameters(), built.parameters(), strict=True):
+        assert torch.equal(converted, constructed)
     assert all(map(torch.equal, outputs(net.eval(), x), outputs(built.eval(), x)))
     assert not all(map(torch.equal, outputs(net, x), outputs(Net(kind).eval(), x)))
 

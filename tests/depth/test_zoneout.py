@@ -149,18 +149,20 @@ def test_values_and_gradients_of_the_equations(keeps, projection):
     def theirs(*tensors):
         return by_hand(*tensors[:6], *keeps, tensors[6])
 
-    for one, other in zip(ours(*arguments), theirs(*arguments), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(ours(*arguments), theirs(*arguments), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(ours, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(ours, arguments, fast_mode=True)
-    for one, other in zip(second_derivatives(ours, arguments), second_derivatives(theirs, arguments), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for actual, expected in zip(
+        second_derivatives(ours, arguments), second_derivatives(theirs, arguments), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def second_derivatives(function, arguments):
     """Return the gradients of the squared gradients of a loss, with inputs that depend on each other."""
-    leaves = [one for one in arguments if one.requires_grad]
-    linked = [one + arguments[0].sum() if one.requires_grad else one for one in arguments]
+    leaves = [tensor for tensor in arguments if tensor.requires_grad]
+    linked = [tensor + arguments[0].sum() if tensor.requires_grad else tensor for tensor in arguments]
     out, h, c = function(*linked)
     loss = out.square().sum() + h.sum() + (2 * c).sum()
     first = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)

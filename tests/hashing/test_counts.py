@@ -103,10 +103,10 @@ def test_the_callback_prints_and_logs_what_is_measured(caplog, capsys):
     entropies = [entropy(torch.tensor([*uses.values()])) for _, _, uses, _ in counts.values()]
     assert float(trainer.callback_metrics["tying/entropy"]) == pytest.approx(sum(entropies) / 4, rel=1e-6)
     stored = sum(size for _, size, _, _ in counts.values())
-    told = (
+    line = (
         f"WeightHashing: 4 weights (100 values) have 4 tables with a total of {stored} slots (ratio {stored / 100:.3g})"
     )
-    assert told in caplog.text
+    assert line in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore:WeightClustering begins in epoch")
