@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
@@ -72,7 +72,7 @@ class Record(Checkpoint):  # Lightning calls checkpoints last, after the module'
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start = time.perf_counter()
+        self._start, self._start_of_processor = time.perf_counter(), time.process_time()
         self._stale = dict(trainer.callback_metrics)
 
     @override
@@ -81,7 +81,11 @@ class Record(Checkpoint):  # Lightning calls checkpoints last, after the module'
         logged = trainer.callback_metrics.items()  # also those of earlier epochs: the very same tensors
         metrics = {name: float(value) for name, value in logged if value is not self._stale.get(name)}
         passed = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
-        self.rows.append({**passed, "seconds": time.perf_counter() - self._start, **metrics})
+        seconds = {
+            "seconds": time.perf_counter() - self._start,
+            "processor seconds": time.process_time() - self._start_of_processor,
+        }
+        self.rows.append({**passed, **seconds, **metrics})
         self.peak = max(self.peak, peak_memory())
         write_json(self.attempt / "progress.json", {"share": _share(trainer), "begun at": self._begun_at})
 
@@ -168,7 +172,6 @@ def _finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str]) -> Non
     given = arguments(run, attempt / "configs", data)
     outcome = _call(folder, attempt, run.program, given) if run.program else _train_and_test(folder, attempt, given)
     unique, virtual = count_parameters(outcome.model)
-    seconds = sorted(row["seconds"] for row in outcome.rows)
     result = {
         "name": folder.name,
         "definition": claim["definition"],
@@ -178,8 +181,8 @@ def _finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str]) -> Non
         "machine": machine(),
         "parameters": {"unique": unique, "virtual": virtual, "bytes": stored_bytes(outcome.model.state_dict())},
         "seconds": {
-            "training": sum(seconds),
-            **({} if run.program else {"epoch": seconds[len(seconds) // 2]}),
+            "training": sum(row["seconds"] for row in outcome.rows),
+            **({} if run.program else _of_epochs(outcome.rows)),
             "last attempt": time.perf_counter() - begun,
             "testing": outcome.testing,
         },
@@ -231,6 +234,11 @@ def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> Outc
         testing=time.perf_counter() - fitted,
         peak=record.peak,
     )
+
+
+def _of_epochs(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    seconds = sorted(row["seconds"] for row in rows)
+    return {"epoch": seconds[len(seconds) // 2], "processor": sum(row["processor seconds"] for row in rows)}
 
 
 def stored_bytes(state: object) -> int:

@@ -22,6 +22,7 @@ QUANTITIES = {
     "parameters": ("size of the model", "parameters"),
     "peak memory": ("peak memory", "bytes"),
     "seconds / epoch": ("time per epoch", "seconds"),
+    "processor seconds of training": ("training time on one core", "seconds"),
     "seconds of training": ("training time", "seconds"),
     "step": ("training time", "optimizer steps"),
     "tying/compression": ("compression", "times smaller"),

@@ -34,7 +34,8 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     refuse_mixture({name: result["machine"]["versions"] for name, result in results.items()})
     logged = {name for result in results.values() for name in result["metrics"]}
     tested = sorted(name for name in logged if name.startswith("test/"))
-    figures = suite.figures or {name: name for name in tested or sorted(logged - {"epoch", "step", "seconds"})}
+    costs = {"epoch", "step", "seconds", "processor seconds"}
+    figures = suite.figures or {name: name for name in tested or sorted(logged - costs)}
     unknown = [f"no run has logged {key!r}.{nearest(key, logged)}" for key in figures.values() if key not in logged]
     baseline, first = next(iter(suite.deltas)), next(iter(figures.values()), "")
     header = ["run", "n", *figures, f"− {baseline}", "parameters", "virtual", "KiB", "s / epoch", "peak MiB"]
@@ -109,7 +110,11 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         result = folder.result()
         sizes = {"parameters": result["parameters"]["unique"], "bytes": result["parameters"].get("bytes", "")}
         seconds = result["seconds"]
-        times = {"seconds / epoch": seconds.get("epoch", ""), "seconds of training": seconds.get("training", "")}
+        times = {
+            "seconds / epoch": seconds.get("epoch", ""),
+            "seconds of training": seconds.get("training", ""),
+            "processor seconds of training": seconds.get("processor", ""),
+        }
         costs = {**sizes, **times, "peak memory": result["peak_memory"]}
         came_to = {**result["metrics"], **costs}  # also metrics that the last epoch has not logged, '' in the CSV
         own[-1] |= {name: str(value) for name, value in came_to.items() if not own[-1].get(name)}

@@ -31,7 +31,7 @@ def write(out, run, accuracy, key="1", epoch=2.0, machine=None, **metrics):
         "data": {"description": "images", "key": key},
         "machine": machine or MACHINE,
         "parameters": {"unique": 1000, "virtual": 2000, "bytes": 5 * 1024},
-        "seconds": {"epoch": epoch, "training": 2 * epoch},
+        "seconds": {"epoch": epoch, "training": 2 * epoch, "processor": 3 * epoch},
         "peak_memory": 3 * 2**20,
         "attempts": 1,
     }
@@ -123,6 +123,7 @@ def test_what_the_last_epoch_has_not_logged_is_what_came_out(tmp_path):
     assert "test/accuracy" not in first
     assert last["test/accuracy"] == "0.5"
     assert (last["seconds / epoch"], last["seconds of training"]) == ("2.0", "4.0")
+    assert last["processor seconds of training"] == "6.0"
 
 
 def test_results_of_other_versions_are_not_mixed(tmp_path):

@@ -68,8 +68,10 @@ def figures(folder):
     """Return what is the same however often a run was interrupted."""
     result = Folder(folder).result()
     with (folder / "metrics.csv").open() as file:
-        rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-    metrics = {key: value for key, value in result["metrics"].items() if key != "seconds"}
+        rows = [
+            {key: value for key, value in row.items() if not key.endswith("seconds")} for row in csv.DictReader(file)
+        ]
+    metrics = {key: value for key, value in result["metrics"].items() if not key.endswith("seconds")}
     return metrics, result["data"], result["parameters"], rows
 
 
@@ -111,6 +113,7 @@ def test_run_and_report(undisturbed, capsys):
         assert result["machine"]["versions"]["torch"] in result["machine"]["versions"].values()
         assert result["parameters"]["unique"] == 64 * 8 + 8 + 2 * (8 * 8 + 8) + 8 * 10 + 10
         assert 0 < result["seconds"]["training"] < result["seconds"]["last attempt"]
+        assert result["seconds"]["processor"] > 0
         assert result["peak_memory"] > 2**26
         _, _, _, rows = figures(out / name)
         assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12")]
