@@ -19,6 +19,7 @@ from dataclasses import KW_ONLY, dataclass
 from statistics import fmean
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 from pandas import DataFrame
 from typing_extensions import override
@@ -91,8 +92,8 @@ class Trend(AlongAxis):
     @override
     def measure(self, by_seed: DataFrame) -> list[str]:
         change = (by_seed.iloc[:, -1] - by_seed.iloc[:, 0]).mean()
-        xs = pd.Series(by_seed.columns, by_seed.columns)
-        correlation = by_seed.rank(axis=1).corrwith(xs.rank(), axis=1).fillna(0.0).mean()  # 0 where y does not vary
+        ranks = pd.Series(range(by_seed.shape[1]), by_seed.columns)
+        correlation = by_seed.rank(axis=1).corrwith(ranks, axis=1).fillna(0.0).mean()  # 0 where y does not vary
         chance = probability_by_chance(correlation, by_seed.shape[1], len(by_seed))
         says = "undecided" if chance >= LEVEL else "as claimed" if correlation * self.sign > 0 else "the opposite"
         return [f"{change:+.4f}", f"{correlation:+.3f}", f"{chance:.2g}", says]
@@ -114,19 +115,19 @@ class Peak(AlongAxis):
 
     @override
     def measure(self, by_seed: DataFrame) -> list[str]:
-        best = {seed: by_seed.drop(seed).iloc[:, 1:-1].mean().idxmax() for seed in by_seed.index}
-        gains = [
-            [by_seed.at[seed, x] - by_seed.at[seed, by_seed.columns[end]] for seed, x in best.items()]
-            for end in (0, -1)
-        ]
+        values = by_seed.to_numpy()
+        others = (np.delete(values, row, axis=0) for row in range(len(values)))
+        best = [1 + int(rows[:, 1:-1].mean(axis=0).argmax()) for rows in others]
+        gains = [(values[range(len(values)), best] - values[:, end]).tolist() for end in (0, -1)]
         bounds = [interval(over) for over in gains]
         inside = all(low > 0 for low, _ in bounds)
         says = "inside" if inside else "at an end" if any(high < 0 for _, high in bounds) else "undecided"
-        cells = [
-            [f"{fmean(over):+.4f}", f"{low:+.4f} to {high:+.4f}"]
+        cells = [f"{x:g}" for x in by_seed.columns[sorted({*best})]]
+        told = [
+            (f"{fmean(over):+.4f}", f"{low:+.4f} to {high:+.4f}")
             for over, (low, high) in zip(gains, bounds, strict=True)
         ]
-        return [", ".join(f"{x:g}" for x in sorted({*best.values()})), *cells[0], *cells[1], says]
+        return [", ".join(cells), *told[0], *told[1], says]
 
 
 @dataclass(frozen=True)

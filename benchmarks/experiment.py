@@ -14,8 +14,8 @@ from pandas import DataFrame
 from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
 from benchmarks.declared import load, suites
-from benchmarks.figures import draw_overview
 from benchmarks.figures import draw as draw_plot
+from benchmarks.figures import draw_overview
 from benchmarks.folder import complete_below
 from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine

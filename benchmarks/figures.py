@@ -98,7 +98,7 @@ def draw(plot: Plot, rows: DataFrame, path: Path) -> None:
         if by_run and (number or not plot.families):
             style["linestyle"] = "none"
         across = points["x_std"] if points["x_std"].any() else None
-        bars[name] = axes.errorbar("x", "y", yerr="y_std", xerr=across, data=points, label=name, capsize=2, **style)
+        bars[name] = axes.errorbar(points["x"], points["y"], points["y_std"], across, label=name, capsize=2, **style)
     every = pd.concat(shown) if shown else DataFrame(columns=["x", "y"])
     _scale(axes, plot, sorted({*every["x"]}))
     axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=in_common(plot.metrics).label)
@@ -120,8 +120,8 @@ def _series(plot: Plot, rows: DataFrame) -> Iterator[tuple[str, DataFrame]]:
                 yield f"{plot.lines} {value}{suffix}", _points(plot.x, metric, runs)
             continue
         for family, settings in (plot.families or {setting: [setting] for setting in lines}).items():
-            runs = [lines[setting] for setting in settings if setting in lines]
-            yield f"{family}{suffix}", _points(plot.x, metric, pd.concat([rows[:0], *runs]))
+            runs = pd.concat([rows[:0], *(lines[setting] for setting in settings if setting in lines)])
+            yield f"{family}{suffix}", _points(plot.x, metric, runs)
 
 
 def _points(x: str, y: str, rows: DataFrame) -> DataFrame:
@@ -165,14 +165,14 @@ def draw_overview(rows: DataFrame, curves: Sequence[str], figures: Sequence[str]
 
 def draw_curves(rows: DataFrame, metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
-    settings = [*rows["run"].unique()]
+    settings = [*map(str, rows["run"].unique())]
     figure = new_figure(WIDTH, 3.2, f"{_upper(in_common(metrics).name)} of each setting by {x}")
     lines = {}
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         for setting, runs in numbers(rows, metric, x).groupby("run", sort=False):
             means = runs.groupby(x)[metric].mean().replace(np.inf, np.nan)
-            [lines[setting]] = axes.plot(means, **line_style(settings.index(setting)))
+            [lines[str(setting)]] = axes.plot(means, **line_style(settings.index(str(setting))))
         _label(axes, metric, "y", titled=len(metrics) > 1)
         axes.set_xlabel(quantity(x).label, fontsize="small")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -187,7 +187,7 @@ def draw_outcomes(rows: DataFrame, metrics: Sequence[str], path: Path) -> None:
     an axis.
     """
     last = final(rows)
-    settings = [*last["run"].unique()]
+    settings = [*map(str, last["run"].unique())]
     shown = [metric for metric in metrics if 2 * numbers(last, metric)["run"].nunique() >= len(settings)][:PANELS]
     figure = new_figure(
         WIDTH, 0.9 + 0.19 * len(settings), f"{_upper(in_common(shown).name)} of each setting after training"
@@ -196,7 +196,7 @@ def draw_outcomes(rows: DataFrame, metrics: Sequence[str], path: Path) -> None:
     panels[0].set_yticks(range(len(settings)), [*map(spaced, settings)], fontsize=SMALL)
     panels[0].set_ylim(len(settings) - 0.5, -0.5)
     for axes, metric in zip(panels, shown, strict=False):
-        for setting, (mean, deviation) in moments(last, metric).dropna().iterrows():
+        for setting, mean, deviation in moments(last, metric).dropna().itertuples(name=None):
             height = settings.index(setting)
             axes.errorbar(mean, height, xerr=deviation, color="C0", marker="o", markersize=4, capsize=2)
             if height == 0 and "=" not in setting:

@@ -46,7 +46,7 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
 
 
 def _outcomes(runs: Sequence[Run], results: Mapping[str, Any], metrics: Sequence[str]) -> DataFrame:
-    """Return a row for each run: what it is, and where it is complete its metrics, infinite if not finite, and costs."""
+    """Return a row for each run: what it is and, of a complete one, metrics (infinite if not finite) and costs."""
     rows = []
     for run in runs:
         rows.append({"run": run.setting, "delta": run.delta, "seed": run.seed})
@@ -168,8 +168,8 @@ def refuse_mixture(versions_of: Mapping[str, Mapping[str, str]]) -> None:
     ]
     if mixed:
         raise ConfigurationError(
-            f"runs of different versions are not compared: {'; '.join(mixed)}. Report some of them by --only, or do all "
-            "again, in another folder (--out)"
+            f"runs of different versions are not compared: {'; '.join(mixed)}. Report some of them by --only, or do "
+            "all again, in another folder (--out)"
         )
 
 

@@ -195,9 +195,9 @@ def test_pictures(x, tmp_path):
 def test_a_picture_over_a_metric_has_a_point_for_each_setting(tmp_path, monkeypatch):
     drawn, errorbar = {}, Axes.errorbar
 
-    def record(self, x, y, *, yerr, xerr, data, **options):
-        drawn.update(xs=data[x].tolist(), ys=data[y].tolist(), yerr=data[yerr].tolist(), xerr=xerr)
-        return errorbar(self, x, y, yerr=yerr, xerr=xerr, data=data, **options)
+    def record(self, xs, ys, yerr, xerr, **options):
+        drawn.update(xs=xs.tolist(), ys=ys.tolist(), yerr=yerr.tolist(), xerr=xerr)
+        return errorbar(self, xs, ys, yerr, xerr, **options)
 
     monkeypatch.setattr(Axes, "errorbar", record)
     found = rows({("a", x, seed): (1 - x) / 2 + seed / 4 for x in (0.0, 1.0) for seed in range(2)})

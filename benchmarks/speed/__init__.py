@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from benchmarks.speed import data, depth, growth, hard, harness, hashing, imports, recurrent, scale, soft
+from benchmarks.speed import data, depth, fairness, growth, hard, harness, hashing, imports, recurrent, scale, soft
 
 FAMILIES: dict[str, Callable[[], str | tuple[str, Figure]]] = {
     "data": data.measure,
     "depth": depth.measure,
+    "fairness": fairness.measure,
     "growth": growth.measure,
     "hard": hard.measure,
     "hashing": hashing.measure,

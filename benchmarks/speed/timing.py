@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 
 Step = Callable[[], object]
 
@@ -88,17 +87,10 @@ def passes(model: nn.Module, x: Tensor) -> Step:
 
 
 def time_of(run: Step) -> float:
-    """Return the seconds that one run takes."""
-    _synchronize()
-    start = time.perf_counter()
+    """Return the seconds that one run takes, on a GPU until it has done what it was asked for."""
+    start = timer()
     run()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return timer() - start
 
 
 def pairs(one: Step, other: Step, count: int) -> list[float]:
@@ -110,6 +102,31 @@ def pairs(one: Step, other: Step, count: int) -> list[float]:
         seconds = {side: time_of(side) for side in order}
         ratios.append(seconds[one] / seconds[other])
     return ratios
+
+
+def paired(make: Mapping[str, Callable[[], tuple[Step, Step]]], rounds: int, count: int) -> list[list[str]]:
+    """Return rows of a table: for each name the milliseconds of a peer, the median ratio to it, and its 95 % interval.
+
+    Args:
+        make: returns, by name, what is measured and its peer; called anew in each round, since where tensors lie in
+            memory makes a difference of its own.
+        rounds: in which all names are measured in turn, lest a busy minute meet one of them.
+        count: pairs of steps, side by side, in a round.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in make}
+    seconds: dict[str, list[float]] = {name: [] for name in make}
+    for _ in range(rounds):
+        for name, made in make.items():
+            step, peer = made()
+            for _ in range(5):  # until memory has been asked for
+                step()
+            ratios[name] += pairs(step, peer, count)
+            seconds[name].append(time_of(peer))
+    rows = []
+    for name, measured in ratios.items():
+        median, low, high = median_interval(measured)
+        rows.append([name, f"{1e3 * statistics.median(seconds[name]):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
+    return rows
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -1,0 +1,77 @@
+"""How far ratios of two equal programs are from 1: the races of :mod:`benchmarks.speed.timing`, and torch's timers."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from benchmarks.report import table
+from benchmarks.speed.timing import Step, passes, race, time_of, with_extremes
+
+TRIALS = 15
+SECONDS = 0.2  # for each side of a comparison
+BUSY = """
+import time
+while True:
+    time.sleep(0.5)
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        pass
+"""
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Keep another core busy, half of the time."""
+    process = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def raced(step: Step) -> float:
+    """Return the ratio of a race of a program with itself."""
+    rounds = max(1, round(SECONDS / time_of(step) / 5))
+    result = race({"one": step, "other": step}, races=5, rounds=rounds)
+    return sorted(result.ratios("one", "other"))[2]
+
+
+def timed(method: str) -> Callable[[Step], float]:
+    """Return what takes the ratio of the medians of two measurements of a program by torch's timer, in succession."""
+
+    def ratio(step: Step) -> float:
+        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+        limits = {"max_run_time": 2 * SECONDS} if method == "adaptive_autorange" else {}
+        one, other = (getattr(timer, method)(min_run_time=SECONDS, **limits).median for _ in range(2))
+        return float(one / other)
+
+    return ratio
+
+
+def measure() -> str:
+    """Run the measurement, and return its table as Markdown."""
+    source, target = torch.randn(2, 1 << 21)
+    steps: dict[str, Step] = {
+        "copy of 8 MiB": lambda: target.copy_(source),
+        "pass of a layer of 1024": passes(nn.Linear(1024, 1024), torch.randn(64, 1024)),
+    }
+    ways = {"race": raced, **{f"torch's {name}": timed(name) for name in ("blocked_autorange", "adaptive_autorange")}}
+    ratios: dict[tuple[str, str], list[float]] = {(step, way): [] for step in steps for way in ways}
+    with busy():
+        for _ in range(TRIALS):
+            for step, way in ratios:
+                ratios[step, way].append(ways[way](steps[step]))
+    rows = [[way, *(with_extremes(ratios[step, way]) for step in steps)] for way in ways]
+    caption = (
+        f"A program timed against itself, while another one keeps a core busy in every other half second; medians of "
+        f"{TRIALS} ratios (extremes), each of about {SECONDS:g} s a side:"
+    )
+    return f"{caption}\n\n{table(['way', *steps], rows)}"
