@@ -26,7 +26,7 @@ from pandas import DataFrame
 
 from benchmarks.labels import name_points
 from benchmarks.quantities import QUANTITIES, in_common, quantity
-from benchmarks.rows import final, lines_of, moments, numbers
+from benchmarks.rows import final, lines_of, means_by_run, numbers
 from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import save_figure
 
@@ -126,7 +126,7 @@ def _series(plot: Plot, rows: DataFrame) -> Iterator[tuple[str, DataFrame]]:
 
 def _points(x: str, y: str, rows: DataFrame) -> DataFrame:
     """Return mean and spread of x and y for each setting that has both, in order of x."""
-    points = moments(rows, x, y).dropna()
+    points = means_by_run(rows, x, y).dropna()
     points.columns = pd.Index(["x", "x_std", "y", "y_std"])
     return points.sort_values(["x", "y"])
 
@@ -196,7 +196,7 @@ def draw_outcomes(rows: DataFrame, metrics: Sequence[str], path: Path) -> None:
     panels[0].set_yticks(range(len(settings)), [*map(spaced, settings)], fontsize=SMALL)
     panels[0].set_ylim(len(settings) - 0.5, -0.5)
     for axes, metric in zip(panels, shown, strict=False):
-        for setting, mean, deviation in moments(last, metric).dropna().itertuples(name=None):
+        for setting, mean, deviation in means_by_run(last, metric).dropna().itertuples(name=None):
             height = settings.index(setting)
             axes.errorbar(mean, height, xerr=deviation, color="C0", marker="o", markersize=4, capsize=2)
             if height == 0 and "=" not in setting:

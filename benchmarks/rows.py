@@ -42,7 +42,7 @@ def lines_of(rows: DataFrame, axis: str) -> Iterator[tuple[str, DataFrame]]:
             yield str(value), runs
 
 
-def moments(rows: DataFrame, *columns: str) -> DataFrame:
+def means_by_run(rows: DataFrame, *columns: str) -> DataFrame:
     """Return means and standard deviations by run: of one seed, 0; where one is not finite, the mean is NaN.
 
     Returns:

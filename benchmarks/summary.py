@@ -156,15 +156,12 @@ def curves(runs: Sequence[Run], out: Path) -> DataFrame:
 
 def refuse_mixture(versions_of: Mapping[str, Mapping[str, str]]) -> None:
     """Raise unless all runs, by name, were made with the same versions of all packages."""
-    made: dict[str, dict[str, list[str]]] = {}  # runs by package and version
-    for name, versions in versions_of.items():
-        for package, version in versions.items():
-            made.setdefault(package, {}).setdefault(version, []).append(name)
+    versions = DataFrame.from_dict(dict(versions_of), orient="index")
     mixed = [
-        f"{package} {version}: {len(names)} run{'s' * (len(names) > 1)}, {listed(names, limit=3)}"
-        for package, versions in made.items()
-        if len(versions) > 1
-        for version, names in versions.items()
+        f"{package} {version}: {len(runs)} run{'s' * (len(runs) > 1)}, {listed(runs.index, limit=3)}"
+        for package in versions
+        if versions[package].nunique() > 1
+        for version, runs in versions.groupby(str(package), sort=False)
     ]
     if mixed:
         raise ConfigurationError(

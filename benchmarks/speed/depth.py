@@ -128,7 +128,7 @@ def gpt2(transformers: Any) -> nn.Module:
 
 def merged(make: Callable[[], nn.Module], blocks: str) -> dict[str, nn.Module]:
     """Return a network, plain and with each mode of stochastic depth, whose keeps fall linearly to 0.5."""
-    nets = {"plain": make(), **{mode: make() for mode in MODES}}
+    nets = {side: make() for side in ("plain", *MODES)}
     for mode in MODES:
         ResidualMerging(blocks, StochasticDepth(0.5, mode)).apply(nets[mode])
     return nets

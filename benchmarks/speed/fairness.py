@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
 from benchmarks.report import table
-from benchmarks.speed.timing import Step, passes, race, time_of, with_extremes
+from benchmarks.speed.timing import Step, passes, race, time_of
 
-TRIALS = 15
+TRIALS = 40
 SECONDS = 0.2  # for each side of a comparison
 BUSY = """
 import time
@@ -39,9 +41,9 @@ def busy() -> Iterator[None]:
 
 def raced(step: Step) -> float:
     """Return the ratio of a race of a program with itself."""
-    rounds = max(1, round(SECONDS / time_of(step) / 5))
+    rounds = max(1, round(SECONDS / min(time_of(step) for _ in range(9)) / 5))
     result = race({"one": step, "other": step}, races=5, rounds=rounds)
-    return sorted(result.ratios("one", "other"))[2]
+    return statistics.median(result.ratios("one", "other"))
 
 
 def timed(method: str) -> Callable[[Step], float]:
@@ -69,9 +71,13 @@ def measure() -> str:
         for _ in range(TRIALS):
             for step, way in ratios:
                 ratios[step, way].append(ways[way](steps[step]))
-    rows = [[way, *(with_extremes(ratios[step, way]) for step in steps)] for way in ways]
+    cells = {
+        key: "{1:.3f} ({0:.3f}–{2:.3f})".format(*np.quantile(values, [0.05, 0.5, 0.95]))
+        for key, values in ratios.items()
+    }
+    rows = [[way, *(cells[step, way] for step in steps)] for way in ways]
     caption = (
         f"A program timed against itself, while another one keeps a core busy in every other half second; medians of "
-        f"{TRIALS} ratios (extremes), each of about {SECONDS:g} s a side:"
+        f"{TRIALS} ratios (5 % to 95 % of them), each of about {SECONDS:g} s a side:"
     )
     return f"{caption}\n\n{table(['way', *steps], rows)}"

@@ -35,6 +35,10 @@ class Race:
         """Return the median ratio and, in brackets, the smallest and the largest."""
         return with_extremes(self.ratios(side, peer))
 
+    def row(self, side: str, *peers: str) -> list[str]:
+        """Return a side's milliseconds, and its ratio to each peer, in words."""
+        return [f"{1e3 * self.median(side):.1f}", *(self.told(side, peer) for peer in peers)]
+
 
 def race(
     sides: Mapping[str, Step],
