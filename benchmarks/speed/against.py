@@ -37,7 +37,9 @@ def ratios(text: str) -> dict[str, float]:
     """
     by_row = {}
     for lines in TABLES.findall(text):
-        cells = pd.read_csv(io.StringIO(lines), sep=r"\s*\|\s*", engine="python", skiprows=[1], dtype=str).iloc[:, 1:-1]
+        cells = pd.read_csv(
+            io.StringIO(lines), sep=r"\s*\|\s*", engine="python", skiprows=[1], dtype=str, na_filter=False
+        ).iloc[:, 1:-1]
         labels = next((place for place, name in enumerate(map(str, cells)) if "ms" in name), 1)
         for name in [name for name in map(str, cells.columns[1:]) if "/" in name or "ratio" in name]:
             for label, cell in zip(cells.iloc[:, :labels].agg(", ".join, axis=1), cells[name], strict=True):

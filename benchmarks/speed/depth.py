@@ -137,13 +137,13 @@ def merged(make: Callable[[], nn.Module], blocks: str) -> dict[str, nn.Module]:
 def transformer_tables() -> list[str]:
     """Return the tables of timm's vision transformer and of transformers' GPT-2, of those that are installed."""
     count, tables = BATCH // 2, []
-    drawn = f"keeps fall linearly to 0.5; mean of {4 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):"
+    drawn = f"keeps fall linearly to 0.5; median of {BLOCKS} means of 4 interleaved steps (extremes):"
     if timm := installed("timm"):
         sides = {**merged(lambda: vit(timm), "blocks.*"), "DropPath": vit(timm, 0.5)}
         times = means({side: step_of(net, batch(count, 3, IMAGE, IMAGE)) for side, net in sides.items()}, rounds=4)
         tables.append(
             f"ViT-Tiny of timm {version('timm')} at batch {count}, images of {IMAGE} × {IMAGE} pixels; a draw for each "
-            f"branch; {drawn}\n\n{ratio_table(times, 'plain', 'ViT, ')}"
+            f"branch; {drawn}\n\n" + times.table({"/ plain": "plain"}, prefix="ViT, ")
         )
     if transformers := installed("transformers"):
         text = torch.randint(VOCABULARY, (count, TOKENS + 1), generator=torch.Generator().manual_seed(0))
@@ -152,7 +152,7 @@ def transformer_tables() -> list[str]:
         tables.append(
             f"GPT-2 of transformers {version('transformers')} at batch {count}, {LAYERS} layers of width {WIDTH}, "
             f"{TOKENS} of {VOCABULARY} tokens; a draw for each layer; {drawn}\n\n"
-            + ratio_table(times, "plain", "GPT-2, ")
+            + times.table({"/ plain": "plain"}, prefix="GPT-2, ")
         )
     return tables
 
@@ -196,34 +196,14 @@ def loop_table() -> str:
     times = means({side: step_of(net, batch(count, TOKENS, 2 * WIDTH)) for side, net in sides.items()}, rounds=2)
     return (
         f"Two of {len(PLAIN)} encoder layers of torch, of width {2 * WIDTH}, in two passes; batch {count} of {TOKENS} "
-        f"steps; mean of {2 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):\n\n"
-        + ratio_table(times, "repeats written out", "encoder, ")
+        f"steps; median of {BLOCKS} means of 2 interleaved steps (extremes):\n\n"
+        + times.table({"/ written out": "repeats written out"}, prefix="encoder, ")
     )
 
 
 def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
     """Return mean seconds of each step, in turns, for each of ten blocks of rounds: what is drawn varies."""
     return race(steps, BLOCKS, rounds, statistics.fmean)
-
-
-def ratio_table(times: Race, peer: str, prefix: str, **more: dict[str, str]) -> str:
-    """Return a table of mean times, over those of a peer, and of further columns."""
-    rows = [
-        [
-            prefix + side,
-            f"{1e3 * statistics.fmean(seconds):.0f}",
-            describe_ratio(times, side, peer),
-            *(cells.get(side, "–") for cells in more.values()),
-        ]
-        for side, seconds in times.seconds.items()
-    ]
-    return table(["side", "ms", f"/ {peer}", *more], rows)
-
-
-def describe_ratio(times: Race, side: str, peer: str) -> str:
-    """Return the ratio of mean times, and of the blocks' the smallest and the largest."""
-    ratios = times.ratios(side, peer)
-    return f"{sum(times.seconds[side]) / sum(times.seconds[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
 
 
 def held(net: nn.Module) -> float:
@@ -261,17 +241,17 @@ def measure() -> str:
     memory = {side: f"{held(net):.0f}" for side, net in sides.items()}
     times = means({side: step_of(net, images()) for side, net in sides.items()})
     mixed = means({side: step_of(net, images(), torch.bfloat16) for side, net in [*sides.items()][:5]}, rounds=3)
-    ratios = {side: describe_ratio(mixed, side, "plain") for side in mixed.seconds}
+    ratios = {side: mixed.told(side, "plain") for side in mixed.seconds}
     by_keep = []
     for keep in KEEPS:
         nets = {mode: network(StochasticDepth(keep, mode), linear=False) for mode in MODES[1:]}
         kept = means({mode: step_of(net, images()) for mode, net in nets.items()}, rounds=2)
-        by_keep.append([f"{keep:g}", describe_ratio(kept, "subset", "row")])
+        by_keep.append([f"{keep:g}", kept.told("subset", "row")])
     return "\n\n".join(
         [
-            f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; mean of "
-            f"{BLOCKS * ROUNDS} interleaved steps (extremes of {BLOCKS} parts); in bf16, of {3 * BLOCKS}:",
-            ratio_table(times, "plain", "", **{"/ plain, bf16": ratios, "MiB held for backward": memory}),
+            f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; median of "
+            f"{BLOCKS} means of {ROUNDS} interleaved steps (extremes); in bf16, of 3:",
+            times.table({"/ plain": "plain"}, {"/ plain, bf16": ratios, "MiB held for backward": memory}),
             "Rows chosen and computed, over rows masked, at one keep in all blocks:",
             table(["keep", "subset / row"], by_keep),
             *transformer_tables(),

@@ -68,13 +68,12 @@ def _against_torch(layers: dict[str, nn.Module]) -> str:
     x = _sequences(STEPS)
     result = race({side: passes(net, x) for side, net in nets.items()}, races=5, rounds=3)
     sizes = {side: f"{sum(weight.numel() for weight in net.parameters()):,}" for side, net in nets.items()}
-    rows = [[side, size, *result.row(side, fused, loop)] for side, size in sizes.items()]
     what = (
         f"Forward and backward, batch {BATCH}, {STEPS} steps of {INPUTS} input, {SIZE} units, fp32; median of 5 races "
         "(extremes):"
     )
-    heading = ["side", "parameters", "ms", "/ torch's LSTM", "/ loop"]
-    return f"{what}\n\n{table(heading, rows)}"
+    peers = {"/ torch's LSTM": fused, "/ loop": loop}
+    return f"{what}\n\n{result.table(peers, {'parameters': sizes})}"
 
 
 def _packed(nets: dict[str, nn.Module]) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
+from benchmarks.report import table
+
 Step = Callable[[], object]
 
 
@@ -38,6 +40,17 @@ class Race:
     def row(self, side: str, *peers: str) -> list[str]:
         """Return a side's milliseconds, and its ratio to each peer, in words."""
         return [f"{1e3 * self.median(side):.1f}", *(self.told(side, peer) for peer in peers)]
+
+    def table(
+        self, peers: Mapping[str, str], columns: Mapping[str, Mapping[str, str]] | None = None, prefix: str = ""
+    ) -> str:
+        """Return all sides in a Markdown table: milliseconds, ratios to peers by heading, and further columns."""
+        more = columns or {}
+        rows = [
+            [prefix + side, *self.row(side, *peers.values()), *(cells.get(side, "–") for cells in more.values())]
+            for side in self.seconds
+        ]
+        return table(["side", "ms", *peers, *more], rows)
 
 
 def race(
