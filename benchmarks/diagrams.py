@@ -27,7 +27,7 @@ def count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def _parameters(
+def parameter_figure(
     title: str, x: str, y: str, sizes: Sequence[float], lines: Mapping[str, Sequence[float]], base: str, at: float
 ) -> tuple[Figure, Axes]:
     """Plot numbers of parameters against sizes, beside the number ``at`` of what ``base`` names."""
@@ -57,7 +57,7 @@ def low_rank() -> Figure:
     title = "Parameters of weights of low rank against the rank, beside those of the weights"
     lines = {name: [share(layer(), rank) for rank in RANKS] for name, layer in layers.items()}
     words = "rank (number)", "parameters (relative to the weight)"
-    return _parameters(title, *words, RANKS, lines, "the weight itself", 1)[0]
+    return parameter_figure(title, *words, RANKS, lines, "the weight itself", 1)[0]
 
 
 def generated() -> Figure:
@@ -70,7 +70,7 @@ def generated() -> Figure:
     title = "Parameters of a ResNet-20 of generated weights, by the size of an embedding"
     words = "size of an embedding (numbers)", "parameters of the network (number)"
     plain = count(ResNet(depth=20))
-    figure, axes = _parameters(title, *words, EMBEDDINGS, {"generated weights": counts}, "plain", plain)
+    figure, axes = parameter_figure(title, *words, EMBEDDINGS, {"generated weights": counts}, "plain", plain)
     axes.set_xscale("log")
     axes.set_xticks(EMBEDDINGS, [*map(str, EMBEDDINGS)])
     axes.minorticks_off()
@@ -90,7 +90,7 @@ def untied_biases() -> Figure:
         ("side of the images (pixels)", "parameters (number)"),
         {"a bias for each channel and position": counts},
     )
-    figure, axes = _parameters(title, *words, SIDES, lines, "a bias for each channel", count(ConvEncoder()))
+    figure, axes = parameter_figure(title, *words, SIDES, lines, "a bias for each channel", count(ConvEncoder()))
     axes.set_xticks(SIDES)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     return figure

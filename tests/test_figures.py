@@ -383,8 +383,14 @@ def test_every_function_that_draws_is_below():
                 node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")
             }
             module = ".".join(path.relative_to(report.ROOT).with_suffix("").parts)
-            drawing |= {f"{module}.{function.name}"} if names & {"new_figure", "Figure"} else set()
-    assert drawing == {*FIGURES, *SAVED, "tying.figures.new_figure", "tying.cli.demo.demo"}
+            drawing |= {f"{module}.{function.name}"} if names & {"new_figure", "Figure", "parameter_figure"} else set()
+    assert drawing == {
+        *FIGURES,
+        *SAVED,
+        "tying.figures.new_figure",
+        "tying.cli.demo.demo",
+        "benchmarks.diagrams.parameter_figure",
+    }
 
 
 @pytest.mark.parametrize("name", [*FIGURES, *(build.__name__ for builds in SAVED.values() for build in builds)])
