@@ -2,6 +2,9 @@
 
 The sides take turns within a race, so that a drift of the machine's speed meets all of them; each keeps its best
 time of the race; ratios are taken within races, and their median over races is reported with the extremes.
+
+Only the clock is that of ``torch.utils.benchmark``, whose timers measure one side after the other: beside a program
+that comes and goes, ratios of equal programs spread more (``python -m benchmarks speed fairness``).
 """
 
 from __future__ import annotations
