@@ -148,15 +148,7 @@ def _scale(axes: Axes, plot: Plot, values: Sequence[float]) -> None:
 
 
 def draw_overview(rows: DataFrame, curves: Sequence[str], figures: Sequence[str], path: Path, x: str = "epoch") -> None:
-    """Write a PNG of all settings: metrics over epochs, or, where these would be too many lines, final results.
-
-    Args:
-        rows: those of :func:`benchmarks.summary.curves`.
-        curves: metrics to show over epochs.
-        figures: metrics to show at the end.
-        path: of the file.
-        x: ``"epoch"`` or ``"step"``.
-    """
+    """Write a PNG of all settings: curves over epochs or, where these would be too many lines, final figures."""
     if rows["run"].nunique() <= FEW and len(rows) > len(final(rows)):
         draw_curves(rows, curves, path, x)
     else:

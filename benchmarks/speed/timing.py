@@ -9,11 +9,11 @@ that comes and goes, ratios of equal programs spread more (``python -m benchmark
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.stats import quantile_test
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
@@ -144,19 +144,6 @@ def paired(make: Mapping[str, Callable[[], tuple[Step, Step]]], rounds: int, cou
             seconds[name].append(time_of(peer))
     rows = []
     for name, measured in ratios.items():
-        median, low, high = median_interval(measured)
+        median, (low, high) = statistics.median(measured), quantile_test(measured).confidence_interval()
         rows.append([name, f"{1e3 * statistics.median(seconds[name]):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
     return rows
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median and the ends of its 95 % interval, by order statistics.
-
-    Example:
-        >>> median_interval([float(number) for number in range(1, 101)])
-        (50.5, 40.0, 61.0)
-    """
-    ordered, count = sorted(values), len(values)
-    reach = 1.96 * math.sqrt(count) / 2
-    low, high = math.floor(count / 2 - reach), math.ceil(1 + count / 2 + reach)  # ranks, from 1
-    return statistics.median(ordered), ordered[max(low, 1) - 1], ordered[min(high, count) - 1]
