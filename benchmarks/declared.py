@@ -21,21 +21,21 @@ Figures in a paper's layout are :mod:`benchmarks.figures`, and verdicts on its c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from benchmarks.claims import Claim, Order, Peak, Trend
+from benchmarks.claims import Order, Peak, Trend
 from benchmarks.figures import Plot
 from benchmarks.report import ROOT
 from benchmarks.suite import Axis, Layer, Suite, mapping_in
 from tying.errors import ConfigurationError, listed, nearest
+from tying.mappings import from_mapping
 
 SUITES = ROOT / "benchmarks" / "suites"
 CLAIMS = {"trends": Trend, "peaks": Peak, "orders": Order}
 KEYS = ("description", "base", "deltas", "axes", "seed_keys", "figures", "curves", "plots", *CLAIMS, "like", "program")
-Part = TypeVar("Part", bound="Plot | Claim")
 
 
 def suites() -> list[str]:
@@ -68,9 +68,9 @@ def load(name: str) -> Suite:
         description=str(content.get("description", suite.description)),
         figures=_mapping(f"{place} figures", content.get("figures", suite.figures), "headings to metrics"),
         curves=_names(f"{place} curves", content.get("curves", [*suite.curves])),
-        plots=_made(f"{place} plots:", Plot, content.get("plots", [])),
+        plots=_made(f"{place} plots", Plot, content.get("plots", [])),
         claims=tuple(
-            claim for key, kind in CLAIMS.items() for claim in _made(f"{place} {key}:", kind, content.get(key, []))
+            claim for key, kind in CLAIMS.items() for claim in _made(f"{place} {key}", kind, content.get(key, []))
         ),
     )
     _check(suite)
@@ -131,11 +131,10 @@ def _check(suite: Suite) -> None:
                 ) from None
 
 
-def _made(place: str, kind: Callable[..., Part], given: Iterable[Mapping[str, Any]]) -> tuple[Part, ...]:
-    try:
-        return tuple(kind(**arguments) for arguments in given)
-    except TypeError as error:
-        raise ConfigurationError(f"{place} {error}") from None
+def _made(place: str, kind: type, given: Any) -> tuple[Any, ...]:
+    if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
+        raise ConfigurationError(f"{place} must be a list of mappings, not {given!r}")
+    return tuple(from_mapping(entry, kind, f"{place}: an entry") for entry in given)
 
 
 def _axis(place: str, given: Any, deltas: Iterable[str]) -> Axis:

@@ -256,7 +256,11 @@ def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
         ("like: soft\nbase: []", "base and like exclude each other"),
         ("like: soft\ndeltas: {a: []}", "deltas, with like, must be a list of names"),
         ("like: soft\ndeltas: [untied, sort]", "unknown delta 'sort': there is untied"),
-        ("deltas: {a: []}\nplots: [{nam: 1}]", "plots: .*unexpected keyword argument 'nam'"),
+        (
+            "deltas: {a: []}\nplots: [{nam: 1}]",
+            "plots: .*unexpected keyword argument 'nam'. Nearest existing names: name",
+        ),
+        ("deltas: {a: []}\nplots: [alpha]", "plots must be a list of mappings, not .'alpha'."),
         ("deltas: {a: []}\ntrends: [{claim: 1}]", "trends: .*missing 4 required"),
     ],
 )

@@ -42,20 +42,14 @@ def busy() -> Iterator[None]:
 def raced(step: Step) -> float:
     """Return the ratio of a race of a program with itself."""
     rounds = max(1, round(SECONDS / min(time_of(step) for _ in range(9)) / 5))
-    result = race({"one": step, "other": step}, races=5, rounds=rounds)
-    return statistics.median(result.ratios("one", "other"))
+    return statistics.median(race({"one": step, "other": step}, races=5, rounds=rounds).ratios("one", "other"))
 
 
-def timed(method: str) -> Callable[[Step], float]:
-    """Return what takes the ratio of the medians of two measurements of a program by torch's timer, in succession."""
-
-    def ratio(step: Step) -> float:
-        timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-        limits = {"max_run_time": 2 * SECONDS} if method == "adaptive_autorange" else {}
-        one, other = (getattr(timer, method)(min_run_time=SECONDS, **limits).median for _ in range(2))
-        return float(one / other)
-
-    return ratio
+def in_succession(step: Step, method: str, **limits: float) -> float:
+    """Return the ratio of two measurements of a program by a method of torch's timer."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    one, other = (getattr(timer, method)(min_run_time=SECONDS, **limits).median for _ in range(2))
+    return float(one / other)
 
 
 def measure() -> str:
@@ -65,7 +59,11 @@ def measure() -> str:
         "copy of 8 MiB": lambda: target.copy_(source),
         "pass of a layer of 1024": passes(nn.Linear(1024, 1024), torch.randn(64, 1024)),
     }
-    ways = {"race": raced, **{f"torch's {name}": timed(name) for name in ("blocked_autorange", "adaptive_autorange")}}
+    ways: dict[str, Callable[[Step], float]] = {
+        "race": raced,
+        "torch's blocked_autorange": lambda step: in_succession(step, "blocked_autorange"),
+        "torch's adaptive_autorange": lambda step: in_succession(step, "adaptive_autorange", max_run_time=2 * SECONDS),
+    }
     ratios: dict[tuple[str, str], list[float]] = {(step, way): [] for step in steps for way in ways}
     with busy():
         for _ in range(TRIALS):
