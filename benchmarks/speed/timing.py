@@ -139,7 +139,7 @@ def paired(make: Mapping[str, Callable[[], tuple[Step, Step]]], rounds: int, cou
         for name, made in make.items():
             step, peer = made()
             for _ in range(5):  # until memory has been asked for
-                step()
+                step(), peer()
             ratios[name] += pairs(step, peer, count)
             seconds[name].append(time_of(peer))
     rows = []
