@@ -182,13 +182,11 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
         "Mean ± standard deviation over n seeds. Differences are paired by seed, with 95 % confidence intervals."
     )
     told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
-    missing: dict[str, list[str]] = {}
-    for name, state in states.items():
-        if state != "complete":
-            missing.setdefault(state, []).append(name)
-    if missing:
-        counts = ", ".join(f"{len(names)} {state} ({listed(names)})" for state, names in missing.items())
-        told.append(f"Missing are {sum(map(len, missing.values()))} of {len(states)} runs: {counts}.")
+    missing = pd.Series({name: state for name, state in states.items() if state != "complete"}, dtype=str)
+    if len(missing):
+        by_state = missing.groupby(missing, sort=False)
+        counts = ", ".join(f"{len(runs)} {state} ({listed(runs.index)})" for state, runs in by_state)
+        told.append(f"Missing are {len(missing)} of {len(states)} runs: {counts}.")
     if failures:
         told.append(f"Failed: {listed((f'{name}: {error}' for name, error in failures.items()), limit=12)}.")
     return " ".join(told)
