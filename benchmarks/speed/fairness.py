@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -26,17 +26,6 @@ while True:
     while time.perf_counter() < end:
         pass
 """
-
-
-@contextlib.contextmanager
-def busy() -> Iterator[None]:
-    """Keep another core busy, half of the time."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def raced(step: Step) -> float:
@@ -65,10 +54,12 @@ def measure() -> str:
         "torch's adaptive_autorange": lambda step: in_succession(step, "adaptive_autorange", max_run_time=2 * SECONDS),
     }
     ratios: dict[tuple[str, str], list[float]] = {(step, way): [] for step in steps for way in ways}
-    with busy():
-        for _ in range(TRIALS):
-            for step, way in ratios:
+    with subprocess.Popen([sys.executable, "-c", BUSY]) as process:
+        try:
+            for _, (step, way) in itertools.product(range(TRIALS), ratios):
                 ratios[step, way].append(ways[way](steps[step]))
+        finally:
+            process.kill()
     cells = {
         key: "{1:.3f} ({0:.3f}–{2:.3f})".format(*np.quantile(values, [0.05, 0.5, 0.95]))
         for key, values in ratios.items()
