@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument(
         "picture", nargs="*", metavar="PICTURE", help=f"of {', '.join(gallery.NAMES)}; all by default"
     )
+    export = commands.add_parser("export", help="write every epoch of all kept runs as one table")
+    export.add_argument("file", type=Path, metavar="FILE", help="a file that ends in .csv or .parquet")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
     told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
     for command in (run, report):
@@ -86,6 +88,8 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         for page in PAGES:
             write(page, paste(page.read_text()))
         write(RESULTS / "README.md", evidence.markdown())
+    elif known.command == "export":
+        print(f"{evidence.export(known.file)} runs written to {known.file}")
     elif known.command == "redraw":
         for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
             print("Written:", *experiment.redraw(name))

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pandas import DataFrame
+
 from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
 from benchmarks.declared import load, suites
-from benchmarks.figures import Row, draw_overview, final
 from benchmarks.figures import draw as draw_plot
+from benchmarks.figures import draw_overview
 from benchmarks.folder import complete_below
 from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine
-from benchmarks.report import RESULTS, write_csv
+from benchmarks.report import RESULTS, write
+from benchmarks.rows import final, read_rows
 from benchmarks.suite import Suite
 from benchmarks.summary import curves, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
@@ -110,15 +112,15 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
     """
     rows = curves(sweep.runs, sweep.out)
     table = sweep.out / f"{sweep.name}.csv"
-    write_csv(table, rows)
+    write(table, rows.to_csv(index=False))
     written = [table, *draw_pictures(sweep.suite, sweep.name, rows, sweep.out)]
     if kept:
         written += draw_pictures(sweep.suite, sweep.name, rows, kept)
-        write_csv(kept / table.name, final(rows))
+        write(kept / table.name, final(rows).to_csv(index=False))
     return written
 
 
-def draw_pictures(suite: Suite, name: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw_pictures(suite: Suite, name: str, rows: DataFrame, folder: Path) -> list[Path]:
     """Write a picture of all settings, and those that the suite's file asks for; return the files.
 
     Args:
@@ -149,8 +151,7 @@ def redraw(name: str, folder: Path = RESULTS) -> list[Path]:
     suite = load(suite_name)
     if not table.exists():
         raise ConfigurationError(f"there is no {table}")
-    with table.open() as file:
-        rows: list[dict[str, str]] = [*csv.DictReader(file)]
+    rows = read_rows(table)
     archive = folder / "runs" / f"{'@'.join(filter(None, [suite.home or suite_name, label]))}.tar.xz"
     if archive.exists():
         kept = rows
@@ -158,7 +159,7 @@ def redraw(name: str, folder: Path = RESULTS) -> list[Path]:
             unpack(archive, Path(out))
             begun = read_json(Path(out) / BEGUN, "seeds")
             rows = curves(suite.runs(begun["seeds"]), Path(out))
-        if [{key: str(row.get(key, "")) for key in kept[0]} for row in final(rows)] != kept:
+        if not final(rows).reindex(columns=kept.columns).reset_index(drop=True).equals(kept):
             raise ConfigurationError(f"{archive} has other results than {table}")
     return draw_pictures(suite, name, rows, folder)
 
