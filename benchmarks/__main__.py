@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import evidence, experiment, gallery, hybrid_toy
 from benchmarks.archive import pack, unpack
+from benchmarks.cluster import Cluster
 from benchmarks.declared import suites
+from benchmarks.engine import Local
 from benchmarks.machine import describe
+from benchmarks.plan import plan
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
@@ -73,7 +76,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--seeds", type=int, help="replicas of each setting; by default, one, and in a report those that were begun"
         )
-    run.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+    where.add_argument(
+        "--executor", metavar="ADDRESS", help="of a scheduler of dask.distributed, such as tcp://host:8786"
+    )
+    run.add_argument("--shared", action="store_true", help="with --executor: its workers see --out, and work there")
+    run.add_argument("--retry", type=int, default=0, metavar="N", help="try a run that fails N more times")
+    run.add_argument(
+        "--plan", action="store_true", help="only time a few steps of each setting, and print hours and memory"
+    )
     for command in (run, report, speed):
         command.add_argument("--save", action="store_true", help="keep what comes out under benchmarks/results")
     return parser
@@ -122,7 +134,12 @@ def _experiment(known: argparse.Namespace, overrides: list[str]) -> int:
     failed = {}
     if not reporting:
         sweep = experiment.prepare(known.suite, **where, seeds=known.seeds, only=known.only, overrides=overrides)
-        failed = experiment.perform(sweep, known.jobs)
+        with Cluster(known.executor, sweep.out, known.shared) if known.executor else Local(known.jobs) as workers:
+            experiment.check(sweep)
+            if known.plan:
+                print(plan(sweep, workers))
+                return 0
+            failed = experiment.perform(sweep, workers, known.retry)
     chosen = {"seeds": known.seeds, "only": known.only} if reporting else {}  # after a run: all there is
     sweep = experiment.prepare(known.suite, **where, **chosen, overrides=overrides, as_begun=True)
     try:

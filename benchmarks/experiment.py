@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
 from benchmarks.declared import load, suites
+from benchmarks.engine import Local, Performance
 from benchmarks.figures import Row, draw_overview, final
 from benchmarks.figures import draw as draw_plot
 from benchmarks.folder import complete_below
@@ -65,15 +66,12 @@ def prepare(
     return sweep
 
 
-def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
-    """Do the runs that are not done; return why those failed that failed, by name.
+def check(sweep: Sweep) -> None:
+    """Refuse what could not be run, and runs that other versions would be mixed with.
 
     Raises:
-        ConfigurationError: a configuration is wrong, or runs are complete that other versions made; nothing was
-            started.
+        ConfigurationError: a configuration is wrong, or runs are complete that other versions made.
     """
-    if jobs < 1:
-        raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
     folders = [sweep.folder(run) for run in sweep.runs]
     complete = [folder for folder in folders if folder.state() == "complete"]
     if len(complete) < len(folders):
@@ -81,12 +79,18 @@ def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
         refuse_mixture({**made, "those to come": machine()["versions"]})
     with quietly():
         sweep.check_configurations()
+
+
+def perform(sweep: Sweep, workers: Local, retry: int = 0) -> dict[str, str]:
+    """Do the runs that are not done; return why those failed that failed, by name."""
     path = sweep.out / BEGUN
     kept = read_json(path, "seeds") if path.exists() else {"seeds": 0}
     begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
     if begun != kept:
         write_json(path, begun)
-    return sweep.perform(jobs)
+    performance = Performance(sweep, workers, retry)
+    performance.perform()
+    return performance.failed
 
 
 def report(sweep: Sweep, command: str) -> str:

@@ -15,10 +15,10 @@ argument ``data``, if it has one, is a data module. It returns an :class:`Outcom
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,28 +56,35 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """What a program has logged and saved: an interrupted run goes on from there.
+    """What a run has logged and saved: an interrupted run goes on from there.
 
     Args:
         folder: of the run.
-        attempt: the attempt's own folder.
         rows: what was logged so far.
     """
 
     folder: Folder
-    attempt: Path
     rows: list[dict[str, float]] = field(default_factory=list)
-    _begun_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self, share: float = 0.0) -> None:
+        """Begin an attempt, at a share of the run that is done; the time left is estimated from here on."""
+        self.begun_at, self._start = share, time.perf_counter()
+
+    def expected(self, share: float) -> float | None:
+        """Return the seconds that a whole run takes, by how long the share up to now has taken; None at the start."""
+        done = share - self.begun_at
+        return (time.perf_counter() - self._start) / done if done > 0 else None
 
     def restore(self) -> dict[str, Any] | None:
         """Return the newest state that an earlier attempt saved, and its rows to :attr:`rows`; None at the start."""
         newest = newest_intact(self.folder.checkpoints())
-        if newest is None:
-            return None
-        saved = read(newest, "the state of the interrupted run")
-        self.rows, self._begun_at = saved["rows"], saved["share"]
-        state: dict[str, Any] = saved["state"]
-        return state
+        saved = read(newest, "the state of the interrupted run") if newest else {"rows": [], "share": 0.0}
+        self.rows = saved["rows"]
+        self.begin(saved["share"])
+        return saved.get("state")
 
     def log(self, step: int, seconds: float, **metrics: float) -> None:
         """Add a row: the metrics after ``step`` optimizer steps, the last ones of which took ``seconds``."""
@@ -89,22 +96,19 @@ class Progress:
         Args:
             share: of the run that is done, in [0, 1].
             state: what :meth:`restore` returns.
-
-        Raises:
-            ConfigurationError: another process has taken the run over.
         """
-        with atomically(self.attempt / "checkpoints" / "last.ckpt") as aside:
+        with atomically(self.folder.path / "checkpoints" / "last.ckpt") as aside:
             torch.save({"rows": self.rows, "share": share, "state": dict(state)}, aside)
         self.tell(share)
 
     def tell(self, share: float) -> None:
-        """Tell which share of the run is done, in [0, 1].
-
-        Raises:
-            ConfigurationError: another process has taken the run over.
-        """
-        self.folder.keep_claim(self.attempt)
-        write_json(self.attempt / "progress.json", {"share": share, "begun at": self._begun_at})
+        """Tell which share of the run is done, in [0, 1], and its last row."""
+        whole = self.expected(share)
+        left = None if whole is None else whole * (1 - share)
+        row = self.rows[-1] if self.rows else {}
+        loss = next((value for name, value in row.items() if name.endswith("loss")), None)
+        at = {key: row[key] for key in ("epoch", "step") if key in row}
+        write_json(self.folder.path / "progress.json", {"share": share, "left": left, "loss": loss, **at})
 
 
 Program = Callable[..., Outcome]

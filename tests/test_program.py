@@ -68,7 +68,6 @@ def test_a_program_is_swept_killed_resumed_archived_and_judged(tmp_path, capsys)
     Path("armed").unlink()
     assert benchmarks.main(["run", "mine.yaml", "--out=killed", "--only=slow,*"]) == 0
     assert Folder(Path("killed/slow,seed=0")).result()["attempts"] == 2
-    assert not Path("killed/slow,seed=0/attempts/000/checkpoints").exists()
     assert figures("killed") == {"slow,seed=0": figures("out")["slow,seed=0"]}
 
     assert benchmarks.main(["restore", "mine.yaml", "--out=back"]) == 0

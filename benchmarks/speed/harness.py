@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.experiment import draw, prepare, quietly, report
 from benchmarks.folder import FILES, Folder
 from benchmarks.json_files import write_json
-from benchmarks.perform import arguments, begin, finish
+from benchmarks.perform import arguments, perform
 from benchmarks.report import table
 from benchmarks.speed.timing import race
 from tying.cli import parse
@@ -40,9 +40,7 @@ def measure(overrides: Sequence[str] = ()) -> str:
 
         def harness() -> None:
             shutil.rmtree(folder.path, ignore_errors=True)
-            attempt = begin(folder, sweep.definition(run), THREADS)
-            assert attempt is not None
-            finish(folder, attempt, run)
+            perform(sweep.task(run, THREADS))
 
         sides = {"parse, fit and test": lambda: bare(plain), "the same by the harness": harness}
         result = race(sides, races=7, rounds=1)
