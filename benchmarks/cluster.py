@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 
 class Cluster(Local):
-    """The workers of a scheduler.
+    """Where runs are done: on the workers of a scheduler.
 
     Args:
         address: of the scheduler.
@@ -55,24 +55,22 @@ class Cluster(Local):
     def __init__(self, address: str, out: Path, shared: bool = False) -> None:
         try:
             from distributed import Client
+
+            self._client = Client(address, timeout=ANSWER, set_as_default=False)
         except ImportError:
             raise ConfigurationError("--executor needs dask.distributed: pip install 'tying[cluster]'") from None
-        try:
-            self._client = Client(address, timeout=ANSWER, set_as_default=False)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"no scheduler answers at {address}: {error}") from None
-        self.ahead, self._address = AHEAD, address
+        self.ahead, self._address, self._topic = AHEAD, address, f"benchmarks-{uuid.uuid4().hex}"
         self._shared = out.resolve() if shared else None
         self._locks: dict[str, FileLock] = {}
-        try:
-            self._check_versions()
-            self.slots, self.threads = self._check_workers()
-        except BaseException:
-            self._client.close()
-            raise
-        self._topic = f"benchmarks-{uuid.uuid4().hex}"
-        self._client.subscribe_topic(self._topic, self._hear)
         self._pool = self._client.get_executor(pure=False)
+        try:
+            self._check()
+        except BaseException:
+            self.__exit__()
+            raise
+        self._client.subscribe_topic(self._topic, self._hear)
 
     @override
     def __exit__(self, *_: object) -> None:
@@ -81,49 +79,35 @@ class Cluster(Local):
         for lock in self._locks.values():
             lock.release()
 
-    def _check_versions(self) -> None:
+    def _check(self) -> None:
+        """Refuse workers that cannot do these runs; note how many runs they do at a time, and the threads of each."""
         versions = self._client.get_versions(packages=[*PACKAGES])
-        if not versions["workers"]:
+        here, slots = versions["client"]["packages"], self._client.nthreads()
+        if not slots:
             raise ConfigurationError(f"no worker has joined {self._address}: start some, such as `dask worker`")
-        here = versions["client"]["packages"]
         for worker, info in versions["workers"].items():
             there = info["packages"]
-            others = [
-                f"{name} {there[name]} ({here[name]} here)"
-                for name in ("python", *PACKAGES)
-                if there[name] != here[name]
-            ]
-            if others:
+            differing = [name for name in ("python", *PACKAGES) if there[name] != here[name]]
+            if differing:
+                packages = listed(f"{name} {there[name]} ({here[name]} here)" for name in differing)
                 raise ConfigurationError(
-                    f"worker {worker} has {listed(others)}: runs of different versions are not compared. Install the "
-                    "same versions there"
+                    f"worker {worker} has {packages}: runs of other versions are not compared. Install the same"
                 )
-
-    def _check_workers(self) -> tuple[int, int]:
-        """Return how many runs the workers do at a time, and the threads of each."""
-        token = self._shared / f".{uuid.uuid4().hex}" if self._shared else None
-        if token:
-            token.parent.mkdir(parents=True, exist_ok=True)
-            token.touch()
-        try:
-            answers = self._client.run(_sealed(_describe, token), on_error="return")
-        finally:
-            if token:
-                token.unlink()
-        slots = self._client.nthreads()
+        if self._shared:
+            self._shared.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self._shared) as token:
+            answers = self._client.run(_sealed(_describe, Path(token.name)), on_error="return")
+        busy = Counter[str]()
         for worker, answer in answers.items():
             if isinstance(answer, Exception):
                 raise ConfigurationError(
-                    f"worker {worker} cannot run this package: {in_a_line(answer)}. Start it in a clone of the "
-                    "repository, or with the clone on PYTHONPATH"
+                    f"worker {worker} cannot run this package: {in_a_line(answer)}. Start it in a clone of this one"
                 )
-            if not answer["sees"]:
+            if self._shared and not answer["sees"]:
                 raise ConfigurationError(f"worker {worker} does not see {self._shared}: leave out --shared")
-        hosts = Counter[str]()
-        for worker, answer in answers.items():
-            hosts[answer["host"]] += slots[worker]
-        threads = min(answer["cores"] // hosts[answer["host"]] for answer in answers.values())
-        return sum(slots.values()), max(1, threads)
+            busy[answer["host"]] += slots[worker]
+        self.slots = busy.total()
+        self.threads = max(1, min(answer["cores"] // busy[answer["host"]] for answer in answers.values()))
 
     @override
     def submit(self, task: Task) -> Future[Any]:
@@ -188,9 +172,9 @@ def _sealed(function: Callable[..., Result], *given: Any) -> Callable[[], Result
     return call
 
 
-def _describe(token: Path | None) -> dict[str, Any]:
+def _describe(token: Path) -> dict[str, Any]:
     """Return what a worker's machine is, and whether it sees a file."""
-    return {"host": socket.gethostname(), "cores": os.cpu_count() or 1, "sees": token is None or token.exists()}
+    return {"host": socket.gethostname(), "cores": os.cpu_count() or 1, "sees": token.exists()}
 
 
 def _call_on_worker(function: Callable[[Task], Result], task: Task) -> Result:

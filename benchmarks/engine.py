@@ -11,13 +11,12 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from signal import SIG_IGN, SIGINT, SIGKILL, signal
 from statistics import fmean
 from typing import Any, Self, TypeVar
 
-from benchmarks.perform import TAKEN, Task, work
+from benchmarks.perform import TAKEN, Task, in_a_line, work
 from benchmarks.suite import Run
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError
@@ -27,18 +26,10 @@ REPORT = 30.0  # seconds between lines on the progress, where nothing else happe
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["benchmarks.perform"])
 Result = TypeVar("Result")
-tell = partial(print, flush=True)
 
 
 class Local:
-    """Where runs are done: here, in processes of this machine.
-
-    Args:
-        jobs: runs at a time; they share the processor's cores.
-
-    Raises:
-        ConfigurationError: there are none.
-    """
+    """Where runs are done: here, ``jobs`` at a time, each in a process with its part of the processor's cores."""
 
     def __init__(self, jobs: int = 1) -> None:
         if jobs < 1:
@@ -107,25 +98,19 @@ def _end_with_parent() -> None:
 
 @dataclass
 class Performance:
-    """The runs of a sweep on their way.
-
-    Args:
-        sweep: whose runs.
-        workers: where they are done.
-        retry: how many more times a run is tried that failed.
-    """
+    """The runs of a sweep on their way."""
 
     sweep: Sweep
     workers: Local
-    retry: int = 0
-    failed: dict[str, str] = field(default_factory=dict)  # why, by name
+    retry: int = 0  # how many more times a run is tried that failed
+    _failed: dict[str, str] = field(default_factory=dict)  # why, by name
     _waiting: deque[Run] = field(default_factory=deque)
     _working: dict[Future[Any], Task] = field(default_factory=dict)
     _complete: int = 0
     _seconds: list[float] = field(default_factory=list)
 
-    def perform(self) -> None:
-        """Do all runs that nobody has done; wait for those that another process works on."""
+    def perform(self) -> dict[str, str]:
+        """Do all runs that nobody has done, wait for those that others do; return why those failed that failed."""
         folder = self.sweep.folder
         self._waiting.extend(sorted(self.sweep.runs, key=lambda run: folder(run).state() != "complete"))
         failures: Counter[str] = Counter()
@@ -139,10 +124,13 @@ class Performance:
                 task = self._working.pop(future)
                 error = self.workers.outcome(task, future)
                 failures[task.run.name] += bool(error and error != TAKEN)
-                self._finish(task, error, again=error == TAKEN or failures[task.run.name] <= self.retry)
-            if done or time.monotonic() - reported > REPORT:
+                if error == TAKEN or (error and failures[task.run.name] <= self.retry):
+                    self._waiting.append(task.run)
+                self._finish(task, error)
+            if time.monotonic() - reported > REPORT:
                 reported = time.monotonic()
                 self._report()
+        return self._failed
 
     def _start(self, run: Run) -> None:
         """Submit a run, unless it is done, or another process does it."""
@@ -161,44 +149,41 @@ class Performance:
             try:
                 self._working[self.workers.submit(task)] = task
             except OSError as error:
-                self._fail(run, f"{type(error).__name__}: {error}")
+                self._fail(run, in_a_line(error))
+
+    def _finish(self, task: Task, error: str) -> None:
+        if error and error != TAKEN:
+            log = task.folder.path / "log.txt"
+            self._fail(task.run, error + (f"; see {log}" if log.exists() else ""))
+        elif not error:
+            self._failed.pop(task.run.name, None)  # in an earlier attempt
+            self._complete += 1
+            result = task.folder.result()
+            metrics, seconds = result["metrics"], result["seconds"]
+            self._seconds.append(seconds["last attempt"])
+            shown = next((name for name in metrics if name.startswith("test/acc")), next(reversed(metrics)))
+            self._tell(f"{task.run.name}: {shown} {metrics[shown]:.4g}, {seconds['training']:.0f} s")
 
     def _fail(self, run: Run, error: str) -> None:
-        self.failed[run.name] = error
-        tell(f"failed: {run.name}: {error}")
-
-    def _finish(self, task: Task, error: str, again: bool) -> None:
-        if error and again:
-            self._waiting.append(task.run)
-        if error == TAKEN:
-            return
-        if error:
-            log = task.folder.path / "log.txt"
-            self._fail(task.run, error + (f"; see {log}" if log.exists() else "") + "; tried again" * again)
-            if again:
-                del self.failed[task.run.name]
-            return
-        self._complete += 1
-        result = task.folder.result()
-        self._seconds.append(result["seconds"]["last attempt"])
-        metrics = result["metrics"]
-        shown = next((name for name in metrics if name.startswith("test/acc")), next(reversed(metrics)))
-        tell(f"{task.run.name}: {shown} {metrics[shown]:.4g}, {result['seconds']['training']:.0f} s")
+        self._failed[run.name] = error
+        self._tell(f"failed: {run.name}: {error}")
 
     def _report(self) -> None:
-        """Print how far all is, and each run that is on its way."""
-        progress = {task.run.name: task.folder.progress() for task in self._working.values()}
-        lefts = [told["left"] for told in progress.values() if told.get("left") is not None]
-        wholes = [told["left"] / (1 - told["share"]) for told in progress.values() if told.get("left")]
-        queued = len(self._waiting) + len(self._working) - len(lefts)
-        line = f"[{self._complete}/{len(self.sweep.runs)}] {len(self._working)} running"
-        if guesses := self._seconds or wholes:
-            seconds = (sum(lefts) + queued * fmean(guesses)) / min(self.workers.slots, queued + len(lefts) or 1)
-            line += f"; about {duration(seconds)} left"
-        tell(line)
-        for name, told in progress.items():
-            if told:
-                tell(f"  {name}: {in_words(told)}")
+        """Print how far each run is that is on its way."""
+        self._tell(f"{len(self._working)} running")
+        for task in self._working.values():
+            if progress := task.folder.progress():
+                print(f"  {task.run.name}: {in_words(progress)}", flush=True)
+
+    def _tell(self, news: str) -> None:
+        """Print news, how many runs are complete, and about how long the others take."""
+        known = [progress for task in self._working.values() if (progress := task.folder.progress()).get("left")]
+        lefts = [progress["left"] for progress in known]
+        guesses = self._seconds or [progress["left"] / (1 - progress["share"]) for progress in known]
+        unknown = len(self._waiting) + len(self._working) - len(lefts)
+        seconds = sum(lefts) + unknown * fmean(guesses or [0.0])
+        left = f"; about {duration(seconds / min(self.workers.slots, unknown + len(lefts)))} left" if seconds else ""
+        print(f"[{self._complete}/{len(self.sweep.runs)}] {news}{left}", flush=True)
 
 
 def in_words(progress: dict[str, Any]) -> str:

@@ -67,11 +67,7 @@ def prepare(
 
 
 def check(sweep: Sweep) -> None:
-    """Refuse what could not be run, and runs that other versions would be mixed with.
-
-    Raises:
-        ConfigurationError: a configuration is wrong, or runs are complete that other versions made.
-    """
+    """Refuse configurations that could not be run, and to mix with complete runs that other versions made."""
     folders = [sweep.folder(run) for run in sweep.runs]
     complete = [folder for folder in folders if folder.state() == "complete"]
     if len(complete) < len(folders):
@@ -88,9 +84,7 @@ def perform(sweep: Sweep, workers: Local, retry: int = 0) -> dict[str, str]:
     begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
     if begun != kept:
         write_json(path, begun)
-    performance = Performance(sweep, workers, retry)
-    performance.perform()
-    return performance.failed
+    return Performance(sweep, workers, retry).perform()
 
 
 def report(sweep: Sweep, command: str) -> str:

@@ -32,12 +32,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two nested structures are written alike: NaN is NaN.
-
-    Example:
-        >>> same({"lr": float("nan")}, {"lr": float("nan")}), same([1], [1.5])
-        (True, False)
-    """
+    """Tell whether two nested structures are written alike: NaN is NaN, and 1 is not 1.0."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
@@ -45,10 +40,8 @@ def difference(there: Any, here: Any) -> str:
     """Return the first difference of two nested structures, in words.
 
     Example:
-        >>> difference({"data": {"seed": 0}}, {"data": {"seed": 1}})
-        'data.seed is 0 there and 1 here'
-        >>> difference([1], [1, {"lr": 2}])
-        '[1].lr is not set there and 2 here'
+        >>> difference({"data": {"seed": [0]}}, {"data": {"seed": [1]}})
+        'data.seed[0] is 0 there and 1 here'
     """
     leaves = _leaves(there), _leaves(here)
     for place in leaves[0] | leaves[1]:
@@ -59,10 +52,9 @@ def difference(there: Any, here: Any) -> str:
 
 
 def _leaves(content: Any, place: str = "") -> dict[str, Any]:
-    """Return the values of a nested structure by their places, such as ``.a[1].b``."""
     if not content or not isinstance(content, dict | list):
         return {place: content}
-    named = isinstance(content, dict)
-    items = content.items() if named else enumerate(content)
-    parts = [_leaves(value, place + (f".{key}" if named else f"[{key}]")) for key, value in items]
+    keys = [f".{key}" for key in content] if isinstance(content, dict) else [f"[{at}]" for at in range(len(content))]
+    values = content.values() if isinstance(content, dict) else content
+    parts = [_leaves(value, place + key) for key, value in zip(keys, values, strict=True)]
     return {place: value for part in parts for place, value in part.items()}

@@ -33,35 +33,20 @@ from tying.files import atomically, newest_intact, read
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        rows: what was logged after each epoch, or stage of a program, with the keys ``step`` and ``seconds``.
-        metrics: the final metrics, in addition to the last value of each in ``rows``.
-        model: the model at the end, of which parameters are counted.
-        data: ``description`` and ``key`` of the data.
-        config: the configuration, as YAML.
-        testing: seconds after training.
-        peak: bytes of memory.
-    """
-
-    rows: Sequence[Mapping[str, float]]
-    metrics: Mapping[str, float]
+    rows: Sequence[Mapping[str, float]]  # after each epoch, or stage of a program, with the keys step and seconds
+    metrics: Mapping[str, float]  # at the end, in addition to the last value of each in rows
     model: torch.nn.Module
-    data: Mapping[str, str | None]
-    config: str = ""
-    testing: float = 0.0
-    peak: int = 0
+    data: Mapping[str, str | None]  # description and key
+    config: str = ""  # as YAML
+    testing: float = 0.0  # seconds after training
+    peak: int = 0  # bytes of memory
 
 
 @dataclass
 class Progress:
-    """What a run has logged and saved: an interrupted run goes on from there.
-
-    Args:
-        folder: of the run.
-        rows: what was logged so far.
-    """
+    """What a run has logged and saved in its folder: an interrupted run goes on from there."""
 
     folder: Folder
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -91,12 +76,7 @@ class Progress:
         self.rows.append({"step": step, "seconds": seconds, **metrics})
 
     def save(self, share: float, state: Mapping[str, Any]) -> None:
-        """Save a state of tensors and plain types, with the rows.
-
-        Args:
-            share: of the run that is done, in [0, 1].
-            state: what :meth:`restore` returns.
-        """
+        """Save a state of tensors and plain types, with the rows, when a share of the run in [0, 1] is done."""
         with atomically(self.folder.path / "checkpoints" / "last.ckpt") as aside:
             torch.save({"rows": self.rows, "share": share, "state": dict(state)}, aside)
         self.tell(share)
@@ -119,13 +99,6 @@ def load_program(path: str) -> Program:
 
     Raises:
         ConfigurationError: there is none.
-
-    Example:
-        >>> load_program("benchmarks.program.no_program")
-        Traceback (most recent call last):
-        ...
-        tying.errors.ConfigurationError: program 'benchmarks.program.no_program': module benchmarks.program has no
-        function no_program
     """
     module, _, name = path.rpartition(".")
     try:
@@ -138,11 +111,7 @@ def load_program(path: str) -> Program:
 
 
 def parse_program(path: str, given: Sequence[str]) -> tuple[Program, Namespace, str]:
-    """Return a program, its arguments, all objects made, and those arguments as YAML.
-
-    Args:
-        path: module and function.
-        given: arguments as on the command line, ``--key=value`` and ``--config=file``.
+    """Return a program of that module and name, its arguments as given on the command line, and those as YAML.
 
     Raises:
         ConfigurationError: there is no such program, or no such argument.

@@ -21,36 +21,27 @@ from tying.errors import ConfigurationError
 
 @dataclass
 class Sweep:
-    """All runs of a suite, in one folder.
-
-    Args:
-        suite: where they come from.
-        runs: what to do.
-        out: where; a folder for each run.
-        overrides: what all runs have on top of the suite.
-        data: arguments that say where the data is on this machine; no part of what makes a run the run it is.
-        label: of the data.
-    """
+    """Runs of a suite, each with a folder in one folder."""
 
     suite: Suite
     runs: Sequence[Run]
     out: Path
-    overrides: Sequence[str] = ()
-    data: Sequence[str] = ()
-    label: str = "configured"
+    overrides: Sequence[str] = ()  # what all runs have on top of the suite
+    data: Sequence[str] = ()  # arguments that say where the data is here: no part of what makes a run the run it is
+    label: str = "configured"  # of the data
     _data_keys: dict[str, str] = field(default_factory=dict, init=False)  # what stands for their content, by setting
 
     @property
     def name(self) -> str:
         """The suite's name, and the data's where it is not what the suite says."""
-        return self._with_data(self.suite.name)
+        return self._on_data(self.suite.name)
 
     @property
     def home(self) -> str:
-        """The name of the suite whose runs these are, and the data's where it is not what the suite says."""
-        return self._with_data(self.suite.home or self.suite.name)
+        """The same of the suite whose runs these are."""
+        return self._on_data(self.suite.home or self.suite.name)
 
-    def _with_data(self, name: str) -> str:
+    def _on_data(self, name: str) -> str:
         return name + (f"@{self.label}" if self.data else "")
 
     def folder(self, run: Run) -> Folder:
@@ -68,26 +59,15 @@ class Sweep:
         return Task(self.folder(run), run, self.definition(run), self.data, threads)
 
     def check(self) -> None:
-        """Refuse folders that hold results of another definition.
-
-        Raises:
-            ConfigurationError: there are some; the first is told, with what differs.
-        """
-        conflicts = []
-        for run in self.runs:
-            folder = self.folder(run)
-            if not folder.damage() and (conflict := folder.conflict(self.definition(run))):
-                conflicts.append(conflict)
+        """Refuse folders that hold results of another definition, with a ConfigurationError."""
+        whole = [run for run in self.runs if not self.folder(run).damage()]
+        conflicts = [*filter(None, (self.folder(run).conflict(self.definition(run)) for run in whole))]
         if conflicts:
             more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
             raise ConfigurationError(f"{conflicts[0]}{more}. Give another --out, or remove what is there")
 
     def check_configurations(self) -> None:
-        """Refuse configurations that could not be run, and data that are not those of earlier results.
-
-        Raises:
-            ConfigurationError: one of them is wrong; it is named. Nothing has been started.
-        """
+        """Refuse configurations that could not be run, and data that are not those of earlier results."""
         keys: dict[str, str] = {}
         for run in self.runs:
             if run.setting in self._data_keys:

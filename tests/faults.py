@@ -1,8 +1,10 @@
 """What the tests of the benchmarks' runner train on, and what goes wrong in it."""
 
+import multiprocessing
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -85,8 +87,16 @@ class Noisy(Classifier):
         super().test_step(batch, batch_idx)
 
 
-def program(progress: Progress, seed: int = 0, rate: float = 0.1, data: Few | None = None, stages: int = 3) -> Outcome:
-    """Train a layer in stages; in the second, while the file ``armed`` exists, be killed."""
+def program(
+    progress: Progress,
+    seed: int = 0,
+    rate: float = 0.1,
+    data: Few | None = None,
+    stages: int = 3,
+    fault: str = "",
+    armed: str = "armed",
+) -> Outcome:
+    """Train a layer in stages; in the second, while the file ``armed`` exists, be killed, or do what ``fault`` says."""
     model = torch.nn.Linear(4, 1)
     if (state := progress.restore()) is not None:
         model.load_state_dict(state["model"])
@@ -100,9 +110,27 @@ def program(progress: Progress, seed: int = 0, rate: float = 0.1, data: Few | No
                 weight.grad = None
         progress.log(stage + 1, 0.5, **{"val/loss": float(loss)})
         progress.save((stage + 1) / stages, {"model": model.state_dict()})
-        if stage == 1 and Path("armed").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if stage == 1:
+            misbehave(fault, Path(armed))
+    with Path(armed).with_name("finished").open("a") as file:
+        print(progress.folder.name, file=file)
     return Outcome(progress.rows, {"test/sum": float(model.weight.sum())}, model, {"description": "noise", "key": None})
+
+
+def misbehave(fault, armed):
+    if fault == "raise":
+        raise RuntimeError("it went wrong")
+    if fault == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    elif armed.exists():
+        if fault == "wait":
+            armed.unlink()
+            time.sleep(60)
+        if fault == "worker":
+            armed.unlink()
+            os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+            time.sleep(60)  # this process ends with its parent
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def silent(progress: Progress, seed: int = 0) -> Outcome:
