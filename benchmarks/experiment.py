@@ -39,19 +39,16 @@ def prepare(
     overrides: Sequence[str] = (),
     as_begun: bool = False,
 ) -> Sweep:
-    """Return a suite's runs and where they are.
+    """Return the runs of a suite, or of its file, and where they are: by default, by the names of suite and data.
 
     Args:
         name: of the suite, or its file.
-        out: the folder of all runs; by default, by the names of suite and data.
+        out: the folder of all runs.
         data: the data module's root, or ``"sample"``; by default, what the suite says.
         seeds: number of replicas of each setting; 1 by default.
         only: a shell pattern for the names of runs.
         overrides: ``--key=value`` for all runs.
         as_begun: take seeds and overrides that are not given from what the folder was begun with.
-
-    Raises:
-        ConfigurationError: there is no such suite, data or run, or the folder holds another definition's results.
     """
     suite = load(name)
     arguments, label = _data(data)

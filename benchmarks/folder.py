@@ -79,9 +79,6 @@ class Folder:
         """Begin the next attempt, under the lock; return what :file:`definition.json` says now.
 
         A run that goes on keeps the number of threads it began with, since sums depend on it.
-
-        Raises:
-            ConfigurationError: the folder holds a run of another definition.
         """
         if conflict := self.conflict(definition):
             raise ConfigurationError(conflict)
@@ -119,11 +116,7 @@ class Folder:
         return ""
 
     def result(self) -> dict[str, Any]:
-        """Return what came out of the run.
-
-        Raises:
-            ConfigurationError: the file is corrupted, or of another run.
-        """
+        """Return what came out of the run, unless the file is corrupted, or of another run."""
         result = read_json(self.path / "result.json", *RESULT)
         if not all(isinstance(value, int | float) for value in result["metrics"].values()):
             raise ConfigurationError(f"{self.path / 'result.json'} is truncated or corrupted")

@@ -82,11 +82,8 @@ class Record(Checkpoint):  # Lightning calls checkpoints last, after the module'
         logged = trainer.callback_metrics.items()  # also those of earlier epochs: the very same tensors
         metrics = {name: float(value) for name, value in logged if value is not self._stale.get(name)}
         passed = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
-        seconds = {
-            "seconds": time.perf_counter() - self._start,
-            "processor seconds": time.process_time() - self._start_of_processor,
-        }
-        self.progress.rows.append({**passed, **seconds, **metrics})
+        seconds, processor = time.perf_counter() - self._start, time.process_time() - self._start_of_processor
+        self.progress.rows.append({**passed, "seconds": seconds, "processor seconds": processor, **metrics})
         self.peak = max(self.peak, peak_memory())
         self.progress.tell(share(trainer))
 
@@ -98,38 +95,38 @@ def work(task: Task) -> str:
         log = os.open(task.folder.path / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, sys.stdout.fileno())
         os.dup2(log, sys.stderr.fileno())
-        perform(task)
-    except Timeout:
-        return TAKEN
+        return "" if perform(task) else TAKEN
     except Exception as error:
         with suppress(OSError):
             traceback.print_exc()
         return in_a_line(error)
-    return ""
 
 
-def perform(task: Task) -> None:
-    """Do a run, from its newest checkpoint if it has one, unless it is complete.
+def perform(task: Task) -> bool:
+    """Do a run, from its newest checkpoint if it has one; return False if another process works on it.
 
     The configuration's own checkpoints and logger are left out: a run keeps one checkpoint, of the last epoch's end,
     so that also the metrics averaged over an epoch come out the same after an interruption. The state of random
     generators is kept in it, whether the configuration says so or not.
 
     Raises:
-        Timeout: another process works on it.
         Exception: whatever goes wrong; the run is then marked as failed.
     """
     folder = task.folder
-    with folder.lock():
-        if folder.is_complete():
-            return
+    try:
+        lock = folder.lock().acquire()
+    except Timeout:
+        return False
+    with lock:
         try:
-            begun = folder.begin(task.definition, task.threads)
-            _finish(task, begun["threads"], begun["attempts"])
+            if not folder.is_complete():
+                begun = folder.begin(task.definition, task.threads)
+                _finish(task, begun["threads"], begun["attempts"])
         except Exception as error:
             with suppress(OSError):  # the disk may be what is wrong
                 write_json(folder.path / "failure.json", {"error": in_a_line(error)})
             raise
+    return True
 
 
 def in_a_line(error: Exception) -> str:

@@ -93,10 +93,10 @@ def program(
     rate: float = 0.1,
     data: Few | None = None,
     stages: int = 3,
-    fault: str = "",
+    fault: str = "kill",
     armed: str = "armed",
 ) -> Outcome:
-    """Train a layer in stages; in the second, while the file ``armed`` exists, be killed, or do what ``fault`` says."""
+    """Train a layer in stages; in the second, while the file ``armed`` exists, do what ``fault`` says."""
     model = torch.nn.Linear(4, 1)
     if (state := progress.restore()) is not None:
         model.load_state_dict(state["model"])
@@ -122,13 +122,14 @@ def misbehave(fault, armed):
         raise RuntimeError("it went wrong")
     if fault == "disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    elif armed.exists():
-        if fault == "wait":
-            armed.unlink()
-            time.sleep(60)
+    elif armed.exists() and fault != "none":
+        if fault != "kill":
+            armed.unlink()  # the next attempt goes well
+        if fault == "once":
+            raise RuntimeError("it went wrong")
         if fault == "worker":
-            armed.unlink()
             os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        if fault in ("worker", "wait"):
             time.sleep(60)  # this process ends with its parent
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -23,7 +23,7 @@ PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).pare
 RATES = [0.01 * number for number in range(1, 11)]
 SUITE = f"""
 program: faults.program
-base: [{{armed: ARMED}}]
+base: [{{armed: ARMED, fault: none}}]
 deltas: {{steady: [], fatal: [{{fault: worker}}], broken: [{{fault: raise}}]}}
 axes: {{rate: {{key: rate, values: {RATES}, deltas: [steady]}}}}
 figures: {{sum: test/sum}}
@@ -142,7 +142,9 @@ def test_a_scheduler_goes_away_and_a_worker_lacks_the_package(tmp_path, monkeypa
         assert run("--out=out", f"--executor={address}") == 2
         assert re.search(r"error: worker \S+ cannot run this package: .*'benchmarks'", capfd.readouterr().err)
         bare.terminate()
-    suite = "{program: faults.program, base: [{armed: ARMED}], deltas: {first: [], second: [{fault: wait}]}}"
+    suite = (
+        "{program: faults.program, base: [{armed: ARMED, fault: none}], deltas: {first: [], second: [{fault: wait}]}}"
+    )
     Path("mine.yaml").write_text(suite.replace("ARMED", str(tmp_path / "armed")))
     Path("armed").touch()
     with start("dask_worker", *told, *worker, "--death-timeout=1", env={**os.environ, "PYTHONPATH": PATHS}) as able:

@@ -80,6 +80,26 @@ def test_a_program_is_swept_killed_resumed_archived_and_judged(tmp_path, capsys)
     assert "program is 'faults.program' there and 'faults.silent' here" in capsys.readouterr().err
 
 
+def test_a_failed_run_is_tried_again(capsys):
+    Path("mine.yaml").write_text("{program: faults.program, deltas: {all: [{fault: once}], bad: [{fault: raise}]}}")
+    Path("armed").touch()
+    assert benchmarks.main(["run", "mine.yaml", "--out=out", "--jobs=2", "--retry=1"]) == 1
+    told = capsys.readouterr().out
+    assert [told.count(f"failed: {name},seed=0: RuntimeError: it went wrong; see") for name in ("all", "bad")] == [1, 2]
+    assert "1 failed (bad,seed=0)." in told
+    assert Folder(Path("out/all,seed=0")).result()["attempts"] == 2
+
+
+def test_a_program_is_planned_by_its_progress(capsys):
+    assert benchmarks.main(["run", "mine.yaml", "--out=out", "--seeds=2", "--only=fast,*", "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"^\| (\S+) +\| +2 \| +0 s \| +0.00 \| +\d+ \|$", told, re.MULTILINE) == [
+        "fast,rate=0.1",
+        "fast,rate=0.2",
+    ]
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize(
     ("suite", "told"),
     [

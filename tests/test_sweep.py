@@ -120,6 +120,8 @@ def test_run_and_report(undisturbed, capsys):
         assert float(rows[-1]["val/accuracy"]) == result["metrics"]["val/accuracy"]
         config = yaml.safe_load((out / name / "config.yaml").read_text())
         assert config["trainer"]["max_epochs"] == 3
+        assert Folder(out / name).progress().items() >= {"share": 1.0, "epoch": 3, "step": 12, "left": 0.0}.items()
+        assert Folder(out / name).progress()["loss"] > 0
     gaps = [Folder(out / name).result()["metrics"]["tying/gap"] for name in NAMES]
     assert gaps == sorted(gaps, reverse=True)  # untied, weakly, strongly
     assert benchmarks.main(["report", "mine.yaml", f"--out={out}", "--save"]) == 0
@@ -218,6 +220,20 @@ def test_kept_runs_that_cannot_be_put_back(tmp_path, capsys):
         assert benchmarks.main(["restore", "mine.yaml", "--out=out"]) == 2
         assert "mine.tar.xz is truncated or corrupted" in capsys.readouterr().err
         assert not list(Path("out").iterdir())
+
+
+def test_a_plan_times_steps_and_starts_nothing(capsys):
+    assert (
+        run("--out=out", "--seeds=5", "--plan", "--trainer.max_epochs=1000000", "--trainer.limit_train_batches=5") == 0
+    )
+    told = capsys.readouterr().out
+    rows = re.findall(r"^\| (\S+) +\| +5 \| +(\d+\.\d) h \| +(\d+\.\d+) \| +\d+ \|$", told, re.MULTILINE)
+    assert [setting for setting, _, _ in rows] == ["untied", "soft,strength=0.001", "soft,strength=0.1"]
+    assert all(float(hours) == pytest.approx(5 * float(each), abs=0.3) for _, each, hours in rows)
+    assert re.search(
+        r"^15 runs, 2 at a time: \d+\.\d+ h and \d\.\d GiB, without validation and test\.$", told, re.MULTILINE
+    )
+    assert not Path("out").exists()
 
 
 def test_what_is_complete_is_left_alone(undisturbed, capsys):
