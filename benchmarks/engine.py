@@ -119,8 +119,9 @@ class Performance:
             for _ in range(len(self._waiting)):
                 if len(self._working) < self.workers.ahead:
                     self._start(self._waiting.popleft())
-            done, _ = wait(self._working, POLL, FIRST_COMPLETED) if self._working else (set(), time.sleep(POLL))
-            for future in done:
+            if not self._working:
+                time.sleep(POLL)
+            for future in wait(self._working, POLL, FIRST_COMPLETED).done:
                 task = self._working.pop(future)
                 error = self.workers.outcome(task, future)
                 failures[task.run.name] += bool(error and error != TAKEN)

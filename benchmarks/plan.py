@@ -7,10 +7,9 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from typing_extensions import override
 
 from benchmarks.engine import Local, duration
@@ -50,17 +49,6 @@ class Rehearsal(Progress):
             raise EnoughError
 
 
-class Steps(pl.Callback):
-    """Tells the progress after each step."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *batch: Any) -> None:
-        self.progress.tell(share(trainer))
-
-
 def measure(task: Task) -> tuple[float, int]:
     """Return the seconds that a run trains, but for validation, and the most bytes it holds.
 
@@ -77,7 +65,8 @@ def measure(task: Task) -> tuple[float, int]:
                 program, settings, _ = parse_program(task.run.program, given)
                 program(rehearsal, **settings)
             else:
-                cli = parse_alone(folder, given, Steps(rehearsal))
+                after_step = LambdaCallback(on_train_batch_end=lambda trainer, *_: rehearsal.tell(share(trainer)))
+                cli = parse_alone(folder, given, after_step)
                 cli.trainer.fit(cli.model, cli.datamodule)
     except Exception as error:
         raise ConfigurationError(f"{task.run.setting}: {in_a_line(error)}") from None

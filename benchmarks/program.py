@@ -66,7 +66,9 @@ class Progress:
     def restore(self) -> dict[str, Any] | None:
         """Return the newest state that an earlier attempt saved, and its rows to :attr:`rows`; None at the start."""
         newest = newest_intact(self.folder.checkpoints())
-        saved = read(newest, "the state of the interrupted run") if newest else {"rows": [], "share": 0.0}
+        saved: dict[str, Any] = {"rows": [], "share": 0.0}
+        if newest:
+            saved = read(newest, "the state of the interrupted run")
         self.rows = saved["rows"]
         self.begin(saved["share"])
         return saved.get("state")
@@ -87,8 +89,8 @@ class Progress:
         left = None if whole is None else whole * (1 - share)
         row = self.rows[-1] if self.rows else {}
         loss = next((value for name, value in row.items() if name.endswith("loss")), None)
-        at = {key: row[key] for key in ("epoch", "step") if key in row}
-        write_json(self.folder.path / "progress.json", {"share": share, "left": left, "loss": loss, **at})
+        content: dict[str, Any] = {key: row[key] for key in ("epoch", "step") if key in row}
+        write_json(self.folder.path / "progress.json", {**content, "loss": loss, "share": share, "left": left})
 
 
 Program = Callable[..., Outcome]
