@@ -15,6 +15,7 @@ argument ``data``, if it has one, is a data module. It returns an :class:`Outcom
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,8 +80,10 @@ class Progress:
 
     def save(self, share: float, state: Mapping[str, Any]) -> None:
         """Save a state of tensors and plain types, with the rows, when a share of the run in [0, 1] is done."""
+        content = io.BytesIO()  # what torch itself says where a disk is full nobody understands
+        torch.save({"rows": self.rows, "share": share, "state": dict(state)}, content)
         with atomically(self.folder.path / "checkpoints" / "last.ckpt") as aside:
-            torch.save({"rows": self.rows, "share": share, "state": dict(state)}, aside)
+            aside.write_bytes(content.getvalue())
         self.tell(share)
 
     def tell(self, share: float) -> None:

@@ -108,6 +108,8 @@ def program(
             for weight in model.parameters():
                 weight -= rate * weight.grad
                 weight.grad = None
+        if stage == 1 and fault == "raise":
+            raise RuntimeError("it went wrong")
         progress.log(stage + 1, 0.5, **{"val/loss": float(loss)})
         progress.save((stage + 1) / stages, {"model": model.state_dict()})
         if stage == 1:
@@ -118,8 +120,6 @@ def program(
 
 
 def misbehave(fault, armed):
-    if fault == "raise":
-        raise RuntimeError("it went wrong")
     if fault == "disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     elif armed.exists() and fault != "none":

@@ -89,7 +89,7 @@ def test_a_worker_is_killed_and_a_run_fails(where, address, serial, capfd):
     assert Folder(Path("out/fatal,seed=0")).result()["attempts"] == 2
     broken = Folder(Path("out/broken,seed=0"))
     assert (broken.state(), broken.failure()) == ("failed", "RuntimeError: it went wrong")
-    assert "in misbehave" in (broken.path / "log.txt").read_text()
+    assert "in program" in (broken.path / "log.txt").read_text()
     assert (broken.path / "checkpoints").exists() == bool(where)
     told = capfd.readouterr().out
     assert "failed: broken,seed=0: RuntimeError: it went wrong; see out/broken,seed=0/log.txt" in told
