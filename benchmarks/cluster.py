@@ -133,6 +133,8 @@ class Cluster(Local):
     def outcome(self, task: Task, future: Future[Any]) -> str:
         try:
             error, files = future.result()
+            if files:
+                (task.folder.path / "failure.json").unlink(missing_ok=True)  # of an earlier attempt
             for name, content in sorted(files.items(), key=lambda item: item[0] == "result.json"):
                 with atomically(task.folder.path / name) as aside:
                     aside.write_bytes(content)
