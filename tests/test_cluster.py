@@ -77,7 +77,9 @@ def serial(tmp_path_factory):
     return results(folder / "serial")
 
 
-@pytest.mark.parametrize(("where", "rates"), [(["--shared"], 10), ([], 2)], ids=["shared folder", "own folders"])
+@pytest.mark.parametrize(
+    ("where", "rates"), [(["--shared"], 10), pytest.param([], 2, marks=pytest.mark.slow)], ids=["shared", "own"]
+)
 def test_a_worker_is_killed_and_a_run_fails(where, rates, address, serial, capfd):
     """The others come out as on one machine, and the run whose worker died goes on from its checkpoint."""
     Path("armed").touch()
@@ -99,11 +101,16 @@ def test_a_worker_is_killed_and_a_run_fails(where, rates, address, serial, capfd
     assert f"Missing are 1 of {rates + 2} runs: 1 failed (broken,seed=0)." in told
 
 
-def test_a_full_disk_on_a_worker(address, tmp_path, capfd):
-    suite = f"{{program: faults.program, deltas: {{full: [{{fault: disk, armed: {tmp_path / 'armed'}}}]}}}}"
-    Path("mine.yaml").write_text(suite)
+def test_a_full_disk_on_a_worker(address, serial, tmp_path, capfd):
+    """The run fails that finds it; what others leave in a worker's own folder comes back."""
+    suite = "{program: faults.program, base: [{armed: ARMED}], deltas: {fatal: [], full: [{fault: disk}]}}"
+    Path("mine.yaml").write_text(suite.replace("ARMED", str(tmp_path / "armed")))
     assert run("--out=out", f"--executor={address}") == 1
     assert re.search(r"failed: full,seed=0: \[Errno 27\] File too large\. ", capfd.readouterr().out)
+    assert results("out") == {"fatal,seed=0": serial["fatal,seed=0"]}
+    files = {path.name for path in Path("out/fatal,seed=0").iterdir()}
+    assert files >= {"config.yaml", "definition.json", "log.txt", "metrics.csv", "progress.json", "result.json"}
+    assert "checkpoints" not in files
 
 
 def test_what_a_cluster_lacks(address, monkeypatch, capfd):
