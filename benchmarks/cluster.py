@@ -58,7 +58,7 @@ class Cluster(Local):
 
             self._client = Client(address, timeout=ANSWER, set_as_default=False)
         except ImportError as error:
-            raise ConfigurationError(f"--executor needs pip install 'tying[cluster]': {error}") from None
+            raise ConfigurationError(f"--executor needs pip install '.[cluster]': {error}") from None
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"no scheduler answers at {address}: {error}") from None
         self.ahead, self._address, self._topic = AHEAD, address, f"benchmarks-{uuid.uuid4().hex}"
