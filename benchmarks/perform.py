@@ -147,7 +147,13 @@ def _finish(task: Task, threads: int, attempts: int) -> None:
     begun = time.perf_counter()
     torch.set_num_threads(threads)
     given = arguments(task.run, folder.path / "configs", task.data)
-    outcome = _call(folder, program, given) if program else _train_and_test(folder, given)
+    if program:
+        function, settings, config = parse_program(program, given)
+        outcome = replace(function(Progress(folder), **settings), config=config)
+    else:
+        outcome = _train_and_test(folder, given)
+    if not outcome.rows:
+        raise ConfigurationError(f"program {program!r} has logged nothing" if program else "it trains for no epoch")
     unique, virtual = count_parameters(outcome.model)
     result = {
         "name": folder.name,
@@ -176,14 +182,6 @@ def _finish(task: Task, threads: int, attempts: int) -> None:
             checkpoint.unlink()
 
 
-def _call(folder: Folder, path: str, given: Sequence[str]) -> Outcome:
-    program, settings, config = parse_program(path, given)
-    outcome = program(Progress(folder), **settings)
-    if not outcome.rows:
-        raise ConfigurationError(f"program {path!r} has logged nothing")
-    return replace(outcome, config=config)
-
-
 def parse_alone(folder: Path, given: Sequence[str], *callbacks: pl.Callback) -> LightningCLI:
     """Return what a configuration makes, with other callbacks in place of its checkpoints and a log in ``folder``."""
     cli = parse(given)
@@ -201,8 +199,6 @@ def _train_and_test(folder: Folder, given: Sequence[str]) -> Outcome:
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     trainer.fit(model, data, ckpt_path=newest_intact(folder.checkpoints()))
     fitted = time.perf_counter()
-    if not record.progress.rows:
-        raise ConfigurationError("the configuration trains for no epoch")
     metrics: dict[str, float] = {}
     if is_overridden("test_step", model):
         seed_everything(int(cli.config.get("seed_everything") or 0), verbose=False)  # whatever was drawn before

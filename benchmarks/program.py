@@ -96,32 +96,19 @@ class Progress:
         write_json(self.folder.path / "progress.json", {**content, "loss": loss, "share": share, "left": left})
 
 
-Program = Callable[..., Outcome]
-
-
-def load_program(path: str) -> Program:
-    """Return the function of that module and name.
+def parse_program(path: str, given: Sequence[str]) -> tuple[Callable[..., Outcome], Namespace, str]:
+    """Return the function of that module and name, its arguments as given on the command line, and those as YAML.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is no such function, or no such argument.
     """
     module, _, name = path.rpartition(".")
     try:
-        program: Program | None = getattr(import_module(module), name, None)
+        program: Callable[..., Outcome] | None = getattr(import_module(module), name, None)
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"program {path!r}: {error}") from None
     if not callable(program):
         raise ConfigurationError(f"program {path!r}: module {module} has no function {name}")
-    return program
-
-
-def parse_program(path: str, given: Sequence[str]) -> tuple[Program, Namespace, str]:
-    """Return a program of that module and name, its arguments as given on the command line, and those as YAML.
-
-    Raises:
-        ConfigurationError: there is no such program, or no such argument.
-    """
-    program = load_program(path)
     parser = ArgumentParser(prog=path, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(program, skip={"progress"})

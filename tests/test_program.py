@@ -11,7 +11,7 @@ import yaml
 from benchmarks import __main__ as benchmarks
 from benchmarks.declared import load
 from benchmarks.folder import Folder
-from benchmarks.program import load_program
+from benchmarks.program import parse_program
 from tying.errors import ConfigurationError
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
@@ -124,4 +124,4 @@ def test_a_program_must_log_something_and_have_a_name(tmp_path, capsys):
     assert benchmarks.main(["run", "mine.yaml", "--out=out"]) == 1
     assert "failed: all,seed=0: program 'faults.silent' has logged nothing" in capsys.readouterr().out
     with pytest.raises(ConfigurationError, match="program 'run': Empty module name"):
-        load_program("run")
+        parse_program("run", [])
