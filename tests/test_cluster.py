@@ -77,30 +77,6 @@ def serial(tmp_path_factory):
     return results(folder / "serial")
 
 
-@pytest.mark.parametrize(
-    ("where", "rates"), [(["--shared"], 10), pytest.param([], 2, marks=pytest.mark.slow)], ids=["shared", "own"]
-)
-def test_a_worker_is_killed_and_a_run_fails(where, rates, address, serial, capfd):
-    """The others come out as on one machine, and the run whose worker died goes on from its checkpoint."""
-    Path("armed").touch()
-    Path("mine.yaml").write_text(Path("mine.yaml").read_text().replace(str(RATES), str(RATES[:rates])))
-    assert run("--out=out", f"--executor={address}", *where) == 1
-    assert not Path("armed").exists()
-    expected = {
-        name: serial[name] for name in [*[f"steady,rate={rate},seed=0" for rate in RATES[:rates]], "fatal,seed=0"]
-    }
-    assert results("out") == expected
-    assert sorted(Path("finished").read_text().split()) == sorted(expected)
-    assert Folder(Path("out/fatal,seed=0")).result()["attempts"] == 2
-    broken = Folder(Path("out/broken,seed=0"))
-    assert (broken.state(), broken.failure()) == ("failed", "RuntimeError: it went wrong")
-    assert "in program" in (broken.path / "log.txt").read_text()
-    assert (broken.path / "checkpoints").exists() == bool(where)
-    told = capfd.readouterr().out
-    assert "failed: broken,seed=0: RuntimeError: it went wrong; see out/broken,seed=0/log.txt" in told
-    assert f"Missing are 1 of {rates + 2} runs: 1 failed (broken,seed=0)." in told
-
-
 def test_a_full_disk_on_a_worker(address, serial, tmp_path, capfd):
     """The run fails that finds it; what others leave in a worker's own folder comes back."""
     suite = "{program: faults.program, base: [{armed: ARMED}], deltas: {fatal: [], full: [{fault: disk}]}}"
@@ -129,6 +105,30 @@ def test_what_a_cluster_lacks(address, monkeypatch, capfd):
     version = versions._version_cached
     monkeypatch.setattr(versions, "_version_cached", lambda name: "0.1" if name == "einops" else version(name))
     assert re.search(r"error: worker tcp://\S+ has einops \S+ \(0\.1 here\): runs of other versions", refused())
+
+
+@pytest.mark.parametrize(
+    ("where", "rates"), [(["--shared"], 10), pytest.param([], 2, marks=pytest.mark.slow)], ids=["shared", "own"]
+)
+def test_a_worker_is_killed_and_a_run_fails(where, rates, address, serial, capfd):
+    """The others come out as on one machine, and the run whose worker died goes on from its checkpoint."""
+    Path("armed").touch()
+    Path("mine.yaml").write_text(Path("mine.yaml").read_text().replace(str(RATES), str(RATES[:rates])))
+    assert run("--out=out", f"--executor={address}", *where) == 1
+    assert not Path("armed").exists()
+    expected = {
+        name: serial[name] for name in [*[f"steady,rate={rate},seed=0" for rate in RATES[:rates]], "fatal,seed=0"]
+    }
+    assert results("out") == expected
+    assert sorted(Path("finished").read_text().split()) == sorted(expected)
+    assert Folder(Path("out/fatal,seed=0")).result()["attempts"] == 2
+    broken = Folder(Path("out/broken,seed=0"))
+    assert (broken.state(), broken.failure()) == ("failed", "RuntimeError: it went wrong")
+    assert "in program" in (broken.path / "log.txt").read_text()
+    assert (broken.path / "checkpoints").exists() == bool(where)
+    told = capfd.readouterr().out
+    assert "failed: broken,seed=0: RuntimeError: it went wrong; see out/broken,seed=0/log.txt" in told
+    assert f"Missing are 1 of {rates + 2} runs: 1 failed (broken,seed=0)." in told
 
 
 def start(tool, *arguments, **kwargs):
