@@ -14,6 +14,7 @@ from pandas import DataFrame
 from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
 from benchmarks.declared import load, suites
+from benchmarks.engine import Local, Performance
 from benchmarks.figures import draw as draw_plot
 from benchmarks.figures import draw_overview
 from benchmarks.folder import complete_below
@@ -40,19 +41,16 @@ def prepare(
     overrides: Sequence[str] = (),
     as_begun: bool = False,
 ) -> Sweep:
-    """Return a suite's runs and where they are.
+    """Return the runs of a suite, or of its file, and where they are: by default, by the names of suite and data.
 
     Args:
         name: of the suite, or its file.
-        out: the folder of all runs; by default, by the names of suite and data.
+        out: the folder of all runs.
         data: the data module's root, or ``"sample"``; by default, what the suite says.
         seeds: number of replicas of each setting; 1 by default.
         only: a shell pattern for the names of runs.
         overrides: ``--key=value`` for all runs.
         as_begun: take seeds and overrides that are not given from what the folder was begun with.
-
-    Raises:
-        ConfigurationError: there is no such suite, data or run, or the folder holds another definition's results.
     """
     suite = load(name)
     arguments, label = _data(data)
@@ -67,15 +65,8 @@ def prepare(
     return sweep
 
 
-def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
-    """Do the runs that are not done; return why those failed that failed, by name.
-
-    Raises:
-        ConfigurationError: a configuration is wrong, or runs are complete that other versions made; nothing was
-            started.
-    """
-    if jobs < 1:
-        raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
+def check(sweep: Sweep) -> None:
+    """Refuse configurations that could not be run, and to mix with complete runs that other versions made."""
     folders = [sweep.folder(run) for run in sweep.runs]
     complete = [folder for folder in folders if folder.state() == "complete"]
     if len(complete) < len(folders):
@@ -83,12 +74,16 @@ def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
         refuse_mixture({**made, "those to come": machine()["versions"]})
     with quietly():
         sweep.check_configurations()
+
+
+def perform(sweep: Sweep, workers: Local, retry: int = 0) -> dict[str, str]:
+    """Do the runs that are not done; return why those failed that failed, by name."""
     path = sweep.out / BEGUN
     kept = read_json(path, "seeds") if path.exists() else {"seeds": 0}
     begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
     if begun != kept:
         write_json(path, begun)
-    return sweep.perform(jobs)
+    return Performance(sweep, workers, retry).perform()
 
 
 def report(sweep: Sweep, command: str) -> str:

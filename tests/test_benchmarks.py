@@ -93,6 +93,7 @@ def test_speed_of_recurrent_networks(monkeypatch, capsys):
     assert out.count("| zoneout LSTM, rates 0.15 ") == out.count("| HM-LSTM, 3 layers ") == 2
 
 
+@pytest.mark.slow
 def test_speed_of_the_harness(monkeypatch, capsys):
     monkeypatch.setattr(speed_harness, "EPOCHS", 1)
     monkeypatch.setattr(speed_harness, "RUNS", 20)
@@ -102,6 +103,7 @@ def test_speed_of_the_harness(monkeypatch, capsys):
     assert benchmarks.main(["speed", "harness"]) == 0
     out = capsys.readouterr().out
     assert "| the same by the harness " in out
+    assert "| the same by a worker of a cluster " in out
     assert "A report over 20 runs, with plot and CSV, takes " in out
 
 

@@ -118,8 +118,7 @@ def test_different_data_is_told(tmp_path):
 def test_failures_are_told(tmp_path):
     first, second, *_ = SUITE.runs()
     write(tmp_path, first, 0.5)
-    attempt = Folder(tmp_path / second.name).claim({"definition": {}})
-    write_json(attempt / "failure.json", {"error": "no room"})
+    write_json(tmp_path / second.name / "failure.json", {"error": "no room"})
     assert f"Missing are 1 of 2 runs: 1 failed ({second.name}). Failed: {second.name}: no room." in summarize(
         SUITE, [first, second], tmp_path
     )
@@ -180,7 +179,7 @@ def test_runs_of_other_versions_are_not_added(tmp_path):
     with pytest.raises(
         ConfigurationError, match=r"different versions.* torch 1: 1 run, .*torch .*: 1 run, those to come"
     ):
-        experiment.perform(Sweep(SUITE, runs, tmp_path), jobs=1)
+        experiment.check(Sweep(SUITE, runs, tmp_path))
 
 
 def test_nothing_is_complete():
