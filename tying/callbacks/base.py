@@ -21,8 +21,8 @@ from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 from tying.weights.derived import derived_by_others
 
-# strategies that split weights over processes
-SHARDING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy | pl.strategies.ModelParallelStrategy
+# strategies that replace parameters by parts of flat ones
+FLATTENING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy
 # callbacks that average weights in a copy of the model
 AVERAGING = pl.callbacks.StochasticWeightAveraging | pl.callbacks.WeightAveraging
 
@@ -173,6 +173,12 @@ class TyingCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy, FLATTENING):
+            raise ConfigurationError(
+                f"{self.label} does not support {type(trainer.strategy).__name__}, which replaces weights by parts of "
+                "flat tensors: use ModelParallelStrategy, and shard the model by torch's fully_shard in "
+                "configure_model; or use 'ddp' if the model fits one device"
+            )
         accept_need(pl_module, self)
 
     @override
@@ -347,7 +353,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     Raises:
         ConfigurationError: there are such copies.
     """
-    kinds = AVERAGING | SHARDING if processes else AVERAGING
+    kinds = AVERAGING | FLATTENING if processes else AVERAGING
     holders = [
         type(holder).__name__ for holder in (*callbacks_of(trainer), trainer.strategy) if isinstance(holder, kinds)
     ]

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import SHARDING, TyingCallback, counted, is_fresh_run, members
+from tying.callbacks.base import TyingCallback, counted, is_fresh_run, members
 from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.lightning_namespace import pl
@@ -133,11 +133,6 @@ class PenaltyCallback(TyingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if isinstance(trainer.strategy, SHARDING):
-            raise ConfigurationError(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
-                "it compares over processes: use one device or strategy 'ddp'"
-            )
         if is_fresh_run(trainer, stage):
             self._steps.clear()
 

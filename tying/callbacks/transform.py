@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from tying.callbacks.base import (
     AVERAGING,
-    SHARDING,
     TyingCallback,
     configure_model,
     counted,
@@ -119,11 +118,6 @@ class ModelTransform(TyingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._optimizer_size = 0
-        if isinstance(trainer.strategy, SHARDING):
-            raise ConfigurationError(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}: change the model in "
-                "configure_model, before it is sharded, and shard tied modules together; see tying.hard.audit"
-            )
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
         configure_model(trainer, pl_module)

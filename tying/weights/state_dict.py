@@ -31,6 +31,7 @@ from tying.weights.derived import (
     names_by_weight,
     remove,
 )
+from tying.weights.sharding import full
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
 EXACT = 1e-6  # loaded weights with a relative error up to this are as given
@@ -298,12 +299,11 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
     with eval_mode(model):
         plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
     plain = _masked(model, plain)
-    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
-        key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        key: full(value).detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         if isinstance(value, Tensor) and not is_lazy(value)
         else value
-        for key, value in whole.items()
+        for key, value in plain.items()
     }
 
 
@@ -399,7 +399,7 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
         stored = {unwrapped(key): value for key, value in model.state_dict().items()}
         for key, wanted in given.items():
             value = getattr(derived[key].owner, derived[key].name) if key in derived else stored[key]
-            value, wanted = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (value, wanted))
+            value, wanted = full(value), full(wanted)
             if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)

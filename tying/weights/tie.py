@@ -16,6 +16,7 @@ from tying.selection.tie import AnyTie, TiedGroup, parse_ties
 from tying.torch_workarounds import foreach_norm, has_values
 from tying.weights.derived import Locations, ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
+from tying.weights.sharding import is_sharded
 from tying.weights.state_dict import (
     TieRecord,
     install_record,
@@ -150,7 +151,7 @@ def _compare_scales(groups: Sequence[TiedGroup]) -> str:
 
 def _is_comparable(parameter: nn.Parameter) -> bool:
     is_large = parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES
-    return is_large and has_values(parameter) and not hasattr(parameter, "full_tensor")
+    return is_large and has_values(parameter) and not is_sharded(parameter)
 
 
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
