@@ -22,11 +22,13 @@ from tying.errors import ConfigurationError, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
-from tying.selection.resolve import parse_patterns
-from tying.weights.derived import derived_by_others, derived_weights, eval_mode
+from tying.selection.resolve import parse_patterns, resolve
+from tying.weights.derived import DerivedWeight, derived_by_others, derived_weights, eval_mode
 from tying.weights.optimizers import shared_in
 from tying.weights.replace import select_weights
+from tying.weights.sharding import sharded_modules
 from tying.weights.state_dict import restore_ties
+from tying.weights.tie import owners_of
 
 
 class ModelTransform(TyingCallback):
@@ -55,14 +57,51 @@ class ModelTransform(TyingCallback):
     def apply(self, model: nn.Module) -> object:
         """Change the model unless it is already changed; return the names of the changed weights."""
         restore_ties(model)  # to_empty parts the weights that share a table
+        self.adopt(model)
         if not self.is_applied(model):
             record(model, self, self.change(model))
         return self.changed(model)
 
     def apply_among(self, model: nn.Module, callbacks: Sequence[pl.Callback]) -> None:
         """Change the model unless it is already changed; errors name this callback, and any that conflicts with it."""
+        self.check_unsharded(model)
         with nullcontext() if self.is_applied(model) else acting_on(model, self, callbacks):
             self.apply(model)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Take over the weights that the model's ``configure_model`` has changed as this callback would."""
+        if self.is_applied(model):
+            return
+        recorded_names = {name for names in model.__dict__.get("_computed_by", {}).values() for name in names}
+        names = [
+            name
+            for name, derived in derived_weights(model).items()
+            if name not in recorded_names and self.selects(name) and self.made(derived)
+        ]
+        if names:
+            record(model, self, names)
+
+    def made(self, derived: DerivedWeight) -> bool:
+        """Return whether the callback would compute a weight in the way in which it is computed."""
+        return False
+
+    def check_unsharded(self, model: nn.Module) -> None:
+        """Raise a ConfigurationError if the model is sharded, and the callback has not changed it before."""
+        self.adopt(model)
+        if sharded_modules(model) and not self.is_applied(model):
+            raise ConfigurationError(
+                f"{self.label}: fully_shard has sharded the model, which this callback has not changed before. Change "
+                f"it first in configure_model, by {type(self).__name__}Mixin and super().configure_model() or by the "
+                "function that the callback calls, with the same arguments; then shard together the modules that share "
+                "parameters: tying.hard.shard_groups(model, units) returns their lists" + self.joined(model)
+            )
+
+    def joined(self, model: nn.Module) -> str:
+        """Name the modules that a fully_shard call must take together if the callback changes the model."""
+        if not self.ties:
+            return ""
+        groups = (f"[{', '.join(owners_of(group.names))}]" for group in resolve(model, self.ties))
+        return f", such as {listed(dict.fromkeys(groups), limit=3)}"
 
     def is_applied(self, model: nn.Module) -> bool:
         """Return whether this callback, or an equal one, has already changed the model."""

@@ -14,7 +14,7 @@ from tying.selection.patterns import Pattern
 from tying.selection.resolve import select
 from tying.weights.derived import Locations, Parametrizations, install, locate_parameters
 from tying.weights.state_dict import forget_ties
-from tying.weights.values import check_finite, check_real
+from tying.weights.values import check_finite, check_real, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def parametrize_all(
             raise ConfigurationError(f"{name!r} has fewer than two dimensions: leave it out")
     for name, weight in selection.weights.items():
         check_free(name, locations)
+        check_whole(name, weight)
         check_real(name, weight)
         check_finite(name, weight)
 

@@ -4,12 +4,13 @@ Sharded weights are tensors of torch's class ``DTensor``, which FSDP2 and tensor
 them. Every function takes plain tensors too, which need no communication.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from tying.errors import ConfigurationError
 from tying.selection.relation import Relation
@@ -77,6 +78,17 @@ def replicated(reference: "DTensor") -> Placements:
     return [Replicate()] * reference.device_mesh.ndim
 
 
+def sharded_modules(model: nn.Module) -> list[str]:
+    """Return the names of the modules that ``fully_shard`` has been called on, the model's own being ''.
+
+    Example:
+        >>> sharded_modules(nn.Linear(2, 2))
+        []
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [name for name, module in model.named_modules() if isinstance(module, fsdp.FSDPModule)] if fsdp else []
+
+
 def placements_of(reference: Tensor) -> Placements | None:
     """Return how a tensor is sharded over each dimension of its mesh; None for a plain tensor."""
     return tuple(reference.placements) if is_sharded(reference) else None
@@ -91,8 +103,17 @@ def aligned(tensor: Tensor, relation: Relation, placements: Placements) -> Tenso
     assert is_sharded(tensor)
     if not relation.permutes:
         tensor = tensor.redistribute(placements=replicated(tensor))
-    related: Any = relation(tensor)
-    return related if tuple(related.placements) == tuple(placements) else related.redistribute(placements=placements)
+    image: Any = relation(tensor)
+    return image if tuple(image.placements) == tuple(placements) else image.redistribute(placements=placements)
+
+
+def related(value: Tensor, relation: Relation, reference: Tensor) -> Tensor:
+    """Return ``relation(value)`` in the layout of a reference; of a sharded value, every process must call it."""
+    if not is_sharded(reference):
+        return relation(full(value))
+    if is_sharded(value):
+        return aligned(value, relation, reference.placements)
+    return shard_like(relation(value), reference)
 
 
 def is_view(tensor: Tensor, relation: Relation, placements: Placements) -> bool:

@@ -26,12 +26,13 @@ from tying.weights.derived import (
     derived_by_others,
     effective_weight,
     eval_mode,
+    gathered,
     link,
     locate_parameters,
     names_by_weight,
     remove,
 )
-from tying.weights.sharding import full
+from tying.weights.sharding import all_gather_object, anywhere, full, is_sharded, local, related, shard_like
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
 EXACT = 1e-6  # loaded weights with a relative error up to this are as given
@@ -209,18 +210,21 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
     locations = locate_parameters(model) if groups else {}
     known = {name for name, location in locations.items() if location.relation is not None}
     known |= {name for group in computed for name in group.names}
-    differing: list[str] = []
-    for group in groups:
-        relations = dict(zip(group.names, group.relations, strict=True))
-        copies = {
-            name: _to_source(keys[name], state_dict[keys[name]], relation)
-            for name, relation in relations.items()
+    present = [
+        {
+            name: _to_source(keys[name], state_dict[keys[name]], relation, locations.get(group.names[0]))
+            for name, relation in zip(group.names, group.relations, strict=True)
             if name in keys
         }
+        for group in groups
+    ]
+    differing: list[str] = []
+    for group, copies, others in zip(groups, present, _differing(model, present), strict=True):
         if not copies:
             continue
+        relations = dict(zip(group.names, group.relations, strict=True))
         first, weight = next(iter(copies.items()))
-        if others := [name for name, copy in copies.items() if not are_equal(weight, copy)]:
+        if others:
             if unequal == "error" or copies[others[0]].shape != weight.shape:
                 how = "but differ" if copies[others[0]].shape == weight.shape else "and differ in shape"
                 raise ConfigurationError(
@@ -229,14 +233,26 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
                     "they are, tying.hard.untie(model) first"
                 )
             if unequal == "mean":
-                weight = torch.stack([*copies.values()]).mean(dim=0)
-            state_dict.update({keys[name]: relations[name](weight) for name in copies})
+                weight = torch.stack([full(copy) for copy in copies.values()]).mean(dim=0)
+            state_dict.update({keys[name]: relations[name](full(weight)) for name in copies})
             differing += copies
         for name, relation in relations.items():
             if name not in keys and name in known:
                 written = plain_name(raw_names.get(name, name)).replace("_checkpoint_wrapped_module.", "")
-                state_dict[prefix + written] = relation(weight)
+                state_dict[prefix + written] = related(weight, relation, weight) if relation.steps else weight
     return differing
+
+
+def _differing(model: nn.Module, present: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
+    """Return, for each group of copies, the names of those that differ from the first, in any process."""
+    here = [
+        [name for name, copy in copies.items() if not _agree_here(next(iter(copies.values())), copy)]
+        for copies in present
+    ]
+    if not here or not any(map(is_sharded, model.parameters())):
+        return here
+    everywhere = all_gather_object(here)  # once: some processes may have read fewer copies
+    return [[*dict.fromkeys(name for names in groups for name in names)] for groups in zip(*everywhere, strict=True)]
 
 
 def _computed_groups(model: nn.Module) -> list[TieRecord]:
@@ -248,11 +264,13 @@ def _computed_groups(model: nn.Module) -> list[TieRecord]:
     ]
 
 
-def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
+def _to_source(key: str, value: Any, relation: Relation, source: ParameterLocation | None) -> Tensor:
     """Return an entry of a state dict in the layout of the source of its tie."""
     if not isinstance(value, Tensor):
         raise ConfigurationError(f"{key!r} is not a tensor in this state dict, but a {type(value).__name__}")
     try:
+        if is_sharded(value) and relation.steps:
+            return related(value, relation.inverse(), source.parameter if source else value)
         return relation.inverse()(viewed(value))
     except EinopsError:
         raise ConfigurationError(
@@ -261,7 +279,7 @@ def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors are bitwise equal.
+    """Return whether two tensors are bitwise equal; if one is sharded, every process must call it.
 
     Example:
         >>> are_equal(torch.tensor([0.0, float("nan")]), torch.tensor([0.0, float("nan")]))
@@ -269,11 +287,22 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
         >>> are_equal(torch.tensor(0.0), torch.tensor(-0.0))
         False
     """
+    if not (is_sharded(first) or is_sharded(second)):
+        return _agree_here(first, second)
+    return not anywhere(not _agree_here(first, second), first.device)
+
+
+def _agree_here(first: Tensor, second: Tensor) -> bool:
+    """Return whether the parts of two tensors that this process holds are bitwise equal."""
+    if first is second:
+        return True
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     if not (has_values(first) and has_values(second)):
         return True
-    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
+    first = shard_like(first, second)
+    first, second = local(first).detach(), local(related(second, Relation(), first)).detach()
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
@@ -297,7 +326,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         clean_name(key): value for key, value in model.state_dict().items() if not unwrapped(key).startswith(hidden)
     }
     with eval_mode(model):
-        plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
+        plain |= {key: weight.value() for key, weight in derived.items()}
     plain = _masked(model, plain)
     return {
         key: full(value).detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
@@ -362,19 +391,28 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     given = {unwrapped(key): value for key, value in state_dict.items()}
     plain = dict(given)
     differing = reconcile(model, plain, unequal=unequal)
-    current = model.state_dict(keep_vars=True)
     derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
-    _replace_derived(model, plain, {unwrapped(key): value for key, value in current.items()}, derived)
+    with gathered(derived.values()):
+        _replace_derived(
+            model, plain, {unwrapped(key): v for key, v in model.state_dict(keep_vars=True).items()}, derived
+        )
+    current = model.state_dict(keep_vars=True)
     keys = {unwrapped(key): key for key in current}
     before = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in current.items() if not is_lazy(v)}
     try:
-        model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
+        targets = {keys.get(key, key): value for key, value in plain.items()}
+        model.load_state_dict({key: _like(value, current.get(key)) for key, value in targets.items()})
     except Exception:  # torch has loaded what fits
         model.load_state_dict(before, strict=False)
         raise
     errors = _relative_errors(model, {key: given[key] for key in (*differing, *derived) if key in given})
     _warn_of(errors)
     return errors
+
+
+def _like(value: Any, current: Any) -> Any:
+    """Return an entry of a state dict in the layout of the model's, which may be sharded."""
+    return shard_like(value, current) if isinstance(value, Tensor) and isinstance(current, Tensor) else value
 
 
 def _warn_of(errors: Mapping[str, float]) -> None:
@@ -398,7 +436,7 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
     with eval_mode(model):
         stored = {unwrapped(key): value for key, value in model.state_dict().items()}
         for key, wanted in given.items():
-            value = getattr(derived[key].owner, derived[key].name) if key in derived else stored[key]
+            value = derived[key].value() if key in derived else stored[key]
             value, wanted = full(value), full(wanted)
             if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
