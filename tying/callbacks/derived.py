@@ -37,7 +37,7 @@ from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import gap
-from tying.weights.derived import DerivedWeight, derived_by_others, locate_parameters
+from tying.weights.derived import DerivedWeight, derived_by_others, gathered, locate_parameters
 from tying.weights.optimizers import are_alike
 from tying.weights.replace import select_weights
 from tying.weights.state_dict import record_in, tie_records
@@ -217,7 +217,8 @@ class TemplateWeights(ModelTransform):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        log_figure(trainer, partial(similarity_figure, pl_module), "layer_similarity")
+        with gathered(derived_by_others(pl_module).values()):  # only the first process draws
+            log_figure(trainer, partial(similarity_figure, pl_module), "layer_similarity")
 
 
 class GeneratedWeights(ModelTransform):

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
-from tying.torch_workarounds import contiguous_view, inject_property, viewed
+from tying.torch_workarounds import contiguous_view, inject_property, load_elsewhere, viewed
 from tying.weights.sharding import full, is_sharded, related
 
 
@@ -517,6 +517,12 @@ class LinkList(ParametrizationList):
         self.unsafe = True
         self.is_tensor = False
         self.original = source
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "original":  # its source has the same parameter
+            load_elsewhere(self, name)
 
     @override
     def forward(self) -> Tensor:
