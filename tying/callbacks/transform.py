@@ -27,7 +27,7 @@ from tying.weights.derived import DerivedWeight, derived_by_others, derived_weig
 from tying.weights.optimizers import shared_in
 from tying.weights.replace import select_weights
 from tying.weights.sharding import sharded_modules
-from tying.weights.state_dict import restore_ties
+from tying.weights.state_dict import check_shards, restore_ties
 from tying.weights.tie import owners_of
 
 
@@ -87,6 +87,7 @@ class ModelTransform(TyingCallback):
 
     def check_unsharded(self, model: nn.Module) -> None:
         """Raise a ConfigurationError if the model is sharded, and the callback has not changed it before."""
+        check_shards(model)
         self.adopt(model)
         if sharded_modules(model) and not self.is_applied(model):
             raise ConfigurationError(
@@ -159,8 +160,22 @@ class ModelTransform(TyingCallback):
         self._optimizer_size = 0
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
-        configure_model(trainer, pl_module)
+        try:
+            configure_model(trainer, pl_module)
+        except (KeyError, RuntimeError) as error:  # torch's words are those of its internals
+            self._explain_parallelism(pl_module, error)
+            raise
         self.apply_among(pl_module, callbacks_of(trainer))
+
+    def _explain_parallelism(self, model: nn.Module, error: Exception) -> None:
+        """Raise a ConfigurationError if ``parallelize_module`` failed at a tied or computed weight."""
+        if any(words in str(error) for words in ("parameter name can't contain", "found non-leaf tensor")):
+            names = [*derived_weights(model)]
+            raise ConfigurationError(
+                f"{self.label}: parallelize_module cannot take {listed(names, limit=3)}, which the model computes. "
+                "Under tensor parallelism, tie after parallelize_module; weights that are computed otherwise are not "
+                "supported there: leave their modules out of parallelize_module, or use FSDP2"
+            ) from error
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -14,9 +14,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from typing_extensions import override
 
+from tying.errors import ConfigurationError
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.torch_workarounds import contiguous_view, inject_property, load_elsewhere, viewed
+from tying.weights.first_call import check_at_first_call
 from tying.weights.sharding import full, is_sharded, related
 
 
@@ -159,6 +161,22 @@ def gathered(weights: Iterable[DerivedWeight]) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+def check_inputs(module: nn.Module) -> None:
+    """Raise an error if a module computes a weight from shards when it is called, as under tensor parallelism.
+
+    Raises:
+        ConfigurationError: it does. FSDP2 gathers the parameters before the call.
+    """
+    for derived in derived_in(module):
+        if derived.name not in links_in(module) and any(map(is_sharded, derived.originals)):
+            raise ConfigurationError(
+                f"the {derived.name} of a {plain_class(module).__name__} is computed from other parameters, which are "
+                "sharded: tensor parallelism does not support computed weights, and FSDP2 must shard the modules that "
+                "share parameters together, as tying.hard.shard_groups(model, units) lists them. Exclude the weight, "
+                "or leave its module out of parallelize_module"
+            )
+
+
 def own_memory(tensor: Tensor) -> None:
     """Move a tensor that is a view to memory of its own, in place; a view keeps, and saves, the whole storage."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -266,6 +284,7 @@ def install(
         >>> remove(layer, "weight").shape, type(layer).__name__, [name for name, _ in layer.named_parameters()]
         (torch.Size([4, 6]), 'Linear', ['weight', 'bias'])
     """
+    check_at_first_call(module, check_inputs)
     if table is None:
         parametrizations: Any = (
             step if isinstance(step, ParametrizationList) else Parametrizations([step], module.get_parameter(name))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
@@ -32,6 +32,7 @@ from tying.weights.derived import (
     names_by_weight,
     remove,
 )
+from tying.weights.first_call import check_at_first_call
 from tying.weights.sharding import all_gather_object, anywhere, full, is_sharded, local, related, shard_like
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
@@ -124,7 +125,30 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
         module.__dict__[RECORD] = ModuleRecord()
         module.register_load_state_dict_pre_hook(_reconcile_before_load)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_post_hook(restore_ties)  # type: ignore[no-untyped-call]  # torch's
+        check_at_first_call(module, check_shards)
     return record_in(module)
+
+
+def check_shards(model: nn.Module) -> None:
+    """Raise an error if tied weights have been sharded separately, which would train apart.
+
+    Raises:
+        ConfigurationError: a tied weight is several sharded tensors.
+    """
+    groups = tie_records(model)
+    locations = locate_parameters(model) if groups else {}
+    for group in groups:
+        parameters = {name: locations[name].parameter for name in group.names if name in locations}
+        if not any(map(is_sharded, parameters.values())):
+            continue
+        first = next(iter(parameters))
+        if others := [name for name, parameter in parameters.items() if parameter is not parameters[first]]:
+            owners = listed(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in parameters))
+            raise ConfigurationError(
+                f"{first!r} and {others[0]!r} were tied before the model was sharded, and are separate shards now, "
+                "which would train apart. Under tensor parallelism, tie after parallelize_module; with FSDP2, tie "
+                f"before fully_shard, and shard {owners} together, as tying.hard.shard_groups(model, units) lists them"
+            )
 
 
 def forget_ties(model: nn.Module, names: Collection[str]) -> None:
