@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed
+from sharded_functions import check
 from sharded_models import SHARDINGS, TIES, Cell, Net
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tying.callbacks import (
     GeneratedWeights,
@@ -23,12 +30,16 @@ from tying.callbacks import (
     ZoneoutStates,
 )
 from tying.depth import Residual, loop, recur, zone_out
+from tying.errors import ConfigurationError
 from tying.hard import (
     LowRankResidual,
+    audit,
     bake,
     generate_weights,
+    load_plain,
     lower_rank,
     relax,
+    restore,
     shard_groups,
     share_templates,
     tie,
@@ -36,6 +47,7 @@ from tying.hard import (
 )
 from tying.hashing import hash_weights
 from tying.mixins import TyingMixin
+from tying.weights.sharding import full, is_sharded, local, shard_like
 
 BLOCKS = ["network.blocks.*.branch.weight"]
 SHARED = ["network.blocks.{0..2}"]
@@ -172,3 +184,168 @@ CELLS: dict[str, Cell] = {
     "mixin, looping": Cell(list, mixed(Looping("network.blocks.*", 2)), OTHERS),
     "mixin, recurrent": Cell(list, mixed(RecurrentDepth("network.blocks.*")), OTHERS),
 }
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "plain": lambda net: tie(net, ["network.encoder.0.bias ~ network.decoder.0.bias"]),
+    "related": lambda net: tie(net, TIES),
+    "split": lambda net: tie(net, SPLIT),
+    "relaxed": lambda net: relax(net, SHARED, RANK_1),
+    "low rank": lambda net: lower_rank(net, BLOCKS, 2),
+    "templates": lambda net: share_templates(net, BLOCKS, 2),
+    "generated": lambda net: generate_weights(net, BLOCKS, 4, 2, 2),
+    "hashed": lambda net: hash_weights(net, BLOCKS, 0.5),
+    "hashed, one table": lambda net: hash_weights(net, BLOCKS, 0.5, scope="network"),
+}
+
+
+def pairs_of_models():
+    """Yield, for each change, two equal models, one of them sharded after the change, and a plain state dict."""
+    mesh = init_device_mesh("cpu", (2,))
+    for change in CHANGES.values():
+        models = Net(), Net()
+        for model in models:
+            torch.manual_seed(0)
+            change(model)
+        models[1].load_state_dict(models[0].state_dict())
+        fully_shard(models[1].network, mesh=mesh)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            given = {name: torch.randn_like(value) for name, value in Net().state_dict().items()}
+        yield *models, given
+
+
+@check
+def reports_on_sharded_weights(plain, sharded):
+    for whole, parted, _ in pairs_of_models():
+        yield str(audit(parted)), str(audit(whole))
+
+
+@check
+def sharded_weights_bake(plain, sharded):
+    for whole, parted, _ in pairs_of_models():
+        yield list(bake(parted)), list(bake(whole))
+        yield from zip(bake(parted).values(), bake(whole).values(), strict=True)
+        yield is_sharded(next(parted.parameters())), True
+
+
+@check
+def sharded_weights_load_plain_ones(plain, sharded):
+    for whole, parted, given in pairs_of_models():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for unequal in ("source", "mean"):
+                errors = [load_plain(model, given, unequal) for model in (parted, whole)]
+                yield list(errors[0]), list(errors[1])
+                yield torch.tensor([*errors[0].values()]), torch.tensor([*errors[1].values()])
+                yield from zip(bake(parted).values(), bake(whole).values(), strict=True)
+
+
+@check
+def sharded_weights_load_their_state(plain, sharded):
+    for whole, parted, _ in pairs_of_models():
+        state = parted.state_dict()
+        before = [value.clone() for value in bake(whole).values()]
+        with torch.no_grad():
+            for parameter in parted.parameters():
+                local(parameter).zero_()
+        parted.load_state_dict({name: shard_like(value, state[name]) for name, value in whole.state_dict().items()})
+        yield from zip(bake(parted).values(), before, strict=True)
+
+
+@check
+def copies_that_differ_on_one_process_are_refused_on_all(plain, sharded):
+    weight, tied = "network.encoder.0.weight", "network.decoder.2.weight"
+    for _, parted, _ in [*pairs_of_models()][1:2]:
+        before = [full(parameter).clone() for parameter in parted.parameters()]
+        state = {name: value.clone() for name, value in parted.state_dict().items()}
+        if torch.distributed.get_rank() == 1:
+            local(state[tied])[0, 0] += 1
+        yield refusal(parted.load_state_dict, state)[:60], f"'{weight}' and '{tied}' are tied, but differ in"[:60]
+        yield from zip(map(full, parted.parameters()), before, strict=True)
+        del state[tied]
+        parted.load_state_dict(state)  # a missing copy is the other one
+        yield from zip(map(full, parted.parameters()), before, strict=True)
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """Return the text of the error with which a function refuses its arguments."""
+    try:
+        function(*arguments)
+    except ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+@check
+def models_that_are_sharded_otherwise_are_refused(plain, sharded):
+    for name, change in CHANGES.items():
+        expected = "cannot be tied: fully_shard has sharded it already. Tie in configure_model before, and shard " * (
+            name in ("plain", "related", "split")
+        )
+        text = refusal(change, sharded)
+        yield (expected or "is sharded over processes, and can no longer be computed") in text, True
+        yield "tying.hard.shard_groups(model, units)" in text, True
+    yield "shard network.encoder.0, network.decoder.2 together" in refusal(tie, sharded, TIES), True
+
+
+@check
+def ties_across_units_that_are_sharded_apart_are_refused_at_the_first_step(plain, sharded):
+    mesh = init_device_mesh("cpu", (2,))
+    tie(plain, TIES)
+    for unit in (plain.network.encoder, plain.network.decoder):
+        fully_shard(unit, mesh=mesh)
+    yield refusal(plain, EXAMPLE), SEPARATE
+
+
+@check
+def ties_before_parallelize_module_are_refused_at_the_first_step(plain, sharded):
+    mesh = init_device_mesh("cpu", (2,))
+    tie(plain, ["network.blocks.0.branch ~ network.blocks.1.branch"])
+    plan = {f"network.blocks.{place}.branch": ColwiseParallel(output_layouts=Replicate()) for place in (0, 1)}
+    parallelize_module(plain, mesh, plan)
+    yield (
+        refusal(plain, EXAMPLE),
+        SEPARATE.replace("encoder.0.weight", "blocks.0.branch.weight")
+        .replace("decoder.2.weight", "blocks.1.branch.weight")
+        .replace("encoder.0, network.decoder.2", "blocks.0.branch, network.blocks.1.branch"),
+    )
+    restore(plain)
+    plain(EXAMPLE)
+
+
+@check
+def computed_weights_under_tensor_parallelism_are_refused(plain, sharded):
+    mesh = init_device_mesh("cpu", (2,))
+    hash_weights(plain, BLOCKS, 0.5)
+    parallelize_module(plain.network.blocks[0].branch, mesh, ColwiseParallel(output_layouts=Replicate()))
+    yield (
+        refusal(plain, EXAMPLE)[:90],
+        "the weight of a HashedLinear is computed from other parameters, which are sharded: tensor par"[:90],
+    )
+    parallel = Net()
+    parallelize_module(parallel.network.blocks[0].branch, mesh, ColwiseParallel(output_layouts=Replicate()))
+    for name in [*CHANGES][3:]:
+        yield "Tensor parallelism does not support computed weights" in refusal(CHANGES[name], parallel), True
+
+
+@check
+def members_that_are_partly_sharded_are_refused(plain, sharded):
+    mesh = init_device_mesh("cpu", (2,))
+    parallelize_module(plain.network.blocks[0].branch, mesh, ColwiseParallel(output_layouts=Replicate()))
+    text = refusal(tie, plain, ["network.blocks.0.branch.weight ~ network.blocks.1.branch.weight"])
+    yield (
+        text[:119],
+        (
+            "'network.blocks.0.branch.weight' cannot be tied: 'network.blocks.0.branch.weight' is sharded over processes, and"
+            " 'network.blocks"
+        )[:119],
+    )
+
+
+SEPARATE = (
+    "'network.encoder.0.weight' and 'network.decoder.2.weight' were tied before the model was sharded, and are separate "
+    "shards now, which would train apart. Under tensor parallelism, tie after parallelize_module; with FSDP2, tie before "
+    "fully_shard, and shard network.encoder.0, network.decoder.2 together, as tying.hard.shard_groups(model, units) lists "
+    "them"
+)
