@@ -23,7 +23,7 @@ from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
 from tying.selection.resolve import parse_patterns, resolve
-from tying.weights.derived import DerivedWeight, derived_by_others, derived_weights, eval_mode
+from tying.weights.derived import DerivedWeight, derived_by_others, derived_weights, eval_mode, gathered
 from tying.weights.optimizers import shared_in
 from tying.weights.replace import select_weights
 from tying.weights.sharding import sharded_modules
@@ -185,8 +185,9 @@ class ModelTransform(TyingCallback):
         parameters = {id(parameter) for parameter in pl_module.parameters()}
         optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
-        with eval_mode(pl_module):
-            stale = [name for name in self.changed(pl_module) if attrgetter(name)(pl_module).shape in strangers]
+        names = self.changed(pl_module) if strangers else []  # a sharded weight is gathered to be computed
+        with eval_mode(pl_module), gathered(derived_weights(pl_module).values() if strangers else ()):
+            stale = [name for name in names if attrgetter(name)(pl_module).shape in strangers]
         if stale:
             raise ConfigurationError(
                 f"{self.label}: an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it "
