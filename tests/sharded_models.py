@@ -91,11 +91,9 @@ def shard_root(module: Net, mesh: Any) -> None:
 
 
 def parallelize(module: Net, mesh: Any) -> None:
-    plan = {f"{part}.{layer}": kind() for part in ("encoder", "decoder") for layer, kind in LAYERS.items()}
+    kinds = {"0": lambda: ColwiseParallel(use_local_output=False), "2": RowwiseParallel}  # plain outputs must be even
+    plan = {f"{part}.{layer}": kind() for part in ("encoder", "decoder") for layer, kind in kinds.items()}
     parallelize_module(module.network, mesh, plan)
-
-
-LAYERS = {"0": ColwiseParallel, "2": RowwiseParallel}
 
 
 @dataclass(frozen=True)
