@@ -156,8 +156,8 @@ class Cell:
 
 
 def data(replicas: int, replica: int) -> DataLoader:
-    """Return batches of which all replicas together have 8 samples, the same for any number of replicas."""
-    generator = torch.Generator().manual_seed(1)
-    dataset = TensorDataset(torch.randn(8 * STEPS, 6, generator=generator, dtype=torch.float64))
+    """Return labelled batches of which all replicas together have 8 samples, the same for any number of replicas."""
+    x = torch.randn(8 * STEPS, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dataset = TensorDataset(x, x.argmax(dim=1))
     sampler = DistributedSampler(dataset, num_replicas=replicas, rank=replica, shuffle=False)
     return DataLoader(dataset, batch_size=8 // replicas, sampler=sampler)

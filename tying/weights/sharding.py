@@ -4,6 +4,7 @@ Sharded weights are tensors of torch's class ``DTensor``, which FSDP2 and tensor
 them. Every function takes plain tensors too, which need no communication.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -194,6 +195,23 @@ def largest(values: Tensor) -> Tensor:
         values = values.clone()
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     return values
+
+
+def bounds(tensors: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the smallest and the largest entry of tensors; if some are sharded, every process must call it.
+
+    Example:
+        >>> bounds([torch.tensor([1.0, 3.0]), torch.tensor([2.0])])
+        (1.0, 3.0)
+    """
+    shards = [local(tensor.detach()) for tensor in tensors]
+    ends = [shard.aminmax() for shard in shards if shard.numel()]
+    low = min((float(end.min) for end in ends), default=math.inf)
+    high = max((float(end.max) for end in ends), default=-math.inf)
+    if any(map(is_sharded, tensors)):
+        opposite, high = largest(torch.tensor([-low, high], dtype=torch.float64, device=shards[0].device)).tolist()
+        low = -opposite
+    return low, high
 
 
 def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
