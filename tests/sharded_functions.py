@@ -100,14 +100,14 @@ def meshes_that_differ_are_refused(plain, sharded):
     fully_shard(other.network, mesh=init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards")))
     sharded_weight = sharded.get_parameter(weight)
     for tensor, message in [
-        (plain.get_parameter(weight), "SoftTying: 'a' is sharded over processes, and 'b' is not: shard both, by a "),
+        (plain.get_parameter(weight), "'a' is sharded over processes, and 'b' is not: shard both, by a "),
         (
             other.get_parameter(weight),
-            "SoftTying: 'a' is sharded over the mesh data 2, and 'b' over replicas 1 × shard",
+            "'a' is sharded over the mesh data 2, and 'b' over replicas 1 × shard",
         ),
     ]:
         try:
-            check_meshes({"a": sharded_weight, "b": tensor}, "SoftTying")
+            check_meshes({"a": sharded_weight, "b": tensor})
         except ConfigurationError as error:
             yield message in str(error), True
         else:

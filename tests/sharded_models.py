@@ -91,11 +91,9 @@ def shard_root(module: Net, mesh: Any) -> None:
 
 
 def parallelize(module: Net, mesh: Any) -> None:
-    plan = {f"{part}.{layer}": kind() for part in ("encoder", "decoder") for layer, kind in LAYERS.items()}
+    kinds = {"0": lambda: ColwiseParallel(use_local_output=False), "2": RowwiseParallel}  # plain outputs must be even
+    plan = {f"{part}.{layer}": kind() for part in ("encoder", "decoder") for layer, kind in kinds.items()}
     parallelize_module(module.network, mesh, plan)
-
-
-LAYERS = {"0": ColwiseParallel, "2": RowwiseParallel}
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ class Cell:
 
 
 def data(replicas: int, replica: int) -> DataLoader:
-    """Return batches of which all replicas together have 8 samples, the same for any number of replicas."""
-    generator = torch.Generator().manual_seed(1)
-    dataset = TensorDataset(torch.randn(8 * STEPS, 6, generator=generator, dtype=torch.float64))
+    """Return labelled batches of which all replicas together have 8 samples, the same for any number of replicas."""
+    x = torch.randn(8 * STEPS, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    dataset = TensorDataset(x, x.argmax(dim=1))
     sampler = DistributedSampler(dataset, num_replicas=replicas, rank=replica, shuffle=False)
     return DataLoader(dataset, batch_size=8 // replicas, sampler=sampler)

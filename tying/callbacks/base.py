@@ -20,6 +20,7 @@ from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 from tying.weights.derived import derived_by_others
+from tying.weights.sharding import reshard
 
 # strategies that replace parameters by parts of flat ones
 FLATTENING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy
@@ -168,7 +169,7 @@ class TyingCallback(Callback):
 
     def monitor(self, model: nn.Module) -> None:
         """Check the monitored weights from now on. Call this again when the callback has replaced some."""
-        self._finite_check.weights, self._finite_check.groups = self.monitored(model), self.groups
+        self._finite_check.follow(self.monitored(model), self.groups)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -189,6 +190,7 @@ class TyingCallback(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        reshard(pl_module)
         self.check_conflicts(pl_module, callbacks_of(trainer))
         pl.utilities.rank_zero_info(f"{self.label}: {self.describe(pl_module)}")
 

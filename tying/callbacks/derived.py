@@ -36,7 +36,7 @@ from tying.lightning_namespace import pl
 from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.soft import gap
+from tying.soft.group_penalty import gaps
 from tying.weights.derived import DerivedWeight, derived_by_others, gathered, locate_parameters
 from tying.weights.optimizers import are_alike
 from tying.weights.replace import select_weights
@@ -132,7 +132,7 @@ class HardTying(ModelTransform):
         if not self.is_applied(model):  # a mixin applies it before setup does
             measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
             groups = resolve(model, self.ties) if measurable else []
-            self._initial_gap = max((gap(group.tensors()) for group in groups), default=0.0)
+            self._initial_gap = max(gaps(groups), default=0.0)
         self._groups, warning = make_ties(model, self.ties, self.init)
         self._warning = self._warning or warning
         return self._groups

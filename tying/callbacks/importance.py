@@ -11,6 +11,7 @@ from tying.callbacks.training_data import replayed_batches
 from tying.errors import ConfigurationError, check_choice, check_count, check_range
 from tying.lightning_namespace import pl
 from tying.soft.importance import Labels, check_logits, path_importance, path_integral, squared_gradients
+from tying.weights.sharding import is_sharded, shard_like
 
 Weights = Mapping[str, nn.Parameter]
 
@@ -32,7 +33,7 @@ class TrainingPath:
         }
         for part, values in (state or {}).items():
             tensors = getattr(self, part)
-            tensors.update({name: values[name].to(tensor) for name, tensor in tensors.items()})
+            tensors.update({name: shard_like(values[name], tensor).to(tensor) for name, tensor in tensors.items()})
         self._before: dict[str, tuple[Tensor, Tensor]] = {}  # gradients and weights before the current step
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -49,7 +50,7 @@ class TrainingPath:
     def before_step(self, optimized: set[nn.Parameter], scale: float) -> None:
         """Keep the gradients of an optimizer's parameters, which are those of the loss times a scale."""
         self._before = {
-            name: (weight.grad.to_dense() / scale, weight.detach().clone())
+            name: (_dense(weight.grad) / scale, weight.detach().clone())
             for name, weight in self.weights.items()
             if weight in optimized and weight.grad is not None
         }
@@ -64,6 +65,10 @@ class TrainingPath:
     def change(self, name: str) -> Tensor:
         """Return how far a weight has moved in all."""
         return self.weights[name].detach() - self.start[name]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 class Importance:
@@ -142,12 +147,16 @@ class Fisher(Importance):
         self, trainer: pl.Trainer, module: pl.LightningModule, weights: Weights, path: TrainingPath | None
     ) -> dict[str, Tensor]:
         """Return the Fisher information, a mean over the samples of all processes."""
-        seed = trainer.global_step * trainer.world_size + trainer.global_rank
+        sampler: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", {})
+        replica, replicas = sampler.get("rank", 0), sampler.get("num_replicas", 1)
+        seed = trainer.global_step * replicas + replica
         with (
             replayed_batches(trainer, module, self.batches) as batches,
             trainer.precision_plugin.forward_context(),
         ):
-            sums, samples = squared_gradients(module, weights, batches, self.labels, seed)
+            sums, samples = squared_gradients(module, weights, batches, self.labels, seed, (replica, replicas))
+        if any(map(is_sharded, weights.values())):  # they are those of all processes
+            return {name: squares / samples for name, squares in sums.items()}
         add = trainer.strategy.reduce
         total = add(torch.tensor(float(samples), device=module.device), reduce_op="sum")
         if not total:

@@ -1,8 +1,11 @@
 """How important each weight is for what a model has learnt: by the Fisher information, or by the path of training."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.resolve import select
 from tying.weights.calibration import undisturbed
+from tying.weights.sharding import all_gather_object, full, is_sharded, reduce_gradient, reshard
 
 Labels = Literal["sampled", "given"]
 Arguments = dict[Any, Any]  # of a model's forward: the input under 0, or all by name
@@ -66,22 +70,42 @@ def fisher_diagonal(
 
 
 def squared_gradients(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Iterable[Any], labels: Labels, seed: int = 0
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    labels: Labels,
+    seed: int = 0,
+    replica: tuple[int, int] = (0, 1),
 ) -> tuple[dict[str, Tensor], int]:
     """Return the sums over samples of which :func:`fisher_diagonal` returns the means, and the number of samples.
 
     ``torch.func.vmap`` computes the gradients of several samples together. They are computed sample by sample if it
     does not support an operation of the model, or if the model contains an ``nn.LSTM`` or the like, whose list of
     weights it would not see.
+
+    If weights are sharded, every process must call this with as many batches. The sums, which are sharded too, and the
+    number are then those of all processes.
+
+    Args:
+        model: see :func:`fisher_diagonal`.
+        weights: the weights, by name.
+        batches: see :func:`fisher_diagonal`.
+        labels: see :func:`fisher_diagonal`.
+        seed: see :func:`fisher_diagonal`.
+        replica: for sharded weights, which part of the data this process has, and the number of parts.
     """
     check_choice("labels", labels, get_args(Labels))
     sums = {
         name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
         for name, weight in weights.items()
     }
-    rows = max(1, MAX_GRADIENTS // max(1, sum(map(Tensor.numel, weights.values()))))
+    sharded = any(map(is_sharded, weights.values()))
+    rows = sys.maxsize if sharded else max(1, MAX_GRADIENTS // max(1, sum(map(Tensor.numel, weights.values()))))
     transformable = rows > 1 and not any(isinstance(module, nn.RNNBase) for module in model.modules())
-    compute, samples = _squares_together if transformable else _squares_one_by_one, 0
+    compute: Any = _squares_together if transformable else _squares_one_by_one
+    if sharded:
+        compute = partial(_squares_of_replicas, replica=replica)
+    samples = 0
     with _undisturbed(model, seed):
         for batch in batches:
             arguments, targets = label(model, batch, labels)
@@ -91,13 +115,14 @@ def squared_gradients(
                 try:
                     squares = compute(model, weights, sample, targets[part])
                 except Exception:  # of many kinds: torch cannot transform an operation
-                    if compute is _squares_one_by_one:
+                    if compute is not _squares_together:
                         raise
                     compute = _squares_one_by_one
                     squares = compute(model, weights, sample, targets[part])
                 for sum_, square in zip(sums.values(), squares, strict=True):
                     sum_ += square
-            samples += len(targets)
+            counts = all_gather_object(len(targets)) if sharded else [len(targets)]
+            samples += sum(counts) * replica[1] // len(counts)  # processes of tensor parallelism have one part
     return sums, samples
 
 
@@ -253,6 +278,43 @@ def _squares_one_by_one(
     return sums
 
 
+def _squares_of_replicas(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    arguments: Arguments,
+    targets: Tensor,
+    replica: tuple[int, int],
+) -> list[Tensor]:
+    """Return the squared gradients with respect to each sharded weight, summed over the samples of all replicas.
+
+    A backward pass returns the mean of the replicas' gradients, so only one of them has a loss in each pass. All
+    replicas make as many passes as the one with most samples.
+    """
+    if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise ConfigurationError(f"{listed(frozen)}: frozen and sharded, so that no gradient is computed: exclude them")
+    index, count = replica
+    reshard(model)
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    sums: list[Any] = [0] * len(weights)
+    try:
+        with torch.enable_grad():
+            for owner, i in product(range(count), range(max(all_gather_object(len(targets))))):
+                place = min(i, len(targets) - 1)
+                sample = {k: x[place : place + 1] if _has_rows(x, targets) else x for k, x in arguments.items()}
+                for parameter in gradients:
+                    parameter.grad = None
+                factor = count if owner == index and i == place else 0
+                (factor * _log_probability(model, sample, targets[place : place + 1])).backward()  # type: ignore[no-untyped-call]  # torch's
+                for weight in weights.values():
+                    reduce_gradient(weight)
+                computed = (torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values())
+                sums = [total + _square(gradient) for total, gradient in zip(sums, computed, strict=True)]
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+    return sums
+
+
 def path_integral(path: Tensor, gradient: Tensor, change: Tensor) -> Tensor:
     """Return ``ω − g Δw``: by how much a weight's own moves have lowered the loss, after one more step.
 
@@ -318,5 +380,5 @@ def layer_means(importances: Mapping[str, Tensor]) -> dict[str, float]:
     """
     parts: dict[str, list[Tensor]] = {}
     for name, importance in importances.items():
-        parts.setdefault(name.rpartition(".")[0] or name, []).append(importance.flatten().double().cpu())
+        parts.setdefault(name.rpartition(".")[0] or name, []).append(full(importance).flatten().double().cpu())
     return {layer: float(torch.cat(entries).mean()) for layer, entries in parts.items()}

@@ -4,6 +4,7 @@ Sharded weights are tensors of torch's class ``DTensor``, which FSDP2 and tensor
 them. Every function takes plain tensors too, which need no communication.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -130,8 +131,8 @@ def local_tensors(group: TiedGroup, placements: Placements | None = None) -> lis
         placements: those of the returned shards; by default the source's.
     """
     placements = placements or placements_of(group.parameters[0])
-    if placements is None:
-        return group.tensors()
+    if placements is None or group.shared:
+        return [*map(local, group.tensors())]
     pairs = zip(group.parameters, group.to_source, strict=True)
     return [local(aligned(parameter, relation, placements)) for parameter, relation in pairs]
 
@@ -153,6 +154,25 @@ def local_member(group: TiedGroup, index: int, value: Tensor, placements: Placem
         value, source.device_mesh, placements, run_check=False, shape=source.shape, stride=source.stride()
     )
     return local(aligned(whole, group.relations[index], member.placements))
+
+
+def reduce_gradient(parameter: Tensor) -> None:
+    """Give the gradient of a sharded parameter its placements; partial gradients of processes are summed, once.
+
+    An optimizer does so too. Tensor parallelism leaves partial gradients of weights that its processes replicate.
+    """
+    gradient = parameter.grad
+    if gradient is not None and placements_of(gradient) != placements_of(parameter):
+        assert is_sharded(gradient)
+        assert is_sharded(parameter)
+        parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give a model's modules their shards: FSDP2 leaves whole weights after a forward pass without a backward pass."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # an FSDPModule of torch, which takes long to import
+            module.reshard()  # type: ignore[operator]  # a method
 
 
 def total(sums: Sequence[Tensor], references: Sequence[Tensor]) -> list[Tensor]:
@@ -198,6 +218,23 @@ def largest(values: Tensor) -> Tensor:
     return values
 
 
+def bounds(tensors: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the smallest and the largest entry of tensors; if some are sharded, every process must call it.
+
+    Example:
+        >>> bounds([torch.tensor([1.0, 3.0]), torch.tensor([2.0])])
+        (1.0, 3.0)
+    """
+    shards = [local(tensor.detach()) for tensor in tensors]
+    ends = [shard.aminmax() for shard in shards if shard.numel()]
+    low = min((float(end.min) for end in ends), default=math.inf)
+    high = max((float(end.max) for end in ends), default=-math.inf)
+    if any(map(is_sharded, tensors)):
+        opposite, high = largest(torch.tensor([-low, high], dtype=torch.float64, device=shards[0].device)).tolist()
+        low = -opposite
+    return low, high
+
+
 def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Return whether a flag is true in any process; every process must call it.
 
@@ -232,7 +269,7 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def check_meshes(tensors: Mapping[str, Tensor], context: str) -> None:
+def check_meshes(tensors: Mapping[str, Tensor]) -> None:
     """Raise an error unless all tensors are plain, or all are sharded over one mesh.
 
     Raises:
@@ -244,12 +281,12 @@ def check_meshes(tensors: Mapping[str, Tensor], context: str) -> None:
         if is_sharded(tensor) != (mesh is not None):
             sharded, plain = (name, first) if is_sharded(tensor) else (first, name)
             raise ConfigurationError(
-                f"{context}: {sharded!r} is sharded over processes, and {plain!r} is not: shard both, by a fully_shard "
+                f"{sharded!r} is sharded over processes, and {plain!r} is not: shard both, by a fully_shard "
                 "or parallelize_module that includes their modules, or neither"
             )
         if is_sharded(tensor) and tensor.device_mesh != mesh:
             raise ConfigurationError(
-                f"{context}: {first!r} is sharded over the mesh {describe_mesh(reference)}, and {name!r} over "
+                f"{first!r} is sharded over the mesh {describe_mesh(reference)}, and {name!r} over "
                 f"{describe_mesh(tensor)}: shard both over one mesh"
             )
 
