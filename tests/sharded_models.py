@@ -113,15 +113,16 @@ class Sharding:
     replicas: int = 2
 
 
-def parallel(data: int, tensor: int) -> Callable[[], Strategy]:
-    return lambda: ModelParallelStrategy(data_parallel_size=data, tensor_parallel_size=tensor)
+def parallel(data: int, tensor: int, full: bool = False) -> Callable[[], Strategy]:
+    """Return a function that makes the strategy; with ``full``, it saves checkpoints as those of one process."""
+    return lambda: ModelParallelStrategy(data, tensor, save_distributed_checkpoint=not full)
 
 
 SHARDINGS = {
     "one process": Sharding(1, lambda: "auto", replicas=1),
     "DDP": Sharding(2, lambda: "ddp_find_unused_parameters_true"),
     "FSDP2 by layer": Sharding(2, parallel(2, 1), lambda m, mesh: shard_by_layer(m, mesh["data_parallel"])),
-    "FSDP2 root": Sharding(2, parallel(2, 1), lambda m, mesh: shard_root(m, mesh["data_parallel"])),
+    "FSDP2 root": Sharding(2, parallel(2, 1, full=True), lambda m, mesh: shard_root(m, mesh["data_parallel"])),
     "HSDP": Sharding(
         2, parallel(2, 1), lambda m, _: shard_by_layer(m, init_device_mesh("cpu", (1, 2), mesh_dim_names=("r", "s")))
     ),

@@ -223,7 +223,10 @@ def test_parametrizations_are_all_or_none():
 @pytest.mark.parametrize(
     ("callback", "told"),
     [
-        (HardTying(TIES), "HardTying does not support Sharded: change the model in configure_model"),
+        (
+            HardTying(TIES),
+            "HardTying does not support Sharded, which replaces weights by parts of flat tensors: use ModelParallelStrategy",
+        ),
         (
             WeightClustering(["**.weight"], 2),
             "WeightClustering cannot be combined with Sharded, which would keep the dense",

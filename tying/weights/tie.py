@@ -295,7 +295,7 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | N
     }
     records, units = [], sharded_modules(model)
     for group in groups:
-        check_meshes(dict(zip(group.names, group.parameters, strict=True)), f"{group.names[0]!r} cannot be tied")
+        check_meshes(dict(zip(group.names, group.parameters, strict=True)))
         _check_unsharded(group.names, units)
         names: dict[str, Relation] = {}
         for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
