@@ -5,8 +5,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -26,8 +28,8 @@ from tying.selection.resolve import parse_patterns, resolve
 from tying.weights.derived import DerivedWeight, derived_by_others, derived_weights, eval_mode, gathered
 from tying.weights.optimizers import shared_in
 from tying.weights.replace import select_weights
-from tying.weights.sharding import sharded_modules
-from tying.weights.state_dict import check_shards, restore_ties
+from tying.weights.sharding import is_sharded, sharded_modules
+from tying.weights.state_dict import check_shards, reconcile, restore_ties
 from tying.weights.tie import owners_of
 
 
@@ -166,6 +168,22 @@ class ModelTransform(TyingCallback):
             self._explain_parallelism(pl_module, error)
             raise
         self.apply_among(pl_module, callbacks_of(trainer))
+        if any(map(is_sharded, pl_module.parameters())) and Path(trainer.ckpt_path or "").is_file():
+            self._load_extra_state(pl_module, trainer.ckpt_path)
+
+    def _load_extra_state(self, model: nn.Module, path: str | Path | None) -> None:
+        """Load what Lightning does not load from a checkpoint of whole tensors into a sharded model.
+
+        It loads each parameter by its name: no hook of the model compares copies of tied weights, or sees the states
+        of hashes.
+        """
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
+        try:
+            reconcile(model, {**state})
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.label}: {error}") from None
+        extra = {key: value for key, value in state.items() if key.endswith(("._extra_state", ".drawn"))}
+        model.load_state_dict(extra, strict=False)
 
     def _explain_parallelism(self, model: nn.Module, error: Exception) -> None:
         """Raise a ConfigurationError if ``parallelize_module`` failed at a tied or computed weight."""
