@@ -1,6 +1,7 @@
 """Train the LSTMs of a model with zoneout."""
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from tying.callbacks.transform import ModelTransform, arguments_of
 from tying.depth import zone_out
 from tying.depth.rnn.convert import distinct_modules
 from tying.depth.rnn.zoneout import ZoneoutRates
-from tying.errors import check_range, listed
+from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
 
 
@@ -66,12 +67,13 @@ class ZoneoutStates(ModelTransform):
 
     @override
     def adopt(self, model: nn.Module) -> None:
-        for layer in distinct_modules(model, self.modules).values():
-            if isinstance(layer, ZoneoutRates) and (layer.zoneout_cell, layer.zoneout_hidden) == (
-                self.cell,
-                self.hidden,
-            ):
-                layer.__dict__.setdefault("_zoned_by", arguments_of(self))
+        with suppress(ConfigurationError):  # apply raises it
+            for layer in distinct_modules(model, self.modules).values():
+                if isinstance(layer, ZoneoutRates) and self._has_rates(layer):
+                    layer.__dict__.setdefault("_zoned_by", arguments_of(self))
+
+    def _has_rates(self, layer: ZoneoutRates) -> bool:
+        return (layer.zoneout_cell, layer.zoneout_hidden) == (self.cell, self.hidden)
 
     @override
     def apply(self, model: nn.Module) -> int:
