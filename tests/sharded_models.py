@@ -144,6 +144,7 @@ class Cell:
         callbacks: returns new callbacks.
         model: the class of the model.
         excluded: the names of shardings that refuse it.
+        phases: those in which it equals one process.
         ends: returns what else must be equal at the end, by name, as full tensors; every process calls it.
         arguments: further arguments of the Trainer.
     """
@@ -151,6 +152,7 @@ class Cell:
     callbacks: Callable[[], list[pl.Callback]]
     model: type[Net] = Net
     excluded: tuple[str, ...] = ()
+    phases: tuple[str, ...] = tuple(PHASES)
     ends: Callable[[pl.Trainer], dict[str, torch.Tensor]] = lambda trainer: {}
     arguments: dict[str, Any] = field(default_factory=dict)
 

@@ -69,7 +69,7 @@ def cells(shardings):
         for sharding in shardings
         for cell in sharded_run.CELLS
         if sharding not in sharded_run.CELLS[cell].excluded
-        for phase in PHASES
+        for phase in sharded_run.CELLS[cell].phases
     ]
 
 
