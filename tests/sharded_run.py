@@ -84,7 +84,9 @@ def run(out: Path, sharding: str, names: list[str], phases: list[str]) -> None:
             continue
         path = out / sharding / f"{name}.ckpt"
         sources = {"train": None, "resume": path, "load full": out / "one process" / f"{name}.ckpt"}
-        for phase in (phase for phase in phases if phase in cell.phases):
+        if origin := SHARDINGS[sharding].origin:
+            sources["other size"] = out / origin / f"{name}.ckpt"
+        for phase in (phase for phase in phases if phase in cell.phases and phase in sources):
             result: Any
             try:
                 result = fit(cell, sharding, sources[phase], path)

@@ -364,10 +364,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     Raises:
         ConfigurationError: there are such copies.
     """
-    kinds = AVERAGING | FLATTENING if processes else AVERAGING
-    holders = [
-        type(holder).__name__ for holder in (*callbacks_of(trainer), trainer.strategy) if isinstance(holder, kinds)
-    ]
+    holders = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING)]
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:
