@@ -10,10 +10,13 @@ import torch.distributed
 from sharded_models import TIES, Net
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tying import resolve
 from tying.errors import ConfigurationError
+from tying.soft import TyingPenalty, gap
 from tying.weights.sharding import (
     anywhere,
     check_meshes,
@@ -74,6 +77,67 @@ def plain_groups_send_nothing(plain, sharded):
         shard_like(torch.zeros(5, dtype=torch.float64), group.parameters[0])
     yield communication.get_total_counts(), 0
     yield is_view(group.parameters[1], group.to_source[1], placements_of(group.parameters[0]) or []), True
+
+
+class CountBytes(TorchDispatchMode):
+    """Counts the collectives of a process, and the bytes that it hands to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.nbytes = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if "c10d_functional" in function.namespace and "wait" not in str(function):
+            self.count += 1
+            self.nbytes += args[0].nbytes
+        return function(*args, **(kwargs or {}))
+
+
+PLAIN = "network.blocks.*.branch.weight"
+TRANSPOSED = "network.blocks.0.branch.weight ~ network.blocks.1.branch.weight | o i -> i o"
+
+
+@check
+def pulls_of_plain_ties_send_nothing(plain, sharded):
+    for penalty in ("l2", "l1"):
+        pull = TyingPenalty(resolve(sharded, [PLAIN, TIES[1]]), penalty)
+        with CountBytes() as sent, CommDebugMode() as communication:
+            pull.add_gradients_(0.1)
+            pull.pull_(0.1)
+            pull.prox_(0.1)
+        yield (sent.count, communication.get_total_counts()), (0, 0)
+
+
+@check
+def pulls_of_transposed_ties_send_at_most_one_side(plain, sharded):
+    pull = TyingPenalty(resolve(sharded, [TRANSPOSED]))
+    for update in (pull.add_gradients_, pull.pull_, pull.prox_):
+        with CountBytes() as sent:
+            update(0.1)
+        yield 0 < sent.nbytes <= plain.network.blocks[0].branch.weight.nbytes, True
+
+
+@check
+def gradients_of_the_penalty_in_a_loss(plain, sharded):
+    for ties in ([PLAIN], [TRANSPOSED], TIES):
+        values = []
+        for model in (sharded, plain):
+            model.zero_grad()
+            value = TyingPenalty(resolve(model, ties))()
+            value.backward()
+            values.append(value)
+        yield values[0], values[1]
+        for parameter, whole in zip(sharded.parameters(), plain.parameters(), strict=True):
+            if whole.grad is not None:
+                yield full(parameter.grad), whole.grad
+
+
+@check
+def gaps_of_tensors(plain, sharded):
+    for group, whole in zip(resolve(sharded, TIES), resolve(plain, TIES), strict=True):
+        yield gap(group.tensors()), gap(whole.tensors())
 
 
 @check

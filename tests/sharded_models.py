@@ -105,12 +105,14 @@ class Sharding:
         strategy: returns Lightning's strategy.
         shard: see :class:`Net`.
         replicas: the number of processes that get different samples.
+        origin: another sharding, from whose checkpoints this one resumes, too.
     """
 
     processes: int
     strategy: Callable[[], Strategy | str]
     shard: Callable[[Net, Any], None] | None = None
     replicas: int = 2
+    origin: str | None = None
 
 
 def parallel(data: int, tensor: int, full: bool = False) -> Callable[[], Strategy]:
@@ -118,10 +120,14 @@ def parallel(data: int, tensor: int, full: bool = False) -> Callable[[], Strateg
     return lambda: ModelParallelStrategy(data, tensor, save_distributed_checkpoint=not full)
 
 
+def by_layer(module: Net, mesh: Any) -> None:
+    shard_by_layer(module, mesh["data_parallel"])
+
+
 SHARDINGS = {
     "one process": Sharding(1, lambda: "auto", replicas=1),
     "DDP": Sharding(2, lambda: "ddp_find_unused_parameters_true"),
-    "FSDP2 by layer": Sharding(2, parallel(2, 1), lambda m, mesh: shard_by_layer(m, mesh["data_parallel"])),
+    "FSDP2 by layer": Sharding(2, parallel(2, 1), by_layer),
     "FSDP2 root": Sharding(2, parallel(2, 1, full=True), lambda m, mesh: shard_root(m, mesh["data_parallel"])),
     "HSDP": Sharding(
         2, parallel(2, 1), lambda m, _: shard_by_layer(m, init_device_mesh("cpu", (1, 2), mesh_dim_names=("r", "s")))
@@ -131,10 +137,12 @@ SHARDINGS = {
         4,
         parallel(2, 2),
         lambda m, mesh: (parallelize(m, mesh["tensor_parallel"]), shard_by_layer(m, mesh["data_parallel"])),
+        origin="TP",
     ),
-    "FSDP2 on four": Sharding(4, parallel(4, 1), lambda m, mesh: shard_by_layer(m, mesh["data_parallel"]), replicas=4),
+    "FSDP2 on four": Sharding(4, parallel(4, 1), by_layer, replicas=4, origin="FSDP2 by layer"),
+    "FSDP2 on one": Sharding(1, parallel(1, 1), by_layer, replicas=1, origin="FSDP2 by layer"),
 }
-PHASES = ["train", "resume", "load full"]  # of each cell, in order
+PHASES = ["train", "resume", "load full", "other size"]  # of each cell, in order
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ class Cell:
         callbacks: returns new callbacks.
         model: the class of the model.
         excluded: the names of shardings that refuse it.
+        phases: those in which it equals one process.
         ends: returns what else must be equal at the end, by name, as full tensors; every process calls it.
         arguments: further arguments of the Trainer.
     """
@@ -152,6 +161,7 @@ class Cell:
     callbacks: Callable[[], list[pl.Callback]]
     model: type[Net] = Net
     excluded: tuple[str, ...] = ()
+    phases: tuple[str, ...] = tuple(PHASES)
     ends: Callable[[pl.Trainer], dict[str, torch.Tensor]] = lambda trainer: {}
     arguments: dict[str, Any] = field(default_factory=dict)
 

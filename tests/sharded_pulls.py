@@ -10,6 +10,7 @@ from tying.callbacks import (
     Coupling,
     Fisher,
     MixtureTying,
+    RandomState,
     ResidualMerging,
     SoftTying,
     Synaptic,
@@ -89,6 +90,7 @@ CELLS: dict[str, Cell] = {
     **{name: Cell(partial(important, importance), Labelled, ends=anchors) for name, importance in IMPORTANCES.items()},
     "mixture": Cell(lambda: [MixtureTying(WEIGHTS, strength=0.3, components=5, start_epoch=1)]),
     "merging": Cell(
-        lambda: [ResidualMerging("network.blocks.*", StochasticDepth(keep=0.5), "uniform")], excluded=("DDP",)
+        lambda: [ResidualMerging("network.blocks.*", StochasticDepth(keep=0.5), "uniform"), RandomState()],
+        phases=("train", "resume"),  # other numbers of processes draw other numbers
     ),
 }

@@ -1,6 +1,6 @@
 """Train every cell under some shardings and save what each process ends with: run by torchrun, or alone for one.
 
-Arguments: a folder that has the results of one process and receives others, and the names of shardings, or "functions".
+Arguments: a folder that has the results of one process and receives others, and the names of shardings, or of parts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import sharded_faults
 import sharded_functions
 import sharded_pulls
 import sharded_weights
@@ -20,6 +21,7 @@ import torch
 import torch.distributed
 from sharded_models import EPOCHS, PHASES, SAVED, SHARDINGS, Cell, data
 
+PARTS = {"functions": sharded_functions.run, "faults": sharded_faults.run}
 CELLS = sharded_pulls.CELLS | sharded_weights.CELLS
 
 
@@ -82,7 +84,9 @@ def run(out: Path, sharding: str, names: list[str], phases: list[str]) -> None:
             continue
         path = out / sharding / f"{name}.ckpt"
         sources = {"train": None, "resume": path, "load full": out / "one process" / f"{name}.ckpt"}
-        for phase in phases:
+        if origin := SHARDINGS[sharding].origin:
+            sources["other size"] = out / origin / f"{name}.ckpt"
+        for phase in (phase for phase in phases if phase in cell.phases and phase in sources):
             result: Any
             try:
                 result = fit(cell, sharding, sources[phase], path)
@@ -100,8 +104,8 @@ if __name__ == "__main__":
     names = [name for name in os.environ.get("CELLS", "").split(";") if name] or [*CELLS]
     torch.distributed.init_process_group("gloo")
     for sharding in sys.argv[2:]:
-        if sharding == "functions":
-            torch.save(sharded_functions.run(), Path(sys.argv[1], f"functions, {torch.distributed.get_rank()}.pt"))
+        if sharding in PARTS:
+            torch.save(PARTS[sharding](), Path(sys.argv[1], f"{sharding}, {torch.distributed.get_rank()}.pt"))
         else:
             run(Path(sys.argv[1]), sharding, names, PHASES)
     torch.distributed.barrier()

@@ -218,13 +218,13 @@ def pairs_of_models():
 @check
 def reports_on_sharded_weights(plain, sharded):
     for whole, parted, _ in pairs_of_models():
-        yield str(audit(parted)), str(audit(whole))
+        yield str(audit(parted)) == str(audit(whole)), True
 
 
 @check
 def sharded_weights_bake(plain, sharded):
     for whole, parted, _ in pairs_of_models():
-        yield list(bake(parted)), list(bake(whole))
+        yield [*bake(parted)] == [*bake(whole)], True
         yield from zip(bake(parted).values(), bake(whole).values(), strict=True)
         yield is_sharded(next(parted.parameters())), True
 
@@ -236,7 +236,7 @@ def sharded_weights_load_plain_ones(plain, sharded):
             warnings.simplefilter("ignore")
             for unequal in ("source", "mean"):
                 errors = [load_plain(model, given, unequal) for model in (parted, whole)]
-                yield list(errors[0]), list(errors[1])
+                yield [*errors[0]] == [*errors[1]], True
                 yield torch.tensor([*errors[0].values()]), torch.tensor([*errors[1].values()])
                 yield from zip(bake(parted).values(), bake(whole).values(), strict=True)
 
@@ -261,7 +261,8 @@ def copies_that_differ_on_one_process_are_refused_on_all(plain, sharded):
         state = {name: value.clone() for name, value in parted.state_dict().items()}
         if torch.distributed.get_rank() == 1:
             local(state[tied])[0, 0] += 1
-        yield refusal(parted.load_state_dict, state)[:60], f"'{weight}' and '{tied}' are tied, but differ in"[:60]
+        expected = f"'{weight}' and '{tied}' are tied, but differ in this state dict"
+        yield refusal(parted.load_state_dict, state).startswith(expected), True
         yield from zip(map(full, parted.parameters()), before, strict=True)
         del state[tied]
         parted.load_state_dict(state)  # a missing copy is the other one
@@ -295,7 +296,7 @@ def ties_across_units_that_are_sharded_apart_are_refused_at_the_first_step(plain
     tie(plain, TIES)
     for unit in (plain.network.encoder, plain.network.decoder):
         fully_shard(unit, mesh=mesh)
-    yield refusal(plain, EXAMPLE), SEPARATE
+    yield refusal(plain, EXAMPLE) == SEPARATE, True
 
 
 @check

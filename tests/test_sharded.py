@@ -1,26 +1,35 @@
 """Every callback under every way to shard: the weights of one process, also resumed. See sharded_run.py."""
 
 import os
+import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import sharded_faults
 import sharded_functions
 import sharded_run
 import torch
-from sharded_models import PHASES, SHARDINGS
+from sharded_models import EPOCHS, PHASES, SHARDINGS, STEPS
 
 IN_TWO = [name for name, sharding in SHARDINGS.items() if sharding.processes == 2]
-IN_FOUR = [name for name, sharding in SHARDINGS.items() if sharding.processes == 4]
+IN_OTHERS = [name for name, sharding in SHARDINGS.items() if sharding.origin]  # resume from checkpoints of two
+
+
+def start(count, script, timeout):
+    """Run a script in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [*command, *map(str, script)]
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def launch(out, count, parts):
-    """Run the script in several processes."""
-    script = [str(Path(sharded_run.__file__)), str(out), *parts]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *script]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    """Train all cells in several processes."""
+    done = start(count, [sharded_run.__file__, out, *parts], timeout=3000)
     (out / f"{count}.log").write_text(done.stdout + done.stderr)
 
 
@@ -34,14 +43,15 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(alone):
-    launch(alone, 2, ["functions", *IN_TWO])
+    launch(alone, 2, [*sharded_run.PARTS, *IN_TWO])
     return alone
 
 
 @pytest.fixture(scope="module")
-def four(alone):
-    launch(alone, 4, IN_FOUR)
-    return alone
+def others(two):
+    for count in (1, 4):
+        launch(two, count, [name for name in IN_OTHERS if SHARDINGS[name].processes == count])
+    return two
 
 
 def load(out, sharding, cell, phase, rank):
@@ -69,7 +79,8 @@ def cells(shardings):
         for sharding in shardings
         for cell in sharded_run.CELLS
         if sharding not in sharded_run.CELLS[cell].excluded
-        for phase in PHASES
+        for phase in sharded_run.CELLS[cell].phases
+        if phase != "other size" or SHARDINGS[sharding].origin
     ]
 
 
@@ -85,9 +96,9 @@ def test_two_processes_equal_one(two, sharding, cell, phase):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sharding", "cell", "phase"), cells(IN_FOUR))
-def test_four_processes_equal_one(four, sharding, cell, phase):
-    check_cell(four, sharding, cell, phase)
+@pytest.mark.parametrize(("sharding", "cell", "phase"), cells(IN_OTHERS))
+def test_one_and_four_processes_equal_one(others, sharding, cell, phase):
+    check_cell(others, sharding, cell, phase)
 
 
 @pytest.mark.parametrize("name", sharded_functions.CHECKS)
@@ -96,3 +107,49 @@ def test_functions_on_shards(two, name):
         pairs = torch.load(two / f"functions, {rank}.pt", weights_only=True)[name]
         assert pairs
         torch.testing.assert_close(*(list(side) for side in zip(*pairs, strict=True)), rtol=1e-15, atol=0)
+
+
+ERRORS = {
+    **dict.fromkeys(
+        (f"NaN, {name}" for name in sharded_faults.PULLING),
+        r"step [23], NonFiniteError: \w+: 'network.decoder.0.weight' holds NaN",
+    ),
+    "not all sharded": "step 0, ConfigurationError: SoftTying: 'network.encoder.0.bias' is sharded over processes, and "
+    "'network.decoder.0.bias' is not: shard both, .*, or neither$",
+    "other mesh": "step 0, ConfigurationError: SoftTying: 'network.encoder.0.bias' is sharded over the mesh "
+    "data_parallel 2, and 'network.decoder.0.bias' over replicas 1 × shards 2: shard both over one mesh$",
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_faults_end_all_processes_with_one_sentence(two, name):
+    first, second = (torch.load(two / f"faults, {rank}.pt", weights_only=True)[name] for rank in (0, 1))
+    assert first == second
+    assert re.match(ERRORS[name], first)
+
+
+def run_killed(out, step=0):
+    script = Path(sharded_run.__file__).with_name("sharded_killed.py")
+    return start(2, [script, out, step], timeout=600)
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert run_killed(out).returncode == 0
+    return torch.load(out / "weights, 0.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", random.Random(0).sample(range(1, EPOCHS * STEPS + 1), 20))
+def test_a_killed_process_ends_all_and_training_resumes_exactly(never_killed, step, tmp_path):
+    begin = time.monotonic()
+    done = run_killed(tmp_path, step)
+    assert done.returncode
+    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    assert time.monotonic() - begin < 60
+    assert len([*tmp_path.glob("*.ckpt")]) == (step - 1) // STEPS
+    assert run_killed(tmp_path).returncode == 0
+    for rank in (0, 1):
+        resumed = torch.load(tmp_path / f"weights, {rank}.pt", weights_only=True)
+        assert all(torch.equal(resumed[name], value) for name, value in never_killed.items())

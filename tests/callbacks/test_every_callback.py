@@ -75,6 +75,7 @@ MAKERS = {
     RecurrentDepth: lambda name=None: RecurrentDepth("net.blocks.*"),
     ZoneoutStates: lambda name=None: ZoneoutStates("net.lstms.*", cell=0.5, hidden=0.25),
 }
+FLATTENING = [pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy]
 ON_WEIGHTS = [
     kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases, ZoneoutStates)
 ]
@@ -769,3 +770,13 @@ def warned(model, kind):
 def test_families_cover_the_callbacks():
     assert {*FAMILIES} == {kind.__name__ for kind in MAKERS} - {"UntiedBiases"}
     assert SITES.alike == "net.kernels.*.weight"
+
+
+@pytest.mark.parametrize("strategy", FLATTENING, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", MAKERS, ids=lambda kind: kind.__name__)
+def test_strategies_with_flat_weights_are_refused(kind, strategy):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.__class__ = type("Flat", (strategy,), {})
+    message = f"{kind.__name__} does not support Flat, which replaces weights by parts .*: use ModelParallelStrategy"
+    with pytest.raises(ConfigurationError, match=message):
+        MAKERS[kind]().setup(trainer, Trained(), "fit")

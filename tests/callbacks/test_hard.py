@@ -15,7 +15,6 @@ from tying.callbacks import (
     TemplateWeights,
     TyingMonitor,
     TyingSummary,
-    WeightClustering,
     WeightHashing,
 )
 from tying.hard import audit, tied
@@ -218,17 +217,6 @@ def test_parametrizations_are_all_or_none():
     assert LowRankWeights(["encoder.0.weight"], rank=1).apply(model) == first  # for the stages of another Trainer
     with pytest.raises(ValueError, match="matches no parameter or module"):
         LowRankWeights(["encoder.0.weight"], rank=2).apply(model)
-
-
-@pytest.mark.parametrize(
-    "callback", [HardTying(TIES), WeightClustering(["**.weight"], 2)], ids=lambda callback: type(callback).__name__
-)
-def test_strategies_with_flat_parameters_are_refused(callback):
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer.strategy.__class__ = type("Sharded", (pl.strategies.FSDPStrategy,), {})
-    told = f"{type(callback).__name__} does not support Sharded, which replaces weights by parts of flat tensors: use "
-    with pytest.raises(ValueError, match=told):
-        callback.setup(trainer, Toy(), "fit")
 
 
 def test_soft_ties_read_hard_ones_as_they_lie():

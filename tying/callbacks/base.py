@@ -343,6 +343,15 @@ def optimizer_steps(trainer: pl.Trainer) -> int:
     return trainer.global_step // max(1, len(trainer.optimizers))
 
 
+def replica_of(trainer: pl.Trainer) -> tuple[int, int]:
+    """Return which part of the data this process trains on, and the number of parts.
+
+    The processes of tensor parallelism have one part.
+    """
+    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", {})
+    return sampler.get("rank", 0), sampler.get("num_replicas", 1)
+
+
 def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bool = True) -> None:
     """Raise if a callback that averages weights, or another process, has a copy of weights that training replaces.
 
@@ -355,10 +364,7 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     Raises:
         ConfigurationError: there are such copies.
     """
-    kinds = AVERAGING | FLATTENING if processes else AVERAGING
-    holders = [
-        type(holder).__name__ for holder in (*callbacks_of(trainer), trainer.strategy) if isinstance(holder, kinds)
-    ]
+    holders = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING)]
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:

@@ -65,9 +65,9 @@ class Magnitudes:
         event.record()
         return cls(names, pinned, event)
 
-    def is_known(self) -> bool:
-        """Return whether the values can be read without waiting."""
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]  # torch's own
+    def is_known(self, sharded: bool = False) -> bool:
+        """Return whether the values can be read without waiting; if sharded, the same in all processes."""
+        return self.event is None or (not sharded and bool(self.event.query()))  # type: ignore[no-untyped-call]  # torch's own
 
     def nonfinite(self) -> dict[str, str]:
         """Return "NaN" or "infinity" for each tensor that is not finite, by name."""
@@ -155,8 +155,8 @@ class FiniteCheck:
         """Report the last measurement unless it has already been reported.
 
         Args:
-            wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later, and one of
-                sharded weights in any case, so that all processes report it in the same step.
+            wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later. One of sharded
+                weights on a GPU always is, so that all processes report it in the same step.
 
         Raises:
             NonFiniteError: some weights are not finite.
@@ -165,7 +165,7 @@ class FiniteCheck:
             UserWarning: once, if weights are finite although gradients are not, because clipping or the optimizer hid
                 them.
         """
-        if self._measured is None or not (wait or (not self.sharded and self._measured.is_known())):
+        if self._measured is None or not (wait or self._measured.is_known(self.sharded)):
             return
         nonfinite = self._measured.nonfinite()
         self._measured = None
@@ -177,7 +177,7 @@ class FiniteCheck:
                 f"{self._describe(nonfinite, gradients.nonfinite())}. Lower the learning rate, clip gradients, or "
                 "inspect the batch; checkpoints are from before"
             )
-        if self._warns and (wait or (not self.sharded and self._gradients.is_known())):
+        if self._warns and (wait or self._gradients.is_known(self.sharded)):
             if hidden := self._gradients.nonfinite():
                 self._warns = False
                 warnings.warn(

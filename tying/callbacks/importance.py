@@ -7,6 +7,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from tying.callbacks.base import replica_of
 from tying.callbacks.training_data import replayed_batches
 from tying.errors import ConfigurationError, check_choice, check_count, check_range
 from tying.lightning_namespace import pl
@@ -147,8 +148,7 @@ class Fisher(Importance):
         self, trainer: pl.Trainer, module: pl.LightningModule, weights: Weights, path: TrainingPath | None
     ) -> dict[str, Tensor]:
         """Return the Fisher information, a mean over the samples of all processes."""
-        sampler: dict[str, int] = getattr(trainer.strategy, "distributed_sampler_kwargs", {})
-        replica, replicas = sampler.get("rank", 0), sampler.get("num_replicas", 1)
+        replica, replicas = replica_of(trainer)
         seed = trainer.global_step * replicas + replica
         with (
             replayed_batches(trainer, module, self.batches) as batches,
