@@ -40,6 +40,9 @@ class ModelTransform(TyingCallback):
         parameters: patterns of names of the weights to change; a leading ``!`` excludes. Subclasses may define other
             constructors.
 
+    Attributes:
+        precedes_sharding: whether ``fully_shard`` must come after the change.
+
     Raises:
         ConfigurationError: a callback that averages weights comes before it, the strategy splits weights, or an
             optimizer holds weights from before the change.
@@ -47,6 +50,7 @@ class ModelTransform(TyingCallback):
 
     parameters: Sequence[str] = ()
     distinguished_by = "parameters"
+    precedes_sharding = True
     _optimizer_size = 0
 
     def __init__(self, parameters: list[str]) -> None:
@@ -91,7 +95,7 @@ class ModelTransform(TyingCallback):
         """Raise a ConfigurationError if the model is sharded, and the callback has not changed it before."""
         check_shards(model)
         self.adopt(model)
-        if sharded_modules(model) and not self.is_applied(model):
+        if self.precedes_sharding and sharded_modules(model) and not self.is_applied(model):
             raise ConfigurationError(
                 f"{self.label}: fully_shard has sharded the model, which this callback has not changed before. Change "
                 f"it first in configure_model, by {type(self).__name__}Mixin and super().configure_model() or by the "
