@@ -24,12 +24,13 @@ from tying.callbacks import (
     LowRankWeights,
     RecurrentDepth,
     RelaxedTying,
+    ResidualMerging,
     TemplateWeights,
     UntiedBiases,
     WeightHashing,
     ZoneoutStates,
 )
-from tying.depth import Residual, loop, recur, zone_out
+from tying.depth import Residual, StochasticDepth, loop, recur, zone_out
 from tying.errors import ConfigurationError
 from tying.hard import (
     LowRankResidual,
@@ -50,12 +51,22 @@ from tying.mixins import TyingMixin
 from tying.weights.sharding import full, is_sharded, local, shard_like
 
 BLOCKS = ["network.blocks.*.branch.weight"]
+BIASES = ["network.blocks.0.**.bias"]
 SHARED = ["network.blocks.{0..2}"]
 SPLIT = ["network.encoder.2.weight ~ network.decoder.0.weight | (o g) i -> (i g) o"]
 
 
 class Joined(Net):
-    """Shards together what shares parameters."""
+    """Shards together what shares parameters; its first block may be another."""
+
+    first: type[nn.Module] | None = None
+
+    def __init__(self, shard=None):
+        super().__init__(shard)
+        if self.first is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.network.blocks[0] = Residual(self.first()).double()
 
     def units(self):
         return shard_groups(self, ["network.encoder", "network.decoder", "network.blocks.*"])
@@ -105,12 +116,7 @@ def changed_by(function: Callable[..., Any], *arguments: Any, block: type[nn.Mod
     """Return the class of a model that a function changes before it is sharded; its first block may be another."""
 
     class Changed(Joined):
-        def __init__(self, shard=None):
-            super().__init__(shard)
-            if block is not None:
-                with torch.random.fork_rng():
-                    torch.manual_seed(0)
-                    self.network.blocks[0] = Residual(block()).double()
+        first = block
 
         def change(self):
             function(self, *arguments, **keywords)
@@ -118,11 +124,12 @@ def changed_by(function: Callable[..., Any], *arguments: Any, block: type[nn.Mod
     return Changed
 
 
-def mixed(*callbacks: pl.Callback) -> type[Net]:
+def mixed(*callbacks: pl.Callback, block: type[nn.Module] | None = None) -> type[Net]:
     """Return the class of a model whose ``configure_model`` lets mixins change it before it is sharded."""
 
     class Mixed(TyingMixin, Joined):
         tying: ClassVar = [*callbacks]
+        first = block
 
         def configure_model(self):
             was_configured, shard, self.shard = self.is_configured, self.shard, None
@@ -162,8 +169,8 @@ CELLS: dict[str, Cell] = {
         ends=baked,
     ),
     "untied biases": Cell(
-        lambda: [UntiedBiases(["network.blocks.0.**.bias"], [6])],
-        changed_by(untie_biases, ["network.blocks.0.**.bias"], EXAMPLE, block=Signal),
+        lambda: [UntiedBiases(BIASES, [6])],
+        changed_by(untie_biases, BIASES, EXAMPLE, block=Signal),
     ),
     "zoneout": Cell(
         lambda: [ZoneoutStates("**.lstm", 0.0, 0.0)], changed_by(zone_out, "**.lstm", 0.0, 0.0, block=Memory)
@@ -181,6 +188,11 @@ CELLS: dict[str, Cell] = {
     ),
     "mixin, generated": Cell(list, mixed(GeneratedWeights(BLOCKS, 4, 2, 2)), OTHERS),
     "mixin, hashed": Cell(list, mixed(WeightHashing(BLOCKS, 0.5, scope="network")), OTHERS),
+    "mixin, untied biases": Cell(list, mixed(UntiedBiases(BIASES, [6]), block=Signal), OTHERS),
+    "mixin, zoneout": Cell(list, mixed(ZoneoutStates("**.lstm", 0.0, 0.0), block=Memory), OTHERS),
+    "mixin, merging": Cell(
+        list, mixed(ResidualMerging("network.blocks.*", StochasticDepth(keep=1.0), "uniform")), OTHERS
+    ),
     "mixin, looping": Cell(list, mixed(Looping("network.blocks.*", 2)), OTHERS),
     "mixin, recurrent": Cell(list, mixed(RecurrentDepth("network.blocks.*")), OTHERS),
 }

@@ -12,8 +12,14 @@ import pytest
 import sharded_faults
 import sharded_functions
 import sharded_run
+import sharded_weights
 import torch
 from sharded_models import EPOCHS, PHASES, SHARDINGS, STEPS
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tying.callbacks.transform import ModelTransform
+from tying.files import NEED
+from tying.hard import bake
 
 IN_TWO = [name for name, sharding in SHARDINGS.items() if sharding.processes == 2]
 IN_OTHERS = [name for name, sharding in SHARDINGS.items() if sharding.origin]  # resume from checkpoints of two
@@ -153,3 +159,26 @@ def test_a_killed_process_ends_all_and_training_resumes_exactly(never_killed, st
     for rank in (0, 1):
         resumed = torch.load(tmp_path / f"weights, {rank}.pt", weights_only=True)
         assert all(torch.equal(resumed[name], value) for name, value in never_killed.items())
+
+
+@pytest.mark.parametrize(
+    "cell", [name for name, cell in sharded_weights.CELLS.items() if "FSDP2 by layer" not in cell.excluded]
+)
+def test_a_sharded_checkpoint_becomes_one_file_that_one_process_loads_and_bakes(two, cell, tmp_path):
+    checkpoint = two / "FSDP2 by layer" / f"{cell}.ckpt"
+    dcp_to_torch_save(checkpoint, tmp_path / "whole.ckpt")
+    state = torch.load(tmp_path / "whole.ckpt", weights_only=False)["state_dict"]
+    model = sharded_weights.CELLS[cell].model()
+    model.configure_model()
+    model.load_state_dict({name: value for name, value in state.items() if not name.startswith(NEED)})
+    expected = torch.load(two / "one process" / f"{cell}.ckpt", weights_only=False)["state_dict"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-10)
+    assert all(torch.isfinite(value).all() for value in bake(model).values())
+
+
+def test_every_callback_that_changes_models_has_a_cell_by_itself_and_as_a_mixin():
+    cells = sharded_run.CELLS.values()
+    for callbacks in ([cell.callbacks() for cell in cells], [getattr(cell.model, "tying", ()) for cell in cells]):
+        kinds = {type(callback) for several in callbacks for callback in several}
+        assert kinds >= {cls for cls in ModelTransform.__subclasses__() if cls.__module__.startswith("tying.")}

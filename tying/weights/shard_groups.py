@@ -68,7 +68,7 @@ def shard_groups(model: nn.Module, units: Sequence[nn.Module | str]) -> list[lis
 
 def _paths(modules: Mapping[str, nn.Module], units: Sequence[nn.Module | str]) -> list[str]:
     """Return the names of units, the first name of each module."""
-    first = {module: path for path, module in reversed(modules.items())}
+    first = {module: path for path, module in [*modules.items()][::-1]}
     patterns = [unit for unit in units if isinstance(unit, str)]
     below = {path: module for path, module in modules.items() if path}
     matched = matching_modules(below, patterns, "units") if patterns or not units else {}

@@ -7,7 +7,7 @@ them. Every function takes plain tensors too, which need no communication.
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed
@@ -105,7 +105,9 @@ def aligned(tensor: Tensor, relation: Relation, placements: Placements) -> Tenso
     if not relation.permutes:
         tensor = tensor.redistribute(placements=replicated(tensor))
     image: Any = relation(tensor)
-    return image if tuple(image.placements) == tuple(placements) else image.redistribute(placements=placements)
+    if tuple(image.placements) != tuple(placements):
+        image = image.redistribute(placements=placements)
+    return cast(Tensor, image)
 
 
 def related(value: Tensor, relation: Relation, reference: Tensor) -> Tensor:
