@@ -172,10 +172,11 @@ class ModelTransform(TyingCallback):
             self._explain_parallelism(pl_module, error)
             raise
         self.apply_among(pl_module, callbacks_of(trainer))
-        if any(map(is_sharded, pl_module.parameters())) and Path(trainer.ckpt_path or "").is_file():
-            self._load_extra_state(pl_module, trainer.ckpt_path)
+        path = trainer.ckpt_path
+        if path is not None and Path(path).is_file() and any(map(is_sharded, pl_module.parameters())):
+            self._load_extra_state(pl_module, path)
 
-    def _load_extra_state(self, model: nn.Module, path: str | Path | None) -> None:
+    def _load_extra_state(self, model: nn.Module, path: str | Path) -> None:
         """Load what Lightning does not load from a checkpoint of whole tensors into a sharded model.
 
         It loads each parameter by its name: no hook of the model compares copies of tied weights, or sees the states
