@@ -36,7 +36,7 @@ from tying.weights.replace import check_free
 from tying.weights.sharding import full
 from tying.weights.state_dict import EXACT, forget_ties
 from tying.weights.tie import mean_of, plan, tie, tie_groups
-from tying.weights.values import check_finite, check_whole
+from tying.weights.values import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -353,7 +353,6 @@ def _check_members(
     for group in groups:
         for name, parameter in zip(group.names, group.parameters, strict=True):
             check_free(name, locations)
-            check_whole(name, parameter)
             if not parameter.is_floating_point():
                 raise ConfigurationError(
                     f"{name!r} is {parameter.dtype}, and only real floating-point weights can be relaxed: exclude it"

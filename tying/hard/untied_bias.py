@@ -12,7 +12,6 @@ from tying.errors import ConfigurationError, listed
 from tying.torch_workarounds import convolve, is_proxy
 from tying.weights.derived import Locations, eval_mode, locate_parameters, swap_class
 from tying.weights.replace import check_free, select_weights
-from tying.weights.values import check_whole
 
 
 class _UntiedBias(nn.Module):
@@ -78,8 +77,6 @@ def untie_biases(model: nn.Module, parameters: Sequence[str], example: Tensor) -
     convolutions have these biases.
     """
     selection, locations = select_weights(model, parameters), locate_parameters(model)
-    for name, bias in selection.weights.items():
-        check_whole(name, bias)
     layers = _owners(selection.weights, locations)
     outputs = _output_sizes(model, {layer for owners in layers.values() for layer in owners}, example)
     sizes = {name: set.union(*(outputs[layer] for layer in owners)) for name, owners in layers.items()}

@@ -30,7 +30,7 @@ from tying.weights.derived import (
 from tying.weights.optimizers import check_alike
 from tying.weights.replace import Selection, check_free, select_weights
 from tying.weights.state_dict import TieRecord, forget_ties, install_record
-from tying.weights.values import check_finite, check_real, check_whole
+from tying.weights.values import check_finite, check_real
 
 LAYERS: dict[type[nn.Module], type[Hashed]] = {
     nn.Linear: HashedLinear,
@@ -187,7 +187,6 @@ def _fitting(selection: Selection, locations: Locations, hash: Hash, scope: Lite
     ordered = {name: selection.weights[name] for name in locations if name in selection.weights}
     for name, weight in ordered.items():
         check_hashable(name, locations)
-        check_whole(name, weight)
         check_finite(name, weight)
     trained = (name for name, weight in ordered.items() if weight.requires_grad)
     first = next(trained, next(iter(ordered)))

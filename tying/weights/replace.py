@@ -51,7 +51,6 @@ def parametrize_all(
             raise ConfigurationError(f"{name!r} has fewer than two dimensions: leave it out")
     for name, weight in selection.weights.items():
         check_free(name, locations)
-        check_whole(name, weight)
         check_real(name, weight)
         check_finite(name, weight)
 
@@ -217,7 +216,7 @@ def check_free(name: str, locations: Locations) -> None:
         locations: the locations of all parameters of the model.
 
     Raises:
-        ConfigurationError: the weight is parametrized, or tied through a relation.
+        ConfigurationError: the weight is parametrized, tied through a relation, or sharded.
     """
     if partners := related_to(name, locations):
         raise ConfigurationError(
@@ -226,3 +225,4 @@ def check_free(name: str, locations: Locations) -> None:
         )
     if any(location.holder is not location.owner for location in locations.owners(name)):
         raise ConfigurationError(f"{name!r} is parametrized already")
+    check_whole(name, locations[name].parameter)

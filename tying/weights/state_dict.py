@@ -250,12 +250,7 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
         first, weight = next(iter(copies.items()))
         if others:
             if unequal == "error" or copies[others[0]].shape != weight.shape:
-                how = "but differ" if copies[others[0]].shape == weight.shape else "and differ in shape"
-                raise ConfigurationError(
-                    f"{keys[first]!r} and {keys[others[0]]!r} are tied, {how} in this state dict. To load copies that "
-                    "differ, use tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load them as "
-                    "they are, tying.hard.untie(model) first"
-                )
+                raise _unequal_error(keys[first], keys[others[0]], copies[others[0]].shape == weight.shape)
             if unequal == "mean":
                 weight = torch.stack([full(copy) for copy in copies.values()]).mean(dim=0)
             state_dict.update({keys[name]: relations[name](full(weight)) for name in copies})
@@ -265,6 +260,16 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
                 written = plain_name(raw_names.get(name, name)).replace("_checkpoint_wrapped_module.", "")
                 state_dict[prefix + written] = related(weight, relation, weight) if relation.steps else weight
     return differing
+
+
+def _unequal_error(first: str, other: str, have_one_shape: bool) -> ConfigurationError:
+    """Return the error for two copies of a tied weight that differ, given their keys."""
+    how = "but differ" if have_one_shape else "and differ in shape"
+    return ConfigurationError(
+        f"{first!r} and {other!r} are tied, {how} in this state dict. To load copies that differ, use "
+        "tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load them as they are, "
+        "tying.hard.untie(model) first"
+    )
 
 
 def _differing(model: nn.Module, present: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
@@ -416,10 +421,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     plain = dict(given)
     differing = reconcile(model, plain, unequal=unequal)
     derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
-    with gathered(derived.values()):
-        _replace_derived(
-            model, plain, {unwrapped(key): v for key, v in model.state_dict(keep_vars=True).items()}, derived
-        )
+    _replace_derived(model, plain, derived)
     current = model.state_dict(keep_vars=True)
     keys = {unwrapped(key): key for key in current}
     before = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in current.items() if not is_lazy(v)}
@@ -473,20 +475,24 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
 
 
 @torch.no_grad()
-def _replace_derived(
-    model: nn.Module, plain: dict[str, Any], current: Mapping[str, Any], weights: Mapping[str, DerivedWeight]
-) -> None:
+def _replace_derived(model: nn.Module, plain: dict[str, Any], weights: Mapping[str, DerivedWeight]) -> None:
     """Replace the entries of derived weights, in a plain state dict, by those of what they are computed from.
 
     Args:
         model: is not changed.
         plain: changed in place.
-        current: the state dict of the model, with its parameters.
         weights: the derived weights, by name.
 
     Raises:
         ConfigurationError: a derived weight cannot be set to its entry.
     """
+    with gathered(weights.values()):
+        _fit_derived(model, plain, weights)
+
+
+def _fit_derived(model: nn.Module, plain: dict[str, Any], weights: Mapping[str, DerivedWeight]) -> None:
+    """Replace entries as :func:`_replace_derived` does, in a model whose derived weights have whole parameters."""
+    current = {unwrapped(key): value for key, value in model.state_dict(keep_vars=True).items()}
     values: dict[DerivedWeight, Tensor] = {}
     once = {names[0] for names in names_by_weight(weights)}  # the names of a tied weight have equal values
     with eval_mode(model):
