@@ -58,12 +58,15 @@ def fit(cell: Cell, sharding: str, ckpt_path: Path | None, path: Path) -> dict[s
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
+            "num_sanity_val_steps": 1,
+            "limit_val_batches": 1,
             **cell.arguments,
         },
     )
     model = cell.model(way.shard)
     replica = int(os.environ.get("RANK", 0)) * way.replicas // way.processes
-    trainer.fit(model, data(way.replicas, replica), ckpt_path=ckpt_path)
+    batches = data(way.replicas, replica)
+    trainer.fit(model, batches, batches, ckpt_path=ckpt_path)
     for part in model.modules():
         if hasattr(part, "reshard"):  # after a last pass without backward
             part.reshard()

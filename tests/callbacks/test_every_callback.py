@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as python
 import math
+import sys
 import warnings
 from collections import Counter
 
@@ -780,3 +781,21 @@ def test_strategies_with_flat_weights_are_refused(kind, strategy):
     message = f"{kind.__name__} does not support Flat, which replaces weights by parts .*: use ModelParallelStrategy"
     with pytest.raises(ConfigurationError, match=message):
         MAKERS[kind]().setup(trainer, Trained(), "fit")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)], ids=lambda k: k.__name__
+)
+def test_a_step_of_plain_weights_takes_no_detour_for_sharded_ones(kind):
+    class Watch(pl.Callback):
+        called: set[str] = set()  # noqa: RUF012  # of this test
+
+        def on_before_backward(self, *_):
+            sys.setprofile(lambda frame, event, _: self.called.add(frame.f_code.co_filename))
+
+        def on_train_batch_end(self, *_):
+            sys.setprofile(None)
+
+    train(Trained(), [Watch(), MAKERS[kind]()], max_epochs=1)
+    assert any(path.endswith("callbacks/penalty.py") for path in Watch.called)
+    assert not any(path.endswith("weights/sharding.py") for path in Watch.called)

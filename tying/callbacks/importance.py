@@ -51,7 +51,7 @@ class TrainingPath:
     def before_step(self, optimized: set[nn.Parameter], scale: float) -> None:
         """Keep the gradients of an optimizer's parameters, which are those of the loss times a scale."""
         self._before = {
-            name: (_dense(weight.grad) / scale, weight.detach().clone())
+            name: ((weight.grad.to_dense() if weight.grad.is_sparse else weight.grad) / scale, weight.detach().clone())
             for name, weight in self.weights.items()
             if weight in optimized and weight.grad is not None
         }
@@ -66,10 +66,6 @@ class TrainingPath:
     def change(self, name: str) -> Tensor:
         """Return how far a weight has moved in all."""
         return self.weights[name].detach() - self.start[name]
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 class Importance:

@@ -119,7 +119,7 @@ class GaussianMixturePrior(nn.Module):
         """
         mixture = [part.detach() for part in self.mixture()]
         check_not_complex(weights, "the mixture")
-        if any(map(is_sharded, weights)):
+        if {*map(type, weights)} != {nn.Parameter} and any(map(is_sharded, weights)):
             value, into_mixture = _add_to_shards_(weights, mixture, strength * scale)
         else:
             value, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
