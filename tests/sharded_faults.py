@@ -49,12 +49,12 @@ class Apart(Net):
                 fully_shard(self.network.decoder, mesh=mesh)
 
 
-def error_of(model: Net, callbacks: list[pl.Callback]) -> str:
+def error_of(model: Net, callbacks: list[pl.Callback], sharding: str = "FSDP2 by layer") -> str:
     """Return the name and the sentence of the error that ends training."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=SHARDINGS["FSDP2 by layer"].strategy(),
+        strategy=SHARDINGS[sharding].strategy(),
         callbacks=callbacks,
         max_epochs=2,
         use_distributed_sampler=False,

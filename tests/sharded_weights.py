@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed
+from sharded_faults import error_of
 from sharded_functions import check
 from sharded_models import SHARDINGS, TIES, Cell, Net
 from torch import nn
@@ -300,6 +301,43 @@ def models_that_are_sharded_otherwise_are_refused(plain, sharded):
         yield (expected or "is sharded over processes, and can no longer be computed") in text, True
         yield "tying.hard.shard_groups(model, units)" in text, True
     yield "shard network.encoder.0, network.decoder.2 together" in refusal(tie, sharded, TIES), True
+
+
+@check
+def callbacks_of_models_that_are_sharded_otherwise_are_refused(plain, sharded):
+    mesh = init_device_mesh("cpu", (2,))
+    for cell in CELLS.values():
+        for callback in [*cell.callbacks(), *getattr(cell.model, "tying", ())]:
+            if callback.precedes_sharding:
+                model = Joined() if cell.model is Net else cell.model()
+                fully_shard(model.network, mesh=mesh)
+                text = refusal(callback.apply_among, model, [])
+                yield (
+                    text.startswith(f"{callback.label}: fully_shard has sharded the model, which this callback has"),
+                    True,
+                )
+                yield (", such as [network." in text) == bool(callback.ties), True
+
+
+@check
+def models_that_are_tied_before_tensor_parallelism_end_training_with_one_sentence(plain, sharded):
+    bias, shard = "network.encoder.0.bias ~ network.decoder.0.bias", SHARDINGS["TP"].shard
+    apart = (
+        "'network.encoder.0.bias' and 'network.decoder.0.bias' were tied before the model was sharded, and are separate"
+    )
+    for function, arguments, callbacks, expected in [
+        (tie, [[bias]], [HardTying([bias])], f"HardTying: {apart}"),
+        (tie, [[bias]], [], apart),
+        (tie, [TIES], [HardTying(TIES)], "HardTying: parallelize_module cannot take network.decoder.0.weight"),
+        (
+            lower_rank,
+            [["**.weight"], 1],
+            [LowRankWeights(["**.weight"], 1)],
+            "LowRankWeights: parallelize_module cannot take",
+        ),
+    ]:
+        text = error_of(changed_by(function, *arguments)(shard), callbacks, "TP")
+        yield text.startswith(f"step 0, ConfigurationError: {expected}"), True
 
 
 @check

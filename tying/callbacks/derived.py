@@ -54,7 +54,7 @@ class HardTying(ModelTransform):
 
     Raises:
         ConfigurationError: the ties do not fit the model, a callback that averages weights comes before this one, the
-            strategy splits weights, or an optimizer does not hold the tied weights.
+            model is sharded already, or an optimizer does not hold the tied weights.
 
     Warns:
         UserWarning: a new run begins, and a source has more than five times the scale of a weight that takes its

@@ -44,7 +44,7 @@ class ModelTransform(TyingCallback):
         precedes_sharding: whether ``fully_shard`` must come after the change.
 
     Raises:
-        ConfigurationError: a callback that averages weights comes before it, the strategy splits weights, or an
+        ConfigurationError: a callback that averages weights comes before it, the model is sharded already, or an
             optimizer holds weights from before the change.
     """
 
@@ -93,7 +93,10 @@ class ModelTransform(TyingCallback):
 
     def check_unsharded(self, model: nn.Module) -> None:
         """Raise a ConfigurationError if the model is sharded, and the callback has not changed it before."""
-        check_shards(model)
+        try:
+            check_shards(model)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.label}: {error}") from None
         self.adopt(model)
         if self.precedes_sharding and sharded_modules(model) and not self.is_applied(model):
             raise ConfigurationError(
@@ -192,7 +195,8 @@ class ModelTransform(TyingCallback):
 
     def _explain_parallelism(self, model: nn.Module, error: Exception) -> None:
         """Raise a ConfigurationError if ``parallelize_module`` failed at a tied or computed weight."""
-        if any(words in str(error) for words in ("parameter name can't contain", "found non-leaf tensor")):
+        message = str(next(iter(error.args), ""))  # str(error) escapes a KeyError's
+        if any(words in message for words in ("parameter name can't contain", "found non-leaf tensor")):
             names = [*derived_weights(model)]
             raise ConfigurationError(
                 f"{self.label}: parallelize_module cannot take {listed(names, limit=3)}, which the model computes. "
