@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -47,7 +48,7 @@ from tying.hard import (
     tie,
     untie_biases,
 )
-from tying.hashing import hash_weights
+from tying.hashing import HashedParametrization, hash_weights
 from tying.mixins import TyingMixin
 from tying.weights.sharding import full, is_sharded, local, shard_like
 
@@ -301,6 +302,32 @@ def models_that_are_sharded_otherwise_are_refused(plain, sharded):
         yield (expected or "is sharded over processes, and can no longer be computed") in text, True
         yield "tying.hard.shard_groups(model, units)" in text, True
     yield "shard network.encoder.0, network.decoder.2 together" in refusal(tie, sharded, TIES), True
+
+
+@check
+def files_of_whole_tensors_are_read_beyond_what_lightning_loads(plain, sharded):
+    mesh, callback = init_device_mesh("cpu", (2,)), WeightHashing(BLOCKS, 0.5, scope="network")
+    whole, parted, tied = Net(), Net(), Net()
+    for model in (whole, parted):
+        callback.apply(model)
+    tie(tied, TIES)
+    for model in (parted, tied):
+        fully_shard(model.network, mesh=mesh)
+    hashed = [module for module in whole.modules() if isinstance(module, HashedParametrization)]
+    for module in hashed:
+        module.scale *= 3
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save({"state_dict": whole.state_dict()}, file.name)
+        callback._load_extra_state(parted, file.name)
+    scales = [module.scale for module in parted.modules() if isinstance(module, HashedParametrization)]
+    yield torch.tensor(scales), torch.tensor([module.scale for module in hashed])
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save({"state_dict": Net().state_dict()}, file.name)
+        text = refusal(HardTying(TIES)._load_extra_state, tied, file.name)
+    yield (
+        text.startswith("HardTying: 'network.encoder.0.weight' and 'network.decoder.2.weight' are tied, but differ"),
+        True,
+    )
 
 
 @check
