@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from os.path import commonprefix
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -278,7 +279,8 @@ def _differing(model: nn.Module, present: Sequence[Mapping[str, Tensor]]) -> lis
         [name for name, copy in copies.items() if not _agree_here(next(iter(copies.values())), copy)]
         for copies in present
     ]
-    if not here or not any(map(is_sharded, model.parameters())):
+    copies_here = (copy for copies in present for copy in copies.values())
+    if not here or not any(map(is_sharded, chain(model.parameters(), copies_here))):
         return here
     everywhere = all_gather_object(here)  # once: some processes may have read fewer copies
     return [[*dict.fromkeys(name for names in groups for name in names)] for groups in zip(*everywhere, strict=True)]
