@@ -168,7 +168,7 @@ class LowRankWeights(ModelTransform):
         check_rank(weight, self.rank, self.diagonal)
 
     @override
-    def made(self, derived: DerivedWeight) -> bool:
+    def _would_compute(self, derived: DerivedWeight) -> bool:
         step: Any = derived.steps[-1]
         return isinstance(step, LowRankPlusDiagonal if self.diagonal else LowRank) and step.rank == self.rank
 
@@ -206,7 +206,7 @@ class TemplateWeights(ModelTransform):
         return [*share_templates(model, self.parameters, self.templates)]
 
     @override
-    def made(self, derived: DerivedWeight) -> bool:
+    def _would_compute(self, derived: DerivedWeight) -> bool:
         step: Any = derived.steps[-1]
         return isinstance(step, TemplateMixture) and len(step.bank.templates) == self.templates
 
@@ -258,7 +258,7 @@ class GeneratedWeights(ModelTransform):
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
     @override
-    def made(self, derived: DerivedWeight) -> bool:
+    def _would_compute(self, derived: DerivedWeight) -> bool:
         step: Any = derived.steps[-1]
         return isinstance(step, HyperWeight)
 
@@ -362,7 +362,7 @@ class WeightHashing(ModelTransform):
         return select_hashable(model, self.parameters, self.hash).weights
 
     @override
-    def made(self, derived: DerivedWeight) -> bool:
+    def _would_compute(self, derived: DerivedWeight) -> bool:
         return isinstance(derived.steps[-1], HashedParametrization)
 
     @override

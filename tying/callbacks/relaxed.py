@@ -117,7 +117,7 @@ class RelaxedTying(ModelTransform):
         return [name for group in groups for name in group.names]
 
     @override
-    def made(self, derived: DerivedWeight) -> bool:
+    def _would_compute(self, derived: DerivedWeight) -> bool:
         step = derived.steps[-1]
         return isinstance(step, RelaxedWeight) and step.residual == self.residual
 

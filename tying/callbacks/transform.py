@@ -70,7 +70,7 @@ class ModelTransform(TyingCallback):
 
     def apply_among(self, model: nn.Module, callbacks: Sequence[pl.Callback]) -> None:
         """Change the model unless it is already changed; errors name this callback, and any that conflicts with it."""
-        self.check_unsharded(model)
+        self._check_unsharded(model)
         with nullcontext() if self.is_applied(model) else acting_on(model, self, callbacks):
             self.apply(model)
 
@@ -82,16 +82,16 @@ class ModelTransform(TyingCallback):
         names = [
             name
             for name, derived in derived_weights(model).items()
-            if name not in recorded_names and self.selects(name) and self.made(derived)
+            if name not in recorded_names and self.selects(name) and self._would_compute(derived)
         ]
         if names:
             record(model, self, names)
 
-    def made(self, derived: DerivedWeight) -> bool:
+    def _would_compute(self, derived: DerivedWeight) -> bool:
         """Return whether the callback would compute a weight in the way in which it is computed."""
         return False
 
-    def check_unsharded(self, model: nn.Module) -> None:
+    def _check_unsharded(self, model: nn.Module) -> None:
         """Raise a ConfigurationError if the model is sharded, and the callback has not changed it before."""
         try:
             check_shards(model)
@@ -103,10 +103,10 @@ class ModelTransform(TyingCallback):
                 f"{self.label}: fully_shard has sharded the model, which this callback has not changed before. Change "
                 f"it first in configure_model, by {type(self).__name__}Mixin and super().configure_model() or by the "
                 "function that the callback calls, with the same arguments; then shard together the modules that share "
-                "parameters: tying.hard.shard_groups(model, units) returns their lists" + self.joined(model)
+                "parameters: tying.hard.shard_groups(model, units) returns their lists" + self._joined(model)
             )
 
-    def joined(self, model: nn.Module) -> str:
+    def _joined(self, model: nn.Module) -> str:
         """Name the modules that a fully_shard call must take together if the callback changes the model."""
         if not self.ties:
             return ""
