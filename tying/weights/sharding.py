@@ -6,7 +6,7 @@ them. Every function takes plain tensors too, which need no communication.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed
@@ -92,8 +92,10 @@ def aligned(tensor: Tensor, relation: Relation, placements: Placements) -> Tenso
     assert is_sharded(tensor)
     if not relation.permutes:
         tensor = tensor.redistribute(placements=replicated(tensor))
-    related: Any = relation(tensor)
-    return related if tuple(related.placements) == tuple(placements) else related.redistribute(placements=placements)
+    image: Any = relation(tensor)
+    if tuple(image.placements) != tuple(placements):
+        image = image.redistribute(placements=placements)
+    return cast(Tensor, image)
 
 
 def is_view(tensor: Tensor, relation: Relation, placements: Placements) -> bool:
