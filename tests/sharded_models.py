@@ -157,6 +157,7 @@ class Cell:
         model: the class of the model.
         excluded: the names of shardings that refuse it.
         phases: those in which it equals one process.
+        short: whether the short tests run it: all phases under FSDP2 by layer, and training under others.
         ends: returns what else must be equal at the end, by name, as full tensors; every process calls it.
         arguments: further arguments of the Trainer.
     """
@@ -165,6 +166,7 @@ class Cell:
     model: type[Net] = Net
     excluded: tuple[str, ...] = ()
     phases: tuple[str, ...] = tuple(PHASES)
+    short: bool = False
     ends: Callable[[pl.Trainer], dict[str, torch.Tensor]] = lambda trainer: {}
     arguments: dict[str, Any] = field(default_factory=dict)
 

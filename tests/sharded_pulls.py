@@ -31,8 +31,11 @@ class Cosine(Penalty):
         return sum(1 - torch.cosine_similarity(first.flatten(), other.flatten(), dim=0) for other in others)
 
 
-def soft(update, penalty, ties=TIES):
-    return Cell(lambda: [SoftTying(ties, strength=0.3, penalty=penalty, update=update), TyingMonitor(), TyingSummary()])
+def soft(update, penalty, ties=TIES, short=False):
+    def callbacks():
+        return [SoftTying(ties, strength=0.3, penalty=penalty, update=update), TyingMonitor(), TyingSummary()]
+
+    return Cell(callbacks, short=short)
 
 
 class Frozen(Net):
@@ -48,9 +51,6 @@ class Labelled(Net):
     def training_step(self, batch, batch_idx):
         x, y = batch
         return torch.nn.functional.cross_entropy(self(x), y)
-
-
-IMPORTANCES = {"anchor, fisher": Fisher(3, "given"), "anchor, synaptic": Synaptic()}
 
 
 def important(importance):
@@ -75,8 +75,11 @@ def anchors(trainer):
 
 
 CELLS: dict[str, Cell] = {
-    **{f"soft, {update}, l2": soft(update, "l2") for update in ("gradient", "decoupled", "proximal")},
-    **{f"soft, {update}, l1": soft(update, "l1") for update in ("gradient", "proximal")},
+    "soft, gradient, l2": soft("gradient", "l2", short=True),
+    "soft, decoupled, l2": soft("decoupled", "l2"),
+    "soft, proximal, l2": soft("proximal", "l2"),
+    "soft, gradient, l1": soft("gradient", "l1"),
+    "soft, proximal, l1": soft("proximal", "l1", short=True),
     "soft, decoupled, huber": soft("decoupled", Huber(0.1)),
     "soft, proximal, huber": soft("proximal", Huber(0.1)),
     "soft, gradient, whole": soft("gradient", Cosine()),
@@ -87,10 +90,12 @@ CELLS: dict[str, Cell] = {
         lambda: [AnchorTying(["network.encoder.**"], strength=0.3, head_strength=0.1, update="decoupled")],
         ends=anchors,
     ),
-    **{name: Cell(partial(important, importance), Labelled, ends=anchors) for name, importance in IMPORTANCES.items()},
-    "mixture": Cell(lambda: [MixtureTying(WEIGHTS, strength=0.3, components=5, start_epoch=1)]),
+    "anchor, fisher": Cell(partial(important, Fisher(3, "given")), Labelled, ends=anchors, short=True),
+    "anchor, synaptic": Cell(partial(important, Synaptic()), Labelled, ends=anchors),
+    "mixture": Cell(lambda: [MixtureTying(WEIGHTS, strength=0.3, components=5, start_epoch=1)], short=True),
     "merging": Cell(
         lambda: [ResidualMerging("network.blocks.*", StochasticDepth(keep=0.5), "uniform"), RandomState()],
         phases=("train", "resume"),  # other numbers of processes draw other numbers
+        short=True,
     ),
 }

@@ -1,14 +1,16 @@
 """Train every cell under some shardings and save what each process ends with: run by torchrun, or alone for one.
 
-Arguments: a folder that has the results of one process and receives others, and the names of shardings, or of parts.
+Arguments: a folder that has the results of one process, and the jobs to run in ``jobs.json``; and names of further parts.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import sharded_pulls
 import sharded_weights
 import torch
 import torch.distributed
-from sharded_models import EPOCHS, PHASES, SAVED, SHARDINGS, Cell, data
+from sharded_models import EPOCHS, SAVED, SHARDINGS, Cell, data
 
 PARTS = {"functions": sharded_functions.run, "faults": sharded_faults.run}
 CELLS = sharded_pulls.CELLS | sharded_weights.CELLS
+Job = tuple[str, str, str]  # a sharding, a cell and a phase
 
 
 class Record(pl.Callback):
@@ -78,37 +81,52 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
 
 
-def run(out: Path, sharding: str, names: list[str], phases: list[str]) -> None:
-    """Run the phases of cells; save the results of each process, or the error."""
-    rank = int(os.environ.get("RANK", 0))
-    for name in names:
-        cell = CELLS[name]
-        if sharding in cell.excluded:
-            continue
-        path = out / sharding / f"{name}.ckpt"
-        sources = {"train": None, "resume": path, "load full": out / "one process" / f"{name}.ckpt"}
-        if origin := SHARDINGS[sharding].origin:
-            sources["other size"] = out / origin / f"{name}.ckpt"
-        for phase in (phase for phase in phases if phase in cell.phases and phase in sources):
-            result: Any
-            try:
-                result = fit(cell, sharding, sources[phase], path)
-            except Exception:
-                result = {"error": traceback.format_exc()}
-            file = out / sharding / f"{name}, {phase}, {rank}.pt"
-            file.parent.mkdir(exist_ok=True)
-            torch.save(result, file)
-            if "error" in result:
-                break
+def jobs(shardings: Iterable[str]) -> list[Job]:
+    """Return all jobs under some shardings, in an order in which each finds the checkpoint that it resumes from."""
+    return [
+        (sharding, name, phase)
+        for sharding in shardings
+        for name, cell in CELLS.items()
+        if sharding not in cell.excluded
+        for phase in cell.phases
+        if not (phase == "load full" and sharding == "one process")
+        if not (phase == "other size" and SHARDINGS[sharding].origin is None)
+    ]
+
+
+def is_short(job: Job) -> bool:
+    """Return whether the short tests run a job."""
+    sharding, name, phase = job
+    is_whole = sharding in ("one process", "FSDP2 by layer")
+    return CELLS[name].short and SHARDINGS[sharding].origin is None and (is_whole or phase == "train")
+
+
+def run(out: Path, job: Job) -> None:
+    """Run a job; save the results of this process, or the error."""
+    sharding, name, phase = job
+    path = out / sharding / f"{name}.ckpt"
+    result: Any
+    try:
+        source = {
+            "train": None,
+            "resume": path,
+            "load full": out / "one process" / path.name,
+            "other size": out / str(SHARDINGS[sharding].origin) / path.name,
+        }[phase]
+        result = fit(CELLS[name], sharding, source, path)
+    except Exception:
+        result = {"error": traceback.format_exc()}
+    file = out / sharding / f"{name}, {phase}, {os.environ.get('RANK', 0)}.pt"
+    file.parent.mkdir(exist_ok=True)
+    torch.save(result, file)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    names = [name for name in os.environ.get("CELLS", "").split(";") if name] or [*CELLS]
     torch.distributed.init_process_group("gloo")
-    for sharding in sys.argv[2:]:
-        if sharding in PARTS:
-            torch.save(PARTS[sharding](), Path(sys.argv[1], f"{sharding}, {torch.distributed.get_rank()}.pt"))
-        else:
-            run(Path(sys.argv[1]), sharding, names, PHASES)
+    folder, *parts = map(Path, sys.argv[1:])
+    for part in map(str, parts):
+        torch.save(PARTS[part](), folder / f"{part}, {torch.distributed.get_rank()}.pt")
+    for job in json.loads((folder / "jobs.json").read_text()):
+        run(folder, tuple(job))
     torch.distributed.barrier()

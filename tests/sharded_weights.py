@@ -153,14 +153,16 @@ EXAMPLE = torch.zeros(1, 6, dtype=torch.float64)
 RANK_1 = LowRankResidual(1)
 
 CELLS: dict[str, Cell] = {
-    "hard": Cell(lambda: [HardTying(TIES)], Tied, ends=baked),
+    "hard": Cell(lambda: [HardTying(TIES)], Tied, short=True, ends=baked),
     "hard, split axes": Cell(lambda: [HardTying(SPLIT)], Split, PARALLEL, ends=baked),
     "hard, after": Cell(
         lambda: [HardTying(TIES)], Net, tuple(name for name in SHARDINGS if "SDP2" in name or "HS" in name)
     ),
     "relaxed": Cell(lambda: [RelaxedTying(SHARED, RANK_1)], changed_by(relax, SHARED, RANK_1), ends=baked),
     "low rank": Cell(lambda: [LowRankWeights(BLOCKS, 2)], changed_by(lower_rank, BLOCKS, 2), ends=baked),
-    "templates": Cell(lambda: [TemplateWeights(BLOCKS, 2)], changed_by(share_templates, BLOCKS, 2), ends=baked),
+    "templates": Cell(
+        lambda: [TemplateWeights(BLOCKS, 2)], changed_by(share_templates, BLOCKS, 2), short=True, ends=baked
+    ),
     "generated": Cell(
         lambda: [GeneratedWeights(BLOCKS, 4, 2, 2)], changed_by(generate_weights, BLOCKS, 4, 2, 2), ends=baked
     ),
@@ -168,6 +170,7 @@ CELLS: dict[str, Cell] = {
     "hashed, one table": Cell(
         lambda: [WeightHashing(BLOCKS, 0.5, scope="network")],
         changed_by(hash_weights, BLOCKS, 0.5, scope="network"),
+        short=True,
         ends=baked,
     ),
     "untied biases": Cell(
@@ -182,7 +185,7 @@ CELLS: dict[str, Cell] = {
     ),
     "recurrent": Cell(lambda: [RecurrentDepth("network.blocks.*")], changed_by(recur, "network.blocks.*")),
     "mixin, hard": Cell(list, mixed(HardTying(TIES)), OTHERS),
-    "mixin, relaxed": Cell(list, mixed(RelaxedTying(SHARED, RANK_1)), OTHERS),
+    "mixin, relaxed": Cell(list, mixed(RelaxedTying(SHARED, RANK_1)), OTHERS, short=True),
     "mixin, low rank and templates": Cell(
         list,
         mixed(LowRankWeights(["network.encoder.*.weight"], 2), TemplateWeights(BLOCKS, 2)),

@@ -11,7 +11,14 @@ from tying.callbacks.base import replica_of
 from tying.callbacks.training_data import replayed_batches
 from tying.errors import ConfigurationError, check_choice, check_count, check_range
 from tying.lightning_namespace import pl
-from tying.soft.importance import Labels, check_logits, path_importance, path_integral, squared_gradients
+from tying.soft.importance import (
+    Labels,
+    check_logits,
+    path_importance,
+    path_integral,
+    squared_gradients,
+    squared_gradients_of_replicas,
+)
 from tying.weights.sharding import is_sharded, shard_like
 
 Weights = Mapping[str, nn.Parameter]
@@ -150,9 +157,12 @@ class Fisher(Importance):
             replayed_batches(trainer, module, self.batches) as batches,
             trainer.precision_plugin.forward_context(),
         ):
-            sums, samples = squared_gradients(module, weights, batches, self.labels, seed, (replica, replicas))
-        if any(map(is_sharded, weights.values())):  # they are those of all processes
-            return {name: squares / samples for name, squares in sums.items()}
+            if any(map(is_sharded, weights.values())):
+                sums, samples = squared_gradients_of_replicas(
+                    module, weights, batches, self.labels, seed, replica, replicas
+                )
+                return {name: squares / samples for name, squares in sums.items()}
+            sums, samples = squared_gradients(module, weights, batches, self.labels, seed)
         add = trainer.strategy.reduce
         total = add(torch.tensor(float(samples), device=module.device), reduce_op="sum")
         if not total:

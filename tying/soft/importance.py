@@ -1,10 +1,8 @@
 """How important each weight is for what a model has learnt: by the Fisher information, or by the path of training."""
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.resolve import select
 from tying.weights.calibration import undisturbed
-from tying.weights.sharding import all_gather_object, full, is_sharded, reduce_gradient, reshard
+from tying.weights.sharding import all_gather_object, full, reduce_gradient, reshard
 
 Labels = Literal["sampled", "given"]
 Arguments = dict[Any, Any]  # of a model's forward: the input under 0, or all by name
@@ -70,42 +68,19 @@ def fisher_diagonal(
 
 
 def squared_gradients(
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    batches: Iterable[Any],
-    labels: Labels,
-    seed: int = 0,
-    replica: tuple[int, int] = (0, 1),
+    model: nn.Module, weights: Mapping[str, nn.Parameter], batches: Iterable[Any], labels: Labels, seed: int = 0
 ) -> tuple[dict[str, Tensor], int]:
     """Return the sums over samples of which :func:`fisher_diagonal` returns the means, and the number of samples.
 
     ``torch.func.vmap`` computes the gradients of several samples together. They are computed sample by sample if it
     does not support an operation of the model, or if the model contains an ``nn.LSTM`` or the like, whose list of
     weights it would not see.
-
-    If weights are sharded, every process must call this with as many batches. The sums, which are sharded too, and the
-    number are then those of all processes.
-
-    Args:
-        model: see :func:`fisher_diagonal`.
-        weights: the weights, by name.
-        batches: see :func:`fisher_diagonal`.
-        labels: see :func:`fisher_diagonal`.
-        seed: see :func:`fisher_diagonal`.
-        replica: for sharded weights, which part of the data this process has, and the number of parts.
     """
     check_choice("labels", labels, get_args(Labels))
-    sums = {
-        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
-        for name, weight in weights.items()
-    }
-    sharded = any(map(is_sharded, weights.values()))
-    rows = sys.maxsize if sharded else max(1, MAX_GRADIENTS // max(1, sum(map(Tensor.numel, weights.values()))))
+    sums = _zeros(weights)
+    rows = max(1, MAX_GRADIENTS // max(1, sum(map(Tensor.numel, weights.values()))))
     transformable = rows > 1 and not any(isinstance(module, nn.RNNBase) for module in model.modules())
-    compute: Any = _squares_together if transformable else _squares_one_by_one
-    if sharded:
-        compute = partial(_squares_of_replicas, replica=replica)
-    samples = 0
+    compute, samples = _squares_together if transformable else _squares_one_by_one, 0
     with _undisturbed(model, seed):
         for batch in batches:
             arguments, targets = label(model, batch, labels)
@@ -115,15 +90,55 @@ def squared_gradients(
                 try:
                     squares = compute(model, weights, sample, targets[part])
                 except Exception:  # of many kinds: torch cannot transform an operation
-                    if compute is not _squares_together:
+                    if compute is _squares_one_by_one:
                         raise
                     compute = _squares_one_by_one
                     squares = compute(model, weights, sample, targets[part])
                 for sum_, square in zip(sums.values(), squares, strict=True):
                     sum_ += square
-            counts = all_gather_object(len(targets)) if sharded else [len(targets)]
-            samples += sum(counts) * replica[1] // len(counts)  # processes of tensor parallelism have one part
+            samples += len(targets)
     return sums, samples
+
+
+def squared_gradients_of_replicas(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    labels: Labels,
+    seed: int,
+    replica: int,
+    replicas: int,
+) -> tuple[dict[str, Tensor], int]:
+    """Return what :func:`squared_gradients` returns, for sharded weights and the samples of all replicas.
+
+    Every process must call this with as many batches. The sums are sharded as the weights are.
+
+    Args:
+        model: see :func:`fisher_diagonal`.
+        weights: the weights, by name.
+        batches: see :func:`fisher_diagonal`.
+        labels: see :func:`fisher_diagonal`.
+        seed: see :func:`fisher_diagonal`.
+        replica: which part of the data this process has.
+        replicas: the number of parts; the processes of tensor parallelism have one part.
+    """
+    sums, samples = _zeros(weights), 0
+    with _undisturbed(model, seed):
+        for batch in batches:
+            arguments, targets = label(model, batch, labels)
+            squares = _squares_of_replicas(model, weights, arguments, targets, replica, replicas)
+            for sum_, square in zip(sums.values(), squares, strict=True):
+                sum_ += square
+            counts = all_gather_object(len(targets))
+            samples += sum(counts) * replicas // len(counts)
+    return sums, samples
+
+
+def _zeros(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
+        for name, weight in weights.items()
+    }
 
 
 @contextmanager
@@ -283,7 +298,8 @@ def _squares_of_replicas(
     weights: Mapping[str, nn.Parameter],
     arguments: Arguments,
     targets: Tensor,
-    replica: tuple[int, int],
+    replica: int,
+    replicas: int,
 ) -> list[Tensor]:
     """Return the squared gradients with respect to each sharded weight, summed over the samples of all replicas.
 
@@ -292,18 +308,17 @@ def _squares_of_replicas(
     """
     if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
         raise ConfigurationError(f"{listed(frozen)}: frozen and sharded, so that no gradient is computed: exclude them")
-    index, count = replica
     reshard(model)
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     sums: list[Any] = [0] * len(weights)
     try:
         with torch.enable_grad():
-            for owner, i in product(range(count), range(max(all_gather_object(len(targets))))):
+            for owner, i in product(range(replicas), range(max(all_gather_object(len(targets))))):
                 place = min(i, len(targets) - 1)
                 sample = {k: x[place : place + 1] if _has_rows(x, targets) else x for k, x in arguments.items()}
                 for parameter in gradients:
                     parameter.grad = None
-                factor = count if owner == index and i == place else 0
+                factor = replicas if owner == replica and i == place else 0
                 (factor * _log_probability(model, sample, targets[place : place + 1])).backward()  # type: ignore[no-untyped-call]  # torch's
                 for weight in weights.values():
                     reduce_gradient(weight)
