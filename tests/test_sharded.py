@@ -97,6 +97,8 @@ def test_all_processes_end_as_one_does(out, sharding, cell, phase):
         for part in ("weights", "ends"):
             torch.testing.assert_close(result[part], expected[part], rtol=0, atol=1e-10)
         steps = {step: expected["logged"][step] for step in result["logged"]}
+        if phase != "train":  # what the run logged at the end of earlier epochs is not in a resumed one
+            steps = {step: {key: steps[step][key] for key in values} for step, values in result["logged"].items()}
         torch.testing.assert_close(result["logged"], steps, rtol=1e-6, atol=1e-6)  # Lightning logs in float32
 
 
