@@ -365,6 +365,8 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
         ConfigurationError: there are such copies.
     """
     holders = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING)]
+    if processes and isinstance(trainer.strategy, pl.strategies.ModelParallelStrategy):
+        holders.append(type(trainer.strategy).__name__)
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:

@@ -320,8 +320,8 @@ def _add_to_shards_(weights: list[nn.Parameter], mixture: list[Tensor], scale: f
         into = local(gradient_of(weight)) if weight.requires_grad else torch.zeros_like(shard)
         value, gradients = _evaluate(shard, mixture, into, scale)
         parts.append(torch.cat([value[None], *gradients]))
-    value, *gradients = torch.split(torch.stack(total(parts, weights)).sum(dim=0), [1, *map(len, mixture)])
-    return value[0], gradients
+    value, *into_mixture = torch.split(torch.stack(total(parts, weights)).sum(dim=0), [1, *map(len, mixture)])
+    return value[0], into_mixture
 
 
 def _log_joint(
