@@ -432,7 +432,7 @@ QUERIES = {
 }
 # all other public methods, but for Lightning's hooks
 COMMANDS = {"apply", "apply_among", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
-COMMANDS |= {"restore_structure", "follow_names"}  # of other callbacks
+COMMANDS |= {"restore_structure", "follow_names", "begin"}  # of other callbacks
 CHECKS = {"check_finite", "check_optimizers"}  # raise errors during training
 
 
