@@ -432,7 +432,7 @@ QUERIES = {
 }
 # all other public methods, but for Lightning's hooks
 COMMANDS = {"apply", "apply_among", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
-COMMANDS |= {"adopt", "restore_structure", "follow_names"}  # of other callbacks, or of configure_model
+COMMANDS |= {"adopt", "begin", "restore_structure", "follow_names"}  # of other callbacks, or of configure_model
 CHECKS = {"check_finite", "check_optimizers"}  # raise errors during training
 
 
