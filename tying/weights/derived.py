@@ -540,7 +540,7 @@ class LinkList(ParametrizationList):
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "original":  # its source has the same parameter
+        if name == "original" and is_sharded(value):  # its source has the same parameter
             load_elsewhere(self, name)
 
     @override
