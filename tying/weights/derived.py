@@ -628,7 +628,8 @@ def effective_weight(derived: DerivedWeight) -> Any:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of stored parameter values, and of the values that the forward pass uses.
 
-    The second number counts a shared weight once per use, and all entries of a derived weight.
+    The second number counts a shared weight once per use, and all entries of a derived weight. If the parameters of a
+    derived weight are sharded, every process must call this.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
