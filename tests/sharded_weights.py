@@ -32,7 +32,7 @@ from tying.callbacks import (
     WeightHashing,
     ZoneoutStates,
 )
-from tying.depth import Residual, StochasticDepth, loop, recur, zone_out
+from tying.depth import Residual, StochasticDepth, apply_merge, loop, recur, remove_merge, zone_out
 from tying.errors import ConfigurationError
 from tying.hard import (
     LowRankResidual,
@@ -50,6 +50,7 @@ from tying.hard import (
 )
 from tying.hashing import HashedParametrization, hash_weights
 from tying.mixins import TyingMixin
+from tying.weights.derived import derived_weights
 from tying.weights.sharding import full, is_sharded, local, shard_like
 
 BLOCKS = ["network.blocks.*.branch.weight"]
@@ -216,7 +217,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def pairs_of_models():
+def pairs_of_models(by_unit=False):
     """Yield, for each change, two equal models, one of them sharded after the change, and a plain state dict."""
     mesh = init_device_mesh("cpu", (2,))
     for change in CHANGES.values():
@@ -225,6 +226,8 @@ def pairs_of_models():
             torch.manual_seed(0)
             change(model)
         models[1].load_state_dict(models[0].state_dict())
+        for unit in shard_groups(models[1], ["network.*.?", "network.blocks.?.branch"]) if by_unit else ():
+            fully_shard(unit, mesh=mesh)
         fully_shard(models[1].network, mesh=mesh)
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -268,6 +271,43 @@ def sharded_weights_load_their_state(plain, sharded):
                 local(parameter).zero_()
         parted.load_state_dict({name: shard_like(value, state[name]) for name, value in whole.state_dict().items()})
         yield from zip(bake(parted).values(), before, strict=True)
+
+
+@check
+def sharded_weights_are_reset_as_those_of_one_process(plain, sharded):
+    for name, (whole, parted, _) in zip(CHANGES, pairs_of_models(by_unit=True), strict=True):
+        classes = [type(module) for module in parted.modules()]
+        with torch.random.fork_rng():
+            for model, seed in ((whole, 0), (parted, torch.distributed.get_rank())):  # each process draws other values
+                for module in model.modules():
+                    torch.manual_seed(seed)
+                    getattr(module, "reset_parameters", lambda: None)()
+        yield [type(module) for module in parted.modules()] == classes, True
+        yield str(audit(parted)) == str(audit(whole)), True
+        computed = [*derived_weights(whole)] if name in [*CHANGES][3:] else []  # torch draws plain shards apart
+        weights = [bake(model) for model in (parted, whole)]
+        yield from ((weights[0][key], weights[1][key]) for key in computed)
+
+
+@check
+def sharded_blocks_take_the_merges_of_their_plain_class(plain, sharded):
+    mesh, x = init_device_mesh("cpu", (2,)), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.TransformerEncoderLayer(4, 1, 8, 0.0, batch_first=True) for _ in range(2))
+    layers[1].load_state_dict(layers[0].state_dict())
+    before = fully_shard(layers[1], mesh=mesh).state_dict()
+    apply_merge(layers, "*", StochasticDepth(keep=0.5), "uniform")
+    for seed in range(4):  # which skip none, one or both of its branches
+        outputs = []
+        for layer in layers:
+            torch.manual_seed(seed)
+            outputs.append(layer(x))
+        yield outputs[1], outputs[0]
+    layers[1].reshard()
+    yield [*layers[1].state_dict()] == [*before], True
+    remove_merge(layers)
+    yield type(layers[1]).__mro__[2] is nn.TransformerEncoderLayer, True
+    yield layers[1](x), layers[0](x)
 
 
 @check

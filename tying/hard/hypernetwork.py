@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_counts, listed
 from tying.hard.low_rank import least_squares, numerical_rank
-from tying.weights.derived import locate_parameters
+from tying.weights.derived import locate_parameters, redrawn
 from tying.weights.replace import Selection, parametrize_all, select_weights
 
 logger = logging.getLogger(__name__)
@@ -147,10 +147,11 @@ class HyperWeight(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the network such that kernels have Kaiming's variance, given embeddings of variance 1."""
-        nn.init.normal_(self.inner, std=self.inner.shape[2] ** -0.5)
-        nn.init.zeros_(self.inner_bias)
-        nn.init.normal_(self.outer, std=self.outer_std)
-        nn.init.zeros_(self.outer_bias)
+        with redrawn(self):
+            nn.init.normal_(self.inner, std=self.inner.shape[2] ** -0.5)
+            nn.init.zeros_(self.inner_bias)
+            nn.init.normal_(self.outer, std=self.outer_std)
+            nn.init.zeros_(self.outer_bias)
 
     @property
     def outer_std(self) -> float:

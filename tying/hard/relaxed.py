@@ -30,6 +30,7 @@ from tying.weights.derived import (
     own_memory,
     plain_class,
     put_in_place,
+    redrawn,
     swap_plain_class,
 )
 from tying.weights.replace import check_free
@@ -64,8 +65,9 @@ class SharedWeight(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weight as linear layers and convolutions do; set the factor to 1."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.ones_(self.factor)
+        with redrawn(self):
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            nn.init.ones_(self.factor)
 
 
 class RelaxedWeight(nn.Module):

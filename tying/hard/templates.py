@@ -16,6 +16,7 @@ from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
 from tying.hard.low_rank import least_squares, numerical_rank
 from tying.selection.index import clean_name
+from tying.weights.derived import redrawn
 from tying.weights.replace import parametrize_all
 
 if TYPE_CHECKING:
@@ -112,8 +113,9 @@ class TemplateBank(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw each template by Kaiming's initialisation."""
-        for template in self.templates.detach():
-            nn.init.kaiming_normal_(template.view(self.shape))
+        with redrawn(self):
+            for template in self.templates.detach():
+                nn.init.kaiming_normal_(template.view(self.shape))
 
     @override
     def forward(self, coefficients: Tensor) -> Tensor:

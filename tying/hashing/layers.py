@@ -14,7 +14,7 @@ from tying.hashing.fast_paths import RepeatedRows, Size, repeat_to
 from tying.hashing.hashes import CodebookHash, Hash, UniformHash
 from tying.hashing.parametrization import HashedParametrization, Index, table_slots
 from tying.torch_workarounds import convolve, is_proxy
-from tying.weights.derived import as_assigned, computed_property, install
+from tying.weights.derived import as_assigned, computed_property, install, redrawn
 
 Device = torch.device | str | None
 
@@ -76,10 +76,11 @@ class Hashed(nn.Module):
     @torch.no_grad()
     def _draw(self, draw: Callable[[Tensor], Tensor]) -> None:
         """Draw the slots of the table; or, of a codebook, as many as the weight has, whose quantiles it gets."""
-        if isinstance(self.virtual.hash, CodebookHash):
-            self.table.copy_(self.virtual.drawn_from(draw(self.table.new_empty(self.virtual.shape.numel()))))
-        else:
-            draw(self.table)
+        with redrawn(self):
+            if isinstance(self.virtual.hash, CodebookHash):
+                self.table.copy_(self.virtual.drawn_from(draw(self.table.new_empty(self.virtual.shape.numel()))))
+            else:
+                draw(self.table)
 
 
 class HashedLinear(Hashed, nn.Linear):

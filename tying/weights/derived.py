@@ -19,12 +19,15 @@ from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.torch_workarounds import contiguous_view, inject_property, load_elsewhere, viewed
 from tying.weights.first_call import check_at_first_call
-from tying.weights.sharding import full, is_sharded, related
+from tying.weights.sharding import full, is_sharded, related, sharded_class, take_first, unsharded_class
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class of a module in place: the only function of this package that does."""
-    module.__class__ = cls
+    """Change the class of a module in place: the only function of this package that does.
+
+    A module that ``fully_shard`` has been called on keeps the methods that this adds.
+    """
+    module.__class__ = sharded_class(cls, former=type(module))
 
 
 @contextmanager
@@ -159,6 +162,26 @@ def gathered(weights: Iterable[DerivedWeight]) -> Iterator[None]:
     finally:
         for module, name, parameter in replaced:
             module._parameters[name] = parameter
+
+
+@contextmanager
+def redrawn(module: nn.Module) -> Iterator[None]:
+    """Temporarily replace a module's sharded parameters by whole ones, whose values they then take.
+
+    Each process may draw other values: all take those of the first. Every process must call it.
+    """
+    holders = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
+    sharded = [(part, name, parameter) for part, name, parameter in holders if is_sharded(parameter)]
+    whole = {p: nn.Parameter(full(p.detach()).clone(), p.requires_grad) for p in dict.fromkeys(p for *_, p in sharded)}
+    for part, name, parameter in sharded:
+        part._parameters[name] = whole[parameter]
+    try:
+        yield
+    finally:
+        for part, name, parameter in sharded:
+            part._parameters[name] = parameter
+    for parameter, value in whole.items():
+        take_first(parameter, value.detach())
 
 
 def check_inputs(module: nn.Module) -> None:
@@ -356,8 +379,8 @@ def _put_back(module: nn.Module, name: str, weight: nn.Parameter) -> None:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module below the classes that are generated for its derived weights."""
-    return next(cls for cls in type(module).__mro__ if cls.__module__ not in _GENERATED)
+    """Return the class of a module below those generated for its derived weights, and by ``fully_shard``."""
+    return next(cls for cls in unsharded_class(type(module)).__mro__ if cls.__module__ not in _GENERATED)
 
 
 def swap_plain_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -431,7 +454,7 @@ def _renew_class(
     names = [*(_parametrizations(module) if parametrized is None else parametrized)]
     kind = next(
         cls
-        for cls in type(module).__mro__
+        for cls in unsharded_class(type(module)).__mro__
         if cls.__module__ not in _GENERATED
         and _computes(cls).items() <= computes.items()
         and getattr(cls, "computes_with", None) in (None, *names)
@@ -476,27 +499,28 @@ def _reset(plain: type[nn.Module], method: str) -> Callable[[nn.Module], None]:
 
     @torch.no_grad()
     def reset(module: nn.Module) -> None:
-        lists = {
-            name: steps for name, steps in _parametrizations(module).items() if isinstance(steps, Parametrizations)
-        }
-        tables = {
-            name: (getattr(module, step), getattr(module, table), (table, step))
-            for name, (table, step) in _computes(module).items()
-            if name not in _computes(plain)
-        }
-        replaced = [derived for derived in derived_in(module) if derived.name in lists or derived.name in tables]
-        weights = {derived.name: _as_parameter(derived) for derived in replaced}
-        for name, weight in weights.items():
-            _put_back(module, name, weight)
-        getattr(plain, method)(module)
-        for name, parametrizations in lists.items():
-            parametrizations.redraw(weights[name])
-            install(module, name, parametrizations)
-        for name, (step, table, keys) in tables.items():
-            table.copy_(step.initial(weights[name]))
-            install(module, name, step, table, keys)
-        if plain_class(module) is not plain:  # it computes with a weight that was no parametrized one for a moment
-            swap_plain_class(module, plain)
+        former = type(module)
+        with redrawn(module):
+            lists = {
+                name: steps for name, steps in _parametrizations(module).items() if isinstance(steps, Parametrizations)
+            }
+            tables = {
+                name: (getattr(module, step), getattr(module, table), (table, step))
+                for name, (table, step) in _computes(module).items()
+                if name not in _computes(plain)
+            }
+            replaced = [derived for derived in derived_in(module) if derived.name in lists or derived.name in tables]
+            weights = {derived.name: _as_parameter(derived) for derived in replaced}
+            for name, weight in weights.items():
+                _put_back(module, name, weight)
+            getattr(plain, method)(module)
+            for name, parametrizations in lists.items():
+                parametrizations.redraw(weights[name])
+                install(module, name, parametrizations)
+            for name, (step, table, keys) in tables.items():
+                table.copy_(step.initial(weights[name]))
+                install(module, name, step, table, keys)
+        swap_class(module, former)  # its derived weights are the same
 
     return reset
 

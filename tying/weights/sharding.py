@@ -72,6 +72,16 @@ def shard_like(value: Tensor, reference: Tensor) -> Tensor:
     return whole.redistribute(placements=reference.placements)
 
 
+@torch.no_grad()
+def take_first(tensor: Tensor, value: Tensor) -> None:
+    """Give a sharded tensor the values of the whole tensor that the first process has; every process must call it."""
+    from torch.distributed.tensor import distribute_tensor
+
+    assert is_sharded(tensor)
+    whole = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+    local(tensor).copy_(local(whole))
+
+
 def replicated(reference: "DTensor") -> Placements:
     """Return the placements of a tensor of which each process of a reference's mesh holds the whole."""
     from torch.distributed.tensor import Replicate
@@ -88,6 +98,31 @@ def sharded_modules(model: nn.Module) -> list[str]:
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [name for name, module in model.named_modules() if isinstance(module, fsdp.FSDPModule)] if fsdp else []
+
+
+def unsharded_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class from which ``fully_shard`` has made a module's class, or the class itself.
+
+    Example:
+        >>> unsharded_class(nn.Linear).__name__
+        'Linear'
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    is_made = fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule
+    return cast(type[nn.Module], cls.__bases__[1]) if is_made else cls
+
+
+def sharded_class(cls: type[nn.Module], former: type[nn.Module]) -> type[nn.Module]:
+    """Return a class as ``fully_shard`` would make it, if it has made the module's former class.
+
+    Example:
+        >>> sharded_class(nn.Bilinear, former=nn.Linear).__name__
+        'Bilinear'
+    """
+    if unsharded_class(former) is former or unsharded_class(cls) is not cls:
+        return cls
+    members = {name: vars(former)[name] for name in ("__deepcopy__", "__module__")}
+    return type(f"FSDP{cls.__name__}", (former.__bases__[0], cls), members)
 
 
 def placements_of(reference: Tensor) -> Placements | None:
