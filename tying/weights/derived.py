@@ -170,8 +170,12 @@ def redrawn(module: nn.Module) -> Iterator[None]:
 
     Each process may draw other values: all take those of the first. Every process must call it.
     """
-    holders = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if p is not None]
-    sharded = [(part, name, parameter) for part, name, parameter in holders if is_sharded(parameter)]
+    sharded = [
+        (part, name, part.get_parameter(name))
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]
     whole = {p: nn.Parameter(full(p.detach()).clone(), p.requires_grad) for p in dict.fromkeys(p for *_, p in sharded)}
     for part, name, parameter in sharded:
         part._parameters[name] = whole[parameter]

@@ -122,7 +122,7 @@ def sharded_class(cls: type[nn.Module], former: type[nn.Module]) -> type[nn.Modu
     if unsharded_class(former) is former or unsharded_class(cls) is not cls:
         return cls
     members = {name: vars(former)[name] for name in ("__deepcopy__", "__module__")}
-    return type(f"FSDP{cls.__name__}", (former.__bases__[0], cls), members)
+    return cast(type[nn.Module], type(f"FSDP{cls.__name__}", (former.__bases__[0], cls), members))
 
 
 def placements_of(reference: Tensor) -> Placements | None:
