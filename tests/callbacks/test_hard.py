@@ -17,6 +17,7 @@ from tying.callbacks import (
     TyingSummary,
     WeightHashing,
 )
+from tying.errors import ConfigurationError
 from tying.hard import audit, tied
 from tying.mixins import HardTyingMixin, WeightHashingMixin
 
@@ -303,6 +304,26 @@ def test_a_table_that_modules_share_is_stepped_once():
 def test_ties_on_the_meta_device():
     model = Toy().to("meta")
     assert [group.shared for group in HardTying(TIES).apply(model)] == [True] * 3
+
+
+class Executes:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+def test_checkpoints_of_other_objects_are_refused_without_unpickling_them(tmp_path):
+    model, callback = Toy(), HardTying(TIES)
+    callback.apply(model)
+    path, written = tmp_path / "whole.ckpt", tmp_path / "written"
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": Executes(written)}, path)
+    with pytest.raises(ConfigurationError, match=r"^HardTying: .*whole.ckpt contains objects .* add_safe_globals"):
+        callback._load_extra_state(model, path)
+    assert not written.exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_sharded_model")

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from inspect import signature
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -184,8 +185,18 @@ class ModelTransform(TyingCallback):
 
         It loads each parameter by its name: no hook of the model compares copies of tied weights, or sees the states
         of hashes.
+
+        Raises:
+            ConfigurationError: copies of a tied weight differ, or the file contains objects that torch does not load
+                by default.
         """
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+        except UnpicklingError as error:
+            raise ConfigurationError(
+                f"{self.label}: {path} contains objects other than tensors and plain types. If you trust the file, "
+                f"allow them by torch.serialization.add_safe_globals: {error}"
+            ) from None
         try:
             reconcile(model, {**state})
         except ConfigurationError as error:
