@@ -35,6 +35,7 @@ from tying.callbacks import (
     WeightHashing,
     ZoneoutStates,
 )
+from tying.callbacks.transform import ModelTransform
 from tying.depth import Residual, StochasticDepth, loop, recur, zone_out
 from tying.errors import ConfigurationError
 from tying.hard import (
@@ -364,12 +365,15 @@ def files_of_whole_tensors_are_read_beyond_what_lightning_loads(plain, sharded):
     )
 
 
+JOINING = HardTying | RelaxedTying | TemplateWeights | GeneratedWeights
+
+
 @check
 def callbacks_of_models_that_are_sharded_otherwise_are_refused(plain, sharded):
     mesh = init_device_mesh("cpu", (2,))
     for cell in CELLS.values():
         for callback in [*cell.callbacks(), *getattr(cell.model, "tying", ())]:
-            if callback.precedes_sharding:
+            if isinstance(callback, ModelTransform) and callback.precedes_sharding:
                 model = Joined() if cell.model is Net else cell.model()
                 fully_shard(model.network, mesh=mesh)
                 text = refusal(callback.apply_among, model, [])
@@ -377,7 +381,8 @@ def callbacks_of_models_that_are_sharded_otherwise_are_refused(plain, sharded):
                     text.startswith(f"{callback.label}: fully_shard has sharded the model, which this callback has"),
                     True,
                 )
-                yield (", such as [network." in text) == bool(callback.ties), True
+                joins = isinstance(callback, JOINING) or getattr(callback, "scope", "") == "network"
+                yield (", such as [network." in text) == joins, True
 
 
 @check

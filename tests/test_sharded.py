@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,9 @@ def start(out, count, parts=()):
 def finish(processes, jobs):
     """Let processes run jobs, and wait for their end."""
     for process in processes:
-        process.stdin.write(json.dumps(jobs))
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has failed: its log says why
+            process.stdin.write(json.dumps(jobs))
+            process.stdin.close()
     for process in processes:
         process.wait(timeout=3000)
 
