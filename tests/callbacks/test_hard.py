@@ -322,7 +322,7 @@ def test_checkpoints_of_other_objects_are_refused_without_unpickling_them(tmp_pa
     callback.apply(model)
     path, folder = tmp_path / "whole.ckpt", tmp_path / "folder"
     torch.save({"state_dict": model.state_dict(), "hyper_parameters": Executes(folder)}, path)
-    message = f"^HardTying: {path} contains other objects .*: {os.name}.mkdir. If you trust .* add_safe_globals$"
+    message = f"^HardTying: {path} contains other objects .*: {os.name}.mkdir. If you trust .*add_safe_globals$"
     with pytest.raises(ConfigurationError, match=message):
         callback._load_extra_state(model, path)
     assert not folder.exists()
