@@ -129,7 +129,7 @@ def by_layer(module: Net, mesh: Any) -> None:
 
 SHARDINGS = {
     "one process": Sharding(1, lambda: "auto", replicas=1),
-    "DDP": Sharding(2, lambda: "ddp_find_unused_parameters_true"),
+    "DDP": Sharding(2, lambda: "ddp"),
     "FSDP2 by layer": Sharding(2, parallel(2, 1), by_layer),
     "FSDP2 root": Sharding(2, parallel(2, 1, full=True), lambda m, mesh: shard_root(m, mesh["data_parallel"])),
     "HSDP": Sharding(

@@ -1,6 +1,7 @@
-"""Train every cell under some shardings and save what each process ends with: run by torchrun, or alone for one.
+"""Train every cell under some shardings and save what each process ends with.
 
-Arguments: a folder that has the results of one process, and the jobs to run in ``jobs.json``; and names of further parts.
+Arguments: a folder that has the results of one process, and names of further parts, which come first. The standard input
+is the jobs to run.
 """
 
 from __future__ import annotations
@@ -127,6 +128,6 @@ if __name__ == "__main__":
     folder, *parts = map(Path, sys.argv[1:])
     for part in map(str, parts):
         torch.save(PARTS[part](), folder / f"{part}, {torch.distributed.get_rank()}.pt")
-    for job in json.loads((folder / "jobs.json").read_text()):
+    for job in json.load(sys.stdin):
         run(folder, tuple(job))
     torch.distributed.barrier()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tying.callbacks import (
@@ -27,11 +28,14 @@ from tying.callbacks import (
     RecurrentDepth,
     RelaxedTying,
     ResidualMerging,
+    SoftTying,
     TemplateWeights,
     UntiedBiases,
+    WeightClustering,
     WeightHashing,
     ZoneoutStates,
 )
+from tying.callbacks.transform import ModelTransform
 from tying.depth import Residual, StochasticDepth, apply_merge, loop, recur, remove_merge, zone_out
 from tying.errors import ConfigurationError
 from tying.hard import (
@@ -50,7 +54,8 @@ from tying.hard import (
 )
 from tying.hashing import HashedParametrization, hash_weights
 from tying.mixins import TyingMixin
-from tying.weights.derived import derived_weights
+from tying.soft import Schedule
+from tying.weights.derived import count_parameters, derived_weights
 from tying.weights.sharding import full, is_sharded, local, shard_like
 
 BLOCKS = ["network.blocks.*.branch.weight"]
@@ -115,6 +120,13 @@ class Memory(nn.Module):
         return self.head(self.lstm(x.unsqueeze(2))[0]).squeeze(2)
 
 
+class Ahead(pl.Callback):
+    """Lets each process but the first draw other random numbers."""
+
+    def on_train_start(self, trainer, module):
+        torch.rand(trainer.global_rank)
+
+
 def changed_by(function: Callable[..., Any], *arguments: Any, block: type[nn.Module] | None = None, **keywords: Any):
     """Return the class of a model that a function changes before it is sharded; its first block may be another."""
 
@@ -149,6 +161,7 @@ def baked(trainer: pl.Trainer) -> dict[str, torch.Tensor]:
 
 
 OTHERS = tuple(name for name in SHARDINGS if name not in ("one process", "FSDP2 by layer"))
+SHARDED = tuple(name for name in SHARDINGS if name not in ("one process", "DDP"))
 PARALLEL = ("TP", "FSDP2 and TP")  # whose parallelize_module takes no computed weights
 EXAMPLE = torch.zeros(1, 6, dtype=torch.float64)
 RANK_1 = LowRankResidual(1)
@@ -185,6 +198,21 @@ CELLS: dict[str, Cell] = {
         lambda: [Looping("network.blocks.*", 2, per_pass="scale")], changed_by(loop, "network.blocks.*", 2, "scale")
     ),
     "recurrent": Cell(lambda: [RecurrentDepth("network.blocks.*")], changed_by(recur, "network.blocks.*")),
+    "clustered": Cell(
+        lambda: [Ahead(), WeightClustering(BLOCKS, clusters=8, start_epoch=1, init="forgy")],
+        excluded=SHARDED,
+        short=True,
+        ends=baked,
+    ),
+    "relaxed, annealed": Cell(
+        lambda: [RelaxedTying(SHARED, RANK_1, anneal=Schedule(1.0, 0.0, 6))], excluded=SHARDED, short=True, ends=baked
+    ),
+    "soft, hardened": Cell(
+        lambda: [SoftTying(TIES, strength=5.0, update="proximal", harden_below=0.2)],
+        excluded=SHARDED,
+        short=True,
+        ends=baked,
+    ),
     "mixin, hard": Cell(list, mixed(HardTying(TIES)), OTHERS),
     "mixin, relaxed": Cell(list, mixed(RelaxedTying(SHARED, RANK_1)), OTHERS, short=True),
     "mixin, low rank and templates": Cell(
@@ -239,6 +267,9 @@ def pairs_of_models(by_unit=False):
 def reports_on_sharded_weights(plain, sharded):
     for whole, parted, _ in pairs_of_models():
         yield str(audit(parted)) == str(audit(whole)), True
+        with CommDebugMode() as communication:
+            counts = count_parameters(parted)
+        yield (counts, communication.get_total_counts()), (count_parameters(whole), 0)
 
 
 @check
@@ -373,12 +404,15 @@ def files_of_whole_tensors_are_read_beyond_what_lightning_loads(plain, sharded):
     )
 
 
+JOINING = HardTying | RelaxedTying | TemplateWeights | GeneratedWeights
+
+
 @check
 def callbacks_of_models_that_are_sharded_otherwise_are_refused(plain, sharded):
     mesh = init_device_mesh("cpu", (2,))
     for cell in CELLS.values():
         for callback in [*cell.callbacks(), *getattr(cell.model, "tying", ())]:
-            if callback.precedes_sharding:
+            if isinstance(callback, ModelTransform) and callback.precedes_sharding:
                 model = Joined() if cell.model is Net else cell.model()
                 fully_shard(model.network, mesh=mesh)
                 text = refusal(callback.apply_among, model, [])
@@ -386,7 +420,8 @@ def callbacks_of_models_that_are_sharded_otherwise_are_refused(plain, sharded):
                     text.startswith(f"{callback.label}: fully_shard has sharded the model, which this callback has"),
                     True,
                 )
-                yield (", such as [network." in text) == bool(callback.ties), True
+                joins = isinstance(callback, JOINING) or getattr(callback, "scope", "") == "network"
+                yield (", such as [network." in text) == joins, True
 
 
 @check

@@ -4,9 +4,11 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,27 +28,40 @@ IN_TWO = [name for name, sharding in SHARDINGS.items() if sharding.processes == 
 IN_OTHERS = [name for name, sharding in SHARDINGS.items() if sharding.origin]  # resume from checkpoints of two
 
 
-def start(count, script, timeout):
-    """Run a script in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [*command, *map(str, script)]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=timeout)
+def start(out, count, parts=()):
+    """Start processes that run some parts, and then the jobs that they read from their standard inputs."""
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        port = str(unused.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, sharded_run.__file__, out, *parts]
+    with (out / f"{count}.log").open("w") as log:
+        options = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "text": True}
+        ranks = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
+        return [subprocess.Popen(command, env=environment, **options) for environment in ranks]
 
 
-def launch(out, count, jobs, parts=()):
-    """Run jobs in several processes."""
-    (out / "jobs.json").write_text(json.dumps(jobs))
-    done = start(count, [sharded_run.__file__, out, *parts], timeout=3000)
-    (out / f"{count}.log").write_text(done.stdout + done.stderr)
+def finish(processes, jobs):
+    """Let processes run jobs, and wait for their end."""
+    for process in processes:
+        with suppress(BrokenPipeError):  # it has failed: its log says why
+            process.stdin.write(json.dumps(jobs))
+            process.stdin.close()
+    for process in processes:
+        process.wait(timeout=3000)
 
 
 def run_all(out, short, parts=()):
     """Run the short jobs, or all others, in one process and in two."""
-    for job in sharded_run.jobs(["one process"]):
-        if sharded_run.is_short(job) == short:
-            sharded_run.run(out, job)
-    launch(out, 2, [job for job in sharded_run.jobs(IN_TWO) if sharded_run.is_short(job) == short], parts)
+    alone, together = (
+        [job for job in sharded_run.jobs(names) if sharded_run.is_short(job) == short]
+        for names in (["one process"], IN_TWO)
+    )
+    processes = start(out, 2, parts)
+    for job in alone:  # meanwhile
+        sharded_run.run(out, job)
+    finish(processes, together)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +77,7 @@ def others(two):
     """The same folder with the results of all jobs."""
     run_all(two, False)
     for count in (1, 4):
-        launch(two, count, sharded_run.jobs(name for name in IN_OTHERS if SHARDINGS[name].processes == count))
+        finish(start(two, count), sharded_run.jobs(name for name in IN_OTHERS if SHARDINGS[name].processes == count))
     return two
 
 
@@ -112,11 +127,12 @@ def test_functions_on_shards(two, name):
         torch.testing.assert_close(*(list(side) for side in zip(*pairs, strict=True)), rtol=1e-15, atol=0)
 
 
+NAN = "'network.decoder.0.weight' holds NaN"
+TIED = "network.decoder.0.weight is tied to network.encoder.2.weight"
 ERRORS = {
-    **dict.fromkeys(
-        (f"NaN, {name}" for name in sharded_faults.PULLING),
-        r"step [23], NonFiniteError: \w+: .*'network.decoder.0.weight' holds NaN",
-    ),
+    **dict.fromkeys(sharded_faults.PULLING, rf"step [23], NonFiniteError: \w+: {NAN}"),
+    **dict.fromkeys(("soft, decoupled", "soft, proximal"), f"step [23], NonFiniteError: SoftTying: {NAN}; {TIED}"),
+    "soft, gradient": f"step [23], NonFiniteError: SoftTying: 'network.encoder.2.weight' holds NaN, {NAN}",
     "not all sharded": "step 0, ConfigurationError: SoftTying: 'network.encoder.0.bias' is sharded over processes, and "
     "'network.decoder.0.bias' is not: shard both, .*, or neither$",
     "other mesh": "step 0, ConfigurationError: SoftTying: 'network.encoder.0.bias' is sharded over the mesh "
@@ -126,32 +142,50 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_faults_end_all_processes_with_one_sentence(two, name):
-    first, second = (torch.load(two / f"faults, {rank}.pt", weights_only=True)[name] for rank in (0, 1))
-    assert first == second
-    assert re.match(ERRORS[name], first)
+    first, second = (torch.load(two / f"faults, {rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["errors"][name] == second["errors"][name]
+    assert re.match(ERRORS[name], first["errors"][name])
 
 
-def run_killed(out, step=0):
-    script = Path(sharded_run.__file__).with_name("sharded_killed.py")
-    return start(2, [script, out, step], timeout=600)
+@pytest.mark.parametrize("name", sharded_faults.PULLING)
+def test_all_processes_end_within_30_seconds_of_a_nan_in_one(two, name):
+    for rank in (0, 1):
+        assert 0 < torch.load(two / f"faults, {rank}.pt", weights_only=True)["seconds"][name] < 30
+
+
+def run_faulty(out, step=0, fault="kill", sharding="FSDP2 by layer"):
+    script = Path(sharded_run.__file__).with_name("sharded_failing.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = [*command, *map(str, (script, out, step, fault, sharding))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["DDP", "FSDP2 by layer"])
+def test_the_job_ends_within_30_seconds_of_a_nan_in_one_process(sharding, tmp_path):
+    done = run_faulty(tmp_path, 3, "NaN", sharding)
+    assert time.time() - (tmp_path / "faulty").stat().st_mtime < 30
+    assert done.returncode
+    assert re.search(f"NonFiniteError: SoftTying: {NAN}.*{TIED}", done.stderr)
 
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    assert run_killed(out).returncode == 0
+    assert run_faulty(out).returncode == 0
     return torch.load(out / "weights, 0.pt", weights_only=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", random.Random(0).sample(range(1, EPOCHS * STEPS + 1), 20))
 def test_a_killed_process_ends_all_and_training_resumes_exactly(never_killed, step, tmp_path):
-    done = run_killed(tmp_path, step)
-    assert time.time() - (tmp_path / "killed").stat().st_mtime < 60
+    done = run_faulty(tmp_path, step)
+    assert time.time() - (tmp_path / "faulty").stat().st_mtime < 60
     assert done.returncode
     assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
     assert len([*tmp_path.glob("*.ckpt")]) == (step - 1) // STEPS
-    assert run_killed(tmp_path).returncode == 0
+    assert run_faulty(tmp_path).returncode == 0
     for rank in (0, 1):
         resumed = torch.load(tmp_path / f"weights, {rank}.pt", weights_only=True)
         assert all(torch.equal(resumed[name], value) for name, value in never_killed.items())
@@ -168,7 +202,7 @@ def test_a_killed_process_ends_all_and_training_resumes_exactly(never_killed, st
 def test_a_sharded_checkpoint_becomes_one_file_that_one_process_loads_and_bakes(out, cell, tmp_path):
     checkpoint = out / "FSDP2 by layer" / f"{cell}.ckpt"
     dcp_to_torch_save(checkpoint, tmp_path / "whole.ckpt")
-    state = torch.load(tmp_path / "whole.ckpt", weights_only=False)["state_dict"]
+    state = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]  # as ``tying bake`` does
     model = sharded_weights.CELLS[cell].model()
     model.configure_model()
     model.load_state_dict({name: value for name, value in state.items() if not name.startswith(NEED)})

@@ -784,6 +784,23 @@ def test_strategies_with_flat_weights_are_refused(kind, strategy):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        MAKERS[WeightClustering],
+        lambda: MAKERS[SoftTying](harden_below=0.1),
+        lambda: RelaxedTying(TIES, LowRankResidual(rank=2), anneal=Schedule(1.0, 0.0, 3)),
+    ],
+    ids=["WeightClustering", "harden_below", "anneal"],
+)
+def test_strategies_that_shard_weights_keep_the_parameters_that_training_replaces(make):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.__class__ = type("Sharding", (pl.strategies.ModelParallelStrategy,), {})
+    message = r"cannot be combined with Sharding, which would keep .*Strategy 'ddp' and one device support it$"
+    with pytest.raises(ConfigurationError, match=message):
+        make().setup(trainer, Trained(), "fit")
+
+
+@pytest.mark.parametrize(
     "kind", [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)], ids=lambda k: k.__name__
 )
 def test_a_step_of_plain_weights_takes_no_detour_for_sharded_ones(kind):

@@ -1,4 +1,5 @@
 import copy
+import os
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +18,7 @@ from tying.callbacks import (
     TyingSummary,
     WeightHashing,
 )
+from tying.errors import ConfigurationError
 from tying.hard import audit, tied
 from tying.mixins import HardTyingMixin, WeightHashingMixin
 
@@ -303,6 +305,27 @@ def test_a_table_that_modules_share_is_stepped_once():
 def test_ties_on_the_meta_device():
     model = Toy().to("meta")
     assert [group.shared for group in HardTying(TIES).apply(model)] == [True] * 3
+
+
+class Executes:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_checkpoints_of_other_objects_are_refused_without_unpickling_them(tmp_path):
+    model, callback = Toy(), HardTying(TIES)
+    callback.apply(model)
+    path, folder = tmp_path / "whole.ckpt", tmp_path / "folder"
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": Executes(folder)}, path)
+    message = f"^HardTying: {path} contains other objects .*: {os.name}.mkdir. If you trust .*add_safe_globals$"
+    with pytest.raises(ConfigurationError, match=message):
+        callback._load_extra_state(model, path)
+    assert not folder.exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*configure_sharded_model")

@@ -144,7 +144,7 @@ class AnchorTying(PenaltyCallback):
         super().setup(trainer, pl_module, stage)
         self._weights = {}
         if self.importance is not None:
-            reject_copies(trainer, "AnchorTying with importance", "other weights than those measured", processes=False)
+            reject_copies(trainer, "AnchorTying with importance", "other weights than those measured", shards=False)
         if is_fresh_run(trainer, stage):
             self._restored_path, self._path = {}, None
             if self.importance is None:

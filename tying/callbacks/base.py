@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -352,25 +353,39 @@ def replica_of(trainer: pl.Trainer) -> tuple[int, int]:
     return sampler.get("rank", 0), sampler.get("num_replicas", 1)
 
 
-def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bool = True) -> None:
-    """Raise if a callback that averages weights, or another process, has a copy of weights that training replaces.
+def reject_copies(trainer: pl.Trainer, context: str, content: str, shards: bool = True) -> None:
+    """Raise if a callback that averages weights, or the strategy, keeps weights that training replaces.
 
     Args:
         trainer: the trainer.
         context: the name of the callback that replaces weights.
-        content: what the copies would still contain, for the error message.
-        processes: whether to reject several processes; False if each process makes the same change.
+        content: what would be kept, for the error message.
+        shards: whether to reject strategies that shard parameters; False if the parameters stay. DDP is not rejected:
+            see :func:`replicate_again`.
 
     Raises:
-        ConfigurationError: there are such copies.
+        ConfigurationError: weights would be kept.
     """
     holders = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING)]
-    if processes and isinstance(trainer.strategy, pl.strategies.ModelParallelStrategy):
-        holders.append(type(trainer.strategy).__name__)
-    if processes and trainer.world_size > 1:
-        holders.append("several processes")
     if holders:
         raise ConfigurationError(f"{context} cannot be combined with {holders[0]}, which would keep {content}")
+    parallel, ddp = pl.strategies.ParallelStrategy, pl.strategies.DDPStrategy
+    if shards and isinstance(trainer.strategy, parallel) and not isinstance(trainer.strategy, ddp):
+        raise ConfigurationError(
+            f"{context} cannot be combined with {type(trainer.strategy).__name__}, which would keep {content}. "
+            "Strategy 'ddp' and one device support it"
+        )
+
+
+def replicate_again(trainer: pl.Trainer) -> None:
+    """Let DDP reduce the gradients of the parameters that the model has now: training has replaced some.
+
+    Every process must call it between two batches. Parameters and buffers become those of the first process.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, pl.strategies.DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = strategy.model.module  # the last reference to the former wrapper, which removes its hooks
+        strategy.configure_ddp()
 
 
 def warn_if_too_late(trainer: pl.Trainer, context: str, start_epoch: int) -> None:

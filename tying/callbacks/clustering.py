@@ -18,6 +18,7 @@ from tying.callbacks.base import (
     counted,
     parameters_beside,
     reject_copies,
+    replicate_again,
     warn_if_too_late,
 )
 from tying.callbacks.conflicts import acting_on, conflict
@@ -25,7 +26,7 @@ from tying.callbacks.derived import HardTying
 from tying.callbacks.transform import parameters_of, record, recorded, shared_with
 from tying.errors import ConfigurationError, check_choice, check_count, listed
 from tying.hashing.apply import check_hashable, table_names
-from tying.hashing.codebook import Start, check_fits_codebook, cluster_weight, put_codebook, uses_of
+from tying.hashing.codebook import Start, check_fits_codebook, find_codebook, put_codebook, uses_of
 from tying.hashing.packing import clustered, contents
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, prunes_in
@@ -76,7 +77,7 @@ class WeightClustering(TyingCallback):
             learning rate.
 
     Raises:
-        ConfigurationError: an argument is out of range, there are several processes, a callback averages weights, or a
+        ConfigurationError: an argument is out of range, the strategy shards weights, a callback averages weights, or a
             weight is computed or tied through a relation, or has fewer entries than clusters.
 
     Example:
@@ -194,13 +195,15 @@ class WeightClustering(TyingCallback):
             return
         weights = self.affected(pl_module)
         for name in self.names:
-            table = cluster_weight(pl_module, name, self.clusters, self.init)
+            codebook = find_codebook(pl_module, name, self.clusters, self.init)
+            table = put_codebook(pl_module, name, *trainer.strategy.broadcast(codebook))  # k-means may draw numbers
             weight = weights.get(name)  # none, if an interrupted run has clustered it already
             for optimizer in trainer.optimizers:
                 if weight is not None:
                     optimizer.state.pop(weight, None)
                 for group in optimizer.param_groups:
                     group["params"] = [table if parameter is weight else parameter for parameter in group["params"]]
+        replicate_again(trainer)
         self.monitor(pl_module)
         pl.utilities.rank_zero_info(
             f"WeightClustering: {counted(len(self.names), 'weight')} clustered; a packed file of the model is "

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from tying.callbacks.base import counted
 from tying.callbacks.figures import log_figure
-from tying.callbacks.transform import ModelTransform, record
+from tying.callbacks.transform import ModelTransform, grouped, record
 from tying.errors import ConfigurationError, check_choice, check_counts, listed
 from tying.hard import (
     HyperWeight,
@@ -211,6 +211,10 @@ class TemplateWeights(ModelTransform):
         return isinstance(step, TemplateMixture) and len(step.bank.templates) == self.templates
 
     @override
+    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+        return grouped({name: weight.shape for name, weight in self.selected(model).items()})
+
+    @override
     def _how(self) -> str:
         return f"from {counted(self.templates, 'template')} a shape"
 
@@ -261,6 +265,10 @@ class GeneratedWeights(ModelTransform):
     def _would_compute(self, derived: DerivedWeight) -> bool:
         step: Any = derived.steps[-1]
         return isinstance(step, HyperWeight)
+
+    @override
+    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+        return grouped(self._plan(model).tilings)
 
     @override
     def _how(self) -> str:
@@ -360,6 +368,10 @@ class WeightHashing(ModelTransform):
     @override
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return select_hashable(model, self.parameters, self.hash).weights
+
+    @override
+    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+        return [[*self.selected(model)]] if self.scope == "network" else []
 
     @override
     def _would_compute(self, derived: DerivedWeight) -> bool:

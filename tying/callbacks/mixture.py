@@ -104,7 +104,7 @@ class MixtureTying(PenaltyCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        reject_copies(trainer, "MixtureTying", "weights that are not quantised", processes=False)
+        reject_copies(trainer, "MixtureTying", "weights that are not quantised", shards=False)
         if is_fresh_run(trainer, stage):
             self.prior, self._optimizer, self._restored = None, None, {}
 

@@ -10,7 +10,14 @@ from torch.optim import LBFGS
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import TyingCallback, counted, estimated_steps, optimizer_steps, reject_copies
+from tying.callbacks.base import (
+    TyingCallback,
+    counted,
+    estimated_steps,
+    optimizer_steps,
+    reject_copies,
+    replicate_again,
+)
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_count, listed
@@ -62,8 +69,8 @@ class RelaxedTying(ModelTransform):
 
     Raises:
         ConfigurationError: at construction, ``anneal`` does not end at 0 or leaves [0, 1], or there is no residual to
-            anneal or to calibrate; when the model is set up, the ties do not fit it, or there are several processes or
-            averaged weights with ``anneal``, or no training batches for ``calibration``.
+            anneal or to calibrate; when the model is set up, the ties do not fit it, or there are sharded or averaged
+            weights with ``anneal``, or no training batches for ``calibration``.
 
     Example:
         >>> from tying.hard import LowRankResidual
@@ -293,6 +300,7 @@ class RelaxedTying(ModelTransform):
         drop_parameters(trainer.optimizers, residuals)
         self._hard_groups = harden(model, self.changed(model))
         self._relaxed, self._factor = [], 0.0
+        replicate_again(trainer)
         for other in callbacks_of(trainer):
             if isinstance(other, TyingCallback):
                 other.follow_names(model)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
-from tying.callbacks.base import reject_copies
+from tying.callbacks.base import reject_copies, replicate_again
 from tying.callbacks.penalty import PenaltyCallback, Update
 from tying.callbacks.training_data import num_train_samples
 from tying.callbacks.transform import shared_with
@@ -136,7 +136,7 @@ class SoftTying(PenaltyCallback):
         if self.harden_below is None:
             return
         [penalty] = self.penalties
-        measured = zip(penalty.groups, gaps(penalty.groups), strict=True)
+        measured = zip(penalty.groups, trainer.strategy.broadcast(gaps(penalty.groups)), strict=True)
         near = [group for group, gap in measured if gap < self.harden_below]
         if near:
             pl.utilities.rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
@@ -147,8 +147,10 @@ class SoftTying(PenaltyCallback):
 
     def _harden(self, trainer: pl.Trainer, model: pl.LightningModule, groups: list[TiedGroup], init: Init) -> None:
         """Make each group one weight, also in the optimizers."""
-        self._hardened += tie_groups(model, groups, init)
-        merge_optimizer_state(trainer.optimizers, groups)
+        if groups:
+            self._hardened += tie_groups(model, groups, init)
+            merge_optimizer_state(trainer.optimizers, groups)
+            replicate_again(trainer)
 
 
 class Coupling(PenaltyCallback):

@@ -1,11 +1,12 @@
 """The base of callbacks that change the model before the optimizers are made."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -106,12 +107,15 @@ class ModelTransform(TyingCallback):
                 "parameters: tying.hard.shard_groups(model, units) returns their lists" + self._joined(model)
             )
 
+    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+        """Return the names of weights that will share parameters, in groups, before the model is changed."""
+        return [group.names for group in resolve(model, self.ties)] if self.ties else []
+
     def _joined(self, model: nn.Module) -> str:
         """Name the modules that a fully_shard call must take together if the callback changes the model."""
-        if not self.ties:
-            return ""
-        groups = (f"[{', '.join(owners_of(group.names))}]" for group in resolve(model, self.ties))
-        return f", such as {listed(dict.fromkeys(groups), limit=3)}"
+        owners = [owners_of(names) for names in self.sharing(model)]
+        groups = dict.fromkeys(f"[{', '.join(modules)}]" for modules in owners if len(modules) > 1)
+        return f", such as {listed(groups, limit=3)}" if groups else ""
 
     def is_applied(self, model: nn.Module) -> bool:
         """Return whether this callback, or an equal one, has already changed the model."""
@@ -184,8 +188,19 @@ class ModelTransform(TyingCallback):
 
         It loads each parameter by its name: no hook of the model compares copies of tied weights, or sees the states
         of hashes.
+
+        Raises:
+            ConfigurationError: copies of a tied weight differ, or the file contains objects that torch does not load
+                by default.
         """
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+        except UnpicklingError:
+            others = listed(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            raise ConfigurationError(
+                f"{self.label}: {path} contains other objects than tensors and plain types: {others}. If you trust the "
+                "file, allow them by torch.serialization.add_safe_globals"
+            ) from None
         try:
             reconcile(model, {**state})
         except ConfigurationError as error:
@@ -273,6 +288,19 @@ def record(model: nn.Module, callback: pl.Callback, names: list[str]) -> None:
 def recorded(model: nn.Module, callback: pl.Callback) -> list[str]:
     """Return the names that :func:`record` has stored for a callback; empty if there are none."""
     return [*model.__dict__.get("_computed_by", {}).get(arguments_of(callback), ())]
+
+
+def grouped(values: Mapping[str, Hashable]) -> list[Sequence[str]]:
+    """Return names in groups of equal values.
+
+    Example:
+        >>> grouped({"a": 1, "b": 2, "c": 1})
+        [['a', 'c'], ['b']]
+    """
+    groups: dict[Hashable, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return [*groups.values()]
 
 
 def parameters_of(model: nn.Module, weights: Collection[str]) -> dict[str, nn.Parameter]:

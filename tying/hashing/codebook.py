@@ -158,6 +158,15 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
         >>> cluster_weight(layer, "weight", clusters=4).shape, len(layer.weight.unique())
         (torch.Size([4]), 4)
     """
+    return put_codebook(model, name, *find_codebook(model, name, clusters, init))
+
+
+@torch.no_grad()
+def find_codebook(model: nn.Module, name: str, clusters: int, init: Start) -> tuple[Tensor, Tensor]:
+    """Return the assignments (n,) and the centroids (k,) of a weight, on the CPU; see :func:`cluster_weight`.
+
+    A pruning of the weight becomes permanent.
+    """
     path, _, attribute = name.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -168,9 +177,8 @@ def cluster_weight(model: nn.Module, name: str, clusters: int, init: Start = "li
     locations = locate_parameters(model)
     check_clusterable(name, locations, clusters)
     check_finite(name, locations[name].parameter)
-    weights = locations[name].parameter.detach().flatten()
-    centroids, assignments = _cluster_nonzero(weights, clusters, init)
-    return put_codebook(model, name, assignments.cpu(), centroids)
+    centroids, assignments = _cluster_nonzero(locations[name].parameter.flatten(), clusters, init)
+    return assignments.cpu(), centroids.cpu()
 
 
 def uses_of(parametrization: HashedParametrization) -> Tensor:

@@ -1,7 +1,7 @@
 """Derived weights, which a module computes from its parameters: find, install, remove and count them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,8 +144,13 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
 
 
 @contextmanager
-def gathered(weights: Iterable[DerivedWeight]) -> Iterator[None]:
-    """Temporarily replace the sharded parameters of derived weights by whole ones; every process must call it."""
+def gathered(weights: Iterable[DerivedWeight], whole_of: Callable[[Tensor], Tensor] = full) -> Iterator[None]:
+    """Temporarily replace the sharded parameters of derived weights by whole ones; every process must call it.
+
+    Args:
+        weights: the derived weights.
+        whole_of: returns the whole of a sharded tensor; default: gathers it.
+    """
     whole: dict[int, nn.Parameter] = {}
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
     for derived in weights:
@@ -154,7 +159,7 @@ def gathered(weights: Iterable[DerivedWeight]) -> Iterator[None]:
                 for name, parameter in module._parameters.items():
                     if parameter is not None and id(parameter) in sharded:
                         if id(parameter) not in whole:
-                            whole[id(parameter)] = nn.Parameter(full(parameter.detach()), parameter.requires_grad)
+                            whole[id(parameter)] = nn.Parameter(whole_of(parameter.detach()), parameter.requires_grad)
                         replaced.append((module, name, parameter))
                         module._parameters[name] = whole[id(parameter)]
     try:
@@ -645,19 +650,29 @@ def effective_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def effective_weight(derived: DerivedWeight) -> Any:
-    """Return a derived weight, or a meta tensor of its shape if the last step has an attribute ``shape``."""
+    """Return a derived weight; if the last step has a ``shape`` or parameters are sharded, a meta tensor of its shape.
+
+    A step that cannot compute on meta tensors, since it mixes them with others, gets gathered parameters.
+    """
     shape = getattr(derived.steps[-1], "shape", None)
     table = derived.owner._parameters.get(derived.prefixes[0])
     if isinstance(shape, torch.Size) and table is not None:
         return torch.empty(shape, dtype=table.dtype, device="meta")
+    if any(map(is_sharded, derived.originals)):
+        with suppress(RuntimeError), gathered([derived], _without_values):
+            return getattr(derived.owner, derived.name)
     return derived.value()
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of stored parameter values, and of the values that the forward pass uses.
 
     The second number counts a shared weight once per use, and all entries of a derived weight. If the parameters of a
-    derived weight are sharded, every process must call this.
+    derived weight are sharded, every process must call this: see :func:`effective_weight`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))

@@ -229,10 +229,9 @@ def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
         for names in names_by_weight(weights):
             derived = weights[names[0]]
             step: Any = derived.steps[-1]
-            weight = effective_weight(derived)
-            shape = weight.shape
+            shape = effective_weight(derived).shape
             if hasattr(step, "describe_weight"):
-                how = step.describe_weight(weight)
+                how = step.describe_weight(derived.value())
             else:
                 how = step.describe() if hasattr(step, "describe") else f"{type(step).__name__}({step.extra_repr()})"
             stored = sum(parameter.numel() for parameter in derived.originals)
