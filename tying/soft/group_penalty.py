@@ -33,6 +33,7 @@ from tying.weights.sharding import (
 )
 
 CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
+STRIDED = 2**14  # entries: from there on, arithmetic on a transposed copy is faster than on a transposed view
 DEVICE_BATCH = 2**26  # entries: few kernel launches, and a buffer of bounded size
 PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 Rates = Mapping[nn.Parameter, float]
@@ -128,26 +129,41 @@ class TyingPenalty(nn.Module):
         for group in self._placements:
             for parameter in group.parameters:
                 reduce_gradient(parameter)
-        self._add_(strength, rates, gradient_of)
+        self._add_(self._factors(strength, rates), gradient_of)
 
     @torch.no_grad()
     def pull_(self, s: float, rates: Rates | None = None) -> None:
         """Take the explicit step ``w ← w − s ∂Ω`` (times the rate)."""
-        self._add_(-s, rates, lambda parameter: parameter)
+        self._add_(self._factors(-s, rates), _itself)
 
     @torch.no_grad()
     def prox_(self, s: float, rates: Rates | None = None) -> None:
         """Take the proximal step ``w ← argmin_v Σ_i ‖v_i − w_i‖² / (2 rate_i) + s Ω(v)``; s may be infinite."""
         if s == 0:
             return
+        explicit: dict[TiedGroup, Sequence[float]] = {}
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
-                for i, value in enumerate(self.penalty.prox(self.operands(group), s, speeds)):
-                    if speeds[i] and group in self._placements:
-                        local(group.parameters[i]).copy_(local_member(group, i, value, self._placements[group]))
-                    elif speeds[i]:
-                        group.parameters[i].copy_(group.relations[i](value))
+                if (steps := self.penalty.explicit_steps(s, speeds)) is not None:
+                    explicit[group] = [-step for step in steps]
+                else:
+                    self._prox_group_(group, s, speeds)
+        self._add_(explicit, _itself)
+
+    def _prox_group_(self, group: TiedGroup, s: float, speeds: Sequence[float]) -> None:
+        for i, value in enumerate(self.penalty.prox(self.operands(group), s, speeds)):
+            if speeds[i] and group in self._placements:
+                local(group.parameters[i]).copy_(local_member(group, i, value, self._placements[group]))
+            elif speeds[i]:
+                group.parameters[i].copy_(group.relations[i](value))
+
+    def _factors(self, scale: float, rates: Rates | None) -> dict[TiedGroup, Sequence[float]]:
+        """Return the factor of each member's gradient, for the groups that change."""
+        if scale == 0:
+            return {}
+        speeds = {group: _rates(group, rates) for group in self.groups}
+        return {group: [scale * rate for rate in each] for group, each in speeds.items() if any(each)}
 
     def check_rates(self, rates: Rates) -> None:
         """Raise an error if the penalty has no proximal step for these rates; change no weight.
@@ -183,39 +199,51 @@ class TyingPenalty(nn.Module):
                 )
         return None
 
-    def _add_(self, scale: float, rates: Rates | None, receiver: Callable[[nn.Parameter], Tensor]) -> None:
-        if scale == 0:
-            return
+    def _add_(self, factors: Mapping[TiedGroup, Sequence[float]], receiver: Callable[[nn.Parameter], Tensor]) -> None:
+        """Add the gradient of each member, times a factor, to what ``receiver`` returns for it."""
         lanes: dict[tuple[float, ...], list[Lane]] = {}
         copies: list[tuple[TiedGroup, int, Tensor, Tensor]] = []
-        for group in self.groups:
-            speeds = _rates(group, rates)
-            if any(speeds):
-                operands = self.operands(group)
-                views: list[Tensor | None] = [None] * len(group)
-                for i, parameter in enumerate(group.parameters):
-                    if speeds[i]:
-                        target = receiver(parameter)
-                        if group in self._placements:
-                            view = _local_view(target, group.to_source[i], self._placements[group])
-                        else:
-                            view = group.to_source[i](target)
-                            view = view if view.data_ptr() == target.data_ptr() else None
-                        if view is None:  # a copy: add it to the target at the end
-                            view = torch.zeros_like(operands[i])
-                            copies.append((group, i, target, view))
-                        views[i] = view
-                lanes.setdefault(speeds, []).append([*operands, *views])
-        for speeds, alike in lanes.items():
+        for group, scales in factors.items():
+            operands = self.operands(group)
+            views: list[Tensor | None] = [None] * len(group)
+            for i, parameter in enumerate(group.parameters):
+                if scales[i]:
+                    target = receiver(parameter)
+                    if group in self._placements:
+                        view = _local_view(target, group.to_source[i], self._placements[group])
+                    else:
+                        view = group.to_source[i](target)
+                        view = view if view.data_ptr() == target.data_ptr() else None
+                    if view is None:  # a copy: add it to the target at the end
+                        view = torch.zeros_like(operands[i])
+                        copies.append((group, i, target, view))
+                    views[i] = view
+            lanes.setdefault(tuple(scales), []).append([*operands, *views])
+        for scales, alike in lanes.items():
             for batch in _batches(alike):
-                columns = [[*column] for column in zip(*batch, strict=True)]
-                m = len(speeds)
-                self.penalty.add_gradient_(columns[:-m], columns[-m:], [scale * speed for speed in speeds])
+                self._add_batch_(batch, scales)
         for group, i, target, gradient in copies:
             if group in self._placements:
                 local(target).add_(local_member(group, i, gradient, self._placements[group]))
             else:
                 target.add_(group.relations[i](gradient))
+
+    def _add_batch_(self, batch: Sequence[Lane], scales: Sequence[float]) -> None:
+        """Add the gradients of pieces of groups that have equal factors."""
+        m, strided = len(scales), []
+        for number, lane in enumerate(batch):
+            if any(tensor is not None and _is_slow(tensor) for tensor in lane):
+                operands, views = lane[:-m], lane[-m:]
+                buffers = [
+                    torch.zeros_like(v, memory_format=torch.contiguous_format) if v is not None and _is_slow(v) else v
+                    for v in views
+                ]
+                strided += [(view, buffer) for view, buffer in zip(views, buffers, strict=True) if view is not buffer]
+                batch[number] = [*(w.contiguous() for w in operands), *buffers]
+        columns = [[*column] for column in zip(*batch, strict=True)]
+        self.penalty.add_gradient_(columns[:-m], columns[-m:], scales)
+        for view, buffer in strided:
+            _add_in_order_(view, buffer)
 
 
 class ImportancePenalty(TyingPenalty):
@@ -328,6 +356,21 @@ def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
         (1.0 if rates is None else rates.get(parameter, 0.0)) if parameter.requires_grad else 0.0
         for parameter in group.parameters
     )
+
+
+def _itself(parameter: nn.Parameter) -> Tensor:
+    return parameter
+
+
+def _is_slow(tensor: Tensor) -> bool:
+    """Return whether a tensor on the CPU is large, and not in the order of its memory, as a transposed one."""
+    return tensor.device.type == "cpu" and tensor.numel() >= STRIDED and not tensor.is_contiguous()
+
+
+def _add_in_order_(view: Tensor, values: Tensor) -> None:
+    """Add values to a view in the order of its memory: a transposed copy takes less time than strided additions."""
+    order = sorted(range(view.ndim), key=view.stride, reverse=True)
+    view.permute(order).add_(values.permute(order).contiguous())
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
