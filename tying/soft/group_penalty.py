@@ -162,8 +162,12 @@ class TyingPenalty(nn.Module):
         """Return the factor of each member's gradient, for the groups that change."""
         if scale == 0:
             return {}
-        speeds = {group: _rates(group, rates) for group in self.groups}
-        return {group: [scale * rate for rate in each] for group, each in speeds.items() if any(each)}
+        factors: dict[TiedGroup, Sequence[float]] = {}
+        for group in self.groups:
+            speeds = _rates(group, rates)
+            if any(speeds):
+                factors[group] = speeds if scale == 1 else [scale * rate for rate in speeds]
+        return factors
 
     def check_rates(self, rates: Rates) -> None:
         """Raise an error if the penalty has no proximal step for these rates; change no weight.
@@ -228,22 +232,23 @@ class TyingPenalty(nn.Module):
             else:
                 target.add_(group.relations[i](gradient))
 
-    def _add_batch_(self, batch: Sequence[Lane], scales: Sequence[float]) -> None:
+    def _add_batch_(self, batch: list[Lane], scales: Sequence[float]) -> None:
         """Add the gradients of pieces of groups that have equal factors."""
-        m, strided = len(scales), []
+        m, strided = len(scales), list[tuple[Tensor, Tensor]]()
         for number, lane in enumerate(batch):
-            if any(tensor is not None and _is_slow(tensor) for tensor in lane):
-                operands, views = lane[:-m], lane[-m:]
-                buffers = [
-                    torch.zeros_like(v, memory_format=torch.contiguous_format) if v is not None and _is_slow(v) else v
-                    for v in views
-                ]
-                strided += [(view, buffer) for view, buffer in zip(views, buffers, strict=True) if view is not buffer]
-                batch[number] = [*(w.contiguous() for w in operands), *buffers]
+            if places := _strided(lane):
+                pieces = [*lane]
+                for place in places:
+                    pieces[place] = (
+                        lane[place].contiguous() if place < len(lane) - m else _contiguous_zeros(lane[place])
+                    )
+                    if place >= len(lane) - m:
+                        strided.append((lane[place], pieces[place]))
+                batch[number] = pieces
         columns = [[*column] for column in zip(*batch, strict=True)]
         self.penalty.add_gradient_(columns[:-m], columns[-m:], scales)
-        for view, buffer in strided:
-            _add_in_order_(view, buffer)
+        for view, values in strided:
+            _add_in_order_(view, values)
 
 
 class ImportancePenalty(TyingPenalty):
@@ -352,19 +357,28 @@ def as_penalty(penalty: str | Penalty | Mapping[str, Any]) -> Penalty:
 
 def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
     """Return the rate of each member of a group; constants have the rate 0."""
-    return tuple(
-        (1.0 if rates is None else rates.get(parameter, 0.0)) if parameter.requires_grad else 0.0
-        for parameter in group.parameters
-    )
+    speeds = []
+    for parameter in group.parameters:  # a generator would cost a call for each
+        rate = 1.0 if rates is None else rates.get(parameter, 0.0)
+        speeds.append(rate if parameter.requires_grad else 0.0)
+    return tuple(speeds)
 
 
 def _itself(parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
-def _is_slow(tensor: Tensor) -> bool:
-    """Return whether a tensor on the CPU is large, and not in the order of its memory, as a transposed one."""
-    return tensor.device.type == "cpu" and tensor.numel() >= STRIDED and not tensor.is_contiguous()
+def _strided(lane: Lane) -> list[int]:
+    """Return the positions of large tensors that are not in the order of their memory, such as transposed ones."""
+    places = []
+    for place, tensor in enumerate(lane):  # a comprehension would cost a call
+        if tensor is not None and not tensor.is_contiguous() and tensor.numel() >= STRIDED and tensor.is_cpu:
+            places.append(place)
+    return places
+
+
+def _contiguous_zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _add_in_order_(view: Tensor, values: Tensor) -> None:
