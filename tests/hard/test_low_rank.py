@@ -1,9 +1,14 @@
 """Low rank plus a diagonal takes back every weight that it can produce, and comes as near others as alternating."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
-from tying.hard import LowRankPlusDiagonal
+from tying import ConfigurationError
+from tying.hard import LowRankPlusDiagonal, lower_rank
 from tying.hard.low_rank import factorize, low_rank_plus_diagonal
 
 SIZE = 32
@@ -124,3 +129,52 @@ def test_other_weights_come_as_near_as_by_alternating(other, rank):
         weight, step = other(rank), LowRankPlusDiagonal(rank)
         ours, theirs = (step(*step.right_inverse(weight)), alternated(weight, rank) if rank else weight.diag().diag())
         assert (weight - ours).norm() <= (weight - theirs).norm() * (1 + 1e-5)
+
+
+CHEAP = {
+    "linear": (lambda: nn.Linear(20, 30), (7, 20)),
+    "linear without a bias": (lambda: nn.Linear(20, 30, bias=False), (2, 3, 20)),
+    "convolution": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 9, 9)),
+    "dilated, circular": (lambda: nn.Conv1d(6, 8, 3, padding="same", dilation=2, padding_mode="circular"), (2, 6, 9)),
+    "three dimensions": (lambda: nn.Conv3d(2, 6, (1, 2, 3), bias=False), (2, 2, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("layer", CHEAP)
+def test_layers_of_low_rank_multiply_by_the_factors(layer, diagonal):
+    make, shape = CHEAP[layer]
+    make = (lambda: nn.Linear(20, 20)) if diagonal and layer.startswith("linear") else make
+    model, x = nn.Sequential(make()).double(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    if diagonal and not layer.startswith("linear"):
+        with pytest.raises(ConfigurationError, match="needs a square weight"):
+            lower_rank(model, ["*"], 2, diagonal)
+        return
+    plain = copy.deepcopy(model)
+    lower_rank(model, ["0.weight"], 2, diagonal)
+    assert type(model[0]).forward is not type(plain[0]).forward
+    weights = {"weight": model[0].weight} | ({"bias": model[0].bias} if model[0].bias is not None else {})
+    outputs = [model(x), torch.func.functional_call(plain[0], weights, (x,))]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(output.square().sum(), [x, *model.parameters()]) for output in outputs]
+    for by_factors, by_weight in zip(*gradients, strict=True):
+        torch.testing.assert_close(by_factors, by_weight, rtol=1e-10, atol=1e-10)
+    restored = copy.deepcopy(model)
+    parametrize.remove_parametrizations(restored[0], "weight")
+    torch.testing.assert_close(restored(x), outputs[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "rank"),
+    [
+        (lambda: nn.Linear(20, 30), 12),  # 12 · (20 + 30) = 20 · 30
+        (lambda: nn.Conv2d(8, 8, 3, groups=2), 2),
+        (lambda: nn.ConvTranspose2d(4, 8, 3), 2),
+        (lambda: nn.Bilinear(4, 4, 8), 2),
+    ],
+)
+def test_other_layers_compute_their_weights(make, rank):
+    model = nn.Sequential(make())
+    forward = type(model[0]).forward
+    lower_rank(model, ["0.weight"], rank)
+    assert type(model[0]).forward is forward

@@ -111,6 +111,30 @@ def test_l2_prox_closed_forms():
     assert all(torch.equal(a, b) for a, b in zip(moved[3:], frozen, strict=True))
 
 
+@pytest.mark.parametrize("strength", [0.01, 4.0, 1e30])
+@pytest.mark.parametrize("rates", [[0.5, 2.0], [1.0, 1.0], [0.5] * 3, [3.0] * 5], ids=str)
+def test_an_explicit_step_of_l2_is_its_proximal_step(rates, strength):
+    tensors = [torch.randn(50, dtype=torch.float64) for _ in rates]
+    steps, gradients = L2().explicit_steps(strength, rates), L2().gradient(tensors)
+    for w, step, gradient, expected in zip(tensors, steps, gradients, L2().prox(tensors, strength, rates), strict=True):
+        torch.testing.assert_close(w - step * gradient, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "strength", "rates"),
+    [
+        (L2(), math.inf, [1.0, 1.0]),  # which makes them equal, bit by bit
+        (L2(), 1.0, [1.0, 0.0]),
+        (L2(), 1.0, [1.0, 2.0, 1.0]),
+        (L1(), 1.0, [1.0, 1.0]),
+        (Huber(1.0), 1.0, [1.0, 1.0]),
+        (type("Changed", (L2,), {"prox": L1.prox})(), 1.0, [1.0, 1.0]),
+    ],
+)
+def test_other_proximal_steps_are_no_explicit_ones(penalty, strength, rates):
+    assert penalty.explicit_steps(strength, rates) is None
+
+
 @pytest.mark.parametrize("penalty", [L2(), L1()], ids=["l2", "l1"])
 @pytest.mark.parametrize("m", [2, 5])
 def test_infinite_strength_gives_the_mean(penalty, m):

@@ -8,6 +8,7 @@ from tying.soft import L1, L2, Huber, Penalty, TyingPenalty, anchored, group_pen
 PATTERNS = {
     "plain": (None, (6, 4), (6, 4)),
     "transposed": ("o i -> i o", (6, 4), (4, 6)),
+    "permuted": ("o i h w -> w o h i", (3, 2, 4, 5), (5, 3, 4, 2)),
     "reshaped": ("o (h w) -> (o h) w", (6, 4), (12, 2)),
     "reshaped after transposing": ("o i -> (i o)", (6, 4), (24,)),
 }
@@ -25,12 +26,14 @@ def snapshot(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("strided", [1, 2**14])
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("m", [2, 3])
 @pytest.mark.parametrize("penalty", [L2(), L1(), Huber(0.5)], ids=["l2", "l1", "huber"])
-def test_gradients_equal_autograd(kind, m, penalty):
+def test_gradients_equal_autograd(kind, m, penalty, strided, monkeypatch):
     if penalty.pairs_only and m > 2:
         pytest.skip("takes pairs only")
+    monkeypatch.setattr(group_penalty, "STRIDED", strided)
     model, groups = model_of(kind, m)
     tying = TyingPenalty(groups, penalty)
     (0.3 * tying()).backward()

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,13 @@ FLATTENING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy
 AVERAGING = pl.callbacks.StochasticWeightAveraging | pl.callbacks.WeightAveraging
 
 
+class _KeyBeforeSetup:
+    """The key of a callback before setup: Lightning would refuse equal ones in its own words."""
+
+    def __get__(self, callback: Any, owner: type) -> str:
+        return f"{callback.final_state_key} {id(callback)}"
+
+
 class Callback(pl.Callback):
     """The base of all callbacks. It checks the Trainer, and that no two callbacks save their states under one key.
 
@@ -43,7 +51,6 @@ class Callback(pl.Callback):
 
     name: str | None = None
     distinguished_by: str | None = None
-    _is_set_up = False
 
     @property
     def label(self) -> str:
@@ -55,11 +62,9 @@ class Callback(pl.Callback):
         argument = self.distinguished_by or "name"
         return type(other) is type(self) and getattr(other, argument) == getattr(self, argument)
 
-    @property
-    @override
-    def state_key(self) -> str:
-        # Lightning refuses equal keys in its own words, before setup
-        return self.final_state_key if self._is_set_up else f"{self.final_state_key} {id(self)}"
+    # Lightning reads it at every call of every hook, which costs no call of Python this way
+    state_key = property(attrgetter("_state_key"), doc="The key of the callback's state; before setup, of no other's.")  # type: ignore[assignment]
+    _state_key = _KeyBeforeSetup()
 
     @property
     def final_state_key(self) -> str:
@@ -72,7 +77,7 @@ class Callback(pl.Callback):
         for thing in (trainer, *callbacks_of(trainer)):
             check_namespace(type(thing), type(self).__name__)
         self._check_state_key(callbacks_of(trainer))
-        self._is_set_up = True
+        self._state_key = self.final_state_key
 
     def _check_state_key(self, callbacks: Sequence[pl.Callback]) -> None:
         if type(self).state_dict is pl.Callback.state_dict:  # it saves no state

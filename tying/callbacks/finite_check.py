@@ -80,6 +80,9 @@ class Magnitudes:
         }
 
 
+FINITE = Magnitudes()  # of weights that are all finite
+
+
 class FiniteCheck:
     """Detects weights that contain NaN or infinity, and reports which gradients were non-finite before.
 
@@ -148,8 +151,24 @@ class FiniteCheck:
 
     def measure(self) -> None:
         """Measure the weights that are trained."""
+        if self._all_finite():
+            self._measured = FINITE
+            return
         trained = {name: weight for name, weight in self.weights.items() if weight.requires_grad}
         self._measured = Magnitudes.of(trained, self.sharded)
+
+    def _all_finite(self) -> bool:
+        """Return whether all trained weights are known to be finite by their sums, on the CPU: a step costs no more."""
+        if self.sharded:
+            return False
+        for weight in self.weights.values():
+            if weight.requires_grad and not is_lazy(weight) and weight.numel():
+                if not weight.is_cpu:
+                    return False
+                total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32)).item()
+                if not math.isfinite(abs(total)):
+                    return False
+        return True
 
     def report(self, wait: bool = True) -> None:
         """Report the last measurement unless it has already been reported.
@@ -165,9 +184,10 @@ class FiniteCheck:
             UserWarning: once, if weights are finite although gradients are not, because clipping or the optimizer hid
                 them.
         """
-        if self._measured is None or not (wait or self._measured.is_known(self.sharded)):
+        measured, is_finite = self._measured, self._measured is FINITE
+        if measured is None or not (is_finite or wait or measured.is_known(self.sharded)):
             return
-        nonfinite = self._measured.nonfinite()
+        nonfinite = {} if is_finite else measured.nonfinite()
         self._measured = None
         if nonfinite:
             gradients = (
@@ -177,7 +197,7 @@ class FiniteCheck:
                 f"{self._describe(nonfinite, gradients.nonfinite())}. Lower the learning rate, clip gradients, or "
                 "inspect the batch; checkpoints are from before"
             )
-        if self._warns and (wait or self._gradients.is_known(self.sharded)):
+        if self._warns and self._gradients.names and (wait or self._gradients.is_known(self.sharded)):
             if hidden := self._gradients.nonfinite():
                 self._warns = False
                 warnings.warn(

@@ -157,6 +157,8 @@ class PenaltyCallback(TyingCallback):
         self._log_class = type(self).__name__ if len(namesakes) > 1 else ""
         with acting_on(pl_module, self, callbacks_of(trainer)):
             self.penalties = self.build_penalties(trainer, pl_module)
+        acts_on_steps = type(self).on_step is not PenaltyCallback.on_step
+        self._is_idle = not acts_on_steps and not any(penalty.strength for penalty in self.penalties)
         self._micro_batches = 0  # since the last step
         self._announced = False  # whether Lightning has announced the coming step
         self._warned_unstable = self._warned_unannounced = False
@@ -226,7 +228,7 @@ class PenaltyCallback(TyingCallback):
             self._micro_batches / trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1.0
         )
         self._announced, self._micro_batches = True, 0
-        if self.update == "gradient" and self._window:
+        if self.update == "gradient" and self._window and not self._is_idle:
             factor, rates = self._factor(trainer, optimizer), _learning_rates(optimizer)
             if isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups):
                 self._warn_if_unstable(factor, rates)
@@ -258,6 +260,12 @@ class PenaltyCallback(TyingCallback):
         if not self._window or getattr(optimizer, "found_inf", None):  # set by a scaler while a fused optimizer steps
             return
         self.check_finite(wait=self.update != "gradient")  # before NaN spreads from one weight to another
+        if not self._is_idle:
+            self._pull(trainer, optimizer)
+        self._steps[self._optimizers.index(optimizer)] += 1
+
+    def _pull(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
+        """Move the weights after a step of an optimizer, if the update is not a gradient, and call :meth:`on_step`."""
         self._last_factor, rates = self._factor(trainer, optimizer), _learning_rates(optimizer)
         if self.update == "decoupled":
             self._warn_if_unstable(self._last_factor, rates)
@@ -266,11 +274,10 @@ class PenaltyCallback(TyingCallback):
                 penalty.pull_(_product(self._last_factor, penalty.strength), rates)
             elif self.update == "proximal":
                 penalty.prox_(_product(self._last_factor, penalty.strength), rates)
-        self._steps[self._optimizers.index(optimizer)] += 1
         self.on_step(rates)
 
     def on_step(self, rates: Rates) -> None:
-        """Hook for subclasses, called after a step of an optimizer with these learning rates."""
+        """Hook for subclasses, called after a step of an optimizer with these learning rates, before it is counted."""
 
     @override
     def on_train_batch_end(
@@ -303,6 +310,8 @@ class PenaltyCallback(TyingCallback):
 
     def _factor(self, trainer: pl.Trainer, optimizer: Optimizer) -> float:
         """Return the factor on all strengths in an optimizer's next step."""
+        if not self.schedule.length:
+            return self.examples_scale * self.schedule.end
         steps = self._steps[self._optimizers.index(optimizer)]
         return self.examples_scale * self.schedule(self.schedule.count(steps, trainer.current_epoch))
 
@@ -328,4 +337,7 @@ def _product(factor: float, strength: float) -> float:
 
 
 def _learning_rates(optimizer: Optimizer) -> dict[nn.Parameter, float]:
-    return {p: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    rates = dict[nn.Parameter, float]()
+    for group in optimizer.param_groups:
+        rates.update(dict.fromkeys(group["params"], float(group["lr"])))
+    return rates

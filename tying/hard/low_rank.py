@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_count
-from tying.torch_workarounds import has_values
+from tying.torch_workarounds import convolve, has_values, is_proxy
+from tying.weights.derived import plain_class, swap_plain_class
 from tying.weights.replace import parametrize_all
 
 FLOOR = 1e-6  # of the scale of an input, relative to the largest: one that is always zero has no say
@@ -308,13 +311,83 @@ def lower_rank(model: nn.Module, parameters: Sequence[str], rank: int, diagonal:
         >>> lower_rank(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ["1.weight"], rank=2)
         ['1.weight']
     """
-    kind = LowRankPlusDiagonal if diagonal else LowRank
+    made = list[_OfRank]()
 
     def make(name: str, weight: nn.Parameter) -> _OfRank:
         check_rank(weight, rank, diagonal)
-        return kind(rank)
+        made.append(LowRankPlusDiagonal(rank) if diagonal else LowRank(rank))
+        return made[-1]
 
-    return parametrize_all(model, parameters, make, "lower_rank")
+    names = parametrize_all(model, parameters, make, "lower_rank")
+    for layer in model.modules():
+        factored, factors = FACTORED.get(plain_class(layer)), factors_of(layer)
+        if factored and factors and factors[0] in made and _are_cheaper(factors[1]):
+            swap_plain_class(layer, factored)
+    return names
+
+
+class LowRankLinear(nn.Linear):
+    """A linear layer with a weight of low rank: ``y = P (Q x) + s ∘ x + b``, without the weight."""
+
+    computes_with = "weight"
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        if is_proxy(input) or (factors := factors_of(self)) is None:
+            return F.linear(input, self.weight, self.bias)
+        left, right, *diagonal = factors[1]
+        output = F.linear(F.linear(input, right), left, self.bias)
+        return output + input * diagonal[0] if diagonal else output
+
+
+class _LowRankConvolution(nn.modules.conv._ConvNd):
+    computes_with = "weight"
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        if is_proxy(input) or (factors := factors_of(self)) is None:
+            return convolve(self, input, self.weight, self.bias)
+        left, right = factors[1]
+        hidden = convolve(self, input, right.view(len(right), -1, *self.kernel_size), None)
+        pointwise = left.view(*left.shape, *[1] * len(self.kernel_size))
+        return POINTWISE[len(self.kernel_size)](hidden, pointwise, self.bias)
+
+
+class LowRankConv1d(_LowRankConvolution, nn.Conv1d):
+    """A convolution with a weight of low rank: one to as many channels as the rank, and one of 1 × 1."""
+
+
+class LowRankConv2d(_LowRankConvolution, nn.Conv2d):
+    """See :class:`LowRankConv1d`."""
+
+
+class LowRankConv3d(_LowRankConvolution, nn.Conv3d):
+    """See :class:`LowRankConv1d`."""
+
+
+# classes of layers with weights of low rank, by the layers' own; others compute the weight
+FACTORED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: LowRankLinear,
+    nn.Conv1d: LowRankConv1d,
+    nn.Conv2d: LowRankConv2d,
+    nn.Conv3d: LowRankConv3d,
+}
+POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def factors_of(layer: nn.Module) -> tuple[_OfRank, list[nn.Parameter]] | None:
+    """Return the one step that computes a layer's weight, if it is of low rank, and the factors; else None."""
+    parametrizations: Any = getattr(layer, "parametrizations", {})
+    steps: Any = parametrizations["weight"] if "weight" in parametrizations else ()  # noqa: SIM401  # no dictionary
+    if len(steps) != 1 or not isinstance(steps[0], _OfRank) or getattr(layer, "groups", 1) != 1:
+        return None
+    return steps[0], [getattr(steps, f"original{number}") for number in range(steps.ntensors)]
+
+
+def _are_cheaper(factors: Sequence[Tensor]) -> bool:
+    """Return whether products with the factors take fewer operations than one with the weight, for every input."""
+    left, right = factors[:2]
+    return left.numel() + right.numel() < len(left) * right.shape[1]
 
 
 def check_rank(weight: Tensor, rank: int, diagonal: bool = False) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.hashing.gather import CHUNK, IndexSource, lookup
+from tying.hashing.gather import CHUNK, IndexSource, block_source, is_plain_cpu, lookup
 
 Size = int | Sequence[int]
 
@@ -104,13 +104,16 @@ class Blocks(FastPath):
 
     @override
     def weight(self, table: Tensor) -> Tensor:
-        count = math.prod(self.shape)
+        count, skipped = math.prod(self.shape), self.first % self.block
         aligned = all(length % self.block == 0 for length in (self.first, count // 2, CHUNK))
         source = IndexSource(
             count,
             compute=lambda positions: self.slot(positions + self.first),
-            compiled_fn=self._chunk_slots if aligned else None,
+            slots_of_chunks=self._chunk_slots if aligned else None,
         )
+        if is_plain_cpu(table):
+            blocks = torch.arange(self.first - skipped, self.first + count, self.block, device="cpu")
+            source = block_source(source, self.slot(blocks), self.block, skipped)
         return lookup(table, source).view(self.shape)
 
     def _chunk_slots(self, begin: Tensor) -> Tensor:

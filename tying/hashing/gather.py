@@ -3,15 +3,22 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.torch_workarounds import compile_apart, error_on_graph_break, is_proxy
+from tying.torch_workarounds import compile_apart, error_on_graph_break, is_proxy, is_traced
+
+if TYPE_CHECKING:
+    from tying.hashing.loops import Loops  # they need an optional package
 
 CHUNK = 1 << 17  # number of weights whose slots are computed at a time; they stay in the cache
+LOOPED = (torch.float32, torch.float64)  # dtypes that compiled loops can read
 FEW = 1 << 20  # up to this number of weights, torch's lookup on one thread is faster than chunks on two
 
 
@@ -26,16 +33,18 @@ class IndexSource:
         count: number of weights.
         compute: maps positions of weights (int64, any shape) to slots (int64, same shape).
         stored: the whole index, (count,) int32, or None to recompute it.
-        compiled_fn: maps the first positions of two chunks of ``CHUNK`` weights, (2, 1), to their slots; faster than
-            ``compute``.
-        compiled_read: maps a table to all weights; faster than chunks.
+        slots_of_chunks: maps the first positions of two chunks of ``CHUNK`` weights, (2, 1), to their slots; faster
+            than ``compute``.
+        read: maps a table to all weights; faster than chunks.
+        loops: compiled loops, which read and sum faster than all others.
     """
 
     count: int
     compute: Callable[[Tensor], Tensor]
     stored: Tensor | None = None
-    compiled_fn: Callable[[Tensor], Tensor] | None = None
-    compiled_read: Callable[[Tensor], Tensor] | None = None
+    slots_of_chunks: Callable[[Tensor], Tensor] | None = None
+    read: Callable[[Tensor], Tensor] | None = None
+    loops: "Loops | None" = None
 
     def index(self, device: torch.device) -> Tensor:
         """Return the whole index."""
@@ -56,8 +65,8 @@ class IndexSource:
             end = min(begin + CHUNK, half)
             if self.stored is not None:
                 slots = buffer[:, : end - begin].copy_(stored[:, begin:end])
-            elif self.compiled_fn is not None and end - begin == CHUNK:
-                slots = self.compiled_fn(starts + begin)
+            elif self.slots_of_chunks is not None and end - begin == CHUNK:
+                slots = self.slots_of_chunks(starts + begin)
             else:
                 slots = self.compute(starts + torch.arange(begin, end, device="cpu"))
             yield halves[:, begin:end], slots
@@ -89,8 +98,10 @@ def gather(table: Tensor, source: IndexSource) -> Tensor:
     """Return ``table[index]``."""
     if not _in_chunks(table):
         return table.index_select(0, source.index(table.device))
-    if source.compiled_read is not None:
-        return source.compiled_read(table.detach())  # detached: compiled once for trained and frozen tables
+    if source.loops is not None and table.dtype in LOOPED:
+        return source.loops.read(table)
+    if source.read is not None:
+        return source.read(table.detach())  # detached: compiled once for trained and frozen tables
     weights, tables = table.new_empty(source.count), table.expand(2, -1)
     for chunk, slots in source.chunks(weights):
         torch.gather(tables, 1, slots, out=chunk)
@@ -102,6 +113,8 @@ def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if not _in_chunks(values):
         return values.new_zeros(size).index_add_(0, source.index(values.device), values)
+    if source.loops is not None and values.dtype in LOOPED:
+        return source.loops.sum(values.contiguous(), size)
     sums = values.new_zeros(2, size)
     for chunk, slots in source.chunks(values):
         sums.scatter_add_(1, slots, chunk)
@@ -111,6 +124,33 @@ def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
 def _in_chunks(tensor: Tensor) -> bool:
     """Return whether to read in chunks: on a CPU, unless the compiler fuses the whole lookup."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_plain_cpu(table: Tensor) -> bool:
+    """Return whether Python code may read the values of a table on the CPU."""
+    return table.device.type == "cpu" and not is_traced()
+
+
+@cache
+def compiled_loops() -> Any:
+    """Return :mod:`tying.hashing.loops` if the extra ``fast`` is installed and works, else None.
+
+    Warns:
+        UserWarning: numba is installed, but cannot compile.
+    """
+    if find_spec("numba") is None:
+        return None
+    try:
+        loops: Any = import_module("tying.hashing.loops")
+        loops.check()
+    except Exception as error:  # of any kind: an old numba fails on a new numpy or Python in many ways
+        warnings.warn(
+            f"numba cannot compile the loops of hashed layers, which are slower without: {error}. Update it by "
+            "pip install -U 'tying[fast]', or uninstall it",
+            stacklevel=2,
+        )
+        return None
+    return loops
 
 
 class _Indexing(torch.autograd.Function):
@@ -144,6 +184,24 @@ class _Indexing(torch.autograd.Function):
         return x.new_zeros(len(x), size).index_add_(1, index, x), 0
 
 
+def block_source(source: IndexSource, starts: Tensor, block: int, skipped: int = 0) -> IndexSource:
+    """Return a source that reads blocks of weights as a whole, on the CPU.
+
+    Args:
+        source: the index of the weights.
+        starts: the first slot of each block, (blocks,) int64.
+        block: number of weights in a block.
+        skipped: number of weights of the first block that come before the first weight.
+    """
+
+    def read(table: Tensor) -> Tensor:
+        return table.unfold(0, block, 1).index_select(0, starts).flatten()[skipped : skipped + source.count]
+
+    loops = compiled_loops()
+    compiled = None if loops is None else loops.BlockLoops(source.count, starts, block, skipped)
+    return replace(source, read=read, loops=compiled)
+
+
 def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
     """Return a source that computes slots by compiled code on the CPU, or the given source if torch cannot compile.
 
@@ -163,12 +221,12 @@ def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
         # if compilation is disabled, chunks need less memory
         return table[source.index(table.device)] if torch.compiler.is_compiling() else gather(table, source)
 
-    compiled_fn, compiled_read = compile_apart(slots_of_chunks), compile_apart(read)
+    fast_slots, fast_read = compile_apart(slots_of_chunks), compile_apart(read)
     try:
         with error_on_graph_break():
-            compiled_fn(torch.tensor([[0], [CHUNK]], device="cpu"))
-            compiled_read(torch.zeros(size, device="cpu"))
+            fast_slots(torch.tensor([[0], [CHUNK]], device="cpu"))
+            fast_read(torch.zeros(size, device="cpu"))
     except Exception as error:
         warnings.warn(f"{name} is computed slowly, without compilation: {error}", stacklevel=2)
         return source
-    return replace(source, compiled_fn=compiled_fn, compiled_read=compiled_read)
+    return replace(source, slots_of_chunks=fast_slots, read=fast_read)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any, Literal, Self, get_args
@@ -14,8 +15,26 @@ from typing_extensions import override
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.fast_paths import RepeatedRows
-from tying.hashing.gather import CHUNK, IndexSource, compile_source, lookup, scatter
-from tying.hashing.hashes import CodebookHash, Hash, UniformHash, hash32, overrides_slot_only
+from tying.hashing.gather import (
+    CHUNK,
+    IndexSource,
+    block_source,
+    compile_source,
+    compiled_loops,
+    is_plain_cpu,
+    lookup,
+    scatter,
+)
+from tying.hashing.hashes import (
+    SIGN,
+    BlockHash,
+    CodebookHash,
+    Hash,
+    UniformHash,
+    hash32,
+    overrides_slot_only,
+    splitmix64,
+)
 from tying.torch_workarounds import FollowsDevice, is_proxy, is_recorded, is_traced
 from tying.weights.values import check_real
 
@@ -156,7 +175,7 @@ class HashedParametrization(FollowsDevice):
         self.fast_path = fast_path if self.index == "structured" else None
         self.check_slots()
         self._stored: Tensor | None = None
-        self._compiled: IndexSource | None = None
+        self._fastest: IndexSource | None = None
         self.move()
         self.register_state_dict_post_hook(HashedParametrization._save_drawn)  # type: ignore[no-untyped-call]  # torch's
         self.register_load_state_dict_pre_hook(HashedParametrization._load_drawn)  # type: ignore[no-untyped-call]
@@ -199,6 +218,9 @@ class HashedParametrization(FollowsDevice):
             )
         weights = positions.flatten()
         source = IndexSource(len(weights), lambda positions: self._extended_slot(weights[positions]))
+        block = self.hash.block if type(self.hash) is BlockHash else 0
+        if block and self._is_plain and width % block == self.first % block == 0 and is_plain_cpu(table):
+            source = block_source(source, self._slot(positions[..., ::block].flatten()), block)
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -404,11 +426,32 @@ class HashedParametrization(FollowsDevice):
             compute=self._extended_slot,
             stored=None if self._stored is None else self._stored.to(device),
         )
-        if self.index != "computed" or source.count < COMPILED or device.type != "cpu" or is_traced():
+        if device.type != "cpu" or is_traced():
             return source
-        if self._compiled is None:
-            self._compiled = compile_source(source, self._extended_size, str(self.hash))
-        return self._compiled
+        if self._fastest is None:
+            self._fastest = self._accelerated(source)
+        return self._fastest
+
+    def _accelerated(self, source: IndexSource) -> IndexSource:
+        """Return a source that reads faster on the CPU, if there is one."""
+        if (loops := compiled_loops()) is not None:
+            if source.stored is not None:
+                signed = self.table_size if self.sign and not self.zeros else None
+                return replace(source, loops=loops.StoredLoops(self._smallest_index(source.stored), signed))
+            is_uniform = type(self.hash) is UniformHash and self.density == 1 and self.zero_row is None
+            if is_uniform and self.first + source.count <= 1 << 32:
+                keys = (*splitmix64(self.hash.seed), *splitmix64(self.hash.seed + SIGN))
+                uniform = loops.UniformLoops(source.count, self.first, self.table_size, keys, self.sign)
+                return replace(source, loops=uniform)
+        if self.index == "computed" and source.count >= COMPILED:
+            return compile_source(source, self._extended_size, str(self.hash))
+        return source
+
+    def _smallest_index(self, stored: Tensor) -> Tensor:
+        """Return the assignments of a codebook, in a smaller type than a stored index, if they are the index."""
+        if self.drawn is not None and isinstance(self.hash, CodebookHash) and self._is_plain and not self.zeros:
+            return self.drawn[self.first : self.first + len(stored)]
+        return stored
 
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
         small_table = self.table_size <= source.count  # if so, scaling the table is cheaper than scaling the weights
@@ -423,6 +466,7 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def move(self) -> None:
+        self._fastest = None
         if self.drawn is not None:
             self.state.values = self.drawn.to(self.device)
         if self.index == "stored":
@@ -509,7 +553,7 @@ class HashedParametrization(FollowsDevice):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle: all attributes except the index, which is recomputed."""
-        return {**self.__dict__, "_stored": None, "_compiled": None}
+        return {**self.__dict__, "_stored": None, "_fastest": None}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from tying.weights.sharding import (
 )
 
 CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
+STRIDED = 2**14  # entries: from there on, arithmetic on a transposed copy is faster than on a transposed view
 DEVICE_BATCH = 2**26  # entries: few kernel launches, and a buffer of bounded size
 PENALTIES: dict[str, Penalty] = {"l2": L2(), "l1": L1()}
 Rates = Mapping[nn.Parameter, float]
@@ -128,26 +129,45 @@ class TyingPenalty(nn.Module):
         for group in self._placements:
             for parameter in group.parameters:
                 reduce_gradient(parameter)
-        self._add_(strength, rates, gradient_of)
+        self._add_(self._factors(strength, rates), gradient_of)
 
     @torch.no_grad()
     def pull_(self, s: float, rates: Rates | None = None) -> None:
         """Take the explicit step ``w ← w − s ∂Ω`` (times the rate)."""
-        self._add_(-s, rates, lambda parameter: parameter)
+        self._add_(self._factors(-s, rates), _itself)
 
     @torch.no_grad()
     def prox_(self, s: float, rates: Rates | None = None) -> None:
         """Take the proximal step ``w ← argmin_v Σ_i ‖v_i − w_i‖² / (2 rate_i) + s Ω(v)``; s may be infinite."""
         if s == 0:
             return
+        explicit: dict[TiedGroup, Sequence[float]] = {}
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
-                for i, value in enumerate(self.penalty.prox(self.operands(group), s, speeds)):
-                    if speeds[i] and group in self._placements:
-                        local(group.parameters[i]).copy_(local_member(group, i, value, self._placements[group]))
-                    elif speeds[i]:
-                        group.parameters[i].copy_(group.relations[i](value))
+                if (steps := self.penalty.explicit_steps(s, speeds)) is not None:
+                    explicit[group] = [-step for step in steps]
+                else:
+                    self._prox_group_(group, s, speeds)
+        self._add_(explicit, _itself)
+
+    def _prox_group_(self, group: TiedGroup, s: float, speeds: Sequence[float]) -> None:
+        for i, value in enumerate(self.penalty.prox(self.operands(group), s, speeds)):
+            if speeds[i] and group in self._placements:
+                local(group.parameters[i]).copy_(local_member(group, i, value, self._placements[group]))
+            elif speeds[i]:
+                group.parameters[i].copy_(group.relations[i](value))
+
+    def _factors(self, scale: float, rates: Rates | None) -> dict[TiedGroup, Sequence[float]]:
+        """Return the factor of each member's gradient, for the groups that change."""
+        if scale == 0:
+            return {}
+        factors: dict[TiedGroup, Sequence[float]] = {}
+        for group in self.groups:
+            speeds = _rates(group, rates)
+            if any(speeds):
+                factors[group] = speeds if scale == 1 else [scale * rate for rate in speeds]
+        return factors
 
     def check_rates(self, rates: Rates) -> None:
         """Raise an error if the penalty has no proximal step for these rates; change no weight.
@@ -183,39 +203,52 @@ class TyingPenalty(nn.Module):
                 )
         return None
 
-    def _add_(self, scale: float, rates: Rates | None, receiver: Callable[[nn.Parameter], Tensor]) -> None:
-        if scale == 0:
-            return
+    def _add_(self, factors: Mapping[TiedGroup, Sequence[float]], receiver: Callable[[nn.Parameter], Tensor]) -> None:
+        """Add the gradient of each member, times a factor, to what ``receiver`` returns for it."""
         lanes: dict[tuple[float, ...], list[Lane]] = {}
         copies: list[tuple[TiedGroup, int, Tensor, Tensor]] = []
-        for group in self.groups:
-            speeds = _rates(group, rates)
-            if any(speeds):
-                operands = self.operands(group)
-                views: list[Tensor | None] = [None] * len(group)
-                for i, parameter in enumerate(group.parameters):
-                    if speeds[i]:
-                        target = receiver(parameter)
-                        if group in self._placements:
-                            view = _local_view(target, group.to_source[i], self._placements[group])
-                        else:
-                            view = group.to_source[i](target)
-                            view = view if view.data_ptr() == target.data_ptr() else None
-                        if view is None:  # a copy: add it to the target at the end
-                            view = torch.zeros_like(operands[i])
-                            copies.append((group, i, target, view))
-                        views[i] = view
-                lanes.setdefault(speeds, []).append([*operands, *views])
-        for speeds, alike in lanes.items():
+        for group, scales in factors.items():
+            operands = self.operands(group)
+            views: list[Tensor | None] = [None] * len(group)
+            for i, parameter in enumerate(group.parameters):
+                if scales[i]:
+                    target = receiver(parameter)
+                    if group in self._placements:
+                        view = _local_view(target, group.to_source[i], self._placements[group])
+                    else:
+                        view = group.to_source[i](target)
+                        view = view if view.data_ptr() == target.data_ptr() else None
+                    if view is None:  # a copy: add it to the target at the end
+                        view = torch.zeros_like(operands[i])
+                        copies.append((group, i, target, view))
+                    views[i] = view
+            lanes.setdefault(tuple(scales), []).append([*operands, *views])
+        for scales, alike in lanes.items():
             for batch in _batches(alike):
-                columns = [[*column] for column in zip(*batch, strict=True)]
-                m = len(speeds)
-                self.penalty.add_gradient_(columns[:-m], columns[-m:], [scale * speed for speed in speeds])
+                self._add_batch_(batch, scales)
         for group, i, target, gradient in copies:
             if group in self._placements:
                 local(target).add_(local_member(group, i, gradient, self._placements[group]))
             else:
                 target.add_(group.relations[i](gradient))
+
+    def _add_batch_(self, batch: list[Lane], scales: Sequence[float]) -> None:
+        """Add the gradients of pieces of groups that have equal factors."""
+        m, strided = len(scales), list[tuple[Tensor, Tensor]]()
+        for number, lane in enumerate(batch):
+            if places := _strided(lane):
+                pieces = [*lane]
+                for place in places:
+                    pieces[place] = (
+                        lane[place].contiguous() if place < len(lane) - m else _contiguous_zeros(lane[place])
+                    )
+                    if place >= len(lane) - m:
+                        strided.append((lane[place], pieces[place]))
+                batch[number] = pieces
+        columns = [[*column] for column in zip(*batch, strict=True)]
+        self.penalty.add_gradient_(columns[:-m], columns[-m:], scales)
+        for view, values in strided:
+            _add_in_order_(view, values)
 
 
 class ImportancePenalty(TyingPenalty):
@@ -324,10 +357,34 @@ def as_penalty(penalty: str | Penalty | Mapping[str, Any]) -> Penalty:
 
 def _rates(group: TiedGroup, rates: Rates | None) -> tuple[float, ...]:
     """Return the rate of each member of a group; constants have the rate 0."""
-    return tuple(
-        (1.0 if rates is None else rates.get(parameter, 0.0)) if parameter.requires_grad else 0.0
-        for parameter in group.parameters
-    )
+    speeds = []
+    for parameter in group.parameters:  # a generator would cost a call for each
+        rate = 1.0 if rates is None else rates.get(parameter, 0.0)
+        speeds.append(rate if parameter.requires_grad else 0.0)
+    return tuple(speeds)
+
+
+def _itself(parameter: nn.Parameter) -> Tensor:
+    return parameter
+
+
+def _strided(lane: Lane) -> list[int]:
+    """Return the positions of large tensors that are not in the order of their memory, such as transposed ones."""
+    places = []
+    for place, tensor in enumerate(lane):  # a comprehension would cost a call
+        if tensor is not None and not tensor.is_contiguous() and tensor.numel() >= STRIDED and tensor.is_cpu:
+            places.append(place)
+    return places
+
+
+def _contiguous_zeros(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _add_in_order_(view: Tensor, values: Tensor) -> None:
+    """Add values to a view in the order of its memory: a transposed copy takes less time than strided additions."""
+    order = sorted(range(view.ndim), key=view.stride, reverse=True)
+    view.permute(order).add_(values.permute(order).contiguous())
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:

@@ -134,6 +134,13 @@ class Penalty:
         """
         raise NotImplementedError(f"{type(self).__name__} has no proximal step: define prox, or use another update")
 
+    def explicit_steps(self, strength: float, rates: Sequence[float]) -> Sequence[float] | None:
+        """Return the steps t_i for which ``w_i − t_i ∂Ω/∂w_i`` is the proximal step, or None if there are none.
+
+        Explicit steps are computed for all groups at once, which is faster.
+        """
+        return None
+
 
 class L2(Penalty):
     """The penalty :func:`l2`."""
@@ -166,6 +173,14 @@ class L2(Penalty):
         for receivers, deviations, scale in pulls:
             if scale:
                 foreach_add_(cast(list[Tensor], receivers), deviations, alpha=scale)
+
+    def explicit_steps(self, strength: float, rates: Sequence[float]) -> Sequence[float] | None:
+        """Return ``s r_i / (1 + s Σ r)`` for pairs, and for equal rates, if none is 0."""
+        m, steps = len(rates), [strength * rate for rate in rates]
+        if not all(rates) or (m > 2 and len({*rates}) > 1) or type(self) is not L2:
+            return None
+        whole = 1 + sum(steps)
+        return [step / whole for step in steps] if math.isfinite(whole) else None
 
     def prox(self, tensors: Sequence[Tensor], strength: float, rates: Sequence[float]) -> list[Tensor]:
         """Return ``c + b_i (w_i − c)``, where ``b_i = 1/(1 + m s r_i)`` and c is the mean of all w weighted by b."""
