@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks import evidence, experiment, gallery, hybrid_toy
+from benchmarks import evidence, experiment, hybrid_toy
 from benchmarks.archive import pack, unpack
 from benchmarks.cluster import Cluster
 from benchmarks.declared import suites
@@ -18,9 +18,7 @@ from benchmarks.engine import Local
 from benchmarks.machine import describe
 from benchmarks.plan import plan
 from benchmarks.report import PAGES, RESULTS, paste, write
-from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
-from benchmarks.speed import against
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError, nearest
 from tying.files import save_figure
@@ -52,20 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="table, plot and CSV of a suite's runs")
     speed = commands.add_parser("speed", help="times against named peers, as ratios")
     speed.add_argument("family", nargs="*", metavar="FAMILY", help=f"of {', '.join(SPEED)}; all by default")
-    speed.add_argument("--against", type=Path, metavar="CHECKOUT", help="compare with another checkout, in turns")
-    speed.add_argument("--turns", type=int, default=5, help="measurements of each checkout, with --against")
     restore = commands.add_parser("restore", help="put a suite's kept runs where runs are, to go on from them")
-    sizes = commands.add_parser("sizes", help="measure anew the bytes of a suite's models, without training them")
     redraw = commands.add_parser("redraw", help="draw the pictures of kept results again, without running anything")
     redraw.add_argument("results", nargs="*", metavar="RESULTS", help="such as 'soft'; by default, all of suites")
-    pictures = commands.add_parser("gallery", help="draw the pictures of docs/gallery.md, in a few minutes")
-    pictures.add_argument(
-        "picture", nargs="*", metavar="PICTURE", help=f"of {', '.join(gallery.NAMES)}; all by default"
-    )
     export = commands.add_parser("export", help="write every epoch of all kept runs as one table")
     export.add_argument("file", type=Path, metavar="FILE", help="a file that ends in .csv or .parquet")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
-    for command in (run, report, restore, sizes):
+    for command in (run, report, restore):
         command.add_argument("suite", help=f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file")
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
         command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
@@ -97,19 +88,12 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
     elif known.command == "redraw":
         for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
             print("Written:", *experiment.redraw(name))
-    elif known.command == "gallery":
-        for name in known.picture or gallery.NAMES:
-            print("Written:", gallery.draw(name))
     elif known.command == "restore":
         sweep = experiment.prepare(known.suite, known.out, known.data)
         restored = unpack(_archive(sweep), sweep.out)
         print(f"{len(restored)} runs put back in {sweep.out}")
-    elif known.command == "sizes":
-        print(remeasure(experiment.prepare(known.suite, known.out, known.data, as_begun=True)))
     elif known.command == "run" and known.suite in COMPUTED:
         _present(known.suite, *COMPUTED[known.suite](), f"run {known.suite}", known.save)
-    elif known.command == "speed" and known.against:
-        print(against.compare(known.against.resolve(), known.family or [*against.SHORTER], known.turns))
     elif known.command == "speed":
         for family in known.family or SPEED:
             if family not in SPEED:

@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
-from benchmarks import evidence, experiment, gallery, hybrid_toy, report
+from benchmarks import evidence, experiment, hybrid_toy, report
 from benchmarks.declared import load, suites
-from benchmarks.diagrams import DIAGRAMS
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
+from docs import pictures
 from tying.advice.plans import Plan
 from tying.advice.report import Advice, GroupRow, PlanRow
 from tying.callbacks import Unrolling
@@ -364,7 +364,7 @@ FIGURES = {  # by the function that draws
     "tying.callbacks.hm_lstm.boundary_figure": lambda _: boundary_figure("many letters " * 20, torch.ones(260, 3)),
     "tying.advice.report.figure": lambda _: advice(),
     "tying.cli.demo.figure": lambda _: demo_figure(),
-    **{f"benchmarks.diagrams.{name}": lambda _, draw=draw: draw() for name, draw in DIAGRAMS.items()},
+    **{f"docs.pictures.{name}": lambda _, draw=draw: draw() for name, draw in pictures.DIAGRAMS.items()},
     "benchmarks.hybrid_toy.report": synthetic,
     "benchmarks.speed.growth.measure": grown,
 }
@@ -377,7 +377,7 @@ SAVED = {
 
 def test_every_function_that_draws_is_below():
     drawing = set()
-    for path in (path for folder in ("tying", "benchmarks") for path in (report.ROOT / folder).rglob("*.py")):
+    for path in (path for folder in ("tying", "benchmarks", "docs") for path in (report.ROOT / folder).rglob("*.py")):
         for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
             names = {
                 node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")
@@ -389,7 +389,7 @@ def test_every_function_that_draws_is_below():
         *SAVED,
         "tying.figures.new_figure",
         "tying.cli.demo.demo",
-        "benchmarks.diagrams.parameter_figure",
+        "docs.pictures.parameter_figure",
     }
 
 
@@ -494,18 +494,18 @@ def test_the_gallery_shows_what_every_callback_draws():
     """And nothing else, each picture in a file that says what it shows."""
     sources = "".join(path.read_text() for path in (report.ROOT / "tying" / "callbacks").rglob("*.py"))
     drawn = {*re.findall(r'log_figure\(trainer.*"(\w+)"', sources), "mixture_end"} - {"_"}
-    assert drawn == {*gallery.PICTURES} - {"advice"}
+    assert drawn == {*pictures.PICTURES} - {"advice"}
     shown = re.findall(r"!\[.+?\]\(gallery/(.+?)\.png\)", (report.ROOT / "docs" / "gallery.md").read_text())
-    assert sorted(shown) == sorted(gallery.NAMES)
-    assert {path.stem for path in gallery.FOLDER.iterdir()} == {*gallery.NAMES}
-    assert all(len(evidence.description(path).split()) > 3 for path in gallery.FOLDER.iterdir())
+    assert sorted(shown) == sorted(pictures.NAMES)
+    assert {path.stem for path in pictures.FOLDER.iterdir()} == {*pictures.NAMES}
+    assert all(len(evidence.description(path).split()) > 3 for path in pictures.FOLDER.iterdir())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", gallery.PICTURES)
+@pytest.mark.parametrize("name", pictures.PICTURES)
 def test_the_gallery_is_drawn_by_its_commands(name, tmp_path):
-    picture = gallery.draw(name, tmp_path)
-    assert evidence.description(picture) == evidence.description(gallery.FOLDER / picture.name)
+    picture = pictures.draw(name, tmp_path)
+    assert evidence.description(picture) == evidence.description(pictures.FOLDER / picture.name)
 
 
 def test_a_file_says_what_its_figure_shows(tmp_path):

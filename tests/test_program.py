@@ -73,8 +73,6 @@ def test_a_program_is_swept_killed_resumed_archived_and_judged(tmp_path, capsys)
     assert benchmarks.main(["restore", "mine.yaml", "--out=back"]) == 0
     assert figures("back") == figures("out")
     capsys.readouterr()
-    assert benchmarks.main(["sizes", "mine.yaml", "--out=out"]) == 2
-    assert "faults.program makes its models" in capsys.readouterr().err
     Path("mine.yaml").write_text(SUITE.replace("faults.program", "faults.silent"))
     assert benchmarks.main(["report", "mine.yaml", "--out=out"]) == 2
     assert "program is 'faults.program' there and 'faults.silent' here" in capsys.readouterr().err
