@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from benchmarks import evidence, experiment, hybrid_toy
 from benchmarks.archive import pack, unpack
 from benchmarks.cluster import Cluster
-from benchmarks.declared import suites
 from benchmarks.engine import Local
 from benchmarks.machine import describe
 from benchmarks.plan import plan
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.speed import FAMILIES as SPEED
+from benchmarks.suite import suites
 from benchmarks.sweep import Sweep
 from tying.errors import ConfigurationError, nearest
 from tying.files import save_figure

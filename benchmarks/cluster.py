@@ -26,8 +26,7 @@ from filelock import FileLock, Timeout
 from typing_extensions import override
 
 from benchmarks.engine import Local, apart, work_apart
-from benchmarks.folder import Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import Folder, write_json
 from benchmarks.machine import PACKAGES
 from benchmarks.perform import TAKEN, Task, in_a_line
 from tying.errors import ConfigurationError, listed

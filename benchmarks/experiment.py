@@ -13,16 +13,14 @@ from pandas import DataFrame
 
 from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
-from benchmarks.declared import load, suites
 from benchmarks.engine import Local, Performance
 from benchmarks.figures import draw as draw_plot
 from benchmarks.figures import draw_overview
-from benchmarks.folder import complete_below
-from benchmarks.json_files import read_json, write_json
+from benchmarks.folder import complete_below, read_json, write_json
 from benchmarks.machine import machine
 from benchmarks.report import RESULTS, write
 from benchmarks.rows import final, read_rows
-from benchmarks.suite import Suite
+from benchmarks.suite import Suite, load, suites
 from benchmarks.summary import curves, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
 from tying.cli.demo import without_notices

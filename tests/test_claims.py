@@ -16,10 +16,10 @@ from benchmarks.claims import (
     of_all_lines,
     verdicts,
 )
-from benchmarks.declared import load
 from benchmarks.figures import Plot, draw
 from benchmarks.inference import interval, moments, probability_by_chance
 from benchmarks.rows import final
+from benchmarks.suite import load
 from tying.hashing import UniformHash
 from tying.hashing.parametrization import table_slots
 

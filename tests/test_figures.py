@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
 from benchmarks import evidence, experiment, hybrid_toy, report
-from benchmarks.declared import load, suites
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
+from benchmarks.suite import load, suites
 from docs import pictures
 from tying.advice.plans import Plan
 from tying.advice.report import Advice, GroupRow, PlanRow

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.declared import load
 from benchmarks.folder import Folder
 from benchmarks.program import parse_program
+from benchmarks.suite import load
 from tying.errors import ConfigurationError
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])

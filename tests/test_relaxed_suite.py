@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.declared import load
 from benchmarks.perform import arguments
+from benchmarks.suite import load
 from tying.callbacks.transform import ModelTransform
 from tying.cli import parse
 from tying.weights.derived import count_parameters

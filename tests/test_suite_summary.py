@@ -5,8 +5,7 @@ import pytest
 
 from benchmarks import experiment
 from benchmarks.figures import draw_curves, draw_outcomes
-from benchmarks.folder import FILES, Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
 from benchmarks.summary import curves, spread, summarize
 from benchmarks.sweep import Sweep

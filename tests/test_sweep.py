@@ -15,8 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.folder import Folder
-from benchmarks.json_files import difference
+from benchmarks.folder import Folder, difference
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
 TINY = """

@@ -16,13 +16,14 @@ from torch.utils.benchmark import Timer
 from benchmarks.report import table
 from benchmarks.speed.timing import Step, passes, race, time_of
 
-TRIALS = 40
-SECONDS = 0.2  # for each side of a comparison
-BUSY = """
+TRIALS = 25
+SECONDS = 0.08  # for each side of a comparison
+HALF = 0.2  # seconds: the other program sleeps as long as it works
+BUSY = f"""
 import time
 while True:
-    time.sleep(0.5)
-    end = time.perf_counter() + 0.5
+    time.sleep({HALF})
+    end = time.perf_counter() + {HALF}
     while time.perf_counter() < end:
         pass
 """
@@ -66,7 +67,7 @@ def measure() -> str:
     }
     rows = [[way, *(cells[step, way] for step in steps)] for way in ways]
     caption = (
-        f"A program timed against itself, while another one keeps a core busy in every other half second; medians of "
+        f"A program timed against itself, while another one works and sleeps, {HALF:g} s each in turn; medians of "
         f"{TRIALS} ratios (5 % to 95 % of them), each of about {SECONDS:g} s a side:"
     )
     return f"{caption}\n\n{table(['way', *steps], rows)}"

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from benchmarks.cluster import Cluster
 from benchmarks.experiment import draw, prepare, quietly, report
-from benchmarks.folder import FILES, Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.perform import arguments, perform
 from benchmarks.report import table
 from benchmarks.speed.timing import race
