@@ -16,6 +16,7 @@ from signal import SIG_IGN, SIGINT, SIGKILL, signal
 from statistics import fmean
 from typing import Any, Self, TypeVar
 
+from benchmarks.machine import processors
 from benchmarks.perform import TAKEN, Task, in_a_line, work
 from benchmarks.suite import Run
 from benchmarks.sweep import Sweep
@@ -35,7 +36,7 @@ class Local:
         if jobs < 1:
             raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
         self.slots = self.ahead = jobs  # runs at a time, and those that may be submitted
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = max(1, len(processors()) // jobs)
         self._pool: Executor = ThreadPoolExecutor(jobs)
         self._stopped = threading.Event()
 
