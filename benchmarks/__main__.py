@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -93,16 +94,14 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         restored = unpack(_archive(sweep), sweep.out)
         print(f"{len(restored)} runs put back in {sweep.out}")
     elif known.command == "run" and known.suite in COMPUTED:
-        _present(known.suite, *COMPUTED[known.suite](), f"run {known.suite}", known.save)
+        _present(known.suite, COMPUTED[known.suite](), f"run {known.suite}", known.save)
     elif known.command == "speed":
         for family in known.family or SPEED:
             if family not in SPEED:
                 raise ConfigurationError(
                     f"unknown family {family!r}: there is {', '.join(SPEED)}.{nearest(family, SPEED)}"
                 )
-            made = SPEED[family]()
-            text, figure = made if isinstance(made, tuple) else (made, None)
-            _present(f"speed_{family}", text, figure, f"speed {family}", known.save)
+            _present(f"speed_{family}", SPEED[family](), f"speed {family}", known.save)
     elif known.command == "run":
         return _run(known, overrides)
     else:
@@ -130,8 +129,10 @@ def _run(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(known: argparse.Namespace, sweep: Sweep, partial: bool = False) -> None:
-    _keep(sweep.name, experiment.report(sweep, _command(known.suite, sweep)), known.save)
+    text = experiment.report(sweep, _command(known.suite, sweep))
+    print(f"\n{text}")
     if known.save:
+        write(RESULTS / f"{sweep.name}.md", text + "\n")
         pack(sweep.out, _archive(sweep))
     if not partial:
         try:
@@ -158,16 +159,17 @@ def _anywhere(argument: str) -> str:
     return f"{option}{assigned}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
-def _present(name: str, text: str, figure: Figure | None, command: str, save: bool) -> None:
-    _keep(name, f"{text}\n\n{describe()}. Command: `python -m benchmarks {command}`.", save)
-    if figure is not None:
-        save_figure(figure, (RESULTS if save else Path("runs")) / f"{name}.png")
-
-
-def _keep(name: str, text: str, save: bool) -> None:
-    print(f"\n{text}")
+def _present(name: str, results: Iterable[str | Figure], command: str, save: bool) -> None:
+    """Print results as they come, and keep them."""
+    paragraphs = []
+    for result in itertools.chain(results, [f"{describe()}. Command: `python -m benchmarks {command}`."]):
+        if isinstance(result, Figure):
+            save_figure(result, (RESULTS if save else Path("runs")) / f"{name}.png")
+        else:
+            paragraphs.append(result)
+            print(f"\n{result}", flush=True)
     if save:
-        write(RESULTS / f"{name}.md", text + "\n")
+        write(RESULTS / f"{name}.md", "\n\n".join(paragraphs) + "\n")
 
 
 if __name__ == "__main__":

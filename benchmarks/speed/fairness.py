@@ -6,7 +6,7 @@ import itertools
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ def in_succession(step: Step, method: str, **limits: float) -> float:
     return float(first / second)
 
 
-def measure() -> str:
-    """Run the measurement, and return its table as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     source, target = torch.randn(2, 1 << 21)
     steps: dict[str, Step] = {
         "copy of 8 MiB": lambda: target.copy_(source),
@@ -66,8 +66,8 @@ def measure() -> str:
         for key, values in ratios.items()
     }
     rows = [[way, *(cells[step, way] for step in steps)] for way in ways]
-    caption = (
+    yield (
         f"A program timed against itself, while another one works and sleeps, {HALF:g} s each in turn; medians of "
         f"{TRIALS} ratios (5 % to 95 % of them), each of about {SECONDS:g} s a side:"
     )
-    return f"{caption}\n\n{table(['way', *steps], rows)}"
+    yield table(["way", *steps], rows)

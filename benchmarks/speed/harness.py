@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cluster import Cluster
@@ -29,8 +29,8 @@ def bare(arguments: Sequence[str]) -> None:
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
 
 
-def measure(overrides: Sequence[str] = ()) -> str:
-    """Run the measurements, and return their results as Markdown; ``overrides`` are those of the run."""
+def measure(overrides: Sequence[str] = ()) -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown; ``overrides`` are those of the run."""
     from distributed import LocalCluster  # an optional package
 
     with (
@@ -63,13 +63,9 @@ def measure(overrides: Sequence[str] = ()) -> str:
         result = race(sides, races=7, rounds=1)
         seconds = _report_many(root, folder)
     rows = [[side, f"{result.median(side):.2f}", result.told(side, "parse, fit and test")] for side in sides]
-    return "\n\n".join(
-        [
-            f"{EPOCHS} epochs of ResNet-20 on the embedded sample, softly tied, in one process:",
-            table(["side", "s", "ratio"], rows),
-            f"A report over {RUNS:,} runs, with plot and CSV, takes {seconds:.1f} s.",
-        ]
-    )
+    yield f"{EPOCHS} epochs of ResNet-20 on the embedded sample, softly tied, in one process:"
+    yield table(["side", "s", "ratio"], rows)
+    yield f"A report over {RUNS:,} runs, with plot and CSV, takes {seconds:.1f} s."
 
 
 def _report_many(root: Path, folder: Folder) -> float:
