@@ -11,16 +11,16 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks import evidence, experiment, hybrid_toy
+from benchmarks import evidence, hybrid_toy, summary
 from benchmarks.archive import pack, unpack
 from benchmarks.cluster import Cluster
-from benchmarks.engine import Local
+from benchmarks.engine import Local, perform
 from benchmarks.machine import describe
 from benchmarks.plan import plan
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.speed import FAMILIES as SPEED
 from benchmarks.suite import suites
-from benchmarks.sweep import Sweep
+from benchmarks.sweep import Sweep, check, prepare
 from tying.errors import ConfigurationError, nearest
 from tying.files import save_figure
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
     if known.command == "list":
-        print(experiment.overview())
+        print(summary.overview())
     elif known.command == "readme":
         for page in PAGES:
             write(page, paste(page.read_text()))
@@ -88,9 +88,9 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{evidence.export(known.file)} runs written to {known.file}")
     elif known.command == "redraw":
         for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
-            print("Written:", *experiment.redraw(name))
+            print("Written:", *summary.redraw(name))
     elif known.command == "restore":
-        sweep = experiment.prepare(known.suite, known.out, known.data)
+        sweep = prepare(known.suite, known.out, known.data)
         restored = unpack(_archive(sweep), sweep.out)
         print(f"{len(restored)} runs put back in {sweep.out}")
     elif known.command == "run" and known.suite in COMPUTED:
@@ -106,22 +106,22 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         return _run(known, overrides)
     else:
         chosen = {"seeds": known.seeds, "only": known.only, "overrides": overrides}
-        sweep = experiment.prepare(known.suite, known.out, known.data, **chosen, as_begun=True)
+        sweep = prepare(known.suite, known.out, known.data, **chosen, as_begun=True)
         _report(known, sweep, partial=known.only is not None)
     return 0
 
 
 def _run(known: argparse.Namespace, overrides: list[str]) -> int:
     where = {"out": known.out, "data": known.data, "overrides": overrides}
-    sweep = experiment.prepare(known.suite, **where, seeds=known.seeds, only=known.only)
+    sweep = prepare(known.suite, **where, seeds=known.seeds, only=known.only)
     with Cluster(known.executor, sweep.out, known.shared) if known.executor else Local(known.jobs) as workers:
-        experiment.check(sweep)
+        check(sweep)
         if known.plan:
             print(plan(sweep, workers))
             return 0
-        failed = experiment.perform(sweep, workers, known.retry)
+        failed = perform(sweep, workers, known.retry)
     try:
-        _report(known, experiment.prepare(known.suite, **where, as_begun=True))  # all there is
+        _report(known, prepare(known.suite, **where, as_begun=True))  # all there is
     except ConfigurationError:
         if not failed:  # and told already
             raise
@@ -129,14 +129,14 @@ def _run(known: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _report(known: argparse.Namespace, sweep: Sweep, partial: bool = False) -> None:
-    text = experiment.report(sweep, _command(known.suite, sweep))
+    text = summary.report(sweep, _command(known.suite, sweep))
     print(f"\n{text}")
     if known.save:
         write(RESULTS / f"{sweep.name}.md", text + "\n")
         pack(sweep.out, _archive(sweep))
     if not partial:
         try:
-            print("Written:", *experiment.draw(sweep, RESULTS if known.save else None))
+            print("Written:", *summary.draw(sweep, RESULTS if known.save else None))
         except OSError as error:
             print(f"CSV and plot could not be written: {error}", file=sys.stderr)
 

@@ -16,10 +16,11 @@ from signal import SIG_IGN, SIGINT, SIGKILL, signal
 from statistics import fmean
 from typing import Any, Self, TypeVar
 
+from benchmarks.folder import read_json, write_json
 from benchmarks.machine import processors
 from benchmarks.perform import TAKEN, Task, in_a_line, work
 from benchmarks.suite import Run
-from benchmarks.sweep import Sweep
+from benchmarks.sweep import BEGUN, Sweep
 from tying.errors import ConfigurationError
 
 POLL = 0.5  # seconds between looks at what other processes do
@@ -186,6 +187,16 @@ class Performance:
         seconds = sum(lefts) + unknown * fmean(guesses or [0.0])
         left = f"; about {duration(seconds / min(self.workers.slots, unknown + len(lefts)))} left" if seconds else ""
         print(f"[{self._complete}/{len(self.sweep.runs)}] {news}{left}", flush=True)
+
+
+def perform(sweep: Sweep, workers: Local, retry: int = 0) -> dict[str, str]:
+    """Do the runs that are not done; return why those failed that failed, by name."""
+    path = sweep.out / BEGUN
+    kept = read_json(path, "seeds") if path.exists() else {"seeds": 0}
+    begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
+    if begun != kept:
+        write_json(path, begun)
+    return Performance(sweep, workers, retry).perform()
 
 
 def in_words(progress: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
-from benchmarks import evidence, experiment, hybrid_toy, report
+from benchmarks import evidence, hybrid_toy, report, summary
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
 from benchmarks.suite import load, suites
@@ -472,17 +472,17 @@ def test_kept_results_are_drawn_again(tmp_path, saved):
     (tmp_path / "runs").mkdir()
     for kept in ("autoencoder.csv", "runs/autoencoder.tar.xz"):
         shutil.copy(report.RESULTS / kept, tmp_path / kept)
-    assert experiment.redraw("autoencoder", tmp_path) == [tmp_path / "autoencoder.png"]
+    assert summary.redraw("autoencoder", tmp_path) == [tmp_path / "autoencoder.png"]
     assert {len(line.get_xdata()) for line in saved[0].axes[0].lines} == {12}
     table = (tmp_path / "autoencoder.csv").read_text()
     (tmp_path / "autoencoder.csv").write_text(table.replace("0.1", "0.2", 1))
     with pytest.raises(ConfigurationError, match=r"autoencoder\.tar\.xz has other results than .*autoencoder\.csv"):
-        experiment.redraw("autoencoder", tmp_path)
+        summary.redraw("autoencoder", tmp_path)
     (tmp_path / "runs" / "autoencoder.tar.xz").unlink()
-    experiment.redraw("autoencoder", tmp_path)
+    summary.redraw("autoencoder", tmp_path)
     assert len(saved[1].axes[0].containers) == 2
     with pytest.raises(ConfigurationError, match=r"there is no .*soft\.csv"):
-        experiment.redraw("soft", tmp_path)
+        summary.redraw("soft", tmp_path)
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)

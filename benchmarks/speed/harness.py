@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cluster import Cluster
-from benchmarks.experiment import draw, prepare, quietly, report
 from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.perform import arguments, perform
 from benchmarks.report import table
 from benchmarks.speed.timing import race
+from benchmarks.summary import draw, report
+from benchmarks.sweep import prepare, quietly
 from tying.cli import parse
 from tying.errors import ConfigurationError
 
