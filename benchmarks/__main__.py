@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser.parse_known_args(arguments)
     if overrides and known.command not in ("run", "report"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    if known.command == "run" and known.shared and not known.executor:
+        parser.error("--shared is for the workers of an --executor")
     try:
         return _obey(known, overrides)
     except (ConfigurationError, OSError) as error:

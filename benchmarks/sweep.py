@@ -127,14 +127,14 @@ def prepare(
         as_begun: take seeds and overrides that are not given from what the folder was begun with.
     """
     suite = load(name)
-    arguments, label = _data(data)
+    given, label = _data(data)
     home = suite.home or suite.name
     out = out or RUNS / (f"{home}@{label}" if data else home)
     if as_begun and (out / BEGUN).exists():
         kept = read_json(out / BEGUN, "seeds", "overrides")
         seeds, overrides = kept["seeds"] if seeds is None else seeds, [*overrides] or kept["overrides"]
     runs = suite.runs(1 if seeds is None else seeds, only, overrides)
-    sweep = Sweep(suite, runs, out, list(overrides), arguments, label)
+    sweep = Sweep(suite, runs, out, list(overrides), given, label)
     sweep.check()
     return sweep
 

@@ -177,6 +177,12 @@ def test_unknown_family(capsys):
     )
 
 
+def test_what_only_workers_share(capsys):
+    with pytest.raises(SystemExit):
+        benchmarks.main(["run", "soft", "--shared"])
+    assert "--shared is for the workers of an --executor" in capsys.readouterr().err
+
+
 def test_race_statistics_by_hand():
     result = Race({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
     assert result.median("a") == 3.0
