@@ -26,9 +26,8 @@ from filelock import FileLock, Timeout
 from typing_extensions import override
 
 from benchmarks.engine import Local, apart, work_apart
-from benchmarks.folder import Folder
-from benchmarks.json_files import write_json
-from benchmarks.machine import PACKAGES
+from benchmarks.folder import Folder, write_json
+from benchmarks.machine import PACKAGES, processors
 from benchmarks.perform import TAKEN, Task, in_a_line
 from tying.errors import ConfigurationError, listed
 from tying.files import atomically
@@ -36,6 +35,7 @@ from tying.files import atomically
 ANSWER = 10  # seconds in which a scheduler answers
 AHEAD = 500  # runs on their way at a time: each holds a lock, which is an open file
 TELL = 2.0  # seconds between messages on the progress of a run
+START = "python -m distributed.cli.dask_worker"  # unlike `dask worker`, it imports from the folder where it starts
 LEFT_THERE = ("checkpoints", "lock")  # what does not come back from a worker's own folder
 Result = TypeVar("Result")
 
@@ -84,7 +84,7 @@ class Cluster(Local):
         versions = self._client.get_versions(packages=[*PACKAGES])
         here, slots = versions["client"]["packages"], self._client.nthreads()
         if not slots:
-            raise ConfigurationError(f"no worker has joined {self._address}: start some, such as `dask worker`")
+            raise ConfigurationError(f"no worker has joined {self._address}: start some by `{START} {self._address}`")
         for worker, info in versions["workers"].items():
             there = info["packages"]
             differing = [name for name in ("python", *PACKAGES) if there[name] != here[name]]
@@ -101,13 +101,14 @@ class Cluster(Local):
         for worker, answer in answers.items():
             if isinstance(answer, Exception):
                 raise ConfigurationError(
-                    f"worker {worker} cannot run this package: {in_a_line(answer)}. Start it in a clone of this one"
+                    f"worker {worker} cannot run this package: {in_a_line(answer)}. Start it by `{START}` in a clone "
+                    "of this repository"
                 )
             if self._shared and not answer["sees"]:
                 raise ConfigurationError(f"worker {worker} does not see {self._shared}: leave out --shared")
-            busy[answer["host"]] += slots[worker]
+            busy[answer["processors"]] += slots[worker]
         self.slots = busy.total()
-        self.threads = max(1, min(answer["cores"] // busy[answer["host"]] for answer in answers.values()))
+        self.threads = max(1, min(answer["count"] // busy[answer["processors"]] for answer in answers.values()))
 
     @override
     def submit(self, task: Task) -> Future[Any]:
@@ -175,8 +176,10 @@ def _sealed(function: Callable[..., Result], *given: Any) -> Callable[[], Result
 
 
 def _describe(token: Path) -> dict[str, Any]:
-    """Return what a worker's machine is, and whether it sees a file."""
-    return {"host": socket.gethostname(), "cores": os.cpu_count() or 1, "sees": token.exists()}
+    """Return which processors a worker may use, and whether it sees a file."""
+    from dask.system import cpu_count
+
+    return {"processors": (socket.gethostname(), *processors()), "count": cpu_count(), "sees": token.exists()}
 
 
 def _call_on_worker(function: Callable[[Task], Result], task: Task) -> Result:

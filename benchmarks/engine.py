@@ -16,9 +16,11 @@ from signal import SIG_IGN, SIGINT, SIGKILL, signal
 from statistics import fmean
 from typing import Any, Self, TypeVar
 
+from benchmarks.folder import read_json, write_json
+from benchmarks.machine import processors
 from benchmarks.perform import TAKEN, Task, in_a_line, work
 from benchmarks.suite import Run
-from benchmarks.sweep import Sweep
+from benchmarks.sweep import BEGUN, Sweep
 from tying.errors import ConfigurationError
 
 POLL = 0.5  # seconds between looks at what other processes do
@@ -35,7 +37,7 @@ class Local:
         if jobs < 1:
             raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
         self.slots = self.ahead = jobs  # runs at a time, and those that may be submitted
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = max(1, len(processors()) // jobs)
         self._pool: Executor = ThreadPoolExecutor(jobs)
         self._stopped = threading.Event()
 
@@ -185,6 +187,16 @@ class Performance:
         seconds = sum(lefts) + unknown * fmean(guesses or [0.0])
         left = f"; about {duration(seconds / min(self.workers.slots, unknown + len(lefts)))} left" if seconds else ""
         print(f"[{self._complete}/{len(self.sweep.runs)}] {news}{left}", flush=True)
+
+
+def perform(sweep: Sweep, workers: Local, retry: int = 0) -> dict[str, str]:
+    """Do the runs that are not done; return why those failed that failed, by name."""
+    path = sweep.out / BEGUN
+    kept = read_json(path, "seeds") if path.exists() else {"seeds": 0}
+    begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
+    if begun != kept:
+        write_json(path, begun)
+    return Performance(sweep, workers, retry).perform()
 
 
 def in_words(progress: dict[str, Any]) -> str:

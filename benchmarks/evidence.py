@@ -13,10 +13,10 @@ from PIL import Image
 
 from benchmarks import report
 from benchmarks.archive import unpack
-from benchmarks.declared import load
 from benchmarks.folder import Folder
 from benchmarks.report import table
 from benchmarks.speed import FAMILIES
+from benchmarks.suite import load
 from benchmarks.summary import curves
 from tying.errors import ConfigurationError
 from tying.files import atomically

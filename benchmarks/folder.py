@@ -1,4 +1,4 @@
-"""A run's folder: how far the run is, and what came out.
+"""A run's folder: how far the run is, and what came out, in JSON.
 
 ::
 
@@ -13,19 +13,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from benchmarks.json_files import difference, read_json, same, write_json
 from tying.errors import ConfigurationError
+from tying.files import atomically
 
 FILES = ("metrics.csv",)  # beside the result, what a report reads
 RESULT = ("name", "definition", "metrics", "data", "machine", "seconds", "peak_memory", "parameters", "attempts")
+UNSET = "not set"
 State = Literal["pending", "running", "interrupted", "failed", "damaged", "complete"]
 
 
@@ -96,10 +99,8 @@ class Folder:
             return ""
         there = read_json(paths[0])["definition"]
         there = {key: there.get(key) for key in definition}
-        if same(there, definition):
-            return ""
         place = re.sub(r"^layers\[\d+\]\.?", "", difference(there, definition))
-        return f"{self.path} holds a run of another definition: {place}"
+        return place and f"{self.path} holds a run of another definition: {place}"
 
     def damage(self) -> str:
         """Return which of its files are lost or corrupted, in words; nothing, mostly."""
@@ -144,3 +145,42 @@ def complete_below(out: Path) -> list[Folder]:
     """Return the folders of all complete runs in a folder."""
     folders = [Folder(path.parent) for path in out.glob("*/result.json")]
     return [folder for folder in folders if folder.state() == "complete"]
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Return a file's content.
+
+    Raises:
+        ConfigurationError: it is truncated or corrupted, or lacks one of ``keys``.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= {*keys}:
+        raise ConfigurationError(f"{path} is truncated or corrupted")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file, whole or not at all."""
+    with atomically(path) as aside:
+        aside.write_text(json.dumps(content, indent=1))
+
+
+def difference(there: Any, here: Any, place: str = "") -> str:
+    """Return the first difference of two nested structures, in words: NaN is NaN, and 1 is not 1.0.
+
+    Example:
+        >>> difference({"data": {"seed": [0]}}, {"data": {"seed": [1]}})
+        'data.seed[0] is 0 there and 1 here'
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        parts = [(f"{place}.{key}", there.get(key, UNSET), here.get(key, UNSET)) for key in there | here]
+    elif isinstance(there, list) and isinstance(here, list):
+        pairs = enumerate(zip_longest(there, here, fillvalue=UNSET))
+        parts = [(f"{place}[{at}]", *pair) for at, pair in pairs]
+    else:
+        values = [value if value is UNSET else repr(value) for value in (there, here)]
+        return "" if values[0] == values[1] else f"{place.removeprefix('.')} is {values[0]} there and {values[1]} here"
+    return next(filter(None, (difference(there, here, place) for place, there, here in parts)), "")

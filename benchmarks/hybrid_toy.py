@@ -12,7 +12,7 @@ vertically, the density would part them the wrong way, left from right, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 
 import torch
@@ -129,8 +129,8 @@ def verdict(values: Tensor, alphas: Sequence[float] = ALPHAS) -> tuple[float, st
     return alphas[best], f"{'reproduced' if sure else 'undecided'}: {', '.join(told)}"
 
 
-def report(draws: int = DRAWS) -> tuple[str, Figure]:
-    """Run the experiment; return its tables as Markdown, and its figure."""
+def report(draws: int = DRAWS) -> Iterator[str | Figure]:
+    """Run the experiment; yield its results as paragraphs of Markdown, and its figure."""
     head, columns, judged = ["α"], [], []
     figure = new_figure(WIDTH, 3.8, "Test accuracy against α: a line for each number of labels")
     axes = figure.add_subplot(xlabel="α: 0 generative, 1 discriminative", ylabel="test accuracy (fraction correct)")
@@ -145,11 +145,11 @@ def report(draws: int = DRAWS) -> tuple[str, Figure]:
         judged.append(f"{count} labels: the best α is {best}; an inner maximum is {said}.")
     legend_below(figure, bars, head[1:])
     rows = [[f"{alpha}", *cells] for alpha, *cells in zip(ALPHAS, *columns, strict=True)]
-    paragraphs = [
+    yield (
         f"Lasserre, Bishop and Minka's synthetic task: mean accuracy ± its standard error over {draws} draws of "
         f"2 × {POINTS} points; classes of standard deviations {SPREAD} around ±{CENTRE}, under isotropic Gaussians; "
-        "α is chosen on half of the draws, and compared with the limits on the others:",
-        table(head, rows),
-        "\n".join(judged),
-    ]
-    return "\n\n".join(paragraphs), figure
+        "α is chosen on half of the draws, and compared with the limits on the others:"
+    )
+    yield table(head, rows)
+    yield "\n".join(judged)
+    yield figure

@@ -27,6 +27,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def processors() -> list[int]:
+    """Return the numbers of the processors that this process may use: a batch system may leave it some of them."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
+
 def describe() -> str:
     """Return the machine in one line."""
     return in_words(machine())

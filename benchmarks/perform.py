@@ -24,8 +24,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from benchmarks.folder import Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import Folder, write_json
 from benchmarks.machine import machine, peak_memory
 from benchmarks.program import Outcome, Progress, parse_program
 from benchmarks.report import write, write_csv

@@ -13,13 +13,12 @@ from lightning.pytorch.callbacks import LambdaCallback
 from typing_extensions import override
 
 from benchmarks.engine import Local, duration
-from benchmarks.experiment import quietly
 from benchmarks.folder import Folder
 from benchmarks.machine import peak_memory
 from benchmarks.perform import Task, arguments, in_a_line, parse_alone, share
 from benchmarks.program import Progress, parse_program
 from benchmarks.report import table
-from benchmarks.sweep import Sweep
+from benchmarks.sweep import Sweep, quietly
 from tying.errors import ConfigurationError
 
 STEPS = 8

@@ -26,8 +26,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.seed import seed_everything
 
-from benchmarks.folder import Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import Folder, write_json
 from tying.errors import ConfigurationError
 from tying.files import atomically, newest_intact, read
 

@@ -1,9 +1,10 @@
-"""What a suite's runs came to: a table and a CSV."""
+"""What a suite's runs came to: a table, verdicts, a CSV and pictures."""
 
 from __future__ import annotations
 
 import csv
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
-from benchmarks.figures import spaced
-from benchmarks.folder import Folder
+from benchmarks.archive import unpack
+from benchmarks.claims import verdicts
+from benchmarks.figures import draw as draw_plot
+from benchmarks.figures import draw_overview, spaced
+from benchmarks.folder import Folder, complete_below, read_json
 from benchmarks.inference import interval, moments
 from benchmarks.machine import in_words
-from benchmarks.report import table
-from benchmarks.suite import Run, Suite
+from benchmarks.report import RESULTS, table, write
+from benchmarks.rows import final, read_rows
+from benchmarks.suite import Run, Suite, load, suites
+from benchmarks.sweep import BEGUN, RUNS, Sweep, refuse_mixture
 from tying.errors import ConfigurationError, listed, nearest
 
 
@@ -154,22 +160,6 @@ def curves(runs: Sequence[Run], out: Path) -> DataFrame:
     return DataFrame(rows, columns=[*columns], dtype="str").replace("", np.nan)
 
 
-def refuse_mixture(versions_of: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise unless all runs, by name, were made with the same versions of all packages."""
-    versions = DataFrame.from_dict(dict(versions_of), orient="index")
-    mixed = [
-        f"{package} {version}: {len(runs)} run{'s' * (len(runs) > 1)}, {listed(runs.index, limit=3)}"
-        for package in versions
-        if versions[package].nunique() > 1
-        for version, runs in versions.groupby(str(package), sort=False)
-    ]
-    if mixed:
-        raise ConfigurationError(
-            f"runs of different versions are not compared: {'; '.join(mixed)}. Report some of them by --only, or do "
-            "all again, in another folder (--out)"
-        )
-
-
 def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:
     """Return what the table is made of, and what it lacks, in sentences."""
     data = {f"{result['data']['description']} (key {result['data']['key']})" for result in results.values()}
@@ -190,3 +180,87 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
     if failures:
         told.append(f"Failed: {listed((f'{name}: {error}' for name, error in failures.items()), limit=12)}.")
     return " ".join(told)
+
+
+def report(sweep: Sweep, command: str) -> str:
+    """Return the table of what is done, as Markdown.
+
+    Raises:
+        ConfigurationError: nothing is done.
+    """
+    common = f" All runs with {' '.join(sweep.overrides)}." if sweep.overrides else ""
+    told = f"{summarize(sweep.suite, sweep.runs, sweep.out)}{common} Command: `{command}`."
+    judged = verdicts(sweep.suite.claims, curves(sweep.runs, sweep.out))
+    return f"{told}\n\n{judged}".rstrip()
+
+
+def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
+    """Write the epochs of all complete runs as CSV, and their pictures; return the files.
+
+    Args:
+        sweep: whose runs.
+        kept: a folder where the last epochs and all pictures are written too.
+    """
+    rows = curves(sweep.runs, sweep.out)
+    csv_file = sweep.out / f"{sweep.name}.csv"
+    write(csv_file, rows.to_csv(index=False))
+    written = [csv_file, *draw_pictures(sweep.suite, sweep.name, rows, sweep.out)]
+    if kept:
+        written += draw_pictures(sweep.suite, sweep.name, rows, kept)
+        write(kept / csv_file.name, final(rows).to_csv(index=False))
+    return written
+
+
+def draw_pictures(suite: Suite, name: str, rows: DataFrame, folder: Path) -> list[Path]:
+    """Write a picture of all settings, and those that the suite's file asks for; return the files.
+
+    Args:
+        suite: the suite.
+        name: first part of the files' names.
+        rows: those of :func:`curves`.
+        folder: where to write.
+    """
+    overview = folder / f"{name}.png"
+    draw_overview(rows, suite.curves, [*suite.figures.values()] or suite.curves, overview, suite.time)
+    pictures = {folder / f"{name}_{plot.name}.png": plot for plot in suite.plots}
+    for path, plot in pictures.items():
+        draw_plot(plot, rows, path)
+    return [overview, *pictures]
+
+
+def redraw(name: str, folder: Path = RESULTS) -> list[Path]:
+    """Draw the pictures of kept results again: of all epochs, where an archive has them, else of the last ones.
+
+    Args:
+        name: name of the results, such as ``"arbnet-fig2@mnist"``.
+        folder: folder of all kept results.
+
+    Raises:
+        ConfigurationError: there are no such results, or the archive's are others than the table's.
+    """
+    csv_file, (suite_name, _, label) = folder / f"{name}.csv", name.partition("@")
+    suite = load(suite_name)
+    if not csv_file.exists():
+        raise ConfigurationError(f"there is no {csv_file}")
+    rows = read_rows(csv_file)
+    archive = folder / "runs" / f"{'@'.join(filter(None, [suite.home or suite_name, label]))}.tar.xz"
+    if archive.exists():
+        kept = rows
+        with tempfile.TemporaryDirectory() as out:
+            unpack(archive, Path(out))
+            begun = read_json(Path(out) / BEGUN, "seeds")
+            rows = curves(suite.runs(begun["seeds"]), Path(out))
+        if not final(rows).reindex(columns=kept.columns).reset_index(drop=True).equals(kept):
+            raise ConfigurationError(f"{archive} has other results than {csv_file}")
+    return draw_pictures(suite, name, rows, folder)
+
+
+def overview() -> str:
+    """Return what each suite compares, and how many of its runs are done where they are by default."""
+    lines = []
+    for name in suites():
+        suite = load(name)
+        folders = [out for out in sorted(RUNS.glob(f"{name}*")) if out.name.partition("@")[0] == name]
+        done = "; ".join(f"{len(complete_below(out))} done in {out}" for out in folders) or "none done"
+        lines.append(f"{name}: {suite.description} {len(suite.runs())} runs a seed; {done}.")
+    return "\n".join(lines)

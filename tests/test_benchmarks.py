@@ -5,7 +5,6 @@ from PIL import Image
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import machine, report
-from benchmarks.speed import against
 from benchmarks.speed import data as speed_data
 from benchmarks.speed import depth as speed_depth
 from benchmarks.speed import fairness as speed_fairness
@@ -18,7 +17,6 @@ from benchmarks.speed import recurrent as speed_recurrent
 from benchmarks.speed import scale as speed_scale
 from benchmarks.speed import soft as speed_soft
 from benchmarks.speed.timing import Race
-from tying.errors import ConfigurationError
 from tying.figures import new_figure
 from tying.files import save_figure
 
@@ -179,6 +177,12 @@ def test_unknown_family(capsys):
     )
 
 
+def test_what_only_workers_share(capsys):
+    with pytest.raises(SystemExit):
+        benchmarks.main(["run", "soft", "--shared"])
+    assert "--shared is for the workers of an --executor" in capsys.readouterr().err
+
+
 def test_race_statistics_by_hand():
     result = Race({"a": [2.0, 3.0, 8.0], "b": [1.0, 2.0, 2.0]})
     assert result.median("a") == 3.0
@@ -255,21 +259,3 @@ def test_speed_by_size(tmp_path, monkeypatch, capsys):
 
 def test_machine():
     assert "cores of" in machine.describe()
-
-
-def test_two_checkouts_are_compared(capsys, monkeypatch, tmp_path):
-    def measure(checkout, family):
-        return {"stored, ratio to dense": 1.2 if checkout == tmp_path else 1.26}
-
-    monkeypatch.setattr(against, "measure", measure)
-    assert benchmarks.main(["speed", "hashing", "--against", str(tmp_path), "--turns", "3"]) == 0
-    assert (
-        "| hashing | stored, ratio to dense |        1.200 |     1.260 |        1.050 |    1.05–1.05 |"
-        in capsys.readouterr().out
-    )
-    assert benchmarks.main(["speed", "data", "--against", str(tmp_path)]) == 2
-
-
-def test_a_checkout_that_cannot_be_measured_is_named(tmp_path):
-    with pytest.raises(ConfigurationError, match="cannot measure 'hard'"):
-        against.measure(tmp_path, "hard")

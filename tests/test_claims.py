@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from pandas import DataFrame, concat
 from scipy.stats import spearmanr
 
-from benchmarks import experiment
 from benchmarks.claims import (
     Order,
     Peak,
@@ -16,10 +15,11 @@ from benchmarks.claims import (
     of_all_lines,
     verdicts,
 )
-from benchmarks.declared import load
 from benchmarks.figures import Plot, draw
 from benchmarks.inference import interval, moments, probability_by_chance
 from benchmarks.rows import final
+from benchmarks.suite import load
+from benchmarks.sweep import prepare
 from tying.hashing import UniformHash
 from tying.hashing.parametrization import table_slots
 
@@ -223,7 +223,7 @@ def test_pictures_of_what_is_not_finite(lines, x, tmp_path):
 def test_a_suite_like_another_has_its_runs():
     one, other = load("arbnet-fig2"), load("arbnet-fig3")
     assert [run.definition for run in other.runs(2)] == [run.definition for run in one.runs(2)]
-    assert experiment.prepare("arbnet-fig3").out == experiment.prepare("arbnet-fig2").out
+    assert prepare("arbnet-fig3").out == prepare("arbnet-fig2").out
     assert (other.name, other.plots[0].x) == ("arbnet-fig3", "tying/entropy")
 
 

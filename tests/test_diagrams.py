@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks import diagrams, report
+from benchmarks import report
+from docs import pictures
 
 
 def lines(figure):
@@ -12,14 +13,14 @@ def lines(figure):
 
 
 def test_parameters_of_low_rank():
-    shown = lines(diagrams.low_rank())
+    shown = lines(pictures.low_rank())
     assert shown["64 × 64"][1][8 - 1] == 8 * (64 + 64) / 64**2
     assert shown["64 × 64 kernels of 3 × 3"][1][8 - 1] == 8 * (64 + 9 * 64) / (9 * 64**2)
 
 
 def test_parameters_of_generated_weights():
     """Of the embedding of the kept experiment as many as there, and fewer of smaller ones."""
-    shown, table = lines(diagrams.generated()), (report.RESULTS / "hard.md").read_text()
+    shown, table = lines(pictures.generated()), (report.RESULTS / "hard.md").read_text()
     sizes, counts = shown["generated weights"]
     assert counts == sorted(counts)
     assert f" {counts[sizes.index(64)]:,} |" in table.split("| generated")[1].split("\n")[0]
@@ -27,7 +28,7 @@ def test_parameters_of_generated_weights():
 
 
 def test_parameters_of_untied_biases():
-    shown = lines(diagrams.untied_biases())
+    shown = lines(pictures.untied_biases())
     plain = shown["a bias for each channel"][1][0]
     assert shown["a bias for each channel and position"][1][0] == plain + 32 * (16 - 1) + 64 * (4 - 1) + 128 * (1 - 1)
 
@@ -37,13 +38,13 @@ def test_parameters_of_untied_biases():
 )
 def test_units_that_merges_take(panel, by_row, kinds):
     """Stochastic depth keeps the shortcut and drops whole rows of the branch; other merges draw for each unit."""
-    taken = np.asarray(diagrams.merges().axes[panel].images[0].get_array())
+    taken = np.asarray(pictures.merges().axes[panel].images[0].get_array())
     assert ({*taken.flatten()} == kinds) if panel else ({*taken.flatten()} < kinds)
     assert (taken == taken[:, :1]).all() == by_row
 
 
 def test_layers_of_a_fractal_block():
-    [axes] = diagrams.fractal().axes
+    [axes] = pictures.fractal().axes
     widths = [[np.ptp(path.vertices[:, 0]) for path in bars.get_paths()] for bars in axes.collections]
     assert [len(column) for column in widths] == [1, 2, 4, 8]
     assert [sum(column) + 0.1 * len(column) for column in widths] == pytest.approx([8] * 4)
@@ -52,6 +53,6 @@ def test_layers_of_a_fractal_block():
 
 
 def test_calls_in_a_loop():
-    shown = lines(diagrams.passes())
+    shown = lines(pictures.passes())
     assert shown["passes=1"][1] == [0, 1, 2, 3, 4, 5]
     assert shown["passes=3"][1] == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5]

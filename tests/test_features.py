@@ -13,8 +13,8 @@ import yaml
 from torch import nn
 
 import tying.mixins
-from benchmarks.declared import load, suites
 from benchmarks.report import RESULTS
+from benchmarks.suite import load, suites
 from tying.hard import WeightResidual
 from tying.hashing import Hash
 from tying.soft import Penalty

@@ -21,11 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import train
 
-from benchmarks import evidence, experiment, gallery, hybrid_toy, report
-from benchmarks.declared import load, suites
-from benchmarks.diagrams import DIAGRAMS
+from benchmarks import evidence, hybrid_toy, report, summary
 from benchmarks.figures import Plot, draw, draw_curves, draw_outcomes, draw_overview
 from benchmarks.speed import growth
+from benchmarks.suite import load, suites
+from docs import pictures
 from tying.advice.plans import Plan
 from tying.advice.report import Advice, GroupRow, PlanRow
 from tying.callbacks import Unrolling
@@ -249,7 +249,8 @@ def test_outcomes(saved, tmp_path):
 
 def test_the_synthetic_task(monkeypatch):
     monkeypatch.setattr(hybrid_toy, "STEPS", 3)
-    text, figure = hybrid_toy.report(draws=3)
+    *paragraphs, figure = hybrid_toy.report(draws=3)
+    text = "\n\n".join(paragraphs)
     [axes] = figure.axes
     cells = [re.findall(r"(\d\.\d{3}) ±", row) for row in text.splitlines() if "±" in row and row.startswith("|")]
     columns = [[float(cell) for cell in column] for column in zip(*cells, strict=True)]
@@ -265,7 +266,8 @@ def test_growth(monkeypatch):
         monkeypatch.setattr(growth, name, value)
     costs = [growth.Growth(f"cost {number}", "size", 1, (1, 2, 4), lambda _: lambda: None) for number in range(3)]
     monkeypatch.setattr(growth, "growths", lambda: costs)
-    text, figure = growth.measure()
+    *paragraphs, figure = growth.measure()
+    text = "\n\n".join(paragraphs)
     spans = re.findall(r"\| +([\d.e-]+) to ([\d.e-]+) +\| +[-\d.]+ \(", text)
     assert len(spans) == len(costs)
     for cost, (first, last), axes in zip(costs, spans, figure.axes, strict=False):
@@ -313,7 +315,7 @@ def families(path):
 
 def synthetic(monkeypatch):
     monkeypatch.setattr(hybrid_toy, "STEPS", 1)
-    return hybrid_toy.report(draws=2)[1]
+    return [*hybrid_toy.report(draws=2)][-1]
 
 
 def grown(monkeypatch):
@@ -322,7 +324,7 @@ def grown(monkeypatch):
     monkeypatch.setattr(growth, "tying_table", str)
     costs = [growth.Growth(f"cost {n}", "width", 1, growth.WIDTHS, lambda _: lambda: None) for n in range(8)]
     monkeypatch.setattr(growth, "growths", lambda: costs)
-    return growth.measure()[1]
+    return [*growth.measure()][-1]
 
 
 def advice():
@@ -364,7 +366,7 @@ FIGURES = {  # by the function that draws
     "tying.callbacks.hm_lstm.boundary_figure": lambda _: boundary_figure("many letters " * 20, torch.ones(260, 3)),
     "tying.advice.report.figure": lambda _: advice(),
     "tying.cli.demo.figure": lambda _: demo_figure(),
-    **{f"benchmarks.diagrams.{name}": lambda _, draw=draw: draw() for name, draw in DIAGRAMS.items()},
+    **{f"docs.pictures.{name}": lambda _, draw=draw: draw() for name, draw in pictures.DIAGRAMS.items()},
     "benchmarks.hybrid_toy.report": synthetic,
     "benchmarks.speed.growth.measure": grown,
 }
@@ -377,7 +379,7 @@ SAVED = {
 
 def test_every_function_that_draws_is_below():
     drawing = set()
-    for path in (path for folder in ("tying", "benchmarks") for path in (report.ROOT / folder).rglob("*.py")):
+    for path in (path for folder in ("tying", "benchmarks", "docs") for path in (report.ROOT / folder).rglob("*.py")):
         for function in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)):
             names = {
                 node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")
@@ -389,7 +391,7 @@ def test_every_function_that_draws_is_below():
         *SAVED,
         "tying.figures.new_figure",
         "tying.cli.demo.demo",
-        "benchmarks.diagrams.parameter_figure",
+        "docs.pictures.parameter_figure",
     }
 
 
@@ -470,17 +472,17 @@ def test_kept_results_are_drawn_again(tmp_path, saved):
     (tmp_path / "runs").mkdir()
     for kept in ("autoencoder.csv", "runs/autoencoder.tar.xz"):
         shutil.copy(report.RESULTS / kept, tmp_path / kept)
-    assert experiment.redraw("autoencoder", tmp_path) == [tmp_path / "autoencoder.png"]
+    assert summary.redraw("autoencoder", tmp_path) == [tmp_path / "autoencoder.png"]
     assert {len(line.get_xdata()) for line in saved[0].axes[0].lines} == {12}
     table = (tmp_path / "autoencoder.csv").read_text()
     (tmp_path / "autoencoder.csv").write_text(table.replace("0.1", "0.2", 1))
     with pytest.raises(ConfigurationError, match=r"autoencoder\.tar\.xz has other results than .*autoencoder\.csv"):
-        experiment.redraw("autoencoder", tmp_path)
+        summary.redraw("autoencoder", tmp_path)
     (tmp_path / "runs" / "autoencoder.tar.xz").unlink()
-    experiment.redraw("autoencoder", tmp_path)
+    summary.redraw("autoencoder", tmp_path)
     assert len(saved[1].axes[0].containers) == 2
     with pytest.raises(ConfigurationError, match=r"there is no .*soft\.csv"):
-        experiment.redraw("soft", tmp_path)
+        summary.redraw("soft", tmp_path)
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.stem)
@@ -494,18 +496,18 @@ def test_the_gallery_shows_what_every_callback_draws():
     """And nothing else, each picture in a file that says what it shows."""
     sources = "".join(path.read_text() for path in (report.ROOT / "tying" / "callbacks").rglob("*.py"))
     drawn = {*re.findall(r'log_figure\(trainer.*"(\w+)"', sources), "mixture_end"} - {"_"}
-    assert drawn == {*gallery.PICTURES} - {"advice"}
+    assert drawn == {*pictures.PICTURES} - {"advice"}
     shown = re.findall(r"!\[.+?\]\(gallery/(.+?)\.png\)", (report.ROOT / "docs" / "gallery.md").read_text())
-    assert sorted(shown) == sorted(gallery.NAMES)
-    assert {path.stem for path in gallery.FOLDER.iterdir()} == {*gallery.NAMES}
-    assert all(len(evidence.description(path).split()) > 3 for path in gallery.FOLDER.iterdir())
+    assert sorted(shown) == sorted(pictures.NAMES)
+    assert {path.stem for path in pictures.FOLDER.iterdir()} == {*pictures.NAMES}
+    assert all(len(evidence.description(path).split()) > 3 for path in pictures.FOLDER.iterdir())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", gallery.PICTURES)
+@pytest.mark.parametrize("name", pictures.PICTURES)
 def test_the_gallery_is_drawn_by_its_commands(name, tmp_path):
-    picture = gallery.draw(name, tmp_path)
-    assert evidence.description(picture) == evidence.description(gallery.FOLDER / picture.name)
+    picture = pictures.draw(name, tmp_path)
+    assert evidence.description(picture) == evidence.description(pictures.FOLDER / picture.name)
 
 
 def test_a_file_says_what_its_figure_shows(tmp_path):

@@ -9,8 +9,7 @@ import pytest
 from filelock import Timeout
 
 from benchmarks import folder as module
-from benchmarks.folder import Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import Folder, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULT = {**dict.fromkeys(module.RESULT, 0), "metrics": {"accuracy": 0.5}}

@@ -2,8 +2,11 @@
 
 import pytest
 
-from benchmarks.declared import load
-from benchmarks.sizes import size
+from benchmarks.perform import arguments
+from benchmarks.suite import load
+from tying.callbacks.transform import ModelTransform
+from tying.cli import parse
+from tying.weights.derived import count_parameters
 
 SIZE, BLOCKS = 256, 6
 MATRICES = 12 * SIZE**2  # of a block
@@ -24,8 +27,13 @@ PARAMETERS["narrow, 3 epochs"] = PARAMETERS["narrow"]
 
 
 @pytest.mark.parametrize("run", load("relaxed").runs(), ids=lambda run: run.setting)
-def test_parameters(run):
-    unique, virtual, _ = size(run)
+def test_parameters(run, tmp_path):
+    cli = parse(arguments(run, tmp_path))
+    cli.model.configure_model()
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, ModelTransform):
+            callback.apply(cli.model)
+    unique, virtual = count_parameters(cli.model)
     assert unique == PARAMETERS[run.setting]
     assert virtual == PARAMETERS["narrow" if run.setting.startswith("narrow") else "untied"]
 

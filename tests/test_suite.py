@@ -5,11 +5,11 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
-from benchmarks import declared as module
-from benchmarks.declared import load, suites
-from benchmarks.json_files import same
+from benchmarks import suite as module
+from benchmarks.folder import difference
 from benchmarks.perform import arguments
 from benchmarks.program import parse_program
+from benchmarks.suite import load, suites
 from tying import ConfigurationError
 from tying.cli import parse
 
@@ -79,7 +79,7 @@ def test_definitions_are_as_json_holds_them(tmp_path):
     (tmp_path / "odd.yaml").write_text("{trainer: {a: {0: 1}, b: 2024-01-01, c: .nan}}")
     odd = load(written(tmp_path, base=["odd.yaml"])).runs()[0].definition
     assert json.dumps(odd[0]) == '{"trainer": {"a": {"0": 1}, "b": "2024-01-01", "c": NaN}}'
-    assert same(odd, json.loads(json.dumps(odd)))
+    assert not difference(odd, json.loads(json.dumps(odd)))
 
 
 def test_names_are_fit_for_folders(tmp_path):
@@ -151,8 +151,8 @@ def test_the_order_of_overrides_makes_no_other_definition(tmp_path):
     one, other = ["--trainer.max_epochs=7", "--model.lr=0.3"], ["--trainer.callbacks+=A", "--trainer.callbacks+=B"]
     mine = load(written(tmp_path))
     [first, second] = [mine.runs(overrides=given)[0].definition for given in (one, one[::-1])]
-    assert same(first, second)
-    assert not same(mine.runs(overrides=other)[0].definition, mine.runs(overrides=other[::-1])[0].definition)
+    assert not difference(first, second)
+    assert difference(mine.runs(overrides=other)[0].definition, mine.runs(overrides=other[::-1])[0].definition)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import experiment
 from benchmarks.figures import draw_curves, draw_outcomes
-from benchmarks.folder import FILES, Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.suite import Axis, Suite
 from benchmarks.summary import curves, spread, summarize
-from benchmarks.sweep import Sweep
+from benchmarks.sweep import Sweep, check
 from tying.errors import ConfigurationError
 
 MACHINE = {
@@ -179,7 +177,7 @@ def test_runs_of_other_versions_are_not_added(tmp_path):
     with pytest.raises(
         ConfigurationError, match=r"different versions.* torch 1: 1 run, .*torch .*: 1 run, those to come"
     ):
-        experiment.check(Sweep(SUITE, runs, tmp_path))
+        check(Sweep(SUITE, runs, tmp_path))
 
 
 def test_nothing_is_complete():

@@ -15,8 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.folder import Folder
-from benchmarks.json_files import difference, write_json
+from benchmarks.folder import Folder, difference
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
 TINY = """
@@ -168,44 +167,6 @@ def test_runs_are_kept_and_put_back(undisturbed, tmp_path, capsys):
     assert not Path("elsewhere", NAMES[0], "result.json").exists()
     assert benchmarks.main(["report", "mine.yaml", "--out=elsewhere", "--save"]) == 0
     assert archive.read_bytes() == content  # a run that is no longer there is not lost
-
-
-def test_bytes_are_measured_anew(undisturbed, tmp_path, capsys):
-    """Of models that are what their configurations build; those that training has changed keep what was measured."""
-    out = shutil.copytree(undisturbed, tmp_path / "out")
-    assert benchmarks.main(["sizes", "mine.yaml", f"--out={out}"]) == 0
-    assert capsys.readouterr().out == "all 3 runs have the same bytes\n"
-    before = [Folder(out / name).result() for name in NAMES]
-    wrong = [{**before[0]["parameters"], "bytes": 1}, {**before[1]["parameters"], "bytes": 2, "unique": 3}]
-    for name, result, parameters in zip(NAMES, before, wrong, strict=False):
-        write_json(out / name / "result.json", {**result, "parameters": parameters})
-    assert benchmarks.main(["sizes", "mine.yaml", f"--out={out}"]) == 0
-    printed = capsys.readouterr().out
-    assert re.findall(r"^\| (\S*seed=0) +\| +(.*?) +\| +(.*?) \|$", printed, re.MULTILINE) == [
-        (NAMES[0], "1", f"{before[0]['parameters']['bytes']:,}"),
-        (NAMES[1], "2", "kept: training changed the model"),
-    ]
-    after = [Folder(out / name).result() for name in NAMES]
-    assert after == [before[0], {**before[1], "parameters": wrong[1]}, before[2]]
-    assert benchmarks.main(["sizes", "mine.yaml", "--out=empty"]) == 2
-    assert "no run of suite mine is complete in empty" in capsys.readouterr().err
-
-
-def test_bytes_are_those_of_what_callbacks_make_of_a_model(tmp_path, monkeypatch):
-    """They change before training begins, and are counted as the harness counts them after it."""
-    changed = yaml.safe_load(CONFIG)
-    hashed = {"parameters": ["network.3.weight"], "table_ratio": 0.5}
-    changed["trainer"] |= {
-        "max_epochs": 1,
-        "callbacks": [{"class_path": "tying.callbacks.WeightHashing", "init_args": hashed}],
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
-    (tmp_path / "mine.yaml").write_text("deltas: {hashed: [tiny.yaml]}\nseed_keys: [seed_everything, data.seed]")
-    assert run("--out=out", jobs=1) == 0
-    before = Folder(Path("out/hashed,seed=0")).result()["parameters"]
-    assert before["unique"] == before["virtual"] - 32
-    assert benchmarks.main(["sizes", "mine.yaml", "--out=out"]) == 0
-    assert Folder(Path("out/hashed,seed=0")).result()["parameters"] == before
 
 
 def test_kept_runs_that_cannot_be_put_back(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def whole_tensors() -> Step:
     return lambda: sum(len(data.on_after_batch_transfer(batch, 0)) for batch in loader)
 
 
-def measure() -> str:
-    """Run the measurement, and return its table as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     with tempfile.TemporaryDirectory() as folder:
         peer, ours = f"ImageFolder, per-image transforms, {WORKERS} workers", "tying.data.CIFAR10, in memory"
         sides = {peer: per_image(Path(folder)), ours: whole_tensors()}
         result = race(sides, races=5, rounds=2)
     rows = [[side, *result.row(side), result.told(peer, side)] for side in sides]
-    told = f"An epoch of the 5,000 images of the embedded sample in augmented, normalised batches of {BATCH}:"
-    return f"{told}\n\n{table(['side', 'ms', 'times faster'], rows)}"
+    yield f"An epoch of the 5,000 images of the embedded sample in augmented, normalised batches of {BATCH}:"
+    yield table(["side", "ms", "times faster"], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
@@ -134,27 +134,27 @@ def merged(make: Callable[[], nn.Module], blocks: str) -> dict[str, nn.Module]:
     return nets
 
 
-def transformer_tables() -> list[str]:
-    """Return the tables of timm's vision transformer and of transformers' GPT-2, of those that are installed."""
-    count, tables = BATCH // 2, []
+def transformer_tables() -> Iterator[str]:
+    """Yield the tables of timm's vision transformer and of transformers' GPT-2, of those that are installed."""
+    count = BATCH // 2
     drawn = f"keeps fall linearly to 0.5; median of {BLOCKS} means of 4 interleaved steps (extremes):"
     if timm := installed("timm"):
         sides = {**merged(lambda: vit(timm), "blocks.*"), "DropPath": vit(timm, 0.5)}
         times = means({side: step_of(net, batch(count, 3, IMAGE, IMAGE)) for side, net in sides.items()}, rounds=4)
-        tables.append(
+        yield (
             f"ViT-Tiny of timm {version('timm')} at batch {count}, images of {IMAGE} × {IMAGE} pixels; a draw for each "
-            f"branch; {drawn}\n\n" + times.table({"/ plain": "plain"}, prefix="ViT, ")
+            f"branch; {drawn}"
         )
+        yield times.table({"/ plain": "plain"}, prefix="ViT, ")
     if transformers := installed("transformers"):
         text = torch.randint(VOCABULARY, (count, TOKENS + 1), generator=torch.Generator().manual_seed(0))
         data, sides = (text[:, :-1], text[:, 1:]), merged(lambda: gpt2(transformers), "net.transformer.h.*")
         times = means({side: step_of(net, data) for side, net in sides.items()}, rounds=4)
-        tables.append(
+        yield (
             f"GPT-2 of transformers {version('transformers')} at batch {count}, {LAYERS} layers of width {WIDTH}, "
-            f"{TOKENS} of {VOCABULARY} tokens; a draw for each layer; {drawn}\n\n"
-            + times.table({"/ plain": "plain"}, prefix="GPT-2, ")
+            f"{TOKENS} of {VOCABULARY} tokens; a draw for each layer; {drawn}"
         )
-    return tables
+        yield times.table({"/ plain": "plain"}, prefix="GPT-2, ")
 
 
 class Encoder(nn.Module):
@@ -182,8 +182,8 @@ def looped(passes: int, per_pass: Literal["norm", "scale"] | None = None) -> nn.
     return net
 
 
-def loop_table() -> str:
-    """Return the table of a loop of two passes beside the same network with the repeats written out."""
+def loop_table() -> Iterator[str]:
+    """Yield the table of a loop of two passes beside the same network with the repeats written out."""
     count = BATCH // 8
     sides = {
         "repeats written out": Encoder(WRITTEN_OUT),
@@ -194,11 +194,11 @@ def loop_table() -> str:
         "plain": Encoder(PLAIN),
     }
     times = means({side: step_of(net, batch(count, TOKENS, 2 * WIDTH)) for side, net in sides.items()}, rounds=2)
-    return (
+    yield (
         f"Two of {len(PLAIN)} encoder layers of torch, of width {2 * WIDTH}, in two passes; batch {count} of {TOKENS} "
-        f"steps; median of {BLOCKS} means of 2 interleaved steps (extremes):\n\n"
-        + times.table({"/ written out": "repeats written out"}, prefix="encoder, ")
+        f"steps; median of {BLOCKS} means of 2 interleaved steps (extremes):"
     )
+    yield times.table({"/ written out": "repeats written out"}, prefix="encoder, ")
 
 
 def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
@@ -226,8 +226,8 @@ def held(net: nn.Module) -> float:
     return statistics.fmean(totals)
 
 
-def measure() -> str:
-    """Run all measurements, and return their tables as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     sides: dict[str, ResNet] = {
         "plain": network(None),
         **{f"stochastic depth, {mode}": network(StochasticDepth(0.5, mode)) for mode in MODES},
@@ -238,23 +238,21 @@ def measure() -> str:
         ),
         "torch's Dropout after each block": around(nn.Dropout, whole=True),
     }
+    yield (
+        f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; median of "
+        f"{BLOCKS} means of {ROUNDS} interleaved steps (extremes); in bf16, of 3:"
+    )
     memory = {side: f"{held(net):.0f}" for side, net in sides.items()}
     times = means({side: step_of(net, images()) for side, net in sides.items()})
     mixed = means({side: step_of(net, images(), torch.bfloat16) for side, net in [*sides.items()][:5]}, rounds=3)
     ratios = {side: mixed.told(side, "plain") for side in mixed.seconds}
+    yield times.table({"/ plain": "plain"}, {"/ plain, bf16": ratios, "MiB held for backward": memory})
     by_keep = []
     for keep in KEEPS:
         nets = {mode: network(StochasticDepth(keep, mode), linear=False) for mode in MODES[1:]}
         kept = means({mode: step_of(net, images()) for mode, net in nets.items()}, rounds=2)
         by_keep.append([f"{keep:g}", kept.told("subset", "row")])
-    return "\n\n".join(
-        [
-            f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; median of "
-            f"{BLOCKS} means of {ROUNDS} interleaved steps (extremes); in bf16, of 3:",
-            times.table({"/ plain": "plain"}, {"/ plain, bf16": ratios, "MiB held for backward": memory}),
-            "Rows chosen and computed, over rows masked, at one keep in all blocks:",
-            table(["keep", "subset / row"], by_keep),
-            *transformer_tables(),
-            loop_table(),
-        ]
-    )
+    yield "Rows chosen and computed, over rows masked, at one keep in all blocks:"
+    yield table(["keep", "subset / row"], by_keep)
+    yield from transformer_tables()
+    yield from loop_table()

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ from torch.utils.benchmark import Timer
 from benchmarks.report import table
 from benchmarks.speed.timing import Step, passes, race, time_of
 
-TRIALS = 40
-SECONDS = 0.2  # for each side of a comparison
-BUSY = """
+TRIALS = 25
+SECONDS = 0.08  # for each side of a comparison
+HALF = 0.2  # seconds: the other program sleeps as long as it works
+BUSY = f"""
 import time
 while True:
-    time.sleep(0.5)
-    end = time.perf_counter() + 0.5
+    time.sleep({HALF})
+    end = time.perf_counter() + {HALF}
     while time.perf_counter() < end:
         pass
 """
@@ -41,8 +42,8 @@ def in_succession(step: Step, method: str, **limits: float) -> float:
     return float(first / second)
 
 
-def measure() -> str:
-    """Run the measurement, and return its table as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     source, target = torch.randn(2, 1 << 21)
     steps: dict[str, Step] = {
         "copy of 8 MiB": lambda: target.copy_(source),
@@ -65,8 +66,8 @@ def measure() -> str:
         for key, values in ratios.items()
     }
     rows = [[way, *(cells[step, way] for step in steps)] for way in ways]
-    caption = (
-        f"A program timed against itself, while another one keeps a core busy in every other half second; medians of "
+    yield (
+        f"A program timed against itself, while another one works and sleeps, {HALF:g} s each in turn; medians of "
         f"{TRIALS} ratios (5 % to 95 % of them), each of about {SECONDS:g} s a side:"
     )
-    return f"{caption}\n\n{table(['way', *steps], rows)}"
+    yield table(["way", *steps], rows)

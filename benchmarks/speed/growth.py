@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,8 +152,8 @@ def draw(growth: Growth, milliseconds: Sequence[float], measured: float, axes: A
     axes.legend(loc="best", fontsize=SMALL)
 
 
-def measure() -> tuple[str, Figure]:
-    """Run all measurements; return their tables as Markdown, and a plot."""
+def measure() -> Iterator[str | Figure]:
+    """Run the measurements; yield their results as paragraphs of Markdown, and a plot."""
     chosen = growths()
     rows, height = [], math.ceil(len(chosen) / 2)
     figure = new_figure(WIDTH, 2.3 * height, "Time against what makes it grow: measured, and the expected power law")
@@ -168,11 +168,9 @@ def measure() -> tuple[str, Figure]:
         times = f"{milliseconds[0]:.3g} to {milliseconds[-1]:.3g}"
         rows.append([growth.cost, growth.over, span, times, with_extremes(slopes), f"{growth.expected:g}"])
         draw(growth, milliseconds, statistics.median(slopes), axes)
-    head = ["cost", "over", "from, to", "ms", "slope", "expected"]
-    how = (
-        f"Median of {RACES} races (extremes), batch {BATCH}; slopes of the best power law, and those that the work has."
-    )
-    ties = (
-        f"Separate pairs, tied by one pattern; the best of {ROUNDS}, with the collector of garbage off, as in timeit:"
-    )
-    return f"{table(head, rows)}\n\n{how}\n\n{ties}\n\n{tying_table()}", figure
+    yield table(["cost", "over", "from, to", "ms", "slope", "expected"], rows)
+    how = f"Median of {RACES} races (extremes), batch {BATCH}"
+    yield f"{how}; slopes of the best power law, and those that the work has."
+    yield f"Separate pairs, tied by one pattern; the best of {ROUNDS}, with the collector of garbage off, as in timeit:"
+    yield tying_table()
+    yield figure

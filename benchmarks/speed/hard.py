@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -95,8 +95,8 @@ def memory(model: nn.Module, width: int) -> int:
     return stored_bytes([[parameter.grad for parameter in model.parameters()], optimizer.state_dict()])
 
 
-def measure() -> str:
-    """Run the measurements, and return their results as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     networks: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], int, nn.Module]] = {
         f"autoencoder {'–'.join(map(str, SIZES))}, transposed": (transposed, SIZES[0], Autoencoder(SIZES)),
         "8 linear layers of 1024, plain": (plain, 1024, eight_layers()),
@@ -111,15 +111,15 @@ def measure() -> str:
     by_hand = {name: partial(steps, make, width) for name, (make, width, _) in networks.items()}
     separate = {f"{layers} layers": partial(relaxed, layers) for layers in (2, 4)}
     heading = ["median ratio", "95 % interval"]
-    return "\n\n".join(
-        [
-            f"A training step (AdamW, batch {BATCH}) with our tie over one with a tie written by hand; {PAIRS} pairs "
-            "of steps, side by side:",
-            table(["network", "ms by hand", *heading], paired(by_hand, ROUNDS, PAIRS // ROUNDS)),
-            "Memory of gradients and optimizer, MiB:",
-            table(["network", "untied", "tied", "saved", "share of parameters tied"], saved),
-            f"Forward and backward pass (batch {BATCH}) of linear layers of {RELAXED_WIDTH} that share a weight up to "
-            f"a residual of rank {RANK}, over separate layers:",
-            table(["network", "ms separate", *heading], paired(separate, ROUNDS, PAIRS // ROUNDS)),
-        ]
+    yield (
+        f"A training step (AdamW, batch {BATCH}) with our tie over one with a tie written by hand; {PAIRS} pairs of "
+        "steps, side by side:"
     )
+    yield table(["network", "ms by hand", *heading], paired(by_hand, ROUNDS, PAIRS // ROUNDS))
+    yield "Memory of gradients and optimizer, MiB:"
+    yield table(["network", "untied", "tied", "saved", "share of parameters tied"], saved)
+    yield (
+        f"Forward and backward pass (batch {BATCH}) of linear layers of {RELAXED_WIDTH} that share a weight up to a "
+        f"residual of rank {RANK}, over separate layers:"
+    )
+    yield table(["network", "ms separate", *heading], paired(separate, ROUNDS, PAIRS // ROUNDS))

@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cluster import Cluster
-from benchmarks.experiment import draw, prepare, quietly, report
-from benchmarks.folder import FILES, Folder
-from benchmarks.json_files import write_json
+from benchmarks.folder import FILES, Folder, write_json
 from benchmarks.perform import arguments, perform
 from benchmarks.report import table
 from benchmarks.speed.timing import race
+from benchmarks.summary import draw, report
+from benchmarks.sweep import prepare, quietly
 from tying.cli import parse
 from tying.errors import ConfigurationError
 
@@ -30,8 +30,8 @@ def bare(arguments: Sequence[str]) -> None:
     cli.trainer.test(cli.model, cli.datamodule, verbose=False)
 
 
-def measure(overrides: Sequence[str] = ()) -> str:
-    """Run the measurements, and return their results as Markdown; ``overrides`` are those of the run."""
+def measure(overrides: Sequence[str] = ()) -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown; ``overrides`` are those of the run."""
     from distributed import LocalCluster  # an optional package
 
     with (
@@ -64,13 +64,9 @@ def measure(overrides: Sequence[str] = ()) -> str:
         result = race(sides, races=7, rounds=1)
         seconds = _report_many(root, folder)
     rows = [[side, f"{result.median(side):.2f}", result.told(side, "parse, fit and test")] for side in sides]
-    return "\n\n".join(
-        [
-            f"{EPOCHS} epochs of ResNet-20 on the embedded sample, softly tied, in one process:",
-            table(["side", "s", "ratio"], rows),
-            f"A report over {RUNS:,} runs, with plot and CSV, takes {seconds:.1f} s.",
-        ]
-    )
+    yield f"{EPOCHS} epochs of ResNet-20 on the embedded sample, softly tied, in one process:"
+    yield table(["side", "s", "ratio"], rows)
+    yield f"A report over {RUNS:,} runs, with plot and CSV, takes {seconds:.1f} s."
 
 
 def _report_many(root: Path, folder: Folder) -> float:

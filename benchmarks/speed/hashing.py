@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -113,15 +113,13 @@ def _bytes_of(layer: nn.Module) -> list[int]:
     return [stored_bytes(state) for state in (trained, layer.state_dict(), others)]
 
 
-def measure() -> str:
-    """Run the measurements, and return their results as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     heading = ["layer, batch", "hash", "ms dense", "ratio to dense", "95 % interval"]
-    return "\n\n".join(
-        [
-            f"Forward and backward of a hashed layer over those of the dense layer of its shape; {ROUNDS * PAIRS} "
-            f"pairs, side by side, in {ROUNDS} rounds over all layers:",
-            table(heading, linear() + convolutions()),
-            "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:",
-            table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory()),
-        ]
+    yield (
+        f"Forward and backward of a hashed layer over those of the dense layer of its shape; {ROUNDS * PAIRS} pairs, "
+        f"side by side, in {ROUNDS} rounds over all layers:"
     )
+    yield table(heading, linear() + convolutions())
+    yield "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:"
+    yield table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from benchmarks.report import table
 from benchmarks.speed.timing import Race
@@ -25,8 +26,8 @@ def seconds_of(module: str) -> float:
     return float(subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True).stdout)
 
 
-def measure() -> str:
-    """Run the measurement, and return its table as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     seconds: dict[str, list[float]] = {module: [] for module in PEERS}
     for _ in range(RACES):
         rounds = [{module: seconds_of(module) for module in PEERS} for _ in range(ROUNDS)]
@@ -37,5 +38,5 @@ def measure() -> str:
         [f"import {module}", f"{race.median(module):.2f}", race.told(module, peer), peer]
         for module, peer in PEERS.items()
     ]
-    title = f"Processor time of an import, the best of {ROUNDS} new processes; median of {RACES} races (extremes):"
-    return f"{title}\n\n{table(['statement', 's', 'ratio', 'to'], rows)}"
+    yield f"Processor time of an import, the best of {ROUNDS} new processes; median of {RACES} races (extremes):"
+    yield table(["statement", "s", "ratio", "to"], rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -44,8 +46,8 @@ class Packed(nn.Module):
         return outputs.data, None
 
 
-def measure() -> str:
-    """Run all measurements, and return their tables as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     torch.manual_seed(0)
     nets: dict[str, nn.Module] = {
         "zoneout LSTM, rates 0.15": ZoneoutLSTM(INPUTS, SIZE, zoneout_cell=0.15, zoneout_hidden=0.15),
@@ -54,37 +56,38 @@ def measure() -> str:
         "LSTM by a hypernetwork of 32 units": HyperLSTM(INPUTS, SIZE),
         "HM-LSTM, 3 layers": HMLSTM(INPUTS, SIZE, outputs="top"),
     }
-    return f"{_against_torch(nets)}\n\n{_packed(nets)}"
+    yield from _against_torch(nets)
+    yield from _packed(nets)
 
 
 def _sequences(steps: int) -> torch.Tensor:
     return torch.randn(steps, BATCH, INPUTS, generator=torch.Generator().manual_seed(0))
 
 
-def _against_torch(layers: dict[str, nn.Module]) -> str:
-    """Return the table of each layer's time over those of torch's LSTM and of a loop over its cell."""
+def _against_torch(layers: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield the table of each layer's time over those of torch's LSTM and of a loop over its cell."""
     fused, loop = "torch's LSTM", "loop over torch's LSTMCell"
     nets = {fused: nn.LSTM(INPUTS, SIZE), loop: Loop(), **layers}
     x = _sequences(STEPS)
     result = race({side: passes(net, x) for side, net in nets.items()}, races=5, rounds=3)
     sizes = {side: f"{sum(weight.numel() for weight in net.parameters()):,}" for side, net in nets.items()}
-    what = (
+    yield (
         f"Forward and backward, batch {BATCH}, {STEPS} steps of {INPUTS} input, {SIZE} units, fp32; median of 5 races "
         "(extremes):"
     )
     peers = {"/ torch's LSTM": fused, "/ loop": loop}
-    return f"{what}\n\n{result.table(peers, {'parameters': sizes})}"
+    yield result.table(peers, {"parameters": sizes})
 
 
-def _packed(nets: dict[str, nn.Module]) -> str:
-    """Return the table of each layer's time for packed sequences over that for the padded batch."""
+def _packed(nets: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield the table of each layer's time for packed sequences over that for the padded batch."""
     steps, rows = STEPS // 4, []
     x = _sequences(steps)
     for side, net in nets.items():
         result = race({"padded": passes(net, x), "packed": passes(Packed(net, steps), x)}, races=5, rounds=1)
         rows.append([side, *result.row("padded"), *result.row("packed", "padded")])
-    what = (
+    yield (
         f"The same with {steps} steps, of a padded batch and of its sequences packed, with lengths from half of the "
         "steps to all:"
     )
-    return f"{what}\n\n{table(['side', 'padded ms', 'packed ms', 'packed / padded'], rows)}"
+    yield table(["side", "padded ms", "packed ms", "packed / padded"], rows)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,25 +197,25 @@ def reckoned(found: Race) -> list[list[str]]:
     return rows
 
 
-def measure() -> str:
-    """Run all measurements, and return their tables as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     found = constants()
     by_devices = [f"{what}, {number} devices" for number in DEVICES for what in ("GiB held", "GiB exchanged", "ms")]
-    return "\n\n".join(
-        [
-            f"Steps of ResNet-20 through `tying fit`, of one process and of two by DDP and by FSDP2, which shards each "
-            f"block, each with a thread and {BATCH} images of its own; median of {ROUNDS} runs of {STEPS} steps "
-            "(extremes). DDP sends the bytes of the gradients once a step, FSDP2 three times:",
-            table(
-                ["family", "ms, one", "ms, DDP", "ms, FSDP2", "efficiency", "efficiency, FSDP2", "KiB exchanged"],
-                efficiency(),
-            ),
-            f"A model of {MODEL / 1e9:g} B fp32 weights, fully sharded (FSDP2) over so many devices, reckoned: weights "
-            "held on each, without gradients and optimizer states; sent and received by each in a step, two "
-            "all-gathers and a reduce-scatter; and what a pull takes, as a multiple of a copy of the weights, which is "
-            f"measured here, on {WEIGHTS / 2**20:.0f} Mi of them, times that of a copy at {BANDWIDTH / 1e12:g} TB/s:",
-            table(["tie", "/ copy", *by_devices], reckoned(found)),
-            "A pull of plain ties adds no collective, since its weights are sharded alike; one through a transpose "
-            "adds two, in each of which a device sends its shard of one side.",
-        ]
+    yield (
+        f"Steps of ResNet-20 through `tying fit`, of one process and of two by DDP and by FSDP2, which shards each "
+        f"block, each with a thread and {BATCH} images of its own; median of {ROUNDS} runs of {STEPS} steps "
+        "(extremes). DDP sends the bytes of the gradients once a step, FSDP2 three times:"
+    )
+    ways = ["ms, one", "ms, DDP", "ms, FSDP2", "efficiency", "efficiency, FSDP2", "KiB exchanged"]
+    yield table(["family", *ways], efficiency())
+    yield (
+        f"A model of {MODEL / 1e9:g} B fp32 weights, fully sharded (FSDP2) over so many devices, reckoned: weights "
+        "held on each, without gradients and optimizer states; sent and received by each in a step, two "
+        "all-gathers and a reduce-scatter; and what a pull takes, as a multiple of a copy of the weights, which is "
+        f"measured here, on {WEIGHTS / 2**20:.0f} Mi of them, times that of a copy at {BANDWIDTH / 1e12:g} TB/s:"
+    )
+    yield table(["tie", "/ copy", *by_devices], reckoned(found))
+    yield (
+        "A pull of plain ties adds no collective, since its weights are sharded alike; one through a transpose adds "
+        "two, in each of which a device sends its shard of one side."
     )

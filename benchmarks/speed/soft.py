@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -121,8 +122,8 @@ def mixture(std: float | None = None) -> tuple[str, float]:
     return result.told("prior", "exp"), result.median("prior")
 
 
-def measure() -> str:
-    """Run all measurements, and return their tables as Markdown."""
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
     model = pairs_of_weights(PAIRS, SIDE)
     plain = TyingPenalty(resolve(model, ["a.{i} ~ b.{i}"]))
     transposed = TyingPenalty(resolve(model, ["a.{i} ~ b.{i} | o i -> i o"]))
@@ -149,17 +150,20 @@ def measure() -> str:
     shares = race({"step": step, "pull": pull}, races=7, rounds=10)
     share = with_extremes([100 * ratio for ratio in shares.ratios("pull", "step")])
     (ratio, seconds), (tight, _) = mixture(), mixture(TIGHT)
-    paragraphs = [
-        f"{PAIRS} pairs of {SIDE}×{SIDE} weights, 14.0 M on each side, fp32; median of 7 races (extremes):",
-        result.table({"/ copy": bound, "/ additions": adding}),
+    yield f"{PAIRS} pairs of {SIDE}×{SIDE} weights, 14.0 M on each side, fp32; median of 7 races (extremes):"
+    yield result.table({"/ copy": bound, "/ additions": adding})
+    yield (
         f"The fused gradient is {faster} times faster than autograd; for transposed pairs, {faster_transposed} times.\n"
-        "A copy of as many words measures memory bandwidth; the two additions are the least that touches these six.",
+        "A copy of as many words measures memory bandwidth; the two additions are the least that touches these six."
+    )
+    yield (
         f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} % of a training\n"
-        f"step at batch 128 ({1e3 * shares.median('step'):.0f} ms).",
+        f"step at batch 128 ({1e3 * shares.median('step'):.0f} ms)."
+    )
+    yield (
         f"The mixture prior, value and gradient, of {MIXTURE_WEIGHTS / 1e6:.0f} M weights and {COMPONENTS} components "
         f"takes {1e3 * seconds:.0f} ms, {ratio} times as long as {COMPONENTS} passes of `torch.exp` over as many "
         f"numbers, {CPU_CHUNK:,} at a time; with components as tight as they become, of standard deviation {TIGHT}, "
-        f"{tight} times.",
-        "\n".join(matching()),
-    ]
-    return "\n\n".join(paragraphs)
+        f"{tight} times."
+    )
+    yield "\n".join(matching())
