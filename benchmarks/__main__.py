@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import evidence, experiment, gallery, hybrid_toy
 from benchmarks.archive import pack, unpack
+from benchmarks.cluster import Cluster
 from benchmarks.declared import suites
+from benchmarks.engine import Local
 from benchmarks.machine import describe
+from benchmarks.plan import plan
 from benchmarks.report import PAGES, RESULTS, paste, write
 from benchmarks.sizes import remeasure
 from benchmarks.speed import FAMILIES as SPEED
@@ -59,21 +62,24 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument(
         "picture", nargs="*", metavar="PICTURE", help=f"of {', '.join(gallery.NAMES)}; all by default"
     )
+    export = commands.add_parser("export", help="write every epoch of all kept runs as one table")
+    export.add_argument("file", type=Path, metavar="FILE", help="a file that ends in .csv or .parquet")
     commands.add_parser("readme", help="paste the kept results into the README and the pages beside them")
-    told = f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file"
-    for command in (run, report):
-        command.add_argument("suite", metavar="SUITE", help=told)
-    for command in (restore, sizes):
-        command.add_argument("suite", metavar="SUITE", help="its name, or a YAML file")
     for command in (run, report, restore, sizes):
+        command.add_argument("suite", help=f"of {', '.join([*COMPUTED, *suites()])}; or a YAML file")
         command.add_argument("--out", type=Path, help="where the runs are; by default, runs/suites/SUITE")
         command.add_argument("--data", help="the data module's root, or 'sample'; by default, what the suite says")
     for command in (run, report):
         command.add_argument("--only", metavar="PATTERN", help="runs whose name fits, such as 'gradient*,seed=0'")
-        command.add_argument(
-            "--seeds", type=int, help="replicas of each setting; by default, one, and in a report those that were begun"
-        )
-    run.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+        command.add_argument("--seeds", type=int, help="replicas of each setting: one, and in a report those begun")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the processor's cores")
+    where.add_argument("--executor", metavar="ADDRESS", help="of a dask.distributed scheduler: tcp://host:8786")
+    run.add_argument("--shared", action="store_true", help="with --executor: its workers see --out, and work there")
+    run.add_argument("--retry", type=int, default=0, metavar="N", help="try a run that fails N more times")
+    run.add_argument(
+        "--plan", action="store_true", help="only time a few steps of each setting; print hours and memory"
+    )
     for command in (run, report, speed):
         command.add_argument("--save", action="store_true", help="keep what comes out under benchmarks/results")
     return parser
@@ -86,6 +92,8 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
         for page in PAGES:
             write(page, paste(page.read_text()))
         write(RESULTS / "README.md", evidence.markdown())
+    elif known.command == "export":
+        print(f"{evidence.export(known.file)} runs written to {known.file}")
     elif known.command == "redraw":
         for name in known.results or sorted(path.stem for path in RESULTS.glob("*.csv")):
             print("Written:", *experiment.redraw(name))
@@ -111,34 +119,41 @@ def _obey(known: argparse.Namespace, overrides: list[str]) -> int:
             made = SPEED[family]()
             text, figure = made if isinstance(made, tuple) else (made, None)
             _present(f"speed_{family}", text, figure, f"speed {family}", known.save)
+    elif known.command == "run":
+        return _run(known, overrides)
     else:
-        return _experiment(known, overrides)
+        chosen = {"seeds": known.seeds, "only": known.only, "overrides": overrides}
+        sweep = experiment.prepare(known.suite, known.out, known.data, **chosen, as_begun=True)
+        _report(known, sweep, partial=known.only is not None)
     return 0
 
 
-def _experiment(known: argparse.Namespace, overrides: list[str]) -> int:
-    reporting = known.command == "report"
-    where = {"out": known.out, "data": known.data}
-    failed = {}
-    if not reporting:
-        sweep = experiment.prepare(known.suite, **where, seeds=known.seeds, only=known.only, overrides=overrides)
-        failed = experiment.perform(sweep, known.jobs)
-    chosen = {"seeds": known.seeds, "only": known.only} if reporting else {}  # after a run: all there is
-    sweep = experiment.prepare(known.suite, **where, **chosen, overrides=overrides, as_begun=True)
+def _run(known: argparse.Namespace, overrides: list[str]) -> int:
+    where = {"out": known.out, "data": known.data, "overrides": overrides}
+    sweep = experiment.prepare(known.suite, **where, seeds=known.seeds, only=known.only)
+    with Cluster(known.executor, sweep.out, known.shared) if known.executor else Local(known.jobs) as workers:
+        experiment.check(sweep)
+        if known.plan:
+            print(plan(sweep, workers))
+            return 0
+        failed = experiment.perform(sweep, workers, known.retry)
     try:
-        _keep(sweep.name, experiment.report(sweep, _command(known.suite, sweep)), known.save)
-        if known.save:
-            pack(sweep.out, _archive(sweep))
+        _report(known, experiment.prepare(known.suite, **where, as_begun=True))  # all there is
     except ConfigurationError:
-        if failed:  # and told already
-            return 1
-        raise
-    if chosen.get("only") is None:
+        if not failed:  # and told already
+            raise
+    return 1 if failed else 0
+
+
+def _report(known: argparse.Namespace, sweep: Sweep, partial: bool = False) -> None:
+    _keep(sweep.name, experiment.report(sweep, _command(known.suite, sweep)), known.save)
+    if known.save:
+        pack(sweep.out, _archive(sweep))
+    if not partial:
         try:
             print("Written:", *experiment.draw(sweep, RESULTS if known.save else None))
         except OSError as error:
             print(f"CSV and plot could not be written: {error}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def _archive(sweep: Sweep) -> Path:

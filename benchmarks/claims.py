@@ -15,117 +15,119 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from statistics import fmean
 from typing import ClassVar
 
-from benchmarks.figures import Row, final, lines_of
-from benchmarks.inference import interval, probability_by_chance, rank_correlation
+import numpy as np
+import pandas as pd
+from pandas import DataFrame
+from typing_extensions import override
+
+from benchmarks.inference import interval, probability_by_chance
 from benchmarks.report import table
+from benchmarks.rows import final, lines_of, numbers
 
 LEVEL = 0.025  # of a trend that is there by chance, on either side
 
 
 @dataclass(frozen=True)
-class Trend:
-    """A claim: along an axis a metric rises (sign 1) or falls (−1), on every line.
-
-    What decides is the rank correlation of both over all values of the axis, summed over seeds, and how probable one
-    as large would be without a trend, exactly: below 2.5 %. Unlike the change from the first to the last value, it is
-    not ruled by the spread at one end.
+class AlongAxis:
+    """A claim on how a metric goes along an axis, on every line.
 
     Attributes:
         claim: in words.
         x: an axis of the suite.
         y: a metric.
         lines: an axis.
-        sign: 1 or −1.
-        confounded: why the trend, if it is there, may have another cause.
+        confounded: why what is claimed, if it is there, may have another cause.
     """
 
     claim: str
     x: str
     y: str
     lines: str
-    sign: int
+    _: KW_ONLY
     confounded: str = ""
-    head: ClassVar = ("line", "n", "change from first to last", "rank correlation", "probability", "says")
+    head: ClassVar[tuple[str, ...]]
+    agrees: ClassVar[str]  # what a line says that is as claimed
+    least: ClassVar[int]  # number of x that it takes
 
-    def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
-        """Return a verdict, and a table's rows: for each line the change, the rank correlation and what it says.
+    def judge(self, rows: DataFrame) -> tuple[str, list[list[str]]]:
+        """Return a verdict, and a table's rows: each line, its number of seeds, what is measured and what it says.
 
-        The probability is that of a correlation as large, in the direction of the one that is found, by chance. With
-        one seed, or a value that is not finite, nothing can be said.
+        With one seed, too few x, or a value that is not finite, nothing can be said.
         """
         told = []
-        for line, points in lines_of(rows, self.lines).items():
-            whole = by_seed(points, self.x, self.y)
-            if blank := unsaid(len(whole), (y for own in whole for _, y in own)):
-                told.append([f"{self.lines} {line}", str(len(whole)), *3 * [blank], "undecided"])
-                continue
-            change = fmean(own[-1][1] - own[0][1] for own in whole)
-            correlation = fmean(rank_correlation(own) for own in whole)
-            chance = probability_by_chance(correlation, len(whole[0]), len(whole))
-            says = "undecided" if chance >= LEVEL else "as claimed" if correlation * self.sign > 0 else "the opposite"
-            cells = [f"{change:+.4f}", f"{correlation:+.3f}", f"{chance:.2g}", says]
-            told.append([f"{self.lines} {line}", str(len(whole)), *cells])
-        verdict = of_all_lines(told, "as claimed")
-        if self.confounded and any(line[-1] == "as claimed" for line in told):
+        for line, runs in lines_of(rows, self.lines):
+            by_seed = numbers(runs, self.x, self.y).pivot(index="seed", columns=self.x, values=self.y).dropna()
+            by_seed = by_seed if by_seed.shape[1] >= self.least else by_seed[:0]
+            blank = unsaid(len(by_seed), by_seed.to_numpy().flat)
+            cells = [*[blank] * (len(self.head) - 3), "undecided"] if blank else self.measure(by_seed)
+            told.append([f"{self.lines} {line}", str(len(by_seed)), *cells])
+        verdict = of_all_lines(told, self.agrees)
+        if self.confounded and any(line[-1] == self.agrees for line in told):
             verdict += f", and confounded: {self.confounded}"
         return f"{self.claim}: {verdict}.", told
 
+    def measure(self, by_seed: DataFrame) -> list[str]:
+        """Return what the values of y say, by seed and x: the cells of a row from the third on."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
-class Peak:
+class Trend(AlongAxis):
+    """A claim: along an axis a metric rises (sign 1) or falls (−1), on every line.
+
+    What decides is the rank correlation of both over all values of the axis, as a mean over seeds, and how probable
+    one as large, in its direction, would be without a trend, exactly: below 2.5 %. Unlike the change from the first to
+    the last value, it is not ruled by the spread at one end.
+    """
+
+    sign: int
+    head: ClassVar = ("line", "n", "change from first to last", "rank correlation", "probability", "says")
+    agrees: ClassVar = "as claimed"
+    least: ClassVar = 2
+
+    @override
+    def measure(self, by_seed: DataFrame) -> list[str]:
+        change = (by_seed.iloc[:, -1] - by_seed.iloc[:, 0]).mean()
+        ranks = pd.Series(range(by_seed.shape[1]), by_seed.columns)
+        correlation = by_seed.rank(axis=1).corrwith(ranks, axis=1).fillna(0.0).mean()  # 0 where y does not vary
+        chance = probability_by_chance(correlation, by_seed.shape[1], len(by_seed))
+        says = "undecided" if chance >= LEVEL else "as claimed" if correlation * self.sign > 0 else "the opposite"
+        return [f"{change:+.4f}", f"{correlation:+.3f}", f"{chance:.2g}", says]
+
+
+@dataclass(frozen=True)
+class Peak(AlongAxis):
     """A claim: along an axis a metric is highest inside, at neither end, on every line.
 
     The inner value is chosen on all seeds but one, and compared with both ends on that one, for each seed in turn: the
     luck of the best of several is not counted as a gain. What decides are 95 % intervals of the mean gains.
-
-    Attributes:
-        claim: in words.
-        x: an axis of the suite.
-        y: a metric.
-        lines: an axis.
     """
 
-    claim: str
-    x: str
-    y: str
-    lines: str
     head: ClassVar = (
-        "line",
-        "n",
-        "best inside",
-        "over the first",
-        "95 % interval",
-        "over the last",
-        "95 % interval",
-        "says",
+        *("line", "n", "best inside", "over the first", "95 % interval", "over the last", "95 % interval", "says"),
     )
+    agrees: ClassVar = "inside"
+    least: ClassVar = 3
 
-    def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
-        """Return a verdict, and a table's rows: for each line the inner value, its gains over both ends, what they say.
-
-        With one seed, without inner values, or with a value that is not finite, nothing can be said.
-        """
-        told = []
-        for line, points in lines_of(rows, self.lines).items():
-            whole = [own for own in by_seed(points, self.x, self.y) if len(own) > 2]
-            if blank := unsaid(len(whole), (y for own in whole for _, y in own)):
-                told.append([f"{self.lines} {line}", str(len(whole)), *5 * [blank], "undecided"])
-                continue
-            chosen = [inner_best([other for other in whole if other is not own]) for own in whole]
-            over_first = [own[best][1] - own[0][1] for best, own in zip(chosen, whole, strict=True)]
-            over_last = [own[best][1] - own[-1][1] for best, own in zip(chosen, whole, strict=True)]
-            bounds = interval(over_first), interval(over_last)
-            inside = all(low > 0 for low, _ in bounds)
-            says = "inside" if inside else "at an end" if any(high < 0 for _, high in bounds) else "undecided"
-            values = ", ".join(f"{whole[0][best][0]:g}" for best in sorted({*chosen}))
-            first, last = (f"{low:+.4f} to {high:+.4f}" for low, high in bounds)
-            gains = [f"{fmean(over_first):+.4f}", first, f"{fmean(over_last):+.4f}", last]
-            told.append([f"{self.lines} {line}", str(len(whole)), values, *gains, says])
-        return f"{self.claim}: {of_all_lines(told, 'inside')}.", told
+    @override
+    def measure(self, by_seed: DataFrame) -> list[str]:
+        values = by_seed.to_numpy()
+        others = (np.delete(values, row, axis=0) for row in range(len(values)))
+        best = [1 + int(rows[:, 1:-1].mean(axis=0).argmax()) for rows in others]
+        gains = [(values[range(len(values)), best] - values[:, end]).tolist() for end in (0, -1)]
+        bounds = [interval(over) for over in gains]
+        inside = all(low > 0 for low, _ in bounds)
+        says = "inside" if inside else "at an end" if any(high < 0 for _, high in bounds) else "undecided"
+        cells = [f"{x:g}" for x in by_seed.columns[sorted({*best})]]
+        told = [
+            (f"{fmean(over):+.4f}", f"{low:+.4f} to {high:+.4f}")
+            for over, (low, high) in zip(gains, bounds, strict=True)
+        ]
+        return [", ".join(cells), *told[0], *told[1], says]
 
 
 @dataclass(frozen=True)
@@ -149,16 +151,16 @@ class Order:
     over: str = ""
     head: ClassVar = ("settings", "n", "difference", "95 % interval", "says")
 
-    def judge(self, rows: Sequence[Row]) -> tuple[str, list[list[str]]]:
+    def judge(self, rows: DataFrame) -> tuple[str, list[list[str]]]:
         """Return a verdict, and a table's row: the difference and what it says.
 
         With one seed, or a value that is not finite, nothing can be said.
         """
-        over = self.over or self.y
-        found = final(rows)
-        above = {row["seed"]: float(row[self.y]) for row in found if row["run"] == self.higher and row.get(self.y)}
-        below = {row["seed"]: float(row[over]) for row in found if row["run"] == self.lower and row.get(over)}
-        gains = [above[seed] - below[seed] for seed in above if seed in below]
+        last, over = final(rows), self.over or self.y
+        sides = ((self.higher, self.y), (self.lower, over))
+        above, below = (numbers(last[last["run"] == run], y).set_index("seed")[y] for run, y in sides)
+        above, below = above.align(below, join="inner")
+        gains = (above - below).tolist()
         low, high = interval(gains)
         says = "as claimed" if low > 0 else "the opposite" if high < 0 else "undecided"
         verdict = {"as claimed": "reproduced", "the opposite": "not reproduced"}.get(says, says)
@@ -180,11 +182,11 @@ def of_all_lines(told: Sequence[Sequence[str]], agrees: str) -> str:
     """
     if all(int(line[1]) < 2 for line in told):
         return "undecided, for want of seeds"
-    found = Counter(line[-1] for line in told)
-    some = f"{found[agrees]} of {len(told)} lines" if found[agrees] else ""
-    if found[agrees] + found["undecided"] < len(told):
+    counts = Counter(line[-1] for line in told)
+    some = f"{counts[agrees]} of {len(told)} lines" if counts[agrees] else ""
+    if counts[agrees] + counts["undecided"] < len(told):
         return "not reproduced" + (some and f" (as claimed on {some})")
-    if found["undecided"]:
+    if counts["undecided"]:
         return f"reproduced on {some}, undecided on the others" if some else "undecided"
     return "reproduced"
 
@@ -199,27 +201,7 @@ def unsaid(seeds: int, values: Iterable[float]) -> str:
     return "–" if seeds < 2 else "" if all(map(math.isfinite, values)) else "nan"
 
 
-def inner_best(seeds: Sequence[Sequence[tuple[float, float]]]) -> int:
-    """Return which of several x, the first and the last apart, has the highest mean y.
-
-    Example:
-        >>> inner_best([[(0, 9), (1, 2), (2, 3), (3, 0)], [(0, 9), (1, 6), (2, 4), (3, 0)]])
-        1
-    """
-    return max(range(1, len(seeds[0]) - 1), key=lambda at: fmean(own[at][1] for own in seeds))
-
-
-def by_seed(points: Sequence[Row], x: str, y: str) -> list[list[tuple[float, float]]]:
-    """Return pairs (x, y) of each seed, in order of x; of seeds that have the same x as that of most, two at least."""
-    seeds: dict[str, list[tuple[float, float]]] = {}
-    for row in points:
-        if row.get(y) and row.get(x):  # not of a delta without that axis
-            seeds.setdefault(row["seed"], []).append((float(row[x]), float(row[y])))
-    most = max(([x for x, _ in sorted(own)] for own in seeds.values()), key=len, default=[])
-    return [sorted(own) for own in seeds.values() if len(most) > 1 and [x for x, _ in sorted(own)] == most]
-
-
-def verdicts(claims: Sequence[Claim], rows: Sequence[Row]) -> str:
+def verdicts(claims: Sequence[Claim], rows: DataFrame) -> str:
     """Return what becomes of claims, as Markdown."""
     parts = []
     for claim in claims:

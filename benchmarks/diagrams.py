@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
@@ -27,65 +27,72 @@ def count(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
+def parameter_figure(
+    title: str, x: str, y: str, sizes: Sequence[float], lines: Mapping[str, Sequence[float]], base: str, at: float
+) -> tuple[Figure, Axes]:
+    """Plot numbers of parameters against sizes, beside the number ``at`` of what ``base`` names."""
+    figure = new_figure(WIDTH, 3.2, title)
+    axes = figure.subplots()
+    for number, (name, counts) in enumerate(lines.items()):
+        axes.plot([*sizes], [*counts], label=name, markevery=max(1, len(sizes) // 8), **line_style(number))
+    axes.axhline(at, color="grey", linewidth=0.8, label=base)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_ylim(bottom=0)
+    legend_below(figure, *axes.get_legend_handles_labels())
+    return figure, axes
+
+
 def low_rank() -> Figure:
     """Plot how many parameters weights of low rank have, against the rank."""
-    figure = new_figure(WIDTH, 3.2, "Parameters of weights of low rank against the rank, beside those of the weights")
-    axes = figure.subplots()
     layers: dict[str, Callable[[], nn.Module]] = {
         "64 × 64": lambda: nn.Linear(64, 64, bias=False),
         "64 × 64 kernels of 3 × 3": lambda: nn.Conv2d(64, 64, 3, bias=False),
     }
-    for number, (name, layer) in enumerate(layers.items()):
-        counts = []
-        for rank in RANKS:
-            model = nn.Sequential(layer())
-            dense = count(model)
-            lower_rank(model, ["0.weight"], rank=rank)
-            counts.append(count(model) / dense)
-        axes.plot([*RANKS], counts, label=name, markevery=8, **line_style(number))
-    axes.axhline(1, color="grey", linewidth=0.8, label="the weight itself")
-    axes.set(xlabel="rank (number)", ylabel="parameters (relative to the weight)", ylim=(0, 2.1))
-    legend_below(figure, *axes.get_legend_handles_labels())
-    return figure
+
+    def share(layer: nn.Module, rank: int) -> float:
+        model, dense = nn.Sequential(layer), count(layer)
+        lower_rank(model, ["0.weight"], rank=rank)
+        return count(model) / dense
+
+    title = "Parameters of weights of low rank against the rank, beside those of the weights"
+    lines = {name: [share(layer(), rank) for rank in RANKS] for name, layer in layers.items()}
+    words = "rank (number)", "parameters (relative to the weight)"
+    return parameter_figure(title, *words, RANKS, lines, "the weight itself", 1)[0]
 
 
 def generated() -> Figure:
     """Plot how many parameters a ResNet-20 with generated weights has, against the size of an embedding."""
-    figure = new_figure(WIDTH, 3.2, "Parameters of a ResNet-20 of generated weights, by the size of an embedding")
-    axes = figure.subplots()
-    models = {size: ResNet(depth=20) for size in EMBEDDINGS}
-    plain = count(models[EMBEDDINGS[0]])
-    for size, model in models.items():
+    counts = []
+    for size in EMBEDDINGS:
+        model = ResNet(depth=20)
         generate_weights(model, ["**.branch.conv*.weight"], size)
-    axes.plot([*models], [*map(count, models.values())], label="generated weights", **line_style(0))
-    axes.axhline(plain, color="grey", linewidth=0.8, label="plain")
-    axes.set(xlabel="size of an embedding (numbers)", ylabel="parameters of the network (number)", xscale="log")
+        counts.append(count(model))
+    title = "Parameters of a ResNet-20 of generated weights, by the size of an embedding"
+    words = "size of an embedding (numbers)", "parameters of the network (number)"
+    plain = count(ResNet(depth=20))
+    figure, axes = parameter_figure(title, *words, EMBEDDINGS, {"generated weights": counts}, "plain", plain)
+    axes.set_xscale("log")
     axes.set_xticks(EMBEDDINGS, [*map(str, EMBEDDINGS)])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
 def untied_biases() -> Figure:
     """Plot how many biases and weights the convolutions of an encoder have, against the side of the images."""
-    figure = new_figure(WIDTH, 3.2, "Parameters of three convolutions with untied biases, by the side of images")
-    axes = figure.subplots()
-    encoder = ConvEncoder()
-    plain = count(encoder)
     counts = []
     for side in SIDES:
         encoder = ConvEncoder()
         untie_biases(encoder, ["*.bias"], torch.zeros(1, 3, side, side))
         counts.append(count(encoder))
-    axes.plot(SIDES, counts, label="a bias for each channel and position", **line_style(0))
-    axes.axhline(plain, color="grey", linewidth=0.8, label="a bias for each channel")
-    axes.set(xlabel="side of the images (pixels)", ylabel="parameters (number)")
+    title = "Parameters of three convolutions with untied biases, by the side of images"
+    words, lines = (
+        ("side of the images (pixels)", "parameters (number)"),
+        {"a bias for each channel and position": counts},
+    )
+    figure, axes = parameter_figure(title, *words, SIDES, lines, "a bias for each channel", count(ConvEncoder()))
     axes.set_xticks(SIDES)
-    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -145,7 +152,7 @@ def passes() -> Figure:
     for number in range(1, 4):
         model, calls = nn.Sequential(*(nn.Linear(1, 1) for _ in range(6))), list[int]()
         for position, block in enumerate(model):
-            block.register_forward_hook(_recorder(calls, position))
+            block.register_forward_hook(lambda *_, calls=calls, position=position: calls.append(position))
         loop(model, "{2..3}", passes=number)
         model(torch.zeros(1, 1))
         axes.plot(range(1, len(calls) + 1), calls, label=f"passes={number}", **line_style(number - 1))
@@ -155,18 +162,5 @@ def passes() -> Figure:
     return figure
 
 
-def _recorder(calls: list[int], position: int) -> Callable[..., None]:
-    def record(*_: Any) -> None:
-        calls.append(position)
-
-    return record
-
-
-DIAGRAMS: dict[str, Callable[[], Figure]] = {
-    "low_rank": low_rank,
-    "generated": generated,
-    "untied_biases": untied_biases,
-    "merges": merges,
-    "fractal": fractal,
-    "passes": passes,
-}
+DRAWN: tuple[Callable[[], Figure], ...] = (low_rank, generated, untied_biases, merges, fractal, passes)
+DIAGRAMS = {draw.__name__: draw for draw in DRAWN}

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pandas import DataFrame
+
 from benchmarks.archive import unpack
 from benchmarks.claims import verdicts
 from benchmarks.declared import load, suites
-from benchmarks.figures import Row, draw_overview, final
+from benchmarks.engine import Local, Performance
 from benchmarks.figures import draw as draw_plot
+from benchmarks.figures import draw_overview
 from benchmarks.folder import complete_below
 from benchmarks.json_files import read_json, write_json
 from benchmarks.machine import machine
-from benchmarks.report import RESULTS, write_csv
+from benchmarks.report import RESULTS, write
+from benchmarks.rows import final, read_rows
 from benchmarks.suite import Suite
 from benchmarks.summary import curves, refuse_mixture, summarize
 from benchmarks.sweep import Sweep
@@ -38,19 +41,16 @@ def prepare(
     overrides: Sequence[str] = (),
     as_begun: bool = False,
 ) -> Sweep:
-    """Return a suite's runs and where they are.
+    """Return the runs of a suite, or of its file, and where they are: by default, by the names of suite and data.
 
     Args:
         name: of the suite, or its file.
-        out: the folder of all runs; by default, by the names of suite and data.
+        out: the folder of all runs.
         data: the data module's root, or ``"sample"``; by default, what the suite says.
         seeds: number of replicas of each setting; 1 by default.
         only: a shell pattern for the names of runs.
         overrides: ``--key=value`` for all runs.
         as_begun: take seeds and overrides that are not given from what the folder was begun with.
-
-    Raises:
-        ConfigurationError: there is no such suite, data or run, or the folder holds another definition's results.
     """
     suite = load(name)
     arguments, label = _data(data)
@@ -65,15 +65,8 @@ def prepare(
     return sweep
 
 
-def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
-    """Do the runs that are not done; return why those failed that failed, by name.
-
-    Raises:
-        ConfigurationError: a configuration is wrong, or runs are complete that other versions made; nothing was
-            started.
-    """
-    if jobs < 1:
-        raise ConfigurationError(f"jobs must be 1 or more, not {jobs}")
+def check(sweep: Sweep) -> None:
+    """Refuse configurations that could not be run, and to mix with complete runs that other versions made."""
     folders = [sweep.folder(run) for run in sweep.runs]
     complete = [folder for folder in folders if folder.state() == "complete"]
     if len(complete) < len(folders):
@@ -81,12 +74,16 @@ def perform(sweep: Sweep, jobs: int) -> dict[str, str]:
         refuse_mixture({**made, "those to come": machine()["versions"]})
     with quietly():
         sweep.check_configurations()
+
+
+def perform(sweep: Sweep, workers: Local, retry: int = 0) -> dict[str, str]:
+    """Do the runs that are not done; return why those failed that failed, by name."""
     path = sweep.out / BEGUN
     kept = read_json(path, "seeds") if path.exists() else {"seeds": 0}
     begun = {"seeds": max(kept["seeds"], *(run.seed + 1 for run in sweep.runs)), "overrides": [*sweep.overrides]}
     if begun != kept:
         write_json(path, begun)
-    return sweep.perform(jobs)
+    return Performance(sweep, workers, retry).perform()
 
 
 def report(sweep: Sweep, command: str) -> str:
@@ -110,15 +107,15 @@ def draw(sweep: Sweep, kept: Path | None = None) -> list[Path]:
     """
     rows = curves(sweep.runs, sweep.out)
     table = sweep.out / f"{sweep.name}.csv"
-    write_csv(table, rows)
+    write(table, rows.to_csv(index=False))
     written = [table, *draw_pictures(sweep.suite, sweep.name, rows, sweep.out)]
     if kept:
         written += draw_pictures(sweep.suite, sweep.name, rows, kept)
-        write_csv(kept / table.name, final(rows))
+        write(kept / table.name, final(rows).to_csv(index=False))
     return written
 
 
-def draw_pictures(suite: Suite, name: str, rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw_pictures(suite: Suite, name: str, rows: DataFrame, folder: Path) -> list[Path]:
     """Write a picture of all settings, and those that the suite's file asks for; return the files.
 
     Args:
@@ -149,8 +146,7 @@ def redraw(name: str, folder: Path = RESULTS) -> list[Path]:
     suite = load(suite_name)
     if not table.exists():
         raise ConfigurationError(f"there is no {table}")
-    with table.open() as file:
-        rows: list[dict[str, str]] = [*csv.DictReader(file)]
+    rows = read_rows(table)
     archive = folder / "runs" / f"{'@'.join(filter(None, [suite.home or suite_name, label]))}.tar.xz"
     if archive.exists():
         kept = rows
@@ -158,7 +154,7 @@ def redraw(name: str, folder: Path = RESULTS) -> list[Path]:
             unpack(archive, Path(out))
             begun = read_json(Path(out) / BEGUN, "seeds")
             rows = curves(suite.runs(begun["seeds"]), Path(out))
-        if [{key: str(row.get(key, "")) for key in kept[0]} for row in final(rows)] != kept:
+        if not final(rows).reindex(columns=kept.columns).reset_index(drop=True).equals(kept):
             raise ConfigurationError(f"{archive} has other results than {table}")
     return draw_pictures(suite, name, rows, folder)
 

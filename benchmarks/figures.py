@@ -13,24 +13,23 @@ A suite's file may say::
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from matplotlib.artist import Artist
+import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.container import Container
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
+from pandas import DataFrame
 
-from benchmarks.inference import moments
 from benchmarks.labels import name_points
 from benchmarks.quantities import QUANTITIES, in_common, quantity
+from benchmarks.rows import final, lines_of, means_by_run, numbers
 from tying.figures import SMALL, WIDTH, legend_below, line_style, new_figure
 from tying.files import save_figure
 
-Row = Mapping[str, str]
 FEW = 6  # settings whose curves a reader can follow
 PANELS = 2  # that fit beside each other
 TICKS = 8  # values of an axis that are written out
@@ -80,34 +79,7 @@ class Plot:
         return f"{_upper(in_common(self.metrics).name)} against {x}: {shown}"
 
 
-class Point(NamedTuple):
-    """The means and standard deviations of a setting over its seeds."""
-
-    x: float
-    y: float
-    x_spread: float
-    y_spread: float
-    setting: str
-
-
-def lines_of(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
-    """Return the final rows of runs, by their value on an axis; those without it are left out."""
-    lines: dict[str, list[Row]] = {}
-    for row in final(rows):
-        if row.get(axis):
-            lines.setdefault(row[axis], []).append(row)
-    return lines
-
-
-def final(rows: Sequence[Row]) -> list[Row]:
-    """Return the last row of each run."""
-    last: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        last[row["run"], row["seed"]] = row
-    return [*last.values()]
-
-
-def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
+def draw(plot: Plot, rows: DataFrame, path: Path) -> None:
     """Write a PNG: a point for each setting, of mean x and mean y over its seeds, with both standard deviations.
 
     Lines go through points in order of x, and no two of 40 look the same without color. With ``lines="run"`` each point
@@ -116,58 +88,51 @@ def draw(plot: Plot, rows: Sequence[Row], path: Path) -> None:
     by_run = plot.lines == "run"
     figure = new_figure(WIDTH, 4.6 if by_run else 3.6, plot.title)
     axes = figure.subplots()
-    bars: dict[str, Artist | Container] = {}
-    shown: list[Point] = []
+    bars = {}
+    shown = []
     for number, (name, points) in enumerate(_series(plot, rows)):
-        if not points:
+        if points.empty:
             continue
-        shown += points
-        xs, ys, x_spreads, y_spreads, _ = zip(*points, strict=True)
+        shown.append(points)
         style = line_style(number)
         if by_run and (number or not plot.families):
             style["linestyle"] = "none"
-        across = x_spreads if any(x_spreads) else None
-        bars[name] = axes.errorbar(xs, ys, xerr=across, yerr=y_spreads, label=name, capsize=2, **style)
-    _scale(axes, plot, [point.x for point in shown])
+        across = points["x_std"] if points["x_std"].any() else None
+        bars[name] = axes.errorbar(points["x"], points["y"], points["y_std"], across, label=name, capsize=2, **style)
+    every = pd.concat(shown) if shown else DataFrame(columns=["x", "y"])
+    _scale(axes, plot, sorted({*every["x"]}))
     axes.set(xlabel=plot.label or quantity(plot.x).label, ylabel=in_common(plot.metrics).label)
     if bars and (plot.families or not by_run):
         legend_below(figure, [*bars.values()], [*bars])
     if by_run:
         axes.margins(x=0.12, y=0.08)
-        name_points(figure, axes, [(point.setting, point.x, point.y) for point in shown])
+        name_points(figure, axes, [*zip(every.index, every["x"], every["y"], strict=True)])
     save_figure(figure, path)
 
 
-def _series(plot: Plot, rows: Sequence[Row]) -> Iterator[tuple[str, list[Point]]]:
+def _series(plot: Plot, rows: DataFrame) -> Iterator[tuple[str, DataFrame]]:
     """Yield the name and the points of each line, family or setting."""
     for metric in plot.metrics:
         suffix = f", {quantity(metric).name}" if len(plot.metrics) > 1 else ""
-        lines = lines_of(rows, plot.lines)
+        lines = dict(lines_of(rows, plot.lines))
         if plot.lines != "run":
-            for value, selected in lines.items():
-                yield f"{plot.lines} {value}{suffix}", _points(plot.x, metric, selected)
+            for value, runs in lines.items():
+                yield f"{plot.lines} {value}{suffix}", _points(plot.x, metric, runs)
             continue
         for family, settings in (plot.families or {setting: [setting] for setting in lines}).items():
-            selected = [row for setting in settings for row in lines.get(setting, [])]
-            yield f"{family}{suffix}", _points(plot.x, metric, selected)
+            runs = pd.concat([rows[:0], *(lines[setting] for setting in settings if setting in lines)])
+            yield f"{family}{suffix}", _points(plot.x, metric, runs)
 
 
-def _points(x: str, y: str, rows: Sequence[Row]) -> list[Point]:
-    """Return the point of each setting that has one, in order of x."""
-    pairs: dict[str, list[tuple[float, float]]] = {}  # by setting
-    for row in rows:
-        if row.get(x) and row.get(y):
-            pairs.setdefault(row["run"], []).append((float(row[x]), float(row[y])))
-    points = []
-    for setting, values in pairs.items():
-        (x_mean, x_spread), (y_mean, y_spread) = (moments(side) for side in zip(*values, strict=True))
-        points.append(Point(x_mean, y_mean, x_spread, y_spread, setting))
-    return sorted(point for point in points if math.isfinite(point.x) and math.isfinite(point.y))
+def _points(x: str, y: str, rows: DataFrame) -> DataFrame:
+    """Return mean and spread of x and y for each setting that has both, in order of x."""
+    points = means_by_run(rows, x, y).dropna()
+    points.columns = pd.Index(["x", "x_std", "y", "y_std"])
+    return points.sort_values(["x", "y"])
 
 
-def _scale(axes: Axes, plot: Plot, xs: Sequence[float]) -> None:
+def _scale(axes: Axes, plot: Plot, values: Sequence[float]) -> None:
     """Set the scale of x and what its ticks say: the values of an axis, multiples of 1024 bytes, or thousands."""
-    values = sorted({*xs})
     if plot.log and len(values) > 1 and 0 in values:
         axes.set_xscale("symlog", linthresh=values[1])
     elif plot.log:
@@ -182,72 +147,52 @@ def _scale(axes: Axes, plot: Plot, xs: Sequence[float]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
 
 
-def draw_overview(
-    rows: Sequence[Row], curves: Sequence[str], figures: Sequence[str], path: Path, x: str = "epoch"
-) -> None:
-    """Write a PNG of all settings: metrics over epochs, or, where these would be too many lines, final results.
-
-    Args:
-        rows: those of :func:`benchmarks.summary.curves`.
-        curves: metrics to show over epochs.
-        figures: metrics to show at the end.
-        path: of the file.
-        x: ``"epoch"`` or ``"step"``.
-    """
-    if has_curves(rows):
+def draw_overview(rows: DataFrame, curves: Sequence[str], figures: Sequence[str], path: Path, x: str = "epoch") -> None:
+    """Write a PNG of all settings: curves over epochs or, where these would be too many lines, final figures."""
+    if rows["run"].nunique() <= FEW and len(rows) > len(final(rows)):
         draw_curves(rows, curves, path, x)
     else:
         draw_outcomes(rows, figures, path)
 
 
-def has_curves(rows: Sequence[Row]) -> bool:
-    """Return whether rows are of several epochs, and of few enough settings for one line each."""
-    return len({row["run"] for row in rows}) <= FEW and len(rows) > len(final(rows))
-
-
-def draw_curves(rows: Sequence[Row], metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
+def draw_curves(rows: DataFrame, metrics: Sequence[str], path: Path, x: str = "epoch") -> None:
     """Write a PNG with a panel for each metric: over epochs, a line for each setting, the mean over its seeds."""
-    settings = {run: number for number, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
+    settings = [*map(str, rows["run"].unique())]
     figure = new_figure(WIDTH, 3.2, f"{_upper(in_common(metrics).name)} of each setting by {x}")
-    lines: dict[str, Artist | Container] = {}
+    lines = {}
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        points: dict[str, dict[int, list[float]]] = {}
-        for row in rows:
-            if row.get(metric):
-                epochs = points.setdefault(row["run"], {})
-                epochs.setdefault(int(row[x]), []).append(float(row[metric]))
-        for setting, epochs in points.items():
-            means = [moments(epochs[epoch])[0] for epoch in sorted(epochs)]
-            [lines[setting]] = axes.plot(sorted(epochs), means, **line_style(settings[setting]))
+        for setting, runs in numbers(rows, metric, x).groupby("run", sort=False):
+            means = runs.groupby(x)[metric].mean().replace(np.inf, np.nan)
+            [lines[str(setting)]] = axes.plot(means, **line_style(settings.index(str(setting))))
         _label(axes, metric, "y", titled=len(metrics) > 1)
         axes.set_xlabel(quantity(x).label, fontsize="small")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    legend_below(figure, [*lines.values()], [_spaced(setting) for setting in lines])
+    legend_below(figure, [*lines.values()], [*map(spaced, lines)])
     save_figure(figure, path)
 
 
-def draw_outcomes(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> None:
+def draw_outcomes(rows: DataFrame, metrics: Sequence[str], path: Path) -> None:
     """Write a PNG with a panel for each of the first metrics: for each setting the mean over its seeds.
 
     Bars are standard deviations. A dashed line goes through the first setting, the baseline, unless it is one value of
     an axis.
     """
-    lines = lines_of(rows, "run")
-    known = {metric: len({row["run"] for row in final(rows) if row.get(metric)}) for metric in metrics}
-    shown = [metric for metric in metrics if 2 * known[metric] >= len(lines)][:PANELS]  # of most settings
-    height = 0.9 + 0.19 * len(lines)
-    figure = new_figure(WIDTH, height, f"{_upper(in_common(shown).name)} of each setting after training")
+    last = final(rows)
+    settings = [*map(str, last["run"].unique())]
+    shown = [metric for metric in metrics if 2 * numbers(last, metric)["run"].nunique() >= len(settings)][:PANELS]
+    figure = new_figure(
+        WIDTH, 0.9 + 0.19 * len(settings), f"{_upper(in_common(shown).name)} of each setting after training"
+    )
     panels = figure.subplots(1, max(1, len(shown)), squeeze=False, sharey=True)[0]
-    panels[0].set_yticks(range(len(lines)), [_spaced(setting) for setting in lines], fontsize=SMALL)
-    panels[0].set_ylim(len(lines) - 0.5, -0.5)
+    panels[0].set_yticks(range(len(settings)), [*map(spaced, settings)], fontsize=SMALL)
+    panels[0].set_ylim(len(settings) - 0.5, -0.5)
     for axes, metric in zip(panels, shown, strict=False):
-        for height, replicas in enumerate(lines.values()):
-            values = [float(row[metric]) for row in replicas if row.get(metric)]
-            if values and math.isfinite(mean := moments(values)[0]):
-                axes.errorbar(mean, height, xerr=moments(values)[1], color="C0", marker="o", markersize=4, capsize=2)
-                if height == 0 and "=" not in replicas[0]["run"]:
-                    axes.axvline(mean, color="0.5", linestyle="--", linewidth=0.8, zorder=0)
+        for setting, mean, deviation in means_by_run(last, metric).dropna().itertuples(name=None):
+            height = settings.index(setting)
+            axes.errorbar(mean, height, xerr=deviation, color="C0", marker="o", markersize=4, capsize=2)
+            if height == 0 and "=" not in setting:
+                axes.axvline(mean, color="0.5", linestyle="--", linewidth=0.8, zorder=0)
         _label(axes, metric, "x", titled=len(shown) > 1)
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
@@ -268,8 +213,9 @@ def _label(axes: Axes, metric: str, side: str, titled: bool) -> None:
     axes.tick_params(labelsize="small")
 
 
-def _spaced(setting: str) -> str:
-    return ", ".join(part.strip() for part in setting.split(","))
+def spaced(setting: str) -> str:
+    """Return a setting with spaces between its parts."""
+    return re.sub(r",(?! )", ", ", setting)
 
 
 def _upper(text: str) -> str:

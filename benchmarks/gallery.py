@@ -14,46 +14,25 @@ from tying.errors import ConfigurationError, listed, nearest
 from tying.files import save_figure
 
 FOLDER = ROOT / "docs" / "gallery"
-BASE = "--config=configs/base.yaml"
-SMALL = ["--model.network.init_args.width=0.25", "--model.lr=0.1"]
-SHORT = "--trainer.max_epochs=4"
-PICTURES = {  # the commands of `tying` that draw each, in turn
-    "tying_gap": [["fit", BASE, "--config=configs/soft.yaml", *SMALL, SHORT]],
-    "importance": [["fit", BASE, "--config=configs/ewc.yaml", "--trainer.max_epochs=2"]],
+SHORT = {"SMALL": "--model.network.init_args.width=0.25 --model.lr=0.1", "SHORT": "--trainer.max_epochs=4"}
+PICTURES = {  # the commands of `tying` that draw each, in turn, all on top of configs/base.yaml
+    "tying_gap": ["fit --config=configs/soft.yaml {SMALL} {SHORT}"],
+    "importance": ["fit --config=configs/ewc.yaml --trainer.max_epochs=2"],
     "mixture_end": [
-        [
-            "fit",
-            BASE,
-            "--config=configs/mixture.yaml",
-            "--model.network.init_args.sizes=[3072, 64, 10]",
-            "--model.channels_last=false",
-            "--trainer.max_epochs=12",
-            "--trainer.callbacks.start_epoch=4",
-        ]
+        "fit --config=configs/mixture.yaml --model.network.init_args.sizes=[3072,64,10] --model.channels_last=false "
+        "--trainer.max_epochs=12 --trainer.callbacks.start_epoch=4"
     ],
-    "hash_loads": [
-        [
-            "fit",
-            BASE,
-            "--config=configs/hashing.yaml",
-            *SMALL,
-            "--trainer.max_epochs=1",
-            "--trainer.limit_train_batches=2",
-        ]
-    ],
-    "layer_similarity": [["fit", BASE, "--config=configs/templates.yaml", *SMALL, SHORT]],
+    "hash_loads": ["fit --config=configs/hashing.yaml {SMALL} --trainer.max_epochs=1 --trainer.limit_train_batches=2"],
+    "layer_similarity": ["fit --config=configs/templates.yaml {SMALL} {SHORT}"],
     "unrolling": [
-        ["fit", BASE, "--config=configs/recurrent.yaml", *SMALL, SHORT],
-        ["test", BASE, "--config=configs/recurrent.yaml", *SMALL, "--ckpt_path=last"],
+        "fit --config=configs/recurrent.yaml {SMALL} {SHORT}",
+        "test --config=configs/recurrent.yaml {SMALL} --ckpt_path=last",
     ],
     "boundaries": [
-        ["fit", BASE, "--config=configs/hm_rnn.yaml", "--trainer.max_epochs=1", "--trainer.limit_train_batches=300"],
-        ["test", BASE, "--config=configs/hm_rnn.yaml", "--ckpt_path=last", "--trainer.limit_test_batches=4"],
+        "fit --config=configs/hm_rnn.yaml --trainer.max_epochs=1 --trainer.limit_train_batches=300",
+        "test --config=configs/hm_rnn.yaml --ckpt_path=last --trainer.limit_test_batches=4",
     ],
-    "advice": [
-        ["fit", BASE, *SMALL, SHORT],
-        ["advise", BASE, *SMALL, "--ckpt_path=last", "--budget=0.7", "--batches=2", "--out=runs"],
-    ],
+    "advice": ["fit {SMALL} {SHORT}", "advise {SMALL} --ckpt_path=last --budget=0.7 --batches=2 --out=runs"],
 }
 NAMES = (*DIAGRAMS, *PICTURES)
 
@@ -75,8 +54,9 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
     if name not in PICTURES:
         raise ConfigurationError(f"unknown picture {name!r}: there is {listed(NAMES, 20)}.{nearest(name, NAMES)}")
     with tempfile.TemporaryDirectory() as out:
-        for arguments in PICTURES[name]:
-            command = [sys.executable, "-m", "tying", *arguments]
+        for line in PICTURES[name]:
+            subcommand, *options = line.format(**SHORT).split()
+            command = [sys.executable, "-m", "tying", subcommand, "--config=configs/base.yaml", *options]
             done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ConfigurationError(f"{' '.join(command)} fails: {done.stderr[-2000:]}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +32,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two nested structures are written alike: NaN is NaN.
-
-    Example:
-        >>> same({"lr": float("nan")}, {"lr": float("nan")}), same([1], [1.5])
-        (True, False)
-    """
+    """Tell whether two nested structures are written alike: NaN is NaN, and 1 is not 1.0."""
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
-def difference(there: Any, here: Any, place: str = "") -> str:
+def difference(there: Any, here: Any) -> str:
     """Return the first difference of two nested structures, in words.
 
     Example:
-        >>> difference({"data": {"seed": 0}}, {"data": {"seed": 1}})
-        'data.seed is 0 there and 1 here'
+        >>> difference({"data": {"seed": [0]}}, {"data": {"seed": [1]}})
+        'data.seed[0] is 0 there and 1 here'
     """
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(key for key in here if key not in there)]:
-            if (key in there) != (key in here) or not same(there[key], here[key]):
-                told = f"{place}.{key}".removeprefix(".")
-                if key not in here:
-                    return f"{told} is {there[key]!r} there and not set here"
-                if key not in there:
-                    return f"{told} is not set there and {here[key]!r} here"
-                return difference(there[key], here[key], told)
-    if isinstance(there, list) and isinstance(here, list):
-        for number, (one, other) in enumerate(zip_longest(there, here)):
-            if not same(one, other):
-                return difference(one, other, f"{place}[{number}]")
-    return f"{place or 'it'} is {there!r} there and {here!r} here"
+    leaves = _leaves(there), _leaves(here)
+    for place in leaves[0] | leaves[1]:
+        values = [repr(side[place]) if place in side else "not set" for side in leaves]
+        if values[0] != values[1]:
+            return f"{place.removeprefix('.')} is {values[0]} there and {values[1]} here"
+    return ""
+
+
+def _leaves(content: Any, place: str = "") -> dict[str, Any]:
+    if not content or not isinstance(content, dict | list):
+        return {place: content}
+    keys = [f".{key}" for key in content] if isinstance(content, dict) else [f"[{at}]" for at in range(len(content))]
+    values = content.values() if isinstance(content, dict) else content
+    parts = [_leaves(value, place + key) for key, value in zip(keys, values, strict=True)]
+    return {place: value for part in parts for place, value in part.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import resource
@@ -10,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "einops", "jsonargparse", "numpy", "tying")
@@ -19,9 +19,9 @@ PACKAGES = ("torch", "lightning", "torchmetrics", "torchvision", "einops", "json
 def machine() -> dict[str, Any]:
     """Return the processor or GPU, memory, threads of computation, and versions."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    memory = psutil.virtual_memory().total / 2**30
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return {
-        "hardware": f"{psutil.cpu_count()} cores of {_processor()}{gpu}, {memory:.0f} GiB",
+        "hardware": f"{os.cpu_count()} cores of {_processor()}{gpu}, {memory:.0f} GiB",
         "threads": torch.get_num_threads(),
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from multiprocessing import parent_process
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
 from textwrap import shorten
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from filelock import Timeout
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from benchmarks.folder import HEARTBEAT, Folder, touch
-from benchmarks.json_files import read_json, write_json
+from benchmarks.folder import Folder
+from benchmarks.json_files import write_json
 from benchmarks.machine import machine, peak_memory
 from benchmarks.program import Outcome, Progress, parse_program
 from benchmarks.report import write, write_csv
@@ -41,34 +38,39 @@ from tying.files import newest_intact
 from tying.lightning_workarounds import callbacks_of
 from tying.weights.derived import count_parameters
 
-LONGEST = 2000  # characters of an error: a pipe holds it
+LONGEST = 2000  # characters of an error
+TAKEN = "another process works on it"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the process of a run needs to know."""
+
+    folder: Folder
+    run: Run
+    definition: dict[str, Any]  # what makes the run the run it is
+    data: Sequence[str]  # arguments that say where the data is
+    threads: int  # of computation
 
 
 @dataclass
 class Record(Checkpoint):  # Lightning calls checkpoints last, after the module's own hooks have logged
-    """What was logged in each epoch, and what the epoch took; kept in checkpoints.
+    """What was logged in each epoch, and what the epoch took; kept in checkpoints."""
 
-    Args:
-        folder: of the run.
-        attempt: the attempt's own folder, where a file says which share of the training is done.
-    """
-
-    folder: Folder
-    attempt: Path
-    rows: list[dict[str, float]] = field(default_factory=list)
+    progress: Progress
     peak: int = 0
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": [dict(row) for row in self.rows], "peak": self.peak}
+        return {"rows": [dict(row) for row in self.progress.rows], "peak": self.peak}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows, self.peak = list(state_dict["rows"]), state_dict["peak"]
+        self.progress.rows, self.peak = list(state_dict["rows"]), state_dict["peak"]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begun_at = _share(trainer)
+        self.progress.begin(share(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,84 +79,59 @@ class Record(Checkpoint):  # Lightning calls checkpoints last, after the module'
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.folder.keep_claim(self.attempt)
         logged = trainer.callback_metrics.items()  # also those of earlier epochs: the very same tensors
         metrics = {name: float(value) for name, value in logged if value is not self._stale.get(name)}
         passed = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step}
-        seconds = {
-            "seconds": time.perf_counter() - self._start,
-            "processor seconds": time.process_time() - self._start_of_processor,
-        }
-        self.rows.append({**passed, **seconds, **metrics})
+        seconds, processor = time.perf_counter() - self._start, time.process_time() - self._start_of_processor
+        self.progress.rows.append({**passed, "seconds": seconds, "processor seconds": processor, **metrics})
         self.peak = max(self.peak, peak_memory())
-        write_json(self.attempt / "progress.json", {"share": _share(trainer), "begun at": self._begun_at})
+        self.progress.tell(share(trainer))
 
 
-def begin(folder: Folder, definition: dict[str, Any], threads: int) -> Path | None:
-    """Claim the run of a folder; return the attempt's own folder, or ``None`` if another process was faster.
+def work(task: Task) -> str:
+    """Do a run in a process of its own, which logs to the folder; return what went wrong, if anything did."""
+    try:
+        task.folder.path.mkdir(parents=True, exist_ok=True)
+        log = os.open(task.folder.path / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, sys.stdout.fileno())
+        os.dup2(log, sys.stderr.fileno())
+        return "" if perform(task) else TAKEN
+    except Exception as error:
+        with suppress(OSError):
+            traceback.print_exc()
+        return in_a_line(error)
 
-    Args:
-        folder: of the run.
-        definition: what makes the run the run it is.
-        threads: of computation; a run that goes on keeps the number it began with, since sums depend on it.
-    """
-    if attempts := folder.claimed_attempts():
-        threads = read_json(attempts[0] / "claim.json").get("threads", threads)
-    return folder.claim({"definition": definition, "threads": threads})
 
-
-def finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str] = ()) -> None:
-    """Do the run of a folder, from its newest checkpoint if it has one.
+def perform(task: Task) -> bool:
+    """Do a run, from its newest checkpoint if it has one; return False if another process works on it.
 
     The configuration's own checkpoints and logger are left out: a run keeps one checkpoint, of the last epoch's end,
     so that also the metrics averaged over an epoch come out the same after an interruption. The state of random
     generators is kept in it, whether the configuration says so or not.
 
-    Args:
-        folder: of the run.
-        attempt: what :func:`begin` returned.
-        run: what to do.
-        data: arguments that say where the data is.
-
     Raises:
-        Exception: whatever goes wrong; the attempt is then marked as failed.
+        Exception: whatever goes wrong; the run is then marked as failed.
     """
-    stopped = threading.Event()
-    threading.Thread(target=_beat, args=(attempt, stopped), daemon=True).start()
+    folder = task.folder
     try:
-        _finish(folder, attempt, run, data)
-    except Exception as error:
-        with suppress(OSError):  # the disk may be what is wrong
-            write_json(attempt / "failure.json", {"error": in_a_line(error)})
-        raise
-    finally:
-        stopped.set()
-
-
-def work(
-    connection: Connection, folder: Folder, definition: dict[str, Any], run: Run, data: Sequence[str], threads: int
-) -> None:
-    """Begin and finish a run in a process of its own; send what came of it: ``"taken"``, ``""`` or an error."""
-    signal(SIGINT, SIG_IGN)  # the parent ends its children
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        attempt = begin(folder, definition, threads)
-        if attempt is not None:
-            log = os.open(attempt / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, sys.stdout.fileno())
-            os.dup2(log, sys.stderr.fileno())
-            finish(folder, attempt, run, data)
-        connection.send("taken" if attempt is None else "")
-    except Exception as error:
-        connection.send(in_a_line(error))
-        with suppress(OSError):
-            traceback.print_exc()
+        lock = folder.lock().acquire()
+    except Timeout:
+        return False
+    with lock:
+        try:
+            if not folder.is_complete():
+                begun = folder.begin(task.definition, task.threads)
+                _finish(task, begun["threads"], begun["attempts"])
+        except Exception as error:
+            with suppress(OSError):  # the disk may be what is wrong
+                write_json(folder.path / "failure.json", {"error": in_a_line(error)})
+            raise
+    return True
 
 
 def in_a_line(error: Exception) -> str:
     """Return what went wrong, without line breaks."""
-    told = explain(error) or f"{type(error).__name__}: {error}"
-    return shorten(told, LONGEST)
+    return shorten(explain(error) or f"{type(error).__name__}: {error}", LONGEST)
 
 
 def arguments(run: Run, folder: Path, data: Sequence[str] = ()) -> list[str]:
@@ -165,16 +142,22 @@ def arguments(run: Run, folder: Path, data: Sequence[str] = ()) -> list[str]:
     return [*alone, *run.arguments(folder), *data, "--trainer.enable_progress_bar=false"]
 
 
-def _finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str]) -> None:
+def _finish(task: Task, threads: int, attempts: int) -> None:
+    folder, program = task.folder, task.run.program
     begun = time.perf_counter()
-    claim = read_json(attempt / "claim.json")
-    torch.set_num_threads(claim["threads"])
-    given = arguments(run, attempt / "configs", data)
-    outcome = _call(folder, attempt, run.program, given) if run.program else _train_and_test(folder, attempt, given)
+    torch.set_num_threads(threads)
+    given = arguments(task.run, folder.path / "configs", task.data)
+    if program:
+        function, settings, config = parse_program(program, given)
+        outcome = replace(function(Progress(folder), **settings), config=config)
+    else:
+        outcome = _train_and_test(folder, given)
+    if not outcome.rows:
+        raise ConfigurationError(f"program {program!r} has logged nothing" if program else "it trains for no epoch")
     unique, virtual = count_parameters(outcome.model)
     result = {
         "name": folder.name,
-        "definition": claim["definition"],
+        "definition": task.definition,
         "exit": "complete",
         "metrics": {name: value for row in outcome.rows for name, value in row.items()} | {**outcome.metrics},
         "data": outcome.data,
@@ -182,51 +165,47 @@ def _finish(folder: Folder, attempt: Path, run: Run, data: Sequence[str]) -> Non
         "parameters": {"unique": unique, "virtual": virtual, "bytes": stored_bytes(outcome.model.state_dict())},
         "seconds": {
             "training": sum(row["seconds"] for row in outcome.rows),
-            **({} if run.program else _of_epochs(outcome.rows)),
+            **({} if program else _of_epochs(outcome.rows)),
             "last attempt": time.perf_counter() - begun,
             "testing": outcome.testing,
         },
         "peak_memory": max(outcome.peak, peak_memory()),
-        "attempts": len(folder.attempts()),
+        "attempts": attempts,
         "finished": time.time(),
     }
-    folder.keep_claim(attempt)
     write(folder.path / "config.yaml", outcome.config)
     write_csv(folder.path / "metrics.csv", outcome.rows)
     write_json(folder.path / "result.json", result)
-    for earlier in folder.attempts():
-        if int(earlier.name) < int(attempt.name):
-            shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
+    newest = newest_intact(folder.checkpoints())
+    for checkpoint in folder.checkpoints():
+        if checkpoint != newest:
+            checkpoint.unlink()
 
 
-def _call(folder: Folder, attempt: Path, path: str, given: Sequence[str]) -> Outcome:
-    program, settings, config = parse_program(path, given)
-    outcome = program(Progress(folder, attempt), **settings)
-    if not outcome.rows:
-        raise ConfigurationError(f"program {path!r} has logged nothing")
-    return replace(outcome, config=config)
-
-
-def _train_and_test(folder: Folder, attempt: Path, given: Sequence[str]) -> Outcome:
+def parse_alone(folder: Path, given: Sequence[str], *callbacks: pl.Callback) -> LightningCLI:
+    """Return what a configuration makes, with other callbacks in place of its checkpoints and a log in ``folder``."""
     cli = parse(given)
-    trainer, model, data = cli.trainer, cli.model, cli.datamodule
-    record = Record(folder, attempt)
-    epochs = ModelCheckpoint(attempt / "checkpoints", "{epoch}", save_top_k=1, save_on_train_epoch_end=True)
-    kept = [callback for callback in callbacks_of(trainer) if not isinstance(callback, Checkpoint)]
+    kept = [callback for callback in callbacks_of(cli.trainer) if not isinstance(callback, Checkpoint)]
     kept += [] if any(isinstance(callback, RandomState) for callback in kept) else [RandomState()]
-    callbacks_of(trainer)[:] = [*kept, record, epochs]
-    trainer.logger = CSVLogger(attempt, name="logs", version="")
+    callbacks_of(cli.trainer)[:] = [*kept, *callbacks]
+    cli.trainer.logger = CSVLogger(folder, name="logs", version="")
+    return cli
+
+
+def _train_and_test(folder: Folder, given: Sequence[str]) -> Outcome:
+    record = Record(Progress(folder))
+    epochs = ModelCheckpoint(folder.path / "checkpoints", "{epoch}", save_top_k=1, save_on_train_epoch_end=True)
+    cli = parse_alone(folder.path, given, record, epochs)
+    trainer, model, data = cli.trainer, cli.model, cli.datamodule
     trainer.fit(model, data, ckpt_path=newest_intact(folder.checkpoints()))
     fitted = time.perf_counter()
-    if not record.rows:
-        raise ConfigurationError("the configuration trains for no epoch")
     metrics: dict[str, float] = {}
     if is_overridden("test_step", model):
         seed_everything(int(cli.config.get("seed_everything") or 0), verbose=False)  # whatever was drawn before
         for tested in trainer.test(model, data, verbose=False):
             metrics |= tested
     return Outcome(
-        record.rows,
+        record.progress.rows,
         metrics,
         model,
         {"description": getattr(data, "description", type(data).__name__), "key": getattr(data, "key", None)},
@@ -254,18 +233,6 @@ def stored_bytes(state: object) -> int:
     return sum(storages.values())
 
 
-def _share(trainer: pl.Trainer) -> float:
+def share(trainer: pl.Trainer) -> float:
+    """Return which share of its training a run has done."""
     return float(min(1.0, trainer.global_step / trainer.estimated_stepping_batches))
-
-
-def _beat(attempt: Path, stopped: threading.Event) -> None:
-    while not stopped.wait(HEARTBEAT):
-        with suppress(OSError):
-            touch(attempt)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -15,10 +15,11 @@ argument ``data``, if it has one, is a data module. It returns an :class:`Outcom
 
 from __future__ import annotations
 
+import io
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,117 +34,81 @@ from tying.files import atomically, newest_intact, read
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        rows: what was logged after each epoch, or stage of a program, with the keys ``step`` and ``seconds``.
-        metrics: the final metrics, in addition to the last value of each in ``rows``.
-        model: the model at the end, of which parameters are counted.
-        data: ``description`` and ``key`` of the data.
-        config: the configuration, as YAML.
-        testing: seconds after training.
-        peak: bytes of memory.
-    """
-
-    rows: Sequence[Mapping[str, float]]
-    metrics: Mapping[str, float]
+    rows: Sequence[Mapping[str, float]]  # after each epoch, or stage of a program, with the keys step and seconds
+    metrics: Mapping[str, float]  # at the end, in addition to the last value of each in rows
     model: torch.nn.Module
-    data: Mapping[str, str | None]
-    config: str = ""
-    testing: float = 0.0
-    peak: int = 0
+    data: Mapping[str, str | None]  # description and key
+    config: str = ""  # as YAML
+    testing: float = 0.0  # seconds after training
+    peak: int = 0  # bytes of memory
 
 
 @dataclass
 class Progress:
-    """What a program has logged and saved: an interrupted run goes on from there.
-
-    Args:
-        folder: of the run.
-        attempt: the attempt's own folder.
-        rows: what was logged so far.
-    """
+    """What a run has logged and saved in its folder: an interrupted run goes on from there."""
 
     folder: Folder
-    attempt: Path
     rows: list[dict[str, float]] = field(default_factory=list)
-    _begun_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self, share: float = 0.0) -> None:
+        """Begin an attempt, at a share of the run that is done; the time left is estimated from here on."""
+        self.begun_at, self._start = share, time.perf_counter()
+
+    def expected(self, share: float) -> float | None:
+        """Return the seconds that a whole run takes, by how long the share up to now has taken; None at the start."""
+        done = share - self.begun_at
+        return (time.perf_counter() - self._start) / done if done > 0 else None
 
     def restore(self) -> dict[str, Any] | None:
         """Return the newest state that an earlier attempt saved, and its rows to :attr:`rows`; None at the start."""
         newest = newest_intact(self.folder.checkpoints())
-        if newest is None:
-            return None
-        saved = read(newest, "the state of the interrupted run")
-        self.rows, self._begun_at = saved["rows"], saved["share"]
-        state: dict[str, Any] = saved["state"]
-        return state
+        saved: dict[str, Any] = {"rows": [], "share": 0.0}
+        if newest:
+            saved = read(newest, "the state of the interrupted run")
+        self.rows = saved["rows"]
+        self.begin(saved["share"])
+        return saved.get("state")
 
     def log(self, step: int, seconds: float, **metrics: float) -> None:
         """Add a row: the metrics after ``step`` optimizer steps, the last ones of which took ``seconds``."""
         self.rows.append({"step": step, "seconds": seconds, **metrics})
 
     def save(self, share: float, state: Mapping[str, Any]) -> None:
-        """Save a state of tensors and plain types, with the rows.
-
-        Args:
-            share: of the run that is done, in [0, 1].
-            state: what :meth:`restore` returns.
-
-        Raises:
-            ConfigurationError: another process has taken the run over.
-        """
-        with atomically(self.attempt / "checkpoints" / "last.ckpt") as aside:
-            torch.save({"rows": self.rows, "share": share, "state": dict(state)}, aside)
+        """Save a state of tensors and plain types, with the rows, when a share of the run in [0, 1] is done."""
+        content = io.BytesIO()  # what torch itself says where a disk is full nobody understands
+        torch.save({"rows": self.rows, "share": share, "state": dict(state)}, content)
+        with atomically(self.folder.path / "checkpoints" / "last.ckpt") as aside:
+            aside.write_bytes(content.getvalue())
         self.tell(share)
 
     def tell(self, share: float) -> None:
-        """Tell which share of the run is done, in [0, 1].
-
-        Raises:
-            ConfigurationError: another process has taken the run over.
-        """
-        self.folder.keep_claim(self.attempt)
-        write_json(self.attempt / "progress.json", {"share": share, "begun at": self._begun_at})
-
-
-Program = Callable[..., Outcome]
+        """Tell which share of the run is done, in [0, 1], and its last row."""
+        whole = self.expected(share)
+        left = None if whole is None else whole * (1 - share)
+        row = self.rows[-1] if self.rows else {}
+        loss = next((value for name, value in row.items() if name.endswith("loss")), None)
+        content: dict[str, Any] = {key: row[key] for key in ("epoch", "step") if key in row}
+        write_json(self.folder.path / "progress.json", {**content, "loss": loss, "share": share, "left": left})
 
 
-def load_program(path: str) -> Program:
-    """Return the function of that module and name.
+def parse_program(path: str, given: Sequence[str]) -> tuple[Callable[..., Outcome], Namespace, str]:
+    """Return the function of that module and name, its arguments as given on the command line, and those as YAML.
 
     Raises:
-        ConfigurationError: there is none.
-
-    Example:
-        >>> load_program("benchmarks.program.no_program")
-        Traceback (most recent call last):
-        ...
-        tying.errors.ConfigurationError: program 'benchmarks.program.no_program': module benchmarks.program has no
-        function no_program
+        ConfigurationError: there is no such function, or no such argument.
     """
     module, _, name = path.rpartition(".")
     try:
-        program: Program | None = getattr(import_module(module), name, None)
+        program: Callable[..., Outcome] | None = getattr(import_module(module), name, None)
     except (ImportError, ValueError) as error:
         raise ConfigurationError(f"program {path!r}: {error}") from None
     if not callable(program):
         raise ConfigurationError(f"program {path!r}: module {module} has no function {name}")
-    return program
-
-
-def parse_program(path: str, given: Sequence[str]) -> tuple[Program, Namespace, str]:
-    """Return a program, its arguments, all objects made, and those arguments as YAML.
-
-    Args:
-        path: module and function.
-        given: arguments as on the command line, ``--key=value`` and ``--config=file``.
-
-    Raises:
-        ConfigurationError: there is no such program, or no such argument.
-    """
-    program = load_program(path)
     parser = ArgumentParser(prog=path, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(program, skip={"progress"})

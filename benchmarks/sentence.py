@@ -242,7 +242,7 @@ def plan_of(method: str, model: nn.Module, budget: float, group: int) -> Plan:
         size = next((size for size in range(2, depth) if math.ceil(depth / size) <= budget * depth), depth)
         size = group if method == "relaxed" else size
         shared = math.ceil(depth / size) / depth
-        share = {"hard": budget - shared, "relaxed": budget - shared, "low rank": budget}[method]
+        share = budget if method == "low rank" else budget - shared
         rank = rank_of_share(weights[family[0]], share)
         if share < 0 or (rank < 1 and method != "hard"):
             raise ConfigurationError(f"budget={budget:g} is too small for {method} of {depth} blocks, {size} at a time")
@@ -280,23 +280,17 @@ def distil_and_measure(
     rate: float,
 ) -> dict[str, float]:
     """Distil a student, log how near it is to its teacher on the way, and return what it was before."""
-    targets = embed(teacher, measured)
-    start, taken = time.perf_counter(), 0
-
-    def measure() -> None:
-        nonlocal start
-        seconds = time.perf_counter() - start
-        progress.log(taken, seconds, **compare(embed(student, measured), targets))
-        progress.tell(taken / max(1, steps))
-        start = time.perf_counter()
+    targets, counter, begun = embed(teacher, measured), itertools.count(), time.perf_counter()
 
     def advance() -> None:
-        nonlocal taken
-        taken += 1
-        if taken % MEASURED_EVERY == 0 or taken == steps:
-            measure()
+        nonlocal begun
+        step = next(counter)
+        if step % MEASURED_EVERY == 0 or step == steps:
+            progress.log(step, time.perf_counter() - begun, **compare(embed(student, measured), targets))
+            progress.tell(step / max(1, steps))
+            begun = time.perf_counter()
 
-    measure()
+    advance()
     distil(teacher, student, training, steps, rate, advance=advance)
     first = {name.replace("test/", "before/"): progress.rows[0][name] for name in progress.rows[0] if "/" in name}
     return first | {"training seconds": sum(row["seconds"] for row in progress.rows)}

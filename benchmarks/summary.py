@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from pandas import DataFrame
+
+from benchmarks.figures import spaced
 from benchmarks.folder import Folder
 from benchmarks.inference import interval, moments
 from benchmarks.machine import in_words
@@ -37,35 +40,61 @@ def summarize(suite: Suite, runs: Sequence[Run], out: Path) -> str:
     costs = {"epoch", "step", "seconds", "processor seconds"}
     figures = suite.figures or {name: name for name in tested or sorted(logged - costs)}
     unknown = [f"no run has logged {key!r}.{nearest(key, logged)}" for key in figures.values() if key not in logged]
+    failures = {run.name: Folder(out / run.name).failure() for run in runs if states[run.name] == "failed"}
+    whole = _table(suite, figures, _outcomes(runs, results, [*figures.values()]))
+    return "\n".join([whole, "", _told(suite, results, states, failures), *unknown])
+
+
+def _outcomes(runs: Sequence[Run], results: Mapping[str, Any], metrics: Sequence[str]) -> DataFrame:
+    """Return a row for each run: what it is and, of a complete one, metrics (infinite if not finite) and costs."""
+    rows = []
+    for run in runs:
+        rows.append({"run": run.setting, "delta": run.delta, "seed": run.seed})
+        rows[-1] |= {f"axis {name}": str(value) for name, value in run.values.items()}
+        if result := results.get(run.name):
+            measured = {name: value for name, value in result["metrics"].items() if name in metrics}
+            rows[-1] |= {name: value if math.isfinite(value) else math.inf for name, value in measured.items()}
+            rows[-1] |= {"complete": True, **result["parameters"]}
+            rows[-1] |= {"s / epoch": result["seconds"].get("epoch", math.nan), "peak": result["peak_memory"]}
+    columns = dict.fromkeys([*metrics, "complete", "unique", "virtual", "bytes"])
+    return DataFrame(rows, columns=[*dict.fromkeys([*(key for row in rows for key in row), *columns])])
+
+
+def _table(suite: Suite, figures: Mapping[str, str], outcomes: DataFrame) -> str:
+    """Return a row for each setting, and the columns in which any of them says something."""
     baseline, first = next(iter(suite.deltas)), next(iter(figures.values()), "")
+    gains = differences(suite, outcomes, first) if first else {}
     header = ["run", "n", *figures, f"− {baseline}", "parameters", "virtual", "KiB", "s / epoch", "peak MiB"]
     rows = []
-    for setting, replicas in _settings(runs, results).items():
-        found = [results[run.name] for run in replicas]
-        differences = [
-            results[run.name]["metrics"][first] - results[peer.name]["metrics"][first]
-            for run in replicas
-            if (peer := _peer(run, baseline, runs, results))
-            and all(first in results[one.name]["metrics"] for one in (run, peer))
-        ]
-        pairs = f" (n = {len(differences)})" if 0 < len(differences) < len(found) else ""
-        rows.append(
-            [
-                re.sub(r",(?! )", ", ", setting),
-                str(len(found)),
-                *(spread([r["metrics"][key] for r in found if key in r["metrics"]]) for key in figures.values()),
-                difference(differences) + pairs if replicas[0].delta != baseline else "–",
-                f"{found[0]['parameters']['unique']:,}",
-                f"{found[0]['parameters']['virtual']:,}",
-                f"{found[0]['parameters']['bytes'] / 1024:,.0f}" if "bytes" in found[0]["parameters"] else "–",
-                f"{median(r['seconds']['epoch'] for r in found):.1f}" if "epoch" in found[0]["seconds"] else "–",
-                f"{max(r['peak_memory'] for r in found) / 2**20:.0f}",
-            ]
-        )
-    failures = {run.name: Folder(out / run.name).failure() for run in runs if states[run.name] == "failed"}
-    said = [at for at in range(len(header)) if any(row[at] != "–" for row in rows)]  # columns that say something
-    whole = table([header[at] for at in said], [[row[at] for at in said] for row in rows])
-    return "\n".join([whole, "", _told(suite, results, states, failures), *unknown])
+    for setting, runs in outcomes[outcomes["complete"].notna()].groupby("run", sort=False):
+        paired = gains.get(str(setting), [])
+        some = f" (n = {len(paired)})" if 0 < len(paired) < len(runs) else ""
+        size = runs.iloc[0]
+        costs = {
+            ",.0f": [size["unique"], size["virtual"], size["bytes"] / 1024],
+            ".1f": [runs["s / epoch"].median()],
+            ".0f": [runs["peak"].max() / 2**20],
+        }
+        cells = [spread(runs[key].dropna().tolist()) for key in figures.values()]
+        cells.append(difference(paired) + some if runs["delta"].iloc[0] != baseline else "–")
+        cells += ["–" if pd.isna(cost) else f"{cost:{form}}" for form, values in costs.items() for cost in values]
+        rows.append([spaced(str(setting)), str(len(runs)), *cells])
+    said = [at for at in range(len(header)) if any(row[at] != "–" for row in rows)]
+    return table([header[at] for at in said], [[row[at] for at in said] for row in rows])
+
+
+def differences(suite: Suite, outcomes: DataFrame, metric: str) -> dict[str, list[float]]:
+    """Return by setting how much a metric is above the baseline's, seed by seed, at the same values of common axes."""
+    baseline = next(iter(suite.deltas))
+    peers, gains = outcomes[outcomes["delta"] == baseline], {}
+    for delta, runs in outcomes.groupby("delta"):
+        common = [f"axis {name}" for name, axis in suite.axes.items() if {delta, baseline} <= {*axis.deltas}]
+        alone = peers.drop_duplicates(["seed", *common], keep=False)  # one run to compare with, not several
+        pairs = runs.merge(alone, on=["seed", *common], suffixes=("", " there"))
+        pairs = pairs.dropna(subset=[metric, f"{metric} there"])
+        for setting, own in pairs.groupby("run"):
+            gains[str(setting)] = (own[metric] - own[f"{metric} there"]).tolist()
+    return gains
 
 
 def spread(values: Sequence[float]) -> str:
@@ -98,7 +127,7 @@ def difference(values: Sequence[float]) -> str:
     return f"{mean:+.4f}{bounds}"
 
 
-def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
+def curves(runs: Sequence[Run], out: Path) -> DataFrame:
     """Return a row for each epoch of each complete run; that of the last also holds what all came to."""
     rows = []
     for run in runs:
@@ -106,60 +135,39 @@ def curves(runs: Sequence[Run], out: Path) -> list[dict[str, str]]:
         if folder.state() != "complete":
             continue
         with (folder.path / "metrics.csv").open() as file:
-            own = [*csv.DictReader(file)]
+            epochs = [*csv.DictReader(file)]
         result = folder.result()
-        sizes = {"parameters": result["parameters"]["unique"], "bytes": result["parameters"].get("bytes", "")}
         seconds = result["seconds"]
-        times = {
+        came_to = {
+            **result["metrics"],  # also metrics that the last epoch has not logged, empty in the CSV
+            "parameters": result["parameters"]["unique"],
+            "bytes": result["parameters"].get("bytes", ""),
             "seconds / epoch": seconds.get("epoch", ""),
             "seconds of training": seconds.get("training", ""),
             "processor seconds of training": seconds.get("processor", ""),
+            "peak memory": result["peak_memory"],
         }
-        costs = {**sizes, **times, "peak memory": result["peak_memory"]}
-        came_to = {**result["metrics"], **costs}  # also metrics that the last epoch has not logged, '' in the CSV
-        own[-1] |= {name: str(value) for name, value in came_to.items() if not own[-1].get(name)}
+        epochs[-1] |= {name: str(value) for name, value in came_to.items() if not epochs[-1].get(name)}
         described = {"run": run.setting, **{axis: str(value) for axis, value in run.values.items()}}
-        rows += [{**described, "seed": str(run.seed), **row} for row in own]
-    return rows
+        rows += [{**described, "seed": str(run.seed), **row} for row in epochs]
+    columns = dict.fromkeys(key for row in rows for key in row) or ("run", "seed")
+    return DataFrame(rows, columns=[*columns], dtype="str").replace("", np.nan)
 
 
 def refuse_mixture(versions_of: Mapping[str, Mapping[str, str]]) -> None:
     """Raise unless all runs, by name, were made with the same versions of all packages."""
-    made: dict[str, dict[str, list[str]]] = {}  # runs by package and version
-    for name, own in versions_of.items():
-        for package, version in own.items():
-            made.setdefault(package, {}).setdefault(version, []).append(name)
-    told = [
-        f"{package} {version}: {len(names)} run{'s' * (len(names) > 1)}, {listed(names, limit=3)}"
-        for package, versions in made.items()
-        if len(versions) > 1
-        for version, names in versions.items()
+    versions = DataFrame.from_dict(dict(versions_of), orient="index")
+    mixed = [
+        f"{package} {version}: {len(runs)} run{'s' * (len(runs) > 1)}, {listed(runs.index, limit=3)}"
+        for package in versions
+        if versions[package].nunique() > 1
+        for version, runs in versions.groupby(str(package), sort=False)
     ]
-    if told:
+    if mixed:
         raise ConfigurationError(
-            f"runs of different versions are not compared: {'; '.join(told)}. Report some of them by --only, or do all "
-            "again, in another folder (--out)"
+            f"runs of different versions are not compared: {'; '.join(mixed)}. Report some of them by --only, or do "
+            "all again, in another folder (--out)"
         )
-
-
-def _settings(runs: Sequence[Run], results: dict[str, Any]) -> dict[str, list[Run]]:
-    settings: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.name in results:
-            settings.setdefault(run.setting, []).append(run)
-    return settings
-
-
-def _peer(run: Run, baseline: str, runs: Sequence[Run], results: dict[str, Any]) -> Run | None:
-    """Return the baseline's run of the same seed, and of the same values on the axes that both have, if it is one."""
-    peers = [
-        peer
-        for peer in runs
-        if peer.delta == baseline
-        and peer.seed == run.seed
-        and all(peer.values[axis] == run.values[axis] for axis in run.values.keys() & peer.values.keys())
-    ]
-    return peers[0] if len(peers) == 1 and peers[0].name in results else None
 
 
 def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:
@@ -174,13 +182,11 @@ def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], fail
         "Mean ± standard deviation over n seeds. Differences are paired by seed, with 95 % confidence intervals."
     )
     told.append(f"{'; '.join(machines)}; {' or '.join(map(str, threads))} threads a run.")
-    missing: dict[str, list[str]] = {}
-    for name, state in states.items():
-        if state != "complete":
-            missing.setdefault(state, []).append(name)
-    if missing:
-        counts = ", ".join(f"{len(names)} {state} ({listed(names)})" for state, names in missing.items())
-        told.append(f"Missing are {sum(map(len, missing.values()))} of {len(states)} runs: {counts}.")
+    missing = pd.Series({name: state for name, state in states.items() if state != "complete"}, dtype=str)
+    if len(missing):
+        by_state = missing.groupby(missing, sort=False)
+        counts = ", ".join(f"{len(runs)} {state} ({listed(runs.index)})" for state, runs in by_state)
+        told.append(f"Missing are {len(missing)} of {len(states)} runs: {counts}.")
     if failures:
         told.append(f"Failed: {listed((f'{name}: {error}' for name, error in failures.items()), limit=12)}.")
     return " ".join(told)

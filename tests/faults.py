@@ -1,8 +1,10 @@
 """What the tests of the benchmarks' runner train on, and what goes wrong in it."""
 
+import multiprocessing
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -85,8 +87,16 @@ class Noisy(Classifier):
         super().test_step(batch, batch_idx)
 
 
-def program(progress: Progress, seed: int = 0, rate: float = 0.1, data: Few | None = None, stages: int = 3) -> Outcome:
-    """Train a layer in stages; in the second, while the file ``armed`` exists, be killed."""
+def program(
+    progress: Progress,
+    seed: int = 0,
+    rate: float = 0.1,
+    data: Few | None = None,
+    stages: int = 3,
+    fault: str = "kill",
+    armed: str = "armed",
+) -> Outcome:
+    """Train a layer in stages; in the second, while the file ``armed`` exists, do what ``fault`` says."""
     model = torch.nn.Linear(4, 1)
     if (state := progress.restore()) is not None:
         model.load_state_dict(state["model"])
@@ -98,11 +108,30 @@ def program(progress: Progress, seed: int = 0, rate: float = 0.1, data: Few | No
             for weight in model.parameters():
                 weight -= rate * weight.grad
                 weight.grad = None
+        if stage == 1 and fault == "raise":
+            raise RuntimeError("it went wrong")
         progress.log(stage + 1, 0.5, **{"val/loss": float(loss)})
         progress.save((stage + 1) / stages, {"model": model.state_dict()})
-        if stage == 1 and Path("armed").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
+        if stage == 1:
+            misbehave(fault, Path(armed))
+    with Path(armed).with_name("finished").open("a") as file:
+        print(progress.folder.name, file=file)
     return Outcome(progress.rows, {"test/sum": float(model.weight.sum())}, model, {"description": "noise", "key": None})
+
+
+def misbehave(fault, armed):
+    if fault == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    elif armed.exists() and fault != "none":
+        if fault != "kill":
+            armed.unlink()  # the next attempt goes well
+        if fault == "once":
+            raise RuntimeError("it went wrong")
+        if fault == "worker":
+            os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        if fault in ("worker", "wait"):
+            time.sleep(60)  # this process ends with its parent
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def silent(progress: Progress, seed: int = 0) -> Outcome:

@@ -8,6 +8,7 @@ from benchmarks import machine, report
 from benchmarks.speed import against
 from benchmarks.speed import data as speed_data
 from benchmarks.speed import depth as speed_depth
+from benchmarks.speed import fairness as speed_fairness
 from benchmarks.speed import growth as speed_growth
 from benchmarks.speed import hard as speed_hard
 from benchmarks.speed import harness as speed_harness
@@ -92,6 +93,7 @@ def test_speed_of_recurrent_networks(monkeypatch, capsys):
     assert out.count("| zoneout LSTM, rates 0.15 ") == out.count("| HM-LSTM, 3 layers ") == 2
 
 
+@pytest.mark.slow
 def test_speed_of_the_harness(monkeypatch, capsys):
     monkeypatch.setattr(speed_harness, "EPOCHS", 1)
     monkeypatch.setattr(speed_harness, "RUNS", 20)
@@ -101,6 +103,7 @@ def test_speed_of_the_harness(monkeypatch, capsys):
     assert benchmarks.main(["speed", "harness"]) == 0
     out = capsys.readouterr().out
     assert "| the same by the harness " in out
+    assert "| the same by a worker of a cluster " in out
     assert "A report over 20 runs, with plot and CSV, takes " in out
 
 
@@ -152,10 +155,19 @@ def test_a_run_that_fails_is_told(monkeypatch):
         speed_scale.train(["nowhere.yaml"], 1)
 
 
+def test_speed_says_how_fair_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(speed_fairness, "TRIALS", 2)
+    monkeypatch.setattr(speed_fairness, "SECONDS", 0.002)
+    assert benchmarks.main(["speed", "fairness"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| race") or "autorange" in line]
+    assert len(rows) == 3
+    assert all(float(ratio) > 0 for row in rows for ratio in re.findall(r"\d+\.\d{3}", row))
+
+
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
     assert (
-        "unknown family 'sofd': there is data, depth, growth, hard, hashing, harness, imports, recurrent, scale, soft. Nearest"
+        "unknown family 'sofd': there is data, depth, fairness, growth, hard, hashing, harness, imports, recurrent, scale, soft. Nearest"
         in capsys.readouterr().err
     )
 

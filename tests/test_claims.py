@@ -5,6 +5,8 @@ from itertools import pairwise, permutations, product
 
 import pytest
 from matplotlib.axes import Axes
+from pandas import DataFrame, concat
+from scipy.stats import spearmanr
 
 from benchmarks import experiment
 from benchmarks.claims import (
@@ -15,15 +17,16 @@ from benchmarks.claims import (
     verdicts,
 )
 from benchmarks.declared import load
-from benchmarks.figures import Plot, draw, final
-from benchmarks.inference import interval, moments, probability_by_chance, rank_correlation
+from benchmarks.figures import Plot, draw
+from benchmarks.inference import interval, moments, probability_by_chance
+from benchmarks.rows import final
 from tying.hashing import UniformHash
 from tying.hashing.parametrization import table_slots
 
 
 def rows(values):
     """A row for each (line, x, seed) and y."""
-    return [
+    return DataFrame(
         {
             "run": f"{line},{x}",
             "seed": str(seed),
@@ -34,7 +37,7 @@ def rows(values):
             "tying/entropy": str(x),
         }
         for (line, x, seed), y in values.items()
-    ]
+    )
 
 
 RISING = Trend("rises", "alpha", "test/accuracy", "ratio", 1, confounded="by capacity")
@@ -82,9 +85,8 @@ def test_the_spread_at_one_end_does_not_rule():
 def test_probability_by_chance_over_all_orders(count, seeds):
     """By drawing every order of every seed."""
     orders = [*permutations(range(count))]
-    means = [
-        sum(rank_correlation([*enumerate(order)]) for order in own) / seeds for own in product(orders, repeat=seeds)
-    ]
+    single = {order: float(spearmanr(range(count), order).statistic) for order in orders}
+    means = [sum(map(single.get, drawn)) / seeds for drawn in product(orders, repeat=seeds)]
     for mean in {*means}:
         expected = sum(other >= abs(mean) - 1e-9 for other in means) / len(means)
         assert probability_by_chance(mean, count, seeds) == pytest.approx(expected)
@@ -98,8 +100,8 @@ def test_a_correlation_of_few_values_that_does_not_vary_is_undecided():
 
 def test_runs_without_the_axis_are_left_out():
     found = rows({("a", x, seed): x for x in (0.1, 1.0, 10.0) for seed in range(3)})
-    other = [{key: value for key, value in row.items() if key != "alpha"} | {"run": "b"} for row in found]
-    assert RISING.judge(found + other) == RISING.judge(found)
+    other = found.drop(columns="alpha").assign(run="b")
+    assert RISING.judge(concat([found, other])) == RISING.judge(found)
 
 
 def test_one_seed_decides_nothing():
@@ -119,7 +121,7 @@ def test_nothing_is_said_of_what_is_not_finite(at, broken):
     values = {(line, x, seed): x + 0.01 * x * seed for line in "ab" for x in (0, 1, 2) for seed in range(3)}
     found = rows(values | {("a", at, 0): broken})
     for claim in (RISING, PEAK):
-        verdict, told = claim.judge([row for row in found if row["ratio"] == "a"])
+        verdict, told = claim.judge(found[found["ratio"] == "a"])
         assert verdict in ("rises: undecided.", "best inside: undecided.")
         assert {*told[0][2:-1]} == {"nan"}
     whole = "rises: reproduced on 1 of 2 lines, undecided on the others, and confounded: by capacity."
@@ -144,8 +146,8 @@ def test_a_peak_is_inside_or_at_an_end():
     assert [line[-1] for line in told] == ["inside", "at an end", "undecided"]
     assert told[0][:4] == ["ratio a", "3", "1", "+2.0000"]
     assert told[1][5] == "-1.0000"
-    assert PEAK.judge([row for row in found if row["ratio"] == "a"])[0] == "best inside: reproduced."
-    assert PEAK.judge([row for row in found if row["ratio"] == "c"])[0] == "best inside: undecided."
+    assert PEAK.judge(found[found["ratio"] == "a"])[0] == "best inside: reproduced."
+    assert PEAK.judge(found[found["ratio"] == "c"])[0] == "best inside: undecided."
 
 
 def test_the_luck_of_the_best_of_several_is_no_peak():
@@ -176,8 +178,8 @@ def test_an_order_of_two_settings_or_two_metrics():
 
 def test_only_the_last_epoch_counts_and_missing_runs_are_left_out():
     found = rows({("a", 0.1, 0): 0.5, ("a", 1.0, 0): 0.7, ("a", 1.0, 1): 0.9})
-    found.insert(0, {**found[0], "test/accuracy": "0.1"})
-    assert [row["test/accuracy"] for row in final(found)] == ["0.5", "0.7", "0.9"]
+    found = concat([found[:1].assign(**{"test/accuracy": "0.1"}), found])
+    assert final(found)["test/accuracy"].tolist() == ["0.5", "0.7", "0.9"]
     assert "| ratio a | 1 |" in verdicts([RISING], found)
 
 
@@ -193,26 +195,25 @@ def test_pictures(x, tmp_path):
 def test_a_picture_over_a_metric_has_a_point_for_each_setting(tmp_path, monkeypatch):
     drawn, errorbar = {}, Axes.errorbar
 
-    def record(self, xs, ys, **options):
-        drawn.update(xs=xs, ys=ys, **options)
-        return errorbar(self, xs, ys, **options)
+    def record(self, xs, ys, yerr, xerr, **options):
+        drawn.update(xs=xs.tolist(), ys=ys.tolist(), yerr=yerr.tolist(), xerr=xerr)
+        return errorbar(self, xs, ys, yerr, xerr, **options)
 
     monkeypatch.setattr(Axes, "errorbar", record)
     found = rows({("a", x, seed): (1 - x) / 2 + seed / 4 for x in (0.0, 1.0) for seed in range(2)})
-    found = [row | {"tying/entropy": row["test/accuracy"]} for row in found]
+    found["tying/entropy"] = found["test/accuracy"]
     draw(Plot("p", "tying/entropy", "test/accuracy", "ratio"), found, tmp_path / "p.png")
-    assert drawn["xs"] == drawn["ys"] == (0.125, 0.625)
-    assert drawn["xerr"] == drawn["yerr"] == pytest.approx((0.03125**0.5, 0.03125**0.5))
+    assert drawn["xs"] == drawn["ys"] == [0.125, 0.625]
+    assert drawn["xerr"].tolist() == drawn["yerr"] == pytest.approx([0.03125**0.5, 0.03125**0.5])
     draw(Plot("p", "alpha", "test/accuracy", "ratio"), found, tmp_path / "p.png")
-    assert (drawn["xs"], drawn["ys"], drawn["xerr"]) == ((0.0, 1.0), (0.625, 0.125), None)
+    assert (drawn["xs"], drawn["ys"], drawn["xerr"]) == ([0.0, 1.0], [0.625, 0.125], None)
 
 
 @pytest.mark.parametrize("x", ["alpha", "tying/entropy"])
 @pytest.mark.parametrize("lines", ["ratio", "run"])
 def test_pictures_of_what_is_not_finite(lines, x, tmp_path):
     found = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
-    broken = {"test/accuracy": "-inf", "tying/entropy": "nan"}
-    found[:2] = [found[0] | broken | {"test/accuracy": "inf"}, found[1] | broken]
+    found.loc[:1, ["test/accuracy", "tying/entropy"]] = [["inf", "nan"], ["-inf", "nan"]]
     for log in (True, False):
         draw(Plot("p", x, "test/accuracy", lines, log=log), found, tmp_path / "p.png")
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -255,7 +256,11 @@ def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
         ("like: soft\nbase: []", "base and like exclude each other"),
         ("like: soft\ndeltas: {a: []}", "deltas, with like, must be a list of names"),
         ("like: soft\ndeltas: [untied, sort]", "unknown delta 'sort': there is untied"),
-        ("deltas: {a: []}\nplots: [{nam: 1}]", "plots: .*unexpected keyword argument 'nam'"),
+        (
+            "deltas: {a: []}\nplots: [{nam: 1}]",
+            "plots: .*unexpected keyword argument 'nam'. Nearest existing names: name",
+        ),
+        ("deltas: {a: []}\nplots: [alpha]", "plots must be a list of mappings, not .'alpha'."),
         ("deltas: {a: []}\ntrends: [{claim: 1}]", "trends: .*missing 4 required"),
     ],
 )

@@ -48,7 +48,8 @@ def test_the_page_of_installation_names_the_wheel_and_the_extras():
     page = (ROOT / "docs" / "start.md").read_text()
     assert {*re.findall(r"tying-(.+?)-py3-none-any\.whl", page)} == {__version__}
     listed = {*re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)}
-    assert listed == PROJECT["optional-dependencies"].keys() - {"benchmarks", "browser", "dev", "docs", "sentence"}
+    in_a_clone = {"benchmarks", "browser", "cluster", "dev", "docs", "sentence"}
+    assert listed == PROJECT["optional-dependencies"].keys() - in_a_clone
 
 
 def test_the_citation_says_what_the_project_says():

@@ -104,6 +104,7 @@ COMMON = {
     "arguments": "Schedule Fisher Synaptic BeforeEpoch keep_schedule Residual Sum FeedForward",
     "what functions return": "TieReport RelaxedGroup HashReport HashedWeight Sampled HMOutput HMState HyperState Loop",
     "measures and plots": "entropy loads table_loads report plot_loads sampled sampling",
+    "modules that are sharded together": "shard_groups",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
 }
 PLAIN = {"bf16", "mnist", "pretraining", "transformer", "vit"}  # configurations that say what others need

@@ -15,6 +15,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from pandas import DataFrame
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -157,7 +158,7 @@ def test_curves(saved, tmp_path):
         *(result("a", 1, epoch, val_loss=0.6, val_gap=epoch) for epoch in (1, 2, 3)),
         *(result("b", 0, epoch, val_loss=epoch) for epoch in (1, 2)),
     ]
-    draw_overview(rows, ["val/loss", "val/gap"], ["val/loss"], tmp_path / "p.png")
+    draw_overview(DataFrame(rows), ["val/loss", "val/gap"], ["val/loss"], tmp_path / "p.png")
     loss, gap = saved[0].axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3], [1, 2]]
     assert loss.lines[0].get_ydata() == pytest.approx([0.6, 0.5, 0.4])
@@ -182,7 +183,7 @@ def test_lines_over_an_axis(saved, tmp_path, log):
         for seed in (0, 1)
     ]
     rows.append(result("0.1,nan", 0, 1, ratio="0.1", alpha=math.nan, test_accuracy=0.9))
-    draw(Plot("p", "alpha", "test/accuracy", "ratio", log=log), rows, tmp_path / "p.png")
+    draw(Plot("p", "alpha", "test/accuracy", "ratio", log=log), DataFrame(rows), tmp_path / "p.png")
     [axes] = saved[0].axes
     drawn = {container.get_label(): container for container in axes.containers}
     assert [*drawn] == ["ratio 0.1", "ratio 0.5"]
@@ -202,7 +203,7 @@ def test_points_bear_the_names_of_their_settings(saved, tmp_path):
         for run, (size, y) in {"plain": (4096, 0.5), "tied": (1024, 0.4), "clustered": (1100, 0.4)}.items()
         for seed in (0, 1)
     ]
-    draw(Plot("p", "bytes", "test/accuracy", log=True), rows, tmp_path / "p.png")
+    draw(Plot("p", "bytes", "test/accuracy", log=True), DataFrame(rows), tmp_path / "p.png")
     [axes] = saved[0].axes
     at = {note.get_text(): note.xy for note in axes.texts}
     assert at == {"plain": (4096, 0.55), "tied": (1024, pytest.approx(0.45)), "clustered": (1100, pytest.approx(0.45))}
@@ -222,7 +223,7 @@ def test_plain_networks_are_a_line_among_families(saved, tmp_path):
         for seed in (0, 1)
     ]
     families = {"plain": ["wide", "narrow"], "hard": ["tied"], "soft": ["not done yet"]}
-    draw(Plot("p", "bytes", "test/accuracy", log=True, families=families), rows, tmp_path / "p.png")
+    draw(Plot("p", "bytes", "test/accuracy", log=True, families=families), DataFrame(rows), tmp_path / "p.png")
     [axes] = saved[0].axes
     plain, hard = axes.containers
     assert (plain.get_label(), hard.get_label()) == ("plain", "hard")
@@ -236,7 +237,7 @@ def test_outcomes(saved, tmp_path):
     """Of rows of one epoch: mean and standard deviation of each setting, and a line through the first."""
     rows = [result(run, seed, 3, test_loss=y + seed) for run, y in (("a", 1), ("b,x=2", 3)) for seed in (0, 1)]
     rows += [result("c", 0, 3, test_loss=math.nan, val_loss=1)]
-    draw_overview(rows, ["val/loss"], ["test/loss", "val/loss"], tmp_path / "p.png")
+    draw_overview(DataFrame(rows), ["val/loss"], ["test/loss", "val/loss"], tmp_path / "p.png")
     [axes] = saved[0].axes  # few settings have the other metric
     assert [container.lines[0].get_xydata().tolist() for container in axes.containers] == [[[1.5, 0]], [[3.5, 1]]]
     widths = [np.ptp(container.lines[2][0].get_segments()[0][:, 0]) for container in axes.containers]
@@ -281,23 +282,23 @@ def test_growth(monkeypatch):
 
 def many_curves(path):
     rows = [result(f"s{n}", 0, epoch, val_loss=n, val_accuracy=n) for n in range(MANY) for epoch in (1, 2)]
-    draw_curves(rows, ["val/loss", "val/accuracy"], path)
+    draw_curves(DataFrame(rows), ["val/loss", "val/accuracy"], path)
 
 
 def many_outcomes(path):
     rows = [result(f"s,x={n}", 0, 1, val_loss=n, val_accuracy=n) for n in range(MANY)]
-    draw_outcomes(rows, ["val/loss", "val/accuracy"], path)
+    draw_outcomes(DataFrame(rows), ["val/loss", "val/accuracy"], path)
 
 
 def many_lines(path):
     rows = [result(f"{n},{x}", 0, 1, ratio=n, alpha=x, test_loss=n + x) for n in range(MANY) for x in (1, 2)]
-    draw(Plot("p", "alpha", "test/loss", "ratio", log=True), rows, path)
+    draw(Plot("p", "alpha", "test/loss", "ratio", log=True), DataFrame(rows), path)
 
 
 def many_points(path):
     """In a crowd, as at the size of the untied network."""
     crowd = [result(f"setting {n}", 0, 1, parameters=1000 + n % 3, test_accuracy=n / 100) for n in range(MANY)]
-    draw(Plot("p", "parameters", "test/accuracy", log=True), [*crowd, {**crowd[0], "parameters": "9"}], path)
+    draw(Plot("p", "parameters", "test/accuracy", log=True), DataFrame([*crowd, {**crowd[0], "parameters": "9"}]), path)
 
 
 def families(path):
@@ -307,7 +308,7 @@ def families(path):
         for seed in (0, 1)
     ]
     groups = {f"family {n}": [f"s{m}" for m in range(n, MANY, 4)] for n in range(4)}
-    draw(Plot("p", "bytes", "test/accuracy", log=True, families=groups), rows, path)
+    draw(Plot("p", "bytes", "test/accuracy", log=True, families=groups), DataFrame(rows), path)
 
 
 def synthetic(monkeypatch):
@@ -382,8 +383,14 @@ def test_every_function_that_draws_is_below():
                 node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")
             }
             module = ".".join(path.relative_to(report.ROOT).with_suffix("").parts)
-            drawing |= {f"{module}.{function.name}"} if names & {"new_figure", "Figure"} else set()
-    assert drawing == {*FIGURES, *SAVED, "tying.figures.new_figure", "tying.cli.demo.demo"}
+            drawing |= {f"{module}.{function.name}"} if names & {"new_figure", "Figure", "parameter_figure"} else set()
+    assert drawing == {
+        *FIGURES,
+        *SAVED,
+        "tying.figures.new_figure",
+        "tying.cli.demo.demo",
+        "benchmarks.diagrams.parameter_figure",
+    }
 
 
 @pytest.mark.parametrize("name", [*FIGURES, *(build.__name__ for builds in SAVED.values() for build in builds)])

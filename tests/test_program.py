@@ -11,7 +11,7 @@ import yaml
 from benchmarks import __main__ as benchmarks
 from benchmarks.declared import load
 from benchmarks.folder import Folder
-from benchmarks.program import load_program
+from benchmarks.program import parse_program
 from tying.errors import ConfigurationError
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
@@ -68,7 +68,6 @@ def test_a_program_is_swept_killed_resumed_archived_and_judged(tmp_path, capsys)
     Path("armed").unlink()
     assert benchmarks.main(["run", "mine.yaml", "--out=killed", "--only=slow,*"]) == 0
     assert Folder(Path("killed/slow,seed=0")).result()["attempts"] == 2
-    assert not Path("killed/slow,seed=0/attempts/000/checkpoints").exists()
     assert figures("killed") == {"slow,seed=0": figures("out")["slow,seed=0"]}
 
     assert benchmarks.main(["restore", "mine.yaml", "--out=back"]) == 0
@@ -79,6 +78,26 @@ def test_a_program_is_swept_killed_resumed_archived_and_judged(tmp_path, capsys)
     Path("mine.yaml").write_text(SUITE.replace("faults.program", "faults.silent"))
     assert benchmarks.main(["report", "mine.yaml", "--out=out"]) == 2
     assert "program is 'faults.program' there and 'faults.silent' here" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_tried_again(capsys):
+    Path("mine.yaml").write_text("{program: faults.program, deltas: {all: [{fault: once}], bad: [{fault: raise}]}}")
+    Path("armed").touch()
+    assert benchmarks.main(["run", "mine.yaml", "--out=out", "--jobs=2", "--retry=1"]) == 1
+    told = capsys.readouterr().out
+    assert [told.count(f"failed: {name},seed=0: RuntimeError: it went wrong; see") for name in ("all", "bad")] == [1, 2]
+    assert "1 failed (bad,seed=0)." in told
+    assert Folder(Path("out/all,seed=0")).result()["attempts"] == 2
+
+
+def test_a_program_is_planned_by_its_progress(capsys):
+    assert benchmarks.main(["run", "mine.yaml", "--out=out", "--seeds=2", "--only=fast,*", "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert re.findall(r"^\| (\S+) +\| +2 \| +0 s \| +0.00 \| +\d+ \|$", told, re.MULTILINE) == [
+        "fast,rate=0.1",
+        "fast,rate=0.2",
+    ]
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,4 +124,4 @@ def test_a_program_must_log_something_and_have_a_name(tmp_path, capsys):
     assert benchmarks.main(["run", "mine.yaml", "--out=out"]) == 1
     assert "failed: all,seed=0: program 'faults.silent' has logged nothing" in capsys.readouterr().out
     with pytest.raises(ConfigurationError, match="program 'run': Empty module name"):
-        load_program("run")
+        parse_program("run", [])

@@ -64,9 +64,13 @@ def test_recipe(name, tmp_path, monkeypatch):
 
         optimize = optuna.Study.optimize
         monkeypatch.setattr(optuna.Study, "optimize", lambda study, objective, n_trials: optimize(study, objective, 2))
-    runpy.run_path(name, run_name="__main__")
+        second = type("Second", (optuna.pruners.BasePruner,), {"prune": lambda self, study, trial: trial.number == 1})
+        monkeypatch.setattr(optuna.pruners, "MedianPruner", second)
+    scope = runpy.run_path(name, run_name="__main__")
     if name in ("hydra_sweep.py", "optuna_search.py"):
         assert len({*strengths(tmp_path)}) == 2
+    if name == "optuna_search.py":
+        assert [trial.state.name for trial in scope["study"].trials] == ["COMPLETE", "PRUNED"]
 
 
 @pytest.mark.slow

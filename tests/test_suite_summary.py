@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,41 @@ def test_table_by_hand(tmp_path):
     assert "different data" not in told
 
 
+def test_differences_are_taken_at_the_same_values_of_the_axes_that_both_have(tmp_path):
+    """Nowhere where several runs of the baseline could be meant, whether they are complete or not."""
+    axes = {"lr": Axis("lr", (1, 2), ("wide", "narrow")), "strength": Axis("s", (3, 4), ("wide", "other"))}
+    heights = {"base": {}, "wide": {"lr": 0.1, "strength": 0.01}, "narrow": {"lr": 0.2}, "other": {"strength": 0.03}}
+
+    def gains(baseline):
+        deltas = dict.fromkeys([baseline, *heights], ())
+        suite = Suite("s", "", (), deltas, axes, figures={"accuracy": "test/accuracy"})
+        (tmp_path / baseline).mkdir()
+        for run in suite.runs(seeds=2):
+            if (run.delta, run.seed) != ("narrow", 1) and run.name != "wide,lr=1,strength=4,seed=0":
+                height = sum(share * run.values[axis] for axis, share in heights[run.delta].items())
+                write(tmp_path / baseline, run, 0.5 + height)
+        lines = summarize(suite, suite.runs(seeds=2), tmp_path / baseline).splitlines()
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+        return {row[0]: row[3] for row in rows[2:]}
+
+    assert gains("base") == {
+        "base": "–",
+        "wide, lr=1, strength=3": "+0.1300 (-inf to +inf)",
+        "wide, lr=1, strength=4": "+0.1400",
+        "wide, lr=2, strength=3": "+0.2300 (-inf to +inf)",
+        "wide, lr=2, strength=4": "+0.2400 (-inf to +inf)",
+        "narrow, lr=1": "+0.2000",
+        "narrow, lr=2": "+0.4000",
+        "other, strength=3": "+0.0900 (-inf to +inf)",
+        "other, strength=4": "+0.1200 (-inf to +inf)",
+    }
+    against_narrow = gains("narrow")
+    assert against_narrow["wide, lr=1, strength=3"] == "-0.0700 (n = 1)"
+    assert against_narrow["wide, lr=1, strength=4"] == "–"  # of one seed there, of the other here
+    assert against_narrow["base"] == against_narrow["other, strength=3"] == "–"
+    assert gains("other")["wide, lr=2, strength=4"] == "+0.1200 (-inf to +inf)"
+
+
 def test_different_data_is_told(tmp_path):
     first, second, *_ = SUITE.runs()
     write(tmp_path, first, 0.5)
@@ -82,8 +118,7 @@ def test_different_data_is_told(tmp_path):
 def test_failures_are_told(tmp_path):
     first, second, *_ = SUITE.runs()
     write(tmp_path, first, 0.5)
-    attempt = Folder(tmp_path / second.name).claim({"definition": {}})
-    write_json(attempt / "failure.json", {"error": "no room"})
+    write_json(tmp_path / second.name / "failure.json", {"error": "no room"})
     assert f"Missing are 1 of 2 runs: 1 failed ({second.name}). Failed: {second.name}: no room." in summarize(
         SUITE, [first, second], tmp_path
     )
@@ -118,9 +153,9 @@ def test_what_the_last_epoch_has_not_logged_is_what_came_out(tmp_path):
     run, *_ = SUITE.runs()
     write(tmp_path, run, 0.5, **{"val/loss": 0.25, "train/loss": 1.0})
     (tmp_path / run.name / "metrics.csv").write_text("epoch,val/loss,train/loss\n0,0.25,2.0\n1,,1.0\n")
-    first, last = curves([run], tmp_path)
+    first, last = curves([run], tmp_path).to_dict("records")
     assert (first["val/loss"], last["val/loss"], last["train/loss"]) == ("0.25", "0.25", "1.0")
-    assert "test/accuracy" not in first
+    assert math.isnan(first["test/accuracy"])
     assert last["test/accuracy"] == "0.5"
     assert (last["seconds / epoch"], last["seconds of training"]) == ("2.0", "4.0")
     assert last["processor seconds of training"] == "6.0"
@@ -144,7 +179,7 @@ def test_runs_of_other_versions_are_not_added(tmp_path):
     with pytest.raises(
         ConfigurationError, match=r"different versions.* torch 1: 1 run, .*torch .*: 1 run, those to come"
     ):
-        experiment.perform(Sweep(SUITE, runs, tmp_path), jobs=1)
+        experiment.check(Sweep(SUITE, runs, tmp_path))
 
 
 def test_nothing_is_complete():

@@ -1,4 +1,5 @@
 import csv
+import json
 import lzma
 import os
 import random
@@ -49,6 +50,10 @@ model:
 data: {class_path: faults.Few}
 """
 NAMES = [f"{setting},seed=0" for setting in ("untied", "soft,strength=0.001", "soft,strength=0.1")]
+FILES = {
+    *("definition.json", "config.yaml", "configs", "logs", "metrics.csv", "log.txt", "progress.json", "checkpoints"),
+    *("result.json", "lock"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +104,7 @@ def test_run_and_report(undisturbed, capsys):
     out = undisturbed
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(NAMES)
     for name in NAMES:
-        assert {path.name for path in (out / name).iterdir()} == {
-            "attempts",
-            "config.yaml",
-            "metrics.csv",
-            "result.json",
-        }
+        assert {path.name for path in (out / name).iterdir()} == FILES
         assert not list((out / name).glob(".*"))
         result = Folder(out / name).result()
         assert result["exit"] == "complete"
@@ -120,6 +120,8 @@ def test_run_and_report(undisturbed, capsys):
         assert float(rows[-1]["val/accuracy"]) == result["metrics"]["val/accuracy"]
         config = yaml.safe_load((out / name / "config.yaml").read_text())
         assert config["trainer"]["max_epochs"] == 3
+        assert Folder(out / name).progress().items() >= {"share": 1.0, "epoch": 3, "step": 12, "left": 0.0}.items()
+        assert Folder(out / name).progress()["loss"] > 0
     gaps = [Folder(out / name).result()["metrics"]["tying/gap"] for name in NAMES]
     assert gaps == sorted(gaps, reverse=True)  # untied, weakly, strongly
     assert benchmarks.main(["report", "mine.yaml", f"--out={out}", "--save"]) == 0
@@ -220,6 +222,20 @@ def test_kept_runs_that_cannot_be_put_back(tmp_path, capsys):
         assert not list(Path("out").iterdir())
 
 
+def test_a_plan_times_steps_and_starts_nothing(capsys):
+    assert (
+        run("--out=out", "--seeds=5", "--plan", "--trainer.max_epochs=1000000", "--trainer.limit_train_batches=5") == 0
+    )
+    told = capsys.readouterr().out
+    rows = re.findall(r"^\| (\S+) +\| +5 \| +(\d+\.\d) h \| +(\d+\.\d+) \| +\d+ \|$", told, re.MULTILINE)
+    assert [setting for setting, _, _ in rows] == ["untied", "soft,strength=0.001", "soft,strength=0.1"]
+    assert all(float(hours) == pytest.approx(5 * float(each), abs=0.3) for _, each, hours in rows)
+    assert re.search(
+        r"^15 runs, 2 at a time: \d+\.\d+ h and \d\.\d GiB, without validation and test\.$", told, re.MULTILINE
+    )
+    assert not Path("out").exists()
+
+
 def test_what_is_complete_is_left_alone(undisturbed, capsys):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.glob("*/**/*")}
     assert run(f"--out={undisturbed}") == 0
@@ -236,8 +252,8 @@ def test_failures_stay_alone_and_are_retried(kind, undisturbed, tmp_path, capfd)
     (tmp_path / "armed").touch()
     assert run("--out=out", jobs=1) == 1
     said = {
-        "raise": "RuntimeError: it went wrong; see out/soft",
-        "kill": "exit code -9, killed by a signal",
+        "raise": "RuntimeError: it went wrong; see out/soft,strength=0.1,seed=0/log.txt",
+        "kill": "its process was killed by a signal",
         "disk": "File too large",
     }
     told = capfd.readouterr().out
@@ -248,9 +264,9 @@ def test_failures_stay_alone_and_are_retried(kind, undisturbed, tmp_path, capfd)
     assert run("--out=out", jobs=1) == 0
     compare_one = Path("out", "soft,strength=0.1,seed=0")
     assert Folder(compare_one).result()["attempts"] == 2
-    assert "Restored all states from the checkpoint" in (compare_one / "attempts/001/log.txt").read_text()
+    assert "Restored all states from the checkpoint" in (compare_one / "log.txt").read_text()
     assert figures(compare_one) == figures(undisturbed / compare_one.name)
-    assert not (compare_one / "attempts/000/checkpoints").exists()
+    assert [path.name for path in Folder(compare_one).checkpoints()] == ["epoch=2.ckpt"]
 
 
 def test_an_unusable_folder_stays_alone(tmp_path, capfd):
@@ -258,13 +274,13 @@ def test_an_unusable_folder_stays_alone(tmp_path, capfd):
     Path("out", NAMES[1]).write_text("in the way")
     assert run("--out=out") == 1
     told = capfd.readouterr().out
-    assert f"failed: {NAMES[1]}: NotADirectoryError" in told
+    assert f"failed: {NAMES[1]}: FileExistsError" in told
     assert "Missing are 1 of 3 runs" in told
     Path("out", NAMES[1]).unlink()
     Path("out", NAMES[0], "metrics.csv").unlink()
     assert run("--out=out") == 1
     told = capfd.readouterr().out
-    assert f"damaged: {NAMES[0]}: out/{NAMES[0]} is complete, but lacks metrics.csv. Remove the run's folder" in told
+    assert f"failed: {NAMES[0]}: out/{NAMES[0]} is complete, but lacks metrics.csv. Remove the run's folder" in told
     assert Path("out", NAMES[0], "result.json").exists()
 
 
@@ -359,7 +375,7 @@ def test_errors_of_any_length_are_told(tmp_path, capfd):
 def test_difference_by_hand():
     assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a[1].b is 2 there and 3 here"
     assert difference({"a": 1}, {"a": 1, "b": None}) == "b is not set there and None here"
-    assert difference([1], [1, 2]) == "[1] is None there and 2 here"
+    assert difference([1], [1, 2]) == "[1] is not set there and 2 here"
 
 
 @pytest.mark.parametrize(
@@ -454,4 +470,5 @@ def test_killed_runners_lose_nothing(kills, undisturbed):
 
 
 def attempts():
-    return len(list(Path("out").glob("*/attempts/*/claim.json")))
+    paths = Path("out").glob("*/definition.json")
+    return sum(json.loads(path.read_text())["attempts"] for path in paths)

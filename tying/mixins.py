@@ -163,7 +163,8 @@ def _prepare(module: Mixin, mixin: type[Mixin], inherited: None, checkpoint: dic
     for callback in _callbacks(module, mixin):
         if isinstance(callback, Looping) and (state := checkpoint.get("callbacks", {}).get(callback.final_state_key)):
             callback.load_state_dict(state)
-        if isinstance(callback, TyingCallback) and type(callback).prepare is not ModelTransform.prepare:
+        is_read = "state_dict" in checkpoint  # a sharded checkpoint has been loaded by now
+        if is_read and isinstance(callback, TyingCallback) and type(callback).prepare is not ModelTransform.prepare:
             with acting_on(module, callback, mixin_callbacks(module)):
                 callback.prepare(module, checkpoint["state_dict"])
             accept_need(module, callback)

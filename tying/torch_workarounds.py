@@ -106,6 +106,15 @@ def has_values(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+def load_elsewhere(module: nn.Module, name: str) -> None:
+    """Let Lightning and torch's distributed checkpoints skip a parameter when they load a module's own parameters.
+
+    They look each parameter up by its name in the module, before any hook can rename it, and skip only names in this
+    private set. Saving and ``load_state_dict`` treat the parameter as any other.
+    """
+    module._non_persistent_buffers_set.add(name)
+
+
 def count_writes(tensor: Tensor) -> int | None:
     """Return how often a tensor and its views were written to in place; None if it cannot be known.
 

@@ -4,17 +4,9 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from benchmarks.speed import data, depth, growth, hard, harness, hashing, imports, recurrent, scale, soft
+from benchmarks.speed import data, depth, fairness, growth, hard, harness, hashing, imports, recurrent, scale, soft
 
+MODULES = (data, depth, fairness, growth, hard, hashing, harness, imports, recurrent, scale, soft)
 FAMILIES: dict[str, Callable[[], str | tuple[str, Figure]]] = {
-    "data": data.measure,
-    "depth": depth.measure,
-    "growth": growth.measure,
-    "hard": hard.measure,
-    "hashing": hashing.measure,
-    "harness": harness.measure,
-    "imports": imports.measure,
-    "recurrent": recurrent.measure,
-    "scale": scale.measure,
-    "soft": soft.measure,
+    module.__name__.rpartition(".")[2]: module.measure for module in MODULES
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import pandas as pd
 
 from benchmarks.report import table
 from tying.errors import ConfigurationError
@@ -22,7 +25,7 @@ for name, value in {constants}.items():
 result = module.measure()
 print(result if isinstance(result, str) else result[0])
 """
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+TABLES = re.compile(r"(?:^\|.*\n?)+", re.MULTILINE)
 
 
 def ratios(text: str) -> dict[str, float]:
@@ -32,20 +35,16 @@ def ratios(text: str) -> dict[str, float]:
         >>> ratios("| side | ms | / copy |\n|---|--:|--:|\n| proximal | 15.0 | 1.91 (1.83–3.65) |")
         {'proximal, / copy': 1.91}
     """
-    by_row: dict[str, float] = {}
-    heading: list[str] = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if not line.startswith("|"):
-            heading = []
-        elif not heading:
-            heading = cells
-        elif not set(line) <= set("|-:"):
-            columns = [place for place, name in enumerate(heading) if "/" in name or "ratio" in name]
-            label = ", ".join(cells[: next((place for place, name in enumerate(heading) if "ms" in name), 1)])
-            for place in columns:
-                if (number := NUMBER.match(cells[place])) and place:
-                    by_row[f"{label}, {heading[place]}"] = float(number[0])
+    by_row = {}
+    for lines in TABLES.findall(text):
+        cells = pd.read_csv(
+            io.StringIO(lines), sep=r"\s*\|\s*", engine="python", skiprows=[1], dtype=str, na_filter=False
+        ).iloc[:, 1:-1]
+        labels = next((place for place, name in enumerate(map(str, cells)) if "ms" in name), 1)
+        for name in [name for name in map(str, cells.columns[1:]) if "/" in name or "ratio" in name]:
+            for label, cell in zip(cells.iloc[:, :labels].agg(", ".join, axis=1), cells[name], strict=True):
+                if number := re.match(r"\d+(?:\.\d+)?", cell):
+                    by_row[f"{label}, {name}"] = float(number[0])
     return by_row
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ KEEPS = (0.5, 0.7, 0.8, 0.9, 0.95)
 LAYERS, WIDTH, TOKENS, VOCABULARY, IMAGE = 12, 128, 64, 1000, 64  # of the transformers, at half the batch
 PLAIN, WRITTEN_OUT = (0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 2, 3, 4, 5)  # orders of the layers of an encoder
 Mode = Literal["batch", "subset", "row"]
-
-
+MODES: tuple[Mode, ...] = get_args(Mode)
 Batch = tuple[Tensor, Tensor]  # inputs and labels
 
 
@@ -63,18 +62,15 @@ def around(make: Callable[[float], nn.Module], whole: bool = False) -> ResNet:
     return net
 
 
-def peers() -> dict[str, ResNet]:
-    """Return the network with timm's DropPath, if timm is installed, which nothing here needs."""
-    if importlib.util.find_spec("timm") is None:
-        return {}
-    layers = importlib.import_module("timm.layers")
-    return {f"DropPath of timm {version('timm')}": around(layers.DropPath)}
+def installed(package: str) -> Any:
+    """Return a package that nothing here needs, or None."""
+    return importlib.import_module(package) if importlib.util.find_spec(package) else None
 
 
-def step_of(net: nn.Module, dtype: torch.dtype = torch.float32, of: Batch | None = None) -> Step:
+def step_of(net: nn.Module, data: Batch, dtype: torch.dtype = torch.float32) -> Step:
     """Return a training step of a network, in mixed precision for another dtype."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-    x, y = of or batch()
+    x, y = data
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -86,17 +82,21 @@ def step_of(net: nn.Module, dtype: torch.dtype = torch.float32, of: Batch | None
     return step
 
 
-def batch() -> Batch:
-    """Return the images and labels of every step."""
+def batch(*shape: int) -> Batch:
+    """Return inputs of that shape, and labels."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, 3, 32, 32, generator=generator).contiguous(memory_format=torch.channels_last)
-    return x, torch.randint(10, (BATCH,), generator=generator)
+    return torch.randn(shape, generator=generator), torch.randint(10, shape[:1], generator=generator)
 
 
-def vit(drop: float = 0.0) -> nn.Module:
+def images() -> Batch:
+    """Return the batch of every step of a ResNet."""
+    x, y = batch(BATCH, 3, 32, 32)
+    return x.contiguous(memory_format=torch.channels_last), y
+
+
+def vit(timm: Any, drop: float = 0.0) -> nn.Module:
     """Return timm's ViT-Tiny for small images, with DropPath in each branch if branches shall be dropped."""
     torch.manual_seed(0)
-    timm = importlib.import_module("timm")
     net: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=IMAGE, depth=LAYERS, num_classes=10)
     for number, block in enumerate(net.get_submodule("blocks").children(), start=1):
         for branch in ("drop_path1", "drop_path2") if drop else ():
@@ -117,10 +117,9 @@ class Logits(nn.Module):
         return logits.mT
 
 
-def gpt2() -> nn.Module:
+def gpt2(transformers: Any) -> nn.Module:
     """Return transformers' GPT-2, of small width and without dropout."""
     torch.manual_seed(0)
-    transformers = importlib.import_module("transformers")
     sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": WIDTH // 32, "n_positions": TOKENS, "vocab_size": VOCABULARY}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = transformers.GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0)
@@ -129,30 +128,31 @@ def gpt2() -> nn.Module:
 
 def merged(make: Callable[[], nn.Module], blocks: str) -> dict[str, nn.Module]:
     """Return a network, plain and with each mode of stochastic depth, whose keeps fall linearly to 0.5."""
-    nets = {"plain": make(), **{mode: make() for mode in get_args(Mode)}}
-    for mode in get_args(Mode):
+    nets = {side: make() for side in ("plain", *MODES)}
+    for mode in MODES:
         ResidualMerging(blocks, StochasticDepth(0.5, mode)).apply(nets[mode])
     return nets
 
 
 def transformer_tables() -> list[str]:
     """Return the tables of timm's vision transformer and of transformers' GPT-2, of those that are installed."""
-    generator, count = torch.Generator().manual_seed(0), BATCH // 2
-    tables = []
-    if importlib.util.find_spec("timm"):
-        images = torch.randn(count, 3, IMAGE, IMAGE, generator=generator)
-        sides = {**merged(vit, "blocks.*"), "DropPath": vit(0.5)}
+    count, tables = BATCH // 2, []
+    drawn = f"keeps fall linearly to 0.5; median of {BLOCKS} means of 4 interleaved steps (extremes):"
+    if timm := installed("timm"):
+        sides = {**merged(lambda: vit(timm), "blocks.*"), "DropPath": vit(timm, 0.5)}
+        times = means({side: step_of(net, batch(count, 3, IMAGE, IMAGE)) for side, net in sides.items()}, rounds=4)
         tables.append(
             f"ViT-Tiny of timm {version('timm')} at batch {count}, images of {IMAGE} × {IMAGE} pixels; a draw for each "
-            "branch; " + _ratios("ViT", sides, (images, torch.randint(10, (count,), generator=generator)))
+            f"branch; {drawn}\n\n" + times.table({"/ plain": "plain"}, prefix="ViT, ")
         )
-    if importlib.util.find_spec("transformers"):
-        text = torch.randint(VOCABULARY, (count, TOKENS + 1), generator=generator)
-        sides = merged(gpt2, "net.transformer.h.*")
+    if transformers := installed("transformers"):
+        text = torch.randint(VOCABULARY, (count, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+        data, sides = (text[:, :-1], text[:, 1:]), merged(lambda: gpt2(transformers), "net.transformer.h.*")
+        times = means({side: step_of(net, data) for side, net in sides.items()}, rounds=4)
         tables.append(
             f"GPT-2 of transformers {version('transformers')} at batch {count}, {LAYERS} layers of width {WIDTH}, "
-            f"{TOKENS} of {VOCABULARY} tokens; a draw for each layer; "
-            + _ratios("GPT-2", sides, (text[:, :-1], text[:, 1:]))
+            f"{TOKENS} of {VOCABULARY} tokens; a draw for each layer; {drawn}\n\n"
+            + times.table({"/ plain": "plain"}, prefix="GPT-2, ")
         )
     return tables
 
@@ -184,7 +184,7 @@ def looped(passes: int, per_pass: Literal["norm", "scale"] | None = None) -> nn.
 
 def loop_table() -> str:
     """Return the table of a loop of two passes beside the same network with the repeats written out."""
-    generator, count = torch.Generator().manual_seed(0), BATCH // 8
+    count = BATCH // 8
     sides = {
         "repeats written out": Encoder(WRITTEN_OUT),
         "loop": looped(2),
@@ -193,32 +193,12 @@ def loop_table() -> str:
         "one pass": looped(1),
         "plain": Encoder(PLAIN),
     }
-    data = torch.randn(count, TOKENS, 2 * WIDTH, generator=generator), torch.randint(10, (count,), generator=generator)
-    times = means({side: step_of(net, of=data) for side, net in sides.items()}, rounds=2)
-    rows = [
-        [
-            f"encoder, {side}",
-            f"{1e3 * statistics.fmean(times.seconds[side]):.0f}",
-            describe_ratio(times, side, "repeats written out"),
-        ]
-        for side in sides
-    ]
+    times = means({side: step_of(net, batch(count, TOKENS, 2 * WIDTH)) for side, net in sides.items()}, rounds=2)
     return (
         f"Two of {len(PLAIN)} encoder layers of torch, of width {2 * WIDTH}, in two passes; batch {count} of {TOKENS} "
-        f"steps; mean of {2 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):\n\n"
-        + table(["side", "ms", "/ written out"], rows)
+        f"steps; median of {BLOCKS} means of 2 interleaved steps (extremes):\n\n"
+        + times.table({"/ written out": "repeats written out"}, prefix="encoder, ")
     )
-
-
-def _ratios(name: str, sides: dict[str, nn.Module], of: Batch) -> str:
-    """Return a table of mean times over the plain network's, and the end of its caption."""
-    times = means({side: step_of(net, of=of) for side, net in sides.items()}, rounds=4)
-    rows = [
-        [f"{name}, {side}", f"{1e3 * statistics.fmean(times.seconds[side]):.0f}", describe_ratio(times, side, "plain")]
-        for side in sides
-    ]
-    caption = f"keeps fall linearly to 0.5; mean of {4 * BLOCKS} interleaved steps (extremes of {BLOCKS} parts):"
-    return f"{caption}\n\n{table(['side', 'ms', '/ plain'], rows)}"
 
 
 def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
@@ -226,23 +206,17 @@ def means(steps: dict[str, Step], rounds: int = ROUNDS) -> Race:
     return race(steps, BLOCKS, rounds, statistics.fmean)
 
 
-def describe_ratio(times: Race, side: str, peer: str) -> str:
-    """Return the ratio of mean times, and of the blocks' the smallest and the largest."""
-    ratios = times.ratios(side, peer)
-    return f"{sum(times.seconds[side]) / sum(times.seconds[peer]):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-
-
 def held(net: nn.Module) -> float:
     """Return MiB that a forward pass keeps for its backward pass, weights apart; the mean of eight passes."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    x, y = batch()
+    weights = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+    x, y = images()
     totals = []
     for _ in range(8):
         storages: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: Tensor, storages: dict[int, torch.UntypedStorage] = storages) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage  # held, or else its address might be used again
             return tensor.detach()  # the tensor itself would hold the graph that holds it
 
@@ -256,36 +230,28 @@ def measure() -> str:
     """Run all measurements, and return their tables as Markdown."""
     sides: dict[str, ResNet] = {
         "plain": network(None),
-        "stochastic depth, batch": network(StochasticDepth(0.5, "batch")),
-        "stochastic depth, subset": network(StochasticDepth(0.5, "subset")),
-        "stochastic depth, row": network(StochasticDepth(0.5, "row")),
+        **{f"stochastic depth, {mode}": network(StochasticDepth(0.5, mode)) for mode in MODES},
         "swapout": network(Swapout(0.5, 0.5)),
         "torchvision's StochasticDepth, row": around(lambda p: TorchvisionStochasticDepth(p, "row")),
-        **peers(),
+        **(
+            {f"DropPath of timm {version('timm')}": around(timm.layers.DropPath)} if (timm := installed("timm")) else {}
+        ),
         "torch's Dropout after each block": around(nn.Dropout, whole=True),
     }
-    memory = {side: held(net) for side, net in sides.items()}
-    times = means({side: step_of(net) for side, net in sides.items()})
-    mixed = means({side: step_of(net, torch.bfloat16) for side, net in list(sides.items())[:5]}, rounds=3)
-    rows = [
-        [
-            side,
-            f"{1e3 * statistics.fmean(times.seconds[side]):.0f}",
-            describe_ratio(times, side, "plain"),
-            describe_ratio(mixed, side, "plain") if side in mixed.seconds else "–",
-            f"{memory[side]:.0f}",
-        ]
-        for side in sides
-    ]
+    memory = {side: f"{held(net):.0f}" for side, net in sides.items()}
+    times = means({side: step_of(net, images()) for side, net in sides.items()})
+    mixed = means({side: step_of(net, images(), torch.bfloat16) for side, net in [*sides.items()][:5]}, rounds=3)
+    ratios = {side: mixed.told(side, "plain") for side in mixed.seconds}
     by_keep = []
     for keep in KEEPS:
-        modes = {mode: step_of(network(StochasticDepth(keep, mode), linear=False)) for mode in ("row", "subset")}
-        by_keep.append([f"{keep:g}", describe_ratio(means(modes, rounds=2), "subset", "row")])
+        nets = {mode: network(StochasticDepth(keep, mode), linear=False) for mode in MODES[1:]}
+        kept = means({mode: step_of(net, images()) for mode, net in nets.items()}, rounds=2)
+        by_keep.append([f"{keep:g}", kept.told("subset", "row")])
     return "\n\n".join(
         [
-            f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; mean of "
-            f"{BLOCKS * ROUNDS} interleaved steps (extremes of {BLOCKS} parts); in bf16, of {3 * BLOCKS}:",
-            table(["side", "ms", "/ plain", "/ plain, bf16", "MiB held for backward"], rows),
+            f"A training step of ResNet-{DEPTH} at batch {BATCH}, channels last; keeps fall linearly to 0.5; median of "
+            f"{BLOCKS} means of {ROUNDS} interleaved steps (extremes); in bf16, of 3:",
+            times.table({"/ plain": "plain"}, {"/ plain, bf16": ratios, "MiB held for backward": memory}),
             "Rows chosen and computed, over rows masked, at one keep in all blocks:",
             table(["keep", "subset / row"], by_keep),
             *transformer_tables(),

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,80 +67,72 @@ def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def pull(pairs: int, width: int) -> Step:
+def hashed(width: float, ratio: float, **how: Any) -> Step:
+    """Return a pass through a hashed layer."""
+    return passes(HashedLinear(int(width), int(width), table_ratio=ratio, **how), torch.randn(BATCH, int(width)))
+
+
+def pull(pairs: float, width: float) -> Step:
     """Return the fused gradient of a soft tie of that many pairs of square weights."""
-    penalty = TyingPenalty(resolve(pairs_of_weights(pairs, width), ["a.{i} ~ b.{i}"]))
+    penalty = TyingPenalty(resolve(pairs_of_weights(int(pairs), int(width)), ["a.{i} ~ b.{i}"]))
     return lambda: penalty.add_gradients_(1e-3)
 
 
-def matching(ties: int) -> Step:
+def matching(ties: float) -> Step:
     """Return what finds that many ties in a model of as many pairs of parameters."""
-    model = pairs_of_weights(ties, 1)
-    return lambda: resolve(model, ["a.{i} ~ b.{i}"])
+    return partial(resolve, pairs_of_weights(int(ties), 1), ["a.{i} ~ b.{i}"])
 
 
-def tied_layers(depth: int) -> Step:
+def tied_layers(depth: float) -> Step:
     """Return a pass through linear layers of 256 units with one weight."""
-    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(depth)))
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(int(depth))))
     tie(model, ["*.weight"])
     return passes(model, torch.randn(BATCH, 256))
 
 
-def hashed(width: int, ratio: float, modulus: bool = False) -> Step:
-    """Return a pass through a hashed layer."""
-    how = {"hash": ModulusHash()} if modulus else {"index": "stored"}
-    return passes(HashedLinear(width, width, table_ratio=ratio, **how), torch.randn(BATCH, width))
-
-
-def swapped(depth: int) -> Step:
+def swapped(depth: float) -> Step:
     """Return a pass through a ResNet with swapout in each block."""
-    model = ResNet(depth)
+    model = ResNet(int(depth))
     ResidualMerging("layer*.*", Swapout(0.5, 0.5)).apply(model)
     return passes(model, torch.randn(BATCH, 3, 32, 32))
 
 
 def growths() -> list[Growth]:
     """Return what is measured."""
+    stored, modulus = {"index": "stored"}, {"hash": ModulusHash()}
     return [
-        Growth("soft tie, gradient, 4 pairs", "width", 2, WIDTHS, lambda size: pull(4, int(size))),
-        Growth("soft tie, gradient, 256 × 256", "number of ties", 1, NUMBERS, lambda size: pull(int(size), 256)),
-        Growth("ties found by a pattern", "number of ties", 1, NUMBERS, lambda size: matching(int(size))),
-        Growth("layers of one weight, pass", "number of layers", 1, NUMBERS, lambda size: tied_layers(int(size))),
-        Growth("hashed layer at 1/16, pass", "width", 2, WIDTHS, lambda size: hashed(int(size), 1 / 16)),
-        Growth("hashed layer of 1024, pass", "ratio", 0, RATIOS, lambda size: hashed(1024, size)),
-        Growth("modulus layer of 1024, pass", "ratio", 1, RATIOS, lambda size: hashed(1024, size, modulus=True)),
-        Growth("ResNet with swapout, pass", "depth", 1, DEPTHS, lambda size: swapped(int(size))),
+        Growth("soft tie, gradient, 4 pairs", "width", 2, WIDTHS, lambda width: pull(4, width)),
+        Growth("soft tie, gradient, 256 × 256", "number of ties", 1, NUMBERS, lambda count: pull(count, 256)),
+        Growth("ties found by a pattern", "number of ties", 1, NUMBERS, matching),
+        Growth("layers of one weight, pass", "number of layers", 1, NUMBERS, tied_layers),
+        Growth("hashed layer at 1/16, pass", "width", 2, WIDTHS, lambda width: hashed(width, 1 / 16, **stored)),
+        Growth("hashed layer of 1024, pass", "ratio", 0, RATIOS, lambda ratio: hashed(1024, ratio, **stored)),
+        Growth("modulus layer of 1024, pass", "ratio", 1, RATIOS, lambda ratio: hashed(1024, ratio, **modulus)),
+        Growth("ResNet with swapout, pass", "depth", 1, DEPTHS, swapped),
     ]
 
 
-def tying() -> list[tuple[float, float]]:
-    """Return, for each number of pairs, the seconds of ``resolve`` and of ``tie``: the best, taken in turns.
+def tying_table() -> str:
+    """Return a table of ``resolve`` and ``tie`` of pairs, their ratio, and the exponents with which they grow.
 
-    The collector of garbage is off meanwhile, as in ``timeit``: when it runs depends on all that is in memory.
+    Times are the best, taken in turns. The collector of garbage is off meanwhile, as in ``timeit``: when it runs
+    depends on all that is in memory.
     """
-    seconds = []
+    best = []
     for number in PAIRS:
         model, ties, times = pairs_of_weights(number, 1), ["a.{i} ~ b.{i}"], []
         for _ in range(ROUNDS):
             gc.collect()
             gc.disable()
-            times.append((time_of(partial(resolve, model, ties)), time_of(partial(tie, model, ties))))
+            times.append([time_of(partial(does, model, ties)) for does in (resolve, tie)])
             gc.enable()
             untie(model)
-        resolving, sharing = zip(*times, strict=True)
-        seconds.append((min(resolving), min(sharing)))
-    return seconds
-
-
-def tying_table() -> str:
-    """Return a table of ``resolve`` and ``tie`` of pairs, their ratio, and the exponents with which they grow."""
-    seconds = tying()
+        best.append([min(seconds) for seconds in zip(*times, strict=True)])
     rows = [
-        [f"{n:,}", f"{1e3 * a:.3g}", f"{1e3 * b:.3g}", f"{b / a:.2f}"] for n, (a, b) in zip(PAIRS, seconds, strict=True)
+        [f"{n:,}", f"{1e3 * a:.3g}", f"{1e3 * b:.3g}", f"{b / a:.2f}"] for n, (a, b) in zip(PAIRS, best, strict=True)
     ]
-    resolving, sharing = (slope(PAIRS, side) for side in zip(*seconds, strict=True))
-    rows.append(["exponent", f"{resolving:.2f}", f"{sharing:.2f}", ""])
-    return table(["pairs", "resolve, ms", "tie, ms", "ratio"], rows)
+    exponents = [f"{slope(PAIRS, seconds):.2f}" for seconds in zip(*best, strict=True)]
+    return table(["pairs", "resolve, ms", "tie, ms", "ratio"], [*rows, ["exponent", *exponents, ""]])
 
 
 def draw(growth: Growth, milliseconds: Sequence[float], measured: float, axes: Axes) -> None:
@@ -162,16 +155,15 @@ def draw(growth: Growth, milliseconds: Sequence[float], measured: float, axes: A
 def measure() -> tuple[str, Figure]:
     """Run all measurements; return their tables as Markdown, and a plot."""
     chosen = growths()
-    height = 2.3 * math.ceil(len(chosen) / 2)
-    figure = new_figure(WIDTH, height, "Time against what makes it grow: measured, and the expected power law")
-    rows = []
-    panels = [*figure.subplots(math.ceil(len(chosen) / 2), 2).flat]
+    rows, height = [], math.ceil(len(chosen) / 2)
+    figure = new_figure(WIDTH, 2.3 * height, "Time against what makes it grow: measured, and the expected power law")
+    panels = [*figure.subplots(height, 2).flat]
     for unused in panels[len(chosen) :]:
         unused.set_axis_off()
     for growth, axes in zip(chosen, panels, strict=False):
         result = race({str(size): growth.build(size) for size in growth.sizes}, races=RACES, rounds=ROUNDS)
         milliseconds = [1e3 * result.median(str(size)) for size in growth.sizes]
-        slopes = [slope(growth.sizes, own) for own in zip(*result.seconds.values(), strict=True)]
+        slopes = [slope(growth.sizes, seconds) for seconds in zip(*result.seconds.values(), strict=True)]
         span = f"{growth.sizes[0]:.3g} to {growth.sizes[-1]:.3g}"
         times = f"{milliseconds[0]:.3g} to {milliseconds[-1]:.3g}"
         rows.append([growth.cost, growth.over, span, times, with_extremes(slopes), f"{growth.expected:g}"])

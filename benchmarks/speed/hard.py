@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
-from benchmarks.speed.timing import Step, median_interval, pairs, passes, time_of
+from benchmarks.speed.timing import Step, paired, passes
 from tying.hard import LowRankResidual, relax, tie
 from tying.models import Autoencoder
 
@@ -61,27 +61,12 @@ def plain() -> tuple[nn.Module, nn.Module]:
     return ours, by_hand
 
 
-def relaxed(layers: int) -> tuple[nn.Module, nn.Module]:
-    """Return a stack of layers that share a weight up to a residual of low rank each, and a stack of separate ones."""
+def relaxed(layers: int) -> tuple[Step, Step]:
+    """Return passes of layers that share a weight up to a residual of low rank each, and of separate ones."""
     ours, dense = (nn.Sequential(*(nn.Linear(RELAXED_WIDTH, RELAXED_WIDTH) for _ in range(layers))) for _ in range(2))
     relax(ours, ["*.weight"], LowRankResidual(RANK), init="source")
-    return ours, dense
-
-
-def measure_relaxed() -> str:
-    """Compare relaxed layers with separate ones, and return the table."""
-    rows = []
-    for layers in (2, 4):
-        ratios, seconds = [], []
-        for _ in range(ROUNDS):
-            x = torch.randn(BATCH, RELAXED_WIDTH)
-            ours, dense = (passes(model, x) for model in relaxed(layers))
-            ratios += pairs(ours, dense, count=PAIRS // ROUNDS)
-            seconds.append(time_of(dense))
-        median, low, high = median_interval(ratios)
-        milliseconds = f"{1e3 * statistics.median(seconds):.1f}"
-        rows.append([f"{layers} layers", milliseconds, f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
-    return table(["network", "ms separate", "median ratio", "95 % interval"], rows)
+    x = torch.randn(BATCH, RELAXED_WIDTH)
+    return passes(ours, x), passes(dense, x)
 
 
 def step(model: nn.Module, width: int) -> tuple[Step, torch.optim.Optimizer]:
@@ -97,6 +82,12 @@ def step(model: nn.Module, width: int) -> tuple[Step, torch.optim.Optimizer]:
     return run, optimizer
 
 
+def steps(make: Callable[[], tuple[nn.Module, nn.Module]], width: int) -> tuple[Step, Step]:
+    """Return the training steps of two models."""
+    ours, by_hand = make()
+    return step(ours, width)[0], step(by_hand, width)[0]
+
+
 def memory(model: nn.Module, width: int) -> int:
     """Return the bytes of gradients and of AdamW's state after a step."""
     run, optimizer = step(model, width)
@@ -106,33 +97,29 @@ def memory(model: nn.Module, width: int) -> int:
 
 def measure() -> str:
     """Run the measurements, and return their results as Markdown."""
-    rows, saved = [], []
-    networks: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], int, Callable[[], nn.Module]]] = {
-        f"autoencoder {'–'.join(map(str, SIZES))}, transposed": (transposed, SIZES[0], lambda: Autoencoder(SIZES)),
-        "8 linear layers of 1024, plain": (plain, 1024, eight_layers),
+    networks: dict[str, tuple[Callable[[], tuple[nn.Module, nn.Module]], int, nn.Module]] = {
+        f"autoencoder {'–'.join(map(str, SIZES))}, transposed": (transposed, SIZES[0], Autoencoder(SIZES)),
+        "8 linear layers of 1024, plain": (plain, 1024, eight_layers()),
     }
+    saved = []
     for name, (make, width, untied) in networks.items():
-        ratios, seconds = [], []
-        for _ in range(ROUNDS):  # anew, since where tensors lie in memory makes a difference of its own
-            ours, by_hand = make()
-            (step_of_ours, _), (step_by_hand, _) = step(ours, width), step(by_hand, width)
-            ratios += pairs(step_of_ours, step_by_hand, count=PAIRS // ROUNDS)
-            seconds.append(time_of(step_by_hand))
-        median, low, high = median_interval(ratios)
-        rows.append([name, f"{1e3 * statistics.median(seconds):.0f}", f"{median:.4f}", f"{low:.4f}–{high:.4f}"])
-        whole, own = memory(untied(), width), memory(ours, width)
-        parameters = [sum(p.numel() for p in model.parameters()) for model in (untied(), ours)]
-        shares = [f"{1 - own / whole:.4f}", f"{1 - parameters[1] / parameters[0]:.4f}"]
-        saved.append([name, f"{whole / 2**20:.1f}", f"{own / 2**20:.1f}", *shares])
+        ours, _ = make()
+        whole, tied = memory(untied, width), memory(ours, width)
+        parameters = [sum(weight.numel() for weight in model.parameters()) for model in (untied, ours)]
+        shares = [f"{1 - tied / whole:.4f}", f"{1 - parameters[1] / parameters[0]:.4f}"]
+        saved.append([name, f"{whole / 2**20:.1f}", f"{tied / 2**20:.1f}", *shares])
+    by_hand = {name: partial(steps, make, width) for name, (make, width, _) in networks.items()}
+    separate = {f"{layers} layers": partial(relaxed, layers) for layers in (2, 4)}
+    heading = ["median ratio", "95 % interval"]
     return "\n\n".join(
         [
             f"A training step (AdamW, batch {BATCH}) with our tie over one with a tie written by hand; {PAIRS} pairs "
             "of steps, side by side:",
-            table(["network", "ms by hand", "median ratio", "95 % interval"], rows),
+            table(["network", "ms by hand", *heading], paired(by_hand, ROUNDS, PAIRS // ROUNDS)),
             "Memory of gradients and optimizer, MiB:",
             table(["network", "untied", "tied", "saved", "share of parameters tied"], saved),
             f"Forward and backward pass (batch {BATCH}) of linear layers of {RELAXED_WIDTH} that share a weight up to "
             f"a residual of rank {RANK}, over separate layers:",
-            measure_relaxed(),
+            table(["network", "ms separate", *heading], paired(separate, ROUNDS, PAIRS // ROUNDS)),
         ]
     )

@@ -8,13 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.cluster import Cluster
 from benchmarks.experiment import draw, prepare, quietly, report
 from benchmarks.folder import FILES, Folder
 from benchmarks.json_files import write_json
-from benchmarks.perform import arguments, begin, finish
+from benchmarks.perform import arguments, perform
 from benchmarks.report import table
 from benchmarks.speed.timing import race
 from tying.cli import parse
+from tying.errors import ConfigurationError
 
 EPOCHS = 2
 RUNS = 1000
@@ -30,21 +32,35 @@ def bare(arguments: Sequence[str]) -> None:
 
 def measure(overrides: Sequence[str] = ()) -> str:
     """Run the measurements, and return their results as Markdown; ``overrides`` are those of the run."""
-    with tempfile.TemporaryDirectory() as temporary, quietly():
+    from distributed import LocalCluster  # an optional package
+
+    with (
+        quietly(),
+        tempfile.TemporaryDirectory() as temporary,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Cluster(cluster.scheduler_address, Path(temporary)) as workers,
+    ):
         root = Path(temporary)
         short = [f"--trainer.max_epochs={EPOCHS}", *overrides]
         sweep = prepare("soft", root / "runs", only="gradient,strength=0.003,*", overrides=short)
         [run] = sweep.runs
         plain = [*arguments(run, root), f"--trainer.logger.save_dir={root}"]
-        folder = sweep.folder(run)
+        folder, task = sweep.folder(run), sweep.task(run, THREADS)
 
-        def harness() -> None:
+        def by_cluster() -> None:
+            shutil.rmtree(folder.path)
+            if error := workers.outcome(task, workers.submit(task)):
+                raise ConfigurationError(error)
+
+        def by_harness() -> None:
             shutil.rmtree(folder.path, ignore_errors=True)
-            attempt = begin(folder, sweep.definition(run), THREADS)
-            assert attempt is not None
-            finish(folder, attempt, run)
+            perform(task)
 
-        sides = {"parse, fit and test": lambda: bare(plain), "the same by the harness": harness}
+        sides = {
+            "parse, fit and test": lambda: bare(plain),
+            "the same by the harness": by_harness,
+            "the same by a worker of a cluster": by_cluster,
+        }
         result = race(sides, races=7, rounds=1)
         seconds = _report_many(root, folder)
     rows = [[side, f"{result.median(side):.2f}", result.told(side, "parse, fit and test")] for side in sides]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,12 +12,11 @@ from typing_extensions import override
 
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
-from benchmarks.speed.timing import Step, median_interval, pairs, passes, time_of
+from benchmarks.speed.timing import Step, paired, passes
 from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
 
-ROUNDS = 4  # in which all layers are measured in turn, lest a busy minute meet one of them
-PAIRS = 15
+ROUNDS, PAIRS = 4, 15
 LINEAR = {(2000, 2000): (128, 512), (3072, 2000): (128,)}
 # ResNet-20's convolutions: channels in, channels out, stride, size of the image, how many of them
 CONVOLUTIONS = [(16, 16, 1, 32, 6), (16, 32, 2, 32, 1), (32, 32, 1, 16, 5), (32, 64, 2, 16, 1), (64, 64, 1, 8, 5)]
@@ -47,28 +45,6 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
     return layer
 
 
-def compare(made: Mapping[str, Callable[[], Step]], dense: Step) -> list[list[str]]:
-    """Return for each name milliseconds of a dense layer's pass, and the ratio to it with its 95 % interval."""
-    ratios: dict[str, list[float]] = {name: [] for name in made}
-    seconds = []
-    for _ in range(ROUNDS):
-        for name, make in made.items():
-            hashed = make()  # when its turn comes: other layers' memory slows it down
-            for _ in range(5):  # until memory has been asked for
-                hashed()
-            ratios[name] += pairs(hashed, dense, count=PAIRS)
-            seconds.append(time_of(dense))
-    rows = []
-    for name, measured in ratios.items():
-        median, low, high = median_interval(measured)
-        rows.append([name, f"{1e3 * statistics.median(seconds):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
-    return rows
-
-
-def _made(make: Callable[[], nn.Module], x: Tensor) -> Step:
-    return passes(make(), x)
-
-
 def linear() -> list[list[str]]:
     """Return the rows of linear layers."""
     rows = []
@@ -90,9 +66,13 @@ def linear() -> list[list[str]]:
         dense = nn.Linear(inputs, outputs)
         for batch in batches:
             x = torch.randn(batch, inputs, requires_grad=True)
-            steps = {name: partial(_made, make, x) for name, make in made.items()}
-            rows += [[f"{inputs}×{outputs}, {batch}", *row] for row in compare(steps, passes(dense, x))]
+            steps = {name: partial(_against, layer, dense, x) for name, layer in made.items()}
+            rows += [[f"{inputs}×{outputs}, {batch}", *row] for row in paired(steps, ROUNDS, PAIRS)]
     return rows
+
+
+def _against(make: Callable[[], nn.Module], dense: nn.Module, x: Tensor) -> tuple[Step, Step]:
+    return passes(make(), x), passes(dense, x)
 
 
 def convolutions() -> list[list[str]]:
@@ -105,36 +85,32 @@ def convolutions() -> list[list[str]]:
             dense.append(passes(nn.Conv2d(into, out, 3, stride, padding=1, bias=False), x))
 
     def run(every: list[Step]) -> None:
-        for one in every:
-            one()
+        for step in every:
+            step()
 
-    made = {"uniform, ratio 0.1, stored": lambda: partial(run, hashed)}
-    return [["ResNet-20's convolutions, 128", *row] for row in compare(made, partial(run, dense))]
+    made = {"uniform, ratio 0.1, stored": lambda: (partial(run, hashed), partial(run, dense))}
+    return [["ResNet-20's convolutions, 128", *row] for row in paired(made, ROUNDS, PAIRS)]
 
 
 def memory() -> list[list[str]]:
     """Return bytes that layers hold after a step of AdamW, measured, over those of the dense layer."""
     rows = []
+    theirs = _bytes_of(nn.Linear(2000, 2000, bias=False))
     for index in ("stored", "computed"):
-        held = []
-        for layer in (
-            HashedLinear(2000, 2000, bias=False, table_ratio=0.1, index=index),
-            nn.Linear(2000, 2000, bias=False),
-        ):
-            optimizer = torch.optim.AdamW(layer.parameters())
-            passes(layer, torch.randn(8, 2000))()
-            optimizer.step()
-            trained = [[(p, p.grad) for p in layer.parameters()], optimizer.state_dict()]
-            held.append([stored_bytes(one) for one in (trained, _others(layer), layer.state_dict())])
-        ours, theirs = held
-        share = [f"{ours[i] / theirs[i]:.4f}" for i in (0, 2)]
-        rows.append([f"uniform, ratio 0.1, {index}", share[0], share[1], f"{ours[1] / 2**20:.1f}"])
+        ours = _bytes_of(HashedLinear(2000, 2000, bias=False, table_ratio=0.1, index=index))
+        shares = [f"{ours[at] / theirs[at]:.4f}" for at in (0, 1)]
+        rows.append([f"uniform, ratio 0.1, {index}", *shares, f"{ours[2] / 2**20:.1f}"])
     return rows
 
 
-def _others(layer: nn.Module) -> list[Tensor]:
-    """Return tensors that modules hold beside parameters."""
-    return [value for module in layer.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+def _bytes_of(layer: nn.Module) -> list[int]:
+    """Return the bytes of what training holds, of the checkpoint, and of tensors beside parameters."""
+    optimizer = torch.optim.AdamW(layer.parameters())
+    passes(layer, torch.randn(8, 2000))()
+    optimizer.step()
+    trained = [[(weight, weight.grad) for weight in layer.parameters()], optimizer.state_dict()]
+    others = [value for module in layer.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return [stored_bytes(state) for state in (trained, layer.state_dict(), others)]
 
 
 def measure() -> str:

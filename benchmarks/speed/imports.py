@@ -27,12 +27,12 @@ def seconds_of(module: str) -> float:
 
 def measure() -> str:
     """Run the measurement, and return its table as Markdown."""
-    best: dict[str, list[float]] = {module: [] for module in PEERS}
+    seconds: dict[str, list[float]] = {module: [] for module in PEERS}
     for _ in range(RACES):
         rounds = [{module: seconds_of(module) for module in PEERS} for _ in range(ROUNDS)]
-        for module, values in best.items():
-            values.append(min(seconds[module] for seconds in rounds))
-    race = Race(best)
+        for module in PEERS:
+            seconds[module].append(min(times[module] for times in rounds))
+    race = Race(seconds)
     rows = [
         [f"import {module}", f"{race.median(module):.2f}", race.told(module, peer), peer]
         for module, peer in PEERS.items()

@@ -67,22 +67,13 @@ def _against_torch(layers: dict[str, nn.Module]) -> str:
     nets = {fused: nn.LSTM(INPUTS, SIZE), loop: Loop(), **layers}
     x = _sequences(STEPS)
     result = race({side: passes(net, x) for side, net in nets.items()}, races=5, rounds=3)
-    rows = [
-        [
-            side,
-            f"{sum(p.numel() for p in net.parameters()):,}",
-            f"{1e3 * result.median(side):.0f}",
-            result.told(side, fused),
-            result.told(side, loop),
-        ]
-        for side, net in nets.items()
-    ]
+    sizes = {side: f"{sum(weight.numel() for weight in net.parameters()):,}" for side, net in nets.items()}
     what = (
         f"Forward and backward, batch {BATCH}, {STEPS} steps of {INPUTS} input, {SIZE} units, fp32; median of 5 races "
         "(extremes):"
     )
-    heading = ["side", "parameters", "ms", "/ torch's LSTM", "/ loop"]
-    return f"{what}\n\n{table(heading, rows)}"
+    peers = {"/ torch's LSTM": fused, "/ loop": loop}
+    return f"{what}\n\n{result.table(peers, {'parameters': sizes})}"
 
 
 def _packed(nets: dict[str, nn.Module]) -> str:
@@ -91,8 +82,7 @@ def _packed(nets: dict[str, nn.Module]) -> str:
     x = _sequences(steps)
     for side, net in nets.items():
         result = race({"padded": passes(net, x), "packed": passes(Packed(net, steps), x)}, races=5, rounds=1)
-        times = [f"{1e3 * result.median(layout):.0f}" for layout in ("padded", "packed")]
-        rows.append([side, *times, result.told("packed", "padded")])
+        rows.append([side, *result.row("padded"), *result.row("packed", "padded")])
     what = (
         f"The same with {steps} steps, of a padded batch and of its sequences packed, with lengths from half of the "
         "steps to all:"

@@ -18,7 +18,7 @@ from torch import nn
 from typing_extensions import override
 
 from benchmarks.report import ROOT, table
-from benchmarks.speed.timing import Race, Step, race, with_extremes
+from benchmarks.speed.timing import Race, Step, race
 from tying import resolve
 from tying.errors import ConfigurationError
 from tying.soft import TyingPenalty, anchored
@@ -100,10 +100,11 @@ def efficiency() -> list[list[str]]:
     """Return a row for each family: a step of one process, of two, and what share of doubled work that is."""
     rows = []
     for family, configs in FAMILIES.items():
-        found = [(train(configs, 1), train(configs, 2)) for _ in range(ROUNDS)]
-        one, two = (statistics.median(pair[side]["seconds"] for pair in found) for side in (0, 1))
-        told = with_extremes([alone["seconds"] / both["seconds"] for alone, both in found])
-        rows.append([family, f"{1e3 * one:.0f}", f"{1e3 * two:.0f}", told, f"{found[0][0]['bytes'] / 1024:.0f}"])
+        runs = [[train(configs, processes) for processes in (1, 2)] for _ in range(ROUNDS)]
+        times = Race({str(n): [pair[n - 1]["seconds"] for pair in runs] for n in (1, 2)})
+        rows.append(
+            [family, *times.row("1"), *times.row("2"), times.told("1", "2"), f"{runs[0][0]['bytes'] / 1024:.0f}"]
+        )
     return rows
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.report import ROOT, table
-from benchmarks.speed.timing import Step, race, time_of
+from benchmarks.report import ROOT
+from benchmarks.speed.timing import Step, race, time_of, with_extremes
 from tying import resolve
 from tying.callbacks import SoftTying
 from tying.cli import parse
@@ -100,8 +100,8 @@ def matching() -> list[str]:
     return found
 
 
-def mixture(std: float | None = None) -> tuple[str, str, float]:
-    """Return what the mixture prior costs, value and gradient, over passes of ``exp``: ratio, extremes, seconds.
+def mixture(std: float | None = None) -> tuple[str, float]:
+    """Return what the mixture prior costs, value and gradient: the ratio to passes of ``exp``, and seconds.
 
     Args:
         std: of all components; as they begin by default.
@@ -118,8 +118,7 @@ def mixture(std: float | None = None) -> tuple[str, str, float]:
 
     sides = {"prior": lambda: prior.add_gradients_([weights], 1e-3), "exp": passes}
     result = race(sides, races=5, rounds=3)
-    ratios = sorted(result.ratios("prior", "exp"))
-    return f"{ratios[len(ratios) // 2]:.2f}", f"{ratios[0]:.2f}–{ratios[-1]:.2f}", result.median("prior")
+    return result.told("prior", "exp"), result.median("prior")
 
 
 def measure() -> str:
@@ -144,29 +143,23 @@ def measure() -> str:
         "autograd, transposed pairs": by_autograd(model, transposed=True),
     }
     result = race(sides)
-    rows = [
-        [side, f"{1e3 * result.median(side):.1f}", *(result.told(side, peer) for peer in (bound, adding))]
-        for side in sides
-    ]
     faster = result.told(autograd, "gradient")
     faster_transposed = result.told("autograd, transposed pairs", "gradient, transposed pairs")
     step, pull = resnet_step()
     shares = race({"step": step, "pull": pull}, races=7, rounds=10)
-    percent = sorted(100 * ratio for ratio in shares.ratios("pull", "step"))
-    share = f"{percent[len(percent) // 2]:.2f} % ({percent[0]:.2f}–{percent[-1]:.2f})"
-    ratio, extremes, seconds = mixture()
-    tight = mixture(TIGHT)
+    share = with_extremes([100 * ratio for ratio in shares.ratios("pull", "step")])
+    (ratio, seconds), (tight, _) = mixture(), mixture(TIGHT)
     paragraphs = [
         f"{PAIRS} pairs of {SIDE}×{SIDE} weights, 14.0 M on each side, fp32; median of 7 races (extremes):",
-        table(["side", "ms", "/ copy", "/ additions"], rows),
+        result.table({"/ copy": bound, "/ additions": adding}),
         f"The fused gradient is {faster} times faster than autograd; for transposed pairs, {faster_transposed} times.\n"
         "A copy of as many words measures memory bandwidth; the two additions are the least that touches these six.",
-        f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} of a training\n"
+        f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} % of a training\n"
         f"step at batch 128 ({1e3 * shares.median('step'):.0f} ms).",
         f"The mixture prior, value and gradient, of {MIXTURE_WEIGHTS / 1e6:.0f} M weights and {COMPONENTS} components "
-        f"takes {1e3 * seconds:.0f} ms, {ratio} times ({extremes}) as long as {COMPONENTS} passes of `torch.exp` over "
-        f"as many numbers, {CPU_CHUNK:,} at a time; with components as tight as they become, of standard deviation "
-        f"{TIGHT}, {tight[0]} times ({tight[1]}).",
+        f"takes {1e3 * seconds:.0f} ms, {ratio} times as long as {COMPONENTS} passes of `torch.exp` over as many "
+        f"numbers, {CPU_CHUNK:,} at a time; with components as tight as they become, of standard deviation {TIGHT}, "
+        f"{tight} times.",
         "\n".join(matching()),
     ]
     return "\n\n".join(paragraphs)

@@ -2,18 +2,22 @@
 
 The sides take turns within a race, so that a drift of the machine's speed meets all of them; each keeps its best
 time of the race; ratios are taken within races, and their median over races is reported with the extremes.
+
+Only the clock is that of ``torch.utils.benchmark``, whose timers measure one side after the other: beside a program
+that comes and goes, ratios of equal programs spread more (``python -m benchmarks speed fairness``).
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+from scipy.stats import quantile_test
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
+
+from benchmarks.report import table
 
 Step = Callable[[], object]
 
@@ -35,6 +39,21 @@ class Race:
     def told(self, side: str, peer: str) -> str:
         """Return the median ratio and, in brackets, the smallest and the largest."""
         return with_extremes(self.ratios(side, peer))
+
+    def row(self, side: str, *peers: str) -> list[str]:
+        """Return a side's milliseconds, and its ratio to each peer, in words."""
+        return [f"{1e3 * self.median(side):.1f}", *(self.told(side, peer) for peer in peers)]
+
+    def table(
+        self, peers: Mapping[str, str], columns: Mapping[str, Mapping[str, str]] | None = None, prefix: str = ""
+    ) -> str:
+        """Return all sides in a Markdown table: milliseconds, ratios to peers by heading, and further columns."""
+        more = columns or {}
+        rows = [
+            [prefix + side, *self.row(side, *peers.values()), *(cells.get(side, "–") for cells in more.values())]
+            for side in self.seconds
+        ]
+        return table(["side", "ms", *peers, *more], rows)
 
 
 def race(
@@ -88,17 +107,10 @@ def passes(model: nn.Module, x: Tensor) -> Step:
 
 
 def time_of(run: Step) -> float:
-    """Return the seconds that one run takes."""
-    _synchronize()
-    start = time.perf_counter()
+    """Return the seconds that one run takes, on a GPU until it has done what it was asked for."""
+    start = timer()
     run()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return timer() - start
 
 
 def pairs(one: Step, other: Step, count: int) -> list[float]:
@@ -112,14 +124,26 @@ def pairs(one: Step, other: Step, count: int) -> list[float]:
     return ratios
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the median and the ends of its 95 % interval, by order statistics.
+def paired(make: Mapping[str, Callable[[], tuple[Step, Step]]], rounds: int, count: int) -> list[list[str]]:
+    """Return rows of a table: for each name the milliseconds of a peer, the median ratio to it, and its 95 % interval.
 
-    Example:
-        >>> median_interval([float(number) for number in range(1, 101)])
-        (50.5, 40.0, 61.0)
+    Args:
+        make: returns, by name, what is measured and its peer; called anew in each round, since where tensors lie in
+            memory makes a difference of its own.
+        rounds: in which all names are measured in turn, lest a busy minute meet one of them.
+        count: pairs of steps, side by side, in a round.
     """
-    ordered, count = sorted(values), len(values)
-    reach = 1.96 * math.sqrt(count) / 2
-    low, high = math.floor(count / 2 - reach), math.ceil(1 + count / 2 + reach)  # ranks, from 1
-    return statistics.median(ordered), ordered[max(low, 1) - 1], ordered[min(high, count) - 1]
+    ratios: dict[str, list[float]] = {name: [] for name in make}
+    seconds: dict[str, list[float]] = {name: [] for name in make}
+    for _ in range(rounds):
+        for name, made in make.items():
+            step, peer = made()
+            for _ in range(5):  # until memory has been asked for
+                step(), peer()
+            ratios[name] += pairs(step, peer, count)
+            seconds[name].append(time_of(peer))
+    rows = []
+    for name, measured in ratios.items():
+        median, (low, high) = statistics.median(measured), quantile_test(measured).confidence_interval()
+        rows.append([name, f"{1e3 * statistics.median(seconds[name]):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
+    return rows

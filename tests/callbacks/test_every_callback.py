@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as python
 import math
+import sys
 import warnings
 from collections import Counter
 
@@ -75,6 +76,7 @@ MAKERS = {
     RecurrentDepth: lambda name=None: RecurrentDepth("net.blocks.*"),
     ZoneoutStates: lambda name=None: ZoneoutStates("net.lstms.*", cell=0.5, hidden=0.25),
 }
+FLATTENING = [pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy]
 ON_WEIGHTS = [
     kind for kind in MAKERS if kind not in (Looping, ResidualMerging, RecurrentDepth, UntiedBiases, ZoneoutStates)
 ]
@@ -430,7 +432,7 @@ QUERIES = {
 }
 # all other public methods, but for Lightning's hooks
 COMMANDS = {"apply", "apply_among", "change", "prepare", "monitor", "build_penalties", "add_gradients", "on_step"}
-COMMANDS |= {"restore_structure", "follow_names"}  # of other callbacks
+COMMANDS |= {"adopt", "begin", "restore_structure", "follow_names"}  # of other callbacks, or of configure_model
 CHECKS = {"check_finite", "check_optimizers"}  # raise errors during training
 
 
@@ -769,3 +771,31 @@ def warned(model, kind):
 def test_families_cover_the_callbacks():
     assert {*FAMILIES} == {kind.__name__ for kind in MAKERS} - {"UntiedBiases"}
     assert SITES.alike == "net.kernels.*.weight"
+
+
+@pytest.mark.parametrize("strategy", FLATTENING, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", MAKERS, ids=lambda kind: kind.__name__)
+def test_strategies_with_flat_weights_are_refused(kind, strategy):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.__class__ = type("Flat", (strategy,), {})
+    message = f"{kind.__name__} does not support Flat, which replaces weights by parts .*: use ModelParallelStrategy"
+    with pytest.raises(ConfigurationError, match=message):
+        MAKERS[kind]().setup(trainer, Trained(), "fit")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in MAKERS if issubclass(kind, PenaltyCallback)], ids=lambda k: k.__name__
+)
+def test_a_step_of_plain_weights_takes_no_detour_for_sharded_ones(kind):
+    class Watch(pl.Callback):
+        called: set[str] = set()  # noqa: RUF012  # of this test
+
+        def on_before_backward(self, *_):
+            sys.setprofile(lambda frame, event, _: self.called.add(frame.f_code.co_filename))
+
+        def on_train_batch_end(self, *_):
+            sys.setprofile(None)
+
+    train(Trained(), [Watch(), MAKERS[kind]()], max_epochs=1)
+    assert any(path.endswith("callbacks/penalty.py") for path in Watch.called)
+    assert not any(path.endswith("weights/sharding.py") for path in Watch.called)

@@ -53,8 +53,8 @@ class Slow:
 def _on_a_device(monkeypatch):
     of = Magnitudes.of.__func__
 
-    def later(cls, tensors):
-        measured = of(cls, tensors)
+    def later(cls, tensors, sharded=False):
+        measured = of(cls, tensors, sharded)
         return Magnitudes(measured.names, measured.largest, Slow())
 
     monkeypatch.setattr(Magnitudes, "of", classmethod(later))

@@ -15,7 +15,6 @@ from tying.callbacks import (
     TemplateWeights,
     TyingMonitor,
     TyingSummary,
-    WeightClustering,
     WeightHashing,
 )
 from tying.hard import audit, tied
@@ -218,23 +217,6 @@ def test_parametrizations_are_all_or_none():
     assert LowRankWeights(["encoder.0.weight"], rank=1).apply(model) == first  # for the stages of another Trainer
     with pytest.raises(ValueError, match="matches no parameter or module"):
         LowRankWeights(["encoder.0.weight"], rank=2).apply(model)
-
-
-@pytest.mark.parametrize(
-    ("callback", "told"),
-    [
-        (HardTying(TIES), "HardTying does not support Sharded: change the model in configure_model"),
-        (
-            WeightClustering(["**.weight"], 2),
-            "WeightClustering cannot be combined with Sharded, which would keep the dense",
-        ),
-    ],
-)
-def test_sharding_strategies_are_refused(callback, told):
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    trainer.strategy.__class__ = type("Sharded", (pl.strategies.FSDPStrategy,), {})
-    with pytest.raises(ValueError, match=told):
-        callback.setup(trainer, Toy(), "fit")
 
 
 def test_soft_ties_read_hard_ones_as_they_lie():

@@ -99,12 +99,18 @@ def test_a_test_leaves_the_seed_of_the_next_fit_alone(tmp_path):
     assert drawn[0] == drawn[1]
 
 
-def test_another_number_of_processes_warns(tmp_path):
-    callback = RandomState()
+def test_another_number_of_processes_seeds_anew(tmp_path):
+    """Neither do the numbers of the beginning recur, nor those of the process that saved; but a run can be repeated."""
+    callback, drawn, states = RandomState(), [], generator_states()
     trainer = train(Toy(), [callback], max_epochs=1)
-    callback.load_state_dict({"processes": [generator_states(), generator_states()]})
-    with pytest.warns(UserWarning, match="random states of 2 processes, not of 1"):
-        callback.on_train_start(trainer, Toy())
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        callback.load_state_dict({"processes": [states, states]})
+        with pytest.warns(UserWarning, match="random states of 2 processes, not of 1: the generators are seeded anew"):
+            callback.on_train_start(trainer, Toy())
+        drawn.append(draws())
+    restore_generators(states)
+    assert drawn[0] == drawn[1] != draws()
 
 
 def test_a_shuffled_loader_goes_on_with_the_next_epochs_order(tmp_path):

@@ -4,7 +4,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import LBFGS, SGD, Adam, AdamW
 from toys import STRENGTH, TIES, Toy, batches, by_hand, largest_difference, same, train
 
@@ -317,17 +316,6 @@ def test_optimizers_that_are_made_anew_while_training(update):
         assert callback.state_dict() == {"steps": {0: 30}}
         models.append(model)
     assert same(*models)
-
-
-@pytest.mark.parametrize("update", UPDATES)
-def test_unsupported_strategies_are_refused(update, monkeypatch):
-    callback = SoftTying(TIES, update=update)
-
-    class Trainer:
-        strategy, callbacks = FSDPStrategy.__new__(FSDPStrategy), ()
-
-    with pytest.raises(ConfigurationError, match=r"SoftTying does not support FSDPStrategy.*'ddp'"):
-        callback.setup(Trainer(), Toy(), "fit")
 
 
 @pytest.mark.parametrize(

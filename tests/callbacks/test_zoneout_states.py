@@ -164,7 +164,7 @@ def test_mistakes():
     ):
         fit(Recurrent(), ZoneoutStates(["lstm", "encoder"], 0.5, 0.5))
     zoned = Recurrent()
-    zone_out(zoned, "lstm", cell=0.5, hidden=0.25)
+    zone_out(zoned, "lstm", cell=0.5, hidden=0.125)  # not as the callback would
     with pytest.raises(ConfigurationError, match=r"^ZoneoutStates: modules: the ZoneoutLSTM 'lstm' has zoneout alre"):
         fit(zoned, callback())
     looped = Recurrent()

@@ -29,6 +29,7 @@ from tying.soft.group_penalty import Rates
 from tying.soft.importance import add_importances, layer_means
 from tying.soft.plots import importance_figure
 from tying.weights.derived import locate_parameters
+from tying.weights.sharding import anywhere, full, local, shard_like
 
 CONTEXT = "anchor (or 'initial', the weights at the start)"
 
@@ -116,16 +117,17 @@ class AnchorTying(PenaltyCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        # whole tensors, since the file of the first process holds them, and other numbers of processes read it
         state = super().state_dict()
         if self.importance is None:
-            return state | ({"anchors": self._anchors} if self.anchor == "initial" else {})
+            return state | ({"anchors": _whole(self._anchors)} if self.anchor == "initial" else {})
         self._saved = True
         path = {} if self._path is None else self._path.state_dict()
         return state | {
-            "anchors": self._anchors,
-            "importances": self._importances,
+            "anchors": _whole(self._anchors),
+            "importances": _whole(self._importances),
             "tasks": self._tasks,
-            "path": path,
+            "path": {part: _whole(values) for part, values in path.items()},
         }
 
     @override
@@ -231,7 +233,11 @@ class AnchorTying(PenaltyCallback):
         weights = self._weights = select(module, self.parameters)
         for name, weight in self.affected(module).items():
             check_shape(name, weight)
-        self._anchors, self._importances, self._tasks = self._read_anchors(module)
+        anchors, importances, self._tasks = self._read_anchors(module)
+        self._anchors, self._importances = (
+            {name: shard_like(value, weights[name]) if name in weights else value for name, value in values.items()}
+            for values in (anchors, importances)
+        )
         if self.importance is not None:
             self._begin_task(trainer)
         elif not self._anchors:
@@ -358,9 +364,10 @@ class AnchorTying(PenaltyCallback):
         assert self.importance is not None
         with acting_on(module, self, callbacks_of(trainer)):
             importances = self.importance.measure(trainer, module, self._weights, self._path)
-            if not all(importance.isfinite().all() for importance in importances.values()):
+            shards = [local(importance) for importance in importances.values()]
+            if anywhere(not all(shard.isfinite().all() for shard in shards), module.device):
                 raise NonFiniteError("the importance of some weight is NaN or infinite")
-            if not any(importance.any() for importance in importances.values()):
+            if not anywhere(any(shard.any() for shard in shards), module.device):
                 raise ConfigurationError(
                     f"the importance of all of {listed(importances)} is zero throughout, and would never pull: does "
                     "training change them, and do the model's logits depend on them?"
@@ -384,6 +391,11 @@ class AnchorTying(PenaltyCallback):
         if not importances and self.importance is not None and self.anchor != "initial":
             importances = self._saved_state()["importances"]
         return layer_means(importances)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors in place of sharded ones."""
+    return {name: full(tensor) for name, tensor in tensors.items()}
 
 
 def describe_importance(means: Mapping[str, float]) -> str:

@@ -20,9 +20,10 @@ from tying.selection.patterns import Pattern
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup
 from tying.weights.derived import derived_by_others
+from tying.weights.sharding import reshard
 
-# strategies that split weights over processes
-SHARDING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy | pl.strategies.ModelParallelStrategy
+# strategies that replace parameters by parts of flat ones
+FLATTENING = pl.strategies.FSDPStrategy | pl.strategies.DeepSpeedStrategy
 # callbacks that average weights in a copy of the model
 AVERAGING = pl.callbacks.StochasticWeightAveraging | pl.callbacks.WeightAveraging
 
@@ -168,11 +169,17 @@ class TyingCallback(Callback):
 
     def monitor(self, model: nn.Module) -> None:
         """Check the monitored weights from now on. Call this again when the callback has replaced some."""
-        self._finite_check.weights, self._finite_check.groups = self.monitored(model), self.groups
+        self._finite_check.follow(self.monitored(model), self.groups)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy, FLATTENING):
+            raise ConfigurationError(
+                f"{self.label} does not support {type(trainer.strategy).__name__}, which replaces weights by parts of "
+                "flat tensors: use ModelParallelStrategy, and shard the model by torch's fully_shard in "
+                "configure_model; or use 'ddp' if the model fits one device"
+            )
         accept_need(pl_module, self)
 
     @override
@@ -183,6 +190,7 @@ class TyingCallback(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        reshard(pl_module)
         self.check_conflicts(pl_module, callbacks_of(trainer))
         pl.utilities.rank_zero_info(f"{self.label}: {self.describe(pl_module)}")
 
@@ -335,6 +343,15 @@ def optimizer_steps(trainer: pl.Trainer) -> int:
     return trainer.global_step // max(1, len(trainer.optimizers))
 
 
+def replica_of(trainer: pl.Trainer) -> tuple[int, int]:
+    """Return which part of the data this process trains on, and the number of parts.
+
+    The processes of tensor parallelism have one part.
+    """
+    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", {})
+    return sampler.get("rank", 0), sampler.get("num_replicas", 1)
+
+
 def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bool = True) -> None:
     """Raise if a callback that averages weights, or another process, has a copy of weights that training replaces.
 
@@ -347,10 +364,9 @@ def reject_copies(trainer: pl.Trainer, context: str, content: str, processes: bo
     Raises:
         ConfigurationError: there are such copies.
     """
-    kinds = AVERAGING | SHARDING if processes else AVERAGING
-    holders = [
-        type(holder).__name__ for holder in (*callbacks_of(trainer), trainer.strategy) if isinstance(holder, kinds)
-    ]
+    holders = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, AVERAGING)]
+    if processes and isinstance(trainer.strategy, pl.strategies.ModelParallelStrategy):
+        holders.append(type(trainer.strategy).__name__)
     if processes and trainer.world_size > 1:
         holders.append("several processes")
     if holders:

@@ -11,22 +11,33 @@ from typing_extensions import override
 
 from tying.callbacks.base import counted
 from tying.callbacks.figures import log_figure
-from tying.callbacks.transform import ModelTransform
+from tying.callbacks.transform import ModelTransform, record
 from tying.errors import ConfigurationError, check_choice, check_counts, listed
-from tying.hard import LowRank, LowRankPlusDiagonal, generate_weights, lower_rank, share_templates, tied, untie_biases
+from tying.hard import (
+    HyperWeight,
+    LowRank,
+    LowRankPlusDiagonal,
+    TemplateMixture,
+    generate_weights,
+    lower_rank,
+    share_templates,
+    tied,
+    untie_biases,
+)
 from tying.hard.hypernetwork import GenerationPlan, plan_generation
 from tying.hard.low_rank import check_rank
 from tying.hard.templates import similarity_figure
 from tying.hard.untied_bias import has_untied_bias
 from tying.hashing import Hash, UniformHash, entropy, hash_weights
 from tying.hashing.apply import check_choices, select_hashable
+from tying.hashing.parametrization import HashedParametrization
 from tying.hashing.report import loads_figure, table_counts, titled_loads
 from tying.lightning_namespace import pl
 from tying.mappings import from_mapping
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.soft import gap
-from tying.weights.derived import derived_by_others
+from tying.soft.group_penalty import gaps
+from tying.weights.derived import DerivedWeight, derived_by_others, gathered, locate_parameters
 from tying.weights.optimizers import are_alike
 from tying.weights.replace import select_weights
 from tying.weights.state_dict import record_in, tie_records
@@ -43,7 +54,7 @@ class HardTying(ModelTransform):
 
     Raises:
         ConfigurationError: the ties do not fit the model, a callback that averages weights comes before this one, the
-            strategy splits weights, or an optimizer does not hold the tied weights.
+            model is sharded already, or an optimizer does not hold the tied weights.
 
     Warns:
         UserWarning: a new run begins, and a source has more than five times the scale of a weight that takes its
@@ -121,7 +132,7 @@ class HardTying(ModelTransform):
         if not self.is_applied(model):  # a mixin applies it before setup does
             measurable = not tie_records(model) and not any(parameter.is_meta for parameter in model.parameters())
             groups = resolve(model, self.ties) if measurable else []
-            self._initial_gap = max((gap(group.tensors()) for group in groups), default=0.0)
+            self._initial_gap = max(gaps(groups), default=0.0)
         self._groups, warning = make_ties(model, self.ties, self.init)
         self._warning = self._warning or warning
         return self._groups
@@ -157,6 +168,11 @@ class LowRankWeights(ModelTransform):
         check_rank(weight, self.rank, self.diagonal)
 
     @override
+    def _would_compute(self, derived: DerivedWeight) -> bool:
+        step: Any = derived.steps[-1]
+        return isinstance(step, LowRankPlusDiagonal if self.diagonal else LowRank) and step.rank == self.rank
+
+    @override
     def _how(self) -> str:
         return f"of rank {self.rank}{' and a diagonal' * self.diagonal}"
 
@@ -190,13 +206,19 @@ class TemplateWeights(ModelTransform):
         return [*share_templates(model, self.parameters, self.templates)]
 
     @override
+    def _would_compute(self, derived: DerivedWeight) -> bool:
+        step: Any = derived.steps[-1]
+        return isinstance(step, TemplateMixture) and len(step.bank.templates) == self.templates
+
+    @override
     def _how(self) -> str:
         return f"from {counted(self.templates, 'template')} a shape"
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        log_figure(trainer, partial(similarity_figure, pl_module), "layer_similarity")
+        with gathered(derived_by_others(pl_module).values()):  # only the first process draws
+            log_figure(trainer, partial(similarity_figure, pl_module), "layer_similarity")
 
 
 class GeneratedWeights(ModelTransform):
@@ -236,6 +258,11 @@ class GeneratedWeights(ModelTransform):
         return generate_weights(model, self.parameters, self.embedding, self.in_channels, self.out_channels)
 
     @override
+    def _would_compute(self, derived: DerivedWeight) -> bool:
+        step: Any = derived.steps[-1]
+        return isinstance(step, HyperWeight)
+
+    @override
     def _how(self) -> str:
         return f"generated from embeddings of {self.embedding}"
 
@@ -270,6 +297,12 @@ class UntiedBiases(ModelTransform):
     def is_applied(self, model: nn.Module) -> bool:
         names = self.changed(model)
         return bool(names) and all(has_untied_bias(model, name) for name in names)
+
+    @override
+    def adopt(self, model: nn.Module) -> None:
+        names = [name for name in locate_parameters(model) if self.selects(name) and has_untied_bias(model, name)]
+        if names and not self.is_applied(model):
+            record(model, self, names)
 
     @override
     def change(self, model: nn.Module) -> list[str]:
@@ -327,6 +360,10 @@ class WeightHashing(ModelTransform):
     @override
     def selected(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return select_hashable(model, self.parameters, self.hash).weights
+
+    @override
+    def _would_compute(self, derived: DerivedWeight) -> bool:
+        return isinstance(derived.steps[-1], HashedParametrization)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

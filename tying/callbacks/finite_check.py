@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from tying.errors import NonFiniteError, listed
 from tying.selection.tie import TiedGroup
 from tying.torch_workarounds import foreach_norm
+from tying.weights.sharding import is_sharded, local
+from tying.weights.sharding import largest as largest_anywhere
 
 
 @dataclass(frozen=True)
@@ -33,27 +35,39 @@ class Magnitudes:
     event: torch.cuda.Event | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Magnitudes:
-        """Measure tensors, except lazy and empty ones."""
+    def of(cls, tensors: Mapping[str, Tensor], sharded: bool = False) -> Magnitudes:
+        """Measure tensors, except lazy and empty ones.
+
+        Args:
+            tensors: the tensors, by name.
+            sharded: whether some are sharded; every process must then call this, and all get the same result.
+        """
         tensors = {name: tensor.detach() for name, tensor in tensors.items() if not is_lazy(tensor) and tensor.numel()}
         names, values = (*tensors,), [*tensors.values()]
+        if sharded:
+            shards = [local(value) for value in values]
+            values = [shard if shard.numel() else shard.new_zeros(1) for shard in shards]
         sums = (tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in values)
         on_cpu = all(tensor.device.type == "cpu" for tensor in values)
         if on_cpu and all(math.isfinite(abs(total.item())) for total in sums):  # fastest, and usually enough
-            return cls(names, torch.zeros(len(names)))
-        norms = foreach_norm(values, float("inf"))
-        dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
-        largest = torch.stack([norm.to(norms[0].device, dtype) for norm in norms])
+            largest = torch.zeros(len(names))
+        else:
+            norms = foreach_norm(values, float("inf"))
+            dtype = functools.reduce(torch.promote_types, (norm.dtype for norm in norms), torch.float32)
+            largest = torch.stack([norm.to(norms[0].device, dtype) for norm in norms])
+        if sharded and names:  # else a process that raises an error leaves the others waiting for it
+            kinds = largest_anywhere(largest.isnan() * 2.0 + largest.isinf())  # a maximum may lose NaN
+            largest = largest.new_tensor([0.0, math.inf, math.nan])[kinds.long()]
         if largest.device.type != "cuda":
             return cls(names, largest.cpu())
-        pinned = torch.empty(largest.shape, dtype=dtype, pin_memory=True).copy_(largest, non_blocking=True)
+        pinned = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True).copy_(largest, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
         event.record()
         return cls(names, pinned, event)
 
-    def is_known(self) -> bool:
-        """Return whether the values can be read without waiting."""
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]  # torch's own
+    def is_known(self, sharded: bool = False) -> bool:
+        """Return whether the values can be read without waiting; if sharded, the same in all processes."""
+        return self.event is None or (not sharded and bool(self.event.query()))  # type: ignore[no-untyped-call]  # torch's own
 
     def nonfinite(self) -> dict[str, str]:
         """Return "NaN" or "infinity" for each tensor that is not finite, by name."""
@@ -78,11 +92,12 @@ class FiniteCheck:
     Attributes:
         weights: the weights to measure, by name.
         groups: the tied groups; errors name the weights to which a non-finite weight is tied.
+        sharded: whether some weights are sharded; see :meth:`follow`.
         steps_seen: the number of steps at the last measurement.
 
     Example:
         >>> check, weight = FiniteCheck("SoftTying"), nn.Parameter(torch.ones(3))
-        >>> check.weights = {"a": weight}
+        >>> check.follow({"a": weight}, groups=[])
         >>> check.measure()
         >>> check.report()
         >>> with torch.no_grad():
@@ -97,10 +112,16 @@ class FiniteCheck:
         self._context = context
         self.weights: Mapping[str, nn.Parameter] = {}
         self.groups: Sequence[TiedGroup] = ()
+        self.sharded = False
         self.steps_seen = 0
         self._measured: Magnitudes | None = None  # None if reported
         self._gradients = Magnitudes()
         self._warns = True
+
+    def follow(self, weights: Mapping[str, nn.Parameter], groups: Sequence[TiedGroup]) -> None:
+        """Check these weights, and name these groups, from now on; in every process, if weights are sharded."""
+        self.weights, self.groups = weights, groups
+        self.sharded = any(map(is_sharded, weights.values()))
 
     def check(self) -> None:
         """Measure and report all weights at once, frozen ones too, before training starts.
@@ -108,7 +129,7 @@ class FiniteCheck:
         Raises:
             NonFiniteError: some are not finite.
         """
-        if nonfinite := Magnitudes.of(self.weights).nonfinite():
+        if nonfinite := Magnitudes.of(self.weights, self.sharded).nonfinite():
             raise NonFiniteError(
                 f"{self._describe(nonfinite)}. The initial weights are not finite: check what they were loaded from"
             )
@@ -121,18 +142,21 @@ class FiniteCheck:
             scaled: whether the loss is scaled. A scaler skips steps with non-finite gradients: there is no warning.
         """
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._gradients = Magnitudes.of(_gradients({n: w for n, w in self.weights.items() if id(w) in stepped}))
+        gradients = _gradients({n: w for n, w in self.weights.items() if id(w) in stepped})
+        self._gradients = Magnitudes.of(gradients, self.sharded)
         self._warns &= not scaled
 
     def measure(self) -> None:
         """Measure the weights that are trained."""
-        self._measured = Magnitudes.of({name: weight for name, weight in self.weights.items() if weight.requires_grad})
+        trained = {name: weight for name, weight in self.weights.items() if weight.requires_grad}
+        self._measured = Magnitudes.of(trained, self.sharded)
 
     def report(self, wait: bool = True) -> None:
         """Report the last measurement unless it has already been reported.
 
         Args:
-            wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later.
+            wait: whether to wait for a GPU; if not, a measurement that is not ready is reported later. One of sharded
+                weights on a GPU always is, so that all processes report it in the same step.
 
         Raises:
             NonFiniteError: some weights are not finite.
@@ -141,17 +165,19 @@ class FiniteCheck:
             UserWarning: once, if weights are finite although gradients are not, because clipping or the optimizer hid
                 them.
         """
-        if self._measured is None or not (wait or self._measured.is_known()):
+        if self._measured is None or not (wait or self._measured.is_known(self.sharded)):
             return
         nonfinite = self._measured.nonfinite()
         self._measured = None
         if nonfinite:
-            gradients = self._gradients if self._gradients.names else Magnitudes.of(_gradients(self.weights))
+            gradients = (
+                self._gradients if self._gradients.names else Magnitudes.of(_gradients(self.weights), self.sharded)
+            )
             raise NonFiniteError(
                 f"{self._describe(nonfinite, gradients.nonfinite())}. Lower the learning rate, clip gradients, or "
                 "inspect the batch; checkpoints are from before"
             )
-        if self._warns and (wait or self._gradients.is_known()):
+        if self._warns and (wait or self._gradients.is_known(self.sharded)):
             if hidden := self._gradients.nonfinite():
                 self._warns = False
                 warnings.warn(

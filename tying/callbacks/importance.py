@@ -7,10 +7,19 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from tying.callbacks.base import replica_of
 from tying.callbacks.training_data import replayed_batches
 from tying.errors import ConfigurationError, check_choice, check_count, check_range
 from tying.lightning_namespace import pl
-from tying.soft.importance import Labels, check_logits, path_importance, path_integral, squared_gradients
+from tying.soft.importance import (
+    Labels,
+    check_logits,
+    path_importance,
+    path_integral,
+    squared_gradients,
+    squared_gradients_of_replicas,
+)
+from tying.weights.sharding import is_sharded, shard_like
 
 Weights = Mapping[str, nn.Parameter]
 
@@ -32,7 +41,7 @@ class TrainingPath:
         }
         for part, values in (state or {}).items():
             tensors = getattr(self, part)
-            tensors.update({name: values[name].to(tensor) for name, tensor in tensors.items()})
+            tensors.update({name: shard_like(values[name], tensor).to(tensor) for name, tensor in tensors.items()})
         self._before: dict[str, tuple[Tensor, Tensor]] = {}  # gradients and weights before the current step
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -49,7 +58,7 @@ class TrainingPath:
     def before_step(self, optimized: set[nn.Parameter], scale: float) -> None:
         """Keep the gradients of an optimizer's parameters, which are those of the loss times a scale."""
         self._before = {
-            name: (weight.grad.to_dense() / scale, weight.detach().clone())
+            name: ((weight.grad.to_dense() if weight.grad.is_sparse else weight.grad) / scale, weight.detach().clone())
             for name, weight in self.weights.items()
             if weight in optimized and weight.grad is not None
         }
@@ -142,11 +151,17 @@ class Fisher(Importance):
         self, trainer: pl.Trainer, module: pl.LightningModule, weights: Weights, path: TrainingPath | None
     ) -> dict[str, Tensor]:
         """Return the Fisher information, a mean over the samples of all processes."""
-        seed = trainer.global_step * trainer.world_size + trainer.global_rank
+        replica, replicas = replica_of(trainer)
+        seed = trainer.global_step * replicas + replica
         with (
             replayed_batches(trainer, module, self.batches) as batches,
             trainer.precision_plugin.forward_context(),
         ):
+            if any(map(is_sharded, weights.values())):
+                sums, samples = squared_gradients_of_replicas(
+                    module, weights, batches, self.labels, seed, replica, replicas
+                )
+                return {name: squares / samples for name, squares in sums.items()}
             sums, samples = squared_gradients(module, weights, batches, self.labels, seed)
         add = trainer.strategy.reduce
         total = add(torch.tensor(float(samples), device=module.device), reduce_op="sum")

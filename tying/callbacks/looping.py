@@ -10,6 +10,7 @@ from tying.callbacks.transform import ModelTransform, arguments_of
 from tying.depth.loop import Loop, PerPass, check_passes, check_per_pass, loop, loops_in, scheduled_passes
 from tying.errors import ConfigurationError, check_range, listed
 from tying.lightning_namespace import pl
+from tying.selection.patterns import Pattern
 
 
 class Looping(ModelTransform):
@@ -78,7 +79,17 @@ class Looping(ModelTransform):
         return bool(self._made(model))
 
     @override
+    def adopt(self, model: nn.Module) -> None:
+        patterns = [Pattern(text) for text in ([self.blocks] if isinstance(self.blocks, str) else self.blocks)]
+        for made in loops_in(model):
+            fits = made.per_pass == self.per_pass and made.further == self.passes - 1
+            if fits and all(any(pattern.match(name) is not None for pattern in patterns) for name in made.names):
+                for block in made.blocks:
+                    block.__dict__.setdefault("_looped_by", arguments_of(self))
+
+    @override
     def apply(self, model: nn.Module) -> int:
+        self.adopt(model)
         if not self.is_applied(model):
             former = {id(block) for made in loops_in(model) for block in made.blocks}
             loop(model, self.blocks, self.passes, self.per_pass)

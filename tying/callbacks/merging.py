@@ -79,6 +79,8 @@ class ResidualMerging(ModelTransform):
         self.keep_schedule = keep_schedule if isinstance(keep_schedule, str) else [*keep_schedule]
         self.merge, self.schedule, self.whole = merge, schedule, whole
 
+    precedes_sharding = False  # merges have no parameters
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {"merges": self._description}  # Lightning warns if a checkpoint has the state of a missing callback

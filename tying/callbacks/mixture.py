@@ -22,6 +22,7 @@ from tying.selection.resolve import parse_patterns, select
 from tying.soft import GaussianMixturePrior, TyingPenalty
 from tying.soft.group_penalty import Rates
 from tying.soft.plots import mixture_figure
+from tying.weights.sharding import bounds, is_sharded, local, total
 
 
 class MixtureTying(PenaltyCallback):
@@ -131,7 +132,7 @@ class MixtureTying(PenaltyCallback):
         if complex_weights := [name for name, weight in self._weights.items() if weight.is_complex()]:
             raise ConfigurationError(f"{complex_weights[0]!r} is complex, and a mixture takes real weights: exclude it")
         if "prior" in self._restored:
-            prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._values())
+            prior = GaussianMixturePrior(self.components, self.zero_weight).to(self._local_values())
             prior.load_state_dict(self._restored["prior"])
             self._learn(prior, self._restored.get("optimizer"))  # not saved after components are merged
             self._restored = {}
@@ -157,10 +158,10 @@ class MixtureTying(PenaltyCallback):
                     "of the weights, which training changes. Give start_epoch, or load a trained network",
                     stacklevel=2,
                 )
-            values = self._values()
-            if not values.numel():
+            if not any(weight.numel() for weight in self._weights.values()):
                 raise ConfigurationError(f"{self.label}: {listed(self._weights)} are empty: choose other weights")
-            low, high = (float(bound) for bound in values.aminmax())
+            values = self._local_values()
+            low, high = bounds([*self._weights.values()])
             if not low < high:
                 raise ConfigurationError(
                     f"{self.label}: all of {listed(self._weights)} are {low}: there is no range to spread means over. "
@@ -220,36 +221,37 @@ class MixtureTying(PenaltyCallback):
         assert self.prior is not None
         self._draw(trainer, "mixture_end")
         self.prior.merge()
-        assignments = [self.prior.assign(weight) for weight in self._weights.values()]
+        assignments = [self.prior.assign(local(weight)) for weight in self._weights.values()]
         for weight, assignment in zip(self._weights.values(), assignments, strict=True):
-            weight.copy_(self.prior.all_means().to(weight)[assignment])
+            local(weight).copy_(self.prior.all_means().to(weight)[assignment])
         self._optimizer = None
         if self.batch_norms:
             estimate_batch_norms(trainer, model, "MixtureTying")
-        used, slots = torch.unique(torch.cat([assignment.flatten() for assignment in assignments]), return_inverse=True)
-        zeros = int(0 in used)  # the component at zero is no entry of the codebook
-        content = contents(model)
-        nonzero = float((slots >= zeros).double().mean())
+        size = len(self.prior.log_stds)
+        parts = [torch.bincount(assignment.flatten(), minlength=size) for assignment in assignments]
+        counts = torch.stack(total(parts, [*self._weights.values()])).sum(dim=0)
+        content, used = contents(model), int((counts > 0).sum())
+        nonzero = float(counts[1:].sum() / counts.sum().double())  # the first component is that at zero
         pl.utilities.rank_zero_info(
-            f"MixtureTying: {len(slots):,} weights have {len(used)} values, {nonzero:.2%} of them are not zero; "
+            f"MixtureTying: {int(counts.sum()):,} weights have {used} values, {nonzero:.2%} of them are not zero; "
             f"a packed file of the model is {content.rate:.1f} times smaller than its state dict, "
             f"{content.huffman_rate:.1f} times with Huffman's code"
         )
         return {
-            f"{self.log_prefix}/distinct": float(len(used)),
+            f"{self.log_prefix}/distinct": float(used),
             f"{self.log_prefix}/nonzero": nonzero,
             f"{self.log_prefix}/compression": content.rate,
             f"{self.log_prefix}/compression_huffman": content.huffman_rate,
         }
 
-    def _values(self) -> Tensor:
-        """Return all weights in one vector, in float32 at least."""
+    def _local_values(self) -> Tensor:
+        """Return all weights, or their local shards, in one vector, in float32 at least."""
         dtype = torch.promote_types(next(iter(self._weights.values())).dtype, torch.float32)
-        return torch.cat([weight.detach().flatten().to(dtype) for weight in self._weights.values()])
+        return torch.cat([local(weight.detach()).flatten().to(dtype) for weight in self._weights.values()])
 
     def _draw(self, trainer: pl.Trainer, name: str) -> None:
         assert self.prior is not None
-        draw = partial(mixture_figure, self._values(), self.prior, f"epoch {trainer.current_epoch}")
+        draw = partial(mixture_figure, self._local_values(), self.prior, f"epoch {trainer.current_epoch}")
         log_figure(trainer, draw, "_".join(filter(None, (name, self.name))))
 
 
@@ -257,6 +259,8 @@ def _untrained(model: nn.Module, weights: dict[str, nn.Parameter]) -> list[str]:
     """Return the names of the weights that can be initialised again, if all of them have the initial spread."""
     similar = {}
     for name, weight in weights.items():
+        if is_sharded(weight):  # torch copies no sharded module
+            return []
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         if (

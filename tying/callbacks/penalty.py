@@ -13,16 +13,17 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from tying.callbacks.base import SHARDING, TyingCallback, counted, is_fresh_run, members
+from tying.callbacks.base import TyingCallback, counted, is_fresh_run, members
 from tying.callbacks.conflicts import acting_on
 from tying.errors import ConfigurationError, check_choice, check_range, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import averages, callbacks_of, is_logging_step, loss_scale
 from tying.selection.resolve import resolve
 from tying.selection.tie import TiedGroup
-from tying.soft import Schedule, TyingPenalty, gap
-from tying.soft.group_penalty import Rates
+from tying.soft import Schedule, TyingPenalty
+from tying.soft.group_penalty import Rates, gaps
 from tying.soft.schedule import parse_schedule
+from tying.weights.sharding import reshard
 
 Update = Literal["gradient", "decoupled", "proximal"]
 
@@ -76,6 +77,7 @@ class PenaltyCallback(TyingCallback):
         self._window = 1.0  # fraction of a full accumulation window that the current step covers
         self._last_factor = 0.0  # on all strengths, at the last step
         self._hooks: dict[Optimizer, RemovableHandle] = {}
+        self._has_begun = False  # whether the penalties of this fit have been created
 
     distinguished_by = "name"
     _log_class = ""  # the class, if another callback logs under the same name
@@ -100,7 +102,7 @@ class PenaltyCallback(TyingCallback):
         parameters = {id(parameter) for parameter in model.parameters()}
         groups = [group for group in self.groups if id(group.parameters[0]) in parameters] or resolve(model, self.ties)
         weights = sum(len(group.names) for group in groups)
-        largest = max((gap(group.tensors()) for group in groups), default=0.0)
+        largest = max(gaps(groups), default=0.0)
         return (
             f"{counted(len(groups), 'group')}, {counted(weights, 'weight')}, {self._describe_strength()}; "
             f"gap {largest:.2g}"
@@ -133,16 +135,21 @@ class PenaltyCallback(TyingCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if isinstance(trainer.strategy, SHARDING):
-            raise ConfigurationError(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, which splits the weights "
-                "it compares over processes: use one device or strategy 'ddp'"
-            )
         if is_fresh_run(trainer, stage):
             self._steps.clear()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_begun = False
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self.begin(trainer, pl_module)
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Create the penalties, unless that is done: as early as the checkpoint, if any, has been restored."""
+        if self._has_begun:
+            return
+        self._has_begun = True
+        reshard(pl_module)
         for other in callbacks_of(trainer):
             if isinstance(other, TyingCallback):
                 other.restore_structure(trainer, pl_module)
@@ -164,6 +171,7 @@ class PenaltyCallback(TyingCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.begin(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
         self._project(trainer, pl_module)
 

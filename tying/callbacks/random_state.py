@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from tying.callbacks.base import Callback
+from tying.callbacks.base import Callback, replica_of
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import restart_loader
 from tying.weights.sharding import all_gather_object
@@ -17,8 +17,8 @@ from tying.weights.sharding import all_gather_object
 class RandomState(Callback):
     """Save the states of each process's random generators in checkpoints, and restore them when training resumes.
 
-    These are the global generators of Python, NumPy and torch, on the CPU and on the process's GPUs. The states are not
-    restored, with a warning, if the checkpoint is from another number of processes.
+    These are the global generators of Python, NumPy and torch, on the CPU and on the process's GPUs. If the checkpoint
+    is from another number of processes, the generators are seeded anew, from its first state, and a warning says so.
 
     Example:
         >>> sorted(RandomState().state_dict()["processes"][0])
@@ -71,8 +71,10 @@ class RandomState(Callback):
         elif self._restored:
             pl.utilities.rank_zero_warn(
                 f"the checkpoint holds random states of {len(self._restored)} processes, not of {trainer.world_size}: "
-                "random numbers will differ from those of the uninterrupted run"
+                "the generators are seeded anew, and random numbers will differ from those of the uninterrupted run"
             )
+            restore_generators(self._restored[0])
+            seed_generators(int(torch.randint(2**31, ())) + replica_of(trainer)[0])
             self._restored = ()
 
 
@@ -117,3 +119,10 @@ def restore_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"]:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"][: torch.cuda.device_count()]])
+
+
+def seed_generators(seed: int) -> None:
+    """Seed all global random generators with a number in [0, 2³²)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

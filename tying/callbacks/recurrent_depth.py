@@ -9,6 +9,7 @@ from tying.depth import Recurrent, recur
 from tying.depth.recurrent import check_steps
 from tying.errors import listed
 from tying.selection.index import clean_name
+from tying.selection.patterns import Pattern
 
 
 class RecurrentDepth(ModelTransform):
@@ -45,6 +46,13 @@ class RecurrentDepth(ModelTransform):
             if recurrent not in former:
                 recurrent.made_by = arguments_of(self)
         return self.changed(model)
+
+    @override
+    def adopt(self, model: nn.Module) -> None:
+        patterns = [Pattern(text) for text in ([self.blocks] if isinstance(self.blocks, str) else self.blocks)]
+        for path, recurrent in _recurrent_blocks(model).items():
+            if self.steps in (None, recurrent.steps) and any(pattern.match(path) is not None for pattern in patterns):
+                recurrent.made_by = recurrent.made_by or arguments_of(self)
 
     @override
     def changed(self, model: nn.Module) -> list[str]:

@@ -14,7 +14,17 @@ from tying.callbacks.base import TyingCallback, counted, estimated_steps, optimi
 from tying.callbacks.training_data import first_batches
 from tying.callbacks.transform import ModelTransform, parameters_of
 from tying.errors import ConfigurationError, check_choice, check_count, listed
-from tying.hard import RelaxedGroup, WeightResidual, harden, relax, relaxed, set_residual_factor, tied, untie
+from tying.hard import (
+    RelaxedGroup,
+    RelaxedWeight,
+    WeightResidual,
+    harden,
+    relax,
+    relaxed,
+    set_residual_factor,
+    tied,
+    untie,
+)
 from tying.hard.relaxed import Init
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, is_logging_step, weights_to_prune
@@ -24,7 +34,7 @@ from tying.selection.tie import Tie, TiedGroup, parse_ties
 from tying.soft import Schedule
 from tying.soft.schedule import parse_schedule
 from tying.weights.calibration import call
-from tying.weights.derived import derived_weights
+from tying.weights.derived import DerivedWeight, derived_weights
 from tying.weights.optimizers import drop_parameters
 from tying.weights.state_dict import install_record
 
@@ -105,6 +115,11 @@ class RelaxedTying(ModelTransform):
     def change(self, model: nn.Module) -> list[str]:
         groups = relax(model, self.ties, self.residual, self._batches, self.init, forward=_call)
         return [name for group in groups for name in group.names]
+
+    @override
+    def _would_compute(self, derived: DerivedWeight) -> bool:
+        step = derived.steps[-1]
+        return isinstance(step, RelaxedWeight) and step.residual == self.residual
 
     @override
     def is_applied(self, model: nn.Module) -> bool:

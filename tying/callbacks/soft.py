@@ -18,8 +18,8 @@ from tying.lightning_workarounds import weights_to_prune
 from tying.selection.index import check_shape, clean_name
 from tying.selection.resolve import resolve
 from tying.selection.tie import Tie, TiedGroup, parse_ties
-from tying.soft import Penalty, Schedule, TyingPenalty, coupling_strength, gap
-from tying.soft.group_penalty import as_penalty
+from tying.soft import Penalty, Schedule, TyingPenalty, coupling_strength
+from tying.soft.group_penalty import as_penalty, gaps
 from tying.weights.optimizers import merge_optimizer_state
 from tying.weights.tie import Init, plan, tie_groups
 
@@ -136,7 +136,8 @@ class SoftTying(PenaltyCallback):
         if self.harden_below is None:
             return
         [penalty] = self.penalties
-        near = [group for group in penalty.groups if gap(group.tensors()) < self.harden_below]
+        measured = zip(penalty.groups, gaps(penalty.groups), strict=True)
+        near = [group for group, gap in measured if gap < self.harden_below]
         if near:
             pl.utilities.rank_zero_info(f"SoftTying: {listed(group.names[0] for group in near)}: hard tied from now on")
         self._harden(trainer, pl_module, near, "mean")

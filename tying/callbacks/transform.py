@@ -5,14 +5,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.callbacks.base import (
     AVERAGING,
-    SHARDING,
     TyingCallback,
     configure_model,
     counted,
@@ -23,11 +24,13 @@ from tying.errors import ConfigurationError, listed
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, finetuning_groups
 from tying.selection.index import clean_name
-from tying.selection.resolve import parse_patterns
-from tying.weights.derived import derived_by_others, derived_weights, eval_mode
+from tying.selection.resolve import parse_patterns, resolve
+from tying.weights.derived import DerivedWeight, derived_by_others, derived_weights, eval_mode, gathered
 from tying.weights.optimizers import shared_in
 from tying.weights.replace import select_weights
-from tying.weights.state_dict import restore_ties
+from tying.weights.sharding import is_sharded, sharded_modules
+from tying.weights.state_dict import check_shards, reconcile, restore_ties
+from tying.weights.tie import owners_of
 
 
 class ModelTransform(TyingCallback):
@@ -37,13 +40,17 @@ class ModelTransform(TyingCallback):
         parameters: patterns of names of the weights to change; a leading ``!`` excludes. Subclasses may define other
             constructors.
 
+    Attributes:
+        precedes_sharding: whether ``fully_shard`` must come after the change.
+
     Raises:
-        ConfigurationError: a callback that averages weights comes before it, the strategy splits weights, or an
+        ConfigurationError: a callback that averages weights comes before it, the model is sharded already, or an
             optimizer holds weights from before the change.
     """
 
     parameters: Sequence[str] = ()
     distinguished_by = "parameters"
+    precedes_sharding = True
     _optimizer_size = 0
 
     def __init__(self, parameters: list[str]) -> None:
@@ -56,14 +63,55 @@ class ModelTransform(TyingCallback):
     def apply(self, model: nn.Module) -> object:
         """Change the model unless it is already changed; return the names of the changed weights."""
         restore_ties(model)  # to_empty parts the weights that share a table
+        self.adopt(model)
         if not self.is_applied(model):
             record(model, self, self.change(model))
         return self.changed(model)
 
     def apply_among(self, model: nn.Module, callbacks: Sequence[pl.Callback]) -> None:
         """Change the model unless it is already changed; errors name this callback, and any that conflicts with it."""
+        self._check_unsharded(model)
         with nullcontext() if self.is_applied(model) else acting_on(model, self, callbacks):
             self.apply(model)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Take over the weights that the model's ``configure_model`` has changed as this callback would."""
+        if self.is_applied(model):
+            return
+        recorded_names = {name for names in model.__dict__.get("_computed_by", {}).values() for name in names}
+        names = [
+            name
+            for name, derived in derived_weights(model).items()
+            if name not in recorded_names and self.selects(name) and self._would_compute(derived)
+        ]
+        if names:
+            record(model, self, names)
+
+    def _would_compute(self, derived: DerivedWeight) -> bool:
+        """Return whether the callback would compute a weight in the way in which it is computed."""
+        return False
+
+    def _check_unsharded(self, model: nn.Module) -> None:
+        """Raise a ConfigurationError if the model is sharded, and the callback has not changed it before."""
+        try:
+            check_shards(model)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.label}: {error}") from None
+        self.adopt(model)
+        if self.precedes_sharding and sharded_modules(model) and not self.is_applied(model):
+            raise ConfigurationError(
+                f"{self.label}: fully_shard has sharded the model, which this callback has not changed before. Change "
+                f"it first in configure_model, by {type(self).__name__}Mixin and super().configure_model() or by the "
+                "function that the callback calls, with the same arguments; then shard together the modules that share "
+                "parameters: tying.hard.shard_groups(model, units) returns their lists" + self._joined(model)
+            )
+
+    def _joined(self, model: nn.Module) -> str:
+        """Name the modules that a fully_shard call must take together if the callback changes the model."""
+        if not self.ties:
+            return ""
+        groups = (f"[{', '.join(owners_of(group.names))}]" for group in resolve(model, self.ties))
+        return f", such as {listed(dict.fromkeys(groups), limit=3)}"
 
     def is_applied(self, model: nn.Module) -> bool:
         """Return whether this callback, or an equal one, has already changed the model."""
@@ -119,15 +167,42 @@ class ModelTransform(TyingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._optimizer_size = 0
-        if isinstance(trainer.strategy, SHARDING):
-            raise ConfigurationError(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}: change the model in "
-                "configure_model, before it is sharded, and shard tied modules together; see tying.hard.audit"
-            )
         if not self.is_applied(pl_module) and (problem := averaging_before(self, callbacks_of(trainer))):
             raise ConfigurationError(problem)
-        configure_model(trainer, pl_module)
+        try:
+            configure_model(trainer, pl_module)
+        except (KeyError, RuntimeError) as error:  # torch's words are those of its internals
+            self._explain_parallelism(pl_module, error)
+            raise
         self.apply_among(pl_module, callbacks_of(trainer))
+        path = trainer.ckpt_path
+        if path is not None and Path(path).is_file() and any(map(is_sharded, pl_module.parameters())):
+            self._load_extra_state(pl_module, path)
+
+    def _load_extra_state(self, model: nn.Module, path: str | Path) -> None:
+        """Load what Lightning does not load from a checkpoint of whole tensors into a sharded model.
+
+        It loads each parameter by its name: no hook of the model compares copies of tied weights, or sees the states
+        of hashes.
+        """
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)["state_dict"]
+        try:
+            reconcile(model, {**state})
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.label}: {error}") from None
+        extra = {key: value for key, value in state.items() if key.endswith(("._extra_state", ".drawn"))}
+        model.load_state_dict(extra, strict=False)
+
+    def _explain_parallelism(self, model: nn.Module, error: Exception) -> None:
+        """Raise a ConfigurationError if ``parallelize_module`` failed at a tied or computed weight."""
+        message = str(next(iter(error.args), ""))  # str(error) escapes a KeyError's
+        if any(words in message for words in ("parameter name can't contain", "found non-leaf tensor")):
+            names = [*derived_weights(model)]
+            raise ConfigurationError(
+                f"{self.label}: parallelize_module cannot take {listed(names, limit=3)}, which the model computes. "
+                "Under tensor parallelism, tie after parallelize_module; weights that are computed otherwise are not "
+                "supported there: leave their modules out of parallelize_module, or use FSDP2"
+            ) from error
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,8 +212,9 @@ class ModelTransform(TyingCallback):
         parameters = {id(parameter) for parameter in pl_module.parameters()}
         optimized = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         strangers = {parameter.shape for parameter in optimized if id(parameter) not in parameters}
-        with eval_mode(pl_module):
-            stale = [name for name in self.changed(pl_module) if attrgetter(name)(pl_module).shape in strangers]
+        names = self.changed(pl_module) if strangers else []  # a sharded weight is gathered to be computed
+        with eval_mode(pl_module), gathered(derived_weights(pl_module).values() if strangers else ()):
+            stale = [name for name in names if attrgetter(name)(pl_module).shape in strangers]
         if stale:
             raise ConfigurationError(
                 f"{self.label}: an optimizer holds tensors of the shape of {stale[0]!r} that are not the model's: it "

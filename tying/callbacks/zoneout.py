@@ -1,6 +1,7 @@
 """Train the LSTMs of a model with zoneout."""
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,8 @@ from tying.callbacks.base import counted
 from tying.callbacks.transform import ModelTransform, arguments_of
 from tying.depth import zone_out
 from tying.depth.rnn.convert import distinct_modules
-from tying.errors import check_range, listed
+from tying.depth.rnn.zoneout import ZoneoutRates
+from tying.errors import ConfigurationError, check_range, listed
 from tying.selection.index import clean_name
 
 
@@ -64,7 +66,18 @@ class ZoneoutStates(ModelTransform):
         return bool(self._made(model))
 
     @override
+    def adopt(self, model: nn.Module) -> None:
+        with suppress(ConfigurationError):  # apply raises it
+            for layer in distinct_modules(model, self.modules).values():
+                if isinstance(layer, ZoneoutRates) and self._has_rates(layer):
+                    layer.__dict__.setdefault("_zoned_by", arguments_of(self))
+
+    def _has_rates(self, layer: ZoneoutRates) -> bool:
+        return (layer.zoneout_cell, layer.zoneout_hidden) == (self.cell, self.hidden)
+
+    @override
     def apply(self, model: nn.Module) -> int:
+        self.adopt(model)
         if not self.is_applied(model):
             zone_out(model, self.modules, self.cell, self.hidden)
             for layer in distinct_modules(model, self.modules).values():

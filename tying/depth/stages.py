@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from tying.depth.merge import Merge
-from tying.errors import ConfigurationError, listed, nearest
-from tying.selection.index import clean_name
-from tying.selection.patterns import Pattern
+from tying.errors import ConfigurationError, listed
+from tying.selection.index import clean_name, matching_modules
 
 # names that transformers, torch and timm give to the number of layers
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
@@ -41,9 +40,6 @@ class Stage:
     blocks: tuple[nn.Module, ...]
 
 
-_NO_SUBMODULES = " The model has no submodules: to name the model itself, pass nn.ModuleList([model]) and '0'."
-
-
 def match_modules(
     model: nn.Module, patterns: str | Sequence[str], aliases: bool = False, argument: str = "blocks"
 ) -> dict[str, nn.Module]:
@@ -64,19 +60,7 @@ def match_modules(
             modules.setdefault(
                 clean_name(path), module
             )  # of a wrapper and its module, which have one name, the wrapper
-    texts = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else [*patterns]
-    if not all(isinstance(text, str) for text in texts) or all(text.startswith("!") for text in texts):
-        raise ConfigurationError(f"{argument} must be a pattern of module names, or several, not {patterns!r}")
-    names: set[str] = set()
-    for text in sorted(texts, key=lambda text: text.startswith("!")):
-        pattern = Pattern(text.removeprefix("!"))
-        if not (matches := {name for name in modules if pattern.match(name) is not None}):
-            hint = nearest(pattern.text, modules) if modules else _NO_SUBMODULES
-            raise ConfigurationError(f"{argument}: pattern {text!r} matches no module.{hint}")
-        names = names - matches if text.startswith("!") else names | matches
-    if not names:
-        raise ConfigurationError(f"{argument}: {listed(map(repr, texts))} exclude all that they match")
-    return {name: module for name, module in modules.items() if name in names}
+    return matching_modules(modules, patterns, argument)
 
 
 def find_stages(model: nn.Module, patterns: str | Sequence[str], any_parent: bool = False) -> list[Stage]:

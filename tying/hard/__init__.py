@@ -7,6 +7,7 @@ from tying.hard.residuals import DiagonalResidual, LowRankResidual, ScaleResidua
 from tying.hard.templates import TemplateBank, TemplateMixture, fold, layer_similarity, plot_similarity, share_templates
 from tying.hard.untied_bias import untie_biases
 from tying.weights.report import TieReport, audit
+from tying.weights.shard_groups import shard_groups
 from tying.weights.state_dict import bake, load_plain
 from tying.weights.tie import restore, tie, tied, untie
 
@@ -37,6 +38,7 @@ __all__ = [
     "relaxed",
     "restore",
     "set_residual_factor",
+    "shard_groups",
     "share_templates",
     "tie",
     "tied",

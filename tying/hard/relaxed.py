@@ -33,6 +33,7 @@ from tying.weights.derived import (
     swap_plain_class,
 )
 from tying.weights.replace import check_free
+from tying.weights.sharding import full
 from tying.weights.state_dict import EXACT, forget_ties
 from tying.weights.tie import mean_of, plan, tie, tie_groups
 from tying.weights.values import check_finite
@@ -145,8 +146,7 @@ class RelaxedWeight(nn.Module):
 
     def distance(self, weight: Tensor) -> float:
         """Return ``‖W − S‖ / ‖W‖`` of the layer's weight W; 0 if both are zero."""
-        norm, distance = float(weight.norm()), float((weight - self.relation(self.shared.weight)).norm())
-        return distance / norm if norm else math.inf if distance else 0.0
+        return _distance(weight, self.relation(full(self.shared.weight)))
 
     @property
     def present_factor(self) -> float:
@@ -166,6 +166,11 @@ class RelaxedWeight(nn.Module):
     @override
     def extra_repr(self) -> str:
         return f"residual={self.residual}" + f", relation={str(self.relation)!r}" * bool(self.relation.steps)
+
+
+def _distance(weight: Tensor, shared: Tensor) -> float:
+    norm, distance = float(weight.norm()), float((weight - shared).norm())
+    return distance / norm if norm else math.inf if distance else 0.0
 
 
 def _as_tuple(parameters: nn.Parameter | tuple[nn.Parameter, ...]) -> tuple[nn.Parameter, ...]:
@@ -231,8 +236,12 @@ class RelaxedGroup(TiedGroup):
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
         """Return ``‖W − S‖ / ‖W‖`` of each layer, by name; 0 if both are zero."""
-        layers = zip(self.names, self.steps, self.residuals, strict=True)
-        return {name: step.distance(step(*residual)) for name, step, residual in layers}
+        whole, distances = full(self.steps[0].shared.weight), dict[str, float]()  # they may be sharded
+        for name, step, residual in zip(self.names, self.steps, self.residuals, strict=True):
+            shared = step.relation(whole)
+            weight = step.residual.combine(shared.flatten(1), step.shared.factor, *map(full, residual))
+            distances[name] = _distance(weight.reshape(shared.shape), shared)
+        return distances
 
 
 def relax(

@@ -451,7 +451,7 @@ class HashedParametrization(FollowsDevice):
 
     @override
     def set_extra_state(self, state: Tensor) -> None:
-        if state.is_meta:  # it has no values
+        if not isinstance(state, Tensor) or state.is_meta:  # it has no values; torch's loaders of shards set a mark
             return
         try:
             content = json.loads(bytes(state.cpu().numpy().tobytes()))

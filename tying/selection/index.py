@@ -14,6 +14,7 @@ from tying.selection.patterns import Captures, Pattern
 from tying.selection.relation import Relation
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)(?:\.|$)")
+_NO_SUBMODULES = " The model has no submodules: to name the model itself, pass nn.ModuleList([model]) and '0'."
 _PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.([^.]+)\.original$")
 
 
@@ -164,6 +165,34 @@ class Names:
             if computed
             else ""
         )
+
+
+def matching_modules(
+    modules: Mapping[str, nn.Module], patterns: str | Sequence[str], argument: str
+) -> dict[str, nn.Module]:
+    """Return the modules whose names match patterns, in the given order.
+
+    Args:
+        modules: modules by name.
+        patterns: a pattern of module names, or several; a leading ``!`` excludes.
+        argument: the name of the argument that holds the patterns, for errors.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or the patterns exclude all that they match.
+    """
+    texts = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else [*patterns]
+    if not all(isinstance(text, str) for text in texts) or all(text.startswith("!") for text in texts):
+        raise ConfigurationError(f"{argument} must be a pattern of module names, or several, not {patterns!r}")
+    names: set[str] = set()
+    for text in sorted(texts, key=lambda text: text.startswith("!")):
+        pattern = Pattern(text.removeprefix("!"))
+        if not (matches := {name for name in modules if pattern.match(name) is not None}):
+            hint = nearest(pattern.text, modules) if modules else _NO_SUBMODULES
+            raise ConfigurationError(f"{argument}: pattern {text!r} matches no module.{hint}")
+        names = names - matches if text.startswith("!") else names | matches
+    if not names:
+        raise ConfigurationError(f"{argument}: {listed(map(repr, texts))} exclude all that they match")
+    return {name: module for name, module in modules.items() if name in names}
 
 
 def check_shape(name: str, parameter: nn.Parameter, context: str = "") -> None:

@@ -61,6 +61,12 @@ class Relation:
         """Return the map from the target's layout back to the source's."""
         return Relation(tuple(step.inverse() for step in reversed(self.steps)))
 
+    @property
+    def permutes(self) -> bool:
+        """Whether the map only permutes axes, and splits or joins none; it is then a view."""
+        sides = [step.pattern.split(" -> ") for step in self.steps]
+        return all("(" not in left + right and {*left.split()} == {*right.split()} for left, right in sides)
+
     def then(self, following: Relation) -> Relation:
         """Return the composition that applies this map first and ``following`` second."""
         if not (self.steps and following.steps):

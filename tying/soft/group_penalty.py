@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,21 @@ from tying.selection.relation import Relation
 from tying.selection.tie import TiedGroup
 from tying.soft.penalties import L1, L2, Penalty, WeightedL2, group_mean, squared_norm
 from tying.weights.derived import own_memory
+from tying.weights.sharding import (
+    Placements,
+    aligned,
+    check_meshes,
+    is_sharded,
+    is_view,
+    largest,
+    local,
+    local_member,
+    local_tensors,
+    reduce_gradient,
+    replicated,
+    shard_like,
+    total,
+)
 
 CPU_BATCH = 2**19  # entries: the differences of a batch fit in the cache
 DEVICE_BATCH = 2**26  # entries: few kernel launches, and a buffer of bounded size
@@ -30,6 +45,11 @@ class TyingPenalty(nn.Module):
     The in-place methods change the members that require gradients. With ``rates``, they change only the parameters in
     it, each in proportion to its rate (for example, its learning rate). All other members are constants.
 
+    Groups may be sharded over processes by FSDP2 or tensor parallelism; every process must then call the same methods.
+    Each process changes its shards. Members with equal shards need no communication; a member with others, such as a
+    transposed one, is sent to the shards of the source and back. A penalty that is not elementwise needs the whole
+    tensors in each process.
+
     Args:
         groups: tied groups, from :func:`tying.resolve`.
         penalty: ``"l2"``, ``"l1"``, ``Huber(delta)`` or an instance of a subclass of :class:`Penalty`.
@@ -38,7 +58,7 @@ class TyingPenalty(nn.Module):
 
     Raises:
         ConfigurationError: the penalty is unknown, or it accepts only pairs and a group is larger, or only real weights
-            and some are complex.
+            and some are complex; or members of a group are sharded over different meshes, or not all of them.
 
     Example:
         >>> from tying import resolve
@@ -62,7 +82,11 @@ class TyingPenalty(nn.Module):
         self.groups = list(groups)  # not registered: the parameters belong to their model
         self.penalty = as_penalty(penalty)
         self.strength = strength
+        self._placements: dict[TiedGroup, Placements] = {}  # of the local shards of sharded groups
         for group in self.groups:
+            check_meshes(dict(zip(group.names, group.parameters, strict=True)))
+            if is_sharded(source := group.parameters[0]):
+                self._placements[group] = source.placements if self.penalty.elementwise else replicated(source)
             are_complex = {parameter.is_complex() for parameter in group.parameters}
             if len(are_complex) > 1:
                 raise ConfigurationError(
@@ -79,8 +103,8 @@ class TyingPenalty(nn.Module):
             )
 
     def operands(self, group: TiedGroup) -> list[Tensor]:
-        """Return the tensors from which the penalty on a group is computed, in the source's layout."""
-        return group.tensors()
+        """Return the tensors from which the penalty on a group is computed, in the source's layout, or their shards."""
+        return local_tensors(group, self._placements[group]) if group in self._placements else group.tensors()
 
     def curvature(self, group: TiedGroup) -> float:
         """Return the largest second derivative of ρ for a group; 0 if unknown."""
@@ -92,11 +116,18 @@ class TyingPenalty(nn.Module):
             self.penalty.value([w.to(torch.promote_types(w.dtype, torch.float32)) for w in self.operands(group)])
             for group in self.groups
         ]
+        if self._placements and self.penalty.elementwise:  # else each process has whole tensors
+            totals = total([value.detach() for value in values], [group.parameters[0] for group in self.groups])
+            # the gradient of the local sum is that of the local shards
+            values = [value + (whole - value.detach()) for value, whole in zip(values, totals, strict=True)]
         return torch.stack(values).sum() if values else torch.zeros(())
 
     @torch.no_grad()
     def add_gradients_(self, strength: float, rates: Rates | None = None) -> None:
         """Add ``strength · ∂Ω`` (times the rate) to the gradients; create missing gradients."""
+        for group in self._placements:
+            for parameter in group.parameters:
+                reduce_gradient(parameter)
         self._add_(strength, rates, gradient_of)
 
     @torch.no_grad()
@@ -112,15 +143,11 @@ class TyingPenalty(nn.Module):
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
-                for parameter, relation, speed, value in zip(
-                    group.parameters,
-                    group.relations,
-                    speeds,
-                    self.penalty.prox(self.operands(group), s, speeds),
-                    strict=True,
-                ):
-                    if speed:
-                        parameter.copy_(relation(value))
+                for i, value in enumerate(self.penalty.prox(self.operands(group), s, speeds)):
+                    if speeds[i] and group in self._placements:
+                        local(group.parameters[i]).copy_(local_member(group, i, value, self._placements[group]))
+                    elif speeds[i]:
+                        group.parameters[i].copy_(group.relations[i](value))
 
     def check_rates(self, rates: Rates) -> None:
         """Raise an error if the penalty has no proximal step for these rates; change no weight.
@@ -160,27 +187,35 @@ class TyingPenalty(nn.Module):
         if scale == 0:
             return
         lanes: dict[tuple[float, ...], list[Lane]] = {}
-        copies: list[tuple[Tensor, Relation, Tensor]] = []
+        copies: list[tuple[TiedGroup, int, Tensor, Tensor]] = []
         for group in self.groups:
             speeds = _rates(group, rates)
             if any(speeds):
+                operands = self.operands(group)
                 views: list[Tensor | None] = [None] * len(group)
                 for i, parameter in enumerate(group.parameters):
                     if speeds[i]:
                         target = receiver(parameter)
-                        view = group.to_source[i](target)
-                        if view.data_ptr() != target.data_ptr():  # a copy, not a view: add it to the target at the end
-                            view = torch.zeros_like(view)
-                            copies.append((target, group.relations[i], view))
+                        if group in self._placements:
+                            view = _local_view(target, group.to_source[i], self._placements[group])
+                        else:
+                            view = group.to_source[i](target)
+                            view = view if view.data_ptr() == target.data_ptr() else None
+                        if view is None:  # a copy: add it to the target at the end
+                            view = torch.zeros_like(operands[i])
+                            copies.append((group, i, target, view))
                         views[i] = view
-                lanes.setdefault(speeds, []).append([*self.operands(group), *views])
+                lanes.setdefault(speeds, []).append([*operands, *views])
         for speeds, alike in lanes.items():
             for batch in _batches(alike):
                 columns = [[*column] for column in zip(*batch, strict=True)]
                 m = len(speeds)
                 self.penalty.add_gradient_(columns[:-m], columns[-m:], [scale * speed for speed in speeds])
-        for target, relation, gradient in copies:
-            target.add_(relation(gradient))
+        for group, i, target, gradient in copies:
+            if group in self._placements:
+                local(target).add_(local_member(group, i, gradient, self._placements[group]))
+            else:
+                target.add_(group.relations[i](gradient))
 
 
 class ImportancePenalty(TyingPenalty):
@@ -209,14 +244,18 @@ class ImportancePenalty(TyingPenalty):
                 raise ConfigurationError(
                     f"the importance of {name!r} is {tuple(importance.shape)}, and the weight {tuple(weight.shape)}"
                 )
-            if not (importance >= 0).all():
+            shard = local(importance)
+            refused, bound = not bool((shard >= 0).all()), float(shard.max()) if shard.numel() else 0.0
+            if is_sharded(importance):
+                refused, bound = largest(torch.tensor([float(refused), bound], device=shard.device)).tolist()
+            if refused:
                 raise ConfigurationError(f"the importance of {name!r} must be 0 or more throughout, and some is not")
-            self.importances[name] = importance
-            self._largest[name] = float(importance.max()) if importance.numel() else 0.0
+            self.importances[name] = local(shard_like(importance, weight))
+            self._largest[name] = bound
 
     @override
     def operands(self, group: TiedGroup) -> list[Tensor]:
-        return [*group.tensors(), self.importances[group.names[0]]]
+        return [*super().operands(group), self.importances[group.names[0]]]
 
     @override
     def curvature(self, group: TiedGroup) -> float:
@@ -257,9 +296,10 @@ def anchored(
     groups = []
     for name, weight in weights.items():
         check_shape(name, weight)
+        value = shard_like(anchors[name].detach(), weight)
         # a state dict's tensor changes with its weight
-        aliased = anchors[name].untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-        anchor = nn.Parameter(anchors[name].detach().to(weight, copy=aliased), requires_grad=False)
+        aliased = local(value).untyped_storage().data_ptr() == local(weight).untyped_storage().data_ptr()
+        anchor = nn.Parameter(value.to(dtype=weight.dtype, device=weight.device, copy=aliased), requires_grad=False)
         own_memory(anchor)
         groups.append(TiedGroup((name, f"anchor of {name}"), (weight, anchor), (Relation(), Relation())))
     if importances is None:
@@ -306,6 +346,11 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
+def _local_view(target: Tensor, relation: Relation, placements: Placements) -> Tensor | None:
+    """Return the local shard of a sharded tensor in other placements if it shares memory; else None."""
+    return local(aligned(target, relation, placements)) if is_view(target, relation, placements) else None
+
+
 def _batches(lanes: Iterable[Lane]) -> Iterable[list[Lane]]:
     """Split large groups and collect small ones into batches whose differences fit in the processor's cache."""
     batch: list[Lane] = []
@@ -333,15 +378,37 @@ def _pieces(lane: Lane, limit: int) -> Iterable[Lane]:
     return zip(*splits, strict=False)
 
 
-@torch.no_grad()
 def gap(tensors: Sequence[Tensor]) -> float:
     """Return ``sqrt(Σ‖w_i − w̄‖² / Σ‖w_i‖²)``: 0 for equal tensors, 1 for opposite ones.
+
+    If the tensors are sharded, in equal layouts or not, every process must call this, and gets the same value.
 
     Example:
         >>> gap([torch.tensor([1.0]), torch.tensor([-1.0])])
         1.0
     """
+    names, parameters = tuple(map(str, range(len(tensors)))), cast(tuple[nn.Parameter, ...], tuple(tensors))
+    return gaps([TiedGroup(names, parameters, (Relation(),) * len(tensors))])[0]
+
+
+@torch.no_grad()
+def gaps(groups: Sequence[TiedGroup]) -> list[float]:
+    """Return the :func:`gap` of each group; if some are sharded, every process must call this.
+
+    Example:
+        >>> from tying import resolve
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> groups = resolve(model, ["0.weight ~ 1.weight", "0.bias ~ 1.bias"])
+        >>> gaps(groups) == [gap(group.tensors()) for group in groups]
+        True
+    """
+    sums = [torch.tensor(_squares(local_tensors(group)), dtype=torch.float64) for group in groups]
+    sums = total(sums, [group.parameters[0] for group in groups])
+    return [math.sqrt(deviation / norm) if deviation else 0.0 for deviation, norm in map(Tensor.tolist, sums)]
+
+
+def _squares(tensors: Sequence[Tensor]) -> tuple[float, float]:
+    """Return ``Σ‖w_i − w̄‖²`` and ``Σ‖w_i‖²``."""
     tensors = [w.to(torch.promote_types(w.dtype, torch.float64)) for w in tensors]
     mean = group_mean(tensors)
-    deviation = sum(float(squared_norm(w - mean)) for w in tensors)
-    return math.sqrt(deviation / sum(float(squared_norm(w)) for w in tensors)) if deviation else 0.0
+    return sum(float(squared_norm(w - mean)) for w in tensors), sum(float(squared_norm(w)) for w in tensors)

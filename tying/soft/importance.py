@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.resolve import select
 from tying.weights.calibration import undisturbed
+from tying.weights.sharding import all_gather_object, full, reduce_gradient, reshard
 
 Labels = Literal["sampled", "given"]
 Arguments = dict[Any, Any]  # of a model's forward: the input under 0, or all by name
@@ -75,10 +77,7 @@ def squared_gradients(
     weights it would not see.
     """
     check_choice("labels", labels, get_args(Labels))
-    sums = {
-        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
-        for name, weight in weights.items()
-    }
+    sums = _zeros(weights)
     rows = max(1, MAX_GRADIENTS // max(1, sum(map(Tensor.numel, weights.values()))))
     transformable = rows > 1 and not any(isinstance(module, nn.RNNBase) for module in model.modules())
     compute, samples = _squares_together if transformable else _squares_one_by_one, 0
@@ -99,6 +98,47 @@ def squared_gradients(
                     sum_ += square
             samples += len(targets)
     return sums, samples
+
+
+def squared_gradients_of_replicas(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    labels: Labels,
+    seed: int,
+    replica: int,
+    replicas: int,
+) -> tuple[dict[str, Tensor], int]:
+    """Return what :func:`squared_gradients` returns, for sharded weights and the samples of all replicas.
+
+    Every process must call this with as many batches. The sums are sharded as the weights are.
+
+    Args:
+        model: see :func:`fisher_diagonal`.
+        weights: the weights, by name.
+        batches: see :func:`fisher_diagonal`.
+        labels: see :func:`fisher_diagonal`.
+        seed: see :func:`fisher_diagonal`.
+        replica: which part of the data this process has.
+        replicas: the number of parts; the processes of tensor parallelism have one part.
+    """
+    sums, samples = _zeros(weights), 0
+    with _undisturbed(model, seed):
+        for batch in batches:
+            arguments, targets = label(model, batch, labels)
+            squares = _squares_of_replicas(model, weights, arguments, targets, replica, replicas)
+            for sum_, square in zip(sums.values(), squares, strict=True):
+                sum_ += square
+            counts = all_gather_object(len(targets))
+            samples += sum(counts) * replicas // len(counts)
+    return sums, samples
+
+
+def _zeros(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32), requires_grad=False)
+        for name, weight in weights.items()
+    }
 
 
 @contextmanager
@@ -253,6 +293,43 @@ def _squares_one_by_one(
     return sums
 
 
+def _squares_of_replicas(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    arguments: Arguments,
+    targets: Tensor,
+    replica: int,
+    replicas: int,
+) -> list[Tensor]:
+    """Return the squared gradients with respect to each sharded weight, summed over the samples of all replicas.
+
+    A backward pass returns the mean of the replicas' gradients, so only one of them has a loss in each pass. All
+    replicas make as many passes as the one with most samples.
+    """
+    if frozen := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise ConfigurationError(f"{listed(frozen)}: frozen and sharded, so that no gradient is computed: exclude them")
+    reshard(model)
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    sums: list[Any] = [0] * len(weights)
+    try:
+        with torch.enable_grad():
+            for owner, i in product(range(replicas), range(max(all_gather_object(len(targets))))):
+                place = min(i, len(targets) - 1)
+                sample = {k: x[place : place + 1] if _has_rows(x, targets) else x for k, x in arguments.items()}
+                for parameter in gradients:
+                    parameter.grad = None
+                factor = replicas if owner == replica and i == place else 0
+                (factor * _log_probability(model, sample, targets[place : place + 1])).backward()  # type: ignore[no-untyped-call]  # torch's
+                for weight in weights.values():
+                    reduce_gradient(weight)
+                computed = (torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values())
+                sums = [total + _square(gradient) for total, gradient in zip(sums, computed, strict=True)]
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+    return sums
+
+
 def path_integral(path: Tensor, gradient: Tensor, change: Tensor) -> Tensor:
     """Return ``ω − g Δw``: by how much a weight's own moves have lowered the loss, after one more step.
 
@@ -318,5 +395,5 @@ def layer_means(importances: Mapping[str, Tensor]) -> dict[str, float]:
     """
     parts: dict[str, list[Tensor]] = {}
     for name, importance in importances.items():
-        parts.setdefault(name.rpartition(".")[0] or name, []).append(importance.flatten().double().cpu())
+        parts.setdefault(name.rpartition(".")[0] or name, []).append(full(importance).flatten().double().cpu())
     return {layer: float(torch.cat(entries).mean()) for layer, entries in parts.items()}

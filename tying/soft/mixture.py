@@ -13,6 +13,7 @@ from tying.errors import ConfigurationError, check_count, check_range
 from tying.soft.group_penalty import gradient_of
 from tying.soft.penalties import check_not_complex
 from tying.torch_workarounds import foreach_add_
+from tying.weights.sharding import is_sharded, local, reduce_gradient, total
 
 CPU_CHUNK = 1 << 13  # weights: their densities under all components fit in the cache
 DEVICE_CHUNK = 1 << 20
@@ -107,6 +108,9 @@ class GaussianMixturePrior(nn.Module):
     def add_gradients_(self, weights: list[nn.Parameter], strength: float, scale: float = 1.0) -> Tensor:
         """Add gradients of ``strength`` times the prior to the weights and the mixture; return the prior's value.
 
+        If weights are sharded, every process must call this. Sums over shards are added in one reduction for each kind
+        of sharding.
+
         Args:
             weights: the weights that share the mixture. Missing gradients are created. Frozen weights affect only the
                 gradients of the mixture.
@@ -114,20 +118,22 @@ class GaussianMixturePrior(nn.Module):
             scale: an additional factor on the gradients of the weights.
         """
         mixture = [part.detach() for part in self.mixture()]
-        into_mixture = [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
-        total = torch.zeros(())
         check_not_complex(weights, "the mixture")
-        for weight in weights:
-            into = gradient_of(weight) if weight.requires_grad else torch.zeros_like(weight)
-            value, gradients = _evaluate(weight.detach(), mixture, into, scale=strength * scale)
-            total = total + value
-            foreach_add_(into_mixture, [*gradients])
+        if {*map(type, weights)} != {nn.Parameter} and any(map(is_sharded, weights)):
+            value, into_mixture = _add_to_shards_(weights, mixture, strength * scale)
+        else:
+            value, into_mixture = torch.zeros(()), [torch.zeros_like(part, dtype=torch.float64) for part in mixture]
+            for weight in weights:
+                into = gradient_of(weight) if weight.requires_grad else torch.zeros_like(weight)
+                part, gradients = _evaluate(weight.detach(), mixture, into, scale=strength * scale)
+                value = value + part
+                foreach_add_(into_mixture, [*gradients])
         with torch.enable_grad():
             hyper = self.hyper_penalty()
             pairs = [(part, g) for part, g in zip(self.mixture(), into_mixture, strict=True) if part.requires_grad]
             torch.autograd.backward([part for part, _ in pairs], [strength * g.to(part) for part, g in pairs])
             (strength * hyper).backward()  # type: ignore[no-untyped-call]  # torch's
-        return total + hyper.detach()
+        return value + hyper.detach()
 
     @torch.no_grad()
     def merge(self, threshold: float = 1e-10, average: Literal["variance", "precision"] = "variance") -> int:
@@ -303,6 +309,19 @@ def _evaluate(
     means, precisions = means.double(), precisions.double()
     scatter = second - 2 * means * first + means.square() * responsible
     return total, (precisions * (means * responsible - first), responsible - precisions * scatter, -responsible)
+
+
+def _add_to_shards_(weights: list[nn.Parameter], mixture: list[Tensor], scale: float) -> tuple[Tensor, list[Tensor]]:
+    """Add gradients to the shards of sharded weights; return Ω and the gradients of the mixture, over all shards."""
+    parts = []
+    for weight in weights:
+        reduce_gradient(weight)
+        shard = local(weight.detach())
+        into = local(gradient_of(weight)) if weight.requires_grad else torch.zeros_like(shard)
+        value, gradients = _evaluate(shard, mixture, into, scale)
+        parts.append(torch.cat([value[None], *gradients]))
+    value, *into_mixture = torch.split(torch.stack(total(parts, weights)).sum(dim=0), [1, *map(len, mixture)])
+    return value[0], into_mixture
 
 
 def _log_joint(

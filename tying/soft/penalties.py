@@ -81,10 +81,12 @@ class Penalty:
         curvature: the largest second derivative of ρ, which limits the size of explicit steps; 0 if unknown.
         pairs_only: whether the penalty accepts only groups of two.
         real_only: whether the penalty accepts only real weights.
+        elementwise: whether Ω is a sum over entries, and ``prox`` acts on each entry alone, so that each process can
+            compute them from its shards of weights; else each process that shards them receives the whole weights.
 
     Example:
         >>> class LogCosh(Penalty):
-        ...     pairs_only = True
+        ...     pairs_only = elementwise = True
         ...     def value(self, tensors):
         ...         a, b = tensors
         ...         return (a - b).cosh().log().sum()
@@ -95,6 +97,7 @@ class Penalty:
     curvature: float = 0.0
     pairs_only: bool = False
     real_only: bool = False
+    elementwise: bool = False
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω as a scalar, differentiable by autograd."""
@@ -136,6 +139,7 @@ class L2(Penalty):
     """The penalty :func:`l2`."""
 
     curvature = 1.0
+    elementwise = True
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; see :func:`l2`."""
@@ -185,6 +189,7 @@ class WeightedL2(Penalty):
     curvature = 1.0
     pairs_only = True
     real_only = True
+    elementwise = True
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; an entry at its anchor adds 0, also if its importance is infinite."""
@@ -217,6 +222,7 @@ class L1(Penalty):
     """The penalty :func:`l1`."""
 
     real_only = True
+    elementwise = True
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Ω; see :func:`l1`."""
@@ -269,6 +275,7 @@ class Huber(Penalty):
     curvature = 1.0
     pairs_only = True
     real_only = True
+    elementwise = True
 
     def __post_init__(self) -> None:
         check_range("Huber's delta", self.delta, "(0, inf)")

@@ -14,9 +14,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from typing_extensions import override
 
+from tying.errors import ConfigurationError
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
-from tying.torch_workarounds import contiguous_view, inject_property, viewed
+from tying.torch_workarounds import contiguous_view, inject_property, load_elsewhere, viewed
+from tying.weights.first_call import check_at_first_call
+from tying.weights.sharding import full, is_sharded, related
 
 
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -69,6 +72,11 @@ class DerivedWeight:
             for name, parameter in self.owner.named_parameters(remove_duplicate=False)
             if name.startswith(self.prefixes)
         ]
+
+    def value(self) -> Any:
+        """Compute the weight; if its parameters are sharded, every process must call this, and gets all of it."""
+        with gathered([self]):
+            return getattr(self.owner, self.name)
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -130,6 +138,43 @@ def derived_by_others(model: nn.Module) -> dict[str, DerivedWeight]:
         for key, derived in derived_weights(model, aliases=True).items()
         if derived.name not in links_in(derived.owner)
     }
+
+
+@contextmanager
+def gathered(weights: Iterable[DerivedWeight]) -> Iterator[None]:
+    """Temporarily replace the sharded parameters of derived weights by whole ones; every process must call it."""
+    whole: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for derived in weights:
+        if sharded := {id(parameter) for parameter in derived.originals if is_sharded(parameter)}:
+            for module in derived.owner.modules():
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and id(parameter) in sharded:
+                        if id(parameter) not in whole:
+                            whole[id(parameter)] = nn.Parameter(full(parameter.detach()), parameter.requires_grad)
+                        replaced.append((module, name, parameter))
+                        module._parameters[name] = whole[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
+
+
+def check_inputs(module: nn.Module) -> None:
+    """Raise an error if a module computes a weight from shards when it is called, as under tensor parallelism.
+
+    Raises:
+        ConfigurationError: it does. FSDP2 gathers the parameters before the call.
+    """
+    for derived in derived_in(module):
+        if derived.name not in links_in(module) and any(map(is_sharded, derived.originals)):
+            raise ConfigurationError(
+                f"the {derived.name} of a {plain_class(module).__name__} is computed from other parameters, which are "
+                "sharded: tensor parallelism does not support computed weights, and FSDP2 must shard the modules that "
+                "share parameters together, as tying.hard.shard_groups(model, units) lists them. Exclude the weight, "
+                "or leave its module out of parallelize_module"
+            )
 
 
 def own_memory(tensor: Tensor) -> None:
@@ -239,6 +284,7 @@ def install(
         >>> remove(layer, "weight").shape, type(layer).__name__, [name for name, _ in layer.named_parameters()]
         (torch.Size([4, 6]), 'Linear', ['weight', 'bias'])
     """
+    check_at_first_call(module, check_inputs)
     if table is None:
         parametrizations: Any = (
             step if isinstance(step, ParametrizationList) else Parametrizations([step], module.get_parameter(name))
@@ -492,6 +538,12 @@ class LinkList(ParametrizationList):
         self.original = source
 
     @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "original":  # its source has the same parameter
+            load_elsewhere(self, name)
+
+    @override
     def forward(self) -> Tensor:
         weight = self.original
         for step in self:
@@ -528,7 +580,8 @@ def _store_plainly(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
         key = f"{prefix}parametrizations.{name}.original"
         if key in state_dict:
             source = state_dict.pop(key)
-            weight = relation(source)
+            splits = is_sharded(source) and not relation.relation.permutes
+            weight = related(source, relation.relation, source) if splits else relation(source)
             plain = type(source) is Tensor and not (source.is_meta or source.is_inference())  # not with keep_vars
             state_dict[prefix + name] = weight if weight.is_contiguous() or not plain else contiguous_view(weight)
 
@@ -545,7 +598,8 @@ def _read_plainly(
     for name, relation in links_in(module).items():
         key = f"{prefix}parametrizations.{name}.original"
         if prefix + name in state_dict:
-            state_dict[key] = relation.right_inverse(viewed(state_dict.pop(prefix + name)))
+            value, source = viewed(state_dict.pop(prefix + name)), module.get_parameter(key.removeprefix(prefix))
+            state_dict[key] = related(value, relation.relation.inverse(), source).contiguous()
         elif key not in state_dict:  # torch would report this key as missing
             state_dict[key] = module.get_parameter(f"parametrizations.{name}.original")
             missing_keys.append(prefix + name)
@@ -568,7 +622,7 @@ def effective_weight(derived: DerivedWeight) -> Any:
     table = derived.owner._parameters.get(derived.prefixes[0])
     if isinstance(shape, torch.Size) and table is not None:
         return torch.empty(shape, dtype=table.dtype, device="meta")
-    return getattr(derived.owner, derived.name)
+    return derived.value()
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from tying.selection.patterns import Pattern
 from tying.selection.resolve import select
 from tying.weights.derived import Locations, Parametrizations, install, locate_parameters
 from tying.weights.state_dict import forget_ties
-from tying.weights.values import check_finite, check_real
+from tying.weights.values import check_finite, check_real, check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def check_free(name: str, locations: Locations) -> None:
         locations: the locations of all parameters of the model.
 
     Raises:
-        ConfigurationError: the weight is parametrized, or tied through a relation.
+        ConfigurationError: the weight is parametrized, tied through a relation, or sharded.
     """
     if partners := related_to(name, locations):
         raise ConfigurationError(
@@ -225,3 +225,4 @@ def check_free(name: str, locations: Locations) -> None:
         )
     if any(location.holder is not location.owner for location in locations.owners(name)):
         raise ConfigurationError(f"{name!r} is parametrized already")
+    check_whole(name, locations[name].parameter)

@@ -26,6 +26,7 @@ from tying.weights.derived import (
     names_by_weight,
 )
 from tying.weights.optimizers import shared_in
+from tying.weights.sharding import is_sharded
 from tying.weights.state_dict import tie_records
 from tying.weights.tie import broken
 
@@ -241,7 +242,7 @@ def _derived_rows(model: nn.Module) -> Iterator[WeightRow]:
 def _on_one_storage(model: nn.Module) -> Iterable[str]:
     spans: dict[int, list[tuple[int, int, str]]] = {}  # for each storage: first byte, end byte (exclusive), name
     for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.numel() or hasattr(parameter, "full_tensor"):
+        if parameter.is_meta or not parameter.numel() or is_sharded(parameter):
             continue
         begin = parameter.data_ptr()
         last = sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from os.path import commonprefix
 from typing import Any, Literal, Self
 from uuid import uuid4
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 
-from tying.errors import ConfigurationError, check_choice
+from tying.errors import ConfigurationError, check_choice, listed
 from tying.selection.index import clean_name, plain_name, unwrapped
 from tying.selection.relation import Relation
 from tying.selection.tie import Tie
@@ -26,11 +27,14 @@ from tying.weights.derived import (
     derived_by_others,
     effective_weight,
     eval_mode,
+    gathered,
     link,
     locate_parameters,
     names_by_weight,
     remove,
 )
+from tying.weights.first_call import check_at_first_call
+from tying.weights.sharding import all_gather_object, anywhere, full, is_sharded, local, related, shard_like
 
 RECORD = "_hard_ties"  # the attribute of a module that holds its record
 EXACT = 1e-6  # loaded weights with a relative error up to this are as given
@@ -122,7 +126,30 @@ def _writable_record(module: nn.Module) -> ModuleRecord:
         module.__dict__[RECORD] = ModuleRecord()
         module.register_load_state_dict_pre_hook(_reconcile_before_load)  # type: ignore[no-untyped-call]  # torch's
         module.register_load_state_dict_post_hook(restore_ties)  # type: ignore[no-untyped-call]  # torch's
+        check_at_first_call(module, check_shards)
     return record_in(module)
+
+
+def check_shards(model: nn.Module) -> None:
+    """Raise an error if tied weights have been sharded separately, which would train apart.
+
+    Raises:
+        ConfigurationError: a tied weight is several sharded tensors.
+    """
+    groups = tie_records(model)
+    locations = locate_parameters(model) if groups else {}
+    for group in groups:
+        parameters = {name: locations[name].parameter for name in group.names if name in locations}
+        if not any(map(is_sharded, parameters.values())):
+            continue
+        first = next(iter(parameters))
+        if others := [name for name, parameter in parameters.items() if parameter is not parameters[first]]:
+            owners = listed(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in parameters))
+            raise ConfigurationError(
+                f"{first!r} and {others[0]!r} were tied before the model was sharded, and are separate shards now, "
+                "which would train apart. Under tensor parallelism, tie after parallelize_module; with FSDP2, tie "
+                f"before fully_shard, and shard {owners} together, as tying.hard.shard_groups(model, units) lists them"
+            )
 
 
 def forget_ties(model: nn.Module, names: Collection[str]) -> None:
@@ -208,34 +235,55 @@ def reconcile(model: nn.Module, state_dict: dict[str, Any], prefix: str = "", un
     locations = locate_parameters(model) if groups else {}
     known = {name for name, location in locations.items() if location.relation is not None}
     known |= {name for group in computed for name in group.names}
-    differing: list[str] = []
-    for group in groups:
-        relations = dict(zip(group.names, group.relations, strict=True))
-        copies = {
-            name: _to_source(keys[name], state_dict[keys[name]], relation)
-            for name, relation in relations.items()
+    present = [
+        {
+            name: _to_source(keys[name], state_dict[keys[name]], relation, locations.get(group.names[0]))
+            for name, relation in zip(group.names, group.relations, strict=True)
             if name in keys
         }
+        for group in groups
+    ]
+    differing: list[str] = []
+    for group, copies, others in zip(groups, present, _differing(model, present), strict=True):
         if not copies:
             continue
+        relations = dict(zip(group.names, group.relations, strict=True))
         first, weight = next(iter(copies.items()))
-        if others := [name for name, copy in copies.items() if not are_equal(weight, copy)]:
+        if others:
             if unequal == "error" or copies[others[0]].shape != weight.shape:
-                how = "but differ" if copies[others[0]].shape == weight.shape else "and differ in shape"
-                raise ConfigurationError(
-                    f"{keys[first]!r} and {keys[others[0]]!r} are tied, {how} in this state dict. To load copies that "
-                    "differ, use tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load them as "
-                    "they are, tying.hard.untie(model) first"
-                )
+                raise _unequal_error(keys[first], keys[others[0]], copies[others[0]].shape == weight.shape)
             if unequal == "mean":
-                weight = torch.stack([*copies.values()]).mean(dim=0)
-            state_dict.update({keys[name]: relations[name](weight) for name in copies})
+                weight = torch.stack([full(copy) for copy in copies.values()]).mean(dim=0)
+            state_dict.update({keys[name]: relations[name](full(weight)) for name in copies})
             differing += copies
         for name, relation in relations.items():
             if name not in keys and name in known:
                 written = plain_name(raw_names.get(name, name)).replace("_checkpoint_wrapped_module.", "")
-                state_dict[prefix + written] = relation(weight)
+                state_dict[prefix + written] = related(weight, relation, weight) if relation.steps else weight
     return differing
+
+
+def _unequal_error(first: str, other: str, have_one_shape: bool) -> ConfigurationError:
+    """Return the error for two copies of a tied weight that differ, given their keys."""
+    how = "but differ" if have_one_shape else "and differ in shape"
+    return ConfigurationError(
+        f"{first!r} and {other!r} are tied, {how} in this state dict. To load copies that differ, use "
+        "tying.hard.load_plain(model, state_dict, unequal='source') or 'mean'; to load them as they are, "
+        "tying.hard.untie(model) first"
+    )
+
+
+def _differing(model: nn.Module, present: Sequence[Mapping[str, Tensor]]) -> list[list[str]]:
+    """Return, for each group of copies, the names of those that differ from the first, in any process."""
+    here = [
+        [name for name, copy in copies.items() if not _agree_here(next(iter(copies.values())), copy)]
+        for copies in present
+    ]
+    copies_here = (copy for copies in present for copy in copies.values())
+    if not here or not any(map(is_sharded, chain(model.parameters(), copies_here))):
+        return here
+    everywhere = all_gather_object(here)  # once: some processes may have read fewer copies
+    return [[*dict.fromkeys(name for names in groups for name in names)] for groups in zip(*everywhere, strict=True)]
 
 
 def _computed_groups(model: nn.Module) -> list[TieRecord]:
@@ -247,11 +295,13 @@ def _computed_groups(model: nn.Module) -> list[TieRecord]:
     ]
 
 
-def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
+def _to_source(key: str, value: Any, relation: Relation, source: ParameterLocation | None) -> Tensor:
     """Return an entry of a state dict in the layout of the source of its tie."""
     if not isinstance(value, Tensor):
         raise ConfigurationError(f"{key!r} is not a tensor in this state dict, but a {type(value).__name__}")
     try:
+        if is_sharded(value) and relation.steps:
+            return related(value, relation.inverse(), source.parameter if source else value)
         return relation.inverse()(viewed(value))
     except EinopsError:
         raise ConfigurationError(
@@ -260,7 +310,7 @@ def _to_source(key: str, value: Any, relation: Relation) -> Tensor:
 
 
 def are_equal(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors are bitwise equal.
+    """Return whether two tensors are bitwise equal; if one is sharded, every process must call it.
 
     Example:
         >>> are_equal(torch.tensor([0.0, float("nan")]), torch.tensor([0.0, float("nan")]))
@@ -268,11 +318,22 @@ def are_equal(first: Tensor, second: Tensor) -> bool:
         >>> are_equal(torch.tensor(0.0), torch.tensor(-0.0))
         False
     """
+    if not (is_sharded(first) or is_sharded(second)):
+        return _agree_here(first, second)
+    return not anywhere(not _agree_here(first, second), first.device)
+
+
+def _agree_here(first: Tensor, second: Tensor) -> bool:
+    """Return whether the parts of two tensors that this process holds are bitwise equal."""
+    if first is second:
+        return True
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     if not (has_values(first) and has_values(second)):
         return True
-    return torch.equal(*(t.detach().contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
+    first = shard_like(first, second)
+    first, second = local(first).detach(), local(related(second, Relation(), first)).detach()
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (first, second.to(first.device))))
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
@@ -296,14 +357,13 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         clean_name(key): value for key, value in model.state_dict().items() if not unwrapped(key).startswith(hidden)
     }
     with eval_mode(model):
-        plain |= {key: getattr(weight.owner, weight.name) for key, weight in derived.items()}
+        plain |= {key: weight.value() for key, weight in derived.items()}
     plain = _masked(model, plain)
-    whole = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in plain.items()}
     return {
-        key: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        key: full(value).detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         if isinstance(value, Tensor) and not is_lazy(value)
         else value
-        for key, value in whole.items()
+        for key, value in plain.items()
     }
 
 
@@ -362,19 +422,25 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Tensor], unequal: Uneq
     given = {unwrapped(key): value for key, value in state_dict.items()}
     plain = dict(given)
     differing = reconcile(model, plain, unequal=unequal)
-    current = model.state_dict(keep_vars=True)
     derived = {key: weight for key, weight in derived_by_others(model).items() if key in plain}
-    _replace_derived(model, plain, {unwrapped(key): value for key, value in current.items()}, derived)
+    _replace_derived(model, plain, derived)
+    current = model.state_dict(keep_vars=True)
     keys = {unwrapped(key): key for key in current}
     before = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in current.items() if not is_lazy(v)}
     try:
-        model.load_state_dict({keys.get(key, key): value for key, value in plain.items()})
+        targets = {keys.get(key, key): value for key, value in plain.items()}
+        model.load_state_dict({key: _like(value, current.get(key)) for key, value in targets.items()})
     except Exception:  # torch has loaded what fits
         model.load_state_dict(before, strict=False)
         raise
     errors = _relative_errors(model, {key: given[key] for key in (*differing, *derived) if key in given})
     _warn_of(errors)
     return errors
+
+
+def _like(value: Any, current: Any) -> Any:
+    """Return an entry of a state dict in the layout of the model's, which may be sharded."""
+    return shard_like(value, current) if isinstance(value, Tensor) and isinstance(current, Tensor) else value
 
 
 def _warn_of(errors: Mapping[str, float]) -> None:
@@ -398,8 +464,8 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
     with eval_mode(model):
         stored = {unwrapped(key): value for key, value in model.state_dict().items()}
         for key, wanted in given.items():
-            value = getattr(derived[key].owner, derived[key].name) if key in derived else stored[key]
-            value, wanted = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in (value, wanted))
+            value = derived[key].value() if key in derived else stored[key]
+            value, wanted = full(value), full(wanted)
             if not value.is_meta:
                 precise = torch.promote_types(value.dtype, torch.float64)
                 target = wanted.to(value).to(precise)
@@ -411,20 +477,24 @@ def _relative_errors(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str,
 
 
 @torch.no_grad()
-def _replace_derived(
-    model: nn.Module, plain: dict[str, Any], current: Mapping[str, Any], weights: Mapping[str, DerivedWeight]
-) -> None:
+def _replace_derived(model: nn.Module, plain: dict[str, Any], weights: Mapping[str, DerivedWeight]) -> None:
     """Replace the entries of derived weights, in a plain state dict, by those of what they are computed from.
 
     Args:
         model: is not changed.
         plain: changed in place.
-        current: the state dict of the model, with its parameters.
         weights: the derived weights, by name.
 
     Raises:
         ConfigurationError: a derived weight cannot be set to its entry.
     """
+    with gathered(weights.values()):
+        _fit_derived(model, plain, weights)
+
+
+def _fit_derived(model: nn.Module, plain: dict[str, Any], weights: Mapping[str, DerivedWeight]) -> None:
+    """Replace entries as :func:`_replace_derived` does, in a model whose derived weights have whole parameters."""
+    current = {unwrapped(key): value for key, value in model.state_dict(keep_vars=True).items()}
     values: dict[DerivedWeight, Tensor] = {}
     once = {names[0] for names in names_by_weight(weights)}  # the names of a tied weight have equal values
     with eval_mode(model):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Literal
 
@@ -16,6 +16,7 @@ from tying.selection.tie import AnyTie, TiedGroup, parse_ties
 from tying.torch_workarounds import foreach_norm, has_values
 from tying.weights.derived import Locations, ParameterLocation, locate_parameters
 from tying.weights.optimizers import check_alike
+from tying.weights.sharding import check_meshes, is_sharded, sharded_modules
 from tying.weights.state_dict import (
     TieRecord,
     install_record,
@@ -150,7 +151,7 @@ def _compare_scales(groups: Sequence[TiedGroup]) -> str:
 
 def _is_comparable(parameter: nn.Parameter) -> bool:
     is_large = parameter.is_floating_point() and parameter.numel() >= FEWEST_VALUES
-    return is_large and has_values(parameter) and not hasattr(parameter, "full_tensor")
+    return is_large and has_values(parameter) and not is_sharded(parameter)
 
 
 def tie_groups(model: nn.Module, groups: Sequence[TiedGroup], init: Init = "source") -> list[TiedGroup]:
@@ -292,8 +293,10 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | N
         for record in tie_records(model)
         for name, member in zip(record.names, record.members, strict=True)
     }
-    records = []
+    records, units = [], sharded_modules(model)
     for group in groups:
+        check_meshes(dict(zip(group.names, group.parameters, strict=True)))
+        _check_unsharded(group.names, units)
         names: dict[str, Relation] = {}
         for name, parameter, relation in zip(group.names, group.parameters, group.relations, strict=True):
             message = f"{name!r} cannot be tied" + (f" to {group.names[0]!r}" if name != group.names[0] else "")
@@ -317,6 +320,22 @@ def plan(model: nn.Module, groups: Sequence[TiedGroup], locations: Locations | N
                     )
         records.append(TieRecord(tuple(names), tuple(names.values()), tuple(former[alias] for alias in names)))
     return records
+
+
+def _check_unsharded(names: Sequence[str], units: Sequence[str]) -> None:
+    """Raise an error if a module that ``fully_shard`` has sharded contains one of the named weights."""
+    for name in names:
+        if any(f"{name}.".startswith(f"{unit}.".lstrip(".")) for unit in units):
+            raise ConfigurationError(
+                f"{name!r} cannot be tied: fully_shard has sharded it already. Tie in configure_model before, and "
+                f"shard {listed(owners_of(names))} together: tying.hard.shard_groups(model, units) returns the lists "
+                "of modules for fully_shard"
+            )
+
+
+def owners_of(names: Iterable[str]) -> list[str]:
+    """Return the names of the modules that hold the named weights."""
+    return [*dict.fromkeys(name.rpartition(".")[0] or "the model" for name in names)]
 
 
 def mean_of(group: TiedGroup) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tying.errors import ConfigurationError, NonFiniteError
 from tying.torch_workarounds import has_values
+from tying.weights.sharding import is_sharded
 
 
 def check_finite(name: str, weight: Tensor) -> None:
@@ -22,6 +23,24 @@ def check_finite(name: str, weight: Tensor) -> None:
         kind = "NaN" if torch.isnan(weight).any() else "infinity"
         raise NonFiniteError(
             f"{name!r} holds {kind}. The initial weights are not finite: check what they were loaded from"
+        )
+
+
+def check_whole(name: str, weight: Tensor) -> None:
+    """Raise an error if a weight is sharded over processes: it cannot be computed from other parameters any more.
+
+    Raises:
+        ConfigurationError: it is sharded.
+
+    Example:
+        >>> check_whole("0.weight", torch.ones(2))
+    """
+    if is_sharded(weight):
+        raise ConfigurationError(
+            f"{name!r} is sharded over processes, and can no longer be computed from other parameters: change the "
+            "model in configure_model before fully_shard, and shard the modules that share parameters together, as "
+            "tying.hard.shard_groups(model, units) lists them. Tensor parallelism does not support computed weights: "
+            "exclude those that parallelize_module shards, or use HardTying"
         )
 
 

@@ -9,11 +9,12 @@ from typing_extensions import override
 
 from tying.callbacks.base import Callback, counted, is_fresh_run, tied_groups
 from tying.callbacks.figures import log_figure
+from tying.callbacks.penalty import PenaltyCallback
 from tying.errors import check_count
 from tying.lightning_namespace import pl
-from tying.lightning_workarounds import is_logging_step
+from tying.lightning_workarounds import callbacks_of, is_logging_step
 from tying.selection.tie import TiedGroup
-from tying.soft import gap
+from tying.soft.group_penalty import gaps
 from tying.soft.plots import gap_figure
 
 VALUES = 200_000  # of the history, at most: checkpoints hold it
@@ -65,8 +66,11 @@ class TyingMonitor(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._measured_step = -1
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, PenaltyCallback):
+                callback.begin(trainer, pl_module)
         groups = [group for _, group in tied_groups(trainer)]
-        largest = f"gap {max(gap(group.tensors()) for group in groups):.2g}" if groups else "no gap to log"
+        largest = f"gap {max(gaps(groups)):.2g}" if groups else "no gap to log"
         pl.utilities.rank_zero_info(f"TyingMonitor: {counted(len(groups), 'tied group')}; {largest}")
 
     @override
@@ -99,17 +103,21 @@ class TyingMonitor(Callback):
         Without ``on_step``, other callbacks can read them, and loggers do not write them.
         """
         groups = tied_groups(trainer)
-        gaps = [gap(group.tensors()) for _, group in groups]
-        if gaps:
+        measured = gaps([group for _, group in groups])
+        if measured:
             self._measured_step = trainer.global_step
             module.log(
-                "tying/gap", max(gaps), prog_bar=self.prog_bar, logger=None if on_step else False, sync_dist=not on_step
+                "tying/gap",
+                max(measured),
+                prog_bar=self.prog_bar,
+                logger=None if on_step else False,
+                sync_dist=not on_step,
             )
         if self.per_group:
-            values = dict(zip(_metric_names(groups), gaps, strict=True))
+            values = dict(zip(_metric_names(groups), measured, strict=True))
             module.log_dict(values, logger=None if on_step else False, sync_dist=not on_step)
         names = [f"{callback}: {' ~ '.join(group.names[:2])}" for callback, group in groups]
-        return dict(zip(names, gaps, strict=True))
+        return dict(zip(names, measured, strict=True))
 
     def _record(self, step: int, gaps: Mapping[str, float]) -> None:
         """Add the gaps after a step to the history."""

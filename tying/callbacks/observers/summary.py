@@ -15,8 +15,9 @@ from tying.errors import check_count
 from tying.lightning_namespace import pl
 from tying.lightning_workarounds import callbacks_of, set_callbacks
 from tying.selection.tie import TiedGroup
-from tying.soft import gap
+from tying.soft.group_penalty import gaps
 from tying.weights.report import audit
+from tying.weights.sharding import reshard
 
 UNLIMITED = 10_000  # columns: wider than any table
 
@@ -49,16 +50,18 @@ class TyingSummary(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not in on_fit_start: only now every callback knows its groups and the checkpoint's weights are loaded
+        reshard(pl_module)
+        groups = tied_groups(trainer)
+        lines = summary_lines(pl_module, [group for _, group in groups], callbacks_of(trainer))
+        rows = [group_row(*item) for item in groups]  # in every process, since weights may be sharded
         if trainer.is_global_zero:
-            groups = tied_groups(trainer)
-            lines = summary_lines(pl_module, [group for _, group in groups], callbacks_of(trainer))
-            print(summary([group_row(*item) for item in groups], lines, self.max_rows), flush=True)
+            print(summary(rows, lines, self.max_rows), flush=True)
 
 
 def group_row(callback: str, group: TiedGroup) -> dict[str, Any]:
     """Return a tied group as plain types: its callback, names, source's shape, relation and gap."""
     shape, relation = [*group.parameters[0].shape], group.relation
-    return {"by": callback, "names": group.names, "shape": shape, "relation": relation, "gap": gap(group.tensors())}
+    return {"by": callback, "names": group.names, "shape": shape, "relation": relation, "gap": gaps([group])[0]}
 
 
 def summary_table(rows: Sequence[dict[str, Any]], max_rows: int | None = 40) -> Table:
