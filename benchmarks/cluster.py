@@ -213,6 +213,7 @@ def _awaited() -> Callable[[], bool]:
     from distributed import get_worker
 
     current_process().daemon = False  # a nanny's worker is a daemon, which may have no children
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)  # dask's setting, which slows training down
     worker = get_worker()
     key = worker.get_current_task()
 
