@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SUITE := -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-.PHONY: install tools test test-slow test-oldest test-newest survival fuzz lint demo docs site-test speed clean
+.PHONY: install tools test test-slow test-oldest test-newest survival sharded fuzz lint demo docs site-test speed clean
 
 # the package and what the demo needs
 install: .venv/installed
@@ -47,6 +47,9 @@ test-newest: .venv-newest/installed
 survival: tools
 	$(BIN)/python -m pytest tests/hard/test_survival.py tests/test_lightning_features.py tests/test_strangers.py \
 		tests/test_zoo.py --tables benchmarks/results
+
+sharded: tools
+	$(BIN)/python -m pytest tests/test_sharded.py -k all_processes_end --tables benchmarks/results
 
 fuzz: tools
 	FUZZ=1 $(BIN)/python -m pytest tests/test_fuzz.py --tables benchmarks/results

@@ -58,17 +58,17 @@ class AlongAxis:
 
         With one seed, too few x, or a value that is not finite, nothing can be said.
         """
-        told = []
+        table_rows = []
         for line, runs in lines_of(rows, self.lines):
             by_seed = numbers(runs, self.x, self.y).pivot(index="seed", columns=self.x, values=self.y).dropna()
             by_seed = by_seed if by_seed.shape[1] >= self.least else by_seed[:0]
             blank = unsaid(len(by_seed), by_seed.to_numpy().flat)
             cells = [*[blank] * (len(self.head) - 3), "undecided"] if blank else self.measure(by_seed)
-            told.append([f"{self.lines} {line}", str(len(by_seed)), *cells])
-        verdict = of_all_lines(told, self.agrees)
-        if self.confounded and any(line[-1] == self.agrees for line in told):
+            table_rows.append([f"{self.lines} {line}", str(len(by_seed)), *cells])
+        verdict = of_all_lines(table_rows, self.agrees)
+        if self.confounded and any(line[-1] == self.agrees for line in table_rows):
             verdict += f", and confounded: {self.confounded}"
-        return f"{self.claim}: {verdict}.", told
+        return f"{self.claim}: {verdict}.", table_rows
 
     def measure(self, by_seed: DataFrame) -> list[str]:
         """Return what the values of y say, by seed and x: the cells of a row from the third on."""
@@ -123,11 +123,11 @@ class Peak(AlongAxis):
         inside = all(low > 0 for low, _ in bounds)
         says = "inside" if inside else "at an end" if any(high < 0 for _, high in bounds) else "undecided"
         cells = [f"{x:g}" for x in by_seed.columns[sorted({*best})]]
-        told = [
+        table_rows = [
             (f"{fmean(over):+.4f}", f"{low:+.4f} to {high:+.4f}")
             for over, (low, high) in zip(gains, bounds, strict=True)
         ]
-        return [", ".join(cells), *told[0], *told[1], says]
+        return [", ".join(cells), *table_rows[0], *table_rows[1], says]
 
 
 @dataclass(frozen=True)
@@ -173,18 +173,18 @@ class Order:
 Claim = Trend | Peak | Order
 
 
-def of_all_lines(told: Sequence[Sequence[str]], agrees: str) -> str:
+def of_all_lines(table_rows: Sequence[Sequence[str]], agrees: str) -> str:
     """Return the verdict of a table's rows, each of a line, its number of seeds, …, and what it says.
 
     Args:
-        told: the rows.
+        table_rows: the rows.
         agrees: what a line says that is as the claim.
     """
-    if all(int(line[1]) < 2 for line in told):
+    if all(int(line[1]) < 2 for line in table_rows):
         return "undecided, for want of seeds"
-    counts = Counter(line[-1] for line in told)
-    some = f"{counts[agrees]} of {len(told)} lines" if counts[agrees] else ""
-    if counts[agrees] + counts["undecided"] < len(told):
+    counts = Counter(line[-1] for line in table_rows)
+    some = f"{counts[agrees]} of {len(table_rows)} lines" if counts[agrees] else ""
+    if counts[agrees] + counts["undecided"] < len(table_rows):
         return "not reproduced" + (some and f" (as claimed on {some})")
     if counts["undecided"]:
         return f"reproduced on {some}, undecided on the others" if some else "undecided"
@@ -205,6 +205,6 @@ def verdicts(claims: Sequence[Claim], rows: DataFrame) -> str:
     """Return what becomes of claims, as Markdown."""
     parts = []
     for claim in claims:
-        verdict, told = claim.judge(rows)
-        parts += [f"Claim: {verdict}", "", table(claim.head, told), ""]
+        verdict, table_rows = claim.judge(rows)
+        parts += [f"Claim: {verdict}", "", table(claim.head, table_rows), ""]
     return "\n".join(parts)

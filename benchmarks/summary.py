@@ -92,8 +92,8 @@ def differences(suite: Suite, outcomes: DataFrame, metric: str) -> dict[str, lis
         alone = peers.drop_duplicates(["seed", *common], keep=False)  # one run to compare with, not several
         pairs = runs.merge(alone, on=["seed", *common], suffixes=("", " there"))
         pairs = pairs.dropna(subset=[metric, f"{metric} there"])
-        for setting, own in pairs.groupby("run"):
-            gains[str(setting)] = (own[metric] - own[f"{metric} there"]).tolist()
+        for setting, pair in pairs.groupby("run"):
+            gains[str(setting)] = (pair[metric] - pair[f"{metric} there"]).tolist()
     return gains
 
 

@@ -45,7 +45,11 @@ def pytest_configure(config):
         config.pluginmanager.register(Tables(Path(config.getoption("--tables"))))
 
 
-MAKES = {**dict.fromkeys(["survival", "lightning_features", "strangers", "zoo"], "survival"), "fuzz": "fuzz"}
+MAKES = {
+    "sharded": "sharded",
+    **dict.fromkeys(["survival", "lightning_features", "strangers", "zoo"], "survival"),
+    "fuzz": "fuzz",
+}
 
 
 class Tables:
@@ -60,14 +64,17 @@ class Tables:
         if report.when == "teardown" and "cell" in told:
             name, column, row = told["cell"]
             cells = self.tables.setdefault(name, {}).setdefault(row, {})
-            cells[column] = "**no**" if report.nodeid in self.failed else told.get("remark", "yes")
+            remark = "**no**" if report.nodeid in self.failed else told.get("remark", "yes")
+            cells.setdefault(column, {})[remark] = None  # several tests may be of one cell
 
     def pytest_sessionfinish(self):
         from benchmarks.report import table, write
 
         for name, rows in self.tables.items():
             columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
-            lines = [[row, *(cells.get(column, "not run") for column in columns)] for row, cells in rows.items()]
+            lines = [
+                [row, *(", ".join(cells.get(column, ["not run"])) for column in columns)] for row, cells in rows.items()
+            ]
             write(self.folder / f"{name}.md", table(["", *columns], lines) + f"\n\nCommand: `make {MAKES[name]}`.\n")
 
 

@@ -139,12 +139,19 @@ def test_speed_on_two_processes(monkeypatch, capsys):
     assert benchmarks.main(["speed", "scale"]) == 0
     out = capsys.readouterr().out
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("|")}
-    assert float(rows["stage-shared"][3]) == round(4 * 73882 / 1024)  # its own weights, once
+    assert float(rows["stage-shared"][5]) == round(4 * 73882 / 1024)  # its own weights, once
+    assert all(float(milliseconds) > 0 for milliseconds in rows["stage-shared"][:3])
     weights = 4 * 7e9 / 2**30
     held = {
         row: float(cells[1]) for row, cells in rows.items() if re.fullmatch(r"[ \d.]+", cells[-1]) and len(cells) == 7
     }
     assert held["untied"] == pytest.approx(weights / 8, abs=0.01)
+    plain, transposed = (
+        [float(cell) for cell in rows[row][1:]]
+        for row in ("soft ties of all weights", "soft ties of all weights to transposes")
+    )
+    assert transposed[1] - plain[1] == pytest.approx(weights / 8 * 7 / 8, abs=0.1)
+    assert transposed[4] - plain[4] == pytest.approx(weights / 64 * 63 / 64, abs=0.1)
     assert held["an anchor of all weights"] == pytest.approx(2 * weights / 8, abs=0.01)
     assert held["hashed at 1/16, index of 4 bytes stored"] == pytest.approx(weights * (1 + 1 / 128), abs=0.01)
     assert [float(cell) for cell in rows["hard ties of pairs"][1:]] == [1.63, 34.2, 0, 0.2, 38.5, 0]

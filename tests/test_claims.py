@@ -44,10 +44,10 @@ RISING = Trend("rises", "alpha", "test/accuracy", "ratio", 1, confounded="by cap
 
 
 def test_a_trend_on_every_line():
-    found = rows({("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0, 10.0) for seed in range(3)})
-    verdict, told = RISING.judge(found)
+    results = rows({("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0, 10.0) for seed in range(3)})
+    verdict, lines = RISING.judge(results)
     assert verdict == "rises: reproduced, and confounded: by capacity."
-    [line] = told
+    [line] = lines
     assert line == ["ratio a", "3", "+9.9000", "+1.000", "0.0046", "as claimed"]
 
 
@@ -55,13 +55,13 @@ def test_a_trend_on_some_lines_and_against():
     values = {("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
     values |= {("b", x, seed): -x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
     values |= {("c", x, seed): (x - 0.5) * (seed - 1) for x in (0.1, 1.0, 2.0) for seed in range(3)}
-    verdict, told = RISING.judge(rows(values))
+    verdict, lines = RISING.judge(rows(values))
     assert verdict.startswith("rises: not reproduced (as claimed on 1 of 3 lines), and confounded")
-    assert [line[5] for line in told] == ["as claimed", "the opposite", "undecided"]
+    assert [line[5] for line in lines] == ["as claimed", "the opposite", "undecided"]
 
 
 @pytest.mark.parametrize(
-    ("says", "told"),
+    ("says", "verdict"),
     [
         ("yes yes", "reproduced"),
         ("yes yes yes undecided", "reproduced on 3 of 4 lines, undecided on the others"),
@@ -71,8 +71,8 @@ def test_a_trend_on_some_lines_and_against():
         ("no no", "not reproduced"),
     ],
 )
-def test_a_verdict_of_all_lines(says, told):
-    assert of_all_lines([["line", "3", one] for one in says.split()], "yes") == told
+def test_a_verdict_of_all_lines(says, verdict):
+    assert of_all_lines([["line", "3", word] for word in says.split()], "yes") == verdict
 
 
 def test_the_spread_at_one_end_does_not_rule():
@@ -99,16 +99,16 @@ def test_a_correlation_of_few_values_that_does_not_vary_is_undecided():
 
 
 def test_runs_without_the_axis_are_left_out():
-    found = rows({("a", x, seed): x for x in (0.1, 1.0, 10.0) for seed in range(3)})
-    other = found.drop(columns="alpha").assign(run="b")
-    assert RISING.judge(concat([found, other])) == RISING.judge(found)
+    results = rows({("a", x, seed): x for x in (0.1, 1.0, 10.0) for seed in range(3)})
+    other = results.drop(columns="alpha").assign(run="b")
+    assert RISING.judge(concat([results, other])) == RISING.judge(results)
 
 
 def test_one_seed_decides_nothing():
-    verdict, told = RISING.judge(rows({("a", x, 0): x for x in (0.1, 1.0)}))
+    verdict, lines = RISING.judge(rows({("a", x, 0): x for x in (0.1, 1.0)}))
     assert verdict == "rises: undecided, for want of seeds."
-    assert told[0][5] == "undecided"
-    assert told[0][4] == "–"
+    assert lines[0][5] == "undecided"
+    assert lines[0][4] == "–"
     assert interval([0.3]) == (-float("inf"), float("inf"))
 
 
@@ -119,21 +119,21 @@ PEAK = Peak("best inside", "alpha", "test/accuracy", "ratio")
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_nothing_is_said_of_what_is_not_finite(at, broken):
     values = {(line, x, seed): x + 0.01 * x * seed for line in "ab" for x in (0, 1, 2) for seed in range(3)}
-    found = rows(values | {("a", at, 0): broken})
+    results = rows(values | {("a", at, 0): broken})
     for claim in (RISING, PEAK):
-        verdict, told = claim.judge(found[found["ratio"] == "a"])
+        verdict, lines = claim.judge(results[results["ratio"] == "a"])
         assert verdict in ("rises: undecided.", "best inside: undecided.")
-        assert {*told[0][2:-1]} == {"nan"}
+        assert {*lines[0][2:-1]} == {"nan"}
     whole = "rises: reproduced on 1 of 2 lines, undecided on the others, and confounded: by capacity."
-    assert RISING.judge(found)[0] == whole
-    verdict, [line] = Order("b beats a", "test/accuracy", f"b,{at}", f"a,{at}").judge(found)
+    assert RISING.judge(results)[0] == whole
+    verdict, [line] = Order("b beats a", "test/accuracy", f"b,{at}", f"a,{at}").judge(results)
     assert (verdict, line[1:]) == ("b beats a: undecided.", ["3", "nan", "nan", "undecided"])
     assert all(map(math.isnan, interval([0.5, float(broken)])))
 
 
 def test_a_peak_is_inside_or_at_an_end():
     heights = {"a": (0.0, 2.0, 1.0, 0.5), "b": (0.0, 2.0, 1.0, 3.0), "c": (0.0, 2.0, 1.0, 2.0)}
-    found = rows(
+    results = rows(
         {
             (line, x, s): y + 0.01 * (s - 1) * x
             for line, ys in heights.items()
@@ -141,13 +141,13 @@ def test_a_peak_is_inside_or_at_an_end():
             for s in range(3)
         }
     )
-    verdict, told = PEAK.judge(found)
+    verdict, lines = PEAK.judge(results)
     assert verdict == "best inside: not reproduced (as claimed on 1 of 3 lines)."
-    assert [line[-1] for line in told] == ["inside", "at an end", "undecided"]
-    assert told[0][:4] == ["ratio a", "3", "1", "+2.0000"]
-    assert told[1][5] == "-1.0000"
-    assert PEAK.judge(found[found["ratio"] == "a"])[0] == "best inside: reproduced."
-    assert PEAK.judge(found[found["ratio"] == "c"])[0] == "best inside: undecided."
+    assert [line[-1] for line in lines] == ["inside", "at an end", "undecided"]
+    assert lines[0][:4] == ["ratio a", "3", "1", "+2.0000"]
+    assert lines[1][5] == "-1.0000"
+    assert PEAK.judge(results[results["ratio"] == "a"])[0] == "best inside: reproduced."
+    assert PEAK.judge(results[results["ratio"] == "c"])[0] == "best inside: undecided."
 
 
 def test_the_luck_of_the_best_of_several_is_no_peak():
@@ -164,31 +164,31 @@ def test_one_seed_or_no_inner_value_is_no_peak():
 
 def test_an_order_of_two_settings_or_two_metrics():
     heights = {"a": (1.0, 1.1, 1.2), "b": (0.5, 0.61, 0.7), "c": (1.1, 1.0, 1.2)}
-    found = rows({(line, 0, seed): y for line, ys in heights.items() for seed, y in enumerate(ys)})
+    results = rows({(line, 0, seed): y for line, ys in heights.items() for seed, y in enumerate(ys)})
     better = Order("a beats b", "test/accuracy", "a,0", "b,0")
-    verdict, [line] = better.judge(found)
+    verdict, [line] = better.judge(results)
     assert verdict == "a beats b: reproduced."
     assert line[:3] == ["a,0 − b,0", "3", "+0.4967"]
-    assert Order("b beats a", "test/accuracy", "b,0", "a,0").judge(found)[0] == "b beats a: not reproduced."
-    assert Order("a beats c", "test/accuracy", "a,0", "c,0").judge(found)[0] == "a beats c: undecided."
+    assert Order("b beats a", "test/accuracy", "b,0", "a,0").judge(results)[0] == "b beats a: not reproduced."
+    assert Order("a beats c", "test/accuracy", "a,0", "c,0").judge(results)[0] == "a beats c: undecided."
     other = Order("more", "test/accuracy", "a,0", "a,0", "tying/entropy")
-    assert other.judge(found)[1][0][:3] == ["test/accuracy − tying/entropy", "3", "+1.1000"]
-    assert better.judge(found[:1])[0] == "a beats b: undecided."
+    assert other.judge(results)[1][0][:3] == ["test/accuracy − tying/entropy", "3", "+1.1000"]
+    assert better.judge(results[:1])[0] == "a beats b: undecided."
 
 
 def test_only_the_last_epoch_counts_and_missing_runs_are_left_out():
-    found = rows({("a", 0.1, 0): 0.5, ("a", 1.0, 0): 0.7, ("a", 1.0, 1): 0.9})
-    found = concat([found[:1].assign(**{"test/accuracy": "0.1"}), found])
-    assert final(found)["test/accuracy"].tolist() == ["0.5", "0.7", "0.9"]
-    assert "| ratio a | 1 |" in verdicts([RISING], found)
+    results = rows({("a", 0.1, 0): 0.5, ("a", 1.0, 0): 0.7, ("a", 1.0, 1): 0.9})
+    results = concat([results[:1].assign(**{"test/accuracy": "0.1"}), results])
+    assert final(results)["test/accuracy"].tolist() == ["0.5", "0.7", "0.9"]
+    assert "| ratio a | 1 |" in verdicts([RISING], results)
 
 
 @pytest.mark.parametrize("x", ["alpha", "tying/entropy"])
 def test_pictures(x, tmp_path):
-    found = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
-    draw(Plot("p", x, "test/accuracy", "ratio", log=True), found, tmp_path / "p.png")
+    results = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
+    draw(Plot("p", x, "test/accuracy", "ratio", log=True), results, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    draw(Plot("p", x, ["test/accuracy", "tying/entropy"], "ratio"), found, tmp_path / "both.png")
+    draw(Plot("p", x, ["test/accuracy", "tying/entropy"], "ratio"), results, tmp_path / "both.png")
     assert (tmp_path / "both.png").read_bytes() != (tmp_path / "p.png").read_bytes()
 
 
@@ -200,22 +200,22 @@ def test_a_picture_over_a_metric_has_a_point_for_each_setting(tmp_path, monkeypa
         return errorbar(self, xs, ys, yerr, xerr, **options)
 
     monkeypatch.setattr(Axes, "errorbar", record)
-    found = rows({("a", x, seed): (1 - x) / 2 + seed / 4 for x in (0.0, 1.0) for seed in range(2)})
-    found["tying/entropy"] = found["test/accuracy"]
-    draw(Plot("p", "tying/entropy", "test/accuracy", "ratio"), found, tmp_path / "p.png")
+    results = rows({("a", x, seed): (1 - x) / 2 + seed / 4 for x in (0.0, 1.0) for seed in range(2)})
+    results["tying/entropy"] = results["test/accuracy"]
+    draw(Plot("p", "tying/entropy", "test/accuracy", "ratio"), results, tmp_path / "p.png")
     assert drawn["xs"] == drawn["ys"] == [0.125, 0.625]
     assert drawn["xerr"].tolist() == drawn["yerr"] == pytest.approx([0.03125**0.5, 0.03125**0.5])
-    draw(Plot("p", "alpha", "test/accuracy", "ratio"), found, tmp_path / "p.png")
+    draw(Plot("p", "alpha", "test/accuracy", "ratio"), results, tmp_path / "p.png")
     assert (drawn["xs"], drawn["ys"], drawn["xerr"]) == ([0.0, 1.0], [0.625, 0.125], None)
 
 
 @pytest.mark.parametrize("x", ["alpha", "tying/entropy"])
 @pytest.mark.parametrize("lines", ["ratio", "run"])
 def test_pictures_of_what_is_not_finite(lines, x, tmp_path):
-    found = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
-    found.loc[:1, ["test/accuracy", "tying/entropy"]] = [["inf", "nan"], ["-inf", "nan"]]
+    results = rows({(line, x, seed): x for line in "ab" for x in (0.0, 1.0) for seed in range(2)})
+    results.loc[:1, ["test/accuracy", "tying/entropy"]] = [["inf", "nan"], ["-inf", "nan"]]
     for log in (True, False):
-        draw(Plot("p", x, "test/accuracy", lines, log=log), found, tmp_path / "p.png")
+        draw(Plot("p", x, "test/accuracy", lines, log=log), results, tmp_path / "p.png")
         assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert moments([0.5]) == (0.5, 0.0)
 
@@ -251,7 +251,7 @@ def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("like: soft\nbase: []", "base and like exclude each other"),
         ("like: soft\ndeltas: {a: []}", "deltas, with like, must be a list of names"),
@@ -264,7 +264,7 @@ def test_prime_sizes_have_no_divisor_in_common_with_a_width(suite, sizes):
         ("deltas: {a: []}\ntrends: [{claim: 1}]", "trends: .*missing 4 required"),
     ],
 )
-def test_mistakes(text, told, tmp_path):
+def test_mistakes(text, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load(str(tmp_path / "mine.yaml"))

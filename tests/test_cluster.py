@@ -126,9 +126,9 @@ def test_a_worker_is_killed_and_a_run_fails(where, rates, address, serial, capfd
     assert (broken.state(), broken.failure()) == ("failed", "RuntimeError: it went wrong")
     assert "in program" in (broken.path / "log.txt").read_text()
     assert (broken.path / "checkpoints").exists() == bool(where)
-    told = capfd.readouterr().out
-    assert "failed: broken,seed=0: RuntimeError: it went wrong; see out/broken,seed=0/log.txt" in told
-    assert f"Missing are 1 of {rates + 2} runs: 1 failed (broken,seed=0)." in told
+    printed = capfd.readouterr().out
+    assert "failed: broken,seed=0: RuntimeError: it went wrong; see out/broken,seed=0/log.txt" in printed
+    assert f"Missing are 1 of {rates + 2} runs: 1 failed (broken,seed=0)." in printed
 
 
 def start(tool, *arguments, **kwargs):
@@ -139,8 +139,8 @@ def start(tool, *arguments, **kwargs):
 def test_a_scheduler_goes_away_and_a_worker_lacks_the_package(tmp_path, monkeypatch, capfd):
     """What is complete is kept, and the command ends; workers are started as the page says."""
     kept = tmp_path / "scheduler.json"
-    told = ["--scheduler-file", str(kept)]
-    scheduler = start("dask_scheduler", *told, "--port=0", "--no-dashboard", "--host=127.0.0.1")
+    where = ["--scheduler-file", str(kept)]
+    scheduler = start("dask_scheduler", *where, "--port=0", "--no-dashboard", "--host=127.0.0.1")
     while not kept.exists():
         time.sleep(0.05)
     address = json.loads(kept.read_text())["address"]
@@ -148,7 +148,7 @@ def test_a_scheduler_goes_away_and_a_worker_lacks_the_package(tmp_path, monkeypa
     worker = ["--no-nanny", "--nthreads=1", "--no-dashboard"]
     assert run("--out=out", f"--executor={address}") == 2
     assert "error: no worker has joined tcp://127.0.0.1:" in capfd.readouterr().err
-    with start("dask_worker", *told, *worker) as bare:
+    with start("dask_worker", *where, *worker) as bare:
         wait_for_worker(address)
         assert run("--out=out", f"--executor={address}") == 2
         assert re.search(r"error: worker \S+ cannot run this package: .*'benchmarks'", capfd.readouterr().err)
@@ -158,13 +158,13 @@ def test_a_scheduler_goes_away_and_a_worker_lacks_the_package(tmp_path, monkeypa
     )
     Path("mine.yaml").write_text(suite.replace("ARMED", str(tmp_path / "armed")))
     Path("armed").touch()
-    with start("dask_worker", *told, *worker, "--death-timeout=1", env={**os.environ, "PYTHONPATH": PATHS}) as able:
+    with start("dask_worker", *where, *worker, "--death-timeout=1", env={**os.environ, "PYTHONPATH": PATHS}) as able:
         wait_for_worker(address)
         threading.Thread(target=kill_when, args=(scheduler, lambda: not Path("armed").exists())).start()
         assert run("--out=out", f"--executor={address}", "--shared") == 2
         able.terminate()
-    told = capfd.readouterr().err
-    assert re.search(r"error: the scheduler at tcp://\S+ went away: what is complete is kept, and the same", told)
+    printed = capfd.readouterr().err
+    assert re.search(r"error: the scheduler at tcp://\S+ went away: what is complete is kept, and the same", printed)
     assert Folder(Path("out/first,seed=0")).state() == "complete"
     scheduler.wait()
 

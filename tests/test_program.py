@@ -44,15 +44,15 @@ def figures(out):
 def test_a_program_is_swept_killed_resumed_archived_and_judged(tmp_path, capsys):
     """As a fit is: the same figures whether it was killed or not, and put back elsewhere."""
     assert benchmarks.main(["run", "mine.yaml", "--out=out", "--jobs=2", "--save"]) == 0
-    told = capsys.readouterr().out
-    assert re.findall(r"^\| ([a-z].*?) +\| (\d) \| +-?\d", told, re.MULTILINE)[:3] == [
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\| ([a-z].*?) +\| (\d) \| +-?\d", printed, re.MULTILINE)[:3] == [
         ("slow", "1"),
         ("fast, rate=0.1", "1"),
         ("fast, rate=0.2", "1"),
     ]
-    assert "s / epoch" not in told
-    assert "Claim: fast is further: " in told
-    assert "Data: noise (key None)." in told
+    assert "s / epoch" not in printed
+    assert "Claim: fast is further: " in printed
+    assert "Data: noise (key None)." in printed
     result = Folder(Path("out/slow,seed=0")).result()
     assert result["parameters"] == {"unique": 5, "virtual": 5, "bytes": 20}
     assert result["seconds"]["training"] == 1.5
@@ -84,16 +84,19 @@ def test_a_failed_run_is_tried_again(capsys):
     Path("mine.yaml").write_text("{program: faults.program, deltas: {all: [{fault: once}], bad: [{fault: raise}]}}")
     Path("armed").touch()
     assert benchmarks.main(["run", "mine.yaml", "--out=out", "--jobs=2", "--retry=1"]) == 1
-    told = capsys.readouterr().out
-    assert [told.count(f"failed: {name},seed=0: RuntimeError: it went wrong; see") for name in ("all", "bad")] == [1, 2]
-    assert "1 failed (bad,seed=0)." in told
+    printed = capsys.readouterr().out
+    assert [printed.count(f"failed: {name},seed=0: RuntimeError: it went wrong; see") for name in ("all", "bad")] == [
+        1,
+        2,
+    ]
+    assert "1 failed (bad,seed=0)." in printed
     assert Folder(Path("out/all,seed=0")).result()["attempts"] == 2
 
 
 def test_a_program_is_planned_by_its_progress(capsys):
     assert benchmarks.main(["run", "mine.yaml", "--out=out", "--seeds=2", "--only=fast,*", "--plan"]) == 0
-    told = capsys.readouterr().out
-    assert re.findall(r"^\| (\S+) +\| +2 \| +0 s \| +0.00 \| +\d+ \|$", told, re.MULTILINE) == [
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\| (\S+) +\| +2 \| +0 s \| +0.00 \| +\d+ \|$", printed, re.MULTILINE) == [
         "fast,rate=0.1",
         "fast,rate=0.2",
     ]
@@ -101,7 +104,7 @@ def test_a_program_is_planned_by_its_progress(capsys):
 
 
 @pytest.mark.parametrize(
-    ("suite", "told"),
+    ("suite", "printed"),
     [
         (SUITE.replace("faults.program", "faults.porgram"), "module faults has no function porgram"),
         (SUITE.replace("faults.program", "falts.program"), "program 'falts.program': No module named 'falts'"),
@@ -111,10 +114,10 @@ def test_a_program_is_planned_by_its_progress(capsys):
         ("{like: demo, program: faults.program}", "program and like exclude each other"),
     ],
 )
-def test_mistakes_in_a_program(suite, told, tmp_path, capsys):
+def test_mistakes_in_a_program(suite, printed, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(suite)
     assert benchmarks.main(["run", "mine.yaml", "--out=out"]) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(printed, capsys.readouterr().err)
     assert not Path("out").exists()
 
 

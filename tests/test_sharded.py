@@ -89,8 +89,10 @@ def params(shardings):
 
 
 @pytest.mark.parametrize(("sharding", "cell", "phase"), params(SHARDINGS))
-def test_all_processes_end_as_one_does(out, sharding, cell, phase):
+def test_all_processes_end_as_one_does(out, sharding, cell, phase, record_property):
     """Compare what each process ends with, and has logged, with the uninterrupted run of one process."""
+    record_property("cell", ("sharded", sharding, cell))
+    record_property("remark", phase)
     expected = load(out, "one process", cell, "train", 0)
     for rank in range(SHARDINGS[sharding].processes):
         result = load(out, sharding, cell, phase, rank)

@@ -125,15 +125,15 @@ def test_run_and_report(undisturbed, capsys):
     gaps = [Folder(out / name).result()["metrics"]["tying/gap"] for name in NAMES]
     assert gaps == sorted(gaps, reverse=True)  # untied, weakly, strongly
     assert benchmarks.main(["report", "mine.yaml", f"--out={out}", "--save"]) == 0
-    told = capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in told.splitlines() if line.startswith("| ")] == [
+    printed = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")] == [
         "run",
         "untied",
         "soft, strength=0.001",
         "soft, strength=0.1",
     ]
-    assert "Command: `python -m benchmarks run mine.yaml --seeds 1" in told
-    assert Path("results/mine.md").read_text().strip() in told
+    assert "Command: `python -m benchmarks run mine.yaml --seeds 1" in printed
+    assert Path("results/mine.md").read_text().strip() in printed
     with Path("results/mine.csv").open() as file:
         assert [(row["run"], row["epoch"]) for row in csv.DictReader(file)] == [
             ("untied", "3"),
@@ -180,8 +180,8 @@ def test_bytes_are_measured_anew(undisturbed, tmp_path, capsys):
     for name, result, parameters in zip(NAMES, before, wrong, strict=False):
         write_json(out / name / "result.json", {**result, "parameters": parameters})
     assert benchmarks.main(["sizes", "mine.yaml", f"--out={out}"]) == 0
-    told = capsys.readouterr().out
-    assert re.findall(r"^\| (\S*seed=0) +\| +(.*?) +\| +(.*?) \|$", told, re.MULTILINE) == [
+    printed = capsys.readouterr().out
+    assert re.findall(r"^\| (\S*seed=0) +\| +(.*?) +\| +(.*?) \|$", printed, re.MULTILINE) == [
         (NAMES[0], "1", f"{before[0]['parameters']['bytes']:,}"),
         (NAMES[1], "2", "kept: training changed the model"),
     ]
@@ -226,12 +226,12 @@ def test_a_plan_times_steps_and_starts_nothing(capsys):
     assert (
         run("--out=out", "--seeds=5", "--plan", "--trainer.max_epochs=1000000", "--trainer.limit_train_batches=5") == 0
     )
-    told = capsys.readouterr().out
-    rows = re.findall(r"^\| (\S+) +\| +5 \| +(\d+\.\d) h \| +(\d+\.\d+) \| +\d+ \|$", told, re.MULTILINE)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (\S+) +\| +5 \| +(\d+\.\d) h \| +(\d+\.\d+) \| +\d+ \|$", printed, re.MULTILINE)
     assert [setting for setting, _, _ in rows] == ["untied", "soft,strength=0.001", "soft,strength=0.1"]
-    assert all(float(hours) == pytest.approx(5 * float(each), abs=0.3) for _, each, hours in rows)
+    assert all(float(hours) == pytest.approx(5 * float(of_a_run), abs=0.3) for _, of_a_run, hours in rows)
     assert re.search(
-        r"^15 runs, 2 at a time: \d+\.\d+ h and \d\.\d GiB, without validation and test\.$", told, re.MULTILINE
+        r"^15 runs, 2 at a time: \d+\.\d+ h and \d\.\d GiB, without validation and test\.$", printed, re.MULTILINE
     )
     assert not Path("out").exists()
 
@@ -256,10 +256,10 @@ def test_failures_stay_alone_and_are_retried(kind, undisturbed, tmp_path, capfd)
         "kill": "its process was killed by a signal",
         "disk": "File too large",
     }
-    told = capfd.readouterr().out
-    assert re.search(rf"failed: soft,strength=0.1,seed=0: .*{said[kind]}", told)
-    assert re.search(r"Missing are 1 of 2 runs: 1 (failed|interrupted) \(", told)
-    assert "| untied | 1 |" in told
+    printed = capfd.readouterr().out
+    assert re.search(rf"failed: soft,strength=0.1,seed=0: .*{said[kind]}", printed)
+    assert re.search(r"Missing are 1 of 2 runs: 1 (failed|interrupted) \(", printed)
+    assert "| untied | 1 |" in printed
     (tmp_path / "armed").unlink()
     assert run("--out=out", jobs=1) == 0
     compare_one = Path("out", "soft,strength=0.1,seed=0")
@@ -273,14 +273,14 @@ def test_an_unusable_folder_stays_alone(tmp_path, capfd):
     Path("out").mkdir()
     Path("out", NAMES[1]).write_text("in the way")
     assert run("--out=out") == 1
-    told = capfd.readouterr().out
-    assert f"failed: {NAMES[1]}: FileExistsError" in told
-    assert "Missing are 1 of 3 runs" in told
+    printed = capfd.readouterr().out
+    assert f"failed: {NAMES[1]}: FileExistsError" in printed
+    assert "Missing are 1 of 3 runs" in printed
     Path("out", NAMES[1]).unlink()
     Path("out", NAMES[0], "metrics.csv").unlink()
     assert run("--out=out") == 1
-    told = capfd.readouterr().out
-    assert f"failed: {NAMES[0]}: out/{NAMES[0]} is complete, but lacks metrics.csv. Remove the run's folder" in told
+    printed = capfd.readouterr().out
+    assert f"failed: {NAMES[0]}: out/{NAMES[0]} is complete, but lacks metrics.csv. Remove the run's folder" in printed
     assert Path("out", NAMES[0], "result.json").exists()
 
 
@@ -288,10 +288,10 @@ def test_conflicting_definitions(undisturbed, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(CONFIG.replace("max_epochs: 3", "max_epochs: 4"))
     for command in (["run"], ["report"]):
         assert benchmarks.main([*command, "mine.yaml", f"--out={undisturbed}"]) == 2
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert (
             f"{undisturbed}/untied,seed=0 holds a run of another definition: trainer.max_epochs is 3 there and 4 here (and 2 more). Give another --out, or remove what is there"
-            in told
+            in printed
         )
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     assert run(f"--out={undisturbed}", f"--data={tmp_path}") == 2
@@ -358,8 +358,8 @@ def test_two_definitions_started_together_are_not_mixed(tmp_path):
         start("out", f"--trainer.max_epochs={epochs}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for epochs in (2, 3)
     ]
-    told = [runner.communicate()[0] for runner in runners]
-    assert any("holds a run of another definition" in text for text in told)
+    printed = [runner.communicate()[0] for runner in runners]
+    assert any("holds a run of another definition" in text for text in printed)
     assert sorted(runner.returncode for runner in runners)[1] in (1, 2)
 
 
@@ -367,9 +367,9 @@ def test_errors_of_any_length_are_told(tmp_path, capfd):
     (tmp_path / "tiny.yaml").write_text(CONFIG.replace("kind: raise", "kind: long"))
     (tmp_path / "armed").touch()
     assert run("--out=out", "--only=untied,*") == 1
-    told = capfd.readouterr().out
-    assert "RuntimeError: long long long" in told
-    assert len(told) < 5000
+    printed = capfd.readouterr().out
+    assert "RuntimeError: long long long" in printed
+    assert len(printed) < 5000
 
 
 def test_difference_by_hand():
@@ -379,7 +379,7 @@ def test_difference_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "printed"),
     [
         (["--model.lrr=1"], r"untied: .*lrr"),
         (["--trainer.callbacks.ties=[network.9.weight ~ network.5.weight]"], "untied: .*network.9.weight.*matches no"),
@@ -391,9 +391,9 @@ def test_difference_by_hand():
         (["--trainer.callbacks+=TQDMProgressBar"], "untied: .*enable_progress_bar"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_started(arguments, told, capsys):
+def test_mistakes_are_told_before_anything_is_started(arguments, printed, capsys):
     assert run("--out=out", *arguments) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(printed, capsys.readouterr().err)
     assert not Path("out").exists()
 
 
@@ -404,17 +404,17 @@ def test_nothing_to_report(capsys):
 
 def test_list(capsys):
     assert benchmarks.main(["list"]) == 0
-    told = capsys.readouterr().out
-    assert "soft: Untied against soft tying by each of its updates. 10 runs a seed; none done." in told
+    printed = capsys.readouterr().out
+    assert "soft: Untied against soft tying by each of its updates. 10 runs a seed; none done." in printed
 
 
 def test_the_report_of_a_run_covers_all_there_is(capsys):
     assert run("--out=out", "--only=untied,*", "--trainer.max_epochs=1", "--seeds=2") == 0
     assert run("--out=out", "--only=soft*0.1,*", "--trainer.max_epochs=1") == 0
-    told = capsys.readouterr().out.rpartition("| run")[2]
-    assert "| untied             | 2 |" in told
-    assert re.search(r"soft, strength=0.1 \| 1 \|.*[+-]\d\.\d{4} \|", told)
-    assert "All runs with --trainer.max_epochs=1." in told
+    printed = capsys.readouterr().out.rpartition("| run")[2]
+    assert "| untied             | 2 |" in printed
+    assert re.search(r"soft, strength=0.1 \| 1 \|.*[+-]\d\.\d{4} \|", printed)
+    assert "All runs with --trainer.max_epochs=1." in printed
     with Path("out", "mine.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3
 
@@ -424,9 +424,9 @@ def test_files_that_cannot_be_written(tmp_path, undisturbed, capsys):
         (undisturbed / f"mine.{kind}").unlink(missing_ok=True)
     (undisturbed / "mine.csv").mkdir()
     assert benchmarks.main(["report", "mine.yaml", f"--out={undisturbed}"]) == 0
-    told = capsys.readouterr()
-    assert "| untied" in told.out
-    assert "CSV and plot could not be written" in told.err
+    printed = capsys.readouterr()
+    assert "| untied" in printed.out
+    assert "CSV and plot could not be written" in printed.err
     (undisturbed / "mine.csv").rmdir()
 
 
@@ -438,9 +438,9 @@ def start(out, *arguments, **kwargs):
 
 def test_two_runners_share_the_work(undisturbed):
     runners = [start("out", stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [runner.communicate()[0] for runner in runners]
+    printed = [runner.communicate()[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0]
-    assert all("Missing" not in text for text in told)
+    assert all("Missing" not in text for text in printed)
     compare("out", undisturbed)
     assert [Folder(path).result()["attempts"] for path in Path("out").glob("*,seed=0")] == [1, 1, 1]
 

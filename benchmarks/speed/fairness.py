@@ -37,8 +37,8 @@ def raced(step: Step) -> float:
 def in_succession(step: Step, method: str, **limits: float) -> float:
     """Return the ratio of two measurements of a program by a method of torch's timer."""
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    one, other = (getattr(timer, method)(min_run_time=SECONDS, **limits).median for _ in range(2))
-    return float(one / other)
+    first, second = (getattr(timer, method)(min_run_time=SECONDS, **limits).median for _ in range(2))
+    return float(first / second)
 
 
 def measure() -> str:

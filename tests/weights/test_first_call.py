@@ -53,5 +53,22 @@ def test_the_check_sees_the_module_before_its_first_pass_only():
         assert [layer] == CALLED
 
 
+@pytest.mark.usefixtures("_distributed")
+def test_a_module_has_every_check():
+    layer, called = nn.Linear(2, 2), []
+
+    def first(module):
+        called.append("first")
+
+    def second(module):
+        called.append("second")
+
+    check_at_first_call(layer, first)
+    check_at_first_call(layer, second)
+    for _ in range(2):
+        layer(torch.ones(2))
+    assert called == ["first", "second"]
+
+
 def test_one_process_checks_nothing():
     assert hooks(model()) == 0

@@ -540,7 +540,7 @@ class LinkList(ParametrizationList):
     @override
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "original":  # its source has the same parameter
+        if name == "original" and is_sharded(value):  # its source has the same parameter
             load_elsewhere(self, name)
 
     @override
@@ -628,7 +628,8 @@ def effective_weight(derived: DerivedWeight) -> Any:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of stored parameter values, and of the values that the forward pass uses.
 
-    The second number counts a shared weight once per use, and all entries of a derived weight.
+    The second number counts a shared weight once per use, and all entries of a derived weight. If the parameters of a
+    derived weight are sharded, every process must call this.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))

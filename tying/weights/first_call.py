@@ -12,11 +12,12 @@ from tying.weights.sharding import is_distributed
 
 def check_at_first_call(module: nn.Module, check: Callable[[nn.Module], None]) -> None:
     """Call ``check(module)`` before the module's next forward pass, once, if there are several processes."""
-    if is_distributed() and "_first_call" not in vars(module):
-        vars(module)["_first_call"] = module.register_forward_pre_hook(partial(_check, check))
+    name = f"_first_call_{check.__name__}"
+    if is_distributed() and name not in vars(module):
+        vars(module)[name] = module.register_forward_pre_hook(partial(_check, check, name))
 
 
-def _check(check: Callable[[nn.Module], None], module: nn.Module, inputs: Any) -> None:
+def _check(check: Callable[[nn.Module], None], name: str, module: nn.Module, inputs: Any) -> None:
     if not torch.compiler.is_compiling():
-        vars(module).pop("_first_call").remove()
+        vars(module).pop(name).remove()
         check(module)

@@ -18,10 +18,9 @@ def shard_groups(model: nn.Module, units: Sequence[nn.Module | str]) -> list[lis
     """Return lists of modules that one ``fully_shard`` call each must take together.
 
     FSDP2 refuses parameters that modules of different calls share: call ``fully_shard(modules)`` for each list, then
-    ``fully_shard(model)``. Units that share parameters, directly or through
-    others, become one list. A module outside of all units that shares a parameter with a unit joins the unit's list. A
-    unit that shares a parameter with the model's direct attributes is in no list: the call for the whole model
-    shards it.
+    ``fully_shard(model)``. Units that share parameters, directly or through others, become one list. A module outside
+    of all units that shares a parameter with a unit joins the unit's list. A unit that shares a parameter with the
+    model's direct attributes is in no list: the call for the whole model shards it.
 
     Args:
         model: the tied or computed model, before it is sharded; it is not changed.
