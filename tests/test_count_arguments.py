@@ -84,6 +84,7 @@ COUNTS = {
     "steps, of a callback": lambda model, count: RecurrentDepth("*", steps=count),
     "steps": lambda model, count: advise(model, [torch.ones(2, 4)], 0.5, steps=count, progress=False),
     "every entry of extra": lambda model, count: Unrolling([0, count]),
+    "every entry of train_extra": lambda model, count: Unrolling([0], train_extra=[count]),
     "count": lambda model, count: keep_schedule(1.0, 0.5, count),
     "samples": lambda model, count: sampled(Residual(model, merge=Swapout(0.5, 0.5)), torch.ones(2, 4), count),
     "columns, of a block": lambda model, count: FractalBlock(count, nn.Linear, 4, 4),

@@ -107,7 +107,7 @@ COMMON = {
     "modules that are sharded together": "shard_groups",
     "plain weights again, packed or not": "bake load_plain save_packed load_packed remove_merge",
 }
-PLAIN = {"bf16", "mnist", "pretraining", "transformer", "vit"}  # configurations that say what others need
+PLAIN = {"bf16", "mnist", "pretraining", "transformer", "vit", "whitened"}  # configurations that say what others need
 BUILT = "a network is built of these layers; no callback can put them into another"
 HOLES = {
     ("hard ties", "module"): "tied weights are one parameter, and a relation is a parametrization that `tie` makes",

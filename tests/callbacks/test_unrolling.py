@@ -52,9 +52,64 @@ def test_steps_are_those_of_training_afterwards():
 def test_mistakes():
     with pytest.raises(ConfigurationError, match="extra must be a list of numbers of steps"):
         Unrolling([])
+    with pytest.raises(ConfigurationError, match=r"every entry of train_extra must be an integer, not 0\.5"):
+        Unrolling([1], train_extra=[0.5])
     plain = Classifier(MLP([5, 2]), num_classes=2)
     with pytest.raises(ConfigurationError, match=r"Unrolling: the model has no tying\.depth\.Recurrent"):
         train(plain, [Unrolling([1])], data=loader(), max_epochs=1).test(plain, loader())
+    with pytest.raises(ConfigurationError, match=r"Unrolling: the model has no tying\.depth\.Recurrent"):
+        train(plain.train(), [Unrolling([1], train_extra=[1])], data=loader(), max_epochs=1)
+
+
+class Counting(Classifier):
+    """A classifier that notes how many steps each stage makes."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.steps = {"train": [], "val": []}
+
+    def step(self, stage, batch, batch_idx):
+        self.steps[stage].append(self.network[0].steps)
+        if len(self.steps["train"]) == 20:
+            raise KeyError("stop")
+        return super().step(stage, batch, batch_idx)
+
+
+def test_numbers_of_steps_in_training_are_drawn_for_each_batch():
+    net = Counting(model().network, num_classes=2)
+    expected = []
+
+    class Drawing(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            with torch.random.fork_rng():
+                expected.append(2 + (-1, 0, 3)[int(3 * torch.rand((), dtype=torch.float64))])
+
+    data = DataLoader(loader().dataset, batch_size=16)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=4, callbacks=[Drawing(), Unrolling([0], train_extra=[-1, 0, 3])], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(net, data, data)
+    assert net.steps == {"train": expected, "val": [2] * 16}
+    assert {*expected} == {1, 2, 5}
+    trainer.fit_loop.max_epochs = 8
+    with pytest.raises(KeyError, match="stop"):
+        trainer.fit(net, data, data)
+    assert net.network[0].steps == 2
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_random_passes_come_after_those_that_looping_sets():
+    def train_with(*callbacks):
+        blocks = [Residual(nn.Linear(5, 5)) for _ in range(3)]
+        net = Classifier(nn.Sequential(*blocks, MLP([5, 2])), num_classes=2)
+        train(net, callbacks, data=loader(), max_epochs=2)
+        return loops_in(net)[0].passes
+
+    looping = Looping("network.[12]", passes=2)
+    assert train_with(looping, Unrolling([1], train_extra=[1])) == 2
+    with pytest.raises(ConfigurationError, match="train_extra adds to the passes that Looping sets: list it after"):
+        train_with(Unrolling([1], train_extra=[1]), looping)
 
 
 def evaluate(model, data, extra=(-1, 0, 2)):

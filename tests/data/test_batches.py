@@ -37,6 +37,32 @@ def test_augment_equals_the_loop():
     assert torch.equal(got[5], x[5].flip(1))
 
 
+def test_reflected_crops_are_those_of_torch():
+    x = images(25)
+    offsets = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    flips = torch.arange(25) % 2 == 0
+    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2).float(), (2, 2, 2, 2), "reflect").byte().permute(0, 2, 3, 1)
+    got = augment(x, offsets, flips, pad=2, border="reflect")
+    for image, (top, left), flip, crop in zip(padded, offsets.tolist(), flips, got, strict=True):
+        cut = image[top : top + 8, left : left + 8]
+        assert torch.equal(crop, cut.flip(1) if flip else cut)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_alternating_flips_mirror_every_image_in_one_of_two_epochs(seed):
+    shuffled = loader(alternate=True, seed=seed)
+    flipped = []
+    for epoch in range(4):
+        shuffled.set_epoch(epoch)
+        batches = [*shuffled]
+        order = torch.cat([batch.labels for batch in batches]).argsort()
+        flipped.append(torch.cat([batch.flips for batch in batches])[order])
+    assert torch.equal(flipped[0], ~flipped[1])
+    assert torch.equal(flipped[0], flipped[2])
+    assert 10 < flipped[0].sum() < 30
+    assert not any(batch.flips.any() for batch in loader(alternate=True, flip=False))
+
+
 def test_normalize_by_hand():
     x = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3)
     got = normalize(x, torch.tensor([0.5, 0.5, 0.2]), torch.tensor([0.5, 0.25, 0.1]))

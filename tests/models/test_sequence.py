@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from toys import same, train
 
@@ -171,6 +172,21 @@ def test_the_scale_of_the_embedding():
     assert torch.equal(scaled.head.weight, plain.head.weight)
 
 
+@pytest.mark.parametrize("task", ["classification", "language"])
+def test_dropout_is_on_the_inputs_and_the_outputs_of_the_network(task):
+    model = SequenceModel(nn.LSTM(4, 4), size=4, num_classes=8, task=task, dropout=0.5)
+    x = torch.randint(8, (3, 5)) if task == "language" else torch.randn(3, 5, 4)
+    torch.manual_seed(3)
+    logits = model(x)
+    torch.manual_seed(3)
+    steps = model.embedding(x.t()) if task == "language" else x.transpose(0, 1)
+    outputs, _ = model.network(F.dropout(steps, 0.5))
+    assert torch.equal(logits, model.head(F.dropout(outputs.transpose(0, 1) if task == "language" else outputs[-1])))
+    plain = SequenceModel(nn.LSTM(4, 4), size=4, num_classes=8, task=task)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(x), plain(x))
+
+
 def test_slopes_of_a_multiscale_network(path):
     model = language("multiscale")
     train(model, [SlopeAnnealing(rate=1.0)], data=text(path), max_epochs=2, limit_train_batches=2, limit_val_batches=1)
@@ -183,6 +199,7 @@ def test_mistakes():
         ({"embedding": 3}, "needs task='language'"),
         ({"embedding": 0, "task": "language"}, "embedding must be 1 or more, not 0"),
         ({"embedding_std": -1}, "embedding_std must be 0 or more, not -1"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1\.0"),
         ({"test_samples": 2}, "tests by one pass"),
         ({"network": nn.LSTM(1, 4, batch_first=True)}, "make it with batch_first=False"),
         ({"network": nn.LSTM(1, 4, bidirectional=True), "task": "language"}, "use one direction"),

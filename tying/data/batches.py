@@ -7,7 +7,7 @@ of processes.
 import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tying.data.resuming import ResumableLoader
 from tying.errors import check_counts
+
+Border = Literal["black", "reflect"]
 
 
 class RawBatch(NamedTuple):
@@ -33,29 +35,40 @@ class RawBatch(NamedTuple):
     flips: Tensor | None = None
 
 
-def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int) -> Tensor:
-    """Crop each image from its copy with ``pad`` black pixels on every side, and mirror some of the crops.
+def augment(images: Tensor, offsets: Tensor, flips: Tensor, pad: int, border: Border = "black") -> Tensor:
+    """Crop each image from its copy with ``pad`` more pixels on every side, and mirror some of the crops.
 
     Args:
         images: (batch, height, width, channels), any dtype.
         offsets: (batch, 2) integers from 0 to 2·pad: top and left of the crop; ``pad`` leaves the image in place.
         flips: (batch,) bool: mirror left to right.
         pad: pixels added on every side.
+        border: the added pixels: ``"black"``; ``"reflect"``, the image mirrored at its outermost pixels.
 
     Example:
         >>> image = torch.tensor([1, 2, 3, 4]).view(1, 2, 2, 1)
         >>> augment(image, torch.tensor([[1, 0]]), torch.tensor([True]), pad=1).flatten()
         tensor([1, 0, 3, 0])
+        >>> augment(image, torch.tensor([[1, 0]]), torch.tensor([True]), pad=1, border="reflect").flatten()
+        tensor([1, 2, 3, 4])
     """
     count, height, width, channels = images.shape
     across = torch.arange(width, device=images.device)
     rows = offsets[:, :1] + torch.arange(height, device=images.device)
     columns = offsets[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
-    samples = torch.arange(count, device=images.device)[:, None, None] * (height + 2 * pad)
+    if border == "reflect":
+        padded, rows, columns = images, _reflected(rows - pad, height), _reflected(columns - pad, width)
+    else:
+        padded = nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
+    samples = torch.arange(count, device=images.device)[:, None, None] * padded.shape[1]
     # indices into the flattened padded batch: index_select is faster than advanced indexing
-    pixels = (samples + rows[:, :, None]) * (width + 2 * pad) + columns[:, None, :]
-    padded = nn.functional.pad(images, (0, 0, pad, pad, pad, pad))
+    pixels = (samples + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]
     return padded.view(-1, channels).index_select(0, pixels.flatten()).view(images.shape)
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Return places from −(size − 1) to 2 (size − 1) mirrored at the first and the last of ``size`` pixels."""
+    return (size - 1) - (size - 1 - places.abs()).abs()
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -95,6 +108,8 @@ class BatchLoader(ResumableLoader):
         same: repeat the order and the augmentation of the first epoch in every epoch.
         rank: rank of this process.
         world: number of processes.
+        alternate: with ``flip``: mirror a random half of the images in one epoch, and the other half in the next
+            (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds on a single GPU, 2024).
 
     Attributes:
         dataset: the labels, from which Lightning gets the number of samples.
@@ -117,6 +132,7 @@ class BatchLoader(ResumableLoader):
     same: bool = False
     rank: int = 0
     world: int = 1
+    alternate: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -140,9 +156,15 @@ class BatchLoader(ResumableLoader):
             if self.augment and self.train:
                 generator = _generator(*key, number)  # all processes draw for the joint batch, and take their part
                 offsets = torch.randint(2 * self.pad + 1, (len(chosen), 2), generator=generator)
-                flips = torch.rand(len(chosen), generator=generator) < (0.5 if self.flip else 0.0)
+                flips = self._flips(chosen, key[1], generator)
                 batch = batch._replace(offsets=offsets[part], flips=flips[part])
             yield batch
+
+    def _flips(self, chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
+        if self.flip and self.alternate:
+            first = torch.rand(len(self.labels), generator=_generator(self.seed)) < 0.5
+            return first[chosen] ^ bool(epoch % 2)
+        return torch.rand(len(chosen), generator=generator) < (0.5 if self.flip else 0.0)
 
 
 def _generator(*key: int) -> torch.Generator:

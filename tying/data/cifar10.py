@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.data.batches import Border
 from tying.data.folders import PACKED, Split, find_splits, load_folder
 from tying.data.images import Images, draw_balanced, spread_evenly
 from tying.data.sample import CLASSES, load_sample
-from tying.errors import ConfigurationError, check_choice, check_counts
+from tying.errors import ConfigurationError, check_choice, check_count, check_counts
 from tying.extras import extra
 from tying.lightning_namespace import pl
 
@@ -32,11 +33,15 @@ class CIFAR10(Images):
         batch_size: samples in a batch, per process.
         validation: fraction of the training images to hold out; see :class:`tying.data.images.Images` for details.
         labelled: number of labels to keep.
-        augment: apply random crops (by up to 4 pixels) and flips in training.
+        augment: apply random crops (by up to ``pad`` pixels) and flips in training.
         seed: seed of the order and the augmentation.
         download: download the official archive if it is missing.
         classes: use only images of these classes.
         label_seed: seed of the draw of the labels to keep.
+        pad: the largest shift of a random crop, in pixels.
+        border: the pixels beyond an image's sides: ``"black"``; ``"reflect"``, the image mirrored.
+        alternate: mirror half of the images in one epoch, and the other half in the next, instead of each with
+            probability 0.5 (K. Jordan, 94 % on CIFAR-10 in 3.29 seconds on a single GPU, 2024).
 
     Raises:
         ConfigurationError: an argument is out of range; in ``prepare_data``, the data is missing or broken.
@@ -52,7 +57,6 @@ class CIFAR10(Images):
 
     mean = torch.tensor([0.4914, 0.4822, 0.4465])
     std = torch.tensor([0.2470, 0.2435, 0.2616])
-    pad = 4
     flip = True
 
     def __init__(
@@ -67,8 +71,14 @@ class CIFAR10(Images):
         download: bool = False,
         classes: list[int] | None = None,
         label_seed: int = 0,
+        pad: int = 4,
+        border: Border = "black",
+        alternate: bool = False,
     ) -> None:
         super().__init__(batch_size, validation, labelled, augment, seed, classes, label_seed)
+        check_choice("border", border, get_args(Border))
+        check_count("pad", pad, "[0, 31]")
+        self.pad, self.border, self.alternate = pad, border, alternate
         check_choice("source", source, get_args(Source))
         if root is None and (download or source in ("archive", "folder")):
             reason = "download" if download else f"source={source!r}"

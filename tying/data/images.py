@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tying.data.batches import BatchLoader, RawBatch, augment, normalize
+from tying.data.batches import BatchLoader, Border, RawBatch, augment, normalize
 from tying.data.folders import Split
 from tying.data.resuming import ResumableData
 from tying.errors import ConfigurationError, check_count, check_range, listed
@@ -36,7 +36,9 @@ class Images(ResumableData):
         mean: mean of each channel, for pixels scaled to [0, 1]; (channels,).
         std: standard deviation of each channel, for pixels scaled to [0, 1]; (channels,).
         pad: the largest shift of a random crop, in pixels.
+        border: the pixels beyond an image's sides, see :func:`tying.data.batches.augment`.
         flip: whether to mirror images at random.
+        alternate: whether to mirror half of them in one epoch, and the other half in the next.
         description: the source of the images, for the log.
         parts: names of the splits that each training batch combines, if :meth:`divide` returns them.
 
@@ -48,6 +50,8 @@ class Images(ResumableData):
     std: Tensor
     pad: int
     flip: bool
+    border: Border = "black"
+    alternate: bool = False
     description: str
     parts = ("labelled", "unlabelled")
 
@@ -147,6 +151,7 @@ class Images(ResumableData):
             augment=self.augment,
             pad=self.pad,
             flip=self.flip,
+            alternate=self.alternate,
             seed=self.seed,
             same=bool(getattr(self.trainer, "overfit_batches", 0)),
             rank=rank,
@@ -161,7 +166,7 @@ class Images(ResumableData):
             return batch
         images, labels, offsets, flips = batch
         if offsets is not None and flips is not None:
-            images = augment(images, offsets, flips, self.pad)
+            images = augment(images, offsets, flips, self.pad, self.border)
         images = normalize(images, self.mean, self.std)
         if self.trainer:  # Lightning's conversion to its precision skipped the images, which were integers
             images = self.trainer.precision_plugin.convert_input(images)

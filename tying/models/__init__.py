@@ -10,6 +10,7 @@ from tying.models.networks import GRU, MLP, sequential
 from tying.models.resnet import ResNet
 from tying.models.sequence import HMNetwork, SequenceModel
 from tying.models.transformer import Transformer
+from tying.models.whitened import WhitenedClassifier, WhitenedConvNet
 
 __all__ = [
     "GRU",
@@ -25,5 +26,7 @@ __all__ = [
     "ResNet",
     "SequenceModel",
     "Transformer",
+    "WhitenedClassifier",
+    "WhitenedConvNet",
     "sequential",
 ]

@@ -61,9 +61,9 @@ class Classification(SingleStep):
         lr: peak learning rate.
         momentum: momentum of SGD.
         weight_decay: weight decay of either optimizer, for all parameters but the coefficients of template mixtures.
-        schedule: learning rate after the warm-up. ``"cosine"``: half a cosine down to 0; ``"step"``: divide by 10 at
-            each of ``drops``; ``"constant"``. ``"plateau"`` has no warm-up: divide by 10 after four epochs without a
-            better training accuracy.
+        schedule: learning rate after the warm-up. ``"cosine"``: half a cosine down to 0; ``"linear"``: a line down to
+            0; ``"step"``: divide by 10 at each of ``drops``; ``"constant"``. ``"plateau"`` has no warm-up: divide by
+            10 after four epochs without a better training accuracy.
         warmup: fraction of all steps over which the learning rate rises linearly from 0.
         drops: fractions of all steps, for ``schedule="step"``.
         label_smoothing: label smoothing of the cross entropy in training.
@@ -89,7 +89,7 @@ class Classification(SingleStep):
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        schedule: Literal["cosine", "step", "constant", "plateau"] = "cosine",
+        schedule: Literal["cosine", "linear", "step", "constant", "plateau"] = "cosine",
         warmup: float = 0.05,
         drops: Sequence[float] = (0.5, 0.75),
         label_smoothing: float = 0.0,
@@ -101,7 +101,7 @@ class Classification(SingleStep):
         drops = list(drops)
         self.save_hyperparameters(ignore=["network", "encoder", "head", "decoder", "pretrained", "fresh"])
         check_choice("optimizer", optimizer, ("sgd", "adamw"))
-        check_choice("schedule", schedule, ("cosine", "step", "constant", "plateau"))
+        check_choice("schedule", schedule, ("cosine", "linear", "step", "constant", "plateau"))
         check_counts(num_classes=num_classes, test_samples=test_samples)
         for name, interval in RANGES.items():
             check_range(name, self.hparams[name], interval)
@@ -172,10 +172,14 @@ class Classification(SingleStep):
         samples = self.hparams["test_samples"]
         return sampled(self, x, samples) if samples > 1 else cast(Tensor, self(x).softmax(dim=-1))
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups."""
+        return decay_groups(self, self.hparams["weight_decay"])
+
     @override
     def configure_optimizers(self) -> pl.utilities.types.OptimizerLRScheduler:
         hparams = self.hparams
-        lr, momentum, groups = hparams["lr"], hparams["momentum"], decay_groups(self, hparams["weight_decay"])
+        lr, momentum, groups = hparams["lr"], hparams["momentum"], self.parameter_groups()
         optimizer = (
             torch.optim.SGD(groups, lr, momentum, nesterov=hparams["nesterov"] and momentum > 0)
             if hparams["optimizer"] == "sgd"
@@ -246,6 +250,9 @@ def learning_rate_factor(step: int, total: int, warmup: float, schedule: str, dr
     rising = round(warmup * total)
     if step < rising:
         return (step + 1) / rising
+    falling = min((step - rising) / max(1, total - rising), 1.0)
     if schedule == "cosine":
-        return (1 + math.cos(math.pi * min((step - rising) / max(1, total - rising), 1.0))) / 2
+        return (1 + math.cos(math.pi * falling)) / 2
+    if schedule == "linear":
+        return 1 - falling
     return 0.1 ** sum(step >= drop * total for drop in drops) if schedule == "step" else 1.0

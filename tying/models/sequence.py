@@ -34,6 +34,8 @@ class SequenceModel(Classification):
         task: ``"classification"``: classify the last output; ``"language"``: predict the next character at each output.
         embedding: size of the embedding of characters, for ``"language"``; default: ``size``.
         embedding_std: standard deviation of the embedding's initial values; GPT-2's is 0.02.
+        dropout: probability of zeroing a feature of the network's inputs, and of its outputs, in training (W. Zaremba,
+            I. Sutskever and O. Vinyals, Recurrent neural network regularization, 2014).
         options: further arguments of :class:`tying.models.classifier.Classification`; for ``"language"``,
             ``num_classes`` is the size of the vocabulary.
 
@@ -41,10 +43,10 @@ class SequenceModel(Classification):
     characters (batch, steps) and of the characters that follow them, int64.
 
     Raises:
-        ConfigurationError: the task is unknown, an embedding is given for classification, ``embedding_std`` is
-            negative, the network has ``batch_first``, the network is bidirectional for ``"language"``, or
-            ``test_samples`` is above 1; in use, outputs have another size, or the vocabulary is larger than
-            ``num_classes``.
+        ConfigurationError: the task is unknown, an embedding is given for classification, ``embedding_std`` or
+            ``dropout`` is out of range, the network has ``batch_first``, the network is bidirectional for
+            ``"language"``, or ``test_samples`` is above 1; in use, outputs have another size, or the vocabulary is
+            larger than ``num_classes``.
 
     Example:
         >>> model = SequenceModel(nn.LSTM(16, 16), size=16, task="language", num_classes=50)
@@ -61,6 +63,7 @@ class SequenceModel(Classification):
         task: Task = "classification",
         embedding: int | None = None,
         embedding_std: float = 1.0,
+        dropout: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -69,6 +72,7 @@ class SequenceModel(Classification):
         if embedding is not None and task != "language":
             raise ConfigurationError("an embedding of characters needs task='language'")
         check_range("embedding_std", embedding_std, "[0, inf)")
+        check_range("dropout", dropout, "[0, 1)")
         if getattr(network, "batch_first", False):
             raise ConfigurationError("the network must take (steps, batch, features): make it with batch_first=False")
         if task == "language" and getattr(network, "bidirectional", False):
@@ -82,6 +86,7 @@ class SequenceModel(Classification):
             for weight in self.embedding.parameters():
                 weight.mul_(embedding_std)
         self.network = network
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(size, classes)
         self._carried: dict[str, Any] = {}  # states by stage
         self._restored: list[list[Tensor]] = []  # of each process, from a checkpoint
@@ -89,7 +94,7 @@ class SequenceModel(Classification):
     def run(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Return the logits and the state after the last step."""
         steps = self.embedding(x.t()) if self.task == "language" else x.transpose(0, 1)
-        result = self.network(steps, *([] if state is None else [state]))
+        result = self.network(self.dropout(steps), *([] if state is None else [state]))
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigurationError(
                 f"{type(self.network).__name__} must return a pair of outputs and a state, as nn.LSTM does: set "
@@ -98,7 +103,8 @@ class SequenceModel(Classification):
         outputs, state = result
         if outputs.shape[-1] != self.head.in_features:
             raise ConfigurationError(f"size={self.head.in_features}, and the network's outputs are {outputs.shape[-1]}")
-        return self.head(outputs.transpose(0, 1) if self.task == "language" else outputs[-1]), state
+        outputs = self.dropout(outputs.transpose(0, 1) if self.task == "language" else outputs[-1])
+        return self.head(outputs), state
 
     @override
     def logits(self, x: Tensor) -> Tensor:

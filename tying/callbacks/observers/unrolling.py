@@ -1,8 +1,8 @@
-"""Test recurrent blocks and loops with more or fewer steps than in training."""
+"""Test recurrent blocks and loops with more or fewer steps than in training, or train them with random numbers."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,14 @@ from typing_extensions import override
 
 from tying.callbacks.base import Callback
 from tying.callbacks.figures import log_figure
+from tying.callbacks.looping import Looping
 from tying.depth import Recurrent
+from tying.depth.draws import agreed_rand
 from tying.depth.loop import loops_in
 from tying.errors import ConfigurationError, check_count
 from tying.figures import legend_below, new_figure
 from tying.lightning_namespace import pl
+from tying.lightning_workarounds import callbacks_of
 from tying.weights.calibration import call
 
 if TYPE_CHECKING:
@@ -38,29 +41,56 @@ class Unrolling(Callback):
     Args:
         extra: numbers of steps to add to each :class:`tying.depth.Recurrent`, and of passes to each loop of
             :func:`tying.depth.loop`; negative numbers remove steps, and at least one step remains.
+        train_extra: numbers of steps to add in training: each batch gets one of them, with equal probabilities, the
+            same in all processes; default: none. Validation and plain tests have the model's number of steps.
 
     Raises:
-        ConfigurationError: ``extra`` is empty; or the model has no recurrent block and no loop, or returns neither a
-            loss nor logits that fit the labels.
+        ConfigurationError: ``extra`` or ``train_extra`` is empty; in use, the model has no recurrent block and no loop,
+            or returns neither a loss nor logits that fit the labels; with ``train_extra``, a Looping follows, which
+            would set the number of passes.
 
     Example:
         >>> Unrolling(extra=[-1, 0, 1, 2]).extra
         [-1, 0, 1, 2]
     """
 
-    def __init__(self, extra: list[int]) -> None:
-        if not isinstance(extra, Sequence) or not extra:
-            raise ConfigurationError(f"extra must be a list of numbers of steps, such as [-1, 0, 1, 2], not {extra!r}")
-        for steps in extra:
-            check_count("every entry of extra", steps, "(-inf, inf)")
-        self.extra = [*extra]
+    def __init__(self, extra: list[int], train_extra: list[int] | None = None) -> None:
+        self.extra = _checked("extra", extra)
+        self.train_extra = None if train_extra is None else _checked("train_extra", train_extra)
+        self._steps_in_training = ExitStack()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.train_extra is None:
+            return
+        _check_has_steps(pl_module)
+        callbacks = callbacks_of(trainer)
+        if any(isinstance(later, Looping) for later in callbacks[callbacks.index(self) :]):
+            raise ConfigurationError(
+                "Unrolling: train_extra adds to the passes that Looping sets: list it after Looping"
+            )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.train_extra is not None:
+            extra = self.train_extra[int(agreed_rand() * len(self.train_extra))]
+            self._steps_in_training.enter_context(_unrolled(pl_module, extra))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps_in_training.close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._steps_in_training.close()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _recurrents(pl_module) and not loops_in(pl_module):
-            raise ConfigurationError(
-                "Unrolling: the model has no tying.depth.Recurrent and no loop: RecurrentDepth or Looping makes them"
-            )
+        _check_has_steps(pl_module)
         self._metric = ""
         self._scores: dict[int, list[Tensor]] = {extra: [] for extra in self.extra}
 
@@ -143,6 +173,22 @@ def score(model: nn.Module, batch: Any) -> tuple[str, Tensor, int]:
     entropy = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
     is_language = getattr(model, "task", None) == "language"
     return "bits" if is_language else "loss", entropy / (math.log(2) if is_language else 1), labels.numel()
+
+
+def _checked(name: str, extra: list[int]) -> list[int]:
+    """Return a copy of a list of numbers of steps, after checking it."""
+    if not isinstance(extra, Sequence) or not extra:
+        raise ConfigurationError(f"{name} must be a list of numbers of steps, such as [-1, 0, 1, 2], not {extra!r}")
+    for steps in extra:
+        check_count(f"every entry of {name}", steps, "(-inf, inf)")
+    return [*extra]
+
+
+def _check_has_steps(model: nn.Module) -> None:
+    if not _recurrents(model) and not loops_in(model):
+        raise ConfigurationError(
+            "Unrolling: the model has no tying.depth.Recurrent and no loop: RecurrentDepth or Looping makes them"
+        )
 
 
 def _described(value: Any) -> str:
