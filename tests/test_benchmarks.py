@@ -1,4 +1,5 @@
 import re
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
@@ -116,16 +117,20 @@ def test_speed_of_hard_ties(monkeypatch, capsys):
     assert "| 8 linear layers of 1024, plain  |   96.1 | 12.1 | 0.8741 | " in out
     assert "linear layers of 64 that share a weight up to a residual of rank 8, over separate layers:" in out
     assert "| 4 layers | " in out
+    assert "| rank 32 of 64×64 | " in out
 
 
 def test_speed_of_hashing(monkeypatch, capsys):
     monkeypatch.setattr(speed_hashing, "PAIRS", 3)
     monkeypatch.setattr(speed_hashing, "LINEAR", {(40, 20): (4,)})
     monkeypatch.setattr(speed_hashing, "CONVOLUTIONS", [(2, 3, 2, 6, 2)])
+    monkeypatch.setattr(speed_hashing, "ROWS", 1000)
     assert benchmarks.main(["speed", "hashing"]) == 0
     out = capsys.readouterr().out
     assert "| 40×20, 4                      |           uniform, ratio 0.1, stored | " in out
     assert "| uniform, ratio 0.1, computed |                     0.1000 | " in out
+    assert "| embedding of 1,000×64         |              blocks of 32, ratio 0.1 | " in out
+    assert ("uniform, ratio 0.1, stored, compiled | " in out) == bool(find_spec("numba"))
 
 
 def test_speed_on_two_processes(monkeypatch, capsys):

@@ -14,13 +14,14 @@ from typing_extensions import override
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
 from benchmarks.speed.timing import Step, paired, passes
-from tying.hard import LowRankResidual, relax, tie
+from tying.hard import LowRankResidual, lower_rank, relax, tie
 from tying.models import Autoencoder
 
 SIZES = (3072, 1024, 256)
 BATCH = 128
 PAIRS, ROUNDS = 400, 10
 RELAXED_WIDTH, RANK = 2000, 8
+LOW_RANK = 32
 
 
 class ByHand(nn.Module):
@@ -66,6 +67,14 @@ def relaxed(layers: int) -> tuple[Step, Step]:
     ours, dense = (nn.Sequential(*(nn.Linear(RELAXED_WIDTH, RELAXED_WIDTH) for _ in range(layers))) for _ in range(2))
     relax(ours, ["*.weight"], LowRankResidual(RANK), init="source")
     x = torch.randn(BATCH, RELAXED_WIDTH)
+    return passes(ours, x), passes(dense, x)
+
+
+def of_low_rank() -> tuple[Step, Step]:
+    """Return passes of a layer with a weight of low rank, and of a dense one."""
+    ours, dense = (nn.Linear(RELAXED_WIDTH, RELAXED_WIDTH) for _ in range(2))
+    lower_rank(ours, ["weight"], LOW_RANK)
+    x = torch.randn(BATCH, RELAXED_WIDTH, requires_grad=True)
     return passes(ours, x), passes(dense, x)
 
 
@@ -123,3 +132,6 @@ def measure() -> Iterator[str]:
         f"residual of rank {RANK}, over separate layers:"
     )
     yield table(["network", "ms separate", *heading], paired(separate, ROUNDS, PAIRS // ROUNDS))
+    yield f"Forward and backward pass (batch {BATCH}) of a layer of low rank over those of a dense one:"
+    low_rank = {f"rank {LOW_RANK} of {RELAXED_WIDTH}×{RELAXED_WIDTH}": of_low_rank}
+    yield table(["layer", "ms dense", *heading], paired(low_rank, ROUNDS, PAIRS // ROUNDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -13,11 +14,12 @@ from typing_extensions import override
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
 from benchmarks.speed.timing import Step, paired, passes
-from tying.hashing import BlockHash, HashedConv2d, HashedLinear, ModulusHash
+from tying.hashing import BlockHash, HashedConv2d, HashedEmbedding, HashedLinear, ModulusHash, gather
 from tying.hashing.codebook import put_codebook
 
 ROUNDS, PAIRS = 4, 15
 LINEAR = {(2000, 2000): (128, 512), (3072, 2000): (128,)}
+ROWS, WIDTH, LOOKED_UP = 1_000_000, 64, 4096  # of an embedding
 # ResNet-20's convolutions: channels in, channels out, stride, size of the image, how many of them
 CONVOLUTIONS = [(16, 16, 1, 32, 6), (16, 32, 2, 32, 1), (32, 32, 1, 16, 5), (32, 64, 2, 16, 1), (64, 64, 1, 8, 5)]
 
@@ -45,6 +47,18 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
     return layer
 
 
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Let hashed layers use no compiled loops."""
+    find, gather.find_spec = gather.find_spec, lambda name: None
+    gather.compiled_loops.cache_clear()
+    try:
+        yield
+    finally:
+        gather.find_spec = find
+        gather.compiled_loops.cache_clear()
+
+
 def linear() -> list[list[str]]:
     """Return the rows of linear layers."""
     rows = []
@@ -56,7 +70,7 @@ def linear() -> list[list[str]]:
             "uniform, ratio 0.01, stored": partial(hashed, table_ratio=0.01, index="stored"),
             "uniform, ratio 0.5, stored": partial(hashed, table_ratio=0.5, index="stored"),
             "uniform with sign, ratio 0.1, stored": partial(hashed, table_ratio=0.1, sign=True),
-            "blocks of 32, ratio 0.1, computed": partial(hashed, table_ratio=0.1, hash=BlockHash(), index="computed"),
+            "blocks of 32, ratio 0.1": partial(hashed, table_ratio=0.1, hash=BlockHash()),
             "modulus, ratio 0.1": partial(hashed, table_ratio=0.1, hash=ModulusHash()),
             "modulus, ratio 0.01": partial(hashed, table_ratio=0.01, hash=ModulusHash()),
             "plain, a hundredth of the outputs": partial(nn.Linear, inputs, max(1, outputs // 100)),
@@ -92,6 +106,20 @@ def convolutions() -> list[list[str]]:
     return [["ResNet-20's convolutions, 128", *row] for row in paired(made, ROUNDS, PAIRS)]
 
 
+def embedding() -> list[list[str]]:
+    """Return the row of an embedding of blocks, over a plain one with as many parameters as its table."""
+    rows = torch.randint(ROWS, (LOOKED_UP,))
+
+    def made() -> tuple[Step, Step]:
+        hashed = HashedEmbedding(ROWS, WIDTH, table_ratio=0.1, hash=BlockHash())
+        plain, fewer = nn.Embedding(ROWS // 10, WIDTH), rows % (ROWS // 10)
+        return passes(hashed, rows), passes(plain, fewer)
+
+    return [
+        [f"embedding of {ROWS:,}×{WIDTH}", *row] for row in paired({"blocks of 32, ratio 0.1": made}, ROUNDS, PAIRS)
+    ]
+
+
 def memory() -> list[list[str]]:
     """Return bytes that layers hold after a step of AdamW, measured, over those of the dense layer."""
     rows = []
@@ -118,8 +146,14 @@ def measure() -> Iterator[str]:
     heading = ["layer, batch", "hash", "ms dense", "ratio to dense", "95 % interval"]
     yield (
         f"Forward and backward of a hashed layer over those of the dense layer of its shape; {ROUNDS * PAIRS} pairs, "
-        f"side by side, in {ROUNDS} rounds over all layers:"
+        f"side by side, in {ROUNDS} rounds over all layers. An embedding is compared with one of as many parameters, "
+        f"{LOOKED_UP:,} rows at a time. torch alone:"
     )
-    yield table(heading, linear() + convolutions())
+    with torch_alone():
+        yield table(heading, linear() + convolutions() + embedding())
+    if gather.compiled_loops():
+        yield "The same by compiled loops, which `pip install 'tying[fast]'` adds:"
+        rows = linear() + convolutions() + embedding()
+        yield table(heading, [[layer, f"{hash}, compiled", *cells] for layer, hash, *cells in rows])
     yield "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:"
     yield table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory())

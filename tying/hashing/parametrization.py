@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
-from tying.hashing.fast_paths import RepeatedRows
+from tying.hashing.fast_paths import Blocks, RepeatedRows
 from tying.hashing.gather import (
     CHUNK,
     IndexSource,
@@ -172,7 +172,8 @@ class HashedParametrization(FollowsDevice):
             raise ConfigurationError(f"{hash} has no structure here: use index='stored' or 'computed'")
         best: Index = "structured" if fast_path else "stored" if self.shape.numel() <= STORED else "computed"
         self.index = best if index == "auto" else index
-        self.fast_path = fast_path if self.index == "structured" else None
+        is_fast = self.index == "structured" or (self.index == "computed" and isinstance(fast_path, Blocks))
+        self.fast_path = fast_path if is_fast else None
         self.check_slots()
         self._stored: Tensor | None = None
         self._fastest: IndexSource | None = None
