@@ -37,7 +37,7 @@ ALLOWED = {
     "advice": EARLY | {"weights", "hard"},
     "data": EARLY | LIGHTNING,
     "callbacks": EARLY | LIGHTNING | {"lightning_workarounds", "weights", "soft", "hard", "hashing", "depth"},
-    "models": EARLY | LIGHTNING | {"weights", "depth"},
+    "models": EARLY | LIGHTNING | {"weights", "depth", "data"},
     "mixins": EARLY | LIGHTNING | {"callbacks", "lightning_workarounds"},
 }
 ALONE = {("depth/rnn/passthrough.py", "hard.low_rank")}  # a recurrent network of low rank

@@ -211,7 +211,7 @@ class TemplateWeights(ModelTransform):
         return isinstance(step, TemplateMixture) and len(step.bank.templates) == self.templates
 
     @override
-    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+    def _sharing(self, model: nn.Module) -> list[Sequence[str]]:
         return grouped({name: weight.shape for name, weight in self.selected(model).items()})
 
     @override
@@ -267,7 +267,7 @@ class GeneratedWeights(ModelTransform):
         return isinstance(step, HyperWeight)
 
     @override
-    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+    def _sharing(self, model: nn.Module) -> list[Sequence[str]]:
         return grouped(self._plan(model).tilings)
 
     @override
@@ -370,7 +370,7 @@ class WeightHashing(ModelTransform):
         return select_hashable(model, self.parameters, self.hash).weights
 
     @override
-    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+    def _sharing(self, model: nn.Module) -> list[Sequence[str]]:
         return [[*self.selected(model)]] if self.scope == "network" else []
 
     @override

@@ -107,13 +107,13 @@ class ModelTransform(TyingCallback):
                 "parameters: tying.hard.shard_groups(model, units) returns their lists" + self._joined(model)
             )
 
-    def sharing(self, model: nn.Module) -> list[Sequence[str]]:
+    def _sharing(self, model: nn.Module) -> list[Sequence[str]]:
         """Return the names of weights that will share parameters, in groups, before the model is changed."""
         return [group.names for group in resolve(model, self.ties)] if self.ties else []
 
     def _joined(self, model: nn.Module) -> str:
         """Name the modules that a fully_shard call must take together if the callback changes the model."""
-        owners = [owners_of(names) for names in self.sharing(model)]
+        owners = [owners_of(names) for names in self._sharing(model)]
         groups = dict.fromkeys(f"[{', '.join(modules)}]" for modules in owners if len(modules) > 1)
         return f", such as {listed(groups, limit=3)}" if groups else ""
 

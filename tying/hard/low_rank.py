@@ -340,8 +340,11 @@ class LowRankLinear(nn.Linear):
         return output + input * diagonal[0] if diagonal else output
 
 
-class _LowRankConvolution(nn.modules.conv._ConvNd):
+class _LowRankConvolution(nn.Module):
     computes_with = "weight"
+    weight: Tensor
+    bias: Tensor | None
+    kernel_size: tuple[int, ...]
 
     @override
     def forward(self, input: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-import numba  # type: ignore[import-not-found, unused-ignore]  # an optional package
+import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]  # an optional package without types
 import numpy as np
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ class BlockLoops(Loops):
 def check() -> None:
     """Raise an error if numba cannot compile, or computes something else than torch."""
     if numba.config.DISABLE_JIT:
-        raise RuntimeError("NUMBA_DISABLE_JIT is set")
+        raise RuntimeError("the environment variable NUMBA_DISABLE_JIT is set")
     table, index = torch.arange(3.0), torch.tensor([2, 0], dtype=torch.int32)
     if StoredLoops(index).read(table).tolist() != [2.0, 0.0]:
         raise RuntimeError("a compiled loop returns wrong values")

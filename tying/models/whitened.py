@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
 from tying.data.images import Images
-from tying.errors import ConfigurationError, check_counts, check_range
+from tying.errors import ConfigurationError, check_count, check_counts, check_range
 from tying.models.classifier import Classifier
 
 
@@ -58,7 +58,8 @@ class WhitenedConvNet(nn.Module):
         super().__init__()
         if not widths:
             raise ConfigurationError("widths must be the channels of one block or more")
-        check_counts(**{f"widths[{number}]": width for number, width in enumerate(widths)})
+        for number, width in enumerate(widths):
+            check_count(f"widths[{number}]", width, "[1, inf)")
         check_counts(num_classes=num_classes, in_channels=in_channels)
         check_range("scale", scale, "(0, inf)")
         filters = 2 * 4 * in_channels

@@ -487,7 +487,9 @@ def _renew_class(
 
 def _generate(name: str, kind: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
     """Return a subclass of a module's class. Calling it creates a module of the plain class, which adapters rely on."""
-    plain = next(cls for cls in kind.__mro__ if cls.__module__ not in _GENERATED)
+    plain = next(
+        cls for cls in kind.__mro__ if cls.__module__ not in _GENERATED and getattr(cls, "computes_with", None) is None
+    )
 
     def create(cls: type[nn.Module], *arguments: Any, **keywords: Any) -> Any:
         return plain(*arguments, **keywords)
