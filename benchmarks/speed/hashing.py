@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +51,10 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
 @contextmanager
 def torch_alone() -> Iterator[None]:
     """Let hashed layers use no compiled loops."""
-    find, gather.find_spec = gather.find_spec, lambda name: None
-    gather.compiled_loops.cache_clear()
-    try:
-        yield
-    finally:
-        gather.find_spec = find
+    with patch.object(gather, "find_spec", return_value=None):
         gather.compiled_loops.cache_clear()
+        yield
+    gather.compiled_loops.cache_clear()
 
 
 def linear() -> list[list[str]]:

@@ -63,7 +63,7 @@ class Callback(pl.Callback):
         return type(other) is type(self) and getattr(other, argument) == getattr(self, argument)
 
     # Lightning reads it at every call of every hook, which costs no call of Python this way
-    state_key = property(attrgetter("_state_key"), doc="The key of the callback's state; before setup, of no other's.")  # type: ignore[assignment]
+    state_key = property(attrgetter("_state_key"), doc="The key of the callback's state; before setup, of no other's.")
     _state_key = _KeyBeforeSetup()
 
     @property

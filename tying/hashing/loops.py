@@ -141,7 +141,8 @@ class BlockLoops(Loops):
 
 def check() -> None:
     """Raise an error if numba cannot compile, or computes something else than torch."""
-    if numba.config.DISABLE_JIT:
+    config: Any = numba.config
+    if config.DISABLE_JIT:
         raise RuntimeError("the environment variable NUMBA_DISABLE_JIT is set")
     table, index = torch.arange(3.0), torch.tensor([2, 0], dtype=torch.int32)
     if StoredLoops(index).read(table).tolist() != [2.0, 0.0]:

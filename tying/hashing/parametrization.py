@@ -439,9 +439,9 @@ class HashedParametrization(FollowsDevice):
             if source.stored is not None:
                 signed = self.table_size if self.sign and not self.zeros else None
                 return replace(source, loops=loops.StoredLoops(self._smallest_index(source.stored), signed))
-            is_uniform = type(self.hash) is UniformHash and self.density == 1 and self.zero_row is None
-            if is_uniform and self.first + source.count <= 1 << 32:
-                keys = (*splitmix64(self.hash.seed), *splitmix64(self.hash.seed + SIGN))
+            hash, is_whole = self.hash, self.density == 1 and self.zero_row is None
+            if type(hash) is UniformHash and is_whole and self.first + source.count <= 1 << 32:
+                keys = (*splitmix64(hash.seed), *splitmix64(hash.seed + SIGN))
                 uniform = loops.UniformLoops(source.count, self.first, self.table_size, keys, self.sign)
                 return replace(source, loops=uniform)
         if self.index == "computed" and source.count >= COMPILED:
