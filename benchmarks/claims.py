@@ -8,6 +8,9 @@ A suite's file may say::
       - {claim: the best alpha is inside, x: alpha, y: test/accuracy, lines: labels}
     orders:                    # a claim that y of some runs is above that of others
       - {claim: tied is better, y: test/accuracy, higher: tied, lower: untied}
+
+Each may say where it is made, as a condition on a metric (``regime: {run: plain, y: train/accuracy, above: 0.99}``)
+or in words (``missing: 10 epochs instead of 500``). What is not reproduced elsewhere is *not tested here*.
 """
 
 from __future__ import annotations
@@ -27,23 +30,74 @@ from typing_extensions import override
 from benchmarks.inference import interval, probability_by_chance
 from benchmarks.report import table
 from benchmarks.rows import final, lines_of, numbers
+from tying.mappings import from_mapping
 
 LEVEL = 0.025  # of a trend that is there by chance, on either side
 
 
 @dataclass(frozen=True)
-class AlongAxis:
-    """A claim on how a metric goes along an axis, on every line.
+class Regime:
+    """Where a claim is made: a metric of a setting, as a mean over seeds, is between two bounds.
+
+    Attributes:
+        run: a setting, as the table names it.
+        y: a metric.
+        above: the lower bound.
+        below: the upper bound.
+    """
+
+    run: str
+    y: str
+    above: float = -math.inf
+    below: float = math.inf
+
+    def unmet(self, rows: DataFrame) -> str:
+        """Return what is not as it should be, in words; empty if all is."""
+        last = final(rows)
+        mean = numbers(last[last["run"] == self.run], self.y)[self.y].mean()
+        if self.above < mean < self.below:
+            return ""
+        bound = f"below {self.below:g}" if mean >= self.below else f"above {self.above:g}"
+        return f"{self.y} of {self.run} is {mean:.4g}, not {bound}"
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What a paper claims.
 
     Attributes:
         claim: in words.
+        regime: where it is made.
+        missing: what the runs lack of what it was made of, in words.
+    """
+
+    claim: str
+    _: KW_ONLY
+    regime: Regime | None = None
+    missing: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "regime", from_mapping(self.regime, Regime, f"the regime of {self.claim!r}"))
+
+    def sentence(self, verdict: str, rows: DataFrame) -> str:
+        """Return the claim and its verdict: what is not reproduced outside its regime is not tested."""
+        lacking = [self.missing, self.regime.unmet(rows) if self.regime else ""]
+        if verdict.startswith("not reproduced") and any(lacking):
+            verdict = f"not tested here: {' and '.join(filter(None, lacking))}"
+        return f"{self.claim}: {verdict}."
+
+
+@dataclass(frozen=True)
+class AlongAxis(Claimed):
+    """A claim on how a metric goes along an axis, on every line.
+
+    Attributes:
         x: an axis of the suite.
         y: a metric.
         lines: an axis.
         confounded: why what is claimed, if it is there, may have another cause.
     """
 
-    claim: str
     x: str
     y: str
     lines: str
@@ -68,7 +122,7 @@ class AlongAxis:
         verdict = of_all_lines(table_rows, self.agrees)
         if self.confounded and any(line[-1] == self.agrees for line in table_rows):
             verdict += f", and confounded: {self.confounded}"
-        return f"{self.claim}: {verdict}.", table_rows
+        return self.sentence(verdict, rows), table_rows
 
     def measure(self, by_seed: DataFrame) -> list[str]:
         """Return what the values of y say, by seed and x: the cells of a row from the third on."""
@@ -131,20 +185,18 @@ class Peak(AlongAxis):
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(Claimed):
     """A claim: a metric of one setting is above that of another, or above another metric.
 
     What decides is the 95 % interval of the mean difference, seed by seed.
 
     Attributes:
-        claim: in words.
         y: a metric.
         higher: a setting, as the table names it.
         lower: a setting; ``higher`` itself where another metric is compared.
         over: the metric of ``lower``; ``y`` by default.
     """
 
-    claim: str
     y: str
     higher: str
     lower: str
@@ -167,7 +219,9 @@ class Order:
         blank = unsaid(len(gains), gains)
         cells = 2 * [blank] if blank else [f"{fmean(gains):+.4f}", f"{low:+.4f} to {high:+.4f}"]
         what = f"{self.higher} − {self.lower}" if self.higher != self.lower else f"{self.y} − {over}"
-        return f"{self.claim}: {verdict}.", [[what, str(len(gains)), *cells, says]]
+        if ends := dict.fromkeys([*at_ends(last, self.higher), *at_ends(last, self.lower)]):
+            verdict += f", with {' and '.join(ends)} at the end of its axis"
+        return self.sentence(verdict, rows), [[what, str(len(gains)), *cells, says]]
 
 
 Claim = Trend | Peak | Order
@@ -189,6 +243,30 @@ def of_all_lines(table_rows: Sequence[Sequence[str]], agrees: str) -> str:
     if counts["undecided"]:
         return f"reproduced on {some}, undecided on the others" if some else "undecided"
     return "reproduced"
+
+
+def at_ends(last: DataFrame, run: str) -> list[str]:
+    """Return the values of axes of three numbers or more that a setting has and that are the first or last of theirs.
+
+    Args:
+        last: the last row of each run.
+        run: the setting, such as ``"tied,lr=0.1"``: the choice of the best of an axis may end where others are better.
+
+    Example:
+        >>> runs = [f"tied,lr={lr}" for lr in (0.01, 0.03, 0.1)]
+        >>> last = DataFrame({"run": runs, "lr": ["0.01", "0.03", "0.1"]})
+        >>> at_ends(last, "tied,lr=0.1"), at_ends(last, "tied,lr=0.03")
+        (['lr=0.1'], [])
+    """
+    ends = []
+    for part in run.split(","):
+        axis, _, value = part.partition("=")
+        if value and axis in last:
+            alike = last[last["run"].str.replace(f"{axis}=[^,]*", "", regex=True) == run.replace(part, "")]
+            values = pd.to_numeric(alike[axis], errors="coerce").dropna().unique()
+            if len(values) >= 3 and float(value) in (values.min(), values.max()):
+                ends.append(part)
+    return ends
 
 
 def unsaid(seeds: int, values: Iterable[float]) -> str:

@@ -96,7 +96,9 @@ def _command(text: str) -> list[tuple[str, str]]:
 
 def _claims(text: str) -> list[tuple[str, str]]:
     """Return the claims of a result with their verdicts."""
-    return list(re.findall(r"^Claim: (.*?): ((?:not )?reproduced.*|undecided.*)\.$", text, flags=re.MULTILINE))
+    return list(
+        re.findall(r"^Claim: (.*?): ((?:not )?reproduced.*|undecided.*|not tested here.*)\.$", text, flags=re.MULTILINE)
+    )
 
 
 def _cells(text: str) -> list[tuple[str, str]]:

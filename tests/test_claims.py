@@ -51,6 +51,48 @@ def test_a_trend_on_every_line():
     assert line == ["ratio a", "3", "+9.9000", "+1.000", "0.0046", "as claimed"]
 
 
+REGIMES = {
+    "none": ({}, "rises: not reproduced."),
+    "met": ({"regime": {"run": "a,0.1", "y": "test/accuracy", "below": 0.0}}, "rises: not reproduced."),
+    "not met": (
+        {"regime": {"run": "a,0.1", "y": "test/accuracy", "above": 0.99}},
+        "rises: not tested here: test/accuracy of a,0.1 is -0.1, not above 0.99.",
+    ),
+    "below": (
+        {"regime": {"run": "a,1.0", "y": "tying/entropy", "below": 0.5}, "missing": "2 epochs instead of 500"},
+        "rises: not tested here: 2 epochs instead of 500 and tying/entropy of a,1.0 is 1, not below 0.5.",
+    ),
+    "no such run": (
+        {"regime": {"run": "plain", "y": "test/accuracy", "above": 0.5}},
+        "rises: not tested here: test/accuracy of plain is nan, not above 0.5.",
+    ),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_what_is_not_reproduced_outside_its_regime_is_not_tested(regime):
+    options, sentence = REGIMES[regime]
+    results = rows({("a", x, seed): -x for x in (0.1, 1.0, 10.0, 20.0) for seed in range(3)})
+    assert Trend("rises", "alpha", "test/accuracy", "ratio", 1, **options).judge(results)[0] == sentence
+    falls = Trend("falls", "alpha", "test/accuracy", "ratio", -1, **options)
+    assert falls.judge(results)[0] == "falls: reproduced."
+
+
+def test_a_setting_at_the_end_of_an_axis_is_named():
+    values = [0.01, 0.03, 0.1]
+    runs = [(name, lr, seed) for name in ("a", "b, wide") for lr in values for seed in range(3)]
+    results = DataFrame(
+        {"run": f"{name},lr={lr}", "seed": str(seed), "lr": str(lr), "y": str(lr + (name == "a") * (1 + seed))}
+        for name, lr, seed in runs
+    )
+    inside = Order("a is above b", "y", "a,lr=0.03", "b, wide,lr=0.03")
+    assert inside.judge(results)[0] == "a is above b: reproduced."
+    ends = Order("a is above b", "y", "a,lr=0.1", "b, wide,lr=0.01")
+    assert ends.judge(results)[0] == "a is above b: reproduced, with lr=0.1 and lr=0.01 at the end of its axis."
+    two = results[results["lr"] != "0.03"]
+    assert ends.judge(two)[0] == "a is above b: reproduced."
+
+
 def test_a_trend_on_some_lines_and_against():
     values = {("a", x, seed): x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
     values |= {("b", x, seed): -x + 0.01 * seed for x in (0.1, 1.0, 2.0) for seed in range(3)}
