@@ -82,7 +82,7 @@ def test_a_setting_at_the_end_of_an_axis_is_named():
     values = [0.01, 0.03, 0.1]
     runs = [(name, lr, seed) for name in ("a", "b, wide") for lr in values for seed in range(3)]
     results = DataFrame(
-        {"run": f"{name},lr={lr}", "seed": str(seed), "lr": str(lr), "y": str(lr + (name == "a") * (1 + seed))}
+        {"run": f"{name},lr={lr}", "seed": str(seed), "lr": str(lr), "y": str(lr + (name == "a") * (1 + 0.1 * seed))}
         for name, lr, seed in runs
     )
     inside = Order("a is above b", "y", "a,lr=0.03", "b, wide,lr=0.03")
