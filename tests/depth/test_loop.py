@@ -474,7 +474,7 @@ def test_an_empty_cache_of_gpt_neo(change):
     CHANGES[change](model.train())
     tokens = torch.ones(2, 3, dtype=torch.long)
     cache = model(tokens)[1]
-    with pytest.raises(ConfigurationError, match="is called with a filled cache, '(layer_past|cache)'"):
+    with pytest.raises(ConfigurationError, match=r"is called with a filled cache, '(layer_past|cache)'"):
         model(tokens, cache)
 
 
