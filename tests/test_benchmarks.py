@@ -133,6 +133,7 @@ def test_speed_of_hashing(monkeypatch, capsys):
     assert ("uniform, ratio 0.1, stored, compiled | " in out) == bool(find_spec("numba"))
 
 
+@pytest.mark.slow
 def test_speed_on_two_processes(monkeypatch, capsys):
     small = {"FAMILIES": {"stage-shared": ["hard.yaml"]}, "BATCH": 2, "STEPS": 4, "SKIPPED": 1, "ROUNDS": 1}
     for name, value in {**small, "WEIGHTS": 4096, "SIDE": 32}.items():
