@@ -93,6 +93,7 @@ def plan(sweep: Sweep, workers: Local) -> str:
     slots = min(workers.slots, len(todo))
     memory = slots * max(peak for _, peak in measured.values()) / 2**30
     return (
-        f"{table(['setting', 'runs', 'a run', 'hours', 'peak MiB'], rows)}\n\n{len(todo)} run{'s' * (len(todo) > 1)}, {slots} at a time: "
-        f"{sum(hours.values()) / slots:.2f} h and {memory:.1f} GiB, without validation and test."
+        f"{table(['setting', 'runs', 'a run', 'hours', 'peak MiB'], rows)}\n\n"
+        f"{len(todo)} run{'s' * (len(todo) > 1)}, {slots} at a time: {sum(hours.values()) / slots:.2f} h "
+        f"and {memory:.1f} GiB, without validation and test."
     )
