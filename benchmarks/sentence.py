@@ -36,7 +36,7 @@ from tying.advice.distil import distil
 from tying.advice.plans import rank_of_share
 from tying.errors import ConfigurationError, check_range
 from tying.hard import LowRankResidual, lower_rank, relax, tie
-from tying.hard.low_rank import factorize
+from tying.hard.factorization import factorize
 from tying.selection.resolve import select
 from tying.weights.calibration import input_scales, undisturbed
 

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from tying import ConfigurationError
 from tying.hard import LowRankPlusDiagonal, lower_rank
-from tying.hard.low_rank import factorize, low_rank_plus_diagonal
+from tying.hard.factorization import factorize
+from tying.hard.low_rank import low_rank_plus_diagonal
 
 SIZE = 32
 

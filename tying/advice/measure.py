@@ -14,7 +14,7 @@ from tying.advice.candidates import Candidate, Weights
 from tying.advice.plans import rank_of_share
 from tying.errors import ConfigurationError
 from tying.files import atomically
-from tying.hard.low_rank import factorize
+from tying.hard.factorization import factorize
 from tying.weights.calibration import Forward, call, undisturbed
 
 KEPT = 0.25  # of the bytes of the model: larger outputs are computed again rather than kept

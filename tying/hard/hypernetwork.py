@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_counts, listed
-from tying.hard.low_rank import least_squares, numerical_rank
+from tying.hard.factorization import least_squares, numerical_rank
 from tying.weights.derived import locate_parameters, redrawn
 from tying.weights.replace import Selection, parametrize_all, select_weights
 

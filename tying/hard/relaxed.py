@@ -31,6 +31,7 @@ from tying.weights.derived import (
     plain_class,
     put_in_place,
     redrawn,
+    single_step,
     swap_plain_class,
 )
 from tying.weights.replace import check_free
@@ -206,12 +207,10 @@ class RelaxedLinear(nn.Linear):
 
 def _relaxed_step(layer: nn.Module) -> tuple[RelaxedWeight, list[nn.Parameter]] | None:
     """Return the one step that computes a layer's weight, if it is of low rank without a scale, and its parameters."""
-    parametrizations: Any = getattr(layer, "parametrizations", {})
-    steps: Any = parametrizations["weight"] if "weight" in parametrizations else ()  # noqa: SIM401  # no dictionary
-    step = steps[0] if len(steps) == 1 else None
+    step, parameters = single_step(layer)
     if not isinstance(step, RelaxedWeight) or not _is_plain_low_rank(step.residual):
         return None
-    return step, [steps.original0, steps.original1]
+    return step, parameters
 
 
 def _is_plain_low_rank(residual: WeightResidual) -> bool:

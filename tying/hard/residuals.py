@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tying.errors import ConfigurationError, check_count
-from tying.hard.low_rank import factorize
+from tying.hard.factorization import factorize
 from tying.hard.shared_part import nearest_shared_part
 from tying.selection.relation import Relation
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from tying.errors import ConfigurationError, check_counts
 from tying.figures import WIDTH, new_figure
 from tying.files import save_figure
-from tying.hard.low_rank import least_squares, numerical_rank
+from tying.hard.factorization import least_squares, numerical_rank
 from tying.selection.index import clean_name
 from tying.weights.derived import redrawn
 from tying.weights.replace import parametrize_all

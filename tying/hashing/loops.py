@@ -234,22 +234,29 @@ def _add_uniform(values, first, size, keys, signed, sums):  # type: ignore[no-un
             sums[slots[i]] += values[begin + i]
 
 
+@inlined
+def _part(number, block, begin, end):  # type: ignore[no-untyped-def]
+    """Return the first position of a block between two positions, and the one after its last."""
+    return max(begin, number * block), min(end, (number + 1) * block)
+
+
 @compiled
 def _read_blocks(table, starts, block, begin, out):  # type: ignore[no-untyped-def]
     """``begin`` is the position of the first weight in the blocks."""
     end = begin + len(out)
     for number in range(begin // block, -(-end // block)):
-        start, after = max(begin, number * block), min(end, (number + 1) * block)
+        first, after = _part(number, block, begin, end)
         shift = starts[number] - number * block
-        for position in range(start, after):
+        for position in range(first, after):
             out[position - begin] = table[position + shift]
 
 
 @compiled
 def _add_blocks(values, starts, block, begin, sums):  # type: ignore[no-untyped-def]
+    """``begin`` is the position of the first weight in the blocks."""
     end = begin + len(values)
     for number in range(begin // block, -(-end // block)):
-        start, after = max(begin, number * block), min(end, (number + 1) * block)
+        first, after = _part(number, block, begin, end)
         shift = starts[number] - number * block
-        for position in range(start, after):
+        for position in range(first, after):
             sums[position + shift] += values[position - begin]

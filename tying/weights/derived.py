@@ -407,6 +407,16 @@ def swap_plain_class(module: nn.Module, cls: type[nn.Module]) -> None:
         _renew_class(module, computes)
 
 
+def single_step(layer: nn.Module, name: str = "weight") -> tuple[nn.Module | None, list[nn.Parameter]]:
+    """Return the one parametrization of a weight, and its parameters; None and nothing if there is none, or several."""
+    steps: Any = _parametrizations(layer)[name] if name in _parametrizations(layer) else ()  # noqa: SIM401  # a module
+    if len(steps) != 1:
+        return None, []
+    if steps.is_tensor:
+        return steps[0], [steps.original]
+    return steps[0], [getattr(steps, f"original{number}") for number in range(steps.ntensors)]
+
+
 def computed_property(parameter: str, step: str) -> property:
     """Return the property of a weight that the submodule ``step`` computes.
 

@@ -74,6 +74,7 @@ class Unrolling(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._steps_in_training.close()  # of a batch that another callback has skipped
         if self.train_extra is not None:
             extra = self.train_extra[int(agreed_rand() * len(self.train_extra))]
             self._steps_in_training.enter_context(_unrolled(pl_module, extra))
