@@ -412,9 +412,7 @@ def single_step(layer: nn.Module, name: str = "weight") -> tuple[nn.Module | Non
     steps: Any = _parametrizations(layer)[name] if name in _parametrizations(layer) else ()  # noqa: SIM401  # a module
     if len(steps) != 1:
         return None, []
-    if steps.is_tensor:
-        return steps[0], [steps.original]
-    return steps[0], [getattr(steps, f"original{number}") for number in range(steps.ntensors)]
+    return steps[0], [value for _, value in steps.named_parameters(recurse=False, remove_duplicate=False)]
 
 
 def computed_property(parameter: str, step: str) -> property:
