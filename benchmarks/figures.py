@@ -43,7 +43,7 @@ class Plot:
         name: of the picture.
         x: an axis of the suite, a metric, or one of parameters, bytes, seconds / epoch, seconds of training,
             processor seconds of training (of all threads; other programs on the machine hardly change them), peak
-            memory.
+            memory, loss gap (test loss − training loss of the last epoch).
         y: a metric, or several.
         lines: an axis: a line for each of its values and each metric; ``"run"``: a point for each setting.
         log: whether x is logarithmic.

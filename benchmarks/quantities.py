@@ -19,6 +19,7 @@ MEASURES = {  # by the last part of a metric's name
 QUANTITIES = {
     "bytes": ("size of the model's state", "KiB"),
     "epoch": ("training time", "epochs"),
+    "loss gap": ("test loss − training loss", "nats"),
     "parameters": ("size of the model", "parameters"),
     "peak memory": ("peak memory", "bytes"),
     "seconds / epoch": ("time per epoch", "seconds"),

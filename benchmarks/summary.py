@@ -143,9 +143,10 @@ def curves(runs: Sequence[Run], out: Path) -> DataFrame:
         with (folder.path / "metrics.csv").open() as file:
             epochs = [*csv.DictReader(file)]
         result = folder.result()
-        seconds = result["seconds"]
+        seconds, metrics = result["seconds"], result["metrics"]
         came_to = {
-            **result["metrics"],  # also metrics that the last epoch has not logged, empty in the CSV
+            **metrics,  # also those that the last epoch has not logged, empty in the CSV
+            **_loss_gap(metrics),
             "parameters": result["parameters"]["unique"],
             "bytes": result["parameters"].get("bytes", ""),
             "seconds / epoch": seconds.get("epoch", ""),
@@ -158,6 +159,13 @@ def curves(runs: Sequence[Run], out: Path) -> DataFrame:
         rows += [{**described, "seed": str(run.seed), **row} for row in epochs]
     columns = dict.fromkeys(key for row in rows for key in row) or ("run", "seed")
     return DataFrame(rows, columns=[*columns], dtype="str").replace("", np.nan)
+
+
+def _loss_gap(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return test loss − training loss, if both were logged."""
+    if not {"test/loss", "train/loss"} <= {*metrics}:
+        return {}
+    return {"loss gap": metrics["test/loss"] - metrics["train/loss"]}
 
 
 def _told(suite: Suite, results: dict[str, Any], states: Mapping[str, str], failures: Mapping[str, str]) -> str:
