@@ -15,7 +15,8 @@ from typing_extensions import override
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
 from benchmarks.speed.timing import Step, paired, passes
-from tying.hashing import BlockHash, HashedConv2d, HashedEmbedding, HashedLinear, ModulusHash, gather
+from tying import compiled
+from tying.hashing import BlockHash, HashedConv2d, HashedEmbedding, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
 
 ROUNDS, PAIRS = 4, 15
@@ -50,11 +51,9 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
-    """Let hashed layers use no compiled loops."""
-    with patch.object(gather, "find_spec", return_value=None):
-        gather.compiled_loops.cache_clear()
+    """Use no compiled loops."""
+    with patch.object(compiled, "is_working", return_value=False):
         yield
-    gather.compiled_loops.cache_clear()
 
 
 def linear() -> list[list[str]]:
@@ -149,7 +148,7 @@ def measure() -> Iterator[str]:
     )
     with torch_alone():
         yield table(heading, linear() + convolutions() + embedding())
-    if gather.compiled_loops():
+    if compiled.is_working():
         yield "The same by compiled loops, which `pip install 'tying[fast]'` adds:"
         rows = linear() + convolutions() + embedding()
         yield table(heading, [[layer, f"{hash}, compiled", *cells] for layer, hash, *cells in rows])

@@ -3,12 +3,14 @@
 import math
 import re
 import warnings
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
 
+from tying import compiled
 from tying.hashing import (
     BlockHash,
     CodebookHash,
@@ -33,16 +35,11 @@ def chunks(monkeypatch):
     monkeypatch.setattr(gather, "FEW", 0)
     for module in (gather, fast_paths):
         monkeypatch.setattr(module, "CHUNK", 96)
-    gather.compiled_loops.cache_clear()
-    yield
-    gather.compiled_loops.cache_clear()
 
 
 def choose(backend, monkeypatch):
     """Let hashed layers use a backend from now on."""
-    gather.compiled_loops.cache_clear()
-    monkeypatch.setattr(gather, "find_spec", find_spec if backend == "numba" else lambda name: None)
-    assert bool(gather.compiled_loops()) == (backend == "numba")
+    monkeypatch.setattr(compiled, "is_working", lambda: backend == "numba")
 
 
 CASES = {
@@ -111,7 +108,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(case, monkeypatch):
     for backend in BACKENDS:
         choose(backend, monkeypatch)
         if backend == "numba":
-            monkeypatch.setattr(gather.compiled_loops(), "TWO_THREADS", 1)
+            monkeypatch.setattr(compiled, "TWO_THREADS", 1)
         layer, threads = layer_of(case, SHAPES[0]), torch.get_num_threads()
         both = []
         for count in (1, 2):
@@ -143,19 +140,17 @@ def test_half_precision_is_read_by_torch():
     assert torch.equal(grad, layer.virtual.loads().bfloat16())
 
 
-class Broken:
-    @staticmethod
-    def check():
+def test_a_broken_backend_is_told_once(monkeypatch):
+    def fail(name):
         raise SystemError("initialization of _internal failed")
 
-
-def test_a_broken_backend_is_told_once(monkeypatch):
-    monkeypatch.setattr(gather, "find_spec", lambda name: True)
-    monkeypatch.setattr(gather, "import_module", lambda name: Broken)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiled, "import_module", fail)
+    monkeypatch.setattr(compiled, "is_working", cache(compiled.is_working.__wrapped__))
     layer = layer_of("stored", SHAPES[0])
     message = (
-        "numba cannot compile the loops of hashed layers, which are slower without: initialization of _internal failed. "
-        "Update it by pip install -U 'tying[fast]', or uninstall it"
+        "numba cannot compile the loops of hashed layers and mixtures, which are slower without: initialization of "
+        "_internal failed. Update it by pip install -U 'tying[fast]', or uninstall it"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         weight, _ = results(layer, torch.ones(30, 40))

@@ -95,12 +95,14 @@ class Blocks(FastPath):
         block: number of weights in a block.
         first: identifier of the first weight.
         slot: maps identifiers to slots.
+        starts: maps a range of blocks to their first slots, on the CPU, int64; by default, by ``slot``.
     """
 
     shape: tuple[int, ...]
     block: int
     first: int
     slot: Callable[[Tensor], Tensor]
+    starts: Callable[[range], Tensor] | None = None
 
     @override
     def weight(self, table: Tensor) -> Tensor:
@@ -112,9 +114,12 @@ class Blocks(FastPath):
             slots_of_chunks=self._chunk_slots if aligned else None,
         )
         if is_plain_cpu(table):
-            blocks = torch.arange(self.first - skipped, self.first + count, self.block, device="cpu")
-            source = block_source(source, self.slot(blocks), self.block, skipped)
+            blocks = range(self.first // self.block, -(-(self.first + count) // self.block))
+            source = block_source(source, (self.starts or self._starts)(blocks), self.block, skipped)
         return lookup(table, source).view(self.shape)
+
+    def _starts(self, blocks: range) -> Tensor:
+        return self.slot(torch.arange(blocks.start, blocks.stop, device="cpu") * self.block)
 
     def _chunk_slots(self, begin: Tensor) -> Tensor:
         """Return the slots of chunks of ``CHUNK`` weights that begin at the given positions; blocks are not split."""

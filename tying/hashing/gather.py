@@ -3,15 +3,13 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from tying.compiled import compiled_loops
 from tying.torch_workarounds import compile_apart, error_on_graph_break, is_proxy, is_traced
 
 if TYPE_CHECKING:
@@ -26,22 +24,26 @@ FEW = 1 << 20  # up to this number of weights, torch's lookup on one thread is f
 class IndexSource:
     """The table index of every weight, stored or recomputed on demand.
 
-    Weight i reads ``table[index[i]]``. Storing the index costs 4 bytes per weight; recomputing it costs a few integer
-    operations per weight and read.
+    Weight i reads ``extended[index[i]]``; the extended table is ``[t, −t, 0]``, without what no weight reads. Storing
+    the index costs 4 bytes per weight; recomputing it costs a few integer operations per weight and read.
 
     Attributes:
         count: number of weights.
-        compute: maps positions of weights (int64, any shape) to slots (int64, same shape).
+        compute: maps positions of weights (int64, any shape) to entries of the extended table (int64, same shape).
         stored: the whole index, (count,) int32, or None to recompute it.
+        negatives: whether weights read negatives.
+        zeros: whether weights read a zero.
         slots_of_chunks: maps the first positions of two chunks of ``CHUNK`` weights, (2, 1), to their slots; faster
             than ``compute``.
-        read: maps a table to all weights; faster than chunks.
+        read: maps an extended table to all weights; faster than chunks.
         loops: compiled loops, which read and sum faster than all others.
     """
 
     count: int
     compute: Callable[[Tensor], Tensor]
     stored: Tensor | None = None
+    negatives: bool = False
+    zeros: bool = False
     slots_of_chunks: Callable[[Tensor], Tensor] | None = None
     read: Callable[[Tensor], Tensor] | None = None
     loops: "Loops | None" = None
@@ -49,6 +51,19 @@ class IndexSource:
     def index(self, device: torch.device) -> Tensor:
         """Return the whole index."""
         return self.compute(torch.arange(self.count, device=device)) if self.stored is None else self.stored
+
+    def extended(self, table: Tensor) -> Tensor:
+        """Return ``[t, −t, 0]``, without what no weight reads; (..., n) to (..., extended)."""
+        parts = [table, *[-table] * self.negatives, *[table.new_zeros(*table.shape[:-1], 1)] * self.zeros]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else table
+
+    def extended_size(self, size: int) -> int:
+        """Return the number of entries of the extended table, of the number of slots."""
+        return size * (1 + self.negatives) + self.zeros
+
+    def reduced(self, sums: Tensor, size: int) -> Tensor:
+        """Return the gradient of a table, (..., n), from that of the extended one."""
+        return sums[..., :size] - sums[..., size : 2 * size] if self.negatives else sums[..., :size]
 
     def chunks(self, flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield chunks of a tensor with one number per weight, (count,), and the slots of these weights.
@@ -87,38 +102,42 @@ def lookup(table: Tensor, source: IndexSource) -> Tensor:
     """
     plain = is_proxy(table) or (source.count <= FEW and table.dtype in (torch.float32, torch.float64))
     if source.stored is not None and plain:
-        return table.index_select(0, source.stored)
+        return source.extended(table).index_select(0, source.stored)
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # it cannot record writes into chunks
-        return table.index_select(0, source.index(table.device))
+        return source.extended(table).index_select(0, source.index(table.device))
     weights: Tensor = _Indexing.apply(table, source, None)
     return weights
 
 
 def gather(table: Tensor, source: IndexSource) -> Tensor:
-    """Return ``table[index]``."""
+    """Return the weights, (count,)."""
+    if source.loops is not None and table.dtype in LOOPED and _in_chunks(table):
+        return source.loops.read(table if source.loops.negates else source.extended(table))
+    extended = source.extended(table)
     if not _in_chunks(table):
-        return table.index_select(0, source.index(table.device))
-    if source.loops is not None and table.dtype in LOOPED:
-        return source.loops.read(table)
+        return extended.index_select(0, source.index(table.device))
     if source.read is not None:
-        return source.read(table.detach())  # detached: compiled once for trained and frozen tables
-    weights, tables = table.new_empty(source.count), table.expand(2, -1)
+        return source.read(extended.detach())  # detached: compiled once for trained and frozen tables
+    weights, tables = table.new_empty(source.count), extended.expand(2, -1)
     for chunk, slots in source.chunks(weights):
         torch.gather(tables, 1, slots, out=chunk)
     return weights
 
 
 def scatter(values: Tensor, source: IndexSource, size: int) -> Tensor:
-    """Return for each slot the sum of its weights' values; (size,)."""
+    """Return for each slot the sum of its weights' values, or of their negatives; (size,)."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if source.loops is not None and values.dtype in LOOPED and _in_chunks(values):
+        if source.loops.negates:
+            return source.loops.sum(values.contiguous(), size)
+        return source.reduced(source.loops.sum(values.contiguous(), source.extended_size(size)), size)
+    extended = values.new_zeros(source.extended_size(size))
     if not _in_chunks(values):
-        return values.new_zeros(size).index_add_(0, source.index(values.device), values)
-    if source.loops is not None and values.dtype in LOOPED:
-        return source.loops.sum(values.contiguous(), size)
-    sums = values.new_zeros(2, size)
+        return source.reduced(extended.index_add_(0, source.index(values.device), values), size)
+    sums = extended.repeat(2, 1)
     for chunk, slots in source.chunks(values):
         sums.scatter_add_(1, slots, chunk)
-    return sums.sum(dim=0)
+    return source.reduced(sums.sum(dim=0), size)
 
 
 def _in_chunks(tensor: Tensor) -> bool:
@@ -131,30 +150,8 @@ def is_plain_cpu(table: Tensor) -> bool:
     return table.device.type == "cpu" and not is_traced()
 
 
-@cache
-def compiled_loops() -> Any:
-    """Return :mod:`tying.hashing.loops` if the extra ``fast`` is installed and works, else None.
-
-    Warns:
-        UserWarning: numba is installed, but cannot compile.
-    """
-    if find_spec("numba") is None:
-        return None
-    try:
-        loops: Any = import_module("tying.hashing.loops")
-        loops.check()
-    except Exception as error:  # of any kind: an old numba fails on a new numpy or Python in many ways
-        warnings.warn(
-            f"numba cannot compile the loops of hashed layers, which are slower without: {error}. Update it by "
-            "pip install -U 'tying[fast]', or uninstall it",
-            stacklevel=2,
-        )
-        return None
-    return loops
-
-
 class _Indexing(torch.autograd.Function):
-    """``table[index]`` or, if a size is given, its adjoint: sums over slots. Each is the backward of the other."""
+    """Weights of a table or, if a size is given, the adjoint: sums over slots. Each is the backward of the other."""
 
     @staticmethod
     @override
@@ -179,9 +176,10 @@ class _Indexing(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         x, index = x.movedim(in_dims[0], 0), source.index(x.device)
         if size is None:
-            return x.index_select(1, index), 0
+            return source.extended(x).index_select(1, index), 0
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x.new_zeros(len(x), size).index_add_(1, index, x), 0
+        sums = x.new_zeros(len(x), source.extended_size(size)).index_add_(1, index, x)
+        return source.reduced(sums, size), 0
 
 
 def block_source(source: IndexSource, starts: Tensor, block: int, skipped: int = 0) -> IndexSource:
@@ -197,7 +195,7 @@ def block_source(source: IndexSource, starts: Tensor, block: int, skipped: int =
     def read(table: Tensor) -> Tensor:
         return table.unfold(0, block, 1).index_select(0, starts).flatten()[skipped : skipped + source.count]
 
-    loops = compiled_loops()
+    loops = compiled_loops("tying.hashing")
     compiled = None if loops is None else loops.BlockLoops(source.count, starts, block, skipped)
     return replace(source, read=read, loops=compiled)
 
@@ -218,14 +216,15 @@ def compile_source(source: IndexSource, size: int, name: str) -> IndexSource:
         return source.compute(starts + torch.arange(CHUNK, device="cpu"))
 
     def read(table: Tensor) -> Tensor:
-        # if compilation is disabled, chunks need less memory
-        return table[source.index(table.device)] if torch.compiler.is_compiling() else gather(table, source)
+        if torch.compiler.is_compiling():
+            return table[source.index(table.device)]
+        return gather(table, replace(source, negatives=False, zeros=False))  # in chunks, which need less memory
 
     fast_slots, fast_read = compile_apart(slots_of_chunks), compile_apart(read)
     try:
         with error_on_graph_break():
             fast_slots(torch.tensor([[0], [CHUNK]], device="cpu"))
-            fast_read(torch.zeros(size, device="cpu"))
+            fast_read(torch.zeros(source.extended_size(size), device="cpu"))
     except Exception as error:
         warnings.warn(f"{name} is computed slowly, without compilation: {error}", stacklevel=2)
         return source

@@ -1,41 +1,38 @@
-"""Loops over hashed weights on the CPU, compiled by numba, which the extra ``fast`` installs.
+"""Loops over hashed weights on the CPU, compiled by numba; see :mod:`tying.compiled`.
 
-One thread reads or sums the first half of the weights, and another the second half, in the order in which
-:mod:`tying.hashing.gather` does it without numba: results do not depend on the number of threads.
+The two halves of the weights are read or summed in the order in which :mod:`tying.hashing.gather` does it without
+numba.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]  # an optional package without types
 import numpy as np
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-NEVER = 1 << 31  # above every entry of an index
-TWO_THREADS = 1 << 17  # number of weights from which a second thread pays
+from tying.compiled import in_halves
+
 BUFFER = 1024  # number of slots that are computed at a time
 FEW_SLOTS = 256  # additions to so few slots would wait for one another
 COPIES = 8  # of a table of few slots, among which additions alternate
 
-Task = Callable[[int, int, int], None]
 compiled: Any = numba.njit(nogil=True)
 inlined: Any = numba.njit(inline="always")
 u32, u64 = np.uint32, np.uint64
 
 
 class Loops(Protocol):
-    """Reads all weights from a table, and sums values over the weights that share a slot.
+    """Reads all weights from a table, and sums values over the weights that share an entry.
 
-    A table is ``[t, −t, 0]``, without what no weight reads; see :class:`tying.hashing.gather.IndexSource`.
+    Attributes:
+        count: number of weights.
+        negates: whether tables are t where the index says ``[t, −t]``; see :class:`tying.hashing.gather.IndexSource`.
     """
 
     count: int
+    negates: bool = False
 
     def read(self, table: Tensor) -> Tensor:
         """Return the weights, (count,)."""
@@ -45,7 +42,7 @@ class Loops(Protocol):
         return weights
 
     def sum(self, values: Tensor, size: int) -> Tensor:
-        """Return for each slot the sum of its weights' values, which are contiguous; (size,)."""
+        """Return for each entry the sum of its weights' values, which are contiguous; (size,)."""
         source, sums = values.detach().numpy(), values.new_zeros(2, size)
         target = sums.numpy()
         in_halves(lambda half, begin, end: self.sum_part(source[begin:end], begin, target[half]), self.count)
@@ -66,7 +63,7 @@ class StoredLoops(Loops):
 
     Attributes:
         index: the entry of each weight, (count,) integers.
-        signed: the number of slots, if the table contains negatives; entries from there on are summed with sign −1.
+        signed: the number of slots, if entries from there on are negatives.
     """
 
     index: Tensor
@@ -77,14 +74,31 @@ class StoredLoops(Loops):
     def count(self) -> int:  # type: ignore[override]
         return len(self.index)
 
+    @property
+    @override
+    def negates(self) -> bool:  # type: ignore[override]
+        return self.signed is not None
+
+    @property
+    def _entries(self) -> Any:
+        """The index as unsigned integers, which addresses need no extension for."""
+        index = self.index.numpy()
+        return index.view(f"u{index.itemsize}")
+
     @override
     def read_part(self, table: Any, begin: int, out: Any) -> None:
-        _read(table, self.signed or NEVER, self.index.numpy()[begin:], out)
+        if self.signed is None:
+            _read(table, self._entries[begin:], out)
+        else:
+            _read_signed(table, self.signed, self._entries[begin:], out)
 
     @override
     def sum_part(self, values: Any, begin: int, sums: Any) -> None:
-        add = _add_few if len(sums) <= FEW_SLOTS else _add
-        add(values, self.signed or NEVER, self.index.numpy()[begin:], sums)
+        if self.signed is not None:
+            _add_signed(values, self.signed, self._entries[begin:], sums)
+        else:
+            add = _add_few if len(sums) <= FEW_SLOTS else _add
+            add(values, self._entries[begin:], sums)
 
 
 @dataclass(frozen=True)
@@ -96,22 +110,22 @@ class UniformLoops(Loops):
         first: identifier of the first weight; all are below 2³².
         size: number of slots.
         keys: keys of the hash of slots, and of the hash of signs, from :func:`tying.hashing.hashes.splitmix64`.
-        signed: whether the table contains negatives.
+        negates: whether some weights are negatives.
     """
 
     count: int
     first: int
     size: int
     keys: tuple[int, int, int, int]
-    signed: bool
+    negates: bool
 
     @override
     def read_part(self, table: Any, begin: int, out: Any) -> None:
-        _read_uniform(table, self.first + begin, self.size, self.keys, self.signed, out)
+        _read_uniform(table, self.first + begin, self.size, self.keys, self.negates, out)
 
     @override
     def sum_part(self, values: Any, begin: int, sums: Any) -> None:
-        _add_uniform(values, self.first + begin, self.size, self.keys, self.signed, sums)
+        _add_uniform(values, self.first + begin, self.size, self.keys, self.negates, sums)
 
 
 @dataclass(frozen=True)
@@ -139,36 +153,15 @@ class BlockLoops(Loops):
         _add_blocks(values, self.starts.numpy(), self.block, self.skipped + begin, sums)
 
 
-def check() -> None:
-    """Raise an error if numba cannot compile, or computes something else than torch."""
-    config: Any = numba.config
-    if config.DISABLE_JIT:
-        raise RuntimeError("the environment variable NUMBA_DISABLE_JIT is set")
-    table, index = torch.arange(3.0), torch.tensor([2, 0], dtype=torch.int32)
-    if StoredLoops(index).read(table).tolist() != [2.0, 0.0]:
-        raise RuntimeError("a compiled loop returns wrong values")
-
-
-def in_halves(task: Task, count: int) -> None:
-    """Call ``task(half, begin, end)`` for both halves of ``count`` weights, on two threads if that pays."""
-    middle = count // 2
-    if count < TWO_THREADS or torch.get_num_threads() == 1:
-        task(0, 0, middle)
-        task(1, middle, count)
-        return
-    other = _second_thread(os.getpid()).submit(task, 0, 0, middle)
-    task(1, middle, count)
-    other.result()
-
-
-@lru_cache(maxsize=1)
-def _second_thread(process: int) -> ThreadPoolExecutor:
-    """Return a thread of this process; a forked process has none of its parent's."""
-    return ThreadPoolExecutor(1, thread_name_prefix="tying")
+@compiled
+def _read(table, index, out):  # type: ignore[no-untyped-def]  # compiled by the types of arguments
+    for i in range(len(out)):
+        out[i] = table[index[i]]
 
 
 @compiled
-def _read(table, turn, index, out):  # type: ignore[no-untyped-def]  # compiled by the types of arguments
+def _read_signed(table, turn, index, out):  # type: ignore[no-untyped-def]
+    """Entries from ``turn`` on are negatives."""
     for i in range(len(out)):
         entry = np.int64(index[i])
         negative = entry >= turn
@@ -177,7 +170,13 @@ def _read(table, turn, index, out):  # type: ignore[no-untyped-def]  # compiled 
 
 
 @compiled
-def _add(values, turn, index, sums):  # type: ignore[no-untyped-def]
+def _add(values, index, sums):  # type: ignore[no-untyped-def]
+    for i in range(len(values)):
+        sums[index[i]] += values[i]
+
+
+@compiled
+def _add_signed(values, turn, index, sums):  # type: ignore[no-untyped-def]
     for i in range(len(values)):
         entry = np.int64(index[i])
         negative = entry >= turn
@@ -185,7 +184,7 @@ def _add(values, turn, index, sums):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add_few(values, turn, index, sums):  # type: ignore[no-untyped-def]
+def _add_few(values, index, sums):  # type: ignore[no-untyped-def]
     copies = np.zeros((COPIES, len(sums)), sums.dtype)
     for i in range(len(values)):
         copies[i % COPIES, index[i]] += values[i]
@@ -203,35 +202,54 @@ def _hash32(x, low, high):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _fill(slots, first, size, keys, signed):  # type: ignore[no-untyped-def]
-    """Write entries of the table of consecutive weights into a buffer."""
+def _slot(x, low, high, size):  # type: ignore[no-untyped-def]
+    return u32((u64(_hash32(x, low, high)) * u64(size)) >> u64(32))
+
+
+@inlined
+def _fill(entries, first, size, keys, negates):  # type: ignore[no-untyped-def]
+    """Write the entries of consecutive weights into a buffer."""
     low, high, sign_low, sign_high = u32(keys[0]), u32(keys[1]), u32(keys[2]), u32(keys[3])
-    for i in range(len(slots)):
-        x = u32(first + i)
-        slots[i] = u32((u64(_hash32(x, low, high)) * u64(size)) >> u64(32))
-    if signed:
-        for i in range(len(slots)):
-            slots[i] = slots[i] + u32(size) * (_hash32(u32(first + i), sign_low, sign_high) & u32(1))
+    for i in range(len(entries)):
+        entries[i] = _slot(u32(first + i), low, high, size)
+    if negates:
+        for i in range(len(entries)):
+            entries[i] += u32(size) * (_hash32(u32(first + i), sign_low, sign_high) & u32(1))
 
 
 @compiled
-def _read_uniform(table, first, size, keys, signed, out):  # type: ignore[no-untyped-def]
+def _read_uniform(table, first, size, keys, negates, out):  # type: ignore[no-untyped-def]
     buffer = np.empty(BUFFER, np.uint32)
     for begin in range(0, len(out), BUFFER):
-        slots = buffer[: min(BUFFER, len(out) - begin)]
-        _fill(slots, first + begin, size, keys, signed)
-        for i in range(len(slots)):
-            out[begin + i] = table[slots[i]]
+        weights = out[begin : begin + BUFFER]
+        entries = buffer[: len(weights)]
+        _fill(entries, first + begin, size, keys, negates)
+        if negates:
+            _read_signed(table, size, entries, weights)
+        else:
+            _read(table, entries, weights)
 
 
 @compiled
-def _add_uniform(values, first, size, keys, signed, sums):  # type: ignore[no-untyped-def]
+def _add_uniform(values, first, size, keys, negates, sums):  # type: ignore[no-untyped-def]
     buffer = np.empty(BUFFER, np.uint32)
     for begin in range(0, len(values), BUFFER):
-        slots = buffer[: min(BUFFER, len(values) - begin)]
-        _fill(slots, first + begin, size, keys, signed)
-        for i in range(len(slots)):
-            sums[slots[i]] += values[begin + i]
+        added = values[begin : begin + BUFFER]
+        entries = buffer[: len(added)]
+        _fill(entries, first + begin, size, keys, negates)
+        if negates:
+            _add_signed(added, size, entries, sums)
+        else:
+            _add(added, entries, sums)
+
+
+@compiled
+def block_starts(first, count, size, low, high):  # type: ignore[no-untyped-def]
+    """Return the first slots of consecutive blocks; ``first`` is the number of the first block."""
+    starts = np.empty(count, np.int64)
+    for i in range(count):
+        starts[i] = _slot(u32(first + i), u32(low), u32(high), size)
+    return starts
 
 
 @inlined
@@ -247,8 +265,9 @@ def _read_blocks(table, starts, block, begin, out):  # type: ignore[no-untyped-d
     for number in range(begin // block, -(-end // block)):
         first, after = _part(number, block, begin, end)
         shift = starts[number] - number * block
-        for position in range(first, after):
-            out[position - begin] = table[position + shift]
+        source, target = table[first + shift : after + shift], out[first - begin : after - begin]
+        for i in range(after - first):
+            target[i] = source[i]
 
 
 @compiled
@@ -258,5 +277,6 @@ def _add_blocks(values, starts, block, begin, sums):  # type: ignore[no-untyped-
     for number in range(begin // block, -(-end // block)):
         first, after = _part(number, block, begin, end)
         shift = starts[number] - number * block
-        for position in range(first, after):
-            sums[position + shift] += values[position - begin]
+        source, target = values[first - begin : after - begin], sums[first + shift : after + shift]
+        for i in range(after - first):
+            target[i] += source[i]

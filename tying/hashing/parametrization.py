@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from tying.compiled import compiled_loops
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_choice, check_range
 from tying.hashing.fast_paths import Blocks, RepeatedRows
@@ -20,7 +21,6 @@ from tying.hashing.gather import (
     IndexSource,
     block_source,
     compile_source,
-    compiled_loops,
     is_plain_cpu,
     lookup,
     scatter,
@@ -214,11 +214,10 @@ class HashedParametrization(FollowsDevice):
         width = self.shape[1:].numel()
         positions = chosen.long()[..., None] * width + torch.arange(width, device=chosen.device)
         if recorded:
-            return self._extended_table(self.scaled(table))[self._extended_slot(positions)].view(
-                *chosen.shape, *self.shape[1:]
-            )
+            extended = self._source(table.device).extended(self.scaled(table))
+            return extended[self._extended_slot(positions)].view(*chosen.shape, *self.shape[1:])
         weights = positions.flatten()
-        source = IndexSource(len(weights), lambda positions: self._extended_slot(weights[positions]))
+        source = self._source_of(len(weights), lambda positions: self._extended_slot(weights[positions]))
         block = self.hash.block if type(self.hash) is BlockHash else 0
         if block and self._is_plain and width % block == self.first % block == 0 and is_plain_cpu(table):
             source = block_source(source, self._slot(positions[..., ::block].flatten()), block)
@@ -291,11 +290,10 @@ class HashedParametrization(FollowsDevice):
             raise ConfigurationError(f"a weight of shape {tuple(weight.shape)} is not one of {tuple(self.shape)}")
         check_real("weight", weight)
         flat, size = weight.detach().flatten().double(), self.table_size  # float32 loses 1e-3 over a million weights
-        source = IndexSource(len(flat), self._extended_slot)
-        sums, uses = (scatter(values, source, self._extended_size) for values in (flat, torch.ones_like(flat)))
-        if not self.sign:
-            return sums[:size], uses[:size]
-        return sums[:size] - sums[size : 2 * size], uses[:size] + uses[size : 2 * size]
+        source = self._source_of(len(flat), self._extended_slot)
+        extended_size = source.extended_size(size)
+        uses = scatter(torch.ones_like(flat), replace(source, negatives=False, zeros=False), extended_size)
+        return scatter(flat, source, size), uses[: size * (1 + self.sign)].view(-1, size).sum(dim=0)
 
     def fusible_seed(self, table: Tensor) -> int | None:
         """Return the seed for :func:`tying.hashing.kernels.fused_linear`, or None if the layer cannot be fused."""
@@ -396,9 +394,8 @@ class HashedParametrization(FollowsDevice):
         """Whether the hash alone determines the weights: no signs, no dropped weights, no row of zeros."""
         return not self.sign and self.density == 1 and self.zero_row is None
 
-    @property
-    def _extended_size(self) -> int:
-        return self.table_size * (1 + self.sign) + self.zeros
+    def _source_of(self, count: int, compute: Callable[[Tensor], Tensor], stored: Tensor | None = None) -> IndexSource:
+        return IndexSource(count, compute, stored, negatives=self.sign, zeros=bool(self.zeros))
 
     def _positions(self, device: torch.device) -> Iterator[Tensor]:
         """Yield the positions of all weights, in chunks."""
@@ -419,14 +416,11 @@ class HashedParametrization(FollowsDevice):
         extended = slots = self._slot(positions)
         if self.sign:
             extended = slots + (self.hash.sign(positions + self.first) < 0) * self.table_size
-        return torch.where(slots < 0, self._extended_size - 1, extended) if self.zeros else extended
+        return torch.where(slots < 0, self.table_size * (1 + self.sign), extended) if self.zeros else extended
 
     def _source(self, device: torch.device) -> IndexSource:
-        source = IndexSource(
-            count=self.shape.numel(),
-            compute=self._extended_slot,
-            stored=None if self._stored is None else self._stored.to(device),
-        )
+        stored = None if self._stored is None else self._stored.to(device)
+        source = self._source_of(self.shape.numel(), self._extended_slot, stored)
         if device.type != "cpu" or is_traced():
             return source
         if self._fastest is None:
@@ -435,7 +429,7 @@ class HashedParametrization(FollowsDevice):
 
     def _accelerated(self, source: IndexSource) -> IndexSource:
         """Return a source that reads faster on the CPU, if there is one."""
-        if (loops := compiled_loops()) is not None:
+        if (loops := compiled_loops("tying.hashing")) is not None:
             if source.stored is not None:
                 signed = self.table_size if self.sign and not self.zeros else None
                 return replace(source, loops=loops.StoredLoops(self._smallest_index(source.stored), signed))
@@ -445,7 +439,7 @@ class HashedParametrization(FollowsDevice):
                 uniform = loops.UniformLoops(source.count, self.first, self.table_size, keys, self.sign)
                 return replace(source, loops=uniform)
         if self.index == "computed" and source.count >= COMPILED:
-            return compile_source(source, self._extended_size, str(self.hash))
+            return compile_source(source, self.table_size, str(self.hash))
         return source
 
     def _smallest_index(self, stored: Tensor) -> Tensor:
@@ -457,13 +451,8 @@ class HashedParametrization(FollowsDevice):
     def _read(self, table: Tensor, source: IndexSource) -> Tensor:
         small_table = self.table_size <= source.count  # if so, scaling the table is cheaper than scaling the weights
         scaled = table * self.scale if small_table and self.scale != 1 else table
-        weights = lookup(self._extended_table(scaled), source)
+        weights = lookup(scaled, source)
         return weights if small_table else self.scaled(weights)
-
-    def _extended_table(self, table: Tensor) -> Tensor:
-        """Return ``[table, −table, 0]``, without what no weight reads."""
-        parts = [table, *[-table] * self.sign, *[table.new_zeros(1)] * self.zeros]
-        return torch.cat(parts) if len(parts) > 1 else table
 
     @override
     def move(self) -> None:

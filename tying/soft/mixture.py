@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.compiled import compiled_loops
 from tying.errors import ConfigurationError, check_count, check_range
 from tying.soft.group_penalty import gradient_of
 from tying.soft.penalties import check_not_complex
-from tying.torch_workarounds import foreach_add_
+from tying.torch_workarounds import foreach_add_, is_traced
 from tying.weights.sharding import is_sharded, local, reduce_gradient, total
 
 CPU_CHUNK = 1 << 13  # weights: their densities under all components fit in the cache
@@ -279,19 +280,35 @@ def _evaluate(
     sums of r, r w and r w².
     """
     dtype = torch.promote_types(weights.dtype, torch.float32)
-    means, log_stds, log_proportions = (part.to(weights.device, dtype) for part in mixture)
+    parts = [part.to(weights.device, dtype) for part in mixture]
+    in_place = weights.is_contiguous() and into.is_contiguous()
+    gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
+    loops = compiled_loops("tying.soft")
+    is_plain = weights.device.type == "cpu" and weights.dtype == gradient.dtype == torch.float32 and not is_traced()
+    evaluate = _evaluate_in_chunks if loops is None or not is_plain else loops.evaluate
+    value, sums = evaluate(weights.reshape(-1), parts, gradient.view(-1), scale)
+    if not in_place:
+        into.add_(gradient)
+    responsible, first, second = sums.unbind(1)
+    means, log_stds, _ = (part.double() for part in parts)
+    precisions = (-2 * log_stds).exp()
+    scatter = second - 2 * means * first + means.square() * responsible
+    return value, (precisions * (means * responsible - first), responsible - precisions * scatter, -responsible)
+
+
+def _evaluate_in_chunks(
+    weights: Tensor, mixture: Sequence[Tensor], into: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return Ω and, for each component, the sums of r, r w and r w², (J, 3); add ``scale · ∂Ω/∂w`` to ``into``."""
+    means, log_stds, log_proportions = mixture
     precisions = (-2 * log_stds).exp()
     pulls = torch.stack([torch.ones_like(means), precisions, precisions * means])
     chunk = min(_chunk_size(weights), max(1, weights.numel()))
     sums = torch.zeros(len(means), 3, dtype=torch.float64, device=weights.device)
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     buffer, moments = means.new_empty(len(means), chunk), means.new_empty(3, chunk)
-    in_place = weights.is_contiguous() and into.is_contiguous()
-    gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
-    for part, received in zip(
-        torch.split(weights.reshape(-1), chunk), torch.split(gradient.view(-1), chunk), strict=True
-    ):
-        w = part.to(dtype)
+    for part, received in zip(torch.split(weights, chunk), torch.split(into, chunk), strict=True):
+        w = part.to(means.dtype)
         density = _log_joint(w, means, log_stds, log_proportions, out=buffer[:, : len(w)])
         largest = density.amax(dim=0, keepdim=True)
         density.sub_(largest).clamp_(min=NEGLIGIBLE).exp_()
@@ -303,12 +320,7 @@ def _evaluate(
         sums += density @ moments[:, : len(w)].T
         received.add_(steepness.mul_(w).sub_(target).mul_(inverse), alpha=scale)
         total -= shares.log_().add_(largest[0]).sum()
-    if not in_place:
-        into.add_(gradient)
-    responsible, first, second = sums.unbind(1)
-    means, precisions = means.double(), precisions.double()
-    scatter = second - 2 * means * first + means.square() * responsible
-    return total, (precisions * (means * responsible - first), responsible - precisions * scatter, -responsible)
+    return total, sums
 
 
 def _add_to_shards_(weights: list[nn.Parameter], mixture: list[Tensor], scale: float) -> tuple[Tensor, list[Tensor]]:
