@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
-from benchmarks.speed.timing import Step, paired, passes
+from benchmarks.speed.timing import Step, paired, passes, race
 from tying import compiled
 from tying.hashing import BlockHash, HashedConv2d, HashedEmbedding, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
@@ -117,6 +117,27 @@ def embedding() -> list[list[str]]:
     ]
 
 
+def parts() -> list[list[str]]:
+    """Return what the 4 M weights of a layer of 2000×2000 cost beside the dense step: milliseconds to read and to sum."""
+    hashed = partial(HashedLinear, 2000, 2000, bias=False, table_ratio=0.1)
+    layers = {
+        "uniform, stored": hashed(index="stored"),
+        "uniform, computed": hashed(index="computed"),
+        "uniform with sign, stored": hashed(index="stored", sign=True),
+        "blocks of 32": hashed(hash=BlockHash()),
+    }
+    rows, upstream = [], torch.randn(2000, 2000)
+    for name, layer in layers.items():
+        weight, [table] = layer.weight, layer.parameters()
+        sides = {
+            "read": partial(getattr, layer, "weight"),
+            "sum": partial(torch.autograd.grad, weight, table, upstream, retain_graph=True),
+        }
+        result = race(sides)
+        rows.append([name, *(f"{1e3 * result.median(side):.2f}" for side in sides)])
+    return rows
+
+
 def memory() -> list[list[str]]:
     """Return bytes that layers hold after a step of AdamW, measured, over those of the dense layer."""
     rows = []
@@ -148,9 +169,13 @@ def measure() -> Iterator[str]:
     )
     with torch_alone():
         yield table(heading, linear() + convolutions() + embedding())
+        alone = parts()
     if compiled.is_working():
         yield "The same by compiled loops, which `pip install 'tying[fast]'` adds:"
         rows = linear() + convolutions() + embedding()
         yield table(heading, [[layer, f"{hash}, compiled", *cells] for layer, hash, *cells in rows])
+        alone = [[*row, *cells] for row, (_, *cells) in zip(alone, parts(), strict=True)]
+    yield "The parts: reading the 4 M weights of a layer of 2000×2000, and summing their gradients by slot, alone:"
+    yield table(["hash", "ms to read", "ms to sum", "to read, compiled", "to sum, compiled"][: len(alone[0])], alone)
     yield "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:"
     yield table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory())

@@ -15,7 +15,7 @@ from tying.torch_workarounds import compile_apart, error_on_graph_break, is_prox
 if TYPE_CHECKING:
     from tying.hashing.loops import Loops  # they need an optional package
 
-CHUNK = 1 << 17  # number of weights whose slots are computed at a time; they stay in the cache
+CHUNK = 1 << 18  # number of weights of each half whose slots are in memory at a time
 LOOPED = (torch.float32, torch.float64)  # dtypes that compiled loops can read
 FEW = 1 << 20  # up to this number of weights, torch's lookup on one thread is faster than chunks on two
 
@@ -54,7 +54,11 @@ class IndexSource:
 
     def extended(self, table: Tensor) -> Tensor:
         """Return ``[t, −t, 0]``, without what no weight reads; (..., n) to (..., extended)."""
-        parts = [table, *[-table] * self.negatives, *[table.new_zeros(*table.shape[:-1], 1)] * self.zeros]
+        parts = [table]
+        if self.negatives:
+            parts.append(-table)
+        if self.zeros:
+            parts.append(table.new_zeros(*table.shape[:-1], 1))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else table
 
     def extended_size(self, size: int) -> int:
