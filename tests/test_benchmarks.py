@@ -9,6 +9,7 @@ from benchmarks import machine, report
 from benchmarks.speed import data as speed_data
 from benchmarks.speed import depth as speed_depth
 from benchmarks.speed import fairness as speed_fairness
+from benchmarks.speed import features as speed_features
 from benchmarks.speed import growth as speed_growth
 from benchmarks.speed import hard as speed_hard
 from benchmarks.speed import harness as speed_harness
@@ -46,8 +47,20 @@ def test_speed(monkeypatch, capsys):
     assert benchmarks.main(["speed", "soft"]) == 0
     out = capsys.readouterr().out
     assert "| gradient " in out
-    assert "of a training" in out
+    assert re.search(r"^\| soft.yaml +\| +[\d.]+ \| [\d.]+ \(", out, re.MULTILINE)
+    assert "| as the components begin " in out
+    assert ("compiled / passes of exp" in out) == bool(find_spec("numba"))
     assert "Command: `python -m benchmarks speed soft`" in out
+
+
+def test_speed_of_features(monkeypatch, capsys):
+    for name, value in {"STEPS": 3, "SKIPPED": 1, "ROUNDS": 1}.items():
+        monkeypatch.setattr(speed_features, name, value)
+    monkeypatch.setattr(speed_features, "BATCH", 2)
+    assert benchmarks.main(["speed", "features"]) == 0
+    out = capsys.readouterr().out
+    for name in speed_features.FEATURES:
+        assert f"| {name} " in out
 
 
 def test_speed_of_data(monkeypatch, capsys):
@@ -127,10 +140,11 @@ def test_speed_of_hashing(monkeypatch, capsys):
     monkeypatch.setattr(speed_hashing, "ROWS", 1000)
     assert benchmarks.main(["speed", "hashing"]) == 0
     out = capsys.readouterr().out
-    assert "| 40×20, 4                      |           uniform, ratio 0.1, stored | " in out
+    assert "| 40×20, 4: uniform, ratio 0.1, stored " in out
     assert "| uniform, ratio 0.1, computed |                     0.1000 | " in out
-    assert "| embedding of 1,000×64         |              blocks of 32, ratio 0.1 | " in out
-    assert ("uniform, ratio 0.1, stored, compiled | " in out) == bool(find_spec("numba"))
+    assert "| embedding of 1,000×64: blocks of 32, ratio 0.1 " in out
+    assert "| uniform with sign, stored | " in out
+    assert ("95 % interval, compiled" in out) == bool(find_spec("numba"))
 
 
 @pytest.mark.slow

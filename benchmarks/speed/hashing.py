@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,7 @@ from typing_extensions import override
 
 from benchmarks.perform import stored_bytes
 from benchmarks.report import table
-from benchmarks.speed.timing import Step, paired, passes, race
+from benchmarks.speed.timing import Step, paired, passes, race, torch_alone
 from tying import compiled
 from tying.hashing import BlockHash, HashedConv2d, HashedEmbedding, HashedLinear, ModulusHash
 from tying.hashing.codebook import put_codebook
@@ -49,16 +47,9 @@ def clustered(inputs: int, outputs: int) -> nn.Module:
     return layer
 
 
-@contextmanager
-def torch_alone() -> Iterator[None]:
-    """Use no compiled loops."""
-    with patch.object(compiled, "is_working", return_value=False):
-        yield
-
-
 def linear() -> list[list[str]]:
     """Return the rows of linear layers."""
-    rows = []
+    rows: list[list[str]] = []
     for (inputs, outputs), batches in LINEAR.items():
         hashed = partial(HashedLinear, inputs, outputs)
         made: dict[str, Callable[[], nn.Module]] = {
@@ -77,8 +68,8 @@ def linear() -> list[list[str]]:
         dense = nn.Linear(inputs, outputs)
         for batch in batches:
             x = torch.randn(batch, inputs, requires_grad=True)
-            steps = {name: partial(_against, layer, dense, x) for name, layer in made.items()}
-            rows += [[f"{inputs}×{outputs}, {batch}", *row] for row in paired(steps, ROUNDS, PAIRS)]
+            sides = {name: partial(_against, layer, dense, x) for name, layer in made.items()}
+            rows += [[f"{inputs}×{outputs}, {batch}: {name}", *row] for name, *row in paired(sides, ROUNDS, PAIRS)]
     return rows
 
 
@@ -99,8 +90,8 @@ def convolutions() -> list[list[str]]:
         for step in every:
             step()
 
-    made = {"uniform, ratio 0.1, stored": lambda: (partial(run, hashed), partial(run, dense))}
-    return [["ResNet-20's convolutions, 128", *row] for row in paired(made, ROUNDS, PAIRS)]
+    name = "ResNet-20's convolutions, 128: uniform, ratio 0.1, stored"
+    return paired({name: lambda: (partial(run, hashed), partial(run, dense))}, ROUNDS, PAIRS)
 
 
 def embedding() -> list[list[str]]:
@@ -112,13 +103,16 @@ def embedding() -> list[list[str]]:
         plain, fewer = nn.Embedding(ROWS // 10, WIDTH), rows % (ROWS // 10)
         return passes(hashed, rows), passes(plain, fewer)
 
-    return [
-        [f"embedding of {ROWS:,}×{WIDTH}", *row] for row in paired({"blocks of 32, ratio 0.1": made}, ROUNDS, PAIRS)
-    ]
+    return paired({f"embedding of {ROWS:,}×{WIDTH}: blocks of 32, ratio 0.1": made}, ROUNDS, PAIRS)
+
+
+def steps() -> list[list[str]]:
+    """Return the rows of all layers."""
+    return linear() + convolutions() + embedding()
 
 
 def parts() -> list[list[str]]:
-    """Return what the 4 M weights of a layer of 2000×2000 cost beside the dense step: milliseconds to read and to sum."""
+    """Return milliseconds to read the 4 M weights of a layer of 2000×2000, and to sum their gradients."""
     hashed = partial(HashedLinear, 2000, 2000, bias=False, table_ratio=0.1)
     layers = {
         "uniform, stored": hashed(index="stored"),
@@ -161,21 +155,22 @@ def _bytes_of(layer: nn.Module) -> list[int]:
 
 def measure() -> Iterator[str]:
     """Run the measurements; yield their results as paragraphs of Markdown."""
-    heading = ["layer, batch", "hash", "ms dense", "ratio to dense", "95 % interval"]
+    heading = ["layer, batch: hash", "ms dense", "ratio to dense", "95 % interval"]
+    parts_heading = ["hash", "ms to read", "ms to sum"]
     yield (
         f"Forward and backward of a hashed layer over those of the dense layer of its shape; {ROUNDS * PAIRS} pairs, "
         f"side by side, in {ROUNDS} rounds over all layers. An embedding is compared with one of as many parameters, "
-        f"{LOOKED_UP:,} rows at a time. torch alone:"
+        f"{LOOKED_UP:,} rows at a time. The last columns are of compiled loops, which `pip install 'tying[fast]'` adds:"
     )
     with torch_alone():
-        yield table(heading, linear() + convolutions() + embedding())
-        alone = parts()
+        rows, of_parts = steps(), parts()
     if compiled.is_working():
-        yield "The same by compiled loops, which `pip install 'tying[fast]'` adds:"
-        rows = linear() + convolutions() + embedding()
-        yield table(heading, [[layer, f"{hash}, compiled", *cells] for layer, hash, *cells in rows])
-        alone = [[*row, *cells] for row, (_, *cells) in zip(alone, parts(), strict=True)]
+        heading += ["compiled", "95 % interval, compiled"]
+        parts_heading += ["to read, compiled", "to sum, compiled"]
+        rows = [[*row, *cells] for row, (_, _, *cells) in zip(rows, steps(), strict=True)]
+        of_parts = [[*row, *cells] for row, (_, *cells) in zip(of_parts, parts(), strict=True)]
+    yield table(heading, rows)
     yield "The parts: reading the 4 M weights of a layer of 2000×2000, and summing their gradients by slot, alone:"
-    yield table(["hash", "ms to read", "ms to sum", "to read, compiled", "to sum, compiled"][: len(alone[0])], alone)
+    yield table(parts_heading, of_parts)
     yield "What a layer of 2000×2000 holds after a step of AdamW, over the dense layer:"
     yield table(["hash", "table, gradient, optimizer", "checkpoint", "index, MiB"], memory())

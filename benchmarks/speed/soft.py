@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.report import ROOT
-from benchmarks.speed.timing import Step, race, time_of, with_extremes
-from tying import resolve
+from benchmarks.report import ROOT, table
+from benchmarks.speed.timing import Step, race, time_of, torch_alone, with_extremes
+from tying import compiled, resolve
 from tying.callbacks import SoftTying
 from tying.cli import parse
 from tying.lightning_workarounds import callbacks_of
@@ -101,8 +101,8 @@ def matching() -> list[str]:
     return found
 
 
-def mixture(std: float | None = None) -> tuple[str, float]:
-    """Return what the mixture prior costs, value and gradient: the ratio to passes of ``exp``, and seconds.
+def mixture(std: float | None = None) -> list[str]:
+    """Return what the mixture prior costs, value and gradient: milliseconds, and the ratio to passes of ``exp``.
 
     Args:
         std: of all components; as they begin by default.
@@ -119,11 +119,21 @@ def mixture(std: float | None = None) -> tuple[str, float]:
 
     sides = {"prior": lambda: prior.add_gradients_([weights], 1e-3), "exp": passes}
     result = race(sides, races=5, rounds=3)
-    return result.told("prior", "exp"), result.median("prior")
+    return result.row("prior", "exp")
 
 
-def measure() -> Iterator[str]:
-    """Run the measurements; yield their results as paragraphs of Markdown."""
+def mixtures() -> list[list[str]]:
+    """Return the rows of the mixture prior: torch alone and, where numba works, compiled."""
+    stds = {"as the components begin": None, f"components of standard deviation {TIGHT}": TIGHT}
+    with torch_alone():
+        rows = [[name, *mixture(std)] for name, std in stds.items()]
+    if compiled.is_working():
+        rows = [[*row, *mixture(std)] for row, std in zip(rows, stds.values(), strict=True)]
+    return rows
+
+
+def pulls() -> Iterator[str]:
+    """Yield what pulls take, over a copy of as many words and over autograd."""
     model = pairs_of_weights(PAIRS, SIDE)
     plain = TyingPenalty(resolve(model, ["a.{i} ~ b.{i}"]))
     transposed = TyingPenalty(resolve(model, ["a.{i} ~ b.{i} | o i -> i o"]))
@@ -146,24 +156,37 @@ def measure() -> Iterator[str]:
     result = race(sides)
     faster = result.told(autograd, "gradient")
     faster_transposed = result.told("autograd, transposed pairs", "gradient, transposed pairs")
-    step, pull = resnet_step()
-    shares = race({"step": step, "pull": pull}, races=7, rounds=10)
-    share = with_extremes([100 * ratio for ratio in shares.ratios("pull", "step")])
-    (ratio, seconds), (tight, _) = mixture(), mixture(TIGHT)
     yield f"{PAIRS} pairs of {SIDE}×{SIDE} weights, 14.0 M on each side, fp32; median of 7 races (extremes):"
     yield result.table({"/ copy": bound, "/ additions": adding})
     yield (
         f"The fused gradient is {faster} times faster than autograd; for transposed pairs, {faster_transposed} times.\n"
         "A copy of as many words measures memory bandwidth; the two additions are the least that touches these six."
     )
+
+
+def hooks() -> Iterator[str]:
+    """Yield the share of a training step that the hooks of a callback take."""
+    step, pull = resnet_step()
+    result = race({"step": step, "pull": pull}, races=7, rounds=10)
+    share = with_extremes([100 * ratio for ratio in result.ratios("pull", "step")])
+    yield "The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, in a step at batch 128:"
+    yield table(["hooks of", "ms of the step", "% of the step"], [["soft.yaml", *result.row("step"), share]])
+
+
+def priors() -> Iterator[str]:
+    """Yield what the mixture prior takes."""
     yield (
-        f"The callback of `configs/soft.yaml`, which ties 16 convolutions of ResNet-20, takes {share} % of a training\n"
-        f"step at batch 128 ({1e3 * shares.median('step'):.0f} ms)."
+        f"The mixture prior, value and gradient, of {MIXTURE_WEIGHTS / 1e6:.0f} M weights and {COMPONENTS} components, "
+        f"over {COMPONENTS} passes of `torch.exp` over as many numbers, {CPU_CHUNK:,} at a time; the last columns are "
+        "of compiled loops, which `pip install 'tying[fast]'` adds:"
     )
-    yield (
-        f"The mixture prior, value and gradient, of {MIXTURE_WEIGHTS / 1e6:.0f} M weights and {COMPONENTS} components "
-        f"takes {1e3 * seconds:.0f} ms, {ratio} times as long as {COMPONENTS} passes of `torch.exp` over as many "
-        f"numbers, {CPU_CHUNK:,} at a time; with components as tight as they become, of standard deviation {TIGHT}, "
-        f"{tight} times."
-    )
+    columns = ["ms", "/ passes of exp", *["ms, compiled", "compiled / passes of exp"] * compiled.is_working()]
+    yield table(["mixture prior", *columns], mixtures())
+
+
+def measure() -> Iterator[str]:
+    """Run the measurements; yield their results as paragraphs of Markdown."""
+    yield from pulls()
+    yield from hooks()
+    yield from priors()
     yield "\n".join(matching())

@@ -10,14 +10,17 @@ that comes and goes, ratios of equal programs spread more (``python -m benchmark
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 from scipy.stats import quantile_test
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
 from benchmarks.report import table
+from tying import compiled
 
 Step = Callable[[], object]
 
@@ -147,3 +150,10 @@ def paired(make: Mapping[str, Callable[[], tuple[Step, Step]]], rounds: int, cou
         median, (low, high) = statistics.median(measured), quantile_test(measured).confidence_interval()
         rows.append([name, f"{1e3 * statistics.median(seconds[name]):.1f}", f"{median:.3f}", f"{low:.3f}–{high:.3f}"])
     return rows
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Use no compiled loops."""
+    with patch.object(compiled, "is_working", return_value=False):
+        yield

@@ -229,7 +229,7 @@ def test_long_tables_add_up_in_chunks(index, few, monkeypatch):
 def test_compiled_entries_are_those_of_the_hash(monkeypatch):
     monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
     computed, stored = (
-        HashedLinear(601, 499, False, 0.1, XXHash(1), sign=True, density=0.9, index=index)
+        HashedLinear(1201, 499, False, 0.1, XXHash(1), sign=True, density=0.9, index=index)
         for index in ("computed", "stored")
     )
     stored.load_state_dict(computed.state_dict())
@@ -244,14 +244,14 @@ def test_compiled_entries_are_those_of_the_hash(monkeypatch):
 def computed(monkeypatch):
     """A layer whose entries are to be computed by compiled code."""
     monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
-    return HashedLinear(601, 499, False, 0.1, XXHash(1), index="computed")
+    return HashedLinear(1201, 499, False, 0.1, XXHash(1), index="computed")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("before", [False, True], ids=["at first", "afterwards"])
 def test_compiled_entries_are_left_out_of_traces(computed, before):
-    x = torch.randn(2, 601)
+    x = torch.randn(2, 1201)
     if before:
         computed(x)
     expected = F.linear(x, computed.table[computed.virtual.slots()])

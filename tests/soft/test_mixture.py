@@ -3,11 +3,13 @@
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
+from tying import compiled
 from tying.soft import GaussianMixturePrior, l2, mixture_nll, responsibilities
 
 MIXTURE = (
@@ -39,6 +41,45 @@ def test_value_and_gradients_equal_autograd(shape):
         torch.testing.assert_close(value, by_torch(*leaves), rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(gradients, torch.autograd.grad(reference, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is an optional package")
+@pytest.mark.parametrize("std", [None, 0.003], ids=["wide", "tight"])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (7, 3), (3000,), (400, 500)])
+def test_compiled_loops_compute_what_torch_does(shape, std, monkeypatch):
+    prior = GaussianMixturePrior(std=std)
+    w, results = (0.1 * weights(*shape)).float(), []
+    for works in (True, False):
+        monkeypatch.setattr(compiled, "is_working", lambda: works)
+        leaves = [part.detach().requires_grad_() for part in (w, *prior.mixture())]
+        value = mixture_nll(*leaves)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    for fast, by_torch in zip(*results, strict=True):
+        scale = float(by_torch.abs().max()) if by_torch.numel() else 0.0
+        torch.testing.assert_close(fast, by_torch, rtol=0, atol=5e-6 * scale)
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is an optional package")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_compiled_loops_keep_what_is_not_finite(bad):
+    leaves = [part.detach().requires_grad_() for part in (torch.tensor([0.1, bad]), *GaussianMixturePrior().mixture())]
+    value = mixture_nll(*leaves)
+    into_w, *_ = torch.autograd.grad(value, leaves)
+    assert value.isnan()
+    assert into_w.isfinite().tolist() == [True, False]
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is an optional package")
+def test_compiled_loops_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(compiled, "TWO_THREADS", 1)
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        leaves = [part.detach().requires_grad_() for part in (weights(999).float(), *GaussianMixturePrior().mixture())]
+        value = mixture_nll(*leaves)
+        results.append([value, *torch.autograd.grad(value, leaves)])
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 def test_gradients_are_the_papers_formulas():
