@@ -192,7 +192,7 @@ def test_speed_says_how_fair_it_is(monkeypatch, capsys):
 def test_unknown_family(capsys):
     assert benchmarks.main(["speed", "sofd"]) == 2
     assert (
-        "unknown family 'sofd': there is data, depth, fairness, growth, hard, hashing, harness, imports, recurrent, scale, soft. Nearest"
+        "unknown family 'sofd': there is data, depth, fairness, features, growth, hard, hashing, harness, imports, recurrent, scale, soft. Nearest"
         in capsys.readouterr().err
     )
 

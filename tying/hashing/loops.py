@@ -43,6 +43,10 @@ class Loops(Protocol):
 
     def sum(self, values: Tensor, size: int) -> Tensor:
         """Return for each entry the sum of its weights' values, which are contiguous; (size,)."""
+        if size >= self.count:  # two tables of zeros would cost more than one thread
+            sums = values.new_zeros(size)
+            self.sum_part(values.detach().numpy(), 0, sums.numpy())
+            return sums
         source, sums = values.detach().numpy(), values.new_zeros(2, size)
         target = sums.numpy()
         in_halves(lambda half, begin, end: self.sum_part(source[begin:end], begin, target[half]), self.count)

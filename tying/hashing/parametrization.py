@@ -212,15 +212,18 @@ class HashedParametrization(FollowsDevice):
             low, high = int(chosen.min()), int(chosen.max())
             raise IndexError(f"row indices must be in [0, {self.shape[0]}), not from {low} to {high}")
         width = self.shape[1:].numel()
-        positions = chosen.long()[..., None] * width + torch.arange(width, device=chosen.device)
+        first = chosen.long()[..., None] * width
         if recorded:
-            extended = self._source(table.device).extended(self.scaled(table))
-            return extended[self._extended_slot(positions)].view(*chosen.shape, *self.shape[1:])
-        weights = positions.flatten()
-        source = self._source_of(len(weights), lambda positions: self._extended_slot(weights[positions]))
+            slots = self._extended_slot(first + torch.arange(width, device=chosen.device))
+            return self._source(table.device).extended(self.scaled(table))[slots].view(*chosen.shape, *self.shape[1:])
+        starts = first.flatten()
+        source = self._source_of(
+            len(starts) * width, lambda entries: self._extended_slot(starts[entries // width] + entries % width)
+        )
         block = self.hash.block if type(self.hash) is BlockHash else 0
         if block and self._is_plain and width % block == self.first % block == 0 and is_plain_cpu(table):
-            source = block_source(source, self._slot(positions[..., ::block].flatten()), block)
+            blocks = first + torch.arange(0, width, block, device="cpu")
+            source = block_source(source, self._slot(blocks.flatten()), block)
         return self._read(table, source).view(*chosen.shape, *self.shape[1:])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
