@@ -17,11 +17,12 @@ from tying.errors import ConfigurationError
 from tying.figures import new_figure
 from tying.hashing.codebook import cluster
 
-FIRST = {"errors", "extras", "mappings", "torch_workarounds"}
+FIRST = {"compiled", "errors", "extras", "mappings", "torch_workarounds"}
 LIGHTNING = {"lightning_namespace"}
 EARLY = FIRST | {"deprecated", "figures", "files", "selection"}
 # what each room may import of ours, itself apart; families do not import each other
 ALLOWED = {
+    "compiled": set(),
     "errors": set(),
     "extras": {"errors"},
     "mappings": {"errors"},
