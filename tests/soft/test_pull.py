@@ -47,6 +47,19 @@ def test_gradients_equal_autograd(kind, m, penalty, strided, monkeypatch):
         torch.testing.assert_close(p.grad, 2 * expected[name], rtol=1e-12, atol=1e-12)
 
 
+def test_weights_in_one_order_of_memory_are_pulled_where_they_are(monkeypatch):
+    """A copy in another order is for members whose orders differ: in a model with channels last, none do."""
+    monkeypatch.setattr(group_penalty, "STRIDED", 1)
+    monkeypatch.setattr(group_penalty, "_add_in_order_", None)
+    model = nn.ModuleList(nn.Conv2d(4, 4, 3, bias=False) for _ in range(3)).to(memory_format=torch.channels_last)
+    weights = [layer.weight for layer in model]
+    expected = [3 * (weight - sum(weights) / 3).detach() for weight in weights]
+    TyingPenalty(resolve(model, ["*.weight"])).add_gradients_(1.0)
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+        assert weight.grad.stride() == weight.stride()
+
+
 @pytest.mark.parametrize("kind", PATTERNS)
 @pytest.mark.parametrize("m", [2, 4])
 def test_pull_contracts_by_one_minus_m_s(kind, m):

@@ -369,12 +369,17 @@ def _itself(parameter: nn.Parameter) -> Tensor:
 
 
 def _strided(lane: Lane) -> list[int]:
-    """Return the positions of large tensors that are not in the order of their memory, such as transposed ones."""
-    places = []
+    """Return the positions of large tensors that are not in the order of their memory, such as transposed ones.
+
+    There are none if all have the same order, as in a model with channels last.
+    """
+    places, same = [], True
     for place, tensor in enumerate(lane):  # a comprehension would cost a call
-        if tensor is not None and not tensor.is_contiguous() and tensor.numel() >= STRIDED and tensor.is_cpu:
-            places.append(place)
-    return places
+        if tensor is not None:
+            same = same and tensor.stride() == lane[0].stride()
+            if not tensor.is_contiguous() and tensor.numel() >= STRIDED and tensor.is_cpu:
+                places.append(place)
+    return [] if same else places
 
 
 def _contiguous_zeros(tensor: Tensor) -> Tensor:
