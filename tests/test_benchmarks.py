@@ -130,7 +130,8 @@ def test_speed_of_hard_ties(monkeypatch, capsys):
     assert "| 8 linear layers of 1024, plain  |   96.1 | 12.1 | 0.8741 | " in out
     assert "linear layers of 64 that share a weight up to a residual of rank 8, over separate layers:" in out
     assert "| 4 layers | " in out
-    assert "| rank 32 of 64×64 | " in out
+    assert "| rank 32 of 64×64   | " in out
+    assert "| two layers by hand | " in out
 
 
 def test_speed_of_hashing(monkeypatch, capsys):

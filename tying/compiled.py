@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from queue import Empty, SimpleQueue
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -36,11 +38,8 @@ def is_working() -> bool:
     if find_spec("numba") is None:
         return False
     try:
-        numba: Any = import_module("numba")
-        if numba.config.DISABLE_JIT:
-            raise RuntimeError("the environment variable NUMBA_DISABLE_JIT is set")
-        if numba.njit(_double)(1.5) != 3.0:
-            raise RuntimeError("a compiled function returns a wrong value")
+        import_module("tying.soft.loops")
+        import_module("tying.hashing.loops").check()
     except Exception as error:  # of any kind: an old numba fails on a new numpy or Python in many ways
         warnings.warn(
             f"numba cannot compile the loops of hashed layers and mixtures, which are slower without: {error}. Update "
@@ -51,27 +50,30 @@ def is_working() -> bool:
     return True
 
 
-def _double(value: float) -> float:
-    return 2 * value
-
-
 def in_halves(task: Task, count: int) -> None:
     """Call ``task(half, begin, end)`` for both halves of ``count`` weights, on two threads if that pays.
 
     The halves are the same on one thread, so that results do not depend on the number of threads.
     """
-    middle, errors = count // 2, list[BaseException]()
-    halves = iter([(0, 0, middle), (1, middle, count)])  # each thread takes the next
+    middle, errors, threads = count // 2, list[BaseException](), set[int]()
+    halves = SimpleQueue[tuple[int, int, int]]()
+    for half in ((0, 0, middle), (1, middle, count)):
+        halves.put(half)
 
     def run(_: object = None) -> None:
+        threads.add(get_ident())
         try:
-            for half in halves:
-                task(*half)
+            while True:
+                task(*halves.get_nowait())
+        except Empty:
+            pass
         except BaseException as error:  # which a thread of OpenMP would only print
             errors.append(error)
 
     if count >= TWO_THREADS and torch.get_num_threads() > 1 and os.getpid() == PROCESS and (openmp := _openmp()):
         openmp.GOMP_parallel(CALLBACK(run), None, 2, 0)
+        if get_ident() not in threads:  # a signal's exception came first, and was only printed
+            raise KeyboardInterrupt
     run()
     if errors:
         raise errors[0]

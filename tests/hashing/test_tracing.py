@@ -9,6 +9,8 @@ from ways import made
 from tying.hashing import (
     BlockHash,
     DirichletHash,
+    HashedEmbedding,
+    HashedLinear,
     IdentityHash,
     ModulusHash,
     NeighborhoodHash,
@@ -88,6 +90,18 @@ class Calls(nn.Module):
         if isinstance(self.layer, nn.RNNBase):
             return self.layer(query)[0]
         return self.layer(query, key, value)[0]
+
+
+@pytest.mark.parametrize("options", [{"sign": True}, {"density": 0.5}, {"sign": True, "density": 0.5}], ids=str)
+def test_fx_traces_signs_and_zeros(options):
+    layer = nn.Sequential(HashedLinear(30, 40, table_ratio=0.1, **options))
+    x = torch.randn(2, 30)
+    assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
+
+
+def test_fx_traces_an_embedding_with_padding():
+    layer, rows = nn.Sequential(HashedEmbedding(20, 8, table_ratio=0.1, padding_idx=0)), torch.tensor([[0, 3], [19, 0]])
+    assert torch.equal(torch.fx.symbolic_trace(layer)(rows), layer(rows))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")  # of any torch.jit.trace

@@ -60,6 +60,18 @@ def test_compiled_loops_compute_what_torch_does(shape, std, monkeypatch):
         torch.testing.assert_close(fast, by_torch, rtol=0, atol=5e-6 * scale)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the compiler
+def test_the_prior_compiles_as_a_whole():
+    w, mixture = weights(20).float(), [part.detach() for part in GaussianMixturePrior().mixture()]
+    compiled_nll = torch.compile(lambda w: mixture_nll(w, *mixture), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled_nll(w), mixture_nll(w, *mixture))
+
+
+def test_negative_views_are_read():
+    w, mixture = torch.randn(8, dtype=torch.cfloat).conj().imag, GaussianMixturePrior().mixture()
+    torch.testing.assert_close(mixture_nll(w, *mixture), mixture_nll(w.clone(), *mixture))
+
+
 @pytest.mark.skipif(find_spec("numba") is None, reason="numba is an optional package")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_compiled_loops_keep_what_is_not_finite(bad):

@@ -58,7 +58,7 @@ class IndexSource:
         if self.negatives:
             parts.append(-table)
         if self.zeros:
-            parts.append(table.new_zeros(*table.shape[:-1], 1))
+            parts.append(torch.zeros_like(table[..., :1]))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else table
 
     def extended_size(self, size: int) -> int:

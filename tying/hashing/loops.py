@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numba  # type: ignore[import-not-found, import-untyped, unused-ignore]  # an optional package without types
 import numpy as np
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,7 +37,7 @@ class Loops(Protocol):
 
     def read(self, table: Tensor) -> Tensor:
         """Return the weights, (count,)."""
-        source, weights = table.detach().numpy(), table.new_empty(self.count)
+        source, weights = _array(table), table.new_empty(self.count)
         target = weights.detach().numpy()
         in_halves(lambda _, begin, end: self.read_part(source, begin, target[begin:end]), self.count)
         return weights
@@ -45,9 +46,9 @@ class Loops(Protocol):
         """Return for each entry the sum of its weights' values, which are contiguous; (size,)."""
         if size >= self.count:  # two tables of zeros would cost more than one thread
             sums = values.new_zeros(size)
-            self.sum_part(values.detach().numpy(), 0, sums.numpy())
+            self.sum_part(_array(values), 0, sums.numpy())
             return sums
-        source, sums = values.detach().numpy(), values.new_zeros(2, size)
+        source, sums = _array(values), values.new_zeros(2, size)
         target = sums.numpy()
         in_halves(lambda half, begin, end: self.sum_part(source[begin:end], begin, target[half]), self.count)
         return sums.sum(dim=0)
@@ -155,6 +156,20 @@ class BlockLoops(Loops):
     @override
     def sum_part(self, values: Any, begin: int, sums: Any) -> None:
         _add_blocks(values, self.starts.numpy(), self.block, self.skipped + begin, sums)
+
+
+def check() -> None:
+    """Raise an error if numba cannot compile, or computes something else than torch."""
+    config: Any = numba.config
+    if config.DISABLE_JIT:
+        raise RuntimeError("the environment variable NUMBA_DISABLE_JIT is set")
+    table, index = torch.arange(3.0, device="cpu"), torch.tensor([2, 0], dtype=torch.int32, device="cpu")
+    if StoredLoops(index).read(table).tolist() != [2.0, 0.0]:
+        raise RuntimeError("a compiled loop returns wrong values")
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().resolve_neg().numpy()
 
 
 @compiled

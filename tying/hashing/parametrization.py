@@ -185,7 +185,7 @@ class HashedParametrization(FollowsDevice):
     def forward(self, table: Tensor) -> Tensor:
         if is_proxy(table):  # torch.fx traces no Python code that depends on values
             index = self.extended_slots().flatten().to(self.device)
-            return self._read(table, IndexSource(len(index), self._extended_slot, index)).view(self.shape)
+            return self._read(table, self._source_of(len(index), self._extended_slot, index)).view(self.shape)
         if self.fast_path is not None:
             return self.fast_path.weight(self.scaled(table))
         return self._read(table, self._source(table.device)).view(self.shape)
@@ -215,7 +215,8 @@ class HashedParametrization(FollowsDevice):
         first = chosen.long()[..., None] * width
         if recorded:
             slots = self._extended_slot(first + torch.arange(width, device=chosen.device))
-            return self._source(table.device).extended(self.scaled(table))[slots].view(*chosen.shape, *self.shape[1:])
+            source = self._source_of(0, self._extended_slot)
+            return source.extended(self.scaled(table))[slots].view(*chosen.shape, *self.shape[1:])
         starts = first.flatten()
         source = self._source_of(
             len(starts) * width, lambda entries: self._extended_slot(starts[entries // width] + entries % width)

@@ -35,14 +35,14 @@ def evaluate(weights: Tensor, mixture: Sequence[Tensor], into: Tensor, scale: fl
     narrow, precisions = (-log_stds).exp() / math.sqrt(2), (-2 * log_stds).exp()
     peaks = log_proportions - log_stds - 0.5 * math.log(2 * math.pi)
     constants = [part.numpy() for part in (narrow, narrow * means, peaks, precisions, precisions * means)]
-    source, target = weights.numpy(), into.numpy()
+    source, target = weights.resolve_neg().numpy(), into.numpy()
     values, sums = np.zeros(2), np.zeros((2, len(means), 3))
 
     def evaluate_half(half: int, begin: int, end: int) -> None:
         values[half] = _evaluate(source[begin:end], target[begin:end], f32(scale), *constants, sums[half])
 
     in_halves(evaluate_half, len(source))
-    return torch.tensor(values.sum()), torch.from_numpy(sums.sum(axis=0))
+    return torch.tensor(values.sum(), device="cpu"), torch.from_numpy(sums.sum(axis=0))
 
 
 @numba.njit(inline="always")

@@ -283,9 +283,9 @@ def _evaluate(
     parts = [part.to(weights.device, dtype) for part in mixture]
     in_place = weights.is_contiguous() and into.is_contiguous()
     gradient = into if in_place else torch.zeros_like(weights, memory_format=torch.contiguous_format)
-    loops = compiled_loops("tying.soft")
     is_plain = weights.device.type == "cpu" and weights.dtype == gradient.dtype == torch.float32 and not is_traced()
-    evaluate = _evaluate_in_chunks if loops is None or not is_plain else loops.evaluate
+    loops = compiled_loops("tying.soft") if is_plain else None
+    evaluate = _evaluate_in_chunks if loops is None else loops.evaluate
     value, sums = evaluate(weights.reshape(-1), parts, gradient.view(-1), scale)
     if not in_place:
         into.add_(gradient)
