@@ -18,7 +18,7 @@ from benchmarks.sweep import quietly
 BATCH = 128
 STEPS, SKIPPED, ROUNDS = 16, 4, 5  # first steps do not count
 CONVOLUTIONS = '["network.layer*.*.branch.conv*.weight"]'
-PLAIN = "none"
+PLAIN = "plain"
 FEATURES = {  # configurations on top of base.yaml, and further arguments
     PLAIN: [],
     "SoftTying, L2": ["soft.yaml"],

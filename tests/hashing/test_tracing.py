@@ -99,6 +99,16 @@ def test_fx_traces_signs_and_zeros(options):
     assert torch.equal(torch.fx.symbolic_trace(layer)(x), layer(x))
 
 
+def test_rows_under_vmap_compile_no_whole_weight(monkeypatch):
+    """The compiler fails under vmap, and warned; what it returned stayed slow."""
+    monkeypatch.setattr("tying.hashing.parametrization.COMPILED", 1)
+    layer = HashedEmbedding(20, 8, table_ratio=0.1, hash=XXHash(1), index="computed")
+    tables, chosen = torch.randn(3, len(layer.table)), torch.tensor([[0, 19], [3, 3], [7, 1]])
+    found = torch.func.vmap(layer.virtual.rows)(tables, chosen)
+    for row, table, numbers in zip(found, tables, chosen, strict=True):
+        assert torch.equal(row, layer.virtual(table)[numbers])
+
+
 def test_fx_traces_an_embedding_with_padding():
     layer, rows = nn.Sequential(HashedEmbedding(20, 8, table_ratio=0.1, padding_idx=0)), torch.tensor([[0, 3], [19, 0]])
     assert torch.equal(torch.fx.symbolic_trace(layer)(rows), layer(rows))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
+from tying.compiled import compiled_loops
 from tying.hashing.gather import CHUNK, IndexSource, block_source, is_plain_cpu, lookup
 
 Size = int | Sequence[int]
@@ -95,14 +96,16 @@ class Blocks(FastPath):
         block: number of weights in a block.
         first: identifier of the first weight.
         slot: maps identifiers to slots.
-        starts: maps a range of blocks to their first slots, on the CPU, int64; by default, by ``slot``.
+        keys: those of the hash of blocks, from :func:`tying.hashing.hashes.splitmix64`; None if ``slot`` is another.
+        spread: number of slots at which a block can begin; of use with keys.
     """
 
     shape: tuple[int, ...]
     block: int
     first: int
     slot: Callable[[Tensor], Tensor]
-    starts: Callable[[range], Tensor] | None = None
+    keys: tuple[int, int] | None = None
+    spread: int = 0
 
     @override
     def weight(self, table: Tensor) -> Tensor:
@@ -115,10 +118,14 @@ class Blocks(FastPath):
         )
         if is_plain_cpu(table):
             blocks = range(self.first // self.block, -(-(self.first + count) // self.block))
-            source = block_source(source, (self.starts or self._starts)(blocks), self.block, skipped)
+            source = block_source(source, self._starts(blocks), self.block, skipped)
         return lookup(table, source).view(self.shape)
 
     def _starts(self, blocks: range) -> Tensor:
+        """Return the first slots of blocks, on the CPU."""
+        loops = compiled_loops("tying.hashing")
+        if loops is not None and self.keys is not None and blocks.stop < 1 << 32:
+            return torch.from_numpy(loops.block_starts(blocks.start, len(blocks), self.spread, *self.keys))
         return self.slot(torch.arange(blocks.start, blocks.stop, device="cpu") * self.block)
 
     def _chunk_slots(self, begin: Tensor) -> Tensor:

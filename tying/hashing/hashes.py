@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from tying.compiled import compiled_loops
 from tying.deprecated import class_aliases
 from tying.errors import ConfigurationError, check_count, check_counts, check_range, listed
 from tying.hashing.fast_paths import Blocks, Convolution, FastPath, RepeatedRows, Size, pair
@@ -452,16 +451,9 @@ class BlockHash(SeededHash):
 
     @override
     def fast_path(self, shape: Sequence[int], table_size: int, first: int) -> FastPath | None:
-        slot, starts = (partial(method, table_size=table_size) for method in (self.slot, self._starts))
-        return Blocks(tuple(shape), self.block, first, slot, starts)
-
-    def _starts(self, blocks: range, table_size: int) -> Tensor:
-        """Return the first slots of blocks, on the CPU."""
-        loops = compiled_loops("tying.hashing")
-        if loops is None or type(self).slot is not BlockHash.slot or blocks.stop > _LOW:
-            return self.slot(torch.arange(blocks.start, blocks.stop, device="cpu") * self.block, table_size)
-        keys, size = splitmix64(self.seed), table_size - self.block + 1
-        return torch.from_numpy(loops.block_starts(blocks.start, len(blocks), size, *keys))
+        keys = splitmix64(self.seed) if type(self).slot is BlockHash.slot else None
+        slot = partial(self.slot, table_size=table_size)
+        return Blocks(tuple(shape), self.block, first, slot, keys, table_size - self.block + 1)
 
     @override
     def validate(
